@@ -1,0 +1,285 @@
+"""The run configuration: types, strict TOML, overrides. Nothing here knows JAX."""
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mlmjax.errors import InputError
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+ShortenSide = Literal["head", "tail", "middle"]
+
+
+class _Table(BaseModel):
+    """A frozen table that knows exactly its own keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+class SourceConfig(_Table):
+    """One source of training text: where it is, and how a record becomes a prompt and an answer.
+
+    Exactly one of `path` (a file or glob: parquet, JSONL, CSV, each also `.zst`) and `hub` (a
+    dataset id). Exactly one of `prompt` (an instruction or labelled example, with `answer`) and
+    `text` (the column of plain text, trained by MLM alone).
+    """
+
+    name: str | None = None
+    path: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    labels: tuple[str, ...] | Mapping[str, str] | None = None
+    text: str | None = None
+    task: str | None = None
+    shorten: Mapping[str, ShortenSide] = {}
+    weight: PositiveFloat = 1.0
+    limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "SourceConfig":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path (local files) and hub (a dataset id)")
+        if (self.prompt is None) == (self.text is None):
+            raise ValueError(
+                "give exactly one of prompt (with answer) and text (a column of plain text)"
+            )
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer go together: answer names the column of the answer")
+        if self.labels is not None and self.prompt is None:
+            raise ValueError("labels needs prompt and answer")
+        return self
+
+
+class DataConfig(_Table):
+    """What is read, how it is packed, and how many rows make one update."""
+
+    rows: str
+    seq_length: PositiveInt = 1024
+    batch_size: PositiveInt = 32
+    accumulate: PositiveInt = 1
+    pack: bool = True
+    validation_rows: Annotated[int, Field(ge=0)] = 0
+    sources: tuple[SourceConfig, ...] = ()
+    validation_sources: tuple[SourceConfig, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        if self.validation_sources and self.validation_rows:
+            raise ValueError(
+                "give validation_rows (split off the sources) or validation_sources, not both"
+            )
+        return self
+
+
+class ObjectiveConfig(_Table):
+    """Shares of the objectives, drawn per example; what is left of 1 is answer token prediction."""
+
+    dummy_mlm_share: Share = 0.0
+    mlm_share: Share = 0.0
+    mlm_rate: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> "ObjectiveConfig":
+        if self.dummy_mlm_share + self.mlm_share > 1.0:
+            raise ValueError(
+                f"dummy_mlm_share {self.dummy_mlm_share} + mlm_share {self.mlm_share} is above 1"
+            )
+        return self
+
+
+class OptimizerConfig(_Table):
+    """The optimizer; weight decay never touches norms, biases or other vectors."""
+
+    name: Literal["adamw", "stable_adamw"] = "adamw"
+    learning_rate: PositiveFloat = 3e-5
+    weight_decay: NonNegativeFloat = 0.01
+    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    eps: PositiveFloat = 1e-6
+    clip: NonNegativeFloat = 1.0
+
+
+class ScheduleConfig(_Table):
+    """Learning rate over the run; `warmup` and `decay` are fractions (< 1) or steps (>= 1)."""
+
+    name: Literal["wsd", "cosine", "linear"] = "wsd"
+    warmup: NonNegativeFloat = 0.05
+    decay: NonNegativeFloat = 0.1
+
+
+class CheckpointConfig(_Table):
+    """How often a checkpoint is written and which are kept; 0 for `every` means only at the end."""
+
+    every: Annotated[int, Field(ge=0)] = 500
+    keep_last: PositiveInt = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+
+
+class EvaluationConfig(_Table):
+    """How often validation runs; 0 means only at the end."""
+
+    every: Annotated[int, Field(ge=0)] = 500
+
+
+class LogConfig(_Table):
+    """How often a line of metrics is written."""
+
+    every: PositiveInt = 10
+
+
+class MeshConfig(_Table):
+    """Devices along each mesh axis; `data = -1` takes all that remain."""
+
+    data: int = -1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _data_axis(self) -> "MeshConfig":
+        if self.data < 1 and self.data != -1:
+            raise ValueError(f"data is {self.data}; expected -1 (the remaining devices) or >= 1")
+        return self
+
+
+class RunConfig(_Table):
+    """One training run, decoded from one TOML file."""
+
+    out: str
+    steps: PositiveInt
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    init_from: str | None = None
+    revision: str | None = None
+    model: Mapping[str, Any] | None = None
+    tokenizer: str | None = None
+    parallel: Literal["pjit", "pmap"] = "pjit"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "dense", "banded", "cudnn", "splash"] = "auto"
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "RunConfig":
+        if (self.init_from is None) == (self.model is None):
+            raise ValueError(
+                "give exactly one of init_from (a folder or hub id) and [model] (HF config keys)"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one TOML file, apply `key=value` overrides, and check everything at once.
+
+    `overrides` are dotted keys with TOML values (`data.batch_size=64`, `out=runs/b`); a value that
+    is no TOML is taken as a string. Raises `InputError` that names the dotted key, what was found
+    and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); give the path of a TOML run file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text; expected a TOML run file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(table, override)
+    return parse_config(table, where=str(path))
+
+
+def parse_config(table: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """Decode a table of plain values into a `RunConfig`; `where` opens the error message."""
+    try:
+        return RunConfig.model_validate(_tuples(table))
+    except ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise InputError(f"{where}: {problems[0]}", problems[1:]) from error
+
+
+def _tuples(value: Any) -> Any:
+    """Lists become tuples, because strict validation takes no list for a tuple."""
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_tuples(item) for item in value)
+    return value
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"override {override!r}: expected key=value, as in data.batch_size=64")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    here: Any = table
+    for name in parents:
+        here = here[int(name)] if isinstance(here, list) else here.setdefault(name, {})
+        if not isinstance(here, dict | list):
+            raise InputError(f"override {override!r}: {name} is a value, not a table")
+    if isinstance(here, list):
+        raise InputError(f"override {override!r}: {'.'.join(parents)} is a list; name an element")
+    here[last] = value
+
+
+def _describe(problem: Any) -> str:
+    location = [part for part in problem["loc"] if not _is_union_branch(part)]
+    key = ".".join(str(part) for part in location) or "top level"
+    found = problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing; this key is required"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}"
+    expected = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: found {found!r} ({type(found).__name__}); {expected}"
+
+
+def _is_union_branch(part: Any) -> bool:
+    return isinstance(part, str) and ("[" in part or part in {"str", "int", "float"})
+
+
+def _keys_at(location: Sequence[Any]) -> list[str]:
+    """Return the known keys of the table at a dotted location of the run file."""
+    model: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = next(
+            (a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation
+        )
+    return list(model.model_fields)
+
+
+def _is_table(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, _Table)
