@@ -1,0 +1,52 @@
+"""Settings every test shares: eight simulated devices, no network, loud shape mistakes."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+
+try:
+    import jax
+except ImportError:  # pragma: no cover - layers 0 and 1 can be tested without jax
+    jax = None
+else:
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "data: needs the folder named by MLMJAX_TEST_DATA")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect, and count aloud, what this machine cannot run."""
+    wants_hub = "hub" in (config.getoption("-m") or "")
+    kept, dropped = [], []
+    for item in items:
+        lacks_data = item.get_closest_marker("data") and not TEST_DATA
+        lacks_hub = item.get_closest_marker("hub") and not wants_hub
+        (dropped if lacks_data or lacks_hub else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data that does not travel with the repository."""
+    return Path(TEST_DATA)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The packaged ModernBERT tokenizer."""
+    from mlmjax.tokenizer import Tokenizer
+
+    return Tokenizer.from_pretrained()
