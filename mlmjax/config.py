@@ -239,12 +239,25 @@ def _apply(table: dict[str, Any], override: str) -> None:
     *parents, last = key.split(".")
     here: Any = table
     for name in parents:
-        here = here[int(name)] if isinstance(here, list) else here.setdefault(name, {})
-        if not isinstance(here, dict | list):
-            raise InputError(f"override {override!r}: {name} is a value, not a table")
-    if isinstance(here, list):
+        here = _step_into(here, name, override)
+    if not isinstance(here, dict):
         raise InputError(f"override {override!r}: {'.'.join(parents)} is a list; name an element")
     here[last] = value
+
+
+def _step_into(here: Any, name: str, override: str) -> Any:
+    if isinstance(here, list):
+        if not (name.isdecimal() and int(name) < len(here)):
+            raise InputError(
+                f"override {override!r}: the list has {len(here)} elements, numbered from 0; "
+                f"found {name!r}"
+            )
+        here = here[int(name)]
+    else:
+        here = here.setdefault(name, {})
+    if not isinstance(here, dict | list):
+        raise InputError(f"override {override!r}: {name} is a value, not a table")
+    return here
 
 
 def _describe(problem: Any) -> str:
@@ -275,9 +288,7 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = model.model_fields[part].annotation
-        model = next(
-            (a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation
-        )
+        model = next((a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation)
     return list(model.model_fields)
 
 

@@ -1,0 +1,259 @@
+"""The command line: thin commands over the Python API, and errors turned into exit codes."""
+
+import errno
+import itertools
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from mlmjax._version import __version__
+from mlmjax.errors import InputError, RunError
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+MAX_DETAIL_LINES = 20
+CLASSIFY_CHUNK = 256
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mlmjax")
+def cli() -> None:
+    """Masked language models that answer. --debug anywhere on the line shows tracebacks."""
+
+
+@cli.command()
+@click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
+def demo(out: str) -> None:
+    """Train, test, export and reload a small model on the bundled textbook passages, offline."""
+    from mlmjax.demo import run_demo
+
+    run_demo(Path(out))
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def prepare(config: str, overrides: tuple[str, ...]) -> None:
+    """Turn the sources of CONFIG.toml into packed rows on disk."""
+    from mlmjax.train import prepare_rows
+
+    prepare_rows(_load(config, overrides))
+
+
+@cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(config: str, overrides: tuple[str, ...]) -> None:
+    """Run the training of CONFIG.toml; the same command again resumes it."""
+    run_config = _load(config, overrides)
+    from mlmjax.train import run_training
+
+    run_training(run_config)
+
+
+@cli.command()
+@click.option("--model", required=True, help="Folder or hub id of the model.")
+@click.option("--task", required=True, help="Name of a shipped task, or a task file (TOML).")
+@click.option("--data", default=None, help="Local data file instead of the task's own.")
+@click.option(
+    "--protocol",
+    type=click.Choice(["default", "published"]),
+    default="default",
+    show_default=True,
+    help="How options are scored; published follows the paper's scripts.",
+)
+@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows.")
+@click.option("--out", default=None, help="Folder for results.json and predictions.jsonl.")
+@click.option("--revision", default=None, help="Revision of a hub model.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--batch-size", type=click.IntRange(min=1), default=None)
+def evaluate(
+    model: str,
+    task: str,
+    data: str | None,
+    protocol: str,
+    limit: int | None,
+    out: str | None,
+    revision: str | None,
+    dtype: str,
+    batch_size: int | None,
+) -> None:
+    """Score a model on a task and print the results as JSON."""
+    from mlmjax.evaluate import load_task, run_evaluation
+    from mlmjax.hf import load_pretrained
+
+    definition = load_task(task)
+    loaded, tokenizer = load_pretrained(model, revision=revision, dtype=dtype)
+    results = run_evaluation(
+        loaded,
+        tokenizer,
+        definition,
+        data=data,
+        protocol=protocol,
+        limit=limit,
+        out=out,
+        batch_size=batch_size,
+    )
+    click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@click.option("--model", required=True, help="Folder or hub id of the model.")
+@click.option(
+    "--labels",
+    required=True,
+    help='Labels as "a,b,c", or a file with one label or label<TAB>description per line.',
+)
+@click.option("--revision", default=None, help="Revision of a hub model.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+@click.option("--batch-size", type=click.IntRange(min=1), default=None)
+@click.argument("file", default="-")
+def classify(
+    model: str, labels: str, revision: str | None, dtype: str, batch_size: int | None, file: str
+) -> None:
+    """Classify each line of FILE (or - for standard input); one JSON line per input line."""
+    from mlmjax.classifier import Classifier
+
+    names = read_labels(labels)
+    if file != "-":
+        for _ in read_lines(file):  # a bad line is refused before any answer is printed
+            pass
+    classifier = Classifier.from_pretrained(
+        model, names, revision=revision, dtype=dtype, batch_size=batch_size
+    )
+    lines = read_lines(file)
+    while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
+        for probabilities in classifier.predict_proba(chunk):
+            best = int(probabilities.argmax())
+            answer = {
+                "label": str(classifier.classes_[best]),
+                "probability": float(probabilities[best]),
+                "probabilities": {
+                    str(name): float(p)
+                    for name, p in zip(classifier.classes_, probabilities, strict=True)
+                },
+            }
+            click.echo(json.dumps(answer, ensure_ascii=False))
+
+
+def read_labels(argument: str) -> list[str] | dict[str, str]:
+    """Read labels from `"a,b,c"` or from a file of `label` or `label<TAB>description` lines.
+
+    >>> read_labels("sports, world")
+    ['sports', 'world']
+    """
+    path = Path(argument)
+    try:
+        is_file = path.is_file()
+    except OSError:  # a long list of names is no valid file name
+        is_file = False
+    if not is_file:
+        if "," not in argument:
+            raise InputError(
+                f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
+                'least two labels, as in "sports,world", or the path of a labels file'
+            )
+        return [name.strip() for name in argument.split(",")]
+    labels: dict[str, str] = {}
+    for number, line in enumerate(_decoded(path.read_bytes().splitlines(), argument), start=1):
+        if not line.strip():
+            continue
+        name, _, description = (part.strip() for part in line.partition("\t"))
+        if not name or name in labels:
+            found = "the label is blank" if not name else f"the label {name!r} stands there twice"
+            raise InputError(f"{argument}, line {number}: {found}; expected distinct labels")
+        labels[name] = description
+    return labels if any(labels.values()) else list(labels)
+
+
+def read_lines(file: str) -> Iterator[str]:
+    """Yield the texts of a file or of standard input (`-`), one per line, none of them blank."""
+    if file == "-":
+        yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
+        return
+    try:
+        with open(file, "rb") as stream:
+            yield from _checked(_decoded(stream, file), file)
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); give a text file with one text per line"
+        ) from error
+
+
+def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}, line {number}: is not UTF-8 text ({error.reason})"
+            ) from error
+
+
+def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(
+                f"{where}, line {number}: the text is blank; remove the line or give it a text"
+            )
+        yield line
+
+
+def _load(config: str, overrides: Sequence[str]):
+    from mlmjax.config import load_config
+
+    return load_config(config, overrides)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command and return its exit code; every message to people goes to stderr."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
+    try:
+        result = cli.main(list(arguments), prog_name="mlmjax", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_BAD_INPUT
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "mlmjax"
+        return _fail(f"{error.format_message()} See '{command} --help'.", (), EXIT_BAD_INPUT, debug)
+    except InputError as error:
+        return _fail(error.message, error.details, EXIT_BAD_INPUT, debug)
+    except RunError as error:
+        return _fail(str(error), (), EXIT_FAILED, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "free some space and run the same command again" if full else "check the path"
+        return _fail(f"{error}; {advice}", (), EXIT_FAILED, debug)
+    except Exception as error:
+        message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
+        return _fail(f"{message}; --debug shows where", (), EXIT_FAILED, debug)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, details: Sequence[str], code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    first, *rest = [*message.splitlines(), *details] or [""]
+    click.echo(f"mlmjax: {first}", err=True)
+    for line in rest[:MAX_DETAIL_LINES]:
+        click.echo(f"  {line}", err=True)
+    if len(rest) > MAX_DETAIL_LINES:
+        click.echo(f"  ... and {len(rest) - MAX_DETAIL_LINES} more", err=True)
+    return code
+
+
+def main() -> None:
+    """Entry point of the `mlmjax` command."""
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""The command line: exit codes, first lines, no traceback, results on stdout alone."""
+
+import subprocess
+import sys
+
+import pytest
+
+from mlmjax import cli
+from mlmjax.errors import InputError, RunError
+
+
+def fails(capsys, code, *arguments):
+    """Run a command that must fail with `code`; return the first line it prints."""
+    assert cli.run(arguments) == code
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    return err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.toml"], "absent.toml: cannot be read"),
+        (["prepare", "absent.toml"], "absent.toml: cannot be read"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["trian", "x.toml"], "No such command 'trian'"),
+        (["evaluate", "--model", "absent", "--task", "mmul"], "mmlu"),
+        (["evaluate", "--model", "m", "--task", "mmlu", "--protocol", "other"], "'other'"),
+        (["evaluate", "--model", "m", "--task", "mmlu", "--limit", "0"], "--limit"),
+        (["classify", "--model", "m", "--labels", "one"], "at least two labels"),
+        (
+            ["classify", "--model", "m", "--labels", "a,b", "absent.txt"],
+            "absent.txt: cannot be read",
+        ),
+    ],
+)
+def test_bad_input_exits_2_with_one_clear_line(capsys, arguments, message):
+    assert message in fails(capsys, 2, *arguments)
+
+
+def test_blank_line_is_named(capsys, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("first\n   \nthird\n")
+    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
+    assert "line 2: the text is blank" in line
+
+
+def test_broken_utf8_is_named(capsys, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"first\n\xff\xfe\n")
+    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
+    assert "line 2: is not UTF-8" in line
+
+
+def test_labels_from_a_file(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("sports\tgames and athletes\nworld\n\n")
+    assert cli.read_labels(str(path)) == {"sports": "games and athletes", "world": ""}
+    path.write_text("a\nb\n")
+    assert cli.read_labels(str(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["a\na\n", "\tdescription\nb\n"])
+def test_bad_label_files(tmp_path, content):
+    path = tmp_path / "labels.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match="line"):
+        cli.read_labels(str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "first"),
+    [
+        (InputError("bad", [f"line {i}" for i in range(50)]), 2, "mlmjax: bad"),
+        (RunError("loss is nan at step 3"), 1, "mlmjax: loss is nan at step 3"),
+        (OSError(28, "No space left on device"), 1, "mlmjax: [Errno 28] No space left on device"),
+        (KeyError("x"), 1, "mlmjax: internal error: KeyError: 'x'"),
+    ],
+)
+def test_errors_become_exit_codes(capsys, monkeypatch, error, code, first):
+    def raises(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(cli.cli, "main", raises)
+    assert cli.run(["train"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(first)
+    assert len(lines) <= 22
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.run(["train", "absent.toml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_and_version_need_no_jax():
+    code = "import sys; from mlmjax.cli import run; run(['--help']); run(['--version']); "
+    code += "sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "classify" in done.stdout
