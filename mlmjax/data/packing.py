@@ -1,0 +1,77 @@
+"""Best-fit packing of examples into rows of a fixed number of tokens."""
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from typing import TypeVar
+
+from mlmjax.errors import InputError
+
+WINDOW_ROWS = 512
+"""How many rows' worth of tokens `pack_stream` looks at together: bounds its memory."""
+
+T = TypeVar("T", bound=Sized)
+
+
+def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
+    """Pack examples into rows of at most `seq_length` tokens; give the indices in each row.
+
+    Best fit decreasing: from the longest to the shortest, each example goes to the fullest row it
+    still fits (D. S. Johnson, Near-optimal bin packing algorithms, 1973). The same lengths always
+    give the same rows; every example is in exactly one. Time is O(n log n + n seq_length / 64).
+
+    >>> pack(["aaaa", "bb", "ccc", "d"], 5)
+    [[0, 3], [1, 2]]
+
+    Raises `InputError` that names the first example longer than `seq_length`.
+    """
+    if seq_length < 1:
+        raise InputError(f"seq_length {seq_length}: expected a positive number of tokens")
+    lengths = [len(example) for example in examples]
+    for index, length in enumerate(lengths):
+        if length > seq_length:
+            raise InputError(
+                f"example {index} has {length} tokens and does not fit seq_length {seq_length}; "
+                "shorten it or raise seq_length"
+            )
+    rows: list[list[int]] = []
+    rows_by_free: list[list[int]] = [[] for _ in range(seq_length + 1)]
+    # Bit f is set while some row has f tokens free, so the best fit is the lowest set bit at or
+    # above the length: one shift instead of a search.
+    free_sizes = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
+        fitting = free_sizes >> length
+        if fitting:
+            free = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_free[free].pop()
+            if not rows_by_free[free]:
+                free_sizes ^= 1 << free
+            rows[row].append(index)
+        else:
+            free, row = seq_length, len(rows)
+            rows.append([index])
+        left = free - length
+        rows_by_free[left].append(row)
+        free_sizes |= 1 << left
+    return [sorted(row) for row in rows]
+
+
+def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
+    """Pack a stream: `pack` over windows of `WINDOW_ROWS` rows' worth of tokens.
+
+    Memory is bounded by the window however long the stream is, and the same stream gives the same
+    rows. A window wastes at most its own last rows, so padding stays close to packing all at once.
+    """
+    window: list[T] = []
+    tokens = 0
+    for example in examples:
+        if tokens + len(example) > WINDOW_ROWS * seq_length:
+            yield from _pack_window(window, seq_length)
+            window, tokens = [], 0
+        window.append(example)
+        tokens += len(example)
+    yield from _pack_window(window, seq_length)
+
+
+def _pack_window(window: list[T], seq_length: int) -> Iterator[list[T]]:
+    for row in pack(window, seq_length):
+        yield [window[index] for index in row]
