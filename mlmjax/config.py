@@ -4,7 +4,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -15,15 +15,16 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 ShortenSide = Literal["head", "tail", "middle"]
+Table = TypeVar("Table", bound=BaseModel)
 
 
-class _Table(BaseModel):
+class StrictTable(BaseModel):
     """A frozen table that knows exactly its own keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
-class SourceConfig(_Table):
+class SourceConfig(StrictTable):
     """One source of training text: where it is, and how a record becomes a prompt and an answer.
 
     Exactly one of `path` (a file or glob: parquet, JSONL, CSV, each also `.zst`) and `hub` (a
@@ -61,7 +62,7 @@ class SourceConfig(_Table):
         return self
 
 
-class DataConfig(_Table):
+class DataConfig(StrictTable):
     """What is read, how it is packed, and how many rows make one update."""
 
     rows: str
@@ -86,7 +87,7 @@ class DataConfig(_Table):
         return self
 
 
-class ObjectiveConfig(_Table):
+class ObjectiveConfig(StrictTable):
     """Shares of the objectives, drawn per example; what is left of 1 is answer token prediction."""
 
     dummy_mlm_share: Share = 0.0
@@ -102,7 +103,7 @@ class ObjectiveConfig(_Table):
         return self
 
 
-class OptimizerConfig(_Table):
+class OptimizerConfig(StrictTable):
     """The optimizer; weight decay never touches norms, biases or other vectors."""
 
     name: Literal["adamw", "stable_adamw"] = "adamw"
@@ -114,7 +115,7 @@ class OptimizerConfig(_Table):
     clip: NonNegativeFloat = 1.0
 
 
-class ScheduleConfig(_Table):
+class ScheduleConfig(StrictTable):
     """Learning rate over the run; `warmup` and `decay` are fractions (< 1) or steps (>= 1)."""
 
     name: Literal["wsd", "cosine", "linear"] = "wsd"
@@ -122,7 +123,7 @@ class ScheduleConfig(_Table):
     decay: NonNegativeFloat = 0.1
 
 
-class CheckpointConfig(_Table):
+class CheckpointConfig(StrictTable):
     """How often a checkpoint is written and which are kept; 0 for `every` means only at the end."""
 
     every: Annotated[int, Field(ge=0)] = 500
@@ -130,19 +131,19 @@ class CheckpointConfig(_Table):
     keep_best: Annotated[int, Field(ge=0)] = 1
 
 
-class EvaluationConfig(_Table):
+class EvaluationConfig(StrictTable):
     """How often validation runs; 0 means only at the end."""
 
     every: Annotated[int, Field(ge=0)] = 500
 
 
-class LogConfig(_Table):
+class LogConfig(StrictTable):
     """How often a line of metrics is written."""
 
     every: PositiveInt = 10
 
 
-class MeshConfig(_Table):
+class MeshConfig(StrictTable):
     """Devices along each mesh axis; `data = -1` takes all that remain."""
 
     data: int = -1
@@ -156,7 +157,7 @@ class MeshConfig(_Table):
         return self
 
 
-class RunConfig(_Table):
+class RunConfig(StrictTable):
     """One training run, decoded from one TOML file."""
 
     out: str
@@ -194,28 +195,38 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     is no TOML is taken as a string. Raises `InputError` that names the dotted key, what was found
     and the nearest known key.
     """
-    path = Path(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); give the path of a TOML run file"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text; expected a TOML run file") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: is not valid TOML: {error}") from error
+    table = read_toml(path)
     for override in overrides:
         _apply(table, override)
     return parse_config(table, where=str(path))
 
 
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file into plain values; raises `InputError` that says where it is broken."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror or error}); give the path of a TOML file"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8 text; expected a TOML file") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is not valid TOML: {error}") from error
+
+
 def parse_config(table: Mapping[str, Any], where: str = "config") -> RunConfig:
     """Decode a table of plain values into a `RunConfig`; `where` opens the error message."""
+    return decode(RunConfig, table, where)
+
+
+def decode(table_type: type[Table], values: Mapping[str, Any], where: str) -> Table:
+    """Decode plain values into a typed table; raises one `InputError` that lists every problem."""
     try:
-        return RunConfig.model_validate(_tuples(table))
+        return table_type.model_validate(_tuples(values))
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = [_describe(table_type, problem) for problem in error.errors()]
         raise InputError(f"{where}: {problems[0]}", problems[1:]) from error
 
 
@@ -260,12 +271,12 @@ def _step_into(here: Any, name: str, override: str) -> Any:
     return here
 
 
-def _describe(problem: Any) -> str:
+def _describe(table_type: type[BaseModel], problem: Any) -> str:
     location = [part for part in problem["loc"] if not _is_union_branch(part)]
     key = ".".join(str(part) for part in location) or "top level"
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
-        known = _keys_at(location[:-1])
+        known = _keys_at(table_type, location[:-1])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -281,11 +292,11 @@ def _is_union_branch(part: Any) -> bool:
     return isinstance(part, str) and ("[" in part or part in {"str", "int", "float"})
 
 
-def _keys_at(location: Sequence[Any]) -> list[str]:
-    """Return the known keys of the table at a dotted location of the run file."""
-    model: Any = RunConfig
+def _keys_at(table_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    """Return the known keys of the table at a dotted location."""
+    model: Any = table_type
     for part in location:
-        if isinstance(part, int):
+        if part not in model.model_fields:  # an index into a list, a key of a mapping
             continue
         annotation = model.model_fields[part].annotation
         model = next((a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation)
@@ -293,4 +304,4 @@ def _keys_at(location: Sequence[Any]) -> list[str]:
 
 
 def _is_table(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, _Table)
+    return isinstance(annotation, type) and issubclass(annotation, StrictTable)
