@@ -29,7 +29,8 @@ class SourceConfig(StrictTable):
 
     Exactly one of `path` (a file or glob: parquet, JSONL, CSV, each also `.zst`) and `hub` (a
     dataset id). Exactly one of `prompt` (an instruction or labelled example, with `answer`) and
-    `text` (the column of plain text, trained by MLM alone).
+    `text` (the column of plain text, trained by MLM alone). `weight` is the share of the rows
+    drawn that come from this source; without any, every row of all sources comes once per epoch.
     """
 
     name: str | None = None
@@ -44,7 +45,7 @@ class SourceConfig(StrictTable):
     text: str | None = None
     task: str | None = None
     shorten: Mapping[str, ShortenSide] = {}
-    weight: PositiveFloat = 1.0
+    weight: PositiveFloat | None = None
     limit: PositiveInt | None = None
 
     @model_validator(mode="after")
