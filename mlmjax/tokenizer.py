@@ -1,0 +1,268 @@
+"""The tokenizer: special ids by name, and text encoding that no text can subvert."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from mlmjax.errors import InputError
+
+ANCHOR = "[unused0]"
+_UNUSED = re.compile(r"\[unused\d+\]")
+_ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+_OTHER_ROLES = ("unk", "bos", "eos")
+_MAX_BYTES = {
+    "tokenizer.json": 128 * 2**20,
+    "tokenizer_config.json": 16 * 2**20,
+    "special_tokens_map.json": 16 * 2**20,
+}
+
+
+class Tokenizer:
+    """A fast tokenizer with the special ids a masked model needs, and plain-text encoding.
+
+    Attributes: `backend` (the `tokenizers.Tokenizer`, truncation and padding off), `vocab_size`
+    (ids are `0 .. vocab_size - 1`), `cls_id`, `sep_id`, `pad_id`, `mask_id`, `anchor_id`
+    (`[unused0]`), `special_ids` (every special token and every `[unused*]`: never masked, never a
+    target), `lstrip_ids` and `rstrip_ids` (tokens that swallow the white space before or after
+    them), `files` (name -> bytes, what `save` writes) and `sha256` of `files["tokenizer.json"]`.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
+        self.files = dict(files)
+        self.where = where
+        tables = {name: _parse(data, f"{where}/{name}") for name, data in files.items()}
+        table = tables.pop("tokenizer.json")
+        path = f"{where}/tokenizer.json"
+        if table.get("truncation") is not None or table.get("padding") is not None:
+            # Settings somebody trained with: kept, they would cut or pad every text in silence.
+            table |= {"truncation": None, "padding": None}
+            text = json.dumps(table, indent=2, ensure_ascii=False)
+            self.files["tokenizer.json"] = text.encode()
+        self.sha256 = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+        added = _added_tokens(table, path)
+        self.backend = _backend(table, path)
+        tokens = self.backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = len(tokens)
+        _check_ids(tokens, added, path)
+
+        names = _special_names(tables, where)
+        missing = [name for name in [*(names[r] for r in _ROLES), ANCHOR] if name not in tokens]
+        if missing:
+            raise InputError(
+                f"{path}: has no token {', '.join(missing)}; expected a tokenizer with "
+                f"{', '.join(names[r] for r in _ROLES)} and {ANCHOR}, as ModernBERT's has"
+            )
+        self.cls_id, self.sep_id, self.pad_id, self.mask_id = (tokens[names[r]] for r in _ROLES)
+        self.anchor_id = tokens[ANCHOR]
+        taken = {name for name, flags in added.items() if flags["special"]} | set(names.values())
+        taken |= {name for name in tokens if _UNUSED.fullmatch(name)}
+        self.special_ids = frozenset(tokens[name] for name in taken if name in tokens)
+        distinct = {self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.anchor_id}
+        if len(distinct) < len(_ROLES) + 1:
+            raise InputError(
+                f"{path}: one token plays two parts of [CLS], [SEP], [PAD], [MASK], {ANCHOR}; "
+                "expected five different tokens"
+            )
+        self.lstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("lstrip"))
+        self.rstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("rstrip"))
+        self._plain, self._renumber = _plain(table, taken, path)
+        # Text may be unknown to a word-level vocabulary; any other special id would be a breach.
+        self._forbidden = self.special_ids - {tokens.get(names.get("unk", "[UNK]"), -1)}
+        for name in sorted(taken):
+            self.encode_plain(name)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None = None) -> "Tokenizer":
+        """Read `tokenizer.json` (and its two companions) from a folder; None: the packaged one.
+
+        Raises `InputError` for a folder without it, a file that is too large or no JSON, ids with
+        holes, missing or doubled special tokens. Truncation and padding settings are taken out.
+
+        >>> Tokenizer.from_pretrained().mask_id
+        50284
+        """
+        if path is None:
+            packaged = resources.files("mlmjax") / "assets" / "tokenizer"
+            names = [name for name in _MAX_BYTES if (packaged / name).is_file()]
+            return cls({name: (packaged / name).read_bytes() for name in names})
+        folder = Path(path)
+        if not (folder / "tokenizer.json").is_file():
+            raise InputError(
+                f"{folder}: has no tokenizer.json; give a folder that a fast tokenizer was saved to"
+            )
+        names = [name for name in _MAX_BYTES if (folder / name).is_file()]
+        return cls({name: _read(folder / name) for name in names}, str(folder))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, (self.files, self.where)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Encode text alone: no [CLS] or [SEP], and nothing in it becomes a special token.
+
+        >>> Tokenizer.from_pretrained().encode_plain(" A")
+        [329]
+        """
+        return self.encode_plain_batch([text])[0]
+
+    def encode_plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode many texts at once, each as `encode_plain` does."""
+        for text in texts:
+            check_text(text, "text")
+        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._checked(encoding.ids) for encoding in encodings]
+
+    def plain_offsets(self, text: str) -> list[tuple[int, int]]:
+        """Return where each token of `encode_plain(text)` stands, `[start, end)` in characters."""
+        check_text(text, "text")
+        return self._plain.encode(text, add_special_tokens=False).offsets
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, special tokens written out."""
+        numbers = [int(i) for i in ids]
+        bad = [i for i in numbers if not 0 <= i < self.vocab_size]
+        if bad:
+            raise InputError(f"token id {bad[0]}: expected 0 to {self.vocab_size - 1}")
+        return self.backend.decode(numbers, skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        """Return the text one id stands for; a part of a character shows as U+FFFD."""
+        return self.decode([token_id])
+
+    def save(self, path: str | Path) -> None:
+        """Write the files this tokenizer was read from into a folder, bytes unchanged."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if self._renumber:
+            ids = [self._renumber.get(i, i) for i in ids]
+        if not self._forbidden.isdisjoint(ids):
+            found = self.backend.id_to_token(next(i for i in ids if i in self._forbidden))
+            raise InputError(
+                f"{self.where}: plain text becomes the special token {found}; expected a tokenizer "
+                "that makes special tokens from added tokens only"
+            )
+        return ids
+
+
+def check_text(text: Any, what: str) -> None:
+    """Raise `InputError`, opened by `what`, unless `text` is a string of whole characters."""
+    if not isinstance(text, str):
+        raise InputError(f"{what}: is {type(text).__name__} ({text!r:.60}); expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what}: holds half a character (a lone surrogate, U+{ord(text[error.start]):04X}) at "
+            f"position {error.start}; expected Unicode text"
+        ) from error
+
+
+def _read(path: Path) -> bytes:
+    limit = _MAX_BYTES[path.name]
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(data) > limit:
+        raise InputError(f"{path}: is larger than {limit >> 20} MiB; that is no tokenizer file")
+    return data
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        table = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not valid JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: holds a JSON {type(table).__name__}; expected an object")
+    return table
+
+
+def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(json.dumps(table))
+    except BaseException as error:
+        # A panic of the Rust library is no Exception, and a bad file can cause one.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{where}: is not a tokenizer the library can read ({error})") from error
+
+
+def _added_tokens(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Return `{content: entry}` of the added tokens, each entry checked."""
+    entries = table.get("added_tokens") or []
+    added: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: added_tokens is no list")
+    for entry in entries:
+        content = entry.get("content") if isinstance(entry, dict) else None
+        token_id = entry.get("id") if isinstance(entry, dict) else None
+        if not content or not isinstance(content, str) or type(token_id) is not int:
+            raise InputError(
+                f"{where}: added_tokens holds {entry!r:.80}; expected an object with content and id"
+            )
+        if content in added or token_id in seen:
+            raise InputError(
+                f"{where}: added_tokens names {content!r} or its id {token_id} twice; "
+                "expected every token once"
+            )
+        added[content] = {**entry, "special": bool(entry.get("special"))}
+        seen.add(token_id)
+    return added
+
+
+def _check_ids(tokens: dict[str, int], added: dict[str, dict[str, Any]], where: str) -> None:
+    for content, entry in added.items():
+        if tokens.get(content) != entry["id"]:
+            raise InputError(
+                f"{where}: added token {content!r} says id {entry['id']}, its place gives "
+                f"{tokens.get(content)}; expected ids without holes"
+            )
+    ids = set(tokens.values())
+    if ids != set(range(len(tokens))):
+        hole = next(i for i in range(len(tokens)) if i not in ids)
+        raise InputError(
+            f"{where}: {len(tokens)} tokens, but none has id {hole}; expected each of 0 to "
+            f"{len(tokens) - 1} once"
+        )
+
+
+def _special_names(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str, str]:
+    """Return role -> token text, from the companion files, else ModernBERT's names."""
+    names: dict[str, str] = {}
+    for file, table in tables.items():
+        for role in (*_ROLES, *_OTHER_ROLES):
+            value = table.get(f"{role}_token")
+            value = value.get("content") if isinstance(value, dict) else value
+            if value is None:
+                continue
+            if not isinstance(value, str) or names.get(role, value) != value:
+                raise InputError(
+                    f"{where}/{file}: {role}_token is {value!r:.60}; expected "
+                    f"{names.get(role, 'the text of a token')!r}, one name in all files"
+                )
+            names[role] = value
+    return _ROLES | names
+
+
+def _plain(
+    table: dict[str, Any], taken: set[str], where: str
+) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+    """Build the copy that knows no special token, and its ids that differ from the original's."""
+    kept = [entry for entry in table.get("added_tokens") or [] if entry["content"] not in taken]
+    plain = _backend({**table, "added_tokens": kept, "post_processor": None}, where)
+    here = plain.get_vocab(with_added_tokens=True)
+    moved = {here[entry["content"]]: entry["id"] for entry in kept}
+    return plain, {old: new for old, new in moved.items() if old != new}

@@ -1,0 +1,141 @@
+"""The map from each label to the one token that stands for it at the slot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from string import ascii_uppercase
+
+from mlmjax.errors import InputError
+from mlmjax.tokenizer import Tokenizer, check_text
+
+
+def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Return the first `n` option names that are one token after a space: A..Z, then AA..
+
+    `tokenizer` None means the packaged one. Raises `InputError` when there are not that many.
+
+    >>> option_letters(4)
+    ['A', 'B', 'C', 'D']
+    """
+    if n < 0:
+        raise InputError(f"{n} options: expected a count of at least 0")
+    if tokenizer is None and n <= len(ascii_uppercase):
+        return list(ascii_uppercase[:n])
+    names = _packaged_letters() if tokenizer is None else _letters(tokenizer)
+    if n > len(names):
+        raise InputError(
+            f"{n} options: this tokenizer has {len(names)} option names of one token; "
+            f"give at most {len(names)} options"
+        )
+    return list(names[:n])
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """The surface forms of each label, each of which must be exactly one token.
+
+    `forms` maps a label to its forms, a list or one string, the leading space included: `" A"` is
+    what follows the anchor in training, `"A"` is another token. The probability of a label is the
+    sum over its forms. Raises `InputError` for fewer than two labels and for blank ones.
+
+    >>> Verbalizer({"yes": [" yes"], "no": " no"}).labels
+    ('yes', 'no')
+    """
+
+    forms: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.forms, Mapping):
+            raise InputError(
+                f"verbalizer: is {type(self.forms).__name__}; expected label -> list of forms"
+            )
+        forms = {}
+        for label, given in self.forms.items():
+            check_text(label, f"label {label!r}")
+            if not label.strip():
+                raise InputError(f"label {label!r}: is blank; expected some text")
+            if not isinstance(given, str | list | tuple) or not given:
+                raise InputError(f"label {label!r}: has no forms; expected a list such as [' yes']")
+            forms[label] = (given,) if isinstance(given, str) else tuple(given)
+            for form in forms[label]:
+                check_text(form, f"label {label!r}: form {form!r}")
+                if not form.strip():
+                    raise InputError(f"label {label!r}: form {form!r} is blank; expected some text")
+        if len(forms) < 2:
+            raise InputError(f"verbalizer: has {len(forms)} labels; expected at least two")
+        object.__setattr__(self, "forms", forms)
+
+    @classmethod
+    def letters(cls, labels: Sequence[str], bare: bool = False) -> "Verbalizer":
+        """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU."""
+        _check_distinct(labels)
+        names = option_letters(len(labels))
+        return cls(
+            {
+                label: (f" {name}", name) if bare else (f" {name}",)
+                for label, name in zip(labels, names, strict=True)
+            }
+        )
+
+    @classmethod
+    def words(cls, labels: Sequence[str]) -> "Verbalizer":
+        """Let each label be named by itself, after a space."""
+        _check_distinct(labels)
+        return cls({label: (f" {label}",) for label in labels})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order given."""
+        return tuple(self.forms)
+
+    def ids(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+        """Return the token of every form, label by label.
+
+        Raises `InputError` that shows the pieces of a form that is not exactly one token, and for
+        a token that two forms share.
+        """
+        owners: dict[int, str] = {}
+        result = []
+        for label, forms in self.forms.items():
+            for form, ids in zip(forms, tokenizer.encode_plain_batch(forms), strict=True):
+                where = f"label {label!r}: form {form!r}"
+                if len(ids) != 1:
+                    pieces = " + ".join(repr(tokenizer.token(i)) for i in ids)
+                    raise InputError(
+                        f"{where} is {len(ids)} tokens ({pieces}); each form must be one token: "
+                        "choose another word, or name the labels by letters"
+                    )
+                if ids[0] in tokenizer.special_ids:
+                    raise InputError(
+                        f"{where} is the special token {tokenizer.token(ids[0])}; "
+                        "choose a word the tokenizer knows"
+                    )
+                if ids[0] in owners:
+                    raise InputError(
+                        f"{where} is the same token as one of label {owners[ids[0]]!r}; "
+                        "each form must be a token of its own"
+                    )
+                owners[ids[0]] = label
+            result.append(tuple(list(owners)[-len(forms) :]))
+        return result
+
+
+def _check_distinct(labels: Sequence[str]) -> None:
+    if isinstance(labels, str):
+        raise InputError(f"labels: is the text {labels!r:.60}; expected a list of labels")
+    for number, label in enumerate(labels):
+        check_text(label, f"label {number + 1}")
+        if label in labels[:number]:
+            raise InputError(f"label {label!r}: stands twice; expected every label once")
+
+
+@cache
+def _packaged_letters() -> tuple[str, ...]:
+    return _letters(Tokenizer.from_pretrained())
+
+
+def _letters(tokenizer: Tokenizer) -> tuple[str, ...]:
+    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    return tuple(name for name, ids in zip(names, encoded, strict=True) if len(ids) == 1)
