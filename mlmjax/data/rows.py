@@ -1,0 +1,330 @@
+"""Packed rows on disk: Arrow files with random access, and the manifest that describes them."""
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from mlmjax.data.batch import Example
+from mlmjax.errors import InputError
+
+FORMAT = 1
+"""Version of the row files and the manifest; raised whenever the same input gives other bytes."""
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+ROWS_PER_CHUNK = 256
+"""Rows per Arrow record batch: what is buffered while writing, and mapped at once while reading."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SourceFile(_Part):
+    """One file that was read: its name as configured, its size in bytes, its content's hash."""
+
+    path: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class RowFile(_Part):
+    """One file of rows of one source in one split, with what it holds."""
+
+    name: str
+    file: str
+    bytes: PositiveInt
+    sha256: str
+    text: bool
+    weight: float | None
+    rows: NonNegativeInt
+    examples: NonNegativeInt
+    tokens: NonNegativeInt
+    padding_share: float
+    max_examples_per_row: NonNegativeInt
+    examples_per_task: dict[str, int]
+
+
+class SourceReport(_Part):
+    """What reading one source gave: files, records, and why records were dropped."""
+
+    name: str
+    files: list[SourceFile]
+    records: NonNegativeInt
+    examples: NonNegativeInt
+    dropped: dict[str, int]
+    shortened: dict[str, int]
+
+
+class Manifest(_Part):
+    """What a rows folder holds and what it was made from; never a time or a machine's name."""
+
+    format: int
+    config: dict[str, Any]
+    tokenizer_sha256: str
+    vocab_size: PositiveInt
+    seq_length: PositiveInt
+    tasks: list[str]
+    sources: list[SourceReport]
+    validation_sources: list[SourceReport]
+    splits: dict[str, list[RowFile]]
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read `manifest.json` of a rows folder.
+
+    Raises `InputError` when there is none, or it is broken, or of another format version.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        table = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror or error}); expected a rows folder made by "
+            "`mlmjax prepare`"
+        ) from error
+    except ValueError as error:
+        raise InputError(
+            f"{file}: is not valid JSON ({error}); delete {path} and prepare again"
+        ) from error
+    found = table.get("format") if isinstance(table, dict) else None
+    if found != FORMAT:
+        raise InputError(
+            f"{file}: rows of format {found!r}, expected {FORMAT}; delete {path} and prepare again"
+        )
+    try:
+        return Manifest.model_validate(table)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        ]
+        raise InputError(
+            f"{file}: is not a manifest of rows: {problems[0]}; delete {path} and prepare again",
+            problems[1:],
+        ) from error
+
+
+def _schema(vocab_size: int) -> pa.Schema:
+    """Arrow columns of a row; tokens take 16 bits where the vocabulary allows, half the disk."""
+    token = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
+    return pa.schema(
+        [
+            ("tokens", pa.list_(token)),
+            ("lengths", pa.list_(pa.int32())),
+            ("answer_positions", pa.list_(pa.int32())),
+            ("tasks", pa.list_(pa.int32())),
+            ("indices", pa.list_(pa.int64())),
+            ("crc", pa.uint32()),
+        ]
+    )
+
+
+def write_rows(
+    path: Path, rows: Iterable[list[Example]], *, vocab_size: int, seq_length: int
+) -> dict[str, Any]:
+    """Write rows of examples to one Arrow file; give the counts `RowFile` holds.
+
+    Each row carries the CRC-32 of its content, checked at every read.
+    """
+    schema = _schema(vocab_size)
+    counts: dict[str, Any] = {"rows": 0, "examples": 0, "tokens": 0, "max_examples_per_row": 0}
+    per_task: dict[int, int] = {}
+    chunk: list[tuple[np.ndarray, ...]] = []
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for row in rows:
+            chunk.append(_to_columns(row, schema))
+            counts["rows"] += 1
+            counts["examples"] += len(row)
+            counts["tokens"] += sum(len(example) for example in row)
+            counts["max_examples_per_row"] = max(counts["max_examples_per_row"], len(row))
+            for example in row:
+                per_task[example.task] = per_task.get(example.task, 0) + 1
+            if len(chunk) == ROWS_PER_CHUNK:
+                writer.write_batch(_to_arrow(chunk, schema))
+                chunk = []
+        if chunk:
+            writer.write_batch(_to_arrow(chunk, schema))
+    capacity = counts["rows"] * seq_length
+    counts["padding_share"] = 1.0 - counts["tokens"] / capacity if capacity else 0.0
+    counts["per_task"] = per_task
+    return counts
+
+
+def _to_columns(row: list[Example], schema: pa.Schema) -> tuple[np.ndarray, ...]:
+    token = schema.field("tokens").type.value_type.to_pandas_dtype()
+    columns = (
+        np.concatenate([example.ids for example in row]).astype(token),
+        np.array([len(example) for example in row], np.int32),
+        np.array([example.answer_position for example in row], np.int32),
+        np.array([example.task for example in row], np.int32),
+        np.array([example.index for example in row], np.int64),
+    )
+    return (*columns, np.array([_crc(columns)], np.uint32))
+
+
+def _crc(columns: Iterable[np.ndarray]) -> int:
+    value = 0
+    for column in columns:
+        value = zlib.crc32(column, value)
+    return value
+
+
+def _to_arrow(chunk: list[tuple[np.ndarray, ...]], schema: pa.Schema) -> pa.RecordBatch:
+    *lists, crcs = zip(*chunk, strict=True)
+    arrays = []
+    for field, column in zip(schema, lists, strict=False):
+        offsets = np.concatenate([[0], np.cumsum([len(values) for values in column])])
+        arrays.append(
+            pa.ListArray.from_arrays(
+                pa.array(offsets, pa.int32()),
+                pa.array(np.concatenate(column), field.type.value_type),
+            )
+        )
+    arrays.append(pa.array(np.concatenate(crcs), pa.uint32()))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+class RowSource:
+    """The rows of one source in one split: `source[i]` is the list of examples of row `i`.
+
+    The file is memory mapped; `len`, `name`, `weight` (None: by its rows), `text` (plain text,
+    without answers), `max_examples_per_row`, `seq_length` and `tokenizer_sha256` come from the
+    manifest. Example indices are numbered through all sources of the split.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        entry: RowFile,
+        manifest: Manifest,
+        first_example: int,
+        weight: float | None,
+    ):
+        self.path = folder / split / entry.file
+        self.split = split
+        self.name = entry.name
+        self.weight = weight
+        self.text = entry.text
+        self.max_examples_per_row = entry.max_examples_per_row
+        self.seq_length = manifest.seq_length
+        self.tokenizer_sha256 = manifest.tokenizer_sha256
+        self._rows = entry.rows
+        self._vocab_size = manifest.vocab_size
+        self._tasks = len(manifest.tasks)
+        self._first_example = first_example
+        self._chunks = self._open(entry)
+        self._views: list[Any] = [None] * len(self._chunks)
+
+    def _open(self, entry: RowFile) -> list[pa.RecordBatch]:
+        if Path(entry.file).name != entry.file:
+            raise self._broken("its name in the manifest leads out of the rows folder")
+        try:
+            size = self.path.stat().st_size
+            if size != entry.bytes:
+                raise self._broken(f"{size} bytes, the manifest says {entry.bytes}")
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            if reader.schema != _schema(self._vocab_size):
+                raise self._broken("other columns than the manifest's format has")
+            chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            for chunk in chunks:
+                chunk.validate()
+        except (OSError, pa.ArrowException) as error:
+            raise self._broken(str(error).splitlines()[0]) from error
+        full, last = divmod(self._rows, ROWS_PER_CHUNK)
+        expected = [ROWS_PER_CHUNK] * full + ([last] if last else [])
+        if [chunk.num_rows for chunk in chunks] != expected:
+            raise self._broken(f"not the {self._rows} rows of the manifest")
+        return chunks
+
+    def _map(self, chunk: int) -> Any:
+        """Make numpy views of one chunk: (offsets, values) of each list column, and the CRCs."""
+        *lists, crcs = self._chunks[chunk].columns
+        try:
+            views = (
+                [(column.offsets.to_numpy(), column.values.to_numpy()) for column in lists],
+                crcs.to_numpy(),
+            )
+        except (ValueError, pa.ArrowException) as error:
+            raise self._broken(f"chunk {chunk} cannot be read") from error
+        self._views[chunk] = views
+        return views
+
+    def _broken(self, what: str) -> InputError:
+        return InputError(
+            f"{self.path}: row file is damaged: {what}; delete {self.path.parent.parent} and "
+            "prepare again"
+        )
+
+    def __len__(self) -> int:
+        """Count the rows."""
+        return self._rows
+
+    def __getitem__(self, row: int) -> list[Example]:
+        """Read one row, checked against its CRC-32 and the bounds of ids, positions and tasks."""
+        tokens, lengths, answers, tasks, indices = self.columns(row)
+        ends = np.cumsum(lengths)
+        return [
+            Example(
+                tokens[end - length : end].astype(np.uint32), int(answer), int(task), int(index)
+            )
+            for end, length, answer, task, index in zip(
+                ends, lengths, answers, tasks, indices, strict=True
+            )
+        ]
+
+    def columns(self, row: int) -> tuple[np.ndarray, ...]:
+        """Read one row as arrays: tokens `[tokens]`, and lengths, answer positions (within the
+        example), tasks and example indices, each `[examples]`.
+        """
+        if not 0 <= row < self._rows:
+            raise IndexError(f"row {row} of {self._rows} in {self.path}")
+        chunk, offset = divmod(row, ROWS_PER_CHUNK)
+        lists, crcs = self._views[chunk] or self._map(chunk)
+        # Slicing in numpy cannot leave the buffer, whatever damaged offsets say.
+        columns = [values[offsets[offset] : offsets[offset + 1]] for offsets, values in lists]
+        crc = crcs[offset]
+        if _crc(columns) != crc:
+            raise self._broken(f"the checksum of row {row} does not match")
+        tokens, lengths, answers, tasks, indices = columns
+        sound = (
+            len(lengths) == len(answers) == len(tasks) == len(indices) > 0
+            and lengths.min() > 0
+            and lengths.sum() == len(tokens) <= self.seq_length
+            and tokens.max() < self._vocab_size
+            and (answers < lengths).all()
+            and answers.min() >= -1
+            and 0 <= tasks.min() <= tasks.max() < self._tasks
+        )
+        if not sound:
+            raise self._broken(f"row {row} holds lengths, ids or positions out of bounds")
+        return tokens, lengths, answers, tasks, indices + self._first_example
+
+
+def open_rows(
+    path: str | Path, split: str, weights: Mapping[str, float | None] | None = None
+) -> list[RowSource]:
+    """Open the row files of one split, one `RowSource` per source that has rows in it.
+
+    `weights` by source name replace those of the manifest, because a mixture may change without
+    preparing again. Raises `InputError` for a split that is not there and for damaged files.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if split not in manifest.splits:
+        raise InputError(
+            f"{folder}: has no split {split!r}; there are: {', '.join(manifest.splits)}"
+        )
+    sources, first_example = [], 0
+    for entry in manifest.splits[split]:
+        weight = entry.weight if weights is None else weights.get(entry.name, entry.weight)
+        if entry.rows:
+            sources.append(RowSource(folder, split, entry, manifest, first_example, weight))
+        first_example += entry.examples
+    return sources
