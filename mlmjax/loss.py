@@ -1,0 +1,184 @@
+"""Cross-entropy over target positions as a pair (sum, count): the head runs on targets only."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlmjax.data.batch import OBJECTIVES, Batch
+from mlmjax.partition import batch_shards, constrain, mesh_sizes
+
+# Targets whose logits exist at one time (on each device). Large enough for an efficient matrix
+# product, small enough that 50368 float32 logits for each stay within about 100 MB.
+CHUNK = 512
+
+Metrics = dict[str, jax.Array]
+Logits = Callable[..., jax.Array]
+
+
+def token_loss(model: Any, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Sum the cross-entropy over all targets of a batch, and count.
+
+    `hidden` is `[batch, seq, hidden]` from `model.encode`; `model.mlm_logits` maps its last axis to
+    the vocabulary. Returns the float32 sum and the metrics `loss_sum`, `loss_count` and, for each
+    of `atp`, `dummy`, `mlm`, `_loss_sum`, `_count`, `_correct` (the target has the largest logit
+    of the whole vocabulary). Without targets everything is 0, and so is the gradient.
+    """
+    loss_sum, losses, correct = target_losses(model, hidden, batch)
+    return loss_sum, summarize(loss_sum, losses, correct, batch)
+
+
+def summarize(loss_sum: jax.Array, losses: jax.Array, correct: jax.Array, batch: Batch) -> Metrics:
+    """Return sums, counts and correct answers over all targets and per objective."""
+    is_target = batch.target_ids >= 0
+    metrics = {"loss_sum": loss_sum, "loss_count": _count(is_target)}
+    for number, name in enumerate(OBJECTIVES):
+        mine = is_target & (batch.target_objective == number)
+        metrics[f"{name}_loss_sum"] = jnp.sum(jnp.where(mine, losses, 0.0))
+        metrics[f"{name}_count"] = _count(mine)
+        metrics[f"{name}_correct"] = _count(mine & correct)
+    return metrics
+
+
+def target_losses(
+    model: Any, hidden: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the loss sum, and for each target its loss and whether it was predicted.
+
+    Shapes: `[]`, `[batch, targets]` float32 (0 where unused), `[batch, targets]` bool. Gradients
+    flow through the sum alone.
+
+    The targets of the rows on one device are moved to the front, so the head runs over as many
+    chunks as there are targets, not over the width that could be needed; nothing is dropped.
+    """
+    groups = batch_shards(mesh_sizes())
+    rows, seq, size = hidden.shape
+    width = batch.target_ids.shape[1]
+    length = rows // groups * width
+    chunk = min(CHUNK, length)
+
+    ids = batch.target_ids.reshape(groups, length)
+    order = jnp.argsort(ids < 0, axis=1, stable=True)
+    ids = jnp.take_along_axis(ids, order, axis=1)
+    row = jnp.arange(rows, dtype=jnp.int32).reshape(groups, rows // groups, 1) % (rows // groups)
+    places = row * seq + batch.target_positions.reshape(groups, rows // groups, width)
+    places = jnp.take_along_axis(places.reshape(groups, length), order, axis=1)
+    places = jnp.where(ids < 0, 0, places)
+
+    flat = constrain(hidden.reshape(groups, -1, size), "batch", None, None)
+    gathered = jnp.take_along_axis(flat, places[:, :, None], axis=1)
+    padding = -length % chunk
+    gathered = jnp.pad(gathered, ((0, 0), (0, padding), (0, 0)))
+    ids = jnp.pad(ids, ((0, 0), (0, padding)), constant_values=-100)
+
+    example = jax.ShapeDtypeStruct((groups, chunk, size), gathered.dtype)
+    logits_of, consts = jax.closure_convert(model.mlm_logits, example)
+    loss_sum, losses, correct = _sum_over_chunks(logits_of, chunk, consts, gathered, ids)
+
+    back = jnp.argsort(order, axis=1)
+    losses, correct = (
+        jnp.take_along_axis(values[:, :length], back, axis=1).reshape(rows, width)
+        for values in (losses, correct)
+    )
+    return loss_sum, jax.lax.stop_gradient(losses), correct
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_over_chunks(
+    logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss of each target, chunk by chunk; `hidden` is `[groups, length, hidden]`."""
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        h, target = _chunk_at(index, chunk, hidden, ids)
+        loss, correct, _ = _cross_entropy(logits_of(h, *consts), target)
+        return _put(carry, (loss, correct), index, chunk)
+
+    losses, correct = jax.lax.fori_loop(0, _used_chunks(ids, chunk), body, _empty(ids))
+    return jnp.sum(losses), losses, correct
+
+
+def _forward(
+    logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
+) -> tuple[Any, Any]:
+    # The sum's gradient is known up to one factor as soon as a chunk's logits are there, so both
+    # products of the backward pass are taken here and the logits are computed once.
+    def body(index: jax.Array, carry: Any) -> Any:
+        values, grad_consts, grad_hidden = carry
+        h, target = _chunk_at(index, chunk, hidden, ids)
+        logits, pull_back = jax.vjp(lambda *inputs: logits_of(inputs[0], *inputs[1:]), h, *consts)
+        loss, correct, grad_logits = _cross_entropy(logits, target)
+        grad_h, *grads = pull_back(grad_logits.astype(logits.dtype))
+        return (
+            _put(values, (loss, correct), index, chunk),
+            [total + grad for total, grad in zip(grad_consts, grads, strict=True)],
+            jax.lax.dynamic_update_slice_in_dim(grad_hidden, grad_h, index * chunk, axis=1),
+        )
+
+    start = (_empty(ids), [jnp.zeros_like(c) for c in consts], jnp.zeros_like(hidden))
+    (losses, correct), grad_consts, grad_hidden = jax.lax.fori_loop(
+        0, _used_chunks(ids, chunk), body, start
+    )
+    return (jnp.sum(losses), losses, correct), (grad_consts, grad_hidden)
+
+
+def _backward(logits_of: Logits, chunk: int, residuals: Any, cotangents: Any) -> Any:
+    scale = cotangents[0]
+    grad_consts, grad_hidden = jax.tree.map(lambda g: g * scale.astype(g.dtype), residuals)
+    return grad_consts, grad_hidden, None
+
+
+_sum_over_chunks.defvjp(_forward, _backward)
+
+
+def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss, whether the target has the largest logit, and the gradient with respect to the logits.
+
+    `logits` is `[groups, chunk, vocab]`, `target` `[groups, chunk]` (negative: unused, all zero).
+    Everything is float32. Among equal logits the smallest id is the prediction, as in argmax.
+    """
+    logits = constrain(logits.astype(jnp.float32), "batch", None, "tensor")
+    used = target >= 0
+    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    at_target = vocabulary == target[:, :, None]
+    chosen = jnp.sum(jnp.where(at_target, logits, 0.0), axis=2)
+    largest = jnp.max(logits, axis=2)
+    normalizer = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, :, None]), axis=2))
+    loss = jnp.where(used, normalizer - chosen, 0.0)
+    ahead = (logits > chosen[:, :, None]) | (
+        (logits == chosen[:, :, None]) & (vocabulary < target[:, :, None])
+    )
+    correct = used & jnp.isfinite(loss) & ~jnp.any(ahead, axis=2)
+    gradient = jnp.exp(logits - normalizer[:, :, None]) - at_target.astype(jnp.float32)
+    return loss, correct, jnp.where(used[:, :, None], gradient, 0.0)
+
+
+def _used_chunks(ids: jax.Array, chunk: int) -> jax.Array:
+    most = jnp.max(jnp.sum(ids >= 0, axis=1))
+    return (most + chunk - 1) // chunk
+
+
+def _chunk_at(
+    index: jax.Array, chunk: int, hidden: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return tuple(  # type: ignore[return-value]
+        jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1) for array in (hidden, ids)
+    )
+
+
+def _empty(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(ids.shape, jnp.float32), jnp.zeros(ids.shape, bool)
+
+
+def _put(carry: Any, values: Any, index: jax.Array, chunk: int) -> Any:
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(all_, value, index * chunk, axis=1)
+        for all_, value in zip(carry, values, strict=True)
+    )
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    # Counted in integers: float32 sums are exact only while partial sums stay below 2**24.
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
