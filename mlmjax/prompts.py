@@ -1,10 +1,9 @@
 """Prompts: a template that no text can break, and the verbalizer of its labels."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError
 from mlmjax.tokenizer import ANCHOR, Tokenizer, check_text
@@ -43,6 +42,9 @@ class _Token(NamedTuple):
     name: str
 
 
+_Part: TypeAlias = str | _Field | _Token
+
+
 @dataclass(frozen=True)
 class Template:
     """The text around a row's fields: `{field}`, `{options}`, `{{` and `}}` for braces.
@@ -54,7 +56,8 @@ class Template:
 
     The prompt is one string cut at the template's own tokens; each stretch is encoded as a whole,
     so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
-    option, last newline included; a newline inside a field or an option stays as it is.
+    option, last newline included; lines inside a field or an option, also ones that look like an
+    option, stay the text they are. One field may be blank, not all of them.
 
     Raises `InputError` for a malformed template.
     """
@@ -62,11 +65,13 @@ class Template:
     text: str
     shorten: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     fields: tuple[str, ...] = field(init=False, compare=False)
-    _parts: tuple[str | _Field | _Token, ...] = field(init=False, repr=False, compare=False)
+    _parts: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_text(self.text, "template")
-        parts = _with_slot(list(_parse(self.text)), self.text)
+        if not isinstance(self.shorten, Mapping):
+            raise InputError(f"shorten: is {self.shorten!r:.60}; expected field -> side")
+        parts = _with_slot(list(_parse(self.text)))
         names = tuple(dict.fromkeys(part.name for part in parts if isinstance(part, _Field)))
         for name, side in self.shorten.items():
             if name == _OPTIONS or name not in names:
@@ -74,12 +79,9 @@ class Template:
                 raise InputError(f"shorten: {name!r} cannot be shortened; fields here: {known}")
             if side not in _SIDES:
                 raise InputError(f"shorten: {name} is {side!r}; expected {', '.join(_SIDES)}")
-        for name, value in {
-            "shorten": dict(self.shorten),
-            "fields": names,
-            "_parts": parts,
-        }.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "shorten", dict(self.shorten))
+        object.__setattr__(self, "fields", names)
+        object.__setattr__(self, "_parts", parts)
 
     def encode(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int
@@ -100,24 +102,20 @@ class Template:
     def render_batch(
         self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], max_length: int
     ) -> list[Prompt]:
-        """Return the prompts of many rows, encoded together; errors name the row, from 1."""
-        texts = []
-        for number, row in enumerate(rows, 1):
-            with _named(number):
-                texts.append(self._texts(row))
-        prompts = []
-        for number, (row_texts, ids) in enumerate(
-            zip(texts, self._assemble(tokenizer, texts), strict=True), 1
-        ):
-            with _named(number):
-                prompts.append(self._fit(tokenizer, row_texts, ids, max_length))
-        return prompts
+        """Return the prompts of many rows, encoded together; the same as one by one.
+
+        Raises `InputError` that names every row that `render` refuses, counted from 1.
+        """
+        texts = _for_each(self._texts, rows)
+        encoded = self._assemble(tokenizer, texts)
+        return _for_each(
+            lambda text, ids: self._fit(tokenizer, text, ids, max_length), texts, encoded
+        )
 
     def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the text of every field of the template, options as their lines."""
         if not isinstance(row, Mapping):
             raise InputError(f"row is {type(row).__name__}; expected an object of field -> text")
-        texts = {}
         for name in self.fields:
             if row.get(name) is None:
                 raise InputError(
@@ -125,13 +123,13 @@ class Template:
                     f"needs {', '.join(self.fields)}; the row has {', '.join(map(str, row))}"
                 )
             if name == _OPTIONS:
-                texts[name] = _option_lines(row[name])
+                _check_options(row[name])
             else:
                 check_text(row[name], f"field {name!r}")
-                texts[name] = row[name]
-        if texts and not any(text.strip() for text in texts.values()):
-            raise InputError(f"field {', '.join(map(repr, texts))} is blank; expected some text")
-        return texts
+        given = [row[name] if name != _OPTIONS else "".join(row[name]) for name in self.fields]
+        if given and not any(text.strip() for text in given):
+            raise InputError(f"field {', '.join(map(repr, self.fields))} is blank; expected text")
+        return {n: row[n] if n != _OPTIONS else _option_lines(row[n]) for n in self.fields}
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Return the ids of many rows, whatever their length, `[CLS]` and last `[SEP]` included."""
@@ -212,20 +210,24 @@ class Template:
             budget -= len(ids) - max_length
         raise InputError(
             f"the prompt has {fixed} tokens without {', '.join(spans)} and at most {max_length} "
-            "fit; shorten the template or the options, or allow more tokens"
+            "fit, which leaves no room; shorten the rest of the prompt or allow more tokens"
         )
 
 
-@contextmanager
-def _named(number: int) -> Iterator[None]:
-    """Say which row an error is about."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"row {number}: {error.message}", error.details) from error
+def _for_each(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    """Apply a function to each row; one error names all the rows it refused, counted from 1."""
+    results, problems = [], []
+    for number, items in enumerate(zip(*columns, strict=True), 1):
+        try:
+            results.append(function(*items))
+        except InputError as error:
+            problems.append(f"row {number}: {error.message}")
+    if problems:
+        raise InputError(problems[0], problems[1:])
+    return results
 
 
-def _parse(text: str) -> Iterator[str | _Field | _Token]:
+def _parse(text: str) -> Iterator[_Part]:
     """Yield the template's literal texts, fields and own tokens, in order."""
     literal, end = "", 0
     for match in _BRACES.finditer(text):
@@ -257,40 +259,46 @@ def _literals(text: str) -> Iterator[str | _Token]:
             yield _Token(piece) if piece in _TOKENS else piece
 
 
-def _with_slot(parts: list[str | _Field | _Token], text: str) -> tuple[str | _Field | _Token, ...]:
+def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
     """Make the parts end in anchor and mask where there is no mask, and check the pair."""
     anchor, mask = _Token(ANCHOR), _Token(MASK)
-    if mask not in parts:
-        body = [*parts, ""]
-        while isinstance(body[-1], str) and not body[-1].strip(WHITE_SPACE) and len(body) > 1:
-            body.pop()
-        if body[-1] == anchor:
-            return (*body, mask)
-        spaced = isinstance(parts[-1], str) and parts[-1][-1] in WHITE_SPACE if parts else True
-        return (*parts, *([] if spaced else [" "]), anchor, mask)
-    slot = parts.index(mask)
-    if mask in parts[slot + 1 :]:
-        raise InputError(
-            f"template: has {parts.count(mask)} {MASK}; expected one, directly after {ANCHOR}"
-        )
-    before = parts[:slot]
-    if before and isinstance(before[-1], str) and not before[-1].strip(WHITE_SPACE):
-        before.pop()
-    if not before or before[-1] != anchor:
+    if mask in parts:
+        if parts.count(mask) > 1:
+            raise InputError(
+                f"template: has {parts.count(mask)} {MASK}; expected one, directly after {ANCHOR}"
+            )
+        slot = parts.index(mask)
+        before, after = parts[:slot], parts[slot:]
+    else:
+        before, after = parts, [mask]
+        if anchor not in _without_space(parts)[-1:]:
+            spaced = not parts or (isinstance(parts[-1], str) and parts[-1][-1] in WHITE_SPACE)
+            before = [*parts, *([] if spaced else [" "]), anchor]
+    before = _without_space(before)
+    if anchor not in before[-1:]:
         raise InputError(
             f"template: {MASK} does not stand directly after {ANCHOR}; "
             f"write {ANCHOR} {MASK}, or leave both out to have them at the end"
         )
-    return (*before, *parts[slot:])
+    return (*before, *after)
 
 
-def _option_lines(options: Any) -> str:
+def _without_space(parts: list[_Part]) -> list[_Part]:
+    """Return the parts without a last one that is white space alone."""
+    last = parts[-1] if parts else None
+    return parts[:-1] if isinstance(last, str) and not last.strip(WHITE_SPACE) else parts
+
+
+def _check_options(options: Any) -> None:
     if isinstance(options, str | bytes | Mapping | Set) or not isinstance(options, Collection):
         raise InputError(f"field 'options' is {type(options).__name__}; expected a list of texts")
-    for number, text in enumerate(options, 1):
-        check_text(text, f"option {number}")
     if not len(options):
         raise InputError("field 'options' has no option; expected a list of texts")
+    for number, text in enumerate(options, 1):
+        check_text(text, f"option {number}")
+
+
+def _option_lines(options: Collection[str]) -> str:
     letters = option_letters(len(options))
     return "".join(f"- {letter}: {text}\n" for letter, text in zip(letters, options, strict=True))
 

@@ -39,15 +39,15 @@ class Tokenizer:
         tables = {name: _parse(data, f"{where}/{name}") for name, data in files.items()}
         table = tables.pop("tokenizer.json")
         path = f"{where}/tokenizer.json"
-        if table.get("truncation") is not None or table.get("padding") is not None:
-            # Settings somebody trained with: kept, they would cut or pad every text in silence.
-            table |= {"truncation": None, "padding": None}
-            text = json.dumps(table, indent=2, ensure_ascii=False)
+        self.backend = _backend(table, path)
+        if baked := _baked_in(table):
+            text = json.dumps(table | baked, indent=2, ensure_ascii=False)
             self.files["tokenizer.json"] = text.encode()
+            table |= baked
+            self.backend = _backend(table, path)
         self.sha256 = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
         added = _added_tokens(table, path)
-        self.backend = _backend(table, path)
         tokens = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = len(tokens)
         _check_ids(tokens, added, path)
@@ -131,10 +131,6 @@ class Tokenizer:
             raise InputError(f"token id {bad[0]}: expected 0 to {self.vocab_size - 1}")
         return self.backend.decode(numbers, skip_special_tokens=False)
 
-    def token(self, token_id: int) -> str:
-        """Return the text one id stands for; a part of a character shows as U+FFFD."""
-        return self.decode([token_id])
-
     def save(self, path: str | Path) -> None:
         """Write the files this tokenizer was read from into a folder, bytes unchanged."""
         folder = Path(path)
@@ -197,6 +193,14 @@ def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{where}: is not a tokenizer the library can read ({error})") from error
+
+
+def _baked_in(table: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of somebody's run, replaced: they would cut, pad or alter every text."""
+    settings: dict[str, Any] = {k: None for k in ("truncation", "padding") if table.get(k) is not None}
+    if isinstance(table.get("model"), dict) and table["model"].get("dropout"):
+        settings["model"] = table["model"] | {"dropout": None}
+    return settings
 
 
 def _added_tokens(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -18,8 +18,6 @@ def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
     >>> option_letters(4)
     ['A', 'B', 'C', 'D']
     """
-    if n < 0:
-        raise InputError(f"{n} options: expected a count of at least 0")
     if tokenizer is None and n <= len(ascii_uppercase):
         return list(ascii_uppercase[:n])
     names = _packaged_letters() if tokenizer is None else _letters(tokenizer)
@@ -95,39 +93,41 @@ class Verbalizer:
         Raises `InputError` that shows the pieces of a form that is not exactly one token, and for
         a token that two forms share.
         """
+        pairs = [(label, form) for label, forms in self.forms.items() for form in forms]
+        encoded = tokenizer.encode_plain_batch([form for _, form in pairs])
         owners: dict[int, str] = {}
-        result = []
-        for label, forms in self.forms.items():
-            for form, ids in zip(forms, tokenizer.encode_plain_batch(forms), strict=True):
-                where = f"label {label!r}: form {form!r}"
-                if len(ids) != 1:
-                    pieces = " + ".join(repr(tokenizer.token(i)) for i in ids)
-                    raise InputError(
-                        f"{where} is {len(ids)} tokens ({pieces}); each form must be one token: "
-                        "choose another word, or name the labels by letters"
-                    )
-                if ids[0] in tokenizer.special_ids:
-                    raise InputError(
-                        f"{where} is the special token {tokenizer.token(ids[0])}; "
-                        "choose a word the tokenizer knows"
-                    )
-                if ids[0] in owners:
-                    raise InputError(
-                        f"{where} is the same token as one of label {owners[ids[0]]!r}; "
-                        "each form must be a token of its own"
-                    )
-                owners[ids[0]] = label
-            result.append(tuple(list(owners)[-len(forms) :]))
-        return result
+        result: dict[str, tuple[int, ...]] = dict.fromkeys(self.forms, ())
+        for (label, form), ids in zip(pairs, encoded, strict=True):
+            where = f"label {label!r}: form {form!r}"
+            if len(ids) != 1:
+                pieces = " + ".join(repr(tokenizer.decode([i])) for i in ids)
+                raise InputError(
+                    f"{where} is {len(ids)} tokens ({pieces}); each form must be one token: "
+                    "choose another word, or name the labels by letters"
+                )
+            if ids[0] in tokenizer.special_ids:
+                raise InputError(
+                    f"{where} is the special token {tokenizer.decode(ids)}; "
+                    "choose a word the tokenizer knows"
+                )
+            if ids[0] in owners:
+                raise InputError(
+                    f"{where} is the same token as a form of label {owners[ids[0]]!r}; "
+                    "each form must be a token of its own"
+                )
+            owners[ids[0]] = label
+            result[label] += (ids[0],)
+        return list(result.values())
 
 
 def _check_distinct(labels: Sequence[str]) -> None:
     if isinstance(labels, str):
         raise InputError(f"labels: is the text {labels!r:.60}; expected a list of labels")
-    for number, label in enumerate(labels):
-        check_text(label, f"label {number + 1}")
-        if label in labels[:number]:
-            raise InputError(f"label {label!r}: stands twice; expected every label once")
+    for number, label in enumerate(labels, 1):
+        check_text(label, f"label {number}")
+    if len(set(labels)) < len(labels):
+        label = next(label for at, label in enumerate(labels) if label in labels[:at])
+        raise InputError(f"label {label!r}: stands twice; expected every label once")
 
 
 @cache
