@@ -25,7 +25,7 @@ ROWS = [
         "data",
     ],
     ["partition", "attention", "modernbert", "loss", "optim"],
-    ["hf", "checkpoint"],
+    ["hub", "hf", "checkpoint"],
     ["step"],
     ["log", "score", "evaluate", "train", "classifier", "report", "demo", "cli", "__main__"],
 ]

@@ -1,0 +1,311 @@
+"""Model folders: found on disk or the hub, opened as a stranger's, written whole or not at all."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import ml_dtypes  # noqa: F401 - numpy knows the name "bfloat16" only after this import
+import numpy as np
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError, safe_open
+
+from mlmjax.errors import InputError, RunError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+PICKLES = frozenset(
+    {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy"}
+)
+MAX_JSON_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 16 * 2**20
+
+# What to do about each way the hub can refuse; the first match counts.
+_HUB_REFUSALS: tuple[tuple[type[Exception], str], ...] = (
+    (hub_errors.HFValidationError, "and is not a valid hub id (organisation/name)"),
+    (hub_errors.GatedRepoError, "and the hub asks for permission: accept its terms, log in"),
+    (hub_errors.RepositoryNotFoundError, "and the hub has no such model (or hides it: log in)"),
+    (hub_errors.RevisionNotFoundError, "and the hub has no such revision of it"),
+    (hub_errors.LocalEntryNotFoundError, "and neither the hub nor a copy in the cache is at hand"),
+    (hub_errors.OfflineModeIsEnabled, "and the hub is switched off (HF_HUB_OFFLINE)"),
+)
+
+
+def fetch(
+    source: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+) -> Path:
+    """Return the folder of a model: `source` itself, or the hub's snapshot of that id.
+
+    Only the configuration, tokenizer files and safetensors weights are fetched. Raises
+    `InputError` for a path that is no folder, an unknown id and a hub that cannot be reached.
+    """
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if not name.strip():
+        raise InputError("the model's name is empty; give a folder or a hub id")
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name[:200]!r}: is no usable path ({error}); give a folder") from error
+    if is_folder and revision is None:
+        return path
+    if is_folder:
+        raise InputError(
+            f"{name}: is a folder, but revision {revision!r} names a version on the hub; "
+            "leave the revision out, or give a hub id"
+        )
+    if exists:
+        raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
+        raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
+    folder = _download(name, revision, local_files_only, [CONFIG, INDEX, *TOKENIZER_FILES])
+    weights = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
+    if not all((folder / weight).exists() for weight in weights):
+        # The snapshot's folder is named by its commit: both calls see the same version.
+        folder = _download(name, folder.name, local_files_only, weights)
+    return folder
+
+
+def _download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, local_files_only=local, allow_patterns=files
+            )
+        )
+    except Exception as error:  # the transport's own errors differ from version to version
+        reasons = (text for kind, text in _HUB_REFUSALS if isinstance(error, kind))
+        reason = next(reasons, "and the hub cannot be used now")
+        what = name if revision is None else f"{name} (revision {revision})"
+        first_line = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"{what}: is no folder here, {reason}; check the name, or give the path of a folder",
+            [f"{type(error).__name__}: {first_line}"],
+        ) from error
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """Return the path of a regular file that lies in `folder`; raise `InputError` otherwise.
+
+    A link may lead elsewhere in the folder, and, in a snapshot of the hub's cache, to the blobs
+    beside it, which is how that cache is made.
+    """
+    if name in {"", ".", ".."} or set(name) & set("/\\:\0"):
+        raise InputError(f"{folder}: {name!r} is not a plain file name; nothing outside is read")
+    home = folder.resolve()
+    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    try:
+        target = (folder / name).resolve()
+        if not any(target.is_relative_to(root) for root in roots):
+            raise InputError(
+                f"{folder / name}: is a link to {target}, outside its folder; copy the file itself"
+            )
+        if target.is_file():
+            return target
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{folder / name}: cannot be read ({error})") from error
+    raise InputError(f"{folder / name}: is missing; a model folder needs this file")
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """Read a JSON object of bounded size; raise `InputError` for anything else."""
+    path = plain_file(folder, name)
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise InputError(
+                f"{folder / name}: is {size} bytes long; expected at most {MAX_JSON_BYTES}"
+            )
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{folder / name}: is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{folder / name}: holds a JSON {type(value).__name__}; expected an object"
+        )
+    return value
+
+
+def weight_map(folder: Path) -> dict[str, str] | None:
+    """Return which file holds each tensor by the shard index, or None without an index in use.
+
+    As in transformers, `model.safetensors` comes before an index when both are there.
+    """
+    if os.path.lexists(folder / WEIGHTS) or not os.path.lexists(folder / INDEX):
+        return None
+    files = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{folder / INDEX}: has no weight_map; expected tensor names and files")
+    problems = [
+        f"{name}: file {file!r}"
+        for name, file in files.items()
+        if not isinstance(file, str)
+        or set(file) & set("/\\:\0")
+        or not file.endswith(".safetensors")
+    ]
+    if problems:
+        raise InputError(
+            f"{folder / INDEX}: names files that are no plain *.safetensors names in this folder",
+            problems,
+        )
+    return files
+
+
+class Header(NamedTuple):
+    """What a safetensors header says of one tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The tensors of a model folder: headers first (`headers`), then one at a time (`read`).
+
+    `problems` lists tensors that stand twice, or not where the index says. Used as a context.
+    Raises `InputError` for pickles, truncated and lying files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.headers: dict[str, Header] = {}
+        self.problems: list[str] = []
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+
+    def __enter__(self) -> "Weights":
+        files = weight_map(self.folder)
+        with self._stack:
+            for file in sorted(set(files.values())) if files else [WEIGHTS]:
+                self._add(file)
+            self._check_index(files)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+        self._open.clear()
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor in the dtype it has on disk."""
+        header = self.headers[name]
+        try:
+            return self._open[header.file].get_tensor(name)
+        except SafetensorError as error:
+            raise InputError(f"{self.folder / header.file}: {name} cannot be read") from error
+
+    def _add(self, file: str) -> None:
+        if file == WEIGHTS and not os.path.lexists(self.folder / file):
+            raise _no_weights(self.folder)
+        path = plain_file(self.folder, file)
+        where = self.folder / file
+        try:
+            _check_header_length(path, where)
+            opened = self._stack.enter_context(safe_open(path, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
+            ) from error
+        self._open[file] = opened
+        for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            part = opened.get_slice(name)
+            if name in self.headers:
+                self.problems.append(f"{name}: stands in {self.headers[name].file} and in {file}")
+            self.headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+
+    def _check_index(self, files: Mapping[str, str] | None) -> None:
+        for name, file in (files or {}).items():
+            if name not in self.headers:
+                self.problems.append(f"{name}: is missing, though {INDEX} places it in {file}")
+            elif self.headers[name].file != file:
+                found = self.headers[name].file
+                self.problems.append(f"{name}: is in {found}, though {INDEX} places it in {file}")
+
+
+def _check_header_length(path: Path, where: Path) -> None:
+    """Refuse a header longer than the file or than any real model's, before it is parsed."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise InputError(
+            f"{where}: is truncated or no safetensors file: its header says {length} bytes, and "
+            f"{max(size - 8, 0)} are there; fetch or export it again"
+        )
+    if length > MAX_HEADER_BYTES:
+        raise InputError(
+            f"{where}: has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}"
+        )
+
+
+def _no_weights(folder: Path) -> InputError:
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if not pickles:
+        return InputError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
+    return InputError(
+        f"{folder}: holds weights only in a format that can run code or is not supported "
+        f"({', '.join(pickles[:3])}); expected {WEIGHTS}. Convert it where you trust the file: "
+        "model = transformers.AutoModelForMaskedLM.from_pretrained(FOLDER); "
+        "model.save_pretrained(NEW_FOLDER)"
+    )
+
+
+@contextmanager
+def written_whole(path: Path, replaceable: frozenset[str] | set[str]) -> Iterator[Path]:
+    """Give a new folder to write into, and put it in the place of `path` once all is written.
+
+    An older folder there is replaced only if it holds nothing but `replaceable` names (a name
+    that starts with `*` stands for its ending). Raises `InputError` for any other folder or file
+    there, `RunError` when writing fails; nothing is left behind then, and the old folder stays.
+    """
+    path = path.expanduser()
+    check_replaceable(path, replaceable)
+    token = uuid.uuid4().hex[:8]
+    new, old = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("new", "old"))
+    try:
+        new.mkdir(parents=True)
+        yield new
+        if path.is_dir():
+            path.rename(old)
+        try:
+            new.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+    except OSError as error:
+        raise RunError(f"{path}: could not be written ({error})") from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(path: Path, replaceable: frozenset[str] | set[str]) -> None:
+    """Refuse (`InputError`) to write where something other than an older model folder is."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise InputError(f"{path}: is a file; give a folder to write to")
+    endings = tuple(name[1:] for name in replaceable if name.startswith("*"))
+    others = [
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in replaceable and not (endings and entry.name.endswith(endings))
+    ]
+    if others:
+        raise InputError(
+            f"{path}: holds other things than a model written before ({sorted(others)[0]}); "
+            "give a new or empty folder"
+        )
