@@ -1,0 +1,374 @@
+"""Checkpoints of runs and of models, whole and verified. Nothing else knows Orbax."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+from mlmjax import hf, hub
+from mlmjax.architecture import ModelConfig
+from mlmjax.config import CheckpointConfig
+from mlmjax.errors import InputError, RunError
+from mlmjax.partition import leaf_path
+from mlmjax.tokenizer import Tokenizer
+
+STATE, RECORD = "state", "record"  # what a step's folder holds
+PARAMS, MODEL_RECORD = (
+    "params",
+    "checkpoint.json",
+)  # what a model's folder holds, beside config.json
+MODEL_FORMAT = "mlmjax-model-1"
+MODEL_FILES = frozenset(
+    {hub.CONFIG, MODEL_RECORD, PARAMS} | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
+)
+
+# Orbax tells of every step it takes, and prints tracebacks of errors that it raises as well.
+logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder/STEP`: written in the background, whole or not at all.
+
+    The newest `keep_last` are kept, and the `keep_best` with the smallest validation loss as well.
+    Every array is saved with a fingerprint, and restoring verifies it. Use as a context, or call
+    `close`; a save that failed in the background raises `RunError` at the next call.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
+        self.folder = Path(folder).expanduser().absolute()
+        policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]
+        if config.keep_best:
+            best = ocp.checkpoint_managers.BestN(
+                get_metric_fn=_loss,
+                n=config.keep_best,
+                reverse=True,  # the last ones in order are kept
+                keep_checkpoints_without_metrics=False,
+            )
+            policies.append(best)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
+                    # Only with these does Orbax write the metrics, which the next process needs.
+                    best_fn=_loss,
+                    best_mode="min",
+                    cleanup_tmp_directories=True,
+                ),
+                item_handlers={
+                    STATE: ocp.StandardCheckpointHandler(),
+                    RECORD: ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be used for checkpoints ({error})") from error
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Save any tree of arrays under `step`; writing goes on in the background.
+
+        `metrics` with a finite "loss" makes the step a candidate for the best; `metadata` is a
+        JSON object that says whose state this is (see `metadata()`). A step that is there already
+        is left alone. Raises `RunError` if this or the save before it fails.
+        """
+        step = int(step)
+        if step in self.steps():
+            return
+        ranked = metrics is not None and np.isfinite(float(metrics.get("loss", np.nan)))
+        record = {"metadata": dict(metadata or {}), "fingerprints": fingerprints(state)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
+                ),
+                metrics={"loss": float(metrics["loss"])} if metrics and ranked else None,
+                force=True,
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def latest(self) -> int | None:
+        """Return the newest step that is saved whole, or None."""
+        return max(self.steps(), default=None)
+
+    def steps(self) -> list[int]:
+        """Return all steps that are saved whole, in order."""
+        self.wait()
+        # Orbax renames a finished folder into place, but lists any with a number for a name.
+        parts = (STATE, RECORD, "_CHECKPOINT_METADATA")
+        return sorted(
+            step
+            for step in self._manager.all_steps()
+            if all((self.folder / str(step) / part).exists() for part in parts)
+        )
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """Return the `metadata` that was given to `save`; raises `InputError`."""
+        return self._record(step)["metadata"]
+
+    def restore(self, step: int, abstract_state: Any) -> Any:
+        """Return the state saved under `step`, bit by bit, on the shardings of `abstract_state`.
+
+        `abstract_state` is a tree of `jax.ShapeDtypeStruct` (or arrays). Raises `InputError` that
+        names the first leaf that differs if the checkpoint is of another model, and one that says
+        what to do if it is damaged.
+        """
+        record = self._record(step)
+        where = self.folder / str(step)
+        abstract = jax.tree.map(_abstract, abstract_state)
+        try:
+            saved = _describe(self._manager.item_metadata(step)[STATE])
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        _check_same(where, saved, _describe(abstract))
+        try:
+            args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
+            state = self._manager.restore(step, args=args)[STATE]
+            _verify(state, record["fingerprints"])
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return state
+
+    def wait(self) -> None:
+        """Return when no save is under way; raises `RunError` if one failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Wait for the last save, and let go of threads and files; raises `RunError` as `wait`."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _record(self, step: int) -> dict[str, Any]:
+        if step not in self.steps():
+            have = ", ".join(map(str, self.steps())) or "none"
+            raise InputError(f"{self.folder}: has no checkpoint of step {step}; it has {have}")
+        try:
+            args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
+            record = self._manager.restore(step, args=args)[RECORD]
+            if not all(isinstance(record[key], dict) for key in ("metadata", "fingerprints")):
+                raise ValueError(f"{RECORD} holds no metadata and fingerprints")
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return record
+
+    def _failed(self, error: Exception) -> RunError:
+        return RunError(
+            f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}); those saved "
+            "before it are whole"
+        )
+
+    def _damaged(self, step: int, error: Exception) -> InputError:
+        others = [other for other in self.steps() if other != step]
+        then = f"the run goes on from step {max(others)}" if others else "the run starts again"
+        return InputError(
+            f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
+            f"({_first_line(error)}); delete this folder, and {then}"
+        )
+
+
+def _loss(metrics: Any) -> float:
+    return metrics["loss"]
+
+
+def fingerprints(state: Any) -> dict[str, int]:
+    """Return the sum of every array's bits as 32-bit words, modulo 2**32, by the array's path.
+
+    Any change of one word changes it, and it is the same for every sharding.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    numbers = jax.device_get([_fingerprint(jnp.asarray(leaf)) for _, leaf in leaves])
+    return {leaf_path(path): int(n) for (path, _), n in zip(leaves, numbers, strict=True)}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _verify(state: Any, expected: Mapping[str, int]) -> None:
+    found = fingerprints(state)
+    changed = [name for name in found if found[name] != expected.get(name)]
+    if changed:
+        raise ValueError(f"{changed[0]} is not what was saved")
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Return `dtype [shape]` of every leaf by its path; of a saved tree's description as well."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, "tree", tree))
+    return {
+        leaf_path(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves
+    }
+
+
+def _check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    problems = [
+        f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
+        f"{expected.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"{where}: is the checkpoint of another model: {problems[0]} (differences: "
+            f"{len(problems)}); give the configuration it was saved with, or another folder",
+            problems[1:],
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def save_model(path: str | os.PathLike[str], model: hf.Model, tokenizer: Tokenizer | None) -> None:
+    """Write a model alone: config.json, tokenizer files, `params/` (Orbax), checkpoint.json.
+
+    The dtypes of the files it was loaded from are kept, so that it can go back bit by bit. The
+    folder appears whole or not at all. Raises `InputError` and `RunError` as `hf.save_pretrained`.
+    """
+    params = nnx.state(model, nnx.Param)
+    values = model.config.to_hf() | {"architectures": [type(model).__name__]}
+    record = {
+        "format": MODEL_FORMAT,
+        "source_dtypes": dict(getattr(model, "source_dtypes", ())),
+        "fingerprints": fingerprints(params),
+    }
+    with hub.written_whole(Path(path), MODEL_FILES) as folder:
+        for name, table in ((hub.CONFIG, values), (MODEL_RECORD, record)):
+            (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((folder / PARAMS).absolute(), params)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, dtype: str = "float32", attention: str = "auto"
+) -> tuple[hf.Model, Tokenizer | None]:
+    """Read what `save_model` wrote; the tokenizer is None where none was saved.
+
+    Raises `InputError` for a damaged folder, and for one whose arrays are not those of its
+    config.json.
+    """
+    folder = Path(path).expanduser().absolute()
+    record = _model_record(folder)
+    config = ModelConfig.from_hf(hub.read_json(folder, hub.CONFIG))
+    names = config.architectures or ()
+    if len(names) != 1 or names[0] not in hf.CLASSES:
+        raise InputError(f"{folder / hub.CONFIG}: architectures is {names}; expected a class")
+    model: Any = hf.abstract_model(names[0], config, dtype=dtype, attention=attention)
+    graphdef, params = nnx.split(model)
+    _check_same(folder, _describe(_saved_tree(folder / PARAMS)), _describe(params))
+    model = nnx.merge(graphdef, _restored(folder / PARAMS, params, record["fingerprints"]))
+    if record["source_dtypes"]:
+        model.source_dtypes = tuple(sorted(record["source_dtypes"].items()))
+    has_tokenizer = (folder / hub.TOKENIZER_FILES[0]).exists()
+    return model, hf.load_tokenizer(folder) if has_tokenizer else None
+
+
+def is_model(folder: Path) -> bool:
+    """Tell whether a folder is one that `save_model` wrote."""
+    return (folder / MODEL_RECORD).is_file()
+
+
+def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
+    """Return the parameters of a model's or a run's checkpoint as tensors of a Hugging Face folder.
+
+    `folder` is what `save_model` wrote, one step of `Checkpoints`, or a folder of such steps or a
+    run with one (the newest step then); None for anything else. The dtypes are those of the files
+    the model was loaded from, where they are known. Raises `InputError` for damaged files.
+    """
+    folder = folder.expanduser().absolute()
+    if is_model(folder):
+        record = _model_record(folder)
+        tensors = _named(_restored(folder / PARAMS, None, record["fingerprints"]))
+        dtypes = record["source_dtypes"]
+        if hf.DECODER in dtypes:
+            tensors[hf.DECODER] = tensors[hf.EMBEDDING]
+        return {name: x.astype(dtypes.get(name, x.dtype)) for name, x in tensors.items()}
+    for place in (folder, folder / "checkpoints"):
+        steps = [int(entry.name) for entry in place.glob("*") if entry.name.isdecimal()]
+        if steps and not (place / STATE).is_dir():
+            folder = place / str(max(steps))
+            break
+    if not (folder / STATE).is_dir():
+        return None
+    state = _restored(folder / STATE, None, None)
+    return _named(state["params"])
+
+
+def _named(params: Any) -> dict[str, np.ndarray]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    named = ((leaf_path(path), np.asarray(leaf)) for path, leaf in leaves)
+    return {name: hf.to_hf_layout(name, value) for name, value in named}
+
+
+def _model_record(folder: Path) -> dict[str, Any]:
+    record = hub.read_json(folder, MODEL_RECORD)
+    tables = [record.get(key) for key in ("source_dtypes", "fingerprints")]
+    known = set(hf.DTYPES.values())
+    if record.get("format") != MODEL_FORMAT or not all(isinstance(t, dict) for t in tables):
+        raise InputError(f"{folder / MODEL_RECORD}: is not a record of format {MODEL_FORMAT}")
+    if not known.issuperset(map(str, record["source_dtypes"].values())):
+        raise InputError(f"{folder / MODEL_RECORD}: expected dtypes {', '.join(sorted(known))}")
+    return record
+
+
+def _saved_tree(folder: Path) -> Any:
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(folder).item_metadata
+            return getattr(tree, "tree", tree)
+    except Exception as error:
+        raise InputError(f"{folder}: is damaged or no checkpoint ({_first_line(error)})") from error
+
+
+def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -> Any:
+    device = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        _saved_tree(folder) if abstract is None else abstract,
+    )
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(folder, abstract)
+        if expected is not None:
+            _verify(tree, expected)
+        return tree
+    except Exception as error:
+        raise InputError(
+            f"{folder}: is damaged ({_first_line(error)}); write the checkpoint again"
+        ) from error
