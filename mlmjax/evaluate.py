@@ -1,0 +1,263 @@
+"""Evaluation on a labelled table: rows become questions, the scorer answers, metrics count."""
+
+import itertools
+import json
+import string
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlmjax.config import SourceConfig
+from mlmjax.data.sources import Record, read_source
+from mlmjax.errors import InputError
+from mlmjax.metrics import accuracy_by_group, classification_metrics
+from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.prompts import Template, option_letters
+from mlmjax.score import Scorer
+from mlmjax.task import Column, Task, load_task
+from mlmjax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to answer: its fields, the names of its labels, the gold one, and its group."""
+
+    index: int
+    where: str
+    row: Mapping[str, Any]
+    gold: int
+    group: str | None
+
+
+def run_evaluation(
+    model: ModernBertForMaskedLM,
+    tokenizer: Tokenizer,
+    task: Task | str | Path,
+    *,
+    data: str | Path | None = None,
+    protocol: str = "default",
+    limit: int | None = None,
+    out: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer the rows of a task and return the results.
+
+    `data` is read instead of the task's own file or hub dataset; `limit` keeps its first rows;
+    `progress` is called with rows done and rows in all. The dictionary holds `task, protocol, n,
+    accuracy` (micro), `accuracy_ci95` (Wilson), `macro_f1, macro_accuracy` (mean over groups),
+    `per_group, majority, chance, shortened` (rows whose text was cut), `dropped` (rows with one of
+    the task's `drop_labels`), `padding_share`, `seconds`. With `out`, `results.json` holds the same
+    and `predictions.jsonl` one object per row: `index, gold, prediction, probabilities`.
+    """
+    task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
+    questions, dropped = _read_questions(task, data, limit)
+    label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
+    verbalizer = task.verbalizer_for(label_count)
+    template = Template(task.prompt, shorten=dict(task.shorten))
+    scorer = Scorer(
+        model, tokenizer, template, verbalizer, batch_size=batch_size, normalize=task.normalize
+    )
+    started = time.perf_counter()
+    log_probs = scorer.log_probs(
+        [question.row for question in questions],
+        where=[question.where for question in questions],
+        progress=progress and _counting(progress, len(questions)),
+    )
+    seconds = time.perf_counter() - started
+    labels = scorer.labels
+    gold = [labels[question.gold] for question in questions]
+    predicted = [labels[best] for best in log_probs.argmax(axis=1)]
+    groups = [question.group for question in questions]
+    per_group = accuracy_by_group(gold, predicted, groups) if task.group else {}
+    results = {
+        "task": task.name,
+        "protocol": protocol,
+        "n": len(questions),
+        **classification_metrics(gold, predicted, task.metrics),
+        "macro_accuracy": _mean([g["accuracy"] for g in per_group.values()]),
+        "chance": _mean([1 / np.isfinite(row).sum() for row in log_probs]),
+        "per_group": per_group,
+        "shortened": scorer.shortened,
+        "dropped": dropped,
+        "padding_share": scorer.padding_share,
+        "seconds": seconds,
+    }
+    if out is not None:
+        _write(Path(out), results, questions, gold, predicted, labels, log_probs)
+    return results
+
+
+def _counting(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:
+    """Turn `(done, total)` reports into reports of what was done since the last."""
+    done = 0
+
+    def report(rows: int) -> None:
+        nonlocal done
+        done += rows
+        progress(done, total)
+
+    return report
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
+def _write(
+    folder: Path,
+    results: Mapping[str, Any],
+    questions: Sequence[Question],
+    gold: Sequence[str],
+    predicted: Sequence[str],
+    labels: Sequence[str],
+    log_probs: np.ndarray,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for question, truth, guess, row in zip(questions, gold, predicted, log_probs, strict=True):
+            probabilities = {
+                label: float(np.exp(value))
+                for label, value in zip(labels, row, strict=True)
+                if np.isfinite(value)
+            }
+            line = {
+                "index": question.index,
+                "gold": truth,
+                "prediction": guess,
+                "probabilities": probabilities,
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    text = json.dumps(results, ensure_ascii=False, indent=2)
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _read_questions(
+    task: Task, data: str | Path | None, limit: int | None
+) -> tuple[list[Question], int]:
+    """Read the rows of a task as questions, and count those with a label to be dropped."""
+    questions, dropped, problems = [], 0, []
+    for index, record in enumerate(itertools.islice(_records(task, data), limit)):
+        try:
+            question = _question(task, index, record)
+        except InputError as error:
+            problems.append(f"{record.where}: {error.message}")
+            continue
+        if question is None:
+            dropped += 1
+        else:
+            questions.append(question)
+    if problems:
+        raise InputError(problems[0], problems[1:])
+    if not questions:
+        raise InputError(f"task {task.name}: no row is left to answer; {dropped} were dropped")
+    return questions, dropped
+
+
+def _records(task: Task, data: str | Path | None) -> Iterator[Record]:
+    path = str(data) if data is not None else task.data
+    if path is None and task.hub is None:
+        raise InputError(
+            f"task {task.name}: has neither data nor hub; give the file of its rows (--data)"
+        )
+    if path is None and task.revision is None:
+        raise InputError(
+            f"task {task.name}: the revision of {task.hub} is not pinned; give a local file "
+            "(--data), or a task file with revision set to a commit of the dataset"
+        )
+    where = {"path": path} if path is not None else {"hub": task.hub, "subset": task.subset}
+    source = SourceConfig(
+        **where,
+        split=task.split,
+        revision=None if path is not None else task.revision,
+        prompt=task.prompt,
+        answer=task.answer if isinstance(task.answer, str) else task.answer[0],
+    )
+    return iter(read_source(source))
+
+
+def _question(task: Task, index: int, record: Record) -> Question | None:
+    """Turn a record into a question; None if its label is one of the task's `drop_labels`."""
+    answer = _column(record.fields, task.answer)
+    if _key(answer) in task.drop_labels:
+        return None
+    row: dict[str, Any] = {}
+    for field in Template(task.prompt).fields:
+        if field != "options":
+            value = _column(record.fields, task.columns.get(field, field))
+            row[field] = value.strip() if field in task.strip and hasattr(value, "strip") else value
+    if task.options is None:
+        names: Sequence[str] = task.label_names
+        row["options"] = list(names)
+    else:
+        row["options"] = _options(task.options, record.fields)
+        names = option_letters(len(row["options"]))
+        if task.option_names is not None:
+            names = [_key(name) for name in _column(record.fields, task.option_names)]
+    gold = _gold(answer, names, task.labels)
+    group = None if task.group is None else _key(_column(record.fields, task.group))
+    return Question(index, record.where, row, gold, group)
+
+
+def _options(options: str | tuple[str, ...], fields: Mapping[str, Any]) -> list[Any]:
+    if isinstance(options, tuple):
+        return [_column(fields, column) for column in options]
+    values = _column(fields, options)
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) < 2:
+        raise InputError(f"column {options!r} is {values!r:.60}; expected a list of two or more")
+    return list(values)
+
+
+def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
+    """Find the answer among the names: by the labels' table, by name, or as an index."""
+    key = _key(answer)
+    if isinstance(labels, Mapping):
+        if key in labels:
+            return names.index(labels[key])
+        raise InputError(f"the answer {answer!r} is none of {', '.join(map(repr, labels))}")
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < len(names):
+        return int(key)
+    raise InputError(
+        f"the answer {answer!r} is none of {', '.join(map(repr, names))}, "
+        f"nor an index from 0 to {len(names) - 1}"
+    )
+
+
+def _key(value: Any) -> str:
+    """Write a cell as a task file names it: text as it is, `true`, `false`, whole numbers plain."""
+    if isinstance(value, bool | np.bool_):
+        return str(bool(value)).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _column(fields: Mapping[str, Any], column: Column) -> Any:
+    """Look up a column; dots step into a struct, braces put columns into a text."""
+    alternatives = (column,) if isinstance(column, str) else column
+    for alternative in alternatives:
+        try:
+            if "{" not in alternative:
+                return _step(fields, alternative)
+            parts = list(string.Formatter().parse(alternative))
+            return "".join(text + (_step(fields, name) if name else "") for text, name, *_ in parts)
+        except KeyError:
+            continue
+    found = ", ".join(map(repr, fields))
+    expected = " or ".join(map(repr, alternatives))
+    raise InputError(f"has no column {expected}; its columns are {found}")
+
+
+def _step(fields: Mapping[str, Any], column: str) -> Any:
+    if column in fields:
+        return fields[column]
+    first, dot, rest = column.partition(".")
+    if dot and isinstance(fields.get(first), Mapping):
+        return _step(fields[first], rest)
+    raise KeyError(column)

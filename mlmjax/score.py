@@ -1,0 +1,273 @@
+"""Label probabilities at the slot: one jitted function over a bounded number of length buckets."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mlmjax.errors import InputError
+from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.prompts import Prompt, Template, Verbalizer
+from mlmjax.tokenizer import Tokenizer, check_text
+
+CHUNK_ROWS = 8192
+
+
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+    """Return the lengths that prompts are padded to: four to a doubling, ending at `max_length`.
+
+    >>> bucket_lengths(300)
+    (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
+    """
+    lengths = [32, 48]
+    octave = 64
+    while octave < max_length:
+        lengths += [octave + quarter * octave // 4 for quarter in range(4)]
+        octave *= 2
+    return (*(length for length in lengths if length < max_length), max_length)
+
+
+def check_row(row: Any, fields: Sequence[str], label_count: int) -> None:
+    """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
+
+    >>> check_row({"text": " "}, ["text"], 2)
+    Traceback (most recent call last):
+    mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
+    for field in fields:
+        if field == "options":
+            continue
+        if field not in row:
+            known = ", ".join(map(repr, row)) or "none"
+            raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
+        _check_filled(row[field], f"field {field!r}")
+    options = row.get("options")
+    if options is None:
+        if "options" in fields:
+            raise InputError("has no 'options', which the prompt names; give it a list of texts")
+        return
+    if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
+        raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
+    if len(options) > label_count:
+        raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
+    for number, option in enumerate(options, 1):
+        _check_filled(option, f"option {number}")
+
+
+def _check_filled(text: Any, what: str) -> None:
+    check_text(text, what)
+    if not text.strip():
+        raise InputError(f"{what}: is blank; give it some text or leave the row out")
+
+
+class Scorer:
+    """The probability of every label for every row, by one forward pass per row.
+
+    The encoder runs in the model's compute dtype; the head runs at the slot alone, and the
+    log-softmax in float32. A row's result does not depend on its neighbours or its bucket.
+
+    `normalize="labels"` is the softmax over the verbalizer's own labels (over the row's first
+    `len(row["options"])` labels where it has options); the probabilities of a label's surface forms
+    are summed. `normalize="vocabulary"` is that sum under the softmax over the whole vocabulary,
+    which is how the published MMLU figures were made.
+
+    Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
+    many as fill a token budget), so that there are at most `len(buckets)` compilations. Texts that
+    make a prompt longer than `max_length` (default: the model's `max_position_embeddings`) are
+    shortened by the template, and such rows are counted in `shortened`.
+    """
+
+    def __init__(
+        self,
+        model: ModernBertForMaskedLM,
+        tokenizer: Tokenizer,
+        template: Template,
+        verbalizer: Verbalizer,
+        *,
+        batch_size: int | None = None,
+        normalize: Literal["labels", "vocabulary"] = "labels",
+        max_length: int | None = None,
+    ):
+        if not isinstance(model, ModernBertForMaskedLM):
+            raise InputError(
+                f"a {type(model).__name__} has no masked-language-model head to score with; "
+                "expected a ModernBertForMaskedLM"
+            )
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
+            )
+        if normalize not in ("labels", "vocabulary"):
+            raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; expected at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.template, self.verbalizer = template, verbalizer
+        self.batch_size, self.normalize = batch_size, normalize
+        self.max_length = max_length or model.config.max_position_embeddings
+        self.labels = tuple(verbalizer.labels)
+        self.buckets = bucket_lengths(self.max_length)
+        self.shortened = 0
+        self.compilations = 0
+        self._real_tokens = self._padded_tokens = 0
+        self._jitted = self._build()
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding among all tokens that went through the model so far."""
+        return 1.0 - self._real_tokens / self._padded_tokens if self._padded_tokens else 0.0
+
+    def log_probs(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        where: Sequence[str] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        """Score rows of `{field: text}` and give log probabilities, float32 `[rows, labels]`.
+
+        A row may hold `"options"`, a list of texts; its columns past their number are -inf.
+        Any iterable will do: it is read in chunks. `where` names each row in messages (default:
+        its number); `progress` is called with the number of rows done since its last call.
+        Raises `InputError` naming each row that cannot be scored.
+        """
+        if isinstance(rows, str | bytes | Mapping):
+            raise InputError(f"rows is one {type(rows).__name__}; expected a list of rows")
+        results = [np.zeros((0, len(self.labels)), np.float32)]
+        first, pending = 0, iter(rows)
+        while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
+            numbers = range(first, first + len(chunk))
+            names = [where[i] if where else f"row {i + 1} (index {i})" for i in numbers]
+            results.append(self._score_chunk(chunk, self._prompts(chunk, names), progress))
+            first += len(chunk)
+        return np.concatenate(results)
+
+    def _prompts(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Prompt]:
+        _for_each(names, rows, lambda row: check_row(row, self.template.fields, len(self.labels)))
+        try:
+            prompts = self.template.render_batch(self.tokenizer, rows, self.max_length)
+        except InputError:
+            _for_each(
+                names, rows, lambda row: self.template.render(self.tokenizer, row, self.max_length)
+            )
+            raise
+        self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
+        return prompts
+
+    def _score_chunk(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Callable[[int], None] | None,
+    ) -> np.ndarray:
+        log_probs = np.empty((len(prompts), len(self.labels)), np.float32)
+        own = [row.get("options") for row in rows]
+        counts = np.array([len(self.labels if o is None else o) for o in own], np.int32)
+        _, state = nnx.split(self.model)
+        waiting = None
+        # One batch is in flight while the next is laid out; results come back in the given order.
+        for members, arrays in self._batches(prompts, counts):
+            scored = (members, self._jitted(state, *arrays))
+            if waiting:
+                self._collect(*waiting, log_probs, progress)
+            waiting = scored
+        if waiting:
+            self._collect(*waiting, log_probs, progress)
+        return log_probs
+
+    @staticmethod
+    def _collect(
+        members: np.ndarray,
+        scored: jax.Array,
+        log_probs: np.ndarray,
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        log_probs[members] = np.asarray(scored)[: len(members)]
+        if progress:
+            progress(len(members))
+
+    def _batches(
+        self, prompts: Sequence[Prompt], counts: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
+        """Lay out prompts, longest first, as `(their indices, arrays of a bucket's shape)`.
+
+        A batch is filled with the next shorter prompts even where these would fit a smaller bucket,
+        so that only the last batch of all has rows of padding.
+        """
+        lengths = np.array([len(prompt.ids) for prompt in prompts])
+        order = np.argsort(-lengths, kind="stable")
+        start = 0
+        while start < len(order):
+            length = self.buckets[np.searchsorted(self.buckets, lengths[order[start]])]
+            rows = self.batch_size or max(1, _token_budget() // length)
+            members = order[start : start + rows]
+            ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
+            segment_ids = np.zeros((rows, length), np.int32)
+            slots = np.zeros(rows, np.int32)
+            own_labels = np.full(rows, len(self.labels), np.int32)
+            for row, member in enumerate(members):
+                ids[row, : lengths[member]] = prompts[member].ids
+                segment_ids[row, : lengths[member]] = 1
+                slots[row] = prompts[member].slot
+            own_labels[: len(members)] = counts[members]
+            self._real_tokens += int(lengths[members].sum())
+            self._padded_tokens += rows * length
+            yield members, (ids, segment_ids, slots, own_labels)
+            start += rows
+
+    def _build(self) -> Any:
+        graphdef, _ = nnx.split(self.model)
+        label_forms = self.verbalizer.ids(self.tokenizer)
+        widest = max(map(len, label_forms))
+        form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in label_forms])
+        is_form = np.array([[i < len(ids) for i in range(widest)] for ids in label_forms])
+        over_vocabulary = self.normalize == "vocabulary"
+
+        def score(
+            state: Any,
+            ids: jax.Array,
+            segment_ids: jax.Array,
+            slots: jax.Array,
+            own_labels: jax.Array,
+        ) -> jax.Array:
+            """[batch, seq] ids -> [batch, labels] log probabilities."""
+            self.compilations += 1  # Python runs only while tracing.
+            model = nnx.merge(graphdef, state)
+            hidden = model.encode(ids, segment_ids)
+            at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
+            if over_vocabulary:
+                logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
+                logits = logits[:, form_ids]
+            else:
+                logits = model.mlm_logits(at_slot, form_ids.ravel()).astype(jnp.float32)
+                logits = logits.reshape(-1, *form_ids.shape)
+            logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
+            is_own = jnp.arange(len(label_forms))[None, :] < own_labels[:, None]
+            logits = jnp.where(is_own, logits, -jnp.inf)
+            return logits if over_vocabulary else jax.nn.log_softmax(logits)
+
+        return jax.jit(score)
+
+
+def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
+    """Act on every row; raise one `InputError` that lists, by name, each row that was refused."""
+    problems = []
+    for name, row in zip(names, rows, strict=True):
+        try:
+            act(row)
+        except InputError as error:
+            problems.append(f"{name}: {error.message}")
+    if problems:
+        raise InputError(problems[0], problems[1:])
+
+
+def _token_budget() -> int:
+    """Tokens in a batch: a CPU's matrix products are at full speed from about 1024 rows."""
+    return 1024 if jax.default_backend() == "cpu" else 65536

@@ -1,0 +1,135 @@
+"""Task definitions: a labelled table and how it is asked, read strictly from TOML."""
+
+import difflib
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+from pydantic import model_validator
+
+from mlmjax.config import ShortenSide, StrictTable, decode, read_toml
+from mlmjax.errors import InputError
+from mlmjax.prompts import Verbalizer, option_letters
+
+# A column, or text with {column}s in braces; of several, the first whose columns are all there.
+Column = str | tuple[str, ...]
+
+
+class Protocol(StrictTable):
+    """What a named protocol changes in its task; what it leaves out stays as the task has it."""
+
+    prompt: str | None = None
+    shorten: Mapping[str, ShortenSide] | None = None
+    verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] | None = None
+    bare: bool | None = None
+    normalize: Literal["labels", "vocabulary"] | None = None
+
+
+class Task(StrictTable):
+    """A labelled table and how it is asked: where it is, the prompt, the options or the labels.
+
+    `data` (a file, relative to the task file) or `hub` says where the rows are. A task has either
+    `options` (the column of each row's list, or one column per option) or `labels`: a list, whose
+    values in `answer` are names or indices, or a table from the column's value to the label's name.
+    For `options` the answer is an index, a letter, or one of the names in `option_names`.
+    """
+
+    name: str
+    description: str = ""
+    licence: str = ""
+    data: str | None = None
+    hub: str | None = None
+    subset: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    prompt: str
+    shorten: Mapping[str, ShortenSide] = {}
+    columns: Mapping[str, Column] = {}
+    strip: tuple[str, ...] = ()
+    options: str | tuple[str, ...] | None = None
+    option_names: str | None = None
+    answer: Column
+    labels: tuple[str, ...] | Mapping[str, str] | None = None
+    drop_labels: tuple[str, ...] = ()
+    group: Column | None = None
+    verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] = "letters"
+    bare: bool = False
+    normalize: Literal["labels", "vocabulary"] = "labels"
+    metrics: tuple[Literal["mcc"], ...] = ()
+    protocols: Mapping[str, Protocol] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        if (self.options is None) == (self.labels is None):
+            raise ValueError(
+                "give exactly one of options (the column of the row's own) and labels (for all)"
+            )
+        if self.labels is not None and len(self.label_names) < 2:
+            raise ValueError("labels needs at least two distinct labels")
+        if any(not name.strip() for name in self.label_names):
+            raise ValueError("labels holds a blank label")
+        for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):
+            if self.options is not None and verbalizer not in ("letters", None):
+                raise ValueError("a task with options is answered by letters")
+            if isinstance(verbalizer, Mapping) and set(verbalizer) != set(self.label_names):
+                raise ValueError(
+                    f"verbalizer names {', '.join(verbalizer)}; "
+                    f"expected the labels {', '.join(self.label_names)}"
+                )
+        return self
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The distinct labels in order; empty for a task whose rows bring their own options."""
+        names = self.labels.values() if isinstance(self.labels, Mapping) else self.labels or ()
+        return tuple(dict.fromkeys(names))
+
+    def under(self, protocol: str) -> "Task":
+        """Return the task as the named protocol asks it; raises `InputError` if it has none."""
+        if protocol == "default":
+            return self
+        if protocol not in self.protocols:
+            known = ", ".join(["default", *self.protocols])
+            raise InputError(f"task {self.name}: has no protocol {protocol!r}; it has {known}")
+        return self.model_copy(update=self.protocols[protocol].model_dump(exclude_none=True))
+
+    def verbalizer_for(self, label_count: int) -> Verbalizer:
+        """Return the verbalizer of the first `label_count` labels (or options)."""
+        labels = (self.label_names or option_letters(label_count))[:label_count]
+        if self.verbalizer == "letters":
+            return Verbalizer.letters(labels, bare=self.bare)
+        if self.verbalizer == "words":
+            return Verbalizer({n: [f" {n}", n] if self.bare else [f" {n}"] for n in labels})
+        assert isinstance(self.verbalizer, Mapping)
+        return Verbalizer({name: list(self.verbalizer[name]) for name in labels})
+
+
+def task_names() -> list[str]:
+    """Return the names of the shipped tasks."""
+    shipped = files("mlmjax") / "tasks"
+    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Read a shipped task by its name, or a task file; a `data` file is relative to the task file.
+
+    Raises `InputError` for an unknown name (with the nearest one), and for every key and value the
+    file has wrong.
+    """
+    name = str(name_or_path)
+    if name in task_names():
+        path = Path(str(files("mlmjax") / "tasks" / f"{name}.toml"))
+    elif Path(name).suffix == ".toml" or Path(name).is_file():
+        path = Path(name)
+    else:
+        near = difflib.get_close_matches(name, task_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"task {name!r}: is neither a shipped task nor a .toml file; {hint}"
+            f"shipped are {', '.join(task_names())}"
+        )
+    task = decode(Task, read_toml(path), where=str(path))
+    if task.data is not None:
+        task = task.model_copy(update={"data": str(path.parent / task.data)})
+    return task
