@@ -1,0 +1,172 @@
+"""Convert a model between a Hugging Face folder and an Orbax checkpoint, and compare two of them.
+
+    python tools/convert_weights.py to-jax HF_FOLDER CHECKPOINT
+    python tools/convert_weights.py to-hf CHECKPOINT HF_FOLDER
+    python tools/convert_weights.py check A B
+
+Both ways keep every tensor bit by bit in the dtype it has on disk. `check` takes either kind on
+each side, and the checkpoints of a training run; it prints the largest difference and where it is.
+Exit codes: 0 done, or identical; 1 different, or the writing failed; 2 bad input.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+
+import click
+import numpy as np
+
+from mlmjax import checkpoint, hf, hub
+from mlmjax.errors import InputError, RunError
+
+MOST_LINES = 20
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of a folder of either kind by their Hugging Face names, read when asked for."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        saved = checkpoint.saved_tensors(folder)
+        if saved is not None:
+            self._read: Callable[[str], np.ndarray] = saved.__getitem__
+            names = list(saved)
+        else:
+            weights = stack.enter_context(hub.Weights(folder))
+            if weights.problems:
+                raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
+            self._read, names = weights.read, list(weights.headers)
+        self._names = [name for name in names if not hf.HARMLESS.fullmatch(name)]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        # A tied decoder may be stored or left out; either way it is the embedding.
+        is_left_out = name == hf.DECODER and name not in self._names
+        return self._read(hf.EMBEDDING if is_left_out else name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names or (name == hf.DECODER and hf.EMBEDDING in self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@click.group(help=__doc__.partition("\n")[0])
+def main() -> None:
+    """Convert and compare weights."""
+
+
+@main.command("to-jax")
+@click.argument("source", metavar="HF_FOLDER")
+@click.argument("target", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+def to_jax(source: str, target: Path) -> None:
+    """Write a Hugging Face folder (or hub id) as an Orbax checkpoint."""
+    folder = hub.fetch(source)
+    if checkpoint.is_model(folder):
+        raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
+    model = hf.load_model(folder)
+    checkpoint.save_model(target, model, _tokenizer(folder, model))
+    click.echo(f"{target}: written, {len(hf.parameters(model))} parameters")
+
+
+@main.command("to-hf")
+@click.argument("source", metavar="CHECKPOINT", type=click.Path(path_type=Path))
+@click.argument("target", metavar="HF_FOLDER", type=click.Path(path_type=Path))
+def to_hf(source: Path, target: Path) -> None:
+    """Write an Orbax checkpoint of a model as a Hugging Face folder."""
+    if not checkpoint.is_model(source):
+        raise InputError(
+            f"{source}: is no checkpoint that to-jax wrote (it has no {checkpoint.MODEL_RECORD}); "
+            "a training run exports its model itself, to export/"
+        )
+    model, tokenizer = checkpoint.load_model(source)
+    hf.save_pretrained(model, tokenizer, target, dtype="source")
+    click.echo(f"{target}: written, {len(hf.parameters(model))} parameters")
+
+
+@main.command("check")
+@click.argument("first", metavar="A", type=click.Path(path_type=Path))
+@click.argument("second", metavar="B", type=click.Path(path_type=Path))
+def check(first: Path, second: Path) -> None:
+    """Compare two models of either kind, tensor by tensor."""
+    with ExitStack() as stack:
+        for folder in (first, second):
+            if not folder.is_dir():
+                raise InputError(f"{folder}: there is no such folder")
+        compared = Tensors(first, stack), Tensors(second, stack)
+        lines, largest = compare(*compared)
+        tensors = len(compared[0])
+    _print(lines)
+    click.echo(largest)
+    click.echo("different" if lines else f"identical: {tensors} tensors")
+    sys.exit(1 if lines else 0)
+
+
+def compare(
+    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
+) -> tuple[list[str], str]:
+    """Return lines about what differs (none: all bits are the same), and the largest difference."""
+    lines, largest, where = [], 0.0, ""
+    for name in sorted({*first, *second}):
+        if name not in first or name not in second:
+            lines.append(f"{name}: only in {'A' if name in first else 'B'}")
+            continue
+        a, b = first[name], second[name]
+        if a.shape != b.shape:
+            lines.append(f"{name}: shape {list(a.shape)} in A, {list(b.shape)} in B")
+            continue
+        if a.dtype == b.dtype and a.tobytes() == b.tobytes():
+            continue
+        difference, index = _largest_difference(a, b)
+        dtypes = "" if a.dtype == b.dtype else f" ({a.dtype} in A, {b.dtype} in B)"
+        lines.append(f"{name}: differs by up to {difference:g}{dtypes}")
+        if difference > largest:
+            place = ", ".join(map(str, index))
+            largest, where = difference, f" at {name}[{place}]: {a[index]} in A, {b[index]} in B"
+    return lines, f"largest difference {largest:g}{where}"
+
+
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[int, ...]]:
+    """Return the largest |a - b| and its index; a NaN on one side alone counts as infinite."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))
+    gap = np.where(np.isnan(gap), np.inf, gap)
+    if not gap.size:
+        return 0.0, ()
+    index = np.unravel_index(int(gap.argmax()), gap.shape)
+    return float(gap[index]), tuple(int(i) for i in index)
+
+
+def _tokenizer(folder: Path, model: hf.Model) -> Any:
+    if not os.path.lexists(folder / hub.TOKENIZER_FILES[0]):
+        return None
+    tokenizer = hf.load_tokenizer(folder)
+    hf.check_tokenizer(folder, hub.read_json(folder, hub.CONFIG), tokenizer)
+    return tokenizer
+
+
+def _print(lines: Sequence[str], err: bool = False) -> None:
+    for line in lines[:MOST_LINES]:
+        click.echo(line, err=err)
+    if len(lines) > MOST_LINES:
+        click.echo(f"... and {len(lines) - MOST_LINES} more", err=err)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        click.echo(error.message, err=True)
+        _print(error.details, err=True)
+        sys.exit(2)
+    except RunError as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
