@@ -1,0 +1,293 @@
+"""How a record becomes an example: prompt and one-token answer, labelled row, or plain text."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlmjax.config import SourceConfig
+from mlmjax.data.files import Record
+from mlmjax.data.sources import read_source, source_files
+from mlmjax.errors import InputError
+from mlmjax.prompts import Template
+from mlmjax.tokenizer import Tokenizer, check_text
+from mlmjax.verbalizer import Verbalizer
+
+CHUNK_RECORDS = 1000
+CHUNK_CHARACTERS = 2**22
+"""Records are tokenised together up to these bounds: enough for all threads, little memory."""
+
+_ANY_LENGTH = 2**31
+
+BLANK_ANSWER = "blank answer"
+BLANK_PROMPT = "blank prompt"
+BLANK_TEXT = "blank text"
+MANY_TOKENS = "answer is not one token"
+TOO_LONG = "prompt too long"
+
+
+class Encoded(NamedTuple):
+    """A tokenised record: ids uint32 `[tokens]`, the answer's position (-1: none), its task.
+
+    `key` is a 64-bit hash of what the model is shown: of the prompt with its slot open, or of the
+    whole document a window is from. Equal prompts have equal keys, whatever their answers.
+    """
+
+    ids: np.ndarray
+    answer_position: int
+    task: str
+    key: int
+
+
+@dataclass
+class Counts:
+    """What became of the records of one source: read, made examples, dropped and why, shortened."""
+
+    records: int = 0
+    examples: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    shortened: Counter[str] = field(default_factory=Counter)
+
+
+def source_name(source: SourceConfig) -> str:
+    """Name a source: its `name`, else its path or its hub id and subset."""
+    return source.name or source.path or "/".join(filter(None, [source.hub, source.subset]))
+
+
+def read_examples(
+    source: SourceConfig, tokenizer: Tokenizer, seq_length: int, counts: Counts
+) -> Iterator[Encoded]:
+    """Stream the examples of a source, each at most `seq_length` tokens; counts go into `counts`.
+
+    Instruction source (`prompt`, `answer`): kept when `" " + answer` (stripped) is one token, the
+    trained form. With `labels`: the answer names or numbers a label, and the answer token is the
+    label's letter when the prompt has `{options}`, otherwise `" " + label`. The ids are exactly
+    the prompt that scoring sees, the answer's token in place of `[MASK]`. Plain text (`text`): the
+    document is cut into windows of at most `seq_length - 2` tokens between `[CLS]` and `[SEP]`;
+    no token is lost.
+
+    Raises `InputError` for labels or templates that cannot work, before anything is read, and for
+    a value that is no text, an unknown label or a blank labelled text, naming file and row.
+    """
+    source_files(source)
+    if source.text is not None:
+        if seq_length < 3:
+            raise InputError(f"seq_length {seq_length}: leaves no room between [CLS] and [SEP]")
+        return _read_windows(source, source.text, tokenizer, seq_length - 2, counts)
+    assert source.prompt is not None
+    where = f"source {source_name(source)}"
+    with _opened_by(f"{where}: prompt"):
+        template = Template(source.prompt, shorten=dict(source.shorten))
+    with _opened_by(f"{where}: labels"):
+        labels = None if source.labels is None else _Labels.of(source.labels, template, tokenizer)
+    return _read_prompts(source, template, labels, tokenizer, seq_length, counts)
+
+
+@contextmanager
+def _opened_by(where: str) -> Iterator[None]:
+    """Open the message of an error with what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}", error.details) from error
+
+
+def _read_windows(
+    source: SourceConfig, column: str, tokenizer: Tokenizer, width: int, counts: Counts
+) -> Iterator[Encoded]:
+    columns = [column, *([source.task] if source.task else [])]
+    for records in _chunks(read_source(source, columns), [column], counts):
+        kept = []
+        for record in records:
+            if record.fields[column].strip():
+                kept.append(record)
+            else:
+                counts.dropped[BLANK_TEXT] += 1
+        texts = [record.fields[column] for record in kept]
+        for record, ids in zip(kept, tokenizer.encode_plain_batch(texts), strict=True):
+            task = _task(source, record)
+            key = _key(record.fields[column].encode())
+            for start in range(0, len(ids), width):
+                window = [tokenizer.cls_id, *ids[start : start + width], tokenizer.sep_id]
+                yield Encoded(np.array(window, np.uint32), -1, task, key)
+
+
+def _read_prompts(
+    source: SourceConfig,
+    template: Template,
+    labels: "_Labels | None",
+    tokenizer: Tokenizer,
+    seq_length: int,
+    counts: Counts,
+) -> Iterator[Encoded]:
+    assert source.answer is not None
+    fields = [name for name in template.fields if labels is None or name != "options"]
+    columns = [*fields, source.answer, *([source.task] if source.task else [])]
+    records = read_source(source, columns, named=() if labels else [source.answer])
+    texts = [name for name in fields if name != "options"]
+    for chunk in _chunks(records, texts, counts):
+        if labels is None:
+            answered = _one_token_answers(chunk, source.answer, tokenizer, counts)
+        else:
+            answered = [(record, labels.token(record, source.answer)) for record in chunk]
+        rows, tokens, kept = [], [], []
+        for record, token in answered:
+            row = {name: record.fields[name] for name in fields}
+            if labels is not None and "options" in template.fields:
+                row["options"] = labels.names
+            if any(row[name].strip() for name in texts) or not texts:
+                rows.append(row)
+                tokens.append(token)
+                kept.append(record)
+            elif labels is not None:
+                raise InputError(f"{record.where}: {', '.join(texts)} is blank; expected some text")
+            else:
+                counts.dropped[BLANK_PROMPT] += 1
+        # Everything is encoded at once and whole; only what is too long is looked at again.
+        try:
+            prompts = template.render_batch(tokenizer, rows, _ANY_LENGTH)
+        except InputError:
+            for row, record in zip(rows, kept, strict=True):
+                with _opened_by(record.where):
+                    template.render(tokenizer, row, _ANY_LENGTH)
+            raise
+        for row, token, record, prompt in zip(rows, tokens, kept, prompts, strict=True):
+            ids, slot = prompt.ids, prompt.slot
+            if len(ids) > seq_length:
+                try:
+                    ids, slot, shortened = template.render(tokenizer, row, seq_length)
+                except InputError:
+                    counts.dropped[TOO_LONG] += 1
+                    continue
+                counts.shortened.update(shortened.keys())
+            example = np.array(ids, np.uint32)
+            key = _key(example)
+            example[slot] = token
+            yield Encoded(example, slot, _task(source, record), key)
+
+
+def _key(content: bytes | np.ndarray) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
+
+
+def _one_token_answers(
+    records: Sequence[Record], column: str, tokenizer: Tokenizer, counts: Counts
+) -> list[tuple[Record, int]]:
+    """Keep the records whose answer is one token after a space, with that token."""
+    answers = []
+    for record in records:
+        _check_text(record, column, "; give labels to name the classes of a number")
+        answers.append(record.fields[column].strip())
+    encoded = tokenizer.encode_plain_batch([f" {answer}" for answer in answers])
+    kept = []
+    for record, answer, ids in zip(records, answers, encoded, strict=True):
+        if not answer:
+            counts.dropped[BLANK_ANSWER] += 1
+        elif len(ids) != 1 or ids[0] in tokenizer.special_ids:
+            counts.dropped[MANY_TOKENS] += 1
+        else:
+            kept.append((record, ids[0]))
+    return kept
+
+
+class _Labels(NamedTuple):
+    """The classes of a labelled table: their names in order, and the token each is answered by."""
+
+    names: list[str]
+    tokens: dict[str, int]
+    by_value: Mapping[str, str] | None
+
+    @classmethod
+    def of(
+        cls, labels: Sequence[str] | Mapping[str, str], template: Template, tokenizer: Tokenizer
+    ) -> "_Labels":
+        """Check the labels of a source and find their tokens, before anything is read."""
+        by_value = labels if isinstance(labels, Mapping) else None
+        names = list(dict.fromkeys(labels.values()) if isinstance(labels, Mapping) else labels)
+        lettered = "options" in template.fields
+        verbalizer = Verbalizer.letters(names) if lettered else Verbalizer.words(names)
+        tokens = [forms[0] for forms in verbalizer.ids(tokenizer)]
+        return cls(names, dict(zip(names, tokens, strict=True)), by_value)
+
+    def token(self, record: Record, column: str) -> int:
+        """Give the answer token of a record, or refuse its label by file and row."""
+        return self.tokens[self._name(record.fields[column], f"{record.where}: column {column!r}")]
+
+    def _name(self, value: Any, where: str) -> str:
+        key = _plain(value)
+        if self.by_value is not None:
+            if key in self.by_value:
+                return self.by_value[key]
+            raise InputError(
+                f"{where} is {value!r:.60}, which labels does not list; expected one of "
+                f"{', '.join(map(repr, self.by_value))}"
+            )
+        if isinstance(value, str) and value.strip() in self.tokens:
+            return value.strip()
+        if key.isdecimal():
+            if any(name.isdecimal() for name in self.names):
+                raise InputError(
+                    f"{where} is {value!r:.60}, and it is not clear whether that is a name or a "
+                    'position in labels; write labels as a table, as in labels = { 1 = "bad" }'
+                )
+            if int(key) < len(self.names):
+                return self.names[int(key)]
+        raise InputError(
+            f"{where} is {value!r:.60}; expected one of {', '.join(map(repr, self.names))}, or a "
+            f"number from 0 to {len(self.names) - 1}"
+        )
+
+
+def _plain(value: Any) -> str:
+    """Write a label as a configuration names it.
+
+    >>> _plain(2.0), _plain(True), _plain(" yes ")
+    ('2', 'true', 'yes')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def _task(source: SourceConfig, record: Record) -> str:
+    if source.task is None:
+        return source_name(source)
+    value = record.fields[source.task]
+    if value is None or not str(value).strip():
+        raise InputError(f"{record.where}: column {source.task!r} names no task; found {value!r}")
+    return str(value)
+
+
+def _check_text(record: Record, column: str, hint: str = "") -> None:
+    value = record.fields[column]
+    where = f"{record.where}: column {column!r}"
+    if value is None:
+        raise InputError(f"{where} is null; expected text")
+    if not isinstance(value, str):
+        raise InputError(f"{where} is {type(value).__name__} ({value!r:.60}); expected text{hint}")
+    check_text(value, where)
+
+
+def _chunks(
+    records: Iterable[Record], texts: Sequence[str], counts: Counts
+) -> Iterator[list[Record]]:
+    """Group records for tokenising, each checked to hold text where text is needed."""
+    chunk: list[Record] = []
+    size = 0
+    for record in records:
+        for name in texts:
+            _check_text(record, name)
+            size += len(record.fields[name])
+        counts.records += 1
+        chunk.append(record)
+        if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,72 @@
+"""A folder that appears whole or not at all, built by one process at a time."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from mlmjax.errors import InputError
+
+_LOCK = ".building"
+
+
+@contextmanager
+def built_whole(folder: Path) -> Iterator[Path | None]:
+    """Give an empty sibling folder to build in; it takes the name `folder` when the block ends.
+
+    Gives None when `folder` is there already, also when another process finished it while this one
+    waited. What a killed process left behind is removed first; nothing is left after an error.
+    Raises `InputError` when the place cannot be written, or the sibling is not of our making.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}); expected a folder name in a "
+            "place with write permission"
+        ) from error
+    with lock:
+        if is_there(folder):
+            shutil.rmtree(partial)
+            yield None
+            return
+        try:
+            for path in partial.iterdir():
+                if path.name != _LOCK:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            yield partial
+            # The lock goes along and is removed last, so that nobody can think it abandoned.
+            partial.rename(folder)
+            (folder / _LOCK).unlink()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def is_there(folder: Path) -> bool:
+    """Tell whether a name is taken; an empty folder is not."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+def _lock(partial: Path) -> IO[bytes]:
+    """Take the lock file of the folder being built, which a kill releases; wait if it is held."""
+    import fcntl  # Not on Windows, where everything else of this package can be imported.
+
+    path = partial / _LOCK
+    while True:
+        if partial.exists() and not path.exists() and any(partial.iterdir()):
+            raise InputError(f"{partial}: is in the way and not ours to delete; move it elsewhere")
+        partial.mkdir(exist_ok=True)
+        try:
+            file = path.open("ab")
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()
+        except FileNotFoundError:
+            # Another process finished or gave up while we waited: what we locked is gone.
+            continue
