@@ -202,7 +202,7 @@ class Template:
                 for name, span in spans.items()
             }
             left = {name: text for name, (text, _) in cuts.items()}
-            if not any(text.strip() for text in left.values()):
+            if not any(left.values()):
                 break
             ids = self._assemble(tokenizer, [texts | left])[0]
             if len(ids) <= max_length:
