@@ -331,7 +331,8 @@ def _write_weights(folder: Path, tensors: dict[str, Any], dtypes: dict[str, str]
         shard = {}
         for name in names:
             layout = EMBEDDING if name == DECODER else name
-            value = to_hf_layout(layout, np.asarray(tensors[name])).astype(dtypes[name])
+            with np.errstate(over="ignore"):  # what overflows is refused below, by name
+                value = to_hf_layout(layout, np.asarray(tensors[name])).astype(dtypes[name])
             if not np.isfinite(value.astype(np.float32)).all():
                 raise InputError(
                     f"{name}: holds values that are NaN, infinite or beyond {dtypes[name]}; "

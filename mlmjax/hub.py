@@ -284,7 +284,7 @@ def written_whole(path: Path, replaceable: frozenset[str] | set[str]) -> Iterato
             if old.exists():
                 old.rename(path)
             raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"{path}: could not be written ({error})") from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
