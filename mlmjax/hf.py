@@ -55,7 +55,8 @@ HARMLESS = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
 EXPORT_FILES = frozenset(
-    {hub.CONFIG, hub.INDEX, hub.CARD, "generation_config.json", ".gitattributes", "*.safetensors"}
+    {hub.CONFIG, hub.INDEX, hub.CARD, hub.CLASSIFIER, "generation_config.json", ".gitattributes"}
+    | {"*.safetensors"}
     | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
 
@@ -282,15 +283,16 @@ def save_pretrained(
     *,
     dtype: str = "float32",
     card: str | None = None,
+    more_files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a folder that transformers loads unchanged: weights, config, tokenizer, model card.
 
     `dtype` is "float32", "bfloat16" or "source": each tensor in the dtype it was loaded with
-    (float32 where the model was not loaded). `card` is the text of README.md. As transformers does,
-    the decoder is left out where it is tied; with "source" it is written if the source had it.
-    The folder appears whole or not at all; an older export in its place is replaced. Raises
-    `InputError` for another folder or file there and for values the dtype cannot hold, `RunError`
-    when writing fails.
+    (float32 where the model was not loaded). `card` is the text of README.md and `more_files` are
+    further texts by file name. As transformers does, the decoder is left out where it is tied; with
+    "source" it is written if the source had it. The folder appears whole or not at all; an older
+    export in its place is replaced. Raises `InputError` for another folder or file there and for
+    values the dtype cannot hold, `RunError` when writing fails.
     """
     path = Path(path)
     tensors = parameters(model)
@@ -307,7 +309,8 @@ def save_pretrained(
         _write_weights(folder, tensors, dtypes)
         if tokenizer is not None:
             tokenizer.save(folder)
-        (folder / hub.CARD).write_text(card or model_card(model), encoding="utf-8")
+        for name, text in {hub.CARD: card or model_card(model), **(more_files or {})}.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def _config_values(model: Model, dtypes: set[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
+CLASSIFIER = "mlmjax_classifier.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 PICKLES = frozenset(
@@ -67,7 +68,8 @@ def fetch(
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
-    folder = _download(name, revision, local_files_only, [CONFIG, INDEX, *TOKENIZER_FILES])
+    small = [CONFIG, INDEX, CLASSIFIER, *TOKENIZER_FILES]
+    folder = _download(name, revision, local_files_only, small)
     weights = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
     if not all((folder / weight).exists() for weight in weights):
         # The snapshot's folder is named by its commit: both calls see the same version.
