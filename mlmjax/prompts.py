@@ -51,8 +51,11 @@ class Template:
 
     `[MASK]`, `[unused0]`, `[SEP]` and `[CLS]` written in the template are its own tokens; in a
     field they are ordinary text. A template without `[MASK]` gets ` [unused0] [MASK]` at its end.
-    [CLS] and a last [SEP] are added around the prompt. `shorten` names the end that a field loses
-    when the prompt is too long: `"head"`, `"tail"` or `"middle"`.
+    [CLS] and a last [SEP] are added around the prompt.
+
+    `shorten` names the part that a field loses when the prompt is too long: `"head"`, `"tail"` or
+    `"middle"`, whose two sides are then joined. Of several such fields the longest are cut first,
+    down to one common number of tokens. Nothing else of a prompt is ever cut.
 
     The prompt is one string cut at the template's own tokens; each stretch is encoded as a whole,
     so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
@@ -120,7 +123,7 @@ class Template:
             if row.get(name) is None:
                 raise InputError(
                     f"field {name!r} is {'None' if name in row else 'missing'}; the template "
-                    f"needs {', '.join(self.fields)}; the row has {', '.join(map(str, row))}"
+                    f"needs {', '.join(self.fields)}; the row has {', '.join(map(repr, row)):.200}"
                 )
             if name == _OPTIONS:
                 _check_options(row[name])

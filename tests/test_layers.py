@@ -14,6 +14,7 @@ ROWS = [
     ["_version", "errors", "config", "architecture"],
     [
         "tokenizer",
+        "verbalizer",
         "prompts",
         "data.batch",
         "data.files",

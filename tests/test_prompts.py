@@ -263,7 +263,10 @@ def test_a_wrong_shorten_is_refused(shorten, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"options": ["a"]}, r"field 'x' is missing; the template needs x, options; the row has o"),
+        (
+            {"options": ["a"]},
+            r"field 'x' is missing; the template needs x, options; the row has 'o",
+        ),
         ({"x": None, "options": ["a"]}, "field 'x' is None"),
         ({"x": 3, "options": ["a"]}, "field 'x': is int"),
         ({"x": ["t"], "options": ["a"]}, "field 'x': is list"),
