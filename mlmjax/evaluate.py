@@ -30,7 +30,7 @@ class Question:
     where: str
     row: Mapping[str, Any]
     gold: int
-    group: str | None
+    group: str
 
 
 def run_evaluation(
@@ -199,7 +199,7 @@ def _question(task: Task, index: int, record: Record) -> Question | None:
         if task.option_names is not None:
             names = [_key(name) for name in _column(record.fields, task.option_names)]
     gold = _gold(answer, names, task.labels)
-    group = None if task.group is None else _key(_column(record.fields, task.group))
+    group = "" if task.group is None else _key(_column(record.fields, task.group))
     return Question(index, record.where, row, gold, group)
 
 

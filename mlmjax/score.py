@@ -143,13 +143,25 @@ class Scorer:
         results = [np.zeros((0, len(self.labels)), np.float32)]
         first, pending = 0, iter(rows)
         while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
-            numbers = range(first, first + len(chunk))
-            names = [where[i] if where else f"row {i + 1} (index {i})" for i in numbers]
-            results.append(self._score_chunk(chunk, self._prompts(chunk, names), progress))
+            names = where[first : first + len(chunk)] if where else None
+            prompts = self.prompts(chunk, where=names, first=first)
+            results.append(self._score_chunk(chunk, prompts, progress))
             first += len(chunk)
         return np.concatenate(results)
 
-    def _prompts(self, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Prompt]:
+    def prompts(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        where: Sequence[str] | None = None,
+        first: int = 0,
+    ) -> list[Prompt]:
+        """Check and tokenise rows (`first`: the index of the first of them), as `log_probs` does.
+
+        Raises `InputError` that lists each row refused, by its name in `where` or its number.
+        """
+        numbers = range(first, first + len(rows))
+        names = where or [f"row {i + 1} (index {i})" for i in numbers]
         _for_each(names, rows, lambda row: check_row(row, self.template.fields, len(self.labels)))
         try:
             prompts = self.template.render_batch(self.tokenizer, rows, self.max_length)
@@ -246,7 +258,9 @@ class Scorer:
                 logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
                 logits = logits[:, form_ids]
             else:
-                logits = model.mlm_logits(at_slot, form_ids.ravel()).astype(jnp.float32)
+                logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel())).astype(
+                    jnp.float32
+                )
                 logits = logits.reshape(-1, *form_ids.shape)
             logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
             is_own = jnp.arange(len(label_forms))[None, :] < own_labels[:, None]

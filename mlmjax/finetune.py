@@ -1,0 +1,105 @@
+"""Fine-tuning in memory by answer token prediction: one prompt per row, its slot the one target."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mlmjax.config import OptimizerConfig, ScheduleConfig, decode
+from mlmjax.data.batch import ATP, UNUSED, Batch
+from mlmjax.errors import RunError
+from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.optim import make_optimizer
+from mlmjax.prompts import Prompt
+from mlmjax.step import create_train_state, make_train_step
+
+
+def fine_tune(
+    model: ModernBertForMaskedLM,
+    prompts: Sequence[Prompt],
+    answers: np.ndarray,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    weight_decay: float,
+    warmup: float,
+    seed: int,
+    buckets: Sequence[int],
+    pad_id: int,
+    after_epoch: Callable[[ModernBertForMaskedLM, float], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModernBertForMaskedLM:
+    """Return a copy of the model, trained to give `answers` (token ids) at the prompts' slots.
+
+    AdamW under a linear schedule; the order of epoch e is that of `default_rng([seed, e])`.
+    `after_epoch` gets the model so far (good until it returns) and the epoch's mean loss.
+    Raises `RunError` when the loss is no longer finite.
+    """
+    updates = epochs * -(-len(prompts) // batch_size)
+    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    optimizer = make_optimizer(
+        decode(OptimizerConfig, rates, "fit"),
+        decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit"),
+        updates,
+    )
+    graphdef, state = create_train_state(model, optimizer)
+    step = make_train_step(graphdef, optimizer)
+    done = 0
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+        sums = []
+        for start in range(0, len(order), batch_size):
+            members = order[start : start + batch_size]
+            batch = answer_batch(
+                [prompts[i] for i in members],
+                answers[members],
+                rows=batch_size,
+                buckets=buckets,
+                pad_id=pad_id,
+            )
+            state, metrics = step(state, batch)
+            sums.append((metrics["loss_sum"], metrics["loss_count"]))
+            done += 1
+            if progress:
+                progress(done, updates)
+        loss_sum, count = np.sum(jax.device_get(sums), axis=0)
+        if not np.isfinite(loss_sum):
+            raise RunError(
+                f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
+            )
+        if after_epoch:
+            after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count))
+    return nnx.merge(graphdef, state.params)
+
+
+def answer_batch(
+    prompts: Sequence[Prompt],
+    answers: Sequence[int] | np.ndarray,
+    *,
+    rows: int,
+    buckets: Sequence[int],
+    pad_id: int,
+) -> Batch:
+    """Lay out one prompt per row, its slot being the one target; rows left over are padding.
+
+    `answers` are token ids; the arrays are as long as the smallest bucket that holds all prompts.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    length = next(bucket for bucket in buckets if bucket >= longest)
+    batch = Batch(
+        input_ids=np.full((rows, length), pad_id, np.int32),
+        segment_ids=np.zeros((rows, length), np.int32),
+        position_ids=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        target_positions=np.full((rows, 1), UNUSED, np.int32),
+        target_ids=np.full((rows, 1), UNUSED, np.int32),
+        target_objective=np.full((rows, 1), UNUSED, np.int32),
+    )
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        batch.input_ids[row, : len(prompt.ids)] = prompt.ids
+        batch.segment_ids[row, : len(prompt.ids)] = 1
+        batch.target_positions[row] = prompt.slot
+        batch.target_ids[row] = answer
+        batch.target_objective[row] = ATP
+    return batch
