@@ -197,7 +197,8 @@ def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:
 
 def _baked_in(table: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of somebody's run, replaced: they would cut, pad or alter every text."""
-    settings: dict[str, Any] = {k: None for k in ("truncation", "padding") if table.get(k) is not None}
+    found = [key for key in ("truncation", "padding") if table.get(key) is not None]
+    settings: dict[str, Any] = dict.fromkeys(found)
     if isinstance(table.get("model"), dict) and table["model"].get("dropout"):
         settings["model"] = table["model"] | {"dropout": None}
     return settings
