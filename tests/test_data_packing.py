@@ -1,0 +1,79 @@
+"""Packing: every example once, never too long, as tight as best fit can."""
+
+import doctest
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlmjax import InputError
+from mlmjax.data import pack, packing
+from mlmjax.data.packing import pack_stream
+
+SEQ = 32
+LENGTHS = st.lists(st.integers(0, SEQ), max_size=80)
+
+
+def test_examples_in_the_documentation():
+    assert doctest.testmod(packing).failed == 0
+
+
+def naive_best_fit(lengths):
+    """Free space of each row, found by looking at all rows every time."""
+    free = []
+    for length in sorted(lengths, reverse=True):
+        fitting = [space for space in free if space >= length]
+        if fitting:
+            free.remove(min(fitting))
+            free.append(min(fitting) - length)
+        else:
+            free.append(SEQ - length)
+    return sorted(free)
+
+
+@given(LENGTHS)
+def test_rows_are_those_of_best_fit(lengths):
+    rows = pack([range(n) for n in lengths], SEQ)
+    assert sorted(itertools.chain(*rows)) == list(range(len(lengths)))
+    assert all(row == sorted(row) for row in rows)
+    free = sorted(SEQ - sum(lengths[i] for i in row) for row in rows)
+    assert free == naive_best_fit(lengths)
+    assert rows == pack([range(n) for n in lengths], SEQ)
+
+
+@given(LENGTHS)
+def test_a_stream_gives_every_example_once(lengths):
+    examples = [bytes(n) for n in lengths]
+    rows = list(pack_stream(iter(examples), SEQ))
+    packed = list(itertools.chain(*rows))
+    assert sorted(map(id, packed)) == sorted(map(id, examples))
+    assert all(sum(map(len, row)) <= SEQ for row in rows)
+
+
+def test_a_stream_is_read_a_window_at_a_time_and_wastes_little():
+    lengths = [8 + (i * 37) % 200 for i in range(40_000)]
+    read = 0
+
+    def examples():
+        nonlocal read
+        for length in lengths:
+            read += 1
+            yield range(length)
+
+    rows = pack_stream(examples(), 512)
+    first = next(rows)
+    assert read < 4000
+    count = len([first, *rows])
+    assert count <= 1.01 * len(pack([range(n) for n in lengths], 512))
+
+
+def test_an_example_that_is_too_long_is_named():
+    with pytest.raises(InputError, match=r"example 2 has 9 tokens and does not fit seq_length 8"):
+        pack(["a" * 8, "", "a" * 9, "a" * 10], 8)
+
+
+@pytest.mark.parametrize("seq_length", [0, -1])
+def test_a_row_needs_room(seq_length):
+    with pytest.raises(InputError, match="seq_length"):
+        pack([], seq_length)

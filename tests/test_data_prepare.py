@@ -1,0 +1,419 @@
+"""Preparing: nothing lost, nothing doubled, the same bytes, and no rows made otherwise reused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlmjax import InputError
+from mlmjax.config import DataConfig, SourceConfig
+from mlmjax.data import prepare as prepare_module
+from mlmjax.data.examples import Counts, read_examples
+from mlmjax.data.folder import built_whole
+from mlmjax.data.prepare import prepare, summary
+from mlmjax.data.rows import open_rows, read_manifest
+
+ANSWERS = ["yes", "no", "Paris", "entailment", " "]
+
+
+def write_table(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make_rows(count, salt=0):
+    return [
+        {
+            "input": f"Question {salt}-{i % (count - count // 10)}: " + "words " * (i * 7 % 40),
+            "answer": ANSWERS[i % len(ANSWERS)],
+            "task": f"task{i % 3}",
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = write_table(tmp_path / "a.jsonl", make_rows(300))
+    text = write_table(tmp_path / "b.jsonl", [{"text": f"Document {i}. " * 40} for i in range(20)])
+    return DataConfig(
+        rows=str(tmp_path / "rows"),
+        seq_length=64,
+        validation_rows=8,
+        sources=(
+            SourceConfig(path=path, prompt="{input}", answer="answer", task="task", name="qa"),
+            SourceConfig(path=text, text="text", name="text"),
+        ),
+    )
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def change(config, **update):
+    return DataConfig.model_validate({**config.model_dump(), **update})
+
+
+def change_source(config, **update):
+    first = SourceConfig.model_validate({**config.sources[0].model_dump(), **update})
+    return change(config, sources=(first, *config.sources[1:]))
+
+
+def examples_on_disk(folder, split):
+    return [
+        (source.name, tuple(example.ids.tolist()), example.answer_position, example.task)
+        for source in open_rows(folder, split)
+        for row in range(len(source))
+        for example in source[row]
+    ]
+
+
+def test_every_example_is_on_disk_once_in_one_split(config, tokenizer):
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    expected = Counter()
+    keys = {}
+    for source in config.sources:
+        for one in read_examples(source, tokenizer, config.seq_length, Counts()):
+            task = manifest.tasks.index(one.task)
+            example = (source.name, tuple(one.ids.tolist()), one.answer_position, task)
+            expected[example] += 1
+            keys[example] = one.key
+    train = examples_on_disk(folder, "train")
+    validation = examples_on_disk(folder, "validation")
+    assert Counter(train) + Counter(validation) == expected
+    # Equal prompts (and the windows of one document) are on one side.
+    assert not {keys[e] for e in train} & {keys[e] for e in validation}
+    assert len({keys[e] for e in train}) < len(train)
+
+    rows = {split: sum(map(len, open_rows(folder, split))) for split in manifest.splits}
+    assert 8 <= rows["validation"] <= 16
+    assert rows["train"] > 60
+
+
+def test_the_manifest_counts_what_is_there(config, tokenizer):
+    calls = []
+    folder = prepare(config, tokenizer, lambda name, records: calls.append((name, records)))
+    assert calls[-2:] == [("qa", 300), ("text", 20)]
+    manifest = read_manifest(folder)
+    qa, text = manifest.sources
+    assert (qa.records, qa.examples) == (300, 180)
+    assert qa.dropped == {"answer is not one token": 60, "blank answer": 60}
+    assert qa.files[0].bytes == os.path.getsize(config.sources[0].path)
+    assert manifest.tasks == ["task0", "task1", "task2", "text"]
+    assert (text.records, text.dropped) == (20, {})
+    for split, files in manifest.splits.items():
+        for file, source in zip(files, open_rows(folder, split), strict=True):
+            rows = [source[i] for i in range(len(source))]
+            lengths = [[len(example) for example in row] for row in rows]
+            assert file.rows == len(rows)
+            assert file.examples == sum(map(len, rows)) == sum(file.examples_per_task.values())
+            assert file.tokens == sum(map(sum, lengths))
+            assert file.padding_share == pytest.approx(1 - file.tokens / (64 * len(rows)))
+            assert file.max_examples_per_row == max(map(len, rows)) == source.max_examples_per_row
+            assert max(map(sum, lengths)) <= 64
+            assert source.text == (file.name == "text")
+    indices = [e.index for s in open_rows(folder, "train") for i in range(len(s)) for e in s[i]]
+    assert sorted(indices) == list(range(len(indices)))
+    lines = summary(manifest)
+    assert "qa: 300 records, 180 examples, 60 dropped (answer is not one token)" in lines[0]
+    assert lines[-1].startswith("validation: ")
+
+
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    words=st.lists(
+        st.text("ab \n[MASK]", min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=40
+    ),
+    seq_length=st.sampled_from([24, 40]),
+    pack=st.booleans(),
+)
+def test_no_token_is_lost_doubled_or_moved(tmp_path_factory, tokenizer, words, seq_length, pack):
+    folder = tmp_path_factory.mktemp("property")
+    path = write_table(folder / "t.jsonl", [{"text": text} for text in words])
+    source = SourceConfig(path=path, text="text", name="t")
+    config = DataConfig(
+        rows=str(folder / "rows"), seq_length=seq_length, pack=pack, sources=(source,)
+    )
+    rows = prepare(config, tokenizer)
+    found = Counter(ids for _, ids, _, _ in examples_on_disk(rows, "train"))
+    expected = Counter(
+        tuple(one.ids.tolist()) for one in read_examples(source, tokenizer, seq_length, Counts())
+    )
+    assert found == expected
+    if not pack:
+        (only,) = open_rows(rows, "train")
+        assert len(only) == expected.total()
+        assert only.max_examples_per_row == 1
+
+
+def test_the_same_input_gives_the_same_bytes(config, tokenizer, tmp_path):
+    first = content(prepare(config, tokenizer))
+    second = content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+    assert first == second
+    assert set(first) == {
+        "manifest.json",
+        *(f"{split}/{n}.arrow" for split in ("train", "validation") for n in (0, 1)),
+    }
+    assert str(tmp_path / "rows") not in first["manifest.json"].decode()
+
+
+def test_again_is_a_no_op(config, tokenizer, monkeypatch):
+    folder = prepare(config, tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(prepare_module, "_build", None)
+    # What is settled while training may change without preparing again.
+    assert prepare(change(config, batch_size=7), tokenizer) == folder
+    assert prepare(change_source(config, weight=3.0), tokenizer) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"seq_length": 128}, "data.seq_length is 128, the rows have 64"),
+        ({"pack": False}, "data.pack is False, the rows have True"),
+        ({"prompt": "{input}?"}, "data.sources.0.prompt is '{input}.', the rows have '{input}'"),
+        ({"limit": 5}, "data.sources.0.limit is 5, the rows have None"),
+    ],
+)
+def test_rows_of_another_configuration_are_refused(config, tokenizer, update, message):
+    folder = prepare(config, tokenizer)
+    before = content(folder)
+    changed = change if set(update) <= {"seq_length", "pack"} else change_source
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(changed(config, **update), tokenizer)
+    assert "delete the folder to prepare again, or name another in data.rows" in str(caught.value)
+    assert content(folder) == before
+
+
+def test_rows_of_another_tokenizer_are_refused(config, tokenizer):
+    prepare(config, tokenizer)
+    other = type(tokenizer)(tokenizer.files)
+    other.sha256 = "0" * 64
+    with pytest.raises(InputError, match="the tokenizer's sha256 is 000000000000"):
+        prepare(config, other)
+
+
+def test_changed_source_files_are_refused_and_absent_ones_are_not(config, tokenizer, tmp_path):
+    folder = prepare(config, tokenizer)
+    path = tmp_path / "a.jsonl"
+    original = path.read_bytes()
+    later = (folder / "manifest.json").stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    assert prepare(config, tokenizer) == folder
+
+    path.write_bytes(original.replace(b"Question", b"question"))
+    os.utime(path, ns=(later, later))
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    path.write_bytes(original + original)
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    path.unlink()
+    assert prepare(config, tokenizer) == folder
+
+
+def test_validation_sources_are_packed_by_themselves(config, tokenizer, tmp_path):
+    path = write_table(tmp_path / "v.jsonl", make_rows(50, salt=9))
+    held = SourceConfig(path=path, prompt="{input}", answer="answer", name="held")
+    config = change(config, validation_rows=0, validation_sources=(held,))
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert [file.name for file in manifest.splits["validation"]] == ["held"]
+    assert [report.examples for report in manifest.validation_sources] == [30]
+    assert len(examples_on_disk(folder, "validation")) == 30
+    assert len(examples_on_disk(folder, "train")) == sum(r.examples for r in manifest.sources)
+
+
+def test_without_packing_a_row_is_an_example(config, tokenizer):
+    folder = prepare(change(config, pack=False), tokenizer)
+    manifest = read_manifest(folder)
+    for file in [*manifest.splits["train"], *manifest.splits["validation"]]:
+        assert file.rows == file.examples
+    held_out = sum(file.rows for file in manifest.splits["validation"])
+    # A few more than 8, because equal prompts and the windows of a document go together.
+    assert 8 <= held_out <= 20
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"validation_rows": 10_000}, "leaves nothing to train on"),
+        ({"sources": ()}, "data.sources names nothing to read"),
+    ],
+)
+def test_a_configuration_that_leaves_nothing_is_refused(
+    config, tokenizer, tmp_path, update, message
+):
+    with pytest.raises(InputError, match=message):
+        prepare(change(config, **update), tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl"}
+
+
+def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path):
+    write_table(tmp_path / "a.jsonl", [{"input": "x", "answer": "entailment", "task": "t"}] * 3)
+    with pytest.raises(
+        InputError, match=r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
+    ):
+        prepare(config, tokenizer)
+    assert not (tmp_path / "rows.partial").exists()
+
+
+def test_two_sources_of_one_name_are_refused(config, tokenizer):
+    with pytest.raises(InputError, match="two are called 'text'"):
+        prepare(change_source(config, name="text"), tokenizer)
+
+
+def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
+    bad = SourceConfig(path="nowhere*.csv", text="text")
+    calls = []
+    with pytest.raises(InputError, match="no file matches"):
+        prepare(
+            change(config, sources=(*config.sources, bad)), tokenizer, lambda *a: calls.append(a)
+        )
+    assert calls == []
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tokenizer, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
+        prepare(config, tokenizer)
+    (tmp_path / "rows").rename(tmp_path / "rows.partial")
+    with pytest.raises(InputError, match="in the way and not ours to delete"):
+        prepare(config, tokenizer)
+    assert (tmp_path / "rows.partial" / "thesis.tex").read_text() == "precious"
+
+
+def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
+    (tmp_path / "rows").mkdir()
+    assert len(open_rows(prepare(config, tokenizer), "train")) == 2
+
+
+CHILD = """
+import sys, time
+from mlmjax.config import DataConfig
+from mlmjax.data import prepare as module
+from mlmjax.tokenizer import Tokenizer
+slow = module.write_rows
+def write_rows(*args, **kwargs):
+    result = slow(*args, **kwargs)
+    print("written", flush=True)
+    time.sleep(60)
+    return result
+module.write_rows = write_rows
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+module.prepare(config, Tokenizer.from_pretrained())
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_the_next_one_keeps(config, tokenizer, tmp_path):
+    arguments = [sys.executable, "-c", CHILD, config.model_dump_json()]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"written\n"
+        child.send_signal(signal.SIGKILL)
+    partial = tmp_path / "rows.partial"
+    assert (partial / "train" / "0.arrow").exists()
+    assert not (tmp_path / "rows").exists()
+    after_kill = content(prepare(config, tokenizer))
+    assert not partial.exists()
+    assert after_kill == content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+
+
+def test_two_at_once_build_one_folder(tmp_path):
+    target = tmp_path / "made"
+    code = (
+        "import sys, time, pathlib\n"
+        "from mlmjax.data.folder import built_whole\n"
+        "with built_whole(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    print('builds' if partial else 'finds', flush=True)\n"
+        "    if partial:\n"
+        "        (partial / 'x').write_text('x')\n"
+        "        time.sleep(0.5)\n"
+    )
+    start = [
+        subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    said = sorted(child.communicate()[0] for child in start)
+    assert said == [b"builds\n", b"finds\n", b"finds\n"]
+    assert [path.name for path in target.iterdir()] == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), built_whole(tmp_path / "file" / "x"):
+        pass
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        del data[-100:]
+    elif how == "flipped":
+        # Tokens are most of the file, so the middle is among them.
+        data[len(data) // 2] ^= 0xFF
+    elif how == "rubbish":
+        data[:] = b"x" * len(data)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("cut", "bytes, the manifest says"), ("flipped", "checksum"), ("rubbish", "damaged")],
+)
+def test_damaged_row_files_are_refused(config, tokenizer, how, message):
+    folder = prepare(config, tokenizer)
+    path = folder / "train" / "0.arrow"
+    damage(path, how)
+    with pytest.raises(InputError, match=message) as caught:
+        examples_on_disk(folder, "train")
+    assert str(path) in str(caught.value)
+    assert "prepare again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table.update(format=99), "rows of format 99, expected 1"),
+        (lambda table: table.pop("tasks"), "is not a manifest of rows: tasks"),
+        (
+            lambda table: table["splits"]["train"][0].update(rows=7),
+            "not the 7 rows of the manifest",
+        ),
+        (lambda table: table.update(vocab_size=100), "damaged: row 0 holds"),
+        (lambda table: table.update(seq_length=10), "damaged: row 0 holds"),
+        (
+            lambda table: table["splits"]["train"][0].update(file="../../x"),
+            "leads out of the rows folder",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_rows_is_refused(config, tokenizer, edit, message):
+    folder = prepare(config, tokenizer)
+    table = json.loads((folder / "manifest.json").read_text())
+    edit(table)
+    (folder / "manifest.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match=message):
+        open_rows(folder, "train")[0][0]
+
+
+def test_a_split_that_is_not_there_is_refused(config, tokenizer):
+    folder = prepare(change(config, validation_rows=0), tokenizer)
+    with pytest.raises(InputError, match="has no split 'validation'; there are: train"):
+        open_rows(folder, "validation")
