@@ -4,10 +4,10 @@ Source: transformers 5.23, `ModernBertConfig`, whose defaults and precedences th
 """
 
 import difflib
-import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from mlmjax.errors import InputError
 
@@ -15,33 +15,16 @@ MODEL_TYPE = "modernbert"
 GLOBAL = "full_attention"
 LOCAL = "sliding_attention"
 ACTIVATIONS = (
-    "gelu",
-    "gelu_python",
-    "gelu_new",
-    "gelu_fast",
-    "gelu_accurate",
-    "gelu_pytorch_tanh",
-    "gelu_python_tanh",
-    "quick_gelu",
-    "hardswish",
-    "leaky_relu",
-    "linear",
-    "mish",
-    "relu",
-    "relu2",
-    "relu6",
-    "sigmoid",
-    "silu",
-    "swish",
-    "tanh",
+    *("gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh"),
+    *("gelu_python_tanh", "quick_gelu", "hardswish", "leaky_relu", "linear", "mish", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "swish", "tanh"),
 )
-POOLINGS = ("cls", "mean")
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+PROBLEM_TYPES = (None, "regression", "single_label_classification", "multi_label_classification")
 
 _DEFAULT_THETAS = {GLOBAL: 160_000.0, LOCAL: 10_000.0}
 _FLAT_THETA_KEYS = {GLOBAL: "global_rope_theta", LOCAL: "local_rope_theta"}
 _DEFAULT_EVERY_N = 3
-_DEFAULT_LABELS = {0: "LABEL_0", 1: "LABEL_1"}
+_DEFAULT_LABELS = 2
 
 # Inclusive bounds: wide enough for any ModernBERT that exists, narrow enough that no product of
 # two of them asks for absurd memory before the tensors have been looked at.
@@ -54,7 +37,7 @@ _INTEGERS = {
     "max_position_embeddings": (1, 2**24),
     "local_attention": (0, 2**25),
 }
-_POSITIVE = (math.ulp(0.0), math.inf)
+_EVERY_N = _LABELS = (1, 2**20)
 _PROBABILITY = (0.0, 1.0)
 _FLOATS = {
     "initializer_range": (0.0, 1e3),
@@ -78,12 +61,27 @@ _BOOLEANS = (
 _CHOICES = {
     "hidden_activation": ACTIVATIONS,
     "classifier_activation": ACTIVATIONS,
-    "classifier_pooling": POOLINGS,
-    "problem_type": (None, *PROBLEM_TYPES),
+    "classifier_pooling": ("cls", "mean"),
+    "problem_type": PROBLEM_TYPES,
 }
 _TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 # Keys that would make another model of it, and that nothing here can express.
 _REFUSED = ("rope_scaling", "per_layer_config", "quantization_config")
+
+
+class _Problems(list[str]):
+    """Everything wrong with a configuration, collected to be told at once."""
+
+    def add(self, name: str, found: Any, expected: str) -> None:
+        try:
+            shown = reprlib.repr(found)
+        except ValueError:  # an integer of thousands of digits has no repr
+            shown = "a huge number"
+        self.append(f"{name}: found {shown}; expected {expected}")
+
+    def check_integer(self, name: str, found: Any, bounds: tuple[int, int]) -> None:
+        if not _in_bounds(found, bounds):
+            self.add(name, found, f"a whole number from {bounds[0]} to {bounds[1]}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +140,7 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
+        problems = _Problems()
         self._resolve_rope(problems)
         self._check_values(problems)
         self._resolve_layers(problems)
@@ -175,20 +173,16 @@ class ModelConfig:
         With `strict` an unknown key is refused, and the nearest known one is named: for values
         that a person wrote. Raises `InputError`.
 
-        >>> ModelConfig.from_hf({"num_hidden_layers": 2, "global_attn_every_n_layers": 2}).layer_types
-        ('full_attention', 'sliding_attention')
+        >>> ModelConfig.from_hf({"local_rope_theta": 500, "torch_dtype": "float16"}).extra
+        {'torch_dtype': 'float16'}
         """
         if not isinstance(values, Mapping):
-            raise InputError(
-                f"model configuration: found {type(values).__name__}; expected an object of keys"
-            )
+            raise InputError(f"model configuration: found {type(values)}; expected an object")
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise InputError(
-                f"model_type: found {model_type!r}, which is another architecture; only "
-                f"{MODEL_TYPE!r} can be loaded"
-            )
+            found = f"found {model_type!r}, which is another architecture"
+            raise InputError(f"model_type: {found}; only {MODEL_TYPE!r} can be loaded")
         # transformers sets this property last, so it overrides local_attention.
         if "sliding_window" in values:
             half = values.pop("sliding_window")
@@ -224,13 +218,13 @@ class ModelConfig:
             "label2id": dict(self.label2id),
         }
         del values["num_labels"]
-        if self.id2label == _DEFAULT_LABELS:
+        if self.id2label == _default_labels(_DEFAULT_LABELS):
             del values["id2label"], values["label2id"]
+        if self.architectures is not None:
+            values["architectures"] = list(self.architectures)
         for name in ("problem_type", "architectures"):
             if values[name] is None:
                 del values[name]
-        if self.architectures is not None:
-            values["architectures"] = list(self.architectures)
         if self.global_attn_every_n_layers is None:
             for name in ("global_attn_every_n_layers", *_FLAT_THETA_KEYS.values()):
                 del values[name]
@@ -239,180 +233,148 @@ class ModelConfig:
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
 
-    def _resolve_rope(self, problems: list[str]) -> None:
+    def _resolve_rope(self, problems: _Problems) -> None:
         nested = self.rope_parameters
         if nested is None:
             return
         if not isinstance(nested, Mapping):
-            problems.append(_wrong("rope_parameters", nested, f"an object of {GLOBAL}, {LOCAL}"))
+            problems.add("rope_parameters", nested, f"an object of {GLOBAL}, {LOCAL}")
             return
         rest: dict[str, Any] = {}
         for name, entry in nested.items():
-            if name in ("rope_type", "type"):
-                _check_rope_type(f"rope_parameters.{name}", entry, problems)
-            elif name not in _FLAT_THETA_KEYS:
-                problems.append(
-                    f"rope_parameters.{name}: unknown key; expected one object for each of "
-                    f"{GLOBAL} and {LOCAL}"
-                )
+            if name not in _FLAT_THETA_KEYS:
+                expected = f"one object for each of {GLOBAL} and {LOCAL}"
+                problems.add("rope_parameters", f"key {name}", expected)
             elif isinstance(entry, Mapping):
-                for key in ("rope_type", "type"):
-                    if key in entry:
-                        _check_rope_type(f"rope_parameters.{name}.{key}", entry[key], problems)
+                kind = entry.get("rope_type", entry.get("type", "default"))
+                if kind != "default":
+                    problems.add(f"rope_parameters.{name}.rope_type", kind, "'default'")
                 if "rope_theta" in entry:
                     self._set(_FLAT_THETA_KEYS[name], entry["rope_theta"])
                 kept = {k: v for k, v in entry.items() if k not in ("rope_theta", "rope_type")}
                 rest |= {name: kept} if kept else {}
             elif entry is not None:
-                problems.append(_wrong(f"rope_parameters.{name}", entry, "an object or null"))
+                problems.add(f"rope_parameters.{name}", entry, "an object or null")
         self._set("rope_parameters", rest or None)
 
-    def _check_values(self, problems: list[str]) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            value = getattr(self, name)
-            if not _is_integer(value) or not low <= value <= high:
-                problems.append(_wrong(name, value, f"a whole number from {low} to {high}"))
+    def _check_values(self, problems: _Problems) -> None:
+        for name, bounds in _INTEGERS.items():
+            problems.check_integer(name, getattr(self, name), bounds)
         for name, (least, most) in _FLOATS.items():
             number = getattr(self, name)
-            if not _is_number(number) or not least <= number <= most:
-                problems.append(_wrong(name, number, f"a number from {least:g} to {most:g}"))
-            else:
+            if (isinstance(number, float) or _is_integer(number)) and least <= number <= most:
                 self._set(name, float(number))
+            else:
+                problems.add(name, number, f"a number from {least:g} to {most:g}")
         for name in _BOOLEANS:
             if not isinstance(getattr(self, name), bool):
-                problems.append(_wrong(name, getattr(self, name), "true or false"))
+                problems.add(name, getattr(self, name), "true or false")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if not any(value is choice or value == choice for choice in choices):
-                problems.append(_wrong(name, value, _either(choices)))
+                problems.add(name, value, f"one of {', '.join(map(str, choices))}")
         self._check_token_ids(problems)
         self._check_heads(problems)
 
-    def _check_token_ids(self, problems: list[str]) -> None:
-        vocabulary = self.vocab_size if _is_integer(self.vocab_size) else 0
+    def _check_token_ids(self, problems: _Problems) -> None:
         for name in _TOKEN_IDS:
             value = getattr(self, name)
-            several = name == "eos_token_id" and isinstance(value, list | tuple)
-            for token in value if several else [value]:
-                if token is not None and (not _is_integer(token) or not 0 <= token < 2**31):
-                    problems.append(_wrong(name, value, "a token id (0 or more) or null"))
-                    break
-        pad = self.pad_token_id
-        if _is_integer(pad) and pad >= vocabulary > 0:
-            problems.append(
-                f"pad_token_id: found {pad}; expected a token id below vocab_size {vocabulary}, or null"
+            several = (
+                value if name == "eos_token_id" and isinstance(value, list | tuple) else [value]
             )
+            if not all(token is None or _in_bounds(token, (0, 2**31 - 1)) for token in several):
+                problems.add(name, value, "a token id (0 or more) or null")
+        pad, size = self.pad_token_id, self.vocab_size
+        if _is_integer(pad) and _is_integer(size) and pad >= size:
+            expected = f"a token id below vocab_size {size}, or null"
+            problems.add("pad_token_id", pad, expected)
 
-    def _check_heads(self, problems: list[str]) -> None:
-        hidden, heads = self.hidden_size, self.num_attention_heads
-        if not _is_integer(hidden) or not _is_integer(heads) or hidden < 1 or heads < 1:
+    def _check_heads(self, problems: _Problems) -> None:
+        names = ("hidden_size", "num_attention_heads")
+        if not all(_in_bounds(getattr(self, name), _INTEGERS[name]) for name in names):
             return
-        if hidden % heads:
-            problems.append(f"hidden_size: {hidden} is not a multiple of {heads} attention heads")
-        elif (hidden // heads) % 2:
-            problems.append(
-                f"hidden_size: {hidden} over {heads} heads gives head_dim {hidden // heads}; "
-                "RoPE needs an even one"
-            )
+        if self.hidden_size % self.num_attention_heads:
+            expected = f"a multiple of num_attention_heads {self.num_attention_heads}"
+            problems.add("hidden_size", self.hidden_size, expected)
+        elif self.head_dim % 2:
+            expected = f"an even head_dim over {self.num_attention_heads} heads, as RoPE needs"
+            problems.add("hidden_size", self.hidden_size, expected)
 
-    def _resolve_layers(self, problems: list[str]) -> None:
-        layers, every = self.num_hidden_layers, self.global_attn_every_n_layers
-        if not _is_integer(layers) or not 1 <= layers <= _INTEGERS["num_hidden_layers"][1]:
+    def _resolve_layers(self, problems: _Problems) -> None:
+        layers, given = self.num_hidden_layers, self.layer_types
+        every = self.global_attn_every_n_layers
+        if not _in_bounds(layers, _INTEGERS["num_hidden_layers"]):
             return
-        given = self.layer_types
         if given is None:
-            if not _is_integer(every) or not 1 <= every <= 2**20:
-                problems.append(
-                    _wrong("global_attn_every_n_layers", every, "a whole number from 1 to 1048576")
-                )
-                return
-            self._set("layer_types", _every_nth(every, layers))
+            problems.check_integer("global_attn_every_n_layers", every, _EVERY_N)
+            if _in_bounds(every, _EVERY_N):
+                self._set("layer_types", _every_nth(every, layers))
             return
         if not isinstance(given, list | tuple):
-            problems.append(_wrong("layer_types", given, f"a list of {GLOBAL!r} and {LOCAL!r}"))
+            problems.add("layer_types", given, f"a list of {GLOBAL!r} and {LOCAL!r}")
             return
         unknown = [kind for kind in given if kind not in (GLOBAL, LOCAL)]
         if unknown:
-            problems.append(_wrong("layer_types", unknown[0], f"{GLOBAL!r} or {LOCAL!r}"))
+            problems.add("layer_types", unknown[0], f"{GLOBAL!r} or {LOCAL!r}")
         if len(given) != layers:
-            problems.append(
-                f"layer_types: found {len(given)} entries; expected num_hidden_layers = {layers}"
-            )
+            expected = f"one for each of num_hidden_layers {layers}"
+            problems.add("layer_types", f"{len(given)} entries", expected)
         self._set("layer_types", tuple(given))
-        candidates = [every] if _is_integer(every) and every > 0 else []
+        candidates = [every] if _in_bounds(every, _EVERY_N) else []
         candidates += [_DEFAULT_EVERY_N, *range(1, layers + 1)]
-        matching = [n for n in candidates if _every_nth(n, layers) == self.layer_types]
-        self._set("global_attn_every_n_layers", matching[0] if matching else None)
+        matching = (n for n in candidates if _every_nth(n, layers) == self.layer_types)
+        self._set("global_attn_every_n_layers", next(matching, None))
 
-    def _resolve_labels(self, problems: list[str]) -> None:
-        names, number = self.id2label, self.num_labels
-        if number is not None and (not _is_integer(number) or not 1 <= number <= 2**20):
-            problems.append(_wrong("num_labels", number, "a whole number from 1 to 1048576"))
+    def _resolve_labels(self, problems: _Problems) -> None:
+        number, names, ids = self.num_labels, self.id2label, self.label2id
+        if number is not None and not _in_bounds(number, _LABELS):
+            problems.check_integer("num_labels", number, _LABELS)
             return
         if names is None:
-            names = {i: f"LABEL_{i}" for i in range(2 if number is None else number)}
+            names = _default_labels(_DEFAULT_LABELS if number is None else number)
+            ids = None
         labels = _labels(names)
         if labels is None:
-            problems.append(
-                _wrong("id2label", names, 'an object {"0": name, "1": name, ...} without gaps')
-            )
+            expected = 'an object {"0": name, "1": name, ...} without gaps'
+            problems.add("id2label", names, expected)
             return
         if number is not None and number != len(labels):
-            problems.append(
-                f"num_labels: found {number}, but id2label has {len(labels)} entries; give one of "
-                "them, or both alike"
-            )
-        ids = self.label2id
-        if ids is None or self.id2label is None:
+            expected = f"{len(labels)}, the entries of id2label (give one of the two)"
+            problems.add("num_labels", number, expected)
+        if ids is None:
             ids = {label: index for index, label in labels.items()}
-        elif not isinstance(ids, Mapping):
-            problems.append(_wrong("label2id", ids, "an object {name: number}"))
+        if not isinstance(ids, Mapping) or not all(_is_integer(index) for index in ids.values()):
+            problems.add("label2id", ids, "an object {name: number}")
             return
+        if self.problem_type == "single_label_classification" and len(labels) == 1:
+            problems.add("problem_type", self.problem_type, "two labels or more with it")
         self._set("num_labels", len(labels))
         self._set("id2label", labels)
         self._set("label2id", dict(ids))
-        if self.problem_type == "single_label_classification" and len(labels) == 1:
-            problems.append("problem_type: single_label_classification needs two labels or more")
 
-    def _check_extra(self, problems: list[str]) -> None:
+    def _check_extra(self, problems: _Problems) -> None:
         for name in _REFUSED:
             if self.extra.get(name) is not None:
-                problems.append(_wrong(name, self.extra[name], "null: not supported here"))
+                problems.add(name, self.extra[name], "null: not supported here")
         head_dim = self.extra.get("head_dim")
-        if head_dim is not None and not problems and head_dim != self.head_dim:
-            problems.append(
-                f"head_dim: found {head_dim!r}; expected hidden_size / num_attention_heads = "
-                f"{self.head_dim}"
-            )
-        architectures = self.architectures
-        if architectures is None:
+        if not problems and head_dim not in (None, self.head_dim):
+            expected = f"hidden_size / num_attention_heads = {self.head_dim}"
+            problems.add("head_dim", head_dim, expected)
+        names = self.architectures
+        if names is None:
             return
-        if not isinstance(architectures, list | tuple) or not all(
-            isinstance(name, str) for name in architectures
-        ):
-            problems.append(_wrong("architectures", architectures, "a list of class names"))
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            self._set("architectures", tuple(names))
         else:
-            self._set("architectures", tuple(architectures))
+            problems.add("architectures", names, "a list of class names")
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return _is_integer(value) and abs(value) < 2**63
-
-
-def _wrong(name: str, found: Any, expected: str) -> str:
-    shown = repr(found)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return f"{name}: found {shown}; expected {expected}"
-
-
-def _either(choices: tuple[Any, ...]) -> str:
-    return "one of " + ", ".join("null" if choice is None else choice for choice in choices)
+def _in_bounds(value: Any, bounds: tuple[int, int]) -> TypeGuard[int]:
+    return _is_integer(value) and bounds[0] <= value <= bounds[1]
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
@@ -421,24 +383,18 @@ def _unknown_key(key: str, known: set[str]) -> str:
     return f"{key}: unknown key; {hint}"
 
 
-def _check_rope_type(where: str, found: Any, problems: list[str]) -> None:
-    if found != "default":
-        problems.append(_wrong(where, found, "'default', the only RoPE type supported"))
-
-
 def _every_nth(n: int, layers: int) -> tuple[str, ...]:
     return tuple(LOCAL if i % n else GLOBAL for i in range(layers))
 
 
+def _default_labels(number: int) -> dict[int, str]:
+    return {index: f"LABEL_{index}" for index in range(number)}
+
+
 def _labels(names: Any) -> dict[int, str] | None:
     """Labels by number, or None when the numbers are not 0, 1, 2, ... or a name is no string."""
-    to_number: Callable[[Any], int] = int
-    try:
-        labels = {to_number(index): name for index, name in names.items()}
-    except (AttributeError, TypeError, ValueError):
-        return None
-    if not labels or sorted(labels) != list(range(len(names))):
-        return None
-    if not all(isinstance(name, str) for name in labels.values()):
-        return None
-    return dict(sorted(labels.items()))
+    found = (
+        {str(index): name for index, name in names.items()} if isinstance(names, Mapping) else {}
+    )
+    labels: dict[int, Any] = {index: found.get(str(index)) for index in range(len(found))}
+    return labels if labels and all(isinstance(n, str) for n in labels.values()) else None

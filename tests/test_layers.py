@@ -29,7 +29,7 @@ ROWS = [
         "data.loader",
         "data",
     ],
-    ["partition", "attention", "modernbert", "loss", "optim"],
+    ["partition", "product", "attention", "layers", "modernbert", "loss", "optim"],
     ["hub", "hf", "checkpoint"],
     ["step"],
     ["log", "score", "evaluate", "train", "classifier", "report", "demo", "cli", "__main__"],

@@ -1,0 +1,51 @@
+"""Matrix products that accumulate in float32, and do so backward too."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+
+def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return the float32 `einsum` of two arrays, computed in the dtype of `x`.
+
+    `subscripts` name each axis, and each axis stands in two of the three terms, as in
+    `"bqd,bkd->bqk"`. In bfloat16 and float16 the operands are rounded and the sums are float32; so
+    are those of the gradients, which plain differentiation would compute from float32 operands.
+
+    >>> product("ij,jk->ik", jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
+    dtype('float32')
+    """
+    if x.dtype == y.dtype == jnp.float32:
+        return _einsum(subscripts, x, y)
+    return _rounded(subscripts, x, y)
+
+
+def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return _einsum(subscripts, x, y.astype(x.dtype))
+
+
+def _forward(
+    subscripts: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _rounded(subscripts, x, y), (x, y)
+
+
+def _backward(
+    subscripts: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, y = saved
+    terms, out = subscripts.split("->")
+    of_x, of_y = terms.split(",")
+    gradient = gradient.astype(x.dtype)
+    to_x = _einsum(f"{out},{of_y}->{of_x}", gradient, y.astype(x.dtype))
+    to_y = _einsum(f"{of_x},{out}->{of_y}", x, gradient)
+    return to_x.astype(x.dtype), to_y.astype(y.dtype)
+
+
+_rounded.defvjp(_forward, _backward)
