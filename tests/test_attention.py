@@ -1,0 +1,311 @@
+"""Attention: every path equals the dense reference, forward and backward, at every edge."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlmjax import attention, partition
+from mlmjax.attention import attend
+from mlmjax.errors import InputError
+from mlmjax.product import product
+
+
+def heads(shape, seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for _ in range(3))
+
+
+def segments(length, seed=0):
+    """Three rows: packed neighbours with padding behind, padding in front, padding only."""
+    rng = np.random.default_rng(seed)
+    rows = np.zeros((3, length), np.int32)
+    if length > 4:
+        first, second = sorted(rng.integers(1, length - 1, 2))
+        rows[0, :first], rows[0, first:second], rows[0, second : length - 2] = 1, 2, 3
+        rows[1, first:] = 7
+    else:
+        rows[0], rows[1] = 1, 2
+    return jnp.asarray(rows)
+
+
+def by_hand(query, key, value, segment_ids, window):
+    """The definition, row by row, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros_like(query)
+    for b, h, i in np.ndindex(query.shape[:3]):
+        if segment_ids is None:
+            seen = np.full(query.shape[2], True)
+        else:
+            ids = np.asarray(segment_ids)[b]
+            seen = (ids == ids[i]) & (ids != 0)
+        if window is not None:
+            seen &= np.abs(np.arange(query.shape[2]) - i) <= window
+        if seen.any():
+            scores = key[b, h, seen] @ query[b, h, i] / np.sqrt(query.shape[3])
+            weights = np.exp(scores - scores.max())
+            out[b, h, i] = weights / weights.sum() @ value[b, h, seen]
+    return out
+
+
+def gradients(attend_fn, query, key, value):
+    def scalar(q, k, v):
+        return (jnp.sin(attend_fn(q, k, v)).astype(jnp.float32) * jnp.cos(v)).sum()
+
+    return jax.jit(jax.grad(scalar, argnums=(0, 1, 2)))(query, key, value)
+
+
+def assert_paths_equal(query, key, value, segment_ids, window, other="banded"):
+    paths = [
+        partial(attend, segment_ids=segment_ids, window=window, implementation=name)
+        for name in ("dense", other)
+    ]
+    dense, fast = (jax.jit(path)(query, key, value) for path in paths)
+    np.testing.assert_allclose(fast, dense, atol=2e-6)
+    for a, b in zip(*(gradients(path, query, key, value) for path in paths), strict=True):
+        assert bool(jnp.isfinite(a).all())
+        np.testing.assert_allclose(b, a, atol=5e-6)
+
+
+@pytest.mark.parametrize("window", [None, 0, 3, 40])
+@pytest.mark.parametrize("packed", [True, False])
+def test_dense_is_the_definition(window, packed):
+    q, k, v = heads((3, 2, 17, 4))
+    ids = segments(17) if packed else None
+    out = attend(q, k, v, ids, window=window, implementation="dense")
+    np.testing.assert_allclose(out, by_hand(q, k, v, ids, window), atol=1e-6)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    length=st.integers(1, 75),
+    window=st.none() | st.integers(0, 80),
+    packed=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_BLOCK", 8)
+        ids = segments(length, seed) if packed else None
+        assert_paths_equal(*heads((3, 2, length, 4), seed), ids, window)
+
+
+@pytest.mark.parametrize(
+    ("length", "window"),
+    [(512, 64), (513, 63), (770, 65), (1000, 130), (520, 200), (600, None), (512, None)],
+)
+def test_banded_is_dense_with_its_own_blocks(length, window):
+    assert_paths_equal(*heads((3, 1, length, 4)), segments(length), window)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "banded"])
+def test_window_includes_both_its_ends(implementation):
+    """At window 64 a token sees, and sends gradient to, distance 63 and 64 but not 65."""
+    length, window = 600, 64
+    query, key, value = heads((1, 1, length, 4))
+    path = partial(attend, segment_ids=None, window=window, implementation=implementation)
+    rows = jnp.asarray([0, 63, 64, 65, 127, 128, 129, 191, 192, 300, 383, 384, 535, 536, 599])
+
+    def at(k, v):
+        return path(query, k, v)[0, 0, rows].sum(axis=-1)
+
+    to_key, to_value = jax.jit(jax.jacrev(at, argnums=(0, 1)))(key, value)
+    for index, row in enumerate(np.asarray(rows)):
+        expected = np.abs(np.arange(length) - row) <= window
+        for jacobian in (to_key, to_value):
+            sees = np.asarray(jnp.abs(jacobian[index, 0, 0]).sum(axis=-1)) != 0
+            np.testing.assert_array_equal(sees, expected)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "banded"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_neighbours_in_a_packed_row_do_not_touch(implementation, window):
+    length, cut = 530, 270
+    q, k, v = heads((1, 2, length, 4))
+    ids = jnp.where(jnp.arange(length) < cut, 1, 2)[None]
+    path = jax.jit(partial(attend, window=window, implementation=implementation))
+    together = path(q, k, v, ids)
+    changed = path(*(x.at[:, :, cut:].set(9.0) for x in (q, k, v)), ids)
+    np.testing.assert_array_equal(together[:, :, :cut], changed[:, :, :cut])
+    alone = path(*(x[:, :, cut:] for x in (q, k, v)), jnp.ones((1, length - cut), jnp.int32))
+    np.testing.assert_allclose(together[:, :, cut:], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", ["dense", "banded"])
+@pytest.mark.parametrize("window", [None, 16])
+def test_padding_gives_zeros_and_no_gradient(implementation, window):
+    q, k, v = heads((2, 1, 530, 4))
+    ids = jnp.zeros((2, 530), jnp.int32).at[1, 5:300].set(1)
+    path = partial(attend, segment_ids=ids, window=window, implementation=implementation)
+    padding = np.broadcast_to(np.asarray(ids == 0)[:, None, :, None], q.shape)
+    assert not np.asarray(path(q, k, v))[padding].any()
+    grads = jax.jit(jax.grad(lambda *x: path(*x).sum(), argnums=(0, 1, 2)))(q, k, v)
+    for grad in grads:
+        assert not np.asarray(grad)[padding].any()
+        assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("implementation", ["dense", "banded"])
+def test_huge_scores_stay_finite(implementation):
+    q, k, v = heads((1, 1, 40, 4))
+    path = partial(attend, segment_ids=segments(40)[:1], window=4, implementation=implementation)
+    out, grad = jax.value_and_grad(lambda q: path(q, 1e4 * k, v).sum())(1e4 * q)
+    assert np.isfinite(out)
+    assert np.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_low_precision_stays_close(window):
+    length = 520
+    exact = heads((1, 2, length, 16))
+    low = [x.astype(jnp.bfloat16) for x in exact]
+    ids = segments(length)[:1]
+    for implementation in ("dense", "banded"):
+        path = partial(attend, window=window, implementation=implementation)
+        out = path(*low, ids)
+        assert out.dtype == jnp.bfloat16
+        np.testing.assert_allclose(out.astype(jnp.float32), path(*exact, ids), atol=0.03)
+
+
+def test_local_layers_do_not_score_distant_keys():
+    """Products of the banded path grow with the length, those of the dense path with its square."""
+    shapes = [jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32) for length in (1024, 4096)]
+
+    def flops(shape, name):
+        path = partial(attend, segment_ids=None, window=64, implementation=name)
+        compiled = jax.jit(path).lower(shape, shape, shape).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert flops(shapes[1], "banded") < 4.2 * flops(shapes[0], "banded")
+    assert flops(shapes[1], "dense") > 12 * flops(shapes[0], "dense")
+
+
+@pytest.mark.parametrize("window", [None, 2000])
+def test_long_rows_never_hold_all_scores(window):
+    shape = jax.ShapeDtypeStruct((1, 2, 4096, 8), jnp.float32)
+    path = partial(attend, segment_ids=None, window=window, implementation="banded")
+    step = jax.jit(jax.grad(lambda q, k, v: path(q, k, v).sum()))
+    memory = step.lower(shape, shape, shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.3 * (2 * 4096 * 4096 * 4)
+
+
+@pytest.mark.parametrize("window", [None, 0, 5, 130])
+@pytest.mark.parametrize("length", [6, 200])
+def test_splash_is_dense(window, length):
+    query, key, value = heads((3, 2, length, 8))
+    ids = segments(length)
+    splash = partial(attention._splash, segment_ids=ids, window=window, interpret=True)
+    dense = partial(attend, segment_ids=ids, window=window, implementation="dense")
+    arrays = (query, key, value)
+    np.testing.assert_allclose(splash(*arrays), dense(*arrays), atol=2e-6)
+    for a, b in zip(gradients(splash, *arrays), gradients(dense, *arrays), strict=True):
+        np.testing.assert_allclose(a, b, atol=5e-6)
+
+
+def test_splash_runs_on_every_device_of_a_mesh():
+    mesh = partition.make_mesh({"data": 2, "fsdp": 1, "tensor": 2})
+    arrays = heads((2, 4, 128, 8))
+    ids = segments(128)[:2]
+    alone = attend(*arrays, ids, window=9, implementation="dense")
+    with jax.set_mesh(mesh):
+        spec = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+        cut = [jax.device_put(x, spec) for x in arrays]
+        path = jax.jit(partial(attention._splash, window=9, interpret=True))
+        out = path(*cut, ids)
+        assert out.sharding.spec[:2] == spec.spec[:2]
+    np.testing.assert_allclose(out, alone, atol=2e-6)
+
+
+def test_auto_lowers_to_the_kernels_of_each_platform(monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    q, k, v = heads((2, 2, 256, 64), dtype=jnp.bfloat16)
+    ids = segments(256)[:2]
+
+    def lowered(platform, window):
+        def loss(q):
+            return attend(q, k, v, ids, window=window).astype(jnp.float32).sum()
+
+        return jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=(platform,)).as_text()
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    assert "cudnn$fmha" in lowered("cuda", None)
+    assert "cudnn" not in lowered("cuda", 16)
+    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    for window in (None, 16):
+        assert "tpu_custom_call" in lowered("tpu", window)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype", "platform", "says"),
+    [
+        ("flash", jnp.float32, "cpu", "expected one of auto, dense"),
+        ("splash", jnp.float32, "cpu", "needs a TPU, and this is cpu"),
+        ("cudnn", jnp.bfloat16, "cpu", "needs an NVIDIA GPU, and this is cpu"),
+        ("cudnn", jnp.float32, "gpu", "not float32"),
+        ("cudnn", jnp.bfloat16, "gpu", "head_dim"),
+    ],
+)
+def test_what_cannot_run_here_is_refused(monkeypatch, implementation, dtype, platform, says):
+    monkeypatch.setattr(attention, "_platform", lambda: platform)
+    for window in (None, 2):
+        with pytest.raises(InputError, match=says):
+            attend(
+                *heads((1, 1, 8, 4), dtype=dtype),
+                None,
+                window=window,
+                implementation=implementation,
+            )
+
+
+def test_mesh_decides_the_platform():
+    with jax.set_mesh(partition.make_mesh({})):
+        assert attention._platform() == "cpu"
+    assert attention._platform() == jax.default_backend()
+
+
+def dots(jaxpr):
+    """Yield every product of a program, those of inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from dots(inner)
+
+
+def test_low_precision_products_take_and_sum_as_promised():
+    x, y = jnp.ones((2, 3, 4), jnp.bfloat16), jnp.ones((4, 5, 6), jnp.float32)
+
+    def loss(x, y):
+        out = product("abi,ixy->abxy", x, y)
+        assert out.dtype == jnp.float32
+        return jnp.sin(out).sum()
+
+    found = list(dots(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, y).jaxpr))
+    assert len(found) == 3
+    for equation in found:
+        assert {v.aval.dtype for v in equation.invars} == {jnp.dtype(jnp.bfloat16)}
+        assert equation.outvars[0].aval.dtype == jnp.float32
+    grads = jax.grad(loss, argnums=(0, 1))(x, y)
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
+
+
+def test_low_precision_gradient_is_that_of_float32():
+    x, y, weight = heads((8, 8))
+
+    def loss(x, y):
+        return (product("ij,jk->ik", x, y) * weight).sum()
+
+    exact = jax.grad(loss, argnums=(0, 1))(x, y)
+    low = jax.grad(loss, argnums=(0, 1))(x.astype(jnp.bfloat16), y)
+    for a, b in zip(exact, low, strict=True):
+        np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.1)
