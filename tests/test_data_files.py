@@ -121,6 +121,11 @@ LONG = b'{"text": "' + b"a" * 2000 + b'"}\n'
         ("a.jsonl", b"[1, 2]\n", "a.jsonl line 1: is a JSON list; expected one object per line"),
         (
             "a.jsonl",
+            b'{"text": "x", "text": "y"}',
+            "line 1: is not valid JSON .key .text. stands twice",
+        ),
+        (
+            "a.jsonl",
             b'{"text": "x", "labels": "a"}\n',
             "line 1: has no column 'label'; did you mean 'labels'?",
         ),

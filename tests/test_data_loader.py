@@ -128,6 +128,8 @@ def test_the_same_seed_and_step_give_the_same_batch(make):
         assert_equal(make().batch(step), make().batch(step))
     assert (make().batch(5).input_ids != make(seed=4).batch(5).input_ids).any()
     assert (make().batch(5).input_ids != make().batch(6).input_ids).any()
+    orders = [make(seed=seed).example_indices(0) for seed in range(3)]
+    assert len({np.concatenate(order).tobytes() for order in orders}) == 3
 
 
 def test_the_global_batch_does_not_depend_on_who_reads_it(make):

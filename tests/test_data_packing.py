@@ -4,7 +4,7 @@ import doctest
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmjax import InputError
@@ -32,6 +32,7 @@ def naive_best_fit(lengths):
     return sorted(free)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_rows_are_those_of_best_fit(lengths):
     rows = pack([range(n) for n in lengths], SEQ)
@@ -42,6 +43,7 @@ def test_rows_are_those_of_best_fit(lengths):
     assert rows == pack([range(n) for n in lengths], SEQ)
 
 
+@settings(deadline=None)
 @given(LENGTHS)
 def test_a_stream_gives_every_example_once(lengths):
     examples = [bytes(n) for n in lengths]

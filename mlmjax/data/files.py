@@ -111,7 +111,7 @@ def _read_jsonl(
             continue
         here = f"{where} line {number}"
         try:
-            fields = json.loads(line)
+            fields = json.loads(line, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{here}: is not valid JSON ({error}); expected one object per line"
@@ -122,6 +122,14 @@ def _read_jsonl(
             )
         require_columns(here, columns, fields)
         yield Record(fields, here)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return table
 
 
 def _read_csv(

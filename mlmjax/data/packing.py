@@ -33,7 +33,7 @@ def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
                 "shorten it or raise seq_length"
             )
     rows: list[list[int]] = []
-    rows_by_free: list[list[int]] = [[] for _ in range(seq_length + 1)]
+    rows_by_free: dict[int, list[int]] = {}
     # Bit f is set while some row has f tokens free, so the best fit is the lowest set bit at or
     # above the length: one shift instead of a search.
     free_sizes = 0
@@ -50,7 +50,7 @@ def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
             free, row = seq_length, len(rows)
             rows.append([index])
         left = free - length
-        rows_by_free[left].append(row)
+        rows_by_free.setdefault(left, []).append(row)
         free_sizes |= 1 << left
     return [sorted(row) for row in rows]
 

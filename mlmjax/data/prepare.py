@@ -69,7 +69,9 @@ def prepare(config: DataConfig, tokenizer: Tokenizer, progress: Progress | None 
                 try:
                     _build(partial, config, tokenizer, progress or (lambda name, records: None))
                 except OSError as error:
-                    raise RunError(f"{folder}: writing failed: {error.strerror}") from error
+                    raise RunError(
+                        f"{folder}: writing failed: {error.strerror or error}"
+                    ) from error
     _check_same(folder, config, tokenizer)
     return folder
 
