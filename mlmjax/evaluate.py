@@ -140,10 +140,13 @@ def _read_questions(
     task: Task, data: str | Path | None, limit: int | None
 ) -> tuple[list[Question], int]:
     """Read the rows of a task as questions, and count those with a label to be dropped."""
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected at least 1 row")
     questions, dropped, problems = [], 0, []
+    fields = [name for name in Template(task.prompt).fields if name != "options"]
     for index, record in enumerate(itertools.islice(_records(task, data), limit)):
         try:
-            question = _question(task, index, record)
+            question = _question(task, fields, index, record)
         except InputError as error:
             problems.append(f"{record.where}: {error.message}")
             continue
@@ -180,16 +183,15 @@ def _records(task: Task, data: str | Path | None) -> Iterator[Record]:
     return iter(read_source(source))
 
 
-def _question(task: Task, index: int, record: Record) -> Question | None:
+def _question(task: Task, fields: Sequence[str], index: int, record: Record) -> Question | None:
     """Turn a record into a question; None if its label is one of the task's `drop_labels`."""
     answer = _column(record.fields, task.answer)
     if _key(answer) in task.drop_labels:
         return None
     row: dict[str, Any] = {}
-    for field in Template(task.prompt).fields:
-        if field != "options":
-            value = _column(record.fields, task.columns.get(field, field))
-            row[field] = value.strip() if field in task.strip and hasattr(value, "strip") else value
+    for field in fields:
+        value = _column(record.fields, task.columns.get(field, field))
+        row[field] = value.strip() if field in task.strip and isinstance(value, str) else value
     if task.options is None:
         names: Sequence[str] = task.label_names
         row["options"] = list(names)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, RunError
 from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.tokenizer import Tokenizer, check_text
@@ -136,7 +136,8 @@ class Scorer:
         A row may hold `"options"`, a list of texts; its columns past their number are -inf.
         Any iterable will do: it is read in chunks. `where` names each row in messages (default:
         its number); `progress` is called with the number of rows done since its last call.
-        Raises `InputError` naming each row that cannot be scored.
+        Raises `InputError` naming each row that cannot be scored, `RunError` for scores that are
+        not finite.
         """
         if isinstance(rows, str | bytes | Mapping):
             raise InputError(f"rows is one {type(rows).__name__}; expected a list of rows")
@@ -147,7 +148,10 @@ class Scorer:
             prompts = self.prompts(chunk, where=names, first=first)
             results.append(self._score_chunk(chunk, prompts, progress))
             first += len(chunk)
-        return np.concatenate(results)
+        scores = np.concatenate(results)
+        if np.isnan(scores).any():
+            raise RunError("the model's scores are not finite; its weights are broken")
+        return scores
 
     def prompts(
         self,

@@ -1,0 +1,378 @@
+"""Evaluation: the published protocol against torch, tables of one's own, what is refused."""
+
+import csv
+import doctest
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+from test_score import noisy, small_config
+
+from mlmjax import evaluate, metrics
+from mlmjax.errors import InputError, RunError
+from mlmjax.evaluate import load_task, run_evaluation
+from mlmjax.hf import load_pretrained
+from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.score import check_row
+from mlmjax.task import Task, task_names
+
+QUESTIONS = Path(__file__).parent / "data" / "mmlu_500.jsonl"
+
+REVIEWS = """
+name = "reviews"
+data = "reviews.csv"
+prompt = "Is the review good?\\n{text}\\n{options}Answer: [unused0] [MASK]"
+shorten = { text = "tail" }
+answer = "label"
+labels = ["bad", "good"]
+"""
+ROWS = [
+    {"text": "a fine film", "label": "good"},
+    {"text": "two hours lost", "label": "bad"},
+    {"text": "I would see it again", "label": "good"},
+    {"text": "see, it is not for me", "label": "bad"},
+    {"text": "fine acting, dull plot", "label": "bad"},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return noisy(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Write a task file and its table; give the task file."""
+    (tmp_path / "reviews.toml").write_text(REVIEWS)
+    write_csv(tmp_path / "reviews.csv", ROWS)
+    return tmp_path / "reviews.toml"
+
+
+def task(**changes):
+    """Make a task over `rows.jsonl` whose keys are those of the reviews."""
+    values = {"name": "t", "prompt": "{text} [unused0] [MASK]", "answer": "label"}
+    return Task(**{**values, "labels": ("bad", "good"), **changes})
+
+
+def answer(model, tokenizer, tmp_path, rows, **changes):
+    """Evaluate rows under a task, and give the results and the predictions."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    results = run_evaluation(model, tokenizer, task(**changes), data=data, out=out)
+    return results, read_lines(out / "predictions.jsonl")
+
+
+def test_docstring_examples():
+    assert doctest.testmod(metrics).failed == 0
+
+
+def test_published_mmlu_is_what_torch_says(tmp_path, tokenizer):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(5)
+    oracle = transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            local_attention=32,
+            global_attn_every_n_layers=2,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    oracle.save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    model, loaded = load_pretrained(tmp_path / "model", attention="dense")
+    results = run_evaluation(
+        model, loaded, "mmlu", data=QUESTIONS, protocol="published", out=tmp_path / "out"
+    )
+    found, questions = read_lines(tmp_path / "out" / "predictions.jsonl"), read_lines(QUESTIONS)
+    assert len(found) == len(questions) == results["n"] == 500
+
+    prompt = load_task("mmlu").prompt
+    spaced, bare = (
+        [
+            tokenizer.backend.encode(form + letter, add_special_tokens=False).ids[0]
+            for letter in "ABCD"
+        ]
+        for form in (" ", "")
+    )
+    correct, worst = 0, 0.0
+    for question, line in zip(questions, found, strict=True):
+        options = "".join(
+            f"- {letter}: {choice}\n"
+            for letter, choice in zip("ABCD", question["choices"], strict=True)
+        )
+        text = prompt.replace("{question}", question["question"].strip())
+        ids = tokenizer.backend.encode(text.replace("{options}", options)).ids
+        with torch.no_grad():
+            last_mask = max(i for i, token in enumerate(ids) if token == tokenizer.mask_id)
+            hidden = oracle.model(torch.tensor([ids])).last_hidden_state[0, last_mask]
+            logits = oracle.decoder(oracle.head(hidden)).double()
+        probabilities = torch.softmax(logits, -1).numpy()
+        expected = probabilities[spaced] + probabilities[bare]
+        worst = max(worst, np.abs(expected - list(line["probabilities"].values())).max())
+        assert line["prediction"] == "ABCD"[expected.argmax()]
+        assert line["gold"] == "ABCD"[question["answer"]]
+        correct += expected.argmax() == question["answer"]
+    assert worst < 1e-5
+    assert results["accuracy"] == correct / 500
+    assert len({line["prediction"] for line in found}) > 1
+
+
+@pytest.mark.data
+def test_the_mmlu_prompt_is_the_published_text(test_data):
+    assert load_task("mmlu").prompt == (test_data / "prompts" / "mmlu.txt").read_text()
+
+
+def test_a_table_of_ones_own_end_to_end(model, tokenizer, reviews):
+    calls = []
+    results = run_evaluation(
+        model,
+        tokenizer,
+        str(reviews),
+        out=reviews.parent / "deep" / "out",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    written = json.loads((reviews.parent / "deep" / "out" / "results.json").read_text())
+    assert written == results
+    assert set(results) >= {
+        "task", "protocol", "n", "accuracy", "macro_f1", "accuracy_ci95", "per_group", "shortened"
+    }  # fmt: skip
+    predictions = read_lines(reviews.parent / "deep" / "out" / "predictions.jsonl")
+    assert [set(p) for p in predictions] == [{"index", "gold", "prediction", "probabilities"}] * 5
+    assert [p["index"] for p in predictions] == list(range(5))
+    assert [p["gold"] for p in predictions] == [row["label"] for row in ROWS]
+    for p in predictions:
+        assert list(p["probabilities"]) == ["bad", "good"]
+        assert sum(p["probabilities"].values()) == pytest.approx(1, abs=1e-6)
+        assert p["prediction"] == max(p["probabilities"], key=p["probabilities"].get)
+    assert results["accuracy"] == np.mean([p["gold"] == p["prediction"] for p in predictions])
+    low, high = results["accuracy_ci95"]
+    assert 0 <= low <= results["accuracy"] <= high <= 1
+    assert (results["majority"], results["chance"], results["n"]) == (0.6, 0.5, 5)
+    assert calls[-1] == (5, 5)
+
+
+def test_limit_is_the_first_rows_and_data_overrides_the_file(model, tokenizer, reviews, tmp_path):
+    write_csv(tmp_path / "other.csv", ROWS[::-1])
+    results = run_evaluation(
+        model, tokenizer, reviews, data=tmp_path / "other.csv", limit=2, out=tmp_path / "out"
+    )
+    assert results["n"] == 2
+    golds = [line["gold"] for line in read_lines(tmp_path / "out" / "predictions.jsonl")]
+    assert golds == ["bad", "bad"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers"),
+    [
+        (("bad", "good"), ["bad", "good", 1, 0, "1", 1.0]),
+        ({"0": "bad", "1": "good", "2": "good"}, [0, 1, 2, "0", "2", 1.0]),
+        ({"true": "good", "false": "bad"}, [False, True, True, False, "true", True]),
+    ],
+)
+def test_answers_are_found_by_name_index_or_table(model, tokenizer, tmp_path, labels, answers):
+    rows = [{"text": "film", "label": value} for value in answers]
+    _, predictions = answer(model, tokenizer, tmp_path, rows, labels=labels)
+    assert [p["gold"] for p in predictions] == ["bad", "good", "good", "bad", "good", "good"]
+
+
+def test_options_of_the_row(model, tokenizer, tmp_path):
+    rows = [
+        {"text": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "label": "C"},
+        {"text": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "label": "2"},
+    ]
+    results, predictions = answer(
+        model,
+        tokenizer,
+        tmp_path,
+        rows,
+        prompt="{text}\n{options}[unused0] [MASK]",
+        labels=None,
+        options="choices.text",
+        option_names="choices.label",
+    )
+    assert [p["gold"] for p in predictions] == ["C", "B"]
+    assert [list(p["probabilities"]) for p in predictions] == [["A", "B", "C"], ["A", "B"]]
+    assert results["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    columns = [{"text": "q", "one": "x", "two": "y", "label": value} for value in ("B", 0, "1")]
+    _, predictions = answer(
+        model, tokenizer, tmp_path, columns, labels=None, options=("one", "two")
+    )
+    assert [p["gold"] for p in predictions] == ["B", "A", "B"]
+
+
+def test_columns_groups_and_dropped_labels(model, tokenizer, tmp_path):
+    rows = [
+        {"title": "a", "body": "b", "label": "good", "kind": "x"},
+        {"title": "c", "body": "d", "label": "-", "kind": "x"},
+        {"title": "e", "body": "f", "label": "bad", "kind": 7},
+    ]
+    results, predictions = answer(
+        model,
+        tokenizer,
+        tmp_path,
+        rows,
+        columns={"text": ("text", "{title}: {body}")},
+        group="kind",
+        drop_labels=("-",),
+        metrics=("mcc",),
+    )
+    assert results["dropped"] == 1
+    assert [p["index"] for p in predictions] == [0, 2]
+    assert {name: group["n"] for name, group in results["per_group"].items()} == {"x": 1, "7": 1}
+    assert results["macro_accuracy"] == pytest.approx(results["accuracy"])
+    assert -1 <= results["mcc"] <= 1
+
+
+def test_words_and_explicit_forms_can_stand_for_labels(model, tokenizer, tmp_path):
+    rows = [{"text": "film", "label": "good"}]
+    words = answer(model, tokenizer, tmp_path, rows, verbalizer="words")[1]
+    forms = {"bad": (" bad",), "good": (" good", " great")}
+    explicit = answer(model, tokenizer, tmp_path, rows, verbalizer=forms)[1]
+    both = {"bad": (" bad",), "good": (" good",)}
+    assert words == answer(model, tokenizer, tmp_path, rows, verbalizer=both)[1]
+    assert explicit[0]["probabilities"]["good"] > words[0]["probabilities"]["good"]
+
+
+def test_long_texts_are_counted(model, tokenizer, tmp_path):
+    rows = [{"text": "film " * n, "label": "good"} for n in (3, 900)]
+    results, _ = answer(model, tokenizer, tmp_path, rows, shorten={"text": "tail"})
+    assert results["shortened"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda row: row | {"label": "god"}, "the answer 'god' is none of 'bad', 'good'"),
+        (lambda row: row | {"label": 2}, "the answer 2 is none of .* index from 0 to 1"),
+        (lambda row: row | {"label": None}, "the answer None is none of"),
+        (lambda row: row | {"text": " "}, "field 'text': is blank"),
+        (lambda row: row | {"text": 5}, "field 'text': is int"),
+        (lambda row: {"txt": "x", "label": "good"}, "has no column 'text'.*'txt', 'label'"),
+    ],
+)
+def test_a_broken_row_is_named(model, tokenizer, tmp_path, change, message):
+    rows = [ROWS[0], ROWS[1], change(ROWS[2])]
+    with pytest.raises(InputError, match=rf"rows\.jsonl.*\b3\b.*{message}"):
+        answer(model, tokenizer, tmp_path, rows)
+
+
+def test_nothing_to_answer_is_an_error(model, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="no row is left to answer; 5 were dropped"):
+        answer(model, tokenizer, tmp_path, ROWS, drop_labels=("good", "bad"))
+
+
+@pytest.mark.parametrize(
+    ("found", "put", "message"),
+    [
+        ("shorten =", "shorted =", "shorted: unknown key; did you mean 'shorten'"),
+        ('answer = "label"', "answer = 3", "answer: found 3"),
+        ('labels = ["bad", "good"]', 'labels = ["bad"]', "at least two distinct labels"),
+        ('labels = ["bad", "good"]', "", "exactly one of options .* and labels"),
+        ('labels = ["bad", "good"]', 'labels = ["bad", " "]', "a blank label"),
+        ("labels =", 'verbalizer = { bad = [" bad"] }\nlabels =', "verbalizer names bad; expected"),
+        ("labels =", "labels = [", "is not valid TOML"),
+    ],
+)
+def test_a_bad_task_file_is_refused(reviews, found, put, message):
+    reviews.write_text(REVIEWS.replace(found, put))
+    with pytest.raises(InputError, match=rf"reviews\.toml: .*{message}"):
+        load_task(reviews)
+
+
+def test_keys_of_a_protocol_are_checked(reviews):
+    reviews.write_text(REVIEWS + "[protocols.mine]\nnormalise = 'labels'\n")
+    with pytest.raises(InputError, match=r"protocols\.mine\.normalise: .*'normalize'"):
+        load_task(reviews)
+
+
+def test_unknown_tasks_and_protocols_are_refused(model, tokenizer, reviews):
+    with pytest.raises(InputError, match=r"'mmlu-pro': .*did you mean 'mmlu_pro'\?.*ag_news"):
+        load_task("mmlu-pro")
+    with pytest.raises(InputError, match=r"nowhere\.toml: cannot be read"):
+        load_task("nowhere.toml")
+    with pytest.raises(InputError, match="reviews: has no protocol 'published'; it has default"):
+        run_evaluation(model, tokenizer, reviews, protocol="published")
+    with pytest.raises(InputError, match=r"20newsgroups: .* not pinned; give a local file"):
+        run_evaluation(model, tokenizer, "20newsgroups")
+    with pytest.raises(InputError, match="limit is 0"):
+        run_evaluation(model, tokenizer, reviews, limit=0)
+    with pytest.raises(InputError, match="neither data nor hub"):
+        run_evaluation(model, tokenizer, task())
+
+
+def test_models_that_cannot_answer_are_refused(tokenizer, model, reviews):
+    classifier = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="ModernBertForSequenceClassification has no masked"):
+        run_evaluation(classifier, tokenizer, reviews)
+    broken = noisy(model, scale=np.nan)
+    with pytest.raises(RunError, match="not finite"):
+        run_evaluation(broken, tokenizer, reviews)
+
+
+def test_every_shipped_task_is_sound():
+    names = task_names()
+    assert {"mmlu", "mmlu_pro", "ag_news"} <= set(names)
+    for name in names:
+        shipped = load_task(name)
+        assert shipped.name == name
+        assert shipped.description
+        assert shipped.licence
+        for protocol in ("default", *shipped.protocols):
+            asked = shipped.under(protocol)
+            prompt = evaluate.Template(asked.prompt, shorten=dict(asked.shorten))
+            assert "options" in prompt.fields
+            assert prompt.shorten
+            assert asked.verbalizer_for(4).labels
+
+
+FILES = {
+    "mmlu": "mmlu_test",
+    "mmlu_pro": "mmlu_pro_test",
+    "ag_news": "ag_news_test",
+    "arc_easy": "ai2_arc__ARC-Easy__validation",
+    "arc_challenge": "ai2_arc__ARC-Challenge__validation",
+    "boolq": "boolq__none__validation",
+    "sst2": "sst2_test",
+    "sst5": "sst5_test",
+    "trec": "trec_test",
+    "20newsgroups": "20newsgroups_bydate_test",
+    "rte": "glue__rte__validation",
+    "cola": "cola_in_domain_dev",
+    "mnli": "mnli_dev_olora",
+}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_every_shipped_task_reads_its_file(test_data, name):
+    shipped = load_task(name)
+    questions, dropped = evaluate._read_questions(
+        shipped, test_data / "eval" / f"{FILES[name]}.parquet", None
+    )
+    assert dropped == (131 if name == "mnli" else 0)
+    for question in questions:
+        check_row(question.row, ["options"], 20)
+        assert all(question.row[field].strip() for field in question.row if field != "options")
+        assert 0 <= question.gold < len(question.row["options"])
+    golds = {question.gold for question in questions}
+    assert len(golds) == (len(shipped.label_names) or max(golds) + 1)
