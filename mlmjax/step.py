@@ -155,7 +155,7 @@ def make_train_step(
             (state.params, state.opt_state),
         )
         new_state = _keep_sharding(state.params, TrainState(state.step + 1, params, opt_state))
-        return new_state, {**metrics, "grad_norm": optax.global_norm(grads)}
+        return new_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
     jitted = jax.jit(train_step, donate_argnums=0)
 

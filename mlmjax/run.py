@@ -1,0 +1,206 @@
+"""What makes a run the same run: its folder, its rows, and the identity a checkpoint keeps."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlmjax.architecture import ModelConfig
+from mlmjax.config import ObjectiveConfig, RunConfig, ScheduleConfig
+from mlmjax.data.examples import source_name
+from mlmjax.data.loader import Loader
+from mlmjax.data.rows import MANIFEST, Manifest, open_rows, read_manifest
+from mlmjax.errors import InputError, RunError
+from mlmjax.optim import make_schedule
+from mlmjax.tokenizer import Tokenizer
+
+LOCK = ".lock"
+
+
+class Loaders(NamedTuple):
+    """Batches of a run: `train`, `validation` as trained, `answers` (held out, every one asked).
+
+    The last two are None without held-out rows. `manifest` is that of the rows, `sha256` its hash.
+    """
+
+    train: Loader
+    validation: Loader | None
+    answers: Loader | None
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks by number."""
+        return self.manifest.tasks
+
+
+def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
+    """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
+    data, folder = config.data, Path(config.data.rows)
+    manifest = read_manifest(folder)
+    weights = {source_name(source): source.weight for source in data.sources}
+
+    def make(split: str, batch_size: int, objective: ObjectiveConfig) -> Loader | None:
+        rows = open_rows(folder, split, weights) if split in manifest.splits else []
+        if not rows and split == "validation":
+            return None
+        return Loader(
+            rows,
+            seed=config.seed,
+            batch_size=batch_size,
+            seq_length=data.seq_length,
+            objective=objective,
+            tokenizer=tokenizer,
+        )
+
+    train = make("train", data.batch_size, config.objective)
+    assert train is not None
+    held_out = data.batch_size // data.accumulate
+    return Loaders(
+        train,
+        make("validation", held_out, config.objective),
+        make("validation", held_out, ObjectiveConfig(mlm_rate=config.objective.mlm_rate)),
+        manifest,
+        hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+    )
+
+
+def identity_of(
+    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, loaders: Loaders
+) -> dict[str, Any]:
+    """Return what decides every number of a run, as JSON values.
+
+    What may differ when a run goes on is left out: where and how often it writes, the mesh and
+    `accumulate` (the same sums in another order), and `steps`, as long as the schedule gives the
+    updates already done the same learning rates.
+    """
+    data = config.data
+    table = {
+        "model": model.to_hf(),
+        "init_from": config.init_from,
+        "revision": config.revision,
+        "dtype": config.dtype,
+        "seed": config.seed,
+        "tokenizer": tokenizer.sha256,
+        "data": {
+            "manifest": loaders.sha256,
+            "seq_length": data.seq_length,
+            "batch_size": data.batch_size,
+            "weights": {source_name(source): source.weight for source in data.sources},
+        },
+        "objective": config.objective.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json", exclude={"learning_rate"}),
+        "rates": {
+            "learning_rate": config.optimizer.learning_rate,
+            "schedule": config.schedule.model_dump(mode="json"),
+            "steps": config.steps,
+        },
+    }
+    return json.loads(json.dumps(table))
+
+
+def check_same_run(
+    out: Path,
+    config: RunConfig,
+    step: int,
+    metadata: Mapping[str, Any],
+    identity: Mapping[str, Any],
+) -> None:
+    """Raise `InputError` that lists how a run differs from the one whose checkpoint lies there."""
+    saved = metadata.get("identity")
+    if not isinstance(saved, Mapping) or not isinstance(metadata.get("interval"), Mapping):
+        raise InputError(f"{out}: its checkpoints are no training run's; name another out")
+    there, here = (_flat({k: v for k, v in t.items() if k != "rates"}) for t in (saved, identity))
+    differences = [
+        f"{key} is {here.get(key)!r}, the run there has {there.get(key)!r}"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{out}: holds another run, at step {step}: {differences[0]}; give the configuration "
+            "it was started with to go on, or another out",
+            differences[1:],
+        )
+    if config.steps < step:
+        raise InputError(
+            f"{out}: its run is at step {step}, past steps = {config.steps}; give at least {step}"
+        )
+    before, now = (_rates(table["rates"], step) for table in (saved, identity))
+    if not np.array_equal(before, now):
+        update = int(np.flatnonzero(before != now)[0])
+        raise InputError(
+            f"{out}: update {update + 1} of {step} already done had the learning rate "
+            f"{before[update]:.6g}; this configuration says {now[update]:.6g}. Give the "
+            "learning_rate, schedule and steps it was started with (fractions in warmup and decay "
+            "change with steps; numbers of updates do not)"
+        )
+
+
+def _rates(table: Mapping[str, Any], step: int) -> np.ndarray:
+    schedule = ScheduleConfig.model_validate(table["schedule"])
+    return np.asarray(
+        make_schedule(schedule, table["learning_rate"], table["steps"])(np.arange(step))
+    )
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        inner = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return found
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Make a run folder and hold it alone; raises `InputError` if it cannot be, or is in use."""
+    import fcntl  # Not on Windows, where everything else of this package can be imported.
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("ab")
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be written ({error.strerror}); give a folder for out"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{out}: another process is training there; name another out"
+            ) from error
+        _check_ours(out / "config.json")
+        yield
+
+
+def _check_ours(path: Path) -> None:
+    """Refuse a folder whose `config.json` is somebody else's: it would be overwritten."""
+    if not path.exists():
+        return
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        table = None
+    if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
+        raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece, whole or not at all; raises `RunError` when that fails."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,0 +1,195 @@
+"""Figures of a run: sums over steps turned into a line of metrics, and the held-out answers."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlmjax.config import RunConfig
+from mlmjax.data.batch import ATP, OBJECTIVES, PADDING_SEGMENT, Batch
+from mlmjax.data.loader import Loader
+from mlmjax.data.prepare import summary
+from mlmjax.data.rows import Manifest
+from mlmjax.metrics import wilson_interval
+from mlmjax.tokenizer import Tokenizer
+
+Totals = defaultdict[str, float]
+EvalStep = Callable[[Any, Batch], Mapping[str, jax.Array]]
+
+
+def count_tokens(batch: Batch) -> dict[str, float]:
+    """Count positions and real tokens of a batch on the host.
+
+    >>> segments = np.array([[1, 1, 2, 0]])
+    >>> count_tokens(Batch(segments, segments, segments, *[segments] * 3))
+    {'positions': 4.0, 'tokens': 3.0}
+    """
+    segments = np.asarray(batch.segment_ids)
+    return {
+        "positions": float(segments.size),
+        "tokens": float(np.count_nonzero(segments != PADDING_SEGMENT)),
+    }
+
+
+def add(totals: Totals, *parts: Mapping[str, Any]) -> None:
+    """Add scalars to the sums of a stretch of steps, in float64 on the host."""
+    for part in parts:
+        for name, value in part.items():
+            if np.ndim(value) == 0:
+                totals[name] += float(value)
+
+
+def summarize(totals: Mapping[str, float]) -> dict[str, float | None]:
+    """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
+
+    `answer_accuracy` is over ATP targets, `target_share` targets per real token, `padding_share`
+    padding per position, `grad_norm` the mean over the steps.
+    """
+
+    def share(part: str, whole: str) -> float | None:
+        return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
+
+    padding = share("tokens", "positions")
+    return {
+        "loss": share("loss_sum", "loss_count"),
+        **{f"loss_{name}": share(f"{name}_loss_sum", f"{name}_count") for name in OBJECTIVES},
+        "answer_accuracy": share("atp_correct", "atp_count"),
+        "grad_norm": share("grad_norm", "steps"),
+        "learning_rate": None,
+        "tokens_per_second": share("timed_tokens", "seconds"),
+        "target_share": share("loss_count", "tokens"),
+        "padding_share": None if padding is None else 1.0 - padding,
+    }
+
+
+def validate(
+    eval_step: EvalStep, params: Any, loader: Loader, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float | None] | None:
+    """Go once through the held-out rows; return the figures, or None if `stop()` became true."""
+    totals: Totals = defaultdict(float)
+    for _, batch in loader.batches(0, loader.epoch_steps()):
+        if stop():
+            return None
+        add(totals, jax.device_get(_scalars(eval_step(params, batch))), count_tokens(batch))
+    return summarize(totals)
+
+
+def _scalars(metrics: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: value for name, value in metrics.items() if not value.ndim}
+
+
+def answer_report(
+    eval_step: EvalStep,
+    params: Any,
+    loader: Loader,
+    tasks: Sequence[str],
+    tokenizer: Tokenizer,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """Return the accuracy on held-out answers, overall and by task, beside the commonest answer.
+
+    `loader` draws ATP alone, so every held-out answer counts once. The interval is Wilson's 95 %.
+    The commonest answers are those of the held-out answers themselves, the hardest to beat. None
+    if `stop()` became true.
+    """
+    answers: dict[int, Counter[int]] = defaultdict(Counter)
+    correct: Counter[int] = Counter()
+    for step, batch in loader.batches(0, loader.epoch_steps()):
+        if stop():
+            return None
+        is_answer = np.asarray(batch.target_objective) == ATP
+        right = np.asarray(eval_step(params, batch)["correct"])[is_answer]
+        numbers = loader.tasks(step)[is_answer]
+        for task, answer in zip(numbers, np.asarray(batch.target_ids)[is_answer], strict=True):
+            answers[int(task)][int(answer)] += 1
+        correct.update(int(task) for task in numbers[right])
+    overall = sum(answers.values(), Counter())
+    n = overall.total()
+    if not n:
+        return {"n": 0}
+    return {
+        "n": n,
+        "accuracy": correct.total() / n,
+        "accuracy_ci95": list(wilson_interval(correct.total(), n)),
+        **_commonest(overall, tokenizer),
+        # Somebody who knows the task and answers its commonest answer is right this often.
+        "per_task_majority": sum(max(count.values()) for count in answers.values()) / n,
+        "per_task": {
+            tasks[task]: {
+                "n": answers[task].total(),
+                "accuracy": correct[task] / answers[task].total(),
+                **_commonest(answers[task], tokenizer),
+            }
+            for task in sorted(answers, key=lambda number: tasks[number])
+        },
+    }
+
+
+def _commonest(answers: Counter[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    count, token = max((count, -token) for token, count in answers.items())
+    return {"majority": count / answers.total(), "majority_answer": tokenizer.decode([-token])}
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """Put an answer report into lines for people: one per task, then all together."""
+    if not report["n"]:
+        return ["there are no held-out answers"]
+    rows = [(name, row) for name, row in report["per_task"].items()]
+    width = max([len(name) for name, _ in rows] + [len("all, by task majority")])
+    lines = [f"{'task':{width}}  {'n':>6}  accuracy  majority"]
+    lines += [
+        f"{name:{width}}  {row['n']:6d}  {row['accuracy']:8.3f}  {row['majority']:8.3f}"
+        f"  {row['majority_answer']!r}"
+        for name, row in rows
+    ]
+    low, high = report["accuracy_ci95"]
+    lines += [
+        f"{'all':{width}}  {report['n']:6d}  {report['accuracy']:8.3f}  {report['majority']:8.3f}"
+        f"  {report['majority_answer']!r}, 95 % interval {low:.3f} to {high:.3f}",
+        f"{'all, by task majority':{width}}  {'':6}  {'':8}  {report['per_task_majority']:8.3f}",
+    ]
+    return lines
+
+
+def finished_report(path: Path, step: int) -> dict[str, Any] | None:
+    """Return the report a finished run left at `path`, or None if it is of another step."""
+    try:
+        report = json.loads(path.read_bytes())
+        return report if report["step"] == step and "n" in report else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, Any]) -> str:
+    """Return the part of a model card that tells what an export was trained on, and how well."""
+    objective, optimizer = config.objective, config.optimizer
+    atp = 1.0 - objective.dummy_mlm_share - objective.mlm_share
+    start = f"started from `{config.init_from}`" if config.init_from else "trained from scratch"
+    lines = [
+        "",
+        "## Training",
+        "",
+        f"- {config.steps} updates of {config.data.batch_size} rows of {config.data.seq_length} "
+        f"tokens, {start}, seed {config.seed}, computed in {config.dtype}",
+        f"- examples with an answer: {atp:.0%} answer token prediction, "
+        f"{objective.dummy_mlm_share:.0%} dummy MLM, {objective.mlm_share:.0%} MLM; "
+        f"mask rate {objective.mlm_rate}",
+        f"- {optimizer.name}, learning rate {optimizer.learning_rate} ({config.schedule.name}), "
+        f"weight decay {optimizer.weight_decay}",
+        "",
+        "## Data",
+        "",
+        *(f"- {line}" for line in summary(manifest)),
+        "",
+        "## Held-out answers",
+        "",
+        "```",
+        *report_lines(report),
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
