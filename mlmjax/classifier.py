@@ -41,13 +41,14 @@ class Settings(StrictTable):
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
-    """Assigns each text one of the labels by one forward pass, and the letter at the slot.
+    """Assigns each text one of the labels by one forward pass, and the answer at the slot.
 
     `source` is a folder, a hub id, or a `(model, tokenizer)` pair. `labels` is a list of names or a
     table `{name: description}`, at least two; None takes those a saved classifier has, else those
     that `fit` sees, sorted. `template` (a `Template`, or its text; a text that is too long loses
-    its end) has the field `{text}` and, as a rule, `{options}`, which are the labels. Without `fit`
-    the answers are zero-shot.
+    its end) has the field `{text}` and, as a rule, `{options}`, which are the labels; a template
+    without them is answered by the label itself, which then has to be one token. Without `fit` the
+    answers are zero-shot.
 
     As in scikit-learn the constructor only stores its arguments, and nothing is read before it is
     needed; `classes_` holds the labels in the order given, `history_` an entry per epoch of `fit`.
@@ -239,11 +240,13 @@ class Classifier(ClassifierMixin, BaseEstimator):
                 f"template: its fields are {', '.join(template.fields) or 'none'}; expected "
                 "{text} and, as a rule, {options}"
             )
+        # As in training: without the options before its eyes a model cannot know what B stands for.
+        name = Verbalizer.letters if "options" in template.fields else Verbalizer.words
         return Scorer(
             model,
             tokenizer,
             template,
-            Verbalizer.letters(list(self._descriptions_)),
+            name(list(self._descriptions_)),
             batch_size=self.batch_size,
             max_length=self.max_length or (saved.max_length if saved else None),
         )
