@@ -1,0 +1,247 @@
+"""The main job from end to end, offline: train, test, compare, export, reload, report."""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from sklearn.metrics import confusion_matrix
+
+from mlmjax import baselines, hf
+from mlmjax._version import __version__
+from mlmjax.classifier import Classifier
+from mlmjax.config import RunConfig, load_config
+from mlmjax.data.rows import open_rows
+from mlmjax.errors import RunError
+from mlmjax.log import METRICS, say
+from mlmjax.metrics import wilson_interval
+from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.report import Answer, Method, Report, write_report
+from mlmjax.step import TrainState, split_parameters
+from mlmjax.tokenizer import Tokenizer
+from mlmjax.train import run_training
+
+TRAIN, TEST = "train.jsonl", "test.jsonl"
+PROMPT = "{text}\nSubject: [unused0] [MASK]"
+SENTENCES = (
+    "The largest moons of Jupiter were first seen through a small telescope.",
+    "When the price of bread rises, families buy less of it and bakers offer more.",
+    "Enzymes in the stomach break proteins into pieces that the blood can carry.",
+    "Multiply both sides of the equation by the denominator to get rid of the fraction.",
+    "The treaty ended the war, and the soldiers went home to their farms.",
+    "People remember the first words on a list better than those in the middle.",
+)
+
+
+def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+    """Train and test on the bundled textbook paragraphs; return the accuracy of each method.
+
+    Results go to stdout, progress to stderr. `out` gets `report.html`, the texts, the run's
+    configuration, the task and the model in Hugging Face format. In the same folder again, training
+    goes on where it stopped (or is found complete) and the rest is done anew. `overrides` are those
+    of `load_config`.
+
+    Raises `InputError` for a folder of another run, `RunError` when the exported model does not
+    answer exactly as the one it was written from.
+    """
+    started = time.perf_counter()
+    labels = write_files(out)
+    config = load_config(out / "run.toml", overrides)
+    train, test = read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST)
+    texts, truth = [row["text"] for row in test], [row["label"] for row in test]
+
+    say(f"\n1/4  Answer token prediction on {len(train):,} paragraphs, from scratch")
+    with redirect_stdout(sys.stderr):
+        state = run_training(config)
+    seconds = time.perf_counter() - started
+    model, tokenizer = trained_model(config, state)
+    classifier = Classifier((model, tokenizer), labels, template=PROMPT)
+    probabilities = classifier.predict_proba(texts)
+    predicted = [labels[best] for best in probabilities.argmax(axis=1)]
+
+    say("\n2/4  The same network with a classification head, for as many updates")
+    rows = sum(len(source) for source in open_rows(Path(config.data.rows), "train"))
+    head = baselines.classification_head(
+        config,
+        model.config,
+        tokenizer,
+        train,
+        test,
+        batch_size=round(len(train) * config.data.batch_size / rows),
+    )
+
+    say("\n3/4  TF-IDF and logistic regression")
+    commonest = Counter(truth).most_common(1)[0][1]
+    methods = [
+        Method("chance", 1 / len(labels)),
+        Method("always the commonest subject", commonest / len(truth)),
+        measured("answer token prediction (this model)", predicted, truth, is_ours=True),
+        measured("classification head, same network", head, truth),
+        measured("TF-IDF + logistic regression", baselines.tfidf_regression(train, test), truth),
+    ]
+
+    say("\n4/4  Export, reload, compare")
+    folder = out / "model"
+    classifier.save_pretrained(folder)
+    reloaded = Classifier.from_pretrained(folder)
+    check_same(folder, probabilities, reloaded.predict_proba(texts))
+    sentences = answers_of(labels, SENTENCES, reloaded.predict_proba(SENTENCES))
+
+    print_results(methods, sentences, folder, len(test))
+    report = Report(
+        title="A masked language model that answers",
+        summary=(
+            f"A small ModernBERT, trained from scratch on {len(train):,} textbook paragraphs in "
+            f"{seconds:.0f} seconds, names the right one of {len(labels)} subjects for "
+            f"{methods[2].accuracy:.0%} of {len(test)} paragraphs it has never seen."
+        ),
+        prompt=PROMPT,
+        methods=methods,
+        curve=read_jsonl(Path(config.out) / METRICS),
+        labels=labels,
+        confusion=confusion_matrix(truth, predicted, labels=labels),
+        answers=[
+            Answer(texts[i], dict(zip(labels, probabilities[i].tolist(), strict=True)), truth[i])
+            for i in (truth.index(label) for label in labels)
+        ],
+        sentences=sentences,
+        facts=facts(config, model, seconds),
+        commands=commands(out, labels),
+    )
+    write_report(report, out / "report.html")
+    print(f"\nreport: {out / 'report.html'}")
+    print(f"all of it took {time.perf_counter() - started:.0f} seconds")
+    return {method.name: method.accuracy for method in methods}
+
+
+def write_files(out: Path) -> list[str]:
+    """Write the texts, `run.toml` and `subjects.toml` into a folder; return the labels, sorted."""
+    source = files("mlmjax") / "assets" / "openstax"
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    for name in (TRAIN, TEST, "ATTRIBUTION.md"):
+        (out / "data" / name).write_bytes((source / name).read_bytes())
+    labels = sorted({row["label"] for row in read_jsonl(out / "data" / TRAIN)})
+    values = {
+        "run": str(out / "run"),
+        "rows": str(out / "rows"),
+        "train": str(out / "data" / TRAIN),
+        "test": str(out / "data" / TEST),
+        "prompt": PROMPT,
+        "labels": labels,
+    }
+    # A string or a list of strings is written alike in JSON and TOML.
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    for name in ("run.toml", "subjects.toml"):
+        text = (source / name).read_text(encoding="utf-8")
+        (out / name).write_text(Template(text).substitute(written), encoding="utf-8")
+    return labels
+
+
+def trained_model(config: RunConfig, state: TrainState) -> tuple[ModernBertForMaskedLM, Tokenizer]:
+    """Return the model of a run's final state, its parameters on the host, and its tokenizer."""
+    model, tokenizer = hf.load_pretrained(Path(config.out) / "export", local_files_only=True)
+    graphdef, _ = split_parameters(model)
+    return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer
+
+
+def measured(name: str, predicted: Sequence[str], truth: Sequence[str], **more: bool) -> Method:
+    """Return a method with its accuracy and the 95 % interval of that.
+
+    >>> measured("guess", ["a", "a", "b", "b"], ["a", "b", "b", "b"]).accuracy
+    0.75
+    """
+    correct = sum(map(str.__eq__, predicted, truth))
+    return Method(name, correct / len(truth), wilson_interval(correct, len(truth)), **more)
+
+
+def answers_of(
+    labels: Sequence[str], texts: Sequence[str], probabilities: np.ndarray
+) -> list[Answer]:
+    """Return each text with its row of probabilities `[texts, labels]`."""
+    return [
+        Answer(text, dict(zip(labels, row.tolist(), strict=True)))
+        for text, row in zip(texts, probabilities, strict=True)
+    ]
+
+
+def check_same(folder: Path, before: np.ndarray, after: np.ndarray) -> None:
+    """Raise `RunError` unless two tables of probabilities are the same, bit by bit."""
+    differing = int(np.any(before != after, axis=1).sum())
+    if differing:
+        raise RunError(
+            f"{folder}: the exported model gives other probabilities for {differing} of "
+            f"{len(before)} texts, by up to {np.abs(before - after).max():.1e}; expected the same"
+        )
+
+
+def print_results(
+    methods: Sequence[Method], sentences: Sequence[Answer], folder: Path, tested: int
+) -> None:
+    """Print the table of accuracies, the sentences with their answers, and the export check."""
+    width = max(len(method.name) for method in methods)
+    print(f"\n{f'accuracy on {tested} held-out paragraphs':{width}}           95 % interval")
+    for method in methods:
+        interval = ""
+        if method.interval:
+            interval = "   {:.1%} to {:.1%}".format(*method.interval)
+        print(f"{method.name:{width}}  {method.accuracy:6.1%}{interval}")
+    print("\nsentences of our own")
+    for answer in sentences:
+        ranked = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:3]
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in ranked)
+        print(f"  {answer.text}\n    {shares}")
+    print(
+        f"\nexport: {folder} (Hugging Face format); read back, it gives the same probabilities, "
+        f"bit by bit, for all {tested} paragraphs"
+    )
+
+
+def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> dict[str, str]:
+    """Return what the report says about the run."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    shape = model.config
+    return {
+        "network": f"{shape.num_hidden_layers} layers of {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, {parameters:,} parameters, most of them the "
+        f"{shape.vocab_size:,} word vectors",
+        "training": f"{config.steps} updates of {config.data.batch_size} rows with "
+        f"{config.data.seq_length} tokens, {seconds:.0f} seconds, data preparation included",
+        "machine": f"{jax.default_backend().upper()}, {os.cpu_count()} cores",
+        "software": f"mlmjax {__version__}, jax {jax.__version__}",
+        "texts": "OpenStax textbooks, CC BY 4.0; every book is named in data/ATTRIBUTION.md",
+        "check": "the exported model, read back, gives the same probabilities, bit by bit",
+    }
+
+
+def commands(out: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what a reader can do next, each with the command for it."""
+    return [
+        (
+            "Ask the model about texts of your own, one per line:",
+            f'mlmjax classify --model {out / "model"} --labels "{",".join(labels)}" FILE',
+        ),
+        (
+            "Repeat the test, with one line per paragraph in DIR/predictions.jsonl:",
+            f"mlmjax evaluate --model {out / 'model'} --task {out / 'subjects.toml'} --out DIR",
+        ),
+        (
+            "Train again with other settings:",
+            f"mlmjax train {out / 'run.toml'} out=runs/mine seed=1",
+        ),
+    ]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line that this package wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
