@@ -3,18 +3,18 @@
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from mlmjax import hf, hub
+from mlmjax import hf, hub, integrity
 from mlmjax.architecture import ModelConfig
 from mlmjax.config import CheckpointConfig
 from mlmjax.errors import InputError, RunError
@@ -33,6 +33,11 @@ MODEL_FILES = frozenset(
 
 # Orbax tells of every step it takes, and prints tracebacks of errors that it raises as well.
 logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
+# When one array cannot be read, those still being read report to an event loop that is gone.
+_unraisable = sys.unraisablehook
+sys.unraisablehook = lambda found: (
+    None if str(found.exc_value) == "Event loop is closed" else _unraisable(found)
+)
 
 
 class Checkpoints:
@@ -45,6 +50,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
         self.folder = Path(folder).expanduser().absolute()
+        self._saving: int | None = None
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_best:
             best = ocp.checkpoint_managers.BestN(
@@ -55,6 +61,7 @@ class Checkpoints:
             )
             policies.append(best)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -75,8 +82,12 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        try:
+            self.close()
+        except RunError:
+            if kind is None:  # what went wrong first says more
+                raise
 
     def save(
         self,
@@ -94,8 +105,13 @@ class Checkpoints:
         step = int(step)
         if step in self.steps():
             return
+        self._saving = step
         ranked = metrics is not None and np.isfinite(float(metrics.get("loss", np.nan)))
-        record = {"metadata": dict(metadata or {}), "fingerprints": fingerprints(state)}
+        record = {
+            "metadata": dict(metadata or {}),
+            "arrays": integrity.describe(state),
+            "fingerprints": integrity.fingerprints(state),
+        }
         try:
             self._manager.save(
                 step,
@@ -135,17 +151,14 @@ class Checkpoints:
         what to do if it is damaged.
         """
         record = self._record(step)
-        where = self.folder / str(step)
         abstract = jax.tree.map(_abstract, abstract_state)
-        try:
-            saved = _describe(self._manager.item_metadata(step)[STATE])
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        _check_same(where, saved, _describe(abstract))
+        integrity.check_same(
+            self.folder / str(step), record["arrays"], integrity.describe(abstract)
+        )
         try:
             args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
             state = self._manager.restore(step, args=args)[STATE]
-            _verify(state, record["fingerprints"])
+            integrity.verify(state, record["fingerprints"])
         except Exception as error:
             raise self._damaged(step, error) from error
         return state
@@ -171,16 +184,18 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=args)[RECORD]
-            if not all(isinstance(record[key], dict) for key in ("metadata", "fingerprints")):
-                raise ValueError(f"{RECORD} holds no metadata and fingerprints")
+            if not all(
+                isinstance(record[key], dict) for key in ("metadata", "arrays", "fingerprints")
+            ):
+                raise ValueError(f"{RECORD} is not what was saved")
         except Exception as error:
             raise self._damaged(step, error) from error
         return record
 
     def _failed(self, error: Exception) -> RunError:
         return RunError(
-            f"{self.folder}: a checkpoint could not be saved ({_first_line(error)}); those saved "
-            "before it are whole"
+            f"{self.folder}: the checkpoint of step {self._saving} could not be saved "
+            f"({_first_line(error)}); those saved before it are whole"
         )
 
     def _damaged(self, step: int, error: Exception) -> InputError:
@@ -196,56 +211,9 @@ def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
 
-def fingerprints(state: Any) -> dict[str, int]:
-    """Return the sum of every array's bits as 32-bit words, modulo 2**32, by the array's path.
-
-    Any change of one word changes it, and it is the same for every sharding.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    numbers = jax.device_get([_fingerprint(jnp.asarray(leaf)) for _, leaf in leaves])
-    return {leaf_path(path): int(n) for (path, _), n in zip(leaves, numbers, strict=True)}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def _verify(state: Any, expected: Mapping[str, int]) -> None:
-    found = fingerprints(state)
-    changed = [name for name in found if found[name] != expected.get(name)]
-    if changed:
-        raise ValueError(f"{changed[0]} is not what was saved")
-
-
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Return `dtype [shape]` of every leaf by its path; of a saved tree's description as well."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(getattr(tree, "tree", tree))
-    return {
-        leaf_path(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves
-    }
-
-
-def _check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    problems = [
-        f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
-        f"{expected.get(name, 'nothing')}"
-        for name in sorted(saved.keys() | expected.keys())
-        if saved.get(name) != expected.get(name)
-    ]
-    if problems:
-        raise InputError(
-            f"{where}: is the checkpoint of another model: {problems[0]} (differences: "
-            f"{len(problems)}); give the configuration it was saved with, or another folder",
-            problems[1:],
-        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -264,7 +232,8 @@ def save_model(path: str | os.PathLike[str], model: hf.Model, tokenizer: Tokeniz
     record = {
         "format": MODEL_FORMAT,
         "source_dtypes": dict(getattr(model, "source_dtypes", ())),
-        "fingerprints": fingerprints(params),
+        "arrays": integrity.describe(params),
+        "fingerprints": integrity.fingerprints(params),
     }
     with hub.written_whole(Path(path), MODEL_FILES) as folder:
         for name, table in ((hub.CONFIG, values), (MODEL_RECORD, record)):
@@ -291,7 +260,7 @@ def load_model(
         raise InputError(f"{folder / hub.CONFIG}: architectures is {names}; expected a class")
     model: Any = hf.abstract_model(names[0], config, dtype=dtype, attention=attention)
     graphdef, params = nnx.split(model)
-    _check_same(folder, _describe(_saved_tree(folder / PARAMS)), _describe(params))
+    integrity.check_same(folder, record["arrays"], integrity.describe(params))
     model = nnx.merge(graphdef, _restored(folder / PARAMS, params, record["fingerprints"]))
     if record["source_dtypes"]:
         model.source_dtypes = tuple(sorted(record["source_dtypes"].items()))
@@ -326,7 +295,10 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
             break
     if not (folder / STATE).is_dir():
         return None
-    state = _restored(folder / STATE, None, None)
+    record = hub.read_json(folder / RECORD, "metadata")
+    state = _restored(folder / STATE, None, record.get("fingerprints"))
+    if not isinstance(state, Mapping) or "params" not in state:
+        raise InputError(f"{folder}: holds a state without params; give a training run's folder")
     return _named(state["params"])
 
 
@@ -338,7 +310,7 @@ def _named(params: Any) -> dict[str, np.ndarray]:
 
 def _model_record(folder: Path) -> dict[str, Any]:
     record = hub.read_json(folder, MODEL_RECORD)
-    tables = [record.get(key) for key in ("source_dtypes", "fingerprints")]
+    tables = [record.get(key) for key in ("source_dtypes", "arrays", "fingerprints")]
     known = set(hf.DTYPES.values())
     if record.get("format") != MODEL_FORMAT or not all(isinstance(t, dict) for t in tables):
         raise InputError(f"{folder / MODEL_RECORD}: is not a record of format {MODEL_FORMAT}")
@@ -366,7 +338,7 @@ def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder, abstract)
         if expected is not None:
-            _verify(tree, expected)
+            integrity.verify(tree, expected)
         return tree
     except Exception as error:
         raise InputError(

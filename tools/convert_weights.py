@@ -160,9 +160,10 @@ def _print(lines: Sequence[str], err: bool = False) -> None:
         click.echo(f"... and {len(lines) - MOST_LINES} more", err=err)
 
 
-if __name__ == "__main__":
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Run a command, and leave with its exit code."""
     try:
-        main()
+        main(arguments)
     except InputError as error:
         click.echo(error.message, err=True)
         _print(error.details, err=True)
@@ -170,3 +171,7 @@ if __name__ == "__main__":
     except RunError as error:
         click.echo(str(error), err=True)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    run()
