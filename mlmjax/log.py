@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,9 +51,12 @@ class MetricsLog:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if self._events:
-            self._events.close()
+        # After a failed write, closing fails in the same way; the first error is the one to show.
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            if self._events:
+                self._events.close()
 
     def has(self, step: int, split: str) -> bool:
         """Tell whether the line of this step and split is there."""

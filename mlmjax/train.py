@@ -197,16 +197,15 @@ def _load_model(config: RunConfig) -> tuple[ModernBertForMaskedLM, Tokenizer]:
 
 
 def _initial_parameters(config: RunConfig, model: Any, params: Any, mesh: Mesh) -> Any:
-    """Put the loaded parameters on the mesh, or draw those of a new model there, in pieces."""
+    """Put the loaded parameters, or those of a new model, on the mesh."""
     sharding = parameter_sharding(mesh, params)
-    if config.init_from is not None:
-        return jax.device_put(params, sharding)
-
-    def draw() -> Any:
-        rngs = nnx.Rngs(config.seed)
-        return nnx.state(ModernBertForMaskedLM(model.config, rngs=rngs), nnx.Param)
-
-    return jax.jit(draw, out_shardings=sharding)()
+    if config.init_from is None:
+        # Drawn on the host: the same numbers on every mesh, no whole copy on any device, and a few
+        # shapes to compile instead of every parameter.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            drawn = ModernBertForMaskedLM(model.config, rngs=nnx.Rngs(config.seed))
+        params = nnx.state(drawn, nnx.Param)
+    return jax.device_put(params, sharding)
 
 
 def _steps(
@@ -295,6 +294,19 @@ def _settle(run: _Run, interval: Totals, step: int, metrics: Any, counts: dict[s
     )
 
 
+def _held_out_answers(run: _Run, state: TrainState, tokenizer: Tokenizer) -> dict[str, Any]:
+    validation, answers, tasks = run.loaders.validation, run.loaders.answers, run.loaders.tasks
+    if validation is None or answers is None:
+        return {"n": 0}
+    width = validation.target_width
+    report = answer_report(
+        run.eval_step, state.params, answers, width, tasks, tokenizer, run.stopping
+    )
+    if report is None:
+        run.stop.leave()
+    return report or {}
+
+
 def _finish(run: _Run, model: Any, state: TrainState, tokenizer: Tokenizer) -> None:
     """Report on held-out answers and export, unless that was done before; print the result."""
     config, out = run.config, Path(run.config.out)
@@ -303,16 +315,7 @@ def _finish(run: _Run, model: Any, state: TrainState, tokenizer: Tokenizer) -> N
     if report is not None and (out / "export" / hub.CONFIG).is_file():
         say(f"{out}: is complete at step {config.steps}; nothing to do")
     else:
-        answers, tasks = run.loaders.answers, run.loaders.tasks
-        report = {"n": 0}
-        if answers is not None:
-            found = answer_report(
-                run.eval_step, state.params, answers, tasks, tokenizer, run.stopping
-            )
-            if found is None:
-                run.stop.leave()
-            report = dict(found or {})
-        report = {"step": config.steps, **report}
+        report = {"step": config.steps, **_held_out_answers(run, state, tokenizer)}
         card = hf.model_card(model) + training_card(config, run.loaders.manifest, report)
         hf.save_pretrained(model, tokenizer, out / "export", card=card)
         write_json(out / "validation.json", report)

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from mlmjax.config import RunConfig
-from mlmjax.data.batch import ATP, OBJECTIVES, PADDING_SEGMENT, Batch
+from mlmjax.data.batch import ATP, OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch
 from mlmjax.data.loader import Loader
 from mlmjax.data.prepare import summary
 from mlmjax.data.rows import Manifest
@@ -60,7 +60,7 @@ def summarize(totals: Mapping[str, float]) -> dict[str, float | None]:
         "answer_accuracy": share("atp_correct", "atp_count"),
         "grad_norm": share("grad_norm", "steps"),
         "learning_rate": None,
-        "tokens_per_second": share("timed_tokens", "seconds"),
+        "tokens_per_second": share("timed_tokens", "seconds") or None,
         "target_share": share("loss_count", "tokens"),
         "padding_share": None if padding is None else 1.0 - padding,
     }
@@ -86,13 +86,15 @@ def answer_report(
     eval_step: EvalStep,
     params: Any,
     loader: Loader,
+    width: int,
     tasks: Sequence[str],
     tokenizer: Tokenizer,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
     """Return the accuracy on held-out answers, overall and by task, beside the commonest answer.
 
-    `loader` draws ATP alone, so every held-out answer counts once. The interval is Wilson's 95 %.
+    `loader` draws ATP alone, so every held-out answer counts once; its targets are filled up to
+    `width`, for which the step is compiled already. The interval is Wilson's 95 %.
     The commonest answers are those of the held-out answers themselves, the hardest to beat. None
     if `stop()` became true.
     """
@@ -102,7 +104,8 @@ def answer_report(
         if stop():
             return None
         is_answer = np.asarray(batch.target_objective) == ATP
-        right = np.asarray(eval_step(params, batch)["correct"])[is_answer]
+        metrics = eval_step(params, _widened(batch, width))
+        right = np.asarray(metrics["correct"])[:, : is_answer.shape[1]][is_answer]
         numbers = loader.tasks(step)[is_answer]
         for task, answer in zip(numbers, np.asarray(batch.target_ids)[is_answer], strict=True):
             answers[int(task)][int(answer)] += 1
@@ -127,6 +130,14 @@ def answer_report(
             for task in sorted(answers, key=lambda number: tasks[number])
         },
     }
+
+
+def _widened(batch: Batch, width: int) -> Batch:
+    unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
+    targets = ("target_positions", "target_ids", "target_objective")
+    return batch._replace(
+        **{name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets}
+    )
 
 
 def _commonest(answers: Counter[int], tokenizer: Tokenizer) -> dict[str, Any]:
