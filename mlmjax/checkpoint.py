@@ -18,14 +18,13 @@ from mlmjax import hf, hub, integrity
 from mlmjax.architecture import ModelConfig
 from mlmjax.config import CheckpointConfig
 from mlmjax.errors import InputError, RunError
+from mlmjax.layout import to_hf_layout
 from mlmjax.partition import leaf_path
 from mlmjax.tokenizer import Tokenizer
 
-STATE, RECORD = "state", "record"  # what a step's folder holds
-PARAMS, MODEL_RECORD = (
-    "params",
-    "checkpoint.json",
-)  # what a model's folder holds, beside config.json
+# What a step's folder holds; what a model's folder holds beside config.json and the tokenizer.
+STATE, RECORD = "state", "record"
+PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
 MODEL_FILES = frozenset(
     {hub.CONFIG, MODEL_RECORD, PARAMS} | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
@@ -305,7 +304,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
 def _named(params: Any) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     named = ((leaf_path(path), np.asarray(leaf)) for path, leaf in leaves)
-    return {name: hf.to_hf_layout(name, value) for name, value in named}
+    return {name: to_hf_layout(name, value) for name, value in named}
 
 
 def _model_record(folder: Path) -> dict[str, Any]:

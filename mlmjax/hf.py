@@ -1,8 +1,7 @@
-"""Hugging Face folders in and out: names, layouts, dtypes. Nothing else knows them."""
+"""Hugging Face folders in and out: classes, names, dtypes. Only here and in `layout`."""
 
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from safetensors.numpy import save_file
 from mlmjax import hub
 from mlmjax.architecture import ModelConfig
 from mlmjax.errors import InputError
+from mlmjax.layout import from_hf_layout, hf_shape, to_hf_layout
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.partition import leaf_path
 from mlmjax.tokenizer import Tokenizer
@@ -32,25 +32,12 @@ CLASSES: dict[str, type[Model]] = {
     cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
 }
 
-# Parameters have the checkpoint's names. torch keeps a kernel as `[out, in]`; here its axes are
-# the inputs, then the outputs, and either may be cut into parts (`[hidden, 3, heads, head_dim]`).
-# The number is how many leading axes are inputs; None marks what is stored axis by axis as it is.
-LAYOUTS: tuple[tuple[str, int | None], ...] = (
-    ("tok_embeddings.weight", None),
-    ("norm.weight", None),
-    ("attn.Wqkv.weight", 1),
-    ("attn.Wo.weight", 2),
-    ("mlp.Wi.weight", 1),
-    ("mlp.Wo.weight", 1),
-    ("head.dense.weight", 1),
-    ("classifier.weight", 1),
-    (".bias", 0),
-)
-
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 DECODER = "decoder.weight"  # the embedding again: never a parameter here
 # Derived from the configuration; some older exports hold them all the same.
 HARMLESS = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
@@ -59,41 +46,6 @@ EXPORT_FILES = frozenset(
     | {"*.safetensors"}
     | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
-
-
-def hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape on disk of a parameter that has `shape` here.
-
-    >>> hf_shape("model.layers.0.attn.Wqkv.weight", (32, 3, 4, 8))
-    (96, 32)
-    """
-    inputs = _inputs(name)
-    if inputs is None:
-        return shape
-    outputs = math.prod(shape[inputs:])
-    return (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
-
-
-def to_hf_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """Return a parameter as it is laid out on disk."""
-    shape = hf_shape(name, value.shape)
-    return (
-        np.ascontiguousarray(value.reshape(shape[::-1]).T)
-        if _inputs(name)
-        else (value.reshape(shape))
-    )
-
-
-def from_hf_layout(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a tensor from disk as the parameter of `shape`: the inverse of `to_hf_layout`."""
-    return (value.T if _inputs(name) else value).reshape(shape)
-
-
-def _inputs(name: str) -> int | None:
-    for suffix, inputs in LAYOUTS:
-        if name.endswith(suffix):
-            return inputs
-    raise ValueError(f"parameter {name} has no layout; add one to hf.LAYOUTS")
 
 
 def parameters(model: Model) -> dict[str, Any]:
@@ -201,6 +153,12 @@ def _abstract_model(
     except InputError as error:
         raise InputError(f"{where}: {error.message}", error.details) from error
     name = _class_name(where, config.architectures, weights.headers)
+    layers = {match[1] for match in map(_LAYER.match, weights.headers) if match}
+    if config.num_hidden_layers > len(layers):  # before a model of any depth is described
+        raise InputError(
+            f"{where}: num_hidden_layers is {config.num_hidden_layers}; the weights are missing "
+            f"for all but {len(layers)} of them"
+        )
     model: Any = abstract_model(name, config, dtype=dtype, attention=attention)
     problems = [*weights.problems, *_misfits(model, weights.headers)]
     if problems:

@@ -30,7 +30,7 @@ ROWS = [
         "data",
     ],
     ["partition", "product", "attention", "layers", "modernbert", "loss", "optim"],
-    ["hub", "hf", "integrity", "checkpoint"],
+    ["hub", "layout", "hf", "integrity", "checkpoint"],
     ["step"],
     [
         "metrics",
