@@ -121,6 +121,31 @@ def make_train_step(
 
     Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
     """
+    jitted = jax.jit(
+        train_update(graphdef, optimizer, accumulate=accumulate, loss=loss), donate_argnums=0
+    )
+
+    @wraps(jitted)
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with _mesh_of(state.step) as mesh:
+            return jitted(state, place_batch(batch, mesh, accumulate))
+
+    return step
+
+
+def train_update(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int,
+    loss: Loss,
+    reduce: Callable[[Any], Any] = lambda sums: sums,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Return the update of `make_train_step` as a pure function, not yet compiled.
+
+    `reduce` adds up the sums (metrics and gradients) of several devices, each with its own part of
+    the batch; under one program for all devices there is nothing to add.
+    """
 
     def value(params: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
         return loss(nnx.merge(graphdef, params), batch)
@@ -144,6 +169,7 @@ def make_train_step(
 
             (metrics, grads), _ = jax.lax.scan(add, zeros, micro)
 
+        metrics, grads = reduce((metrics, grads))
         count = metrics["loss_count"]
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = _keep_sharding(state.params, jax.tree.map(lambda g: g * scale, grads))
@@ -157,14 +183,7 @@ def make_train_step(
         new_state = _keep_sharding(state.params, TrainState(state.step + 1, params, opt_state))
         return new_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
-    jitted = jax.jit(train_step, donate_argnums=0)
-
-    @wraps(train_step)
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        with _mesh_of(state.step) as mesh:
-            return jitted(state, place_batch(batch, mesh, accumulate))
-
-    return step
+    return train_step
 
 
 def make_eval_step(graphdef: Any) -> Callable[[Any, Batch], Metrics]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from mlmjax import hf, hub
 from mlmjax.architecture import ModelConfig
 from mlmjax.checkpoint import Checkpoints
-from mlmjax.config import RunConfig
+from mlmjax.config import MeshConfig, RunConfig
 from mlmjax.data.batch import Batch
 from mlmjax.data.prepare import prepare, summary
 from mlmjax.data.rows import read_manifest
@@ -23,6 +23,7 @@ from mlmjax.log import MetricsLog, Talk, say
 from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.optim import make_optimizer, make_schedule
 from mlmjax.partition import check_rows, make_mesh
+from mlmjax.replicated import make_replicated_step
 from mlmjax.run import Loaders, alone_in, check_same_run, identity_of, open_loaders, write_json
 from mlmjax.signals import StopRequest
 from mlmjax.step import (
@@ -48,6 +49,7 @@ from mlmjax.validation import (
     validate,
 )
 
+STEPS = {"pjit": make_train_step, "pmap": make_replicated_step}
 IN_FLIGHT = 2
 """Updates the devices may be behind the host before it waits for their metrics."""
 
@@ -80,8 +82,11 @@ def run_training(config: RunConfig) -> TrainState:
     for the folder of another run; `RunError` for a non-finite loss and for failed writing. On
     SIGTERM a checkpoint is saved and `SystemExit(143)` raised, on SIGINT `KeyboardInterrupt`.
     """
-    if config.parallel != "pjit":
-        raise InputError(f"parallel: found {config.parallel!r}; expected 'pjit'")
+    if config.parallel == "pmap" and config.mesh != MeshConfig():
+        raise InputError(
+            "mesh: parallel = 'pmap' keeps the whole state on every device; leave [mesh] out, or "
+            "set parallel = 'pjit'"
+        )
     out = Path(config.out)
     with alone_in(out), StopRequest() as stop:
         # 1. What is trained on what: model and tokenizer, devices, rows, optimizer.
@@ -113,7 +118,9 @@ def run_training(config: RunConfig) -> TrainState:
             # 3. The steps. From here on a signal waits until the state is saved.
             stop.arm()
             run = _Run(config, loaders, identity, checkpoints, stop, make_eval_step(graphdef))
-            train_step = make_train_step(graphdef, optimizer, accumulate=config.data.accumulate)
+            train_step = STEPS[config.parallel](
+                graphdef, optimizer, accumulate=config.data.accumulate
+            )
             with MetricsLog(out, step) as log, Talk(config.steps, step) as talk:
                 state = _steps(run, train_step, state, interval, log, talk)
 

@@ -31,7 +31,7 @@ ROWS = [
     ],
     ["partition", "product", "attention", "layers", "modernbert", "loss", "optim"],
     ["hub", "layout", "hf", "integrity", "checkpoint"],
-    ["step"],
+    ["step", "replicated"],
     [
         "metrics",
         "signals",
