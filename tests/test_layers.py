@@ -1,6 +1,7 @@
 """The layering of docs/design.md: a module imports only from lower rows, or from its left."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,48 +10,16 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlmjax"
 
-# Rows of the table in docs/design.md, lowest first; within a row, left to right.
-ROWS = [
-    ["_version", "errors", "config", "architecture"],
-    [
-        "tokenizer",
-        "verbalizer",
-        "prompts",
-        "data.batch",
-        "data.files",
-        "data.sources",
-        "data.examples",
-        "data.masking",
-        "data.packing",
-        "data.folder",
-        "data.stage",
-        "data.rows",
-        "data.prepare",
-        "data.loader",
-        "data",
-    ],
-    ["partition", "product", "attention", "layers", "modernbert", "loss", "optim"],
-    ["hub", "layout", "hf", "integrity", "checkpoint"],
-    ["step", "replicated"],
-    [
-        "metrics",
-        "signals",
-        "log",
-        "validation",
-        "run",
-        "train",
-        "score",
-        "task",
-        "evaluate",
-        "finetune",
-        "classifier",
-        "report",
-        "demo",
-        "cli",
-        "__main__",
-    ],
-]
-PLACE = {name: (row, column) for row, names in enumerate(ROWS) for column, name in enumerate(names)}
+
+def table():
+    """Return (layer, modules) of each row of the table in docs/design.md, lowest layer first."""
+    design = (PACKAGE.parent / "docs" / "design.md").read_text()
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", design, flags=re.MULTILINE)
+    return [(int(layer), re.findall(r"`(.*?)`", modules)) for layer, modules in rows]
+
+
+LAYER = {name: layer for layer, names in table() for name in names}
+PLACE = {name: (row, at) for row, (_, names) in enumerate(table()) for at, name in enumerate(names)}
 FACADE = "__init__"  # the public names, loaded lazily: it may name every module
 
 
@@ -92,14 +61,14 @@ def test_imports_point_down_or_left(name, path):
 
 @pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value)[-30:])
 def test_lower_layers_do_not_name_jax(name, path):
-    if PLACE[name][0] > 1:
+    if LAYER[name] > 1:
         return
     found = [line for line, module in imports(path) if module.split(".")[0] in {"jax", "flax"}]
     assert not found, f"{path.name}: imports jax in lines {found}"
 
 
 def test_lower_layers_load_without_jax():
-    lower = ", ".join(f"mlmjax.{name}" for row in ROWS[:2] for name in row)
+    lower = ", ".join(f"mlmjax.{name}" for name, layer in LAYER.items() if layer <= 1)
     code = f"import sys, {lower}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
