@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlmjax.data.batch import OBJECTIVES, Batch
+from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch
 from mlmjax.partition import batch_shards, constrain, mesh_sizes
 
 # Targets whose logits exist at one time (on each device). On a CPU the buffers of a small chunk are
@@ -61,27 +61,29 @@ def target_losses(
     length = rows // groups * width
     chunk = min(CHUNK.get(jax.default_backend(), CHUNK_ACCELERATOR), length)
 
-    ids = batch.target_ids.reshape(groups, length)
-    order = jnp.argsort(ids < 0, axis=1, stable=True)
-    ids = jnp.take_along_axis(ids, order, axis=1)
     row = jnp.arange(rows, dtype=jnp.int32).reshape(groups, rows // groups, 1) % (rows // groups)
     places = row * seq + batch.target_positions.reshape(groups, rows // groups, width)
-    places = jnp.take_along_axis(places.reshape(groups, length), order, axis=1)
-    places = jnp.where(ids < 0, 0, places)
+    is_target = batch.target_ids.reshape(groups, length) >= 0
+    # Each target's place among those of its group; counting compiles far faster than sorting.
+    rank = jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1
+    full = length + -length % chunk
+    slot = jnp.where(is_target, rank, full)
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None]
 
+    def to_front(values: jax.Array, unused: int) -> jax.Array:
+        empty = jnp.full((groups, full), unused, jnp.int32)
+        return empty.at[group, slot].set(values.reshape(groups, length), mode="drop")
+
+    ids = to_front(batch.target_ids, UNUSED)
     flat = constrain(hidden.reshape(groups, -1, size), "batch", None, None)
-    gathered = jnp.take_along_axis(flat, places[:, :, None], axis=1)
-    padding = -length % chunk
-    gathered = jnp.pad(gathered, ((0, 0), (0, padding), (0, 0)))
-    ids = jnp.pad(ids, ((0, 0), (0, padding)), constant_values=-100)
+    gathered = jnp.take_along_axis(flat, to_front(places, 0)[:, :, None], axis=1)
 
     example = jax.ShapeDtypeStruct((groups, chunk, size), gathered.dtype)
     logits_of, consts = jax.closure_convert(model.mlm_logits, example)
     loss_sum, losses, correct = _sum_over_chunks(logits_of, chunk, consts, gathered, ids)
 
-    back = jnp.argsort(order, axis=1)
     losses, correct = (
-        jnp.take_along_axis(values[:, :length], back, axis=1).reshape(rows, width)
+        (is_target * jnp.take_along_axis(values, jnp.maximum(rank, 0), axis=1)).reshape(rows, width)
         for values in (losses, correct)
     )
     return loss_sum, jax.lax.stop_gradient(losses), correct
