@@ -83,7 +83,7 @@ class LayerNorm(nnx.Module):
         return out.astype(dtype)
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
+@partial(jax.jit, static_argnums=1)
 def truncated_normal(
     key: jax.Array, shape: tuple[int, ...], std: float, cutoff: float
 ) -> jax.Array:
