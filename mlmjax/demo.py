@@ -31,7 +31,7 @@ from mlmjax.step import TrainState, split_parameters
 from mlmjax.tokenizer import Tokenizer
 from mlmjax.train import run_training
 
-TRAIN, TEST = "train.jsonl", "test.jsonl"
+TRAIN, TEST, ATTRIBUTION = "train.jsonl", "test.jsonl", "ATTRIBUTION.md"
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
 SENTENCES = (
     "The largest moons of Jupiter were first seen through a small telescope.",
@@ -43,19 +43,21 @@ SENTENCES = (
 )
 
 
-def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
+def run_demo(
+    out: Path, overrides: Sequence[str] = (), *, limit: int | None = None
+) -> dict[str, float]:
     """Train and test on the bundled textbook paragraphs; return the accuracy of each method.
 
     Results go to stdout, progress to stderr. `out` gets `report.html`, the texts, the run's
     configuration, the task and the model in Hugging Face format. In the same folder again, training
     goes on where it stopped (or is found complete) and the rest is done anew. `overrides` are those
-    of `load_config`.
+    of `load_config`; `limit` keeps the first paragraphs of each file, for a quick look.
 
     Raises `InputError` for a folder of another run, `RunError` when the exported model does not
     answer exactly as the one it was written from.
     """
     started = time.perf_counter()
-    labels = write_files(out)
+    labels = write_files(out, limit)
     config = load_config(out / "run.toml", overrides)
     train, test = read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST)
     texts, truth = [row["text"] for row in test], [row["label"] for row in test]
@@ -124,12 +126,14 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     return {method.name: method.accuracy for method in methods}
 
 
-def write_files(out: Path) -> list[str]:
+def write_files(out: Path, limit: int | None = None) -> list[str]:
     """Write the texts, `run.toml` and `subjects.toml` into a folder; return the labels, sorted."""
     source = files("mlmjax") / "assets" / "openstax"
     (out / "data").mkdir(parents=True, exist_ok=True)
-    for name in (TRAIN, TEST, "ATTRIBUTION.md"):
-        (out / "data" / name).write_bytes((source / name).read_bytes())
+    (out / "data" / ATTRIBUTION).write_bytes((source / ATTRIBUTION).read_bytes())
+    for name in (TRAIN, TEST):
+        lines = (source / name).read_bytes().splitlines(keepends=True)
+        (out / "data" / name).write_bytes(b"".join(lines[:limit]))
     labels = sorted({row["label"] for row in read_jsonl(out / "data" / TRAIN)})
     values = {
         "run": str(out / "run"),

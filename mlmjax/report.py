@@ -166,7 +166,7 @@ def confusion_figure(labels: Sequence[str], confusion: np.ndarray) -> Figure:
         axes.text(
             column,
             row,
-            int(confusion[row, column]),
+            str(confusion[row, column]),
             ha="center",
             va="center",
             color="white" if shares[row, column] > 0.6 else INK,

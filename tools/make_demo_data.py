@@ -118,7 +118,8 @@ def read(path: Path) -> dict[str, dict[tuple[str, str], list[str]]]:
             if book in subject_of and "About OpenStax" not in page["text"]:
                 paragraphs = list(clean(page["text"].split("\n")))
                 if paragraphs:
-                    pages[subject_of[book]][book, module] = paragraphs
+                    # Two books may use one module name, so a page is named by both.
+                    pages[subject_of[book]][book, f"{book}/{module}"] = paragraphs
     return pages
 
 
@@ -212,7 +213,7 @@ ATTRIBUTION = """\
 # Attribution of the demo's texts
 
 `train.jsonl` and `test.jsonl` hold paragraphs of textbooks published by OpenStax, Rice University.
-Each paragraph's `book` and `module` name its source: the module is
+Each paragraph's `module` names its source as BOOK/MODULE:
 `https://github.com/openstax/BOOK/tree/main/modules/MODULE`.
 
 Copyright: Rice University, OpenStax, and the authors and contributors named in each book.
