@@ -112,10 +112,19 @@ class Tokenizer:
         return self.encode_plain_batch([text])[0]
 
     def encode_plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode many texts at once, each as `encode_plain` does."""
+        """Encode many texts at once, each as `encode_plain` does.
+
+        Raises `InputError` for what is no text, and for a text that this tokenizer cannot encode.
+        """
         for text in texts:
             check_text(text, "text")
-        encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
+        except Exception as error:  # What the library raises has no narrower type.
+            raise InputError(
+                f"{self.where}: cannot encode a text ({error}); expected a tokenizer that takes "
+                "any text, as a byte-level one does, or that knows its own unknown token"
+            ) from error
         return [self._checked(encoding.ids) for encoding in encodings]
 
     def plain_offsets(self, text: str) -> list[tuple[int, int]]:

@@ -304,3 +304,16 @@ def test_worked_examples():
     result = doctest.testmod(mlmjax.tokenizer)
     assert result.attempted > 1
     assert result.failed == 0
+
+
+def test_a_tokenizer_that_lacks_its_unknown_token_is_refused(tmp_path):
+    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "a"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:4])
+    backend.add_tokens(["[unused0]"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"cannot encode a text .*\[UNK\]"):
+        Tokenizer.from_pretrained(tmp_path)
