@@ -49,6 +49,12 @@ class Checkpoints:
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
         self.folder = Path(folder).expanduser().absolute()
+        if odd := set("*?[") & set(str(self.folder)):
+            # Orbax searches its own folder by a pattern: what it saves there, it cannot read back.
+            raise InputError(
+                f"{self.folder}: checkpoints cannot lie under a name with {min(odd)!r}; choose a "
+                "folder without it"
+            )
         self._saving: int | None = None
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_best:
