@@ -9,11 +9,15 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mlmjax._version import __version__
 from mlmjax.errors import InputError, RunError
+
+if TYPE_CHECKING:
+    from mlmjax.config import RunConfig
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 MAX_DETAIL_LINES = 20
@@ -118,6 +122,7 @@ def classify(
 ) -> None:
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
     from mlmjax.classifier import Classifier
+    from mlmjax.log import say
 
     names = read_labels(labels)
     if file != "-":
@@ -139,6 +144,8 @@ def classify(
                 },
             }
             click.echo(json.dumps(answer, ensure_ascii=False))
+    if classifier.shortened:
+        say(f"{classifier.shortened} of the texts did not fit the model; their ends were cut off")
 
 
 def read_labels(argument: str) -> list[str] | dict[str, str]:
@@ -149,18 +156,28 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
     """
     path = Path(argument)
     try:
-        is_file = path.is_file()
-    except OSError:  # a long list of names is no valid file name
-        is_file = False
-    if not is_file:
+        content = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # as a long list of names is
+            raise InputError(
+                f"--labels {argument}: cannot be read ({error.strerror}); give a text file"
+            ) from error
+        content = None
+    if content is None:
         if "," not in argument:
             raise InputError(
                 f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
                 'least two labels, as in "sports,world", or the path of a labels file'
             )
-        return [name.strip() for name in argument.split(",")]
+        names = [name.strip() for name in argument.split(",")]
+        if not all(names):
+            raise InputError(
+                f"--labels {argument!r}: label {names.index('') + 1} is blank; take out the comma "
+                "too many, or give it a name"
+            )
+        return names
     labels: dict[str, str] = {}
-    for number, line in enumerate(_decoded(path.read_bytes().splitlines(), argument), start=1):
+    for number, line in enumerate(_decoded(content.splitlines(), argument), start=1):
         if not line.strip():
             continue
         name, _, description = (part.strip() for part in line.partition("\t"))
@@ -188,7 +205,8 @@ def read_lines(file: str) -> Iterator[str]:
 def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
-            yield line.decode("utf-8").rstrip("\r\n")
+            # Editors on Windows open a file with a byte order mark, which is no text.
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{where}, line {number}: is not UTF-8 text ({error.reason})"
@@ -196,15 +214,18 @@ def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
 
 
 def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
+    number = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise InputError(
                 f"{where}, line {number}: the text is blank; remove the line or give it a text"
             )
         yield line
+    if not number:
+        raise InputError(f"{where}: is empty; give at least one text, one per line")
 
 
-def _load(config: str, overrides: Sequence[str]):
+def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config import load_config
 
     return load_config(config, overrides)

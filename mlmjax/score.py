@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mlmjax.errors import InputError, RunError
+from mlmjax.hf import Model
 from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.tokenizer import Tokenizer, check_text
@@ -85,7 +86,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: ModernBertForMaskedLM,
+        model: Model,
         tokenizer: Tokenizer,
         template: Template,
         verbalizer: Verbalizer,
