@@ -6,16 +6,32 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from mlmjax.errors import InputError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 ShortenSide = Literal["head", "tail", "middle"]
 Table = TypeVar("Table", bound=BaseModel)
+
+
+def _filled(text: str) -> str:
+    if not text.strip():  # as a path it would silently mean the working directory
+        raise ValueError("is blank; give it a value, or leave the key out if it is optional")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_filled)]
 
 
 class StrictTable(BaseModel):
@@ -33,12 +49,12 @@ class SourceConfig(StrictTable):
     drawn that come from this source; without any, every row of all sources comes once per epoch.
     """
 
-    name: str | None = None
-    path: str | None = None
-    hub: str | None = None
+    name: Name | None = None
+    path: Name | None = None
+    hub: Name | None = None
     subset: str | None = None
     split: str = "train"
-    revision: str | None = None
+    revision: Name | None = None
     prompt: str | None = None
     answer: str | None = None
     labels: tuple[str, ...] | Mapping[str, str] | None = None
@@ -66,7 +82,7 @@ class SourceConfig(StrictTable):
 class DataConfig(StrictTable):
     """What is read, how it is packed, and how many rows make one update."""
 
-    rows: str
+    rows: Name
     seq_length: PositiveInt = 1024
     batch_size: PositiveInt = 32
     accumulate: PositiveInt = 1
@@ -161,13 +177,13 @@ class MeshConfig(StrictTable):
 class RunConfig(StrictTable):
     """One training run, decoded from one TOML file."""
 
-    out: str
+    out: Name
     steps: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    init_from: str | None = None
-    revision: str | None = None
+    init_from: Name | None = None
+    revision: Name | None = None
     model: Mapping[str, Any] | None = None
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "dense", "banded", "cudnn", "splash"] = "auto"

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-import string
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ import numpy as np
 from mlmjax.config import SourceConfig
 from mlmjax.data.sources import Record, read_source
 from mlmjax.errors import InputError
+from mlmjax.hf import Model
 from mlmjax.metrics import accuracy_by_group, classification_metrics
-from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.prompts import Template, option_letters
 from mlmjax.score import Scorer
-from mlmjax.task import Column, Task, load_task
-from mlmjax.tokenizer import Tokenizer
+from mlmjax.task import Column, Task, load_task, pattern_parts
+from mlmjax.tokenizer import Tokenizer, check_text
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Question:
 
 
 def run_evaluation(
-    model: ModernBertForMaskedLM,
+    model: Model,
     tokenizer: Tokenizer,
     task: Task | str | Path,
     *,
@@ -55,6 +55,7 @@ def run_evaluation(
     and `predictions.jsonl` one object per row: `index, gold, prediction, probabilities`.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
+    folder = None if out is None else _result_folder(out)
     questions, dropped = _read_questions(task, data, limit)
     label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
     verbalizer = task.verbalizer_for(label_count)
@@ -87,8 +88,8 @@ def run_evaluation(
         "padding_share": scorer.padding_share,
         "seconds": seconds,
     }
-    if out is not None:
-        _write(Path(out), results, questions, gold, predicted, labels, log_probs)
+    if folder is not None:
+        _write(folder, results, questions, gold, predicted, labels, log_probs)
     return results
 
 
@@ -108,6 +109,20 @@ def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 
+def _result_folder(out: str | Path) -> Path:
+    """Make the folder of the results before anything is computed for it; raises `InputError`."""
+    folder = Path(out)
+    try:
+        if not str(out).strip():
+            raise InputError("out: is blank; give a folder for the results")
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be a folder for the results ({error.strerror}); give another out"
+        ) from error
+    return folder
+
+
 def _write(
     folder: Path,
     results: Mapping[str, Any],
@@ -117,7 +132,6 @@ def _write(
     labels: Sequence[str],
     log_probs: np.ndarray,
 ) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as file:
         for question, truth, guess, row in zip(questions, gold, predicted, log_probs, strict=True):
             probabilities = {
@@ -142,9 +156,10 @@ def _read_questions(
     """Read the rows of a task as questions, and count those with a label to be dropped."""
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1 row")
+    stop = None if limit is None else min(limit, sys.maxsize)
     questions, dropped, problems = [], 0, []
     fields = [name for name in Template(task.prompt).fields if name != "options"]
-    for index, record in enumerate(itertools.islice(_records(task, data), limit)):
+    for index, record in enumerate(itertools.islice(_records(task, data), stop)):
         try:
             question = _question(task, fields, index, record)
         except InputError as error:
@@ -157,7 +172,10 @@ def _read_questions(
     if problems:
         raise InputError(problems[0], problems[1:])
     if not questions:
-        raise InputError(f"task {task.name}: no row is left to answer; {dropped} were dropped")
+        raise InputError(
+            f"{data or task.data or task.hub}: task {task.name}: no row is left to answer; "
+            f"{dropped} were dropped by drop_labels; give a file with more rows"
+        )
     return questions, dropped
 
 
@@ -199,10 +217,17 @@ def _question(task: Task, fields: Sequence[str], index: int, record: Record) -> 
         row["options"] = _options(task.options, record.fields)
         names = option_letters(len(row["options"]))
         if task.option_names is not None:
-            names = [_key(name) for name in _column(record.fields, task.option_names)]
+            names = [_key(name) for name in _options(task.option_names, record.fields)]
+            if len(names) != len(row["options"]):
+                raise InputError(
+                    f"column {task.option_names!r} has {len(names)} names for "
+                    f"{len(row['options'])} options; expected one for each"
+                )
     gold = _gold(answer, names, task.labels)
-    group = "" if task.group is None else _key(_column(record.fields, task.group))
-    return Question(index, record.where, row, gold, group)
+    group = None if task.group is None else _column(record.fields, task.group)
+    if task.group is not None and group is None:
+        raise InputError(f"column {task.group!r}, the row's group, is null; expected a name")
+    return Question(index, record.where, row, gold, "" if group is None else _key(group))
 
 
 def _options(options: str | tuple[str, ...], fields: Mapping[str, Any]) -> list[Any]:
@@ -247,13 +272,19 @@ def _column(fields: Mapping[str, Any], column: Column) -> Any:
         try:
             if "{" not in alternative:
                 return _step(fields, alternative)
-            parts = list(string.Formatter().parse(alternative))
-            return "".join(text + (_step(fields, name) if name else "") for text, name, *_ in parts)
+            parts = pattern_parts(alternative)
+            return "".join(text + (_text(fields, name) if name else "") for text, name in parts)
         except KeyError:
             continue
     found = ", ".join(map(repr, fields))
     expected = " or ".join(map(repr, alternatives))
     raise InputError(f"has no column {expected}; its columns are {found}")
+
+
+def _text(fields: Mapping[str, Any], column: str) -> str:
+    value = _step(fields, column)
+    check_text(value, f"column {column!r}")
+    return value
 
 
 def _step(fields: Mapping[str, Any], column: str) -> Any:

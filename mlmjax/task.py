@@ -1,19 +1,43 @@
 """Task definitions: a labelled table and how it is asked, read strictly from TOML."""
 
 import difflib
+import string
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mlmjax.config import ShortenSide, StrictTable, decode, read_toml
 from mlmjax.errors import InputError
-from mlmjax.prompts import Verbalizer, option_letters
+from mlmjax.prompts import Template, Verbalizer, option_letters
 
+
+def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
+    """Cut a text with `{column}`s into `(text before, column or None)`; raises `InputError`.
+
+    >>> pattern_parts("{title}: {body}")
+    [('', 'title'), (': ', 'body')]
+    """
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise InputError(f"{pattern!r} has unpaired braces; write {{column}} for one") from error
+    if any(name == "" or kind or form for _, name, form, kind in parts):
+        raise InputError(f"{pattern!r} has braces without a plain column name; write {{column}}")
+    return [(text, name) for text, name, *_ in parts]
+
+
+def _checked_pattern(pattern: str) -> str:
+    if "{" in pattern:
+        pattern_parts(pattern)
+    return pattern
+
+
+_Pattern = Annotated[str, AfterValidator(_checked_pattern)]
 # A column, or text with {column}s in braces; of several, the first whose columns are all there.
-Column = str | tuple[str, ...]
+Column = _Pattern | Annotated[tuple[_Pattern, ...], Field(min_length=1)]
 
 
 class Protocol(StrictTable):
@@ -47,7 +71,7 @@ class Task(StrictTable):
     shorten: Mapping[str, ShortenSide] = {}
     columns: Mapping[str, Column] = {}
     strip: tuple[str, ...] = ()
-    options: str | tuple[str, ...] | None = None
+    options: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     option_names: str | None = None
     answer: Column
     labels: tuple[str, ...] | Mapping[str, str] | None = None
@@ -67,6 +91,8 @@ class Task(StrictTable):
             )
         if self.labels is not None and len(self.label_names) < 2:
             raise ValueError("labels needs at least two distinct labels")
+        if isinstance(self.labels, tuple) and len(self.label_names) < len(self.labels):
+            raise ValueError("labels holds a label twice, so that an index would be in doubt")
         if any(not name.strip() for name in self.label_names):
             raise ValueError("labels holds a blank label")
         for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):
@@ -77,7 +103,23 @@ class Task(StrictTable):
                     f"verbalizer names {', '.join(verbalizer)}; "
                     f"expected the labels {', '.join(self.label_names)}"
                 )
+        self._check_prompts()
         return self
+
+    def _check_prompts(self) -> None:
+        """Every prompt asks about the row, and no column is meant for a field that none has."""
+        fields: set[str] = set()
+        for protocol in (Protocol(), *self.protocols.values()):
+            prompt = self.prompt if protocol.prompt is None else protocol.prompt
+            shorten = self.shorten if protocol.shorten is None else protocol.shorten
+            own = set(Template(prompt, shorten=dict(shorten)).fields) - {"options"}
+            if not own and self.options is None:
+                raise ValueError("prompt names no field of the row, such as {text}")
+            fields |= own
+        for name in (*self.columns, *self.strip):
+            if name not in fields:
+                known = ", ".join(sorted(fields)) or "none"
+                raise ValueError(f"{name!r} is no field of the prompt; its fields: {known}")
 
     @property
     def label_names(self) -> tuple[str, ...]:

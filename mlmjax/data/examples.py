@@ -82,6 +82,8 @@ def read_examples(
     where = f"source {source_name(source)}"
     with _opened_by(f"{where}: prompt"):
         template = Template(source.prompt, shorten=dict(source.shorten))
+        if not set(template.fields) - {"options"}:
+            raise InputError("names no column of the records; write {text} for the column text")
     with _opened_by(f"{where}: labels"):
         labels = None if source.labels is None else _Labels.of(source.labels, template, tokenizer)
     return _read_prompts(source, template, labels, tokenizer, seq_length, counts)
