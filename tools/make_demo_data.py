@@ -16,8 +16,8 @@ import numpy as np
 import zstandard
 
 SEED = 0
-TRAIN_PER_SUBJECT = 200
-TEST_PER_SUBJECT = 50
+TRAIN_PER_SUBJECT = 250
+TEST_PER_SUBJECT = 63
 TEST_MODULES = 0.25
 WORDS = range(40, 121)
 RUN = 10
@@ -72,11 +72,6 @@ SUBJECTS = {
             "University Physics Volume 3",
         ],
     },
-    "politics": {
-        "osbooks-american-government": ["American Government 3e"],
-        "osbooks-introduction-political-science": ["Introduction to Political Science"],
-    },
-    "psychology": {"osbooks-psychology": ["Psychology 2e"]},
 }
 
 # Headings, exercises, talk about the book itself, and gaps where a reference was taken out.
