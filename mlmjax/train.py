@@ -93,9 +93,9 @@ def run_training(config: RunConfig) -> TrainState:
         model, tokenizer = _load_model(config)
         mesh = make_mesh(config.mesh)
         check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
+        optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
         _prepare(config, tokenizer)
         loaders = open_loaders(config, tokenizer)
-        optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
         graphdef, params = split_parameters(model)
         identity = identity_of(config, model.config, tokenizer, loaders)
 
@@ -112,6 +112,8 @@ def run_training(config: RunConfig) -> TrainState:
             else:
                 params = _initial_parameters(config, model, params, mesh)
                 state = start_state(params, optimizer, mesh)
+                # Without it the export of an older run there would pass for this one's.
+                (out / "validation.json").unlink(missing_ok=True)
             del model, params
             write_json(out / "config.json", config.model_dump(mode="json"))
 
