@@ -266,10 +266,11 @@ def _steps(
         held_out = evaluate(step)
         if saves or run.stopping():
             log.sync()
+            loss = held_out["loss"] if held_out else None
             run.checkpoints.save(
                 step,
                 state,
-                metrics={"loss": held_out["loss"]} if held_out and held_out["loss"] else None,
+                metrics=None if loss is None else {"loss": loss},
                 metadata={"identity": run.identity, "interval": dict(interval)},
             )
         if run.stopping() and step < config.steps:
