@@ -361,8 +361,9 @@ def _token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.
     if ids.ndim != rank or not jnp.issubdtype(ids.dtype, jnp.integer):
         expected = f"whole numbers {['[n]', '[batch, seq]'][rank - 1]}"
         raise InputError(f"{name}: found {ids.dtype} {list(ids.shape)}; expected {expected}")
-    if not isinstance(ids, jax.core.Tracer) and ids.size:
-        low, high = int(ids.min()), int(ids.max())
+    if not isinstance(values, jax.core.Tracer) and ids.size:
+        known = np.asarray(values)  # In numpy, because jit also traces operations on known arrays.
+        low, high = int(known.min()), int(known.max())
         if low < 0 or high >= vocab_size:
             raise InputError(
                 f"{name}: found {low if low < 0 else high}; expected ids from 0 to "
