@@ -1,24 +1,43 @@
-"""The README is true: its code runs, its commands run, its links lead somewhere."""
+"""README and guide are true: their code runs, their tables are complete, links lead somewhere."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from flax import nnx
+from pydantic_core import PydanticUndefined
 
 import mlmjax
+from mlmjax.config import RunConfig, SourceConfig, StrictTable, decode, parse_config
+from mlmjax.task import Task
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "guide.md").read_text()
 HUB_MODEL = "answerdotai/ModernBERT-Large-Instruct"
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def rows(table, prefix=""):
+    """The beginning of the line that a table of keys has for each key: its name and default."""
+    for name, field in table.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, StrictTable):
+            yield from rows(kind, f"{prefix}{name}.")
+            continue
+        if field.default is PydanticUndefined:
+            shown = "required"
+        else:
+            shown = "none" if field.default is None else f"`{json.dumps(field.default)}`"
+        yield f"| `{prefix}{name}` | {shown} |"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +68,33 @@ def test_python_blocks_run(folder, monkeypatch):
     assert (folder / "my-classifier" / "model.safetensors").is_file()
 
 
+def test_loop_of_the_guide_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python", GUIDE)
+    names = {}
+    exec(compile(block, "guide.md", "exec"), names)
+    assert float(names["metrics"]["loss_sum"]) < 2.0  # of two targets, 21 before
+    assert "nan" not in capsys.readouterr().out
+    model, _ = mlmjax.load_pretrained("my-model")
+    assert isinstance(model, mlmjax.ModernBertForMaskedLM)
+
+
+def test_files_of_the_guide_are_read():
+    run, task = map(tomllib.loads, blocks("toml", GUIDE))
+    assert len(parse_config(run).data.sources) == 2
+    template = decode(Task, task, "guide").prompt
+    assert template == run["data"]["sources"][1]["prompt"]  # asked as it was trained
+
+
+@pytest.mark.parametrize("table", [RunConfig, SourceConfig, Task])
+def test_tables_of_the_guide_have_every_key_and_default(table):
+    missing = [row for row in rows(table) if f"\n{row} " not in GUIDE]
+    assert not missing
+    known = {row for known in (RunConfig, SourceConfig, Task) for row in rows(known)}
+    found = re.findall(r"^(\| `[\w.]+` \| (?:required|none|`[^`]*`) \|)", GUIDE, flags=re.MULTILINE)
+    assert set(found) == known
+
+
 def test_commands_run(folder):
     """Every line of the command-line section, with fewer steps and a smaller network."""
     section = README.split("## Command line")[1]
@@ -75,10 +121,11 @@ def test_commands_run(folder):
     assert (folder / "ORBAX_FOLDER" / "config.json").is_file()
 
 
-def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize(("text", "folder"), [(README, ROOT), (GUIDE, ROOT / "docs")])
+def test_links_lead_somewhere(text, folder):
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (folder / target).exists(), target
 
 
 def test_the_two_commands_are_those_ci_runs():
