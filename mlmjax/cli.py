@@ -110,21 +110,27 @@ def evaluate(
 @click.option("--model", required=True, help="Folder or hub id of the model.")
 @click.option(
     "--labels",
-    required=True,
-    help='Labels as "a,b,c", or a file with one label or label<TAB>description per line.',
+    default=None,
+    help='Labels as "a,b,c", or a file with one label or label<TAB>description per line; '
+    "a saved classifier brings its own.",
 )
 @click.option("--revision", default=None, help="Revision of a hub model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--batch-size", type=click.IntRange(min=1), default=None)
 @click.argument("file", default="-")
 def classify(
-    model: str, labels: str, revision: str | None, dtype: str, batch_size: int | None, file: str
+    model: str,
+    labels: str | None,
+    revision: str | None,
+    dtype: str,
+    batch_size: int | None,
+    file: str,
 ) -> None:
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
     from mlmjax.classifier import Classifier
     from mlmjax.log import say
 
-    names = read_labels(labels)
+    names = None if labels is None else read_labels(labels)
     if file != "-":
         for _ in read_lines(file):  # a bad line is refused before any answer is printed
             pass

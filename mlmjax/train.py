@@ -94,7 +94,7 @@ def run_training(config: RunConfig) -> TrainState:
         mesh = make_mesh(config.mesh)
         check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-        _prepare(config, tokenizer)
+        say(_told(_prepare(config, tokenizer)))
         loaders = open_loaders(config, tokenizer)
         graphdef, params = split_parameters(model)
         identity = identity_of(config, model.config, tokenizer, loaders)
@@ -141,7 +141,7 @@ def prepare_rows(config: RunConfig) -> Path:
     else:
         tokenizer = hf.load_tokenizer(hub.fetch(config.init_from, revision=config.revision))
     folder = _prepare(config, tokenizer)
-    print("\n".join([f"{folder}:", *summary(read_manifest(folder))]))
+    print(_told(folder))
     return folder
 
 
@@ -155,6 +155,10 @@ def _prepare(config: RunConfig, tokenizer: Tokenizer) -> Path:
             say(f"{name}: {records} records read")
 
     return prepare(config.data, tokenizer, progress)
+
+
+def _told(rows: Path) -> str:
+    return "\n".join([f"{rows}:", *summary(read_manifest(rows))])
 
 
 def _load_model(config: RunConfig) -> tuple[ModernBertForMaskedLM, Tokenizer]:
