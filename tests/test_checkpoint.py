@@ -28,6 +28,8 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.integrity import describe, fingerprints
 from mlmjax.step import create_train_state
 
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=16,

@@ -20,6 +20,8 @@ from mlmjax.checkpoint import Checkpoints, load_model
 from mlmjax.config import CheckpointConfig
 from mlmjax.step import create_train_state
 
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "tools" / "convert_weights.py"
 SPEC = importlib.util.spec_from_file_location("convert_weights", SCRIPT)

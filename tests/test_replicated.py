@@ -4,13 +4,21 @@ import jax
 import numpy as np
 import optax
 import pytest
-from test_step import UNEVEN, make_batch, make_model, take_steps
+from test_step import UNEVEN, make_batch, make_model
 
 from mlmjax.errors import InputError
 from mlmjax.optim import decay_mask
 from mlmjax.partition import make_mesh
 from mlmjax.replicated import make_replicated_step
 from mlmjax.step import create_train_state, make_train_step
+
+
+def take_steps(step, state, batches):
+    losses = []
+    for batch in batches:
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss_sum"]) / float(metrics["loss_count"]))
+    return state, losses
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -20,6 +20,8 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.log import MetricsLog
 from mlmjax.train import prepare_rows, run_training
 
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
 KEYS = {
     "step",
     "split",
@@ -55,6 +57,9 @@ def folder(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+    # What earlier tests compiled with other settings differs in the last bit from what the child
+    # processes of these tests compile.
+    jax.clear_caches()
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
