@@ -39,7 +39,7 @@ SENTENCES = (
     "Enzymes in the stomach break proteins into pieces that the blood can carry.",
     "Multiply both sides of the equation by the denominator to get rid of the fraction.",
     "The treaty ended the war, and the soldiers went home to their farms.",
-    "People remember the first words on a list better than those in the middle.",
+    "If every event has a cause, are we ever free to choose what we do?",
 )
 
 
