@@ -10,8 +10,6 @@ import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 from flax import nnx
 from huggingface_hub import errors as hub_errors
 from safetensors.numpy import load_file, save_file
@@ -21,7 +19,9 @@ from tiny_models import (
     SIZES,
     change_config,
     tensors_of,
+    torch,
     torch_model,
+    transformers,
     write_model,
 )
 

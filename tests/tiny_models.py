@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
+import pytest
 import tokenizers
-import torch
-import transformers
 from safetensors import safe_open
 from tokenizers import models, pre_tokenizers
 
 from mlmjax import hub
 
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

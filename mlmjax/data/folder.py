@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -31,18 +31,19 @@ def built_whole(folder: Path) -> Iterator[Path | None]:
         ) from error
     with lock:
         if is_there(folder):
-            shutil.rmtree(partial)
+            # One who still waits may put its own lock here meanwhile; the last to come clears up.
+            shutil.rmtree(partial, ignore_errors=True)
             yield None
             return
         try:
-            for path in partial.iterdir():
-                if path.name != _LOCK:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            _empty(partial)
             yield partial
             # The lock goes along and is removed last, so that nobody can think it abandoned.
             partial.rename(folder)
             (folder / _LOCK).unlink()
         except BaseException:
+            with suppress(OSError):
+                _empty(partial)  # The lock last here as well.
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -52,21 +53,31 @@ def is_there(folder: Path) -> bool:
     return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
 
 
+def _empty(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _lock(partial: Path) -> IO[bytes]:
     """Take the lock file of the folder being built, which a kill releases; wait if it is held."""
     import fcntl  # Not on Windows, where everything else of this package can be imported.
 
     path = partial / _LOCK
     while True:
-        if partial.exists() and not path.exists() and any(partial.iterdir()):
-            raise InputError(f"{partial}: is in the way and not ours to delete; move it elsewhere")
-        partial.mkdir(exist_ok=True)
         try:
+            # One listing, because a lock may come or go between two looks.
+            names = {entry.name for entry in partial.iterdir()} if partial.exists() else set()
+            if partial.is_symlink() or (names and _LOCK not in names):
+                raise InputError(
+                    f"{partial}: is in the way and not ours to delete; move it elsewhere"
+                )
+            partial.mkdir(exist_ok=True)
             file = path.open("ab")
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
             file.close()
-        except FileNotFoundError:
-            # Another process finished or gave up while we waited: what we locked is gone.
+        except (FileNotFoundError, FileExistsError):
+            # Another process finished or gave up meanwhile: what we saw or locked is gone.
             continue
