@@ -10,15 +10,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from pathlib import Path
 
+import jax
 import pytest
 
-try:
-    import jax
-except ImportError:  # pragma: no cover - layers 0 and 1 can be tested without jax
-    jax = None
-else:
-    jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 
