@@ -126,6 +126,7 @@ def identity_of(
             "manifest": loaders.sha256,
             "seq_length": data.seq_length,
             "batch_size": data.batch_size,
+            "subset": data.subset,
             "weights": {source_name(source): source.weight for source in data.sources},
         },
         "head": config.head,

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from mlmjax import InputError
 from mlmjax.config import DataConfig, SourceConfig
 from mlmjax.data import prepare as prepare_module
+from mlmjax.data import work
 from mlmjax.data.examples import Counts, read_examples
 from mlmjax.data.folder import built_whole
 from mlmjax.data.prepare import prepare, summary
 from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.errors import RunError
 
 ANSWERS = ["yes", "no", "Paris", "entailment", " "]
 
@@ -261,7 +264,9 @@ def test_a_configuration_that_leaves_nothing_is_refused(
 ):
     with pytest.raises(InputError, match=message):
         prepare(change(config, **update), tokenizer)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl"}
+    # What was read is kept for the next try.
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", "b.jsonl", "rows.partial"}
+    assert not (tmp_path / "rows").exists()
 
 
 def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path):
@@ -270,7 +275,7 @@ def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path)
         InputError, match=r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
     ):
         prepare(config, tokenizer)
-    assert not (tmp_path / "rows.partial").exists()
+    assert not (tmp_path / "rows").exists()
 
 
 def test_two_sources_of_one_name_are_refused(config, tokenizer):
@@ -305,33 +310,76 @@ def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
 
 
 CHILD = """
-import sys, time
+import os, signal, sys
 from mlmjax.config import DataConfig
-from mlmjax.data import prepare as module
+from mlmjax.data import work
+from mlmjax.data.prepare import prepare
 from mlmjax.tokenizer import Tokenizer
-slow = module.write_rows
-def write_rows(*args, **kwargs):
-    result = slow(*args, **kwargs)
-    print("written", flush=True)
-    time.sleep(60)
-    return result
-module.write_rows = write_rows
+done, left = work._do_one, int(sys.argv[2])
+def do_one(*args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return done(*args)
+work._do_one = do_one
 config = DataConfig.model_validate_json(sys.argv[1], strict=False)
-module.prepare(config, Tokenizer.from_pretrained())
+prepare(config, Tokenizer.from_pretrained())
 """
 
 
-def test_a_killed_run_leaves_nothing_that_the_next_one_keeps(config, tokenizer, tmp_path):
-    arguments = [sys.executable, "-c", CHILD, config.model_dump_json()]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE) as child:
-        assert child.stdout.readline() == b"written\n"
-        child.send_signal(signal.SIGKILL)
+@pytest.mark.parametrize("jobs", [0, 1, 2, 4])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(config, tokenizer, tmp_path, jobs):
+    expected = content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+    arguments = [sys.executable, "-c", CHILD, config.model_dump_json(), str(jobs)]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     partial = tmp_path / "rows.partial"
-    assert (partial / "train" / "0.arrow").exists()
+    assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
     assert not (tmp_path / "rows").exists()
-    after_kill = content(prepare(config, tokenizer))
+    calls = []
+    after_kill = content(prepare(config, tokenizer, lambda *told: calls.append(told)))
+    assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
     assert not partial.exists()
-    assert after_kill == content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+    assert after_kill == expected
+
+
+def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="leaves nothing to train on"):
+        prepare(change(config, validation_rows=10_000), tokenizer)
+    write_table(tmp_path / "a.jsonl", make_rows(200, salt=5))
+    rows = prepare(config, tokenizer)
+    assert read_manifest(rows).sources[0].records == 200
+    assert content(rows) == content(
+        prepare(change(config, rows=str(tmp_path / "other")), tokenizer)
+    )
+
+
+def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
+    for part in range(3):
+        write_table(tmp_path / f"p{part}.jsonl", make_rows(90, salt=part))
+    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
+    calls = []
+    many = change(config, rows=str(tmp_path / "many"), workers=2)
+    assert content(prepare(config, tokenizer)) == content(
+        prepare(many, tokenizer, lambda *told: calls.append(told))
+    )
+    assert ("qa", 270) in calls
+    (tmp_path / "p2.jsonl").write_text('{"input": "x", "answer": 7, "task": "t"}\n')
+    again = change(many, rows=str(tmp_path / "again"))
+    with pytest.raises(InputError, match=r"p2\.jsonl line 1: column 'answer' is int"):
+        prepare(again, tokenizer)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_process_that_dies_fails_the_run(config, tokenizer, tmp_path, monkeypatch, when):
+    write_table(tmp_path / "c.jsonl", make_rows(30))
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n" + ("read line\n" * 2 if when == "later" else "") + "exit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(work, "sys", SimpleNamespace(executable=str(program)))
+    config = change_source(config, path=str(tmp_path / "[ac].jsonl"))
+    with pytest.raises(RunError, match="died"):
+        prepare(change(config, workers=2), tokenizer)
 
 
 def test_two_at_once_build_one_folder(tmp_path):

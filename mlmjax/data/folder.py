@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,7 +17,7 @@ def built_whole(folder: Path) -> Iterator[Path | None]:
     """Give an empty sibling folder to build in; it takes the name `folder` when the block ends.
 
     Gives None when `folder` is there already, also when another process finished it while this one
-    waited. What a killed process left behind is removed first; nothing is left after an error.
+    waited. What a process left behind that was killed, or failed, is there to go on from.
     Raises `InputError` when the place cannot be written, or the sibling is not of our making.
     """
     partial = folder.with_name(folder.name + ".partial")
@@ -36,27 +36,19 @@ def built_whole(folder: Path) -> Iterator[Path | None]:
             yield None
             return
         try:
-            _empty(partial)
             yield partial
             # The lock goes along and is removed last, so that nobody can think it abandoned.
             partial.rename(folder)
             (folder / _LOCK).unlink()
         except BaseException:
-            with suppress(OSError):
-                _empty(partial)  # The lock last here as well.
-            shutil.rmtree(partial, ignore_errors=True)
+            if not any(path.is_file() for path in partial.glob("*/*")):
+                shutil.rmtree(partial, ignore_errors=True)  # Nothing in it is worth keeping.
             raise
 
 
 def is_there(folder: Path) -> bool:
     """Tell whether a name is taken, if only by a link to nowhere; an empty folder is not."""
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _empty(partial: Path) -> None:
-    for path in partial.iterdir():
-        if path.name != _LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _lock(partial: Path) -> IO[bytes]:

@@ -54,7 +54,14 @@ class RowOrder:
         import grain
 
         weighted = self._sources[0].weight is not None
-        ends = self._ends if weighted else self._ends[-1:]
+        names = [source.name for source in self._sources]
+        # A source may have several files, which come one after another.
+        last = [
+            number + 1 == len(names) or name != names[number + 1]
+            for number, name in enumerate(names)
+        ]
+        ends = [end for end, is_last in zip(self._ends, last, strict=True) if is_last]
+        ends = ends if weighted else ends[-1:]
         streams = []
         for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
@@ -67,7 +74,11 @@ class RowOrder:
                 )
                 for number in range(len(streams))
             ]
-            weights = [float(source.weight or 0.0) for source in self._sources]
+            weights = [
+                float(source.weight or 0.0)
+                for source, is_last in zip(self._sources, last, strict=True)
+                if is_last
+            ]
             self._mixture = grain.MapDataset.mix(positions, weights)
         return streams
 

@@ -43,6 +43,7 @@ class RowFile(_Part):
     sha256: str
     text: bool
     weight: float | None
+    level: NonNegativeInt
     rows: NonNegativeInt
     examples: NonNegativeInt
     tokens: NonNegativeInt
@@ -68,6 +69,7 @@ class Manifest(_Part):
     """What a rows folder holds and what it was made from; never a time or a machine's name."""
 
     format: int
+    version: str
     config: dict[str, Any]
     tokenizer_sha256: str
     vocab_size: PositiveInt
@@ -308,12 +310,17 @@ class RowSource:
 
 
 def open_rows(
-    path: str | Path, split: str, weights: Mapping[str, float | None] | None = None
+    path: str | Path,
+    split: str,
+    weights: Mapping[str, float | None] | None = None,
+    *,
+    level: int | None = None,
 ) -> list[RowSource]:
-    """Open the row files of one split, one `RowSource` per source that has rows in it.
+    """Open the row files of one split: one `RowSource` for each, those of a source together.
 
-    `weights` by source name replace those of the manifest, because a mixture may change without
-    preparing again. Raises `InputError` for a split that is not there and for damaged files.
+    `level` leaves out the rows of larger nested sets (None: all). `weights` by source name replace
+    those of the manifest, because a mixture may change without preparing again. Raises `InputError`
+    for a split that is not there and for damaged files.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -324,13 +331,15 @@ def open_rows(
     sources, first_example = [], 0
     for entry in manifest.splits[split]:
         weight = entry.weight if weights is None else weights.get(entry.name, entry.weight)
-        if split == "train" and not entry.rows and weight is not None:
-            raise InputError(
-                f"{folder}: the source {entry.name} has the weight {weight} and no row to draw, "
-                "because all of its examples are held out for validation; give it more data, hold "
-                "out fewer rows, or leave it out"
-            )
-        if entry.rows:
+        if entry.rows and (level is None or entry.level <= level):
             sources.append(RowSource(folder, split, entry, manifest, first_example, weight))
         first_example += entry.examples
+    there = {source.name for source in sources}
+    for name, weight in (weights or {}).items() if split == "train" else ():
+        if weight is not None and name not in there:
+            raise InputError(
+                f"{folder}: the source {name} has the weight {weight} and no row to draw, because "
+                "all of its examples are held out for validation; give it more data, hold out "
+                "fewer rows, or leave it out"
+            )
     return sources

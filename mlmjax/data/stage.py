@@ -1,4 +1,4 @@
-"""Tokenised examples on disk between reading and packing: written once, read from the start."""
+"""Tokenised examples on disk between the steps of preparing: columns, mapped and never loaded."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,70 +9,104 @@ import pyarrow as pa
 
 CHUNK_TOKENS = 2**20
 
-_SCHEMA = pa.schema(
-    [
-        ("tokens", pa.list_(pa.uint32())),
-        ("answer_position", pa.int32()),
-        ("task", pa.int32()),
-        ("key", pa.uint64()),
-        ("label", pa.float32()),
+
+class Chunk(NamedTuple):
+    """Some examples as columns: `tokens` of all, one after another, cut at `offsets`.
+
+    `answer` is the id of the answer's token (-1: none), `answer_position` where it stands, `task`
+    a number, `key` the hash of what the model is shown, `label` that of a classification head;
+    each `[examples]`, offsets one longer. In the buckets of `data.shuffle` the key is the place in
+    the order.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    answer: np.ndarray
+    answer_position: np.ndarray
+    task: np.ndarray
+    key: np.ndarray
+    label: np.ndarray
+
+    @property
+    def examples(self) -> int:
+        """How many examples these are."""
+        return len(self.key)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.diff(self.offsets)
+
+    def take(self, members: np.ndarray) -> "Chunk":
+        """Return the examples of these numbers, in this order."""
+        lengths = self.lengths[members]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        places = np.repeat(self.offsets[members] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        others = [column[members] for column in self[2:]]
+        return Chunk(self.tokens[places], offsets, *others)
+
+
+def chunk_schema(vocab_size: int) -> pa.Schema:
+    """Return the Arrow columns of a chunk; tokens take 16 bits where the vocabulary allows."""
+    return pa.schema(
+        [
+            ("tokens", pa.list_(pa.uint16() if vocab_size <= 2**16 else pa.uint32())),
+            ("answer", pa.int32()),
+            ("answer_position", pa.int32()),
+            ("task", pa.int32()),
+            ("key", pa.uint64()),
+            ("label", pa.float32()),
+        ]
+    )
+
+
+def to_arrow(chunk: Chunk, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a chunk as a record batch."""
+    token = schema.field("tokens").type.value_type
+    arrays = [
+        pa.ListArray.from_arrays(
+            pa.array(chunk.offsets, pa.int32()), pa.array(chunk.tokens, token)
+        ),
+        *(pa.array(c, f.type) for c, f in zip(chunk[2:], list(schema)[1:], strict=True)),
     ]
-)
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-class Staged(NamedTuple):
-    """One example as staged: ids uint32 `[tokens]`, answer position, task, hold-out key, label."""
-
-    ids: np.ndarray
-    answer_position: int
-    task: int
-    key: int
-    label: float
+def from_arrow(batch: pa.RecordBatch) -> Chunk:
+    """Return views of a record batch; nothing is copied, and nothing read before it is used."""
+    tokens, *others = batch.columns
+    offsets = tokens.offsets.to_numpy()
+    columns = [column.to_numpy() for column in others]
+    return Chunk(tokens.values.to_numpy(), offsets, *columns)
 
 
-def write_stage(path: Path, examples: Iterable[Staged]) -> None:
-    """Write examples to an Arrow stream, in chunks of about `CHUNK_TOKENS` tokens."""
-    chunk: list[Staged] = []
+def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
+    """Write `(ids, answer, answer_position, task, key, label)`s in chunks of `CHUNK_TOKENS`."""
+    schema = chunk_schema(vocab_size)
+    held: list[tuple] = []
     tokens = 0
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for example in examples:
-            chunk.append(example)
-            tokens += len(example.ids)
+            held.append(example)
+            tokens += len(example[0])
             if tokens >= CHUNK_TOKENS:
-                writer.write_batch(_to_arrow(chunk))
-                chunk, tokens = [], 0
-        if chunk:
-            writer.write_batch(_to_arrow(chunk))
+                writer.write_batch(to_arrow(_columns(held), schema))
+                held, tokens = [], 0
+        if held:
+            writer.write_batch(to_arrow(_columns(held), schema))
 
 
-def _to_arrow(chunk: list[Staged]) -> pa.RecordBatch:
-    ids, answers, tasks, keys, labels = zip(*chunk, strict=True)
-    offsets = np.concatenate([[0], np.cumsum([len(tokens) for tokens in ids])])
-    columns = [
-        pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(np.concatenate(ids))),
-        pa.array(answers, pa.int32()),
-        pa.array(tasks, pa.int32()),
-        pa.array(keys, pa.uint64()),
-        pa.array(labels, pa.float32()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=_SCHEMA)
+def _columns(examples: list[tuple]) -> Chunk:
+    ids, *others = zip(*examples, strict=True)
+    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])])
+    answer, position, task = (np.array(column, np.int32) for column in others[:3])
+    keys, labels = np.array(others[3], np.uint64), np.array(others[4], np.float32)
+    return Chunk(np.concatenate(ids), offsets, answer, position, task, keys, labels)
 
 
-def read_stage(path: Path) -> Iterator[Staged]:
-    """Stream the examples that `write_stage` wrote, in the same order."""
-    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
-        for batch in reader:
-            tokens, *rest = batch.columns
-            offsets = tokens.offsets.to_numpy()
-            values = tokens.values.to_numpy()
-            columns = [column.to_pylist() for column in rest]
-            for i, others in enumerate(zip(*columns, strict=True)):
-                yield Staged(values[offsets[i] : offsets[i + 1]], *others)
-
-
-def read_keys(path: Path) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Stream, chunk by chunk, the keys (uint64) and the lengths in tokens of the examples."""
-    with pa.OSFile(str(path), "rb") as source, pa.ipc.open_stream(source) as reader:
-        for batch in reader:
-            tokens, _, _, keys, _ = batch.columns
-            yield keys.to_numpy(), np.diff(tokens.offsets.to_numpy())
+def read_stage(path: Path) -> Iterator[Chunk]:
+    """Give the chunks of a stage in order, as views of the mapped file."""
+    with pa.memory_map(str(path)) as source:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            yield from_arrow(reader.get_batch(number))

@@ -1,0 +1,194 @@
+"""From staged examples to row files: what is kept, what is held out, the shuffle, the packing."""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlmjax.config import DataConfig, SelectConfig
+from mlmjax.data.examples import source_name
+from mlmjax.data.rows import SPLITS, RowFile
+from mlmjax.data.select import LEFT_OUT, Members, Selection, mix, select
+from mlmjax.data.shuffle import Bucket, scatter
+from mlmjax.data.stage import Chunk
+from mlmjax.data.units import Staged, Unit, workers_for
+from mlmjax.data.work import do
+from mlmjax.errors import InputError
+from mlmjax.tokenizer import Tokenizer
+
+_BIN_SHIFT = 44
+_BINS = 2**20
+
+Levels = Callable[[Unit, Chunk], np.ndarray]
+"""For each example the smallest nested set it is in, `LEFT_OUT` for none."""
+
+
+class Group(NamedTuple):
+    """Examples that are shuffled and packed together: one level of one source in one split."""
+
+    split: str
+    source: int
+    level: int
+
+
+def build_rows(
+    folder: Path, staged: Staged, config: DataConfig, tokenizer: Tokenizer
+) -> dict[str, list[RowFile]]:
+    """Write the row files of every split, and describe them.
+
+    Raises `InputError` when nothing would be left to train on.
+    """
+    levels = _levels(staged, choose(staged, config))
+    held_out = _held_out_bins(staged, levels, config)
+    tokens: Counter[Group] = Counter()
+    for unit, chunk in staged.chunks():
+        groups, numbers = _grouped(unit, chunk, levels, held_out)
+        for number, group in enumerate(groups):
+            tokens[group] += int(chunk.lengths[numbers == number].sum())
+    order = sorted(tokens, key=lambda group: (SPLITS.index(group.split), *group[1:]))
+
+    def ordered() -> Iterator[tuple[Chunk, np.ndarray]]:
+        place = 0
+        for unit, chunk in staged.chunks():
+            places = np.arange(place, place + chunk.examples, dtype=np.uint64)
+            place += chunk.examples
+            groups, numbers = _grouped(unit, chunk, levels, held_out)
+            of = np.array([order.index(group) for group in groups] + [-1])
+            yield chunk._replace(key=mix(chunk.key ^ mix(places))), of[numbers]
+
+    buckets = folder / "buckets"
+    for path in (buckets, *(folder / split for split in SPLITS)):
+        shutil.rmtree(path, ignore_errors=True)
+    buckets.mkdir()
+    written = scatter(ordered(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
+    return _pack(folder, written, order, staged, config, tokenizer)
+
+
+def choose(staged: Staged, config: DataConfig) -> Selection | None:
+    """Choose among the examples with an answer, if the configuration asks for less than all."""
+    wanted = config.select
+    if wanted == SelectConfig():
+        return None
+    counts: Counter[tuple[int, int]] = Counter()
+    for unit, answer in zip(staged.units, staged.answers, strict=True):
+        for task, token, examples, _ in answer["groups"]:
+            if unit.split == "train" and token >= 0:
+                counts[staged.tasks[answer["tasks"][task]], token] += examples
+
+    def scan() -> Iterator[Members]:
+        for unit, chunk in staged.chunks():
+            if unit.split == "train":
+                yield _members(chunk, chunk.answer >= 0)
+
+    return select(
+        scan,
+        counts,
+        sizes=wanted.sizes or (None,),
+        per_task=wanted.per_task,
+        answer_share=wanted.answer_share,
+    )
+
+
+def _members(chunk: Chunk, which: np.ndarray) -> Members:
+    # Hashed once more: what is held out are the lowest hashes, and would be kept more often.
+    return Members(chunk.task[which], chunk.answer[which], mix(chunk.key[which]))
+
+
+def _levels(staged: Staged, chosen: Selection | None) -> Levels:
+    def levels(unit: Unit, chunk: Chunk) -> np.ndarray:
+        level = np.zeros(chunk.examples, np.uint8)
+        if chosen is not None and unit.split == "train":
+            asked = chunk.answer >= 0
+            level[asked] = chosen.levels(_members(chunk, asked))
+        return level
+
+    return levels
+
+
+def _grouped(
+    unit: Unit, chunk: Chunk, levels: Levels, held_out: int
+) -> tuple[list[Group], np.ndarray]:
+    """Return the groups of a chunk, and the number of each example's among them (-1: left out)."""
+    level = levels(unit, chunk).astype(np.int64)
+    held = (chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
+    code = np.where(level == LEFT_OUT, -1, np.where(held, LEFT_OUT, level))
+    found = [int(value) for value in np.unique(code) if value >= 0]
+    numbers = np.searchsorted(found, code) if found else np.zeros(len(code), np.int64)
+    groups = [
+        Group("validation", unit.source, 0)
+        if value == LEFT_OUT
+        else Group(unit.split, unit.source, value)
+        for value in found
+    ]
+    return groups, np.where(code < 0, -1, numbers)
+
+
+def _held_out_bins(staged: Staged, levels: Levels, config: DataConfig) -> int:
+    """Find how many bins of the hash, from the lowest, are held out for validation."""
+    if not config.validation_rows:
+        return 0
+    sizes = np.zeros(_BINS, np.int64)
+    for unit, chunk in staged.chunks():
+        kept = levels(unit, chunk) != LEFT_OUT
+        weight = chunk.lengths if config.pack else np.ones(chunk.examples, np.int64)
+        np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
+    wanted = config.validation_rows * (config.seq_length if config.pack else 1)
+    filled = np.cumsum(sizes)
+    bins = int(np.searchsorted(filled, wanted)) + 1
+    if bins > _BINS or filled[bins - 1] == filled[-1]:
+        unit_name = "tokens" if config.pack else "examples"
+        raise InputError(
+            f"data.validation_rows = {config.validation_rows}: holding out {wanted} {unit_name} of "
+            f"{filled[-1]} leaves nothing to train on; give fewer rows or more data"
+        )
+    return bins
+
+
+def _pack(
+    folder: Path,
+    written: list[Bucket],
+    order: list[Group],
+    staged: Staged,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+) -> dict[str, list[RowFile]]:
+    """Pack every bucket into a row file of its own."""
+    jobs: list[dict[str, Any]] = []
+    files: Counter[str] = Counter()
+    for bucket in written:
+        split = order[bucket.group].split
+        (folder / split).mkdir(exist_ok=True)
+        jobs.append(
+            {
+                "kind": "pack",
+                "bucket": str(bucket.path),
+                "seq_length": config.seq_length,
+                "pack": config.pack,
+                "out": str(folder / split / f"{files[split]}.arrow"),
+            }
+        )
+        files[split] += 1
+    splits: dict[str, list[RowFile]] = {"train": []}
+    names = list(staged.tasks)
+    done = do(jobs, tokenizer, workers_for(config))
+    for bucket, job, counts in zip(written, jobs, done, strict=True):
+        group = order[bucket.group]
+        own = config.validation_sources if config.validation_sources else config.sources
+        source = (config.sources if group.split == "train" else own)[group.source]
+        per_task = {int(task): n for task, n in counts.pop("per_task").items()}
+        splits.setdefault(group.split, []).append(
+            RowFile(
+                name=source_name(source),
+                file=Path(job["out"]).name,
+                text=source.text is not None,
+                weight=source.weight,
+                level=group.level,
+                examples_per_task={names[task]: per_task[task] for task in sorted(per_task)},
+                **counts,
+            )
+        )
+        Path(f"{job['out']}.json").unlink()
+    return splits

@@ -1,0 +1,179 @@
+"""The units that sources are read in: what they are, what was read of them, what it adds up to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mlmjax._version import __version__
+from mlmjax.config import DataConfig, SourceConfig
+from mlmjax.data.answers import Head
+from mlmjax.data.examples import Counts, read_examples, source_name
+from mlmjax.data.exclude import evaluation_identity
+from mlmjax.data.rows import FORMAT, SourceFile, SourceReport
+from mlmjax.data.sources import source_files
+from mlmjax.data.stage import Chunk, read_stage
+from mlmjax.data.work import Job, do, merge
+from mlmjax.errors import InputError
+from mlmjax.tokenizer import Tokenizer
+
+_WORTH_PROCESSES = 2**26
+"""Bytes of data files from which on starting processes pays."""
+
+
+class Unit(NamedTuple):
+    """One file of a source (or a source that is read in one go) and the job of reading it."""
+
+    split: str
+    source: int
+    job: Job
+
+
+class Staged(NamedTuple):
+    """What is staged: the units, the answers to their jobs, and the numbers of all tasks."""
+
+    units: list[Unit]
+    answers: list[Job]
+    tasks: dict[str, int]
+
+    def chunks(self) -> Iterator[tuple[Unit, Chunk]]:
+        """Go through all examples in order, their tasks numbered through all units."""
+        for unit, answer in zip(self.units, self.answers, strict=True):
+            numbers = np.array([self.tasks[name] for name in answer["tasks"]] or [0], np.int32)
+            for chunk in read_stage(Path(unit.job["out"])):
+                yield unit, chunk._replace(task=numbers[chunk.task])
+
+
+def stage(
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    head: Head,
+    progress: Callable[[str, int], None],
+) -> Staged:
+    """Read and tokenise all sources into `folder/stage`, but for the units that are there.
+
+    Raises `InputError` as `read_examples`, for all sources before one of them is read.
+    """
+    units = _units(folder / "stage", config, tokenizer, head)
+    read = dict.fromkeys(range(len(units)), 0)
+
+    def told(number: int, records: int) -> None:
+        read[number] = records
+        place = units[number][:2]
+        total = sum(n for other, n in read.items() if units[other][:2] == place)
+        progress(source_name(_source(config, units[number])), total)
+
+    answers = do([unit.job for unit in units], tokenizer, workers_for(config), told)
+    tasks: dict[str, int] = {}
+    for answer in answers:
+        for name in answer["tasks"]:
+            tasks.setdefault(name, len(tasks))
+    return Staged(units, answers, tasks)
+
+
+def _source(config: DataConfig, unit: Unit) -> SourceConfig:
+    return (config.sources if unit.split == "train" else config.validation_sources)[unit.source]
+
+
+def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> list[Unit]:
+    """Cut the sources into units, and throw away what was staged for others.
+
+    A unit's name is a hash of all that decides its content, so that work done before is found again
+    as long as nothing about it has changed.
+    """
+    folder.mkdir(exist_ok=True)
+    units = []
+    for split, sources in (("train", config.sources), ("validation", config.validation_sources)):
+        for number, source in enumerate(sources):
+            # Opened before one is read: a mistake in the last should not cost the first's hours.
+            read_examples(source, tokenizer, config.seq_length, Counts(), head)
+            files = [str(path) for path in source_files(source)]
+            whole = source.limit is not None or not files
+            for paths in [files] if whole else [[file] for file in files]:
+                table = source.model_dump(mode="json", exclude={"weight"})
+                table |= {"name": source_name(source), "path": paths or None}
+                exclude = config.exclude.model_dump(mode="json") if split == "train" else None
+                job: Job = {
+                    "kind": "stage",
+                    "source": table,
+                    "exclude": exclude,
+                    "seq_length": config.seq_length,
+                    "head": head,
+                }
+                name = _hash([job, _content(paths, config, split), tokenizer.sha256, FORMAT])
+                units.append(Unit(split, number, {**job, "out": str(folder / f"{name}.arrow")}))
+    known = {Path(unit.job["out"]).name for unit in units}
+    for path in folder.iterdir():
+        if path.name.removesuffix(".json") not in known:
+            path.unlink()
+    return units
+
+
+def _content(paths: Sequence[str], config: DataConfig, split: str) -> list[Any]:
+    stats = [Path(path).stat() for path in paths]
+    sets = evaluation_identity(config.exclude) if split == "train" else None
+    return [__version__, sets, [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+def workers_for(config: DataConfig) -> int:
+    """Count the processes that are worth starting: as configured, or one for each core.
+
+    What one process reads in some seconds is left to one.
+    """
+    if config.workers is not None:
+        return config.workers
+    files = [path for source in config.sources for path in source_files(source)]
+    large = sum(path.stat().st_size for path in files) > _WORTH_PROCESSES
+    return len(os.sched_getaffinity(0)) if large else 1
+
+
+def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]:
+    """Add up what became of the records of each source that was configured for a split.
+
+    Raises `InputError` for a source of which no example is left.
+    """
+    reports = []
+    for number, source in enumerate(
+        config.sources if split == "train" else config.validation_sources
+    ):
+        mine = [
+            answer
+            for unit, answer in zip(staged.units, staged.answers, strict=True)
+            if (unit.split, unit.source) == (split, number)
+        ]
+        counts = merge([answer["counts"] for answer in mine])
+        one = SourceReport(
+            name=source_name(source),
+            files=[SourceFile(**file) for answer in mine for file in answer["files"]],
+            records=counts.records,
+            examples=counts.examples,
+            dropped=_sorted(counts.dropped),
+            shortened=_sorted(counts.shortened),
+            normalized=_sorted(counts.normalized),
+            hits={name: [list(hit) for hit in hits] for name, hits in sorted(counts.hits.items())},
+        )
+        if not one.examples:
+            raise InputError(f"no example is left to train on: {sentence(one)}")
+        reports.append(one)
+    return reports
+
+
+def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
+
+
+def sentence(report: SourceReport) -> str:
+    """Say in one line what became of the records of a source."""
+    parts = [f"{report.name}: {report.records} records, {report.examples} examples"]
+    parts += [f"{count} dropped ({reason})" for reason, count in report.dropped.items()]
+    parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
+    return ", ".join(parts)
