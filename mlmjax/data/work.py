@@ -202,6 +202,7 @@ class _Pool:
     def stop(self) -> None:
         """End all processes, whatever they do."""
         self._stopped = True
+        self._free.release()
         for process in self._all:
             process.kill()
             process.wait()
@@ -212,6 +213,9 @@ class _Pool:
     def do(self, job: Job) -> Job:
         """Do one job in a process that is free."""
         self._free.acquire()
+        if self._stopped:
+            self._free.release()  # For the next one who waits.
+            raise RunError(f"{job['out']}: not done, because another process failed")
         process = self._idle.pop()
         try:
             self._send(process, job)
@@ -220,6 +224,8 @@ class _Pool:
         except (OSError, ValueError):
             answer = None
         if answer is None:
+            self._stopped = True
+            self._free.release()
             raise RunError(
                 f"{job['out']}: the process working on it died"
                 f" (exit code {process.poll()}); is there enough memory? Run the same command "
