@@ -80,7 +80,7 @@ class SourceConfig(Location):
     prompt is the column of its name, or what `columns` says it is. `normalize` names rules that
     answers are rewritten by, in their order (`data.answers.RULES`). `weight` is the share of the
     rows drawn that come from this source; without any, every row of all sources comes once per
-    epoch.
+    epoch. What cannot be read or used (`broken`) stops the run, or is skipped and counted.
     """
 
     prompt: str | None = None
@@ -91,6 +91,7 @@ class SourceConfig(Location):
     task: Pattern | None = None
     normalize: tuple[AnswerRule, ...] = ()
     shorten: Mapping[str, ShortenSide] = {}
+    broken: Literal["stop", "skip"] = "stop"
     weight: PositiveFloat | None = None
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import numpy as np
 from mlmjax.config import SourceConfig
 from mlmjax.data.answers import Answers, Head, answer_reader, require_text
 from mlmjax.data.exclude import Exclusion
-from mlmjax.data.files import Record
+from mlmjax.data.files import BROKEN_RECORD, Broken, Record, stop
 from mlmjax.data.sources import read_source, source_files
 from mlmjax.data.windows import sentence_cuts, windows
 from mlmjax.errors import InputError
@@ -33,6 +33,9 @@ HOLDS_MASK = f"holds {MASK}"
 
 HITS_SHOWN = 20
 """Records named in the report for each evaluation set, of those that share text with it."""
+
+BROKEN_SHOWN = 20
+"""Broken records and files named in the report of a source."""
 
 
 class Encoded(NamedTuple):
@@ -62,7 +65,8 @@ class Counts:
     """What became of the records of one source: read, made examples, dropped and why, shortened.
 
     `normalized` counts the answers that each rule changed; `hits` has, for each evaluation set, the
-    first `HITS_SHOWN` records that were dropped because they share text with it.
+    first `HITS_SHOWN` records that were dropped because they share text with it; `broken` says what
+    was wrong with the first `BROKEN_SHOWN` that were dropped as broken.
     """
 
     records: int = 0
@@ -71,6 +75,25 @@ class Counts:
     shortened: Counter[str] = field(default_factory=Counter)
     normalized: Counter[str] = field(default_factory=Counter)
     hits: dict[str, list[SharedText]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)
+
+    def add(self, other: "Counts") -> None:
+        """Add what became of other records of the source."""
+        self.records += other.records
+        self.examples += other.examples
+        self.dropped.update(other.dropped)
+        self.shortened.update(other.shortened)
+        self.normalized.update(other.normalized)
+        for name, hits in other.hits.items():
+            shown = self.hits.setdefault(name, [])
+            shown += hits[: HITS_SHOWN - len(shown)]
+        self.broken += other.broken[: BROKEN_SHOWN - len(self.broken)]
+
+    def count_broken(self, what: str, error: InputError) -> None:
+        """Count something broken that is left out."""
+        self.dropped[what] += 1
+        if len(self.broken) < BROKEN_SHOWN:
+            self.broken.append(error.message)
 
 
 def source_name(source: SourceConfig) -> str:
@@ -100,6 +123,9 @@ def read_examples(
     with `cut = "sentence"` where a sentence ends; no token is lost. For the classification head a
     prompt has no slot, the answer is the number of the label, and without `labels` any finite
     number, to be predicted itself.
+
+    With `broken = "skip"` records and files that cannot be used are left out and counted, each
+    record alone.
 
     Raises `InputError` for labels or templates that cannot work, before anything is read, and for
     a value that is no text, an unknown label or a blank labelled text, naming file and row.
@@ -138,9 +164,11 @@ def _read_windows(
     exclusion: Exclusion | None,
 ) -> Iterator[Encoded]:
     columns = [column, *([source.task] if source.task else [])]
-    for records in _chunks(read_source(source, columns), [column], counts):
+
+    def convert(records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = []
         for record in records:
+            require_text(record, column)
             if not record.fields[column].strip():
                 counts.dropped[BLANK_TEXT] += 1
             elif not (
@@ -160,6 +188,8 @@ def _read_windows(
                 window = [tokenizer.cls_id, *part, tokenizer.sep_id]
                 yield Encoded(np.array(window, np.uint32), -1, task, key)
 
+    return _converted(source, columns, (), convert, counts)
+
 
 def _read_prompts(
     source: SourceConfig,
@@ -170,19 +200,23 @@ def _read_prompts(
     counts: Counts,
     exclusion: Exclusion | None,
 ) -> Iterator[Encoded]:
-    assert source.answer is not None
+    answer_column = source.answer
+    assert answer_column is not None
     labels = None if source.labels is None else list(source.label_names)
     fields = [name for name in template.fields if labels is None or name != "options"]
-    columns = [*fields, source.answer, *([source.task] if source.task else [])]
-    records = read_source(source, columns, named=() if labels else [source.answer])
+    columns = [*fields, answer_column, *([source.task] if source.task else [])]
     texts = [name for name in fields if name != "options"]
-    for chunk in _chunks(records, texts, counts):
+
+    def convert(records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         rows, answers, kept = [], [], []
+        for record in records:
+            for name in texts:
+                require_text(record, name)
         usable = [
             record
-            for record in chunk
+            for record in records
             if not _excluded_by_task(exclusion, source, record, counts)
-            and not _holds_mask(record, [*fields, source.answer], counts)
+            and not _holds_mask(record, [*fields, answer_column], counts)
         ]
         for record, answer in read_answers(usable, counts.dropped, counts.normalized):
             row = {name: record.fields[name] for name in fields}
@@ -223,6 +257,49 @@ def _read_prompts(
                 yield Encoded(example, slot, task, key)
             else:
                 yield Encoded(example, slot, task, key, answer)
+
+    return _converted(source, columns, () if labels else (answer_column,), convert, counts)
+
+
+Convert = Callable[[Sequence[Record], Counts], Iterator[Encoded]]
+"""Makes examples of records, and counts what becomes of them."""
+
+
+def _converted(
+    source: SourceConfig,
+    columns: Sequence[str],
+    named: Sequence[str],
+    convert: Convert,
+    counts: Counts,
+) -> Iterator[Encoded]:
+    """Read the columns of a source and convert its records, many at a time."""
+    skipping = source.broken == "skip"
+
+    def skip(what: str, error: InputError) -> None:
+        counts.records += what == BROKEN_RECORD
+        counts.count_broken(what, error)
+
+    broken: Broken = skip if skipping else stop
+    for records in _chunks(read_source(source, columns, named=named, broken=broken)):
+        counts.records += len(records)
+        yield from _sound(records, convert, counts) if skipping else convert(records, counts)
+
+
+def _sound(records: Sequence[Record], convert: Convert, counts: Counts) -> Iterator[Encoded]:
+    """Convert the records that can be, looking for the others by halves."""
+    attempt = Counts()
+    try:
+        converted = list(convert(records, attempt))
+    except InputError as error:
+        if len(records) == 1:
+            counts.count_broken(BROKEN_RECORD, error)
+            return
+        middle = len(records) // 2
+        yield from _sound(records[:middle], convert, counts)
+        yield from _sound(records[middle:], convert, counts)
+        return
+    counts.add(attempt)
+    yield from converted
 
 
 def _excluded_by_task(
@@ -280,17 +357,12 @@ def _task(source: SourceConfig, record: Record) -> str:
     return task
 
 
-def _chunks(
-    records: Iterable[Record], texts: Sequence[str], counts: Counts
-) -> Iterator[list[Record]]:
-    """Group records for tokenising, each checked to hold text where text is needed."""
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Group records for tokenising."""
     chunk: list[Record] = []
     size = 0
     for record in records:
-        for name in texts:
-            require_text(record, name)
-            size += len(record.fields[name])
-        counts.records += 1
+        size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
         chunk.append(record)
         if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
             yield chunk

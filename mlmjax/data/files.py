@@ -4,7 +4,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,18 @@ _COMPRESSION = {".zst": "zstd", ".gz": "gzip"}
 _PARQUET_BATCH = 512
 
 
+BROKEN_RECORD = "broken record"
+BROKEN_FILE = "rest of a broken file"
+
+Broken = Callable[[str, InputError], None]
+"""Told of something broken, and what it is: raises the error, or counts it for reading to go on."""
+
+
+def stop(what: str, error: InputError) -> None:
+    """Raise the error, whatever is broken."""
+    raise error
+
+
 class Record(NamedTuple):
     """One row of a data file: its fields, and where it stands, to open an error message with."""
 
@@ -31,7 +43,11 @@ class Record(NamedTuple):
 
 
 def read_file(
-    path: str | Path, columns: Collection[Column] | None = None, *, named: Collection[str] = ()
+    path: str | Path,
+    columns: Collection[Column] | None = None,
+    *,
+    named: Collection[str] = (),
+    broken: Broken = stop,
 ) -> Iterator[Record]:
     """Stream the records of one file; the format follows from its name.
 
@@ -41,9 +57,13 @@ def read_file(
     (None: all); other columns may be left out of the records. Class numbers in the columns
     `named` become names where a parquet file written by `datasets` stores them.
 
+    `broken` is told of a record that cannot be read, and of a file whose rest cannot be, and what
+    it does not raise is left out. A line of a CSV file may be part of several records, so that one
+    which is not text breaks the rest of its file.
+
     Raises `InputError` that names the file and the line or row, for a file that cannot be read, is
     empty, broken or cut short, has no such column, has a line above `MAX_LINE_BYTES`, or is not
-    UTF-8.
+    UTF-8. A fault of the disk or the network is always raised.
     """
     path = Path(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -59,14 +79,33 @@ def read_file(
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty; expected {kind[1:]} records")
         if kind == ".parquet":
-            yield from _read_parquet(path, columns, named)
+            yield from _read_parquet(path, columns, named, broken)
         else:
             raw = pa.input_stream(str(path), compression=compression)
             with io.BufferedReader(raw, 2**20) as stream:
-                yield from read(stream, str(path), columns)
+                yield from read(stream, str(path), columns, broken)
     except (OSError, pa.ArrowException) as error:
-        what = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{path}: cannot be read: {what}") from error
+        _leave(path, error, broken)
+    except _Damage as damage:
+        _leave(damage.where, damage.error, broken)
+    except InputError as error:
+        broken(BROKEN_FILE, error)
+
+
+class _Damage(Exception):  # noqa: N818 - carries an error to where it is told
+    """What a library raised in the middle of a file, and where that was."""
+
+    def __init__(self, where: str, error: Exception):
+        self.where, self.error = where, error
+
+
+def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
+    """Give up a file; a fault that has a number is the system's and not the file's."""
+    what = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    refusal = InputError(f"{where}: cannot be read: {what}")
+    if getattr(error, "errno", None) is not None:
+        raise refusal from error
+    broken(BROKEN_FILE, refusal)
 
 
 def require_columns(
@@ -92,49 +131,65 @@ def require_columns(
     return sorted(read)
 
 
-def _lines(stream: io.BufferedReader, where: str) -> Iterator[tuple[int, str]]:
+def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
     """Decode line by line, numbered from 1; a byte order mark at the start is dropped."""
     number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
+    while True:
         number += 1
-        if len(line) > MAX_LINE_BYTES:
-            raise InputError(
-                f"{where} line {number}: is longer than {MAX_LINE_BYTES >> 20} MiB; expected one "
-                "record per line"
-            )
-        if b"\0" in line:
-            raise InputError(
-                f"{where} line {number}: holds a NUL byte; expected UTF-8 text (is it binary, or "
-                "UTF-16?)"
-            )
+        here = f"{where} line {number}"
         try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where} line {number}: is not UTF-8 (byte {error.start + 1} of the line is "
-                f"0x{line[error.start]:02x}); convert the file to UTF-8"
-            ) from error
+            line = stream.readline(MAX_LINE_BYTES + 1)
+            is_long = len(line) > MAX_LINE_BYTES
+            rest = line
+            while is_long and rest and not rest.endswith(b"\n") and broken is not stop:
+                rest = stream.readline(MAX_LINE_BYTES)
+        except OSError as error:
+            raise _Damage(here, error) from error
+        if not line:
+            return
+        if is_long:
+            what = f"is longer than {MAX_LINE_BYTES >> 20} MiB; expected one record per line"
+        elif b"\0" in line:
+            what = "holds a NUL byte; expected UTF-8 text (is it binary, or UTF-16?)"
+        else:
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                continue
+            except UnicodeDecodeError as error:
+                what = (
+                    f"is not UTF-8 (byte {error.start + 1} of the line is "
+                    f"0x{line[error.start]:02x}); convert the file to UTF-8"
+                )
+        broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
 
 
 def _read_jsonl(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
 ) -> Iterator[Record]:
-    for number, line in _lines(stream, where):
-        if not line.strip():
-            continue
-        here = f"{where} line {number}"
-        try:
-            fields = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{here}: is not valid JSON ({error}); expected one object per line"
-            ) from error
-        if not isinstance(fields, dict):
-            raise InputError(
-                f"{here}: is a JSON {type(fields).__name__}; expected one object per line"
-            )
-        require_columns(here, columns, fields)
-        yield Record(fields, here)
+    for number, line in _lines(stream, where, broken):
+        if line.strip():
+            here = f"{where} line {number}"
+            try:
+                record = Record(_json_object(line, here), here)
+                require_columns(here, columns, record.fields)
+            except InputError as error:
+                broken(BROKEN_RECORD, error)
+                continue
+            yield record
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: is not valid JSON ({error}); expected one object per line"
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{where}: is a JSON {type(fields).__name__}; expected one object per line"
+        )
+    return fields
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -146,13 +201,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_csv(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
 ) -> Iterator[Record]:
     # The limit is one of the csv module, not of one reader; raised only, never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     tabs = any(suffix.lower() == ".tsv" for suffix in Path(where).suffixes)
     reader = csv.reader(
-        (line for _, line in _lines(stream, where)), delimiter="\t" if tabs else ",", strict=True
+        (line for _, line in _lines(stream, where, stop)),
+        delimiter="\t" if tabs else ",",
+        strict=True,
     )
     header: list[str] = []
     line = 1
@@ -175,20 +232,19 @@ def _read_csv(
             require_columns(here, columns, header)
         elif row:
             if len(row) != len(header):
-                raise InputError(
-                    f"{here}: has {len(row)} fields, the header has {len(header)}: "
-                    f"{', '.join(header)}"
-                )
+                what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
+                broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
+                continue
             yield Record(dict(zip(header, row, strict=True)), here)
 
 
 def _read_text(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
 ) -> Iterator[Record]:
     require_columns(where, columns, ["text"])
     block: list[str] = []
     size, start = 0, 1
-    for number, line in _lines(stream, where):
+    for number, line in _lines(stream, where, broken):
         block.append(line)
         size += len(line)
         # A text without blank lines is cut at a line end, so that memory stays bounded.
@@ -200,7 +256,7 @@ def _read_text(
 
 
 def _read_parquet(
-    path: Path, columns: Collection[Column] | None, named: Collection[str]
+    path: Path, columns: Collection[Column] | None, named: Collection[str], broken: Broken
 ) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
@@ -214,15 +270,27 @@ def _read_parquet(
         known = class_names(file.schema_arrow.metadata)
         names = {column: known[column] for column in known.keys() & set(named)}
         row = 0
-        for batch in file.iter_batches(_PARQUET_BATCH, columns=wanted):
+        batches = file.iter_batches(_PARQUET_BATCH, columns=wanted)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pa.ArrowException) as error:
+                raise _Damage(f"{path} after row {row}", error) from error
+            if batch is None:
+                return
             for i in range(batch.num_rows):
                 row += 1
                 here = f"{path} row {row}"
-                fields = {
-                    name: _value(column[i], f"{here}: column {name!r}")
-                    for name, column in zip(batch.schema.names, batch.columns, strict=True)
-                }
-                yield Record(name_classes(fields, names, here), here)
+                try:
+                    fields = {
+                        name: _value(column[i], f"{here}: column {name!r}")
+                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    }
+                    record = Record(name_classes(fields, names, here), here)
+                except InputError as error:
+                    broken(BROKEN_RECORD, error)
+                    continue
+                yield record
 
 
 def _value(scalar: pa.Scalar, where: str) -> Any:
@@ -230,6 +298,8 @@ def _value(scalar: pa.Scalar, where: str) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not UTF-8; expected text") from error
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        raise InputError(f"{where}: cannot be read: {error}") from error
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from mlmjax.data.batch import Example
 from mlmjax.errors import InputError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the row files and the manifest; raised whenever the same input gives other bytes."""
 
 MANIFEST = "manifest.json"
@@ -53,7 +53,7 @@ class RowFile(_Part):
 
 
 class SourceReport(_Part):
-    """What reading one source gave: files, records, and why records were dropped."""
+    """What reading one source gave: files, records, and why records were dropped (as `Counts`)."""
 
     name: str
     files: list[SourceFile]
@@ -62,6 +62,7 @@ class SourceReport(_Part):
     dropped: dict[str, int]
     shortened: dict[str, int]
     normalized: dict[str, int]
+    broken: list[str]
     hits: dict[str, list[list[str]]]
 
 

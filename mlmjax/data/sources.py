@@ -2,14 +2,22 @@
 
 import glob
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlmjax.columns import Column, look_up
 from mlmjax.config import Location
-from mlmjax.data.files import Record, name_classes, read_file, require_columns
+from mlmjax.data.files import (
+    BROKEN_RECORD,
+    Broken,
+    Record,
+    name_classes,
+    read_file,
+    require_columns,
+    stop,
+)
 from mlmjax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -49,7 +57,11 @@ def _matching(path: str) -> list[Path]:
 
 
 def read_source(
-    source: Location, names: Collection[str] | None = None, *, named: Collection[str] = ()
+    source: Location,
+    names: Collection[str] | None = None,
+    *,
+    named: Collection[str] = (),
+    broken: Broken = stop,
 ) -> Iterator[Record]:
     """Stream the first `limit` records of a source, file by file in sorted order.
 
@@ -57,7 +69,7 @@ def read_source(
     gives for it, else of the column it is itself (`columns.look_up`); None: all columns as the
     files hold them. Class numbers become names for those of the `names` that are `named`, where
     the data bring them. Raises `InputError` that names file and line or row; for a hub dataset,
-    its id and row.
+    its id and row. `broken` as in `read_file`; what a hub dataset cannot give is always raised.
     """
     columns = None if names is None else {name: source.columns.get(name, name) for name in names}
     wanted = None if columns is None else tuple(columns.values())
@@ -67,20 +79,24 @@ def read_source(
         records = (
             record
             for path in source_files(source)
-            for record in read_file(path, wanted, named=named)
+            for record in read_file(path, wanted, named=named, broken=broken)
         )
     if columns is not None:
-        records = (_renamed(record, columns) for record in records)
+        records = _renamed(records, columns, broken)
     return islice(records, source.limit)
 
 
-def _renamed(record: Record, columns: Mapping[str, Column]) -> Record:
-    """Return a record with the named columns."""
-    try:
-        fields = {name: look_up(record.fields, column) for name, column in columns.items()}
-    except InputError as error:
-        raise InputError(f"{record.where}: {error.message}", error.details) from error
-    return Record(fields, record.where)
+def _renamed(
+    records: Iterable[Record], columns: Mapping[str, Column], broken: Broken
+) -> Iterator[Record]:
+    """Give records with the named columns."""
+    for record in records:
+        try:
+            fields = {name: look_up(record.fields, column) for name, column in columns.items()}
+        except InputError as error:
+            broken(BROKEN_RECORD, InputError(f"{record.where}: {error.message}", error.details))
+            continue
+        yield Record(fields, record.where)
 
 
 def _read_hub(

@@ -159,6 +159,7 @@ def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]
             dropped=_sorted(counts.dropped),
             shortened=_sorted(counts.shortened),
             normalized=_sorted(counts.normalized),
+            broken=counts.broken,
             hits={name: [list(hit) for hit in hits] for name, hits in sorted(counts.hits.items())},
         )
         if not one.examples:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mlmjax.config import ExcludeConfig, SourceConfig
 from mlmjax.data.answers import Head
-from mlmjax.data.examples import HITS_SHOWN, Counts, read_examples
+from mlmjax.data.examples import Counts, read_examples
 from mlmjax.data.exclude import Exclusion
 from mlmjax.data.packing import pack_stream
 from mlmjax.data.rows import write_rows
@@ -265,13 +265,7 @@ def merge(counts: Sequence[dict[str, Any]]) -> Counts:
     """Add up the counts of the units of a source."""
     total = Counts()
     for one in counts:
-        total.records += one["records"]
-        total.examples += one["examples"]
-        for name in ("dropped", "shortened", "normalized"):
-            getattr(total, name).update(one[name])
-        for name, hits in one["hits"].items():
-            shown = total.hits.setdefault(name, [])
-            shown += hits[: HITS_SHOWN - len(shown)]
+        total.add(Counts(**one))
     return total
 
 
