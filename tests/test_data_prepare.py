@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -438,7 +441,7 @@ def test_damaged_row_files_are_refused(config, tokenizer, how, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda table: table.update(format=99), "rows of format 99, expected 2"),
+        (lambda table: table.update(format=99), "rows of format 99, expected 3"),
         (lambda table: table.pop("tasks"), "is not a manifest of rows: tasks"),
         (
             lambda table: table["splits"]["train"][0].update(rows=7),
@@ -465,3 +468,43 @@ def test_a_split_that_is_not_there_is_refused(config, tokenizer):
     folder = prepare(change(config, validation_rows=0), tokenizer)
     with pytest.raises(InputError, match="has no split 'validation'; there are: train"):
         open_rows(folder, "validation")
+
+
+PREPARE = """
+import sys, time
+from mlmjax.config import DataConfig
+from mlmjax.data.prepare import prepare
+from mlmjax.tokenizer import Tokenizer
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+tokenizer = Tokenizer.from_pretrained()
+print("begins", flush=True)
+prepare(config, tokenizer)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_ten_random_moments_it_gives_the_same_bytes(config, tokenizer, tmp_path, workers):
+    """Only the first process is killed: those it started have to see to it that they end."""
+    for part in range(12):
+        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(1500, salt=part))
+    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
+    config = change(config, select={"sizes": (2000, 5000)}, workers=workers)
+    expected = content(prepare(change(config, rows=str(tmp_path / "other"), workers=1), tokenizer))
+    rng = random.Random(workers)
+    rows, kills = tmp_path / "rows", 0
+    while kills < 10 or not rows.exists():
+        if rows.exists():
+            assert content(rows) == expected
+            shutil.rmtree(rows)
+        run = subprocess.Popen(
+            [sys.executable, "-c", PREPARE, config.model_dump_json()], stdout=subprocess.PIPE
+        )
+        assert run.stdout is not None
+        with run.stdout, suppress(subprocess.TimeoutExpired):
+            assert run.stdout.readline() == b"begins\n"
+            run.wait(None if kills >= 10 else rng.uniform(0, 0.6 if workers == 1 else 1.5))
+        run.kill()
+        assert run.wait() in (0, -signal.SIGKILL)
+        kills += run.returncode != 0
+    assert content(rows) == expected
+    assert not (tmp_path / "rows.partial").exists()

@@ -67,6 +67,7 @@ def _lock(partial: Path) -> IO[bytes]:
             partial.mkdir(exist_ok=True)
             file = path.open("ab")
             fcntl.flock(file, fcntl.LOCK_EX)
+            os.set_inheritable(file.fileno(), True)  # Held until the last of our processes ends.
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
             file.close()

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import queue
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -111,40 +112,44 @@ def do(
 
     A job's `out` is written under another name first, and its answer beside it: where that is there
     already, from a time before, the job is done. `progress` gets the number of a job and the
-    records read. Raises what a job raises; `RunError` for a process that dies.
+    records read. Raises what the first job to fail raises; `RunError` for a process that dies.
     """
-    answers: list[Job | None] = [_answer_of(job) for job in jobs]
-    left = [number for number, answer in enumerate(answers) if answer is None]
+    answers: dict[int, Job] = {}
+    for number, job in enumerate(jobs):
+        note = Path(f"{job['out']}.json")
+        if note.exists():
+            answers[number] = json.loads(note.read_bytes())
+    left = [number for number in range(len(jobs)) if number not in answers]
     workers = min(workers, len(left))
     if workers <= 1:
         for number in left:
-            told = partial(progress, number)
-            answers[number] = _do_one(jobs[number], tokenizer, told)
-        return answers  # type: ignore[return-value]
+            answers[number] = _do_one(jobs[number], tokenizer, partial(progress, number))
+        return [answers[number] for number in range(len(jobs))]
+    telling = threading.Lock()
+
+    def told(number: int, records: int) -> None:
+        with telling:
+            progress(number, records)
+
     with _Pool(workers, tokenizer) as pool, ThreadPoolExecutor(workers) as threads:
-        futures = [threads.submit(pool.do, jobs[number]) for number in left]
+        doing = {
+            threads.submit(pool.do, jobs[number], partial(told, number)): number for number in left
+        }
         try:
-            for number, future in zip(left, futures, strict=True):
-                answers[number] = future.result()
-                if "counts" in answers[number]:  # type: ignore[operator]
-                    progress(number, answers[number]["counts"]["records"])  # type: ignore[index]
+            for future in as_completed(doing):
+                answers[doing[future]] = future.result()
         except BaseException:
             pool.stop()
-            for future in futures:
+            for future in doing:
                 future.cancel()
             raise
-    return answers  # type: ignore[return-value]
+    return [answers[number] for number in range(len(jobs))]
 
 
-def _answer_of(job: Job) -> Job | None:
-    path = Path(f"{job['out']}.json")
-    return json.loads(path.read_bytes()) if path.exists() else None
-
-
-def _do_one(job: Job, tokenizer: Tokenizer, progress: Callable[[int], None] | None = None) -> Job:
+def _do_one(job: Job, tokenizer: Tokenizer, progress: Callable[[int], None]) -> Job:
     arguments = {name: value for name, value in job.items() if name != "kind"}
     out, partial = Path(job["out"]), f"{job['out']}.partial"
-    if progress and job["kind"] == "stage":
+    if job["kind"] == "stage":
         arguments["progress"] = progress
     answer = KINDS[job["kind"]](tokenizer, **arguments | {"out": partial})
     Path(partial).rename(out)
@@ -179,6 +184,8 @@ class _Pool:
                 stdout=subprocess.PIPE,
                 env=environment,
                 text=True,
+                # The lock of the folder goes along: nobody else works there before all are gone.
+                close_fds=False,
             )
             self._all.append(process)
         for process in self._all:
@@ -210,7 +217,7 @@ class _Pool:
                 if stream:
                     stream.close()
 
-    def do(self, job: Job) -> Job:
+    def do(self, job: Job, progress: Callable[[int], None]) -> Job:
         """Do one job in a process that is free."""
         self._free.acquire()
         if self._stopped:
@@ -220,15 +227,14 @@ class _Pool:
         try:
             self._send(process, job)
             assert process.stdout is not None
-            answer = json.loads(process.stdout.readline() or "null")
+            while "read" in (answer := json.loads(process.stdout.readline() or "{}")):
+                progress(answer["read"])
         except (OSError, ValueError):
-            answer = None
-        if answer is None:
-            self._stopped = True
-            self._free.release()
+            answer = {}
+        if not answer:
             raise RunError(
                 f"{job['out']}: the process working on it died"
-                f" (exit code {process.poll()}); is there enough memory? Run the same command "
+                f" (exit code {process.wait()}); is there enough memory? Run the same command "
                 "again to go on, or with fewer data.workers"
             )
         self._idle.append(process)
@@ -246,19 +252,32 @@ class _Pool:
 
 
 def serve() -> None:
-    """Do the jobs that come in, line by line, until there are no more."""
+    """Do the jobs that come in, line by line; end when nobody is there to send more."""
     files = {name: text.encode("latin-1") for name, text in json.loads(input()).items()}
     tokenizer = Tokenizer(files)
-    for line in sys.stdin:
-        job = json.loads(line)
+    jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
+
+    def take() -> None:
+        for line in sys.stdin:
+            jobs.put(json.loads(line))
+        # Whoever asked is gone, and may come again to do the very job that is being done here.
+        os._exit(1)
+
+    threading.Thread(target=take, daemon=True).start()
+    while True:
+        job = jobs.get()
         answer: Job
         try:
-            answer = {"done": _do_one(job, tokenizer)}
+            answer = {"done": _do_one(job, tokenizer, lambda read: _say({"read": read}))}
         except InputError as error:
             answer = {"refused": error.message, "details": list(error.details)}
         except OSError as error:
             answer = {"failed": f"{job['out']}: writing failed: {error.strerror or error}"}
-        print(json.dumps(answer), flush=True)
+        _say(answer)
+
+
+def _say(value: Job) -> None:
+    print(json.dumps(value), flush=True)
 
 
 def merge(counts: Sequence[dict[str, Any]]) -> Counts:
