@@ -10,8 +10,8 @@ import numpy as np
 
 from mlmjax.config import DataConfig, SelectConfig
 from mlmjax.data.examples import source_name
-from mlmjax.data.rows import SPLITS, RowFile
-from mlmjax.data.select import LEFT_OUT, Members, Selection, mix, select
+from mlmjax.data.rows import SPLITS, NestedSet, RowFile, SelectionReport
+from mlmjax.data.select import CAPPED, LEFT_OUT, UNBALANCED, Members, Selection, mix, select
 from mlmjax.data.shuffle import Bucket, scatter
 from mlmjax.data.stage import Chunk
 from mlmjax.data.units import Staged, Unit, workers_for
@@ -23,7 +23,7 @@ _BIN_SHIFT = 44
 _BINS = 2**20
 
 Levels = Callable[[Unit, Chunk], np.ndarray]
-"""For each example the smallest nested set it is in, `LEFT_OUT` for none."""
+"""For each example the smallest nested set it is in, `LEFT_OUT` or above for none."""
 
 
 class Group(NamedTuple):
@@ -36,12 +36,13 @@ class Group(NamedTuple):
 
 def build_rows(
     folder: Path, staged: Staged, config: DataConfig, tokenizer: Tokenizer
-) -> dict[str, list[RowFile]]:
-    """Write the row files of every split, and describe them.
+) -> tuple[dict[str, list[RowFile]], SelectionReport | None]:
+    """Write the row files of every split, and describe them and what was chosen.
 
     Raises `InputError` when nothing would be left to train on.
     """
-    levels = _levels(staged, choose(staged, config))
+    chosen = choose(staged, config)
+    levels = _levels(staged, chosen)
     held_out = _held_out_bins(staged, levels, config)
     tokens: Counter[Group] = Counter()
     for unit, chunk in staged.chunks():
@@ -64,7 +65,8 @@ def build_rows(
         shutil.rmtree(path, ignore_errors=True)
     buckets.mkdir()
     written = scatter(ordered(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
-    return _pack(folder, written, order, staged, config, tokenizer)
+    splits = _pack(folder, written, order, staged, config, tokenizer)
+    return splits, None if chosen is None else _told(staged, chosen, config)
 
 
 def choose(staged: Staged, config: DataConfig) -> Selection | None:
@@ -78,17 +80,36 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
             if unit.split == "train" and token >= 0:
                 counts[staged.tasks[answer["tasks"][task]], token] += examples
 
-    def scan() -> Iterator[Members]:
-        for unit, chunk in staged.chunks():
-            if unit.split == "train":
-                yield _members(chunk, chunk.answer >= 0)
-
     return select(
-        scan,
+        lambda: _answered(staged),
         counts,
         sizes=wanted.sizes or (None,),
         per_task=wanted.per_task,
         answer_share=wanted.answer_share,
+    )
+
+
+def _answered(staged: Staged) -> Iterator[Members]:
+    """Go through the training examples that have an answer."""
+    for unit, chunk in staged.chunks():
+        if unit.split == "train":
+            yield _members(chunk, chunk.answer >= 0)
+
+
+def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionReport:
+    """Count what was chosen and what was not."""
+    found = np.zeros(CAPPED + 1, np.int64)
+    for members in _answered(staged):
+        found += np.bincount(chosen.levels(members), minlength=len(found))
+    asked = config.select.sizes or (None,)
+    sizes = np.cumsum(found)[: len(asked)].tolist()
+    return SelectionReport(
+        sets=[
+            NestedSet(asked=size, examples=examples, per_task=per_task)
+            for size, examples, per_task in zip(asked, sizes, chosen.per_task, strict=True)
+        ],
+        unbalanced=int(found[UNBALANCED]),
+        capped=int(found[CAPPED]),
     )
 
 
@@ -114,7 +135,7 @@ def _grouped(
     """Return the groups of a chunk, and the number of each example's among them (-1: left out)."""
     level = levels(unit, chunk).astype(np.int64)
     held = (chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
-    code = np.where(level == LEFT_OUT, -1, np.where(held, LEFT_OUT, level))
+    code = np.where(level >= LEFT_OUT, -1, np.where(held, LEFT_OUT, level))
     found = [int(value) for value in np.unique(code) if value >= 0]
     numbers = np.searchsorted(found, code) if found else np.zeros(len(code), np.int64)
     groups = [
@@ -132,7 +153,7 @@ def _held_out_bins(staged: Staged, levels: Levels, config: DataConfig) -> int:
         return 0
     sizes = np.zeros(_BINS, np.int64)
     for unit, chunk in staged.chunks():
-        kept = levels(unit, chunk) != LEFT_OUT
+        kept = levels(unit, chunk) < LEFT_OUT
         weight = chunk.lengths if config.pack else np.ones(chunk.examples, np.int64)
         np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
     wanted = config.validation_rows * (config.seq_length if config.pack else 1)

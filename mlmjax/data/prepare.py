@@ -73,6 +73,11 @@ def prepare(
 def summary(manifest: Manifest) -> list[str]:
     """Say in lines what was read, kept, shortened and dropped, and what rows came of it."""
     lines = [sentence(one) for one in (*manifest.sources, *manifest.validation_sources)]
+    if manifest.selection:
+        chosen = manifest.selection
+        sets = [f"{one.examples} examples, at most {one.per_task} a task" for one in chosen.sets]
+        left = f"{chosen.unbalanced} over answer_share, {chosen.capped} over the cap left out"
+        lines.append(f"selected: {'; '.join(sets)}; {left}")
     for split, files in manifest.splits.items():
         rows = sum(file.rows for file in files)
         tokens = sum(file.tokens for file in files)
@@ -87,7 +92,7 @@ def _build(
     """Stage the sources, write the rows, describe them; what is done already is not done again."""
     staged = stage(folder, config, tokenizer, head, progress)
     reports = {split: report(staged, config, split) for split in SPLITS}
-    splits = build_rows(folder, staged, config, tokenizer)
+    splits, selection = build_rows(folder, staged, config, tokenizer)
     manifest = Manifest(
         format=FORMAT,
         version=__version__,
@@ -98,6 +103,7 @@ def _build(
         tasks=list(staged.tasks),
         sources=reports["train"],
         validation_sources=reports["validation"],
+        selection=selection,
         splits=splits,
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")

@@ -66,6 +66,22 @@ class SourceReport(_Part):
     hits: dict[str, list[list[str]]]
 
 
+class NestedSet(_Part):
+    """A set of examples chosen: its size as asked (None: no limit) and found, the cap by task."""
+
+    asked: PositiveInt | None
+    examples: NonNegativeInt
+    per_task: NonNegativeInt
+
+
+class SelectionReport(_Part):
+    """What was chosen of the examples with an answer, before some are held out for validation."""
+
+    sets: list[NestedSet]
+    unbalanced: NonNegativeInt
+    capped: NonNegativeInt
+
+
 class Manifest(_Part):
     """What a rows folder holds and what it was made from; never a time or a machine's name."""
 
@@ -78,6 +94,7 @@ class Manifest(_Part):
     tasks: list[str]
     sources: list[SourceReport]
     validation_sources: list[SourceReport]
+    selection: SelectionReport | None
     splits: dict[str, list[RowFile]]
 
 

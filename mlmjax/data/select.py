@@ -8,7 +8,11 @@ import numpy as np
 BITS = 8
 """Examples are first counted in 2**BITS bins of their hash, so memory does not grow with them."""
 
-LEFT_OUT = 255
+UNBALANCED, CAPPED = 254, 255
+"""In place of the level, for what is left out: too common an answer, or above its task's cap."""
+
+LEFT_OUT = UNBALANCED
+"""Numbers of levels are below."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -43,18 +47,20 @@ Scan = Callable[[], Iterable[Members]]
 class Selection(NamedTuple):
     """Thresholds on the hash: by (task, answer) for dominating answers, by level and task for caps.
 
-    An example is in a level when its hash is below both. `sizes` tells how many are.
+    An example is in a level when its hash is below both. `sizes` tells how many are, `per_task`
+    the most of any task.
     """
 
     answers: Mapping[tuple[int, int], int]
     caps: np.ndarray
     sizes: list[int]
+    per_task: list[int]
 
     def levels(self, members: Members) -> np.ndarray:
-        """Return the lowest level each example is in, `LEFT_OUT` for none: uint8 `[examples]`."""
+        """Return the lowest level each example is in, or why in none: uint8 `[examples]`."""
         below = members.cap_key[None, :] <= self.caps[:, members.task]
-        level = np.where(below.any(axis=0), below.argmax(axis=0), LEFT_OUT).astype(np.uint8)
-        level[~self._balanced(members)] = LEFT_OUT
+        level = np.where(below.any(axis=0), below.argmax(axis=0), CAPPED).astype(np.uint8)
+        level[~self._balanced(members)] = UNBALANCED
         return level
 
     def _balanced(self, members: Members) -> np.ndarray:
@@ -86,7 +92,9 @@ def select(
         kept[task] += limits.get((task, answer), count)
     wanted = np.stack([_cap(kept, size, per_task) for size in sizes])
     caps = _find_caps(scan, answers, wanted, kept)
-    return Selection(answers, caps, [int(row.sum()) for row in wanted])
+    return Selection(
+        answers, caps, wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
+    )
 
 
 def _balance(
