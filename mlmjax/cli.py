@@ -46,10 +46,14 @@ def demo(out: str) -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 def prepare(config: str, overrides: tuple[str, ...]) -> None:
-    """Turn the sources of CONFIG.toml into packed rows on disk."""
+    """Turn the sources of CONFIG.toml into packed rows on disk, and report on them."""
+    from mlmjax.rows_report import write_rows_report
+    from mlmjax.start import load_tokenizer
     from mlmjax.train import prepare_rows
 
-    prepare_rows(_load(config, overrides))
+    run_config = _load(config, overrides)
+    rows = prepare_rows(run_config)
+    click.echo(f"report: {write_rows_report(rows, load_tokenizer(run_config))}")
 
 
 @cli.command()

@@ -135,7 +135,7 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
         (panels[0], "loss_atp", "loss at the answer"),
         (panels[1], "answer_accuracy", "answers right"),
     ):
-        _plain(axes)
+        plain(axes)
         for split, name, style in (
             ("train", "training texts", {"color": OTHER}),
             ("validation", "held-out texts", {"color": ACCENT, "marker": "o", "markersize": 4}),
@@ -184,11 +184,12 @@ def confusion_figure(labels: Sequence[str], confusion: np.ndarray) -> Figure:
 def _figure(height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots()
-    _plain(axes)
+    plain(axes)
     return figure, axes
 
 
-def _plain(axes: Any) -> None:
+def plain(axes: Any) -> None:
+    """Take the frame off a picture and grey its axes, as all pictures here have it."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(FAINT)
     axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)

@@ -1,0 +1,182 @@
+"""Pictures of prepared rows, and how text from strangers is made fit to be looked at."""
+
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from matplotlib import font_manager, style
+from matplotlib.figure import Figure
+
+from mlmjax.report import ACCENT, INK, OTHER, WIDTH, plain
+
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
+_REASONS = ["#b45309", "#e9b872", "#9f1239", "#f0a3b0", "#6d28d9", "#c4b5ec", "#475569", "#cbd5e1"]
+_LABEL = 44
+_BINS = 64
+_SHOWN_INSIDE = 0.06
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Write characters that cannot be seen, or move others about, as their numbers.
+
+    >>> visible("a b\n\u202e", keep="\n"), visible("\x1b[0m")
+    ('a b\n⟨U+202E⟩', '⟨U+001B⟩[0m')
+    """
+    return "".join(
+        c
+        if c == " " or c in keep or unicodedata.category(c) not in _UNSEEN
+        else f"⟨U+{ord(c):04X}⟩"
+        for c in text
+    )
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut text in its middle to at most `length` characters.
+
+    >>> shortened("abcdefghij", 5)
+    'ab…ij'
+    """
+    half, odd = divmod(length - 1, 2)
+    return text if len(text) <= length else f"{text[: half + odd]}…{text[-half:]}"
+
+
+def bars(counts: Sequence[tuple[str, int]], total: int, rest: tuple[str, int] | None) -> Figure:
+    """Draw one horizontal bar per name, the first on top, with its count and its share of `total`;
+    in grey the sum of those that are not named, if there are any.
+    """
+    names = [*(name for name, _ in counts), *([rest[0]] if rest else [])]
+    values = [*(value for _, value in counts), *([rest[1]] if rest else [])]
+    colors = [*([ACCENT] * len(counts)), *([OTHER] if rest else [])]
+    figure = Figure(figsize=(WIDTH, 0.21 * len(names) + 0.8), layout="constrained")
+    axes = figure.subplots()
+    plain(axes)
+    axes.barh(range(len(names)), values, color=colors, height=0.7)
+    most = max(values, default=1)
+    for row, value in enumerate(values):
+        axes.text(
+            value + most * 0.01,
+            row,
+            f"{value:,} ({value / total:.1%})",
+            va="center",
+            fontsize=7.5,
+            color=INK,
+        )
+    axes.set_yticks(range(len(names)), _drawable(names), parse_math=False, fontsize=7.5)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, most * 1.2)
+    axes.set_xlabel("examples", color=INK, fontsize=9)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="x", nbins=5)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    return figure
+
+
+def lengths(counts: np.ndarray) -> Figure:
+    """Draw how many examples have how many tokens; `counts[kind, n]` as of `census.Counted`."""
+    longest = counts.shape[1] - 1
+    width = max(1, -(-longest // _BINS))
+    starts = np.arange(1, longest + 1, width)
+    binned = np.add.reduceat(counts[:, 1:], starts, axis=1)
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    axes = figure.subplots()
+    plain(axes)
+    below = np.zeros(len(starts), np.int64)
+    for kind, name, color in ((0, "with an answer", ACCENT), (1, "without (plain text)", OTHER)):
+        if binned[kind].any():
+            where = {"align": "edge", "width": width * 0.92, "bottom": below}
+            axes.bar(starts - 0.5, binned[kind], color=color, label=name, **where)
+            below = below + binned[kind]
+    axes.set_xlim(0, longest + 1)
+    axes.set_xlabel(f"tokens of an example (rows hold {longest:,})", color=INK, fontsize=9)
+    axes.set_ylabel("examples", color=INK, fontsize=9)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    if axes.patches:
+        axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figure:
+    """Draw for each source what became of its records, in shares; `kept` are no reasons to drop.
+
+    What is left after the reasons that fit in the legend is called other reasons.
+    """
+    totals: dict[str, int] = {}
+    for fate in sources.values():
+        for name, value in fate.items():
+            totals[name] = totals.get(name, 0) + value
+    reasons = sorted((n for n in totals if n not in kept), key=lambda n: (-totals[n], n))
+    named, rest = reasons[: len(_REASONS)], reasons[len(_REASONS) :]
+    if rest:
+        named, rest = reasons[: len(_REASONS) - 1], reasons[len(_REASONS) - 1 :]
+    parts = [
+        *((name, [name], color) for name, color in zip(kept, (ACCENT, "#99d3cd"), strict=False)),
+        *((name, [name], color) for name, color in zip(named, _REASONS, strict=False)),
+        *([("other reasons", rest, _REASONS[-1])] if rest else []),
+    ]
+    figure = Figure(figsize=(WIDTH, 0.38 * len(sources) + 1.6), layout="constrained")
+    axes = figure.subplots()
+    plain(axes)
+    whole = np.maximum([sum(fate.values()) for fate in sources.values()], 1)
+    left = np.zeros(len(sources))
+    for title, members, color in parts:
+        share = [sum(fate.get(n, 0) for n in members) for fate in sources.values()] / whole
+        if not share.any():
+            continue
+        axes.barh(
+            range(len(sources)), share, left=left, color=color, height=0.66, label=_glyphs(title)
+        )
+        for row in np.flatnonzero(share >= _SHOWN_INSIDE):
+            inside = "white" if _is_dark(color) else INK
+            at = left[row] + share[row] / 2
+            axes.text(
+                at, row, f"{share[row]:.0%}", ha="center", va="center", fontsize=8, color=inside
+            )
+        left = left + share
+    names = [
+        f"{shortened(visible(name), 30)}\n{sum(fate.values()):,} records"
+        for name, fate in sources.items()
+    ]
+    axes.set_yticks(range(len(sources)), map(_glyphs, names), parse_math=False, fontsize=8)
+    axes.set_ylim(len(sources) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.set_xticks(np.linspace(0, 1, 6), [f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+    return figure
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """Draw as these pictures are meant, whatever the user's matplotlib is set to."""
+    with style.context("default"):
+        yield
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG: the same picture, the same bytes."""
+    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
+
+
+def _drawable(names: Sequence[str]) -> list[str]:
+    return [_glyphs(shortened(visible(name), _LABEL)) for name in names]
+
+
+def _glyphs(text: str) -> str:
+    """Write the characters that the font of the pictures does not have as their numbers."""
+    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
+    return "".join(
+        c if c == "\n" or font.get_char_index(ord(c)) else f"⟨U+{ord(c):04X}⟩" for c in text
+    )
+
+
+def _is_dark(color: str) -> bool:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.3 * red + 0.59 * green + 0.11 * blue < 140

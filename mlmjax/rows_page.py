@@ -1,0 +1,267 @@
+"""The page of the report on prepared rows, in Markdown that no text in it can break."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlmjax.rows_charts import shortened, visible
+
+TOP = 30
+"""Tasks and answers shown by name."""
+
+KEPT, NOT_SELECTED = "in the rows", "left out by data.select"
+_CELL, _FILES, _HITS = 100, 30, 5
+_MARKDOWN = re.compile(r"[^\w\s.,;:/␣…⟨⟩=+?-]", flags=re.ASCII)
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """Return the page for the figures of `rows_report.figures`."""
+    train = found["splits"]["train"]
+    records = sum(source["records"] for source in found["sources"])
+    parts = [
+        "# What the rows hold",
+        f"{train['examples']:,} examples to train on, {train['tokens']:,} tokens in "
+        f"{train['rows']:,} rows of {found['seq_length']:,} ({train['padding_share']:.2%} padding), "
+        f"made from {records:,} records. All figures are in `report.json`, what the rows were made "
+        "from in `manifest.json` of the rows folder.",
+        "## What became of the records",
+        "![share of the records of each source that were kept, and why others were not]"
+        "(records.png)",
+        *_records(found["sources"]),
+        "## Rows",
+        *_rows(found),
+        "## Tasks",
+        "![examples of each task](tasks.png)",
+        *_tasks(train),
+        "## Answers",
+        *_answers(train),
+        "## Lengths",
+        "![examples by their number of tokens](lengths.png)",
+        *_lengths(found["splits"]),
+        f"## {len(found['prompts'])} examples, drawn at random",
+        "Each is shown as the model sees it, special tokens written out, the answer's token "
+        "replaced by the mask. Characters that could not be seen are written as their numbers, as "
+        "in ⟨U+00A0⟩. Of plain text the masks are drawn while training. In a row, examples are "
+        "blind to one another.",
+        *(_prompt(place, one) for place, one in enumerate(found["prompts"], start=1)),
+        "## Made from",
+        *_made_from(found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def cell(text: object) -> str:
+    r"""Return text for a table or a line: one line, code, without power over what is around it.
+
+    >>> cell("task_1"), cell("a|`b`\n")
+    ('`task_1`', '<code>a&#124;&#96;b&#96;⟨U+000A⟩</code>')
+    """
+    shown = shortened(visible(str(text)), _CELL)
+    if "`" not in shown and "|" not in shown and shown.strip():
+        return f"`{shown}`"
+    escaped = _MARKDOWN.sub(
+        lambda found: f"&#{ord(found[0])};" if ord(found[0]) < 128 else found[0], shown
+    )
+    return f"<code>{escaped}</code>"
+
+
+def fenced(text: str) -> str:
+    r"""Return text as a code block whose fence is longer than any in it.
+
+    >>> fenced("``` <b>").splitlines()[0]
+    '````text'
+    """
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{visible(text, keep=chr(10))}\n{fence}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; columns whose head ends in `:` are numbers, which stand at the right."""
+    names = [name.removesuffix(":") for name in head]
+    rule = ["--:" if name.endswith(":") else "---" for name in head]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
+
+
+def _number(value: int) -> str:
+    return f"{value:,}"
+
+
+def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    head = ["source", "for", "records:", "dropped:", "examples:", f"{NOT_SELECTED}:", "train:"]
+    table = _table(
+        [*head, "validation:"],
+        (
+            [
+                cell(source["name"]),
+                source["configured_for"],
+                *map(
+                    _number,
+                    (
+                        source["records"],
+                        sum(source["dropped"].values()),
+                        source["examples"],
+                        source[NOT_SELECTED],
+                        source["examples_in_rows"].get("train", 0),
+                        source["examples_in_rows"].get("validation", 0),
+                    ),
+                ),
+            ]
+            for source in sources
+        ),
+    )
+    told = [
+        [
+            cell(source["name"]),
+            what,
+            cell(reason),
+            _number(n),
+            f"{n / max(source['records'], 1):.2%}",
+        ]
+        for source in sources
+        for what in ("dropped", "shortened", "normalized")
+        for reason, n in sorted(source[what].items(), key=lambda item: (-item[1], item[0]))
+    ]
+    hits = [
+        [cell(source["name"]), cell(name), *map(cell, hit)]
+        for source in sources
+        for name, found in source["hits"].items()
+        for hit in found[:_HITS]
+    ]
+    parts = [
+        table,
+        "Records are what was read; an example is one prompt with its answer, or one window of "
+        "plain text, of which a record may give many.",
+    ]
+    if told:
+        parts.append(
+            _table(["source", "what", "why, or in which field", "records:", "share:"], told)
+        )
+    if hits:
+        parts.append(
+            f"Of the records that share text with an evaluation set, the first {_HITS} of each "
+            "source and set:"
+        )
+        parts.append(_table(["source", "evaluation set", "record", "words"], hits))
+    return parts
+
+
+def _rows(found: Mapping[str, Any]) -> list[str]:
+    columns = ["files", "rows", "examples", "tokens"]
+
+    def line(first: Sequence[str], totals: Mapping[str, Any]) -> list[str]:
+        return [*first, *(_number(totals[c]) for c in columns), f"{totals['padding_share']:.2%}"]
+
+    heads = [*(f"{name}:" for name in columns), "padding:"]
+    lines = [
+        line([split, cell(name)], totals)
+        for split, one in found["splits"].items()
+        for name, totals in one["sources"].items()
+    ]
+    lines += [line([split, "all"], one) for split, one in found["splits"].items()]
+    parts = [_table(["split", "source", *heads], lines)]
+    if sets := found["splits"]["train"]["sets"]:
+        parts.append(
+            "Nested sets of the training split, to be chosen by `data.subset`; each has all of the "
+            "smaller ones and all plain text in it, less what is held out."
+        )
+        parts.append(_table(["set:", *heads], (line([_number(one["size"])], one) for one in sets)))
+    return parts
+
+
+def _tasks(train: Mapping[str, Any]) -> list[str]:
+    tasks = list(train["tasks"].items())
+    table = [[cell(name), _number(n), f"{n / train['examples']:.2%}"] for name, n in tasks[:TOP]]
+    if tasks[TOP:]:
+        n = sum(count for _, count in tasks[TOP:])
+        rest = f"other {len(tasks) - TOP:,} tasks"
+        table.append([rest, _number(n), f"{n / train['examples']:.2%}"])
+    return [
+        f"{len(tasks):,} tasks in the training split.",
+        _table(["task", "examples:", "share:"], table),
+    ]
+
+
+def _answers(train: Mapping[str, Any]) -> list[str]:
+    answers = train["answers"]
+    if not answers:
+        return ["No example has an answer's token."]
+    asked = sum(one["examples"] for one in answers)
+    table = [
+        [
+            cell(one["text"]),
+            str(one["id"]),
+            _number(one["examples"]),
+            f"{one['examples'] / asked:.2%}",
+        ]
+        for one in answers[:TOP]
+    ]
+    if answers[TOP:]:
+        n = sum(one["examples"] for one in answers[TOP:])
+        table.append([f"other {len(answers) - TOP:,} tokens", "", _number(n), f"{n / asked:.2%}"])
+    return [
+        "![examples by the token of their answer](answers.png)",
+        f"{len(answers):,} tokens are answers in the training split, `␣` is a space; shares are of "
+        f"the {asked:,} examples with an answer.",
+        _table(["answer", "id:", "examples:", "share:"], table),
+    ]
+
+
+def _lengths(splits: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for split, one in splits.items():
+        for kind, name in (("with_answer", "with an answer"), ("without", "without")):
+            if not (counts := one["lengths"][kind]):
+                continue
+            sizes = np.array([int(n) for n in counts])
+            totals = np.cumsum(list(counts.values()))
+            ranks = [int(sizes[np.searchsorted(totals, q * totals[-1])]) for q in (0.5, 0.9, 0.99)]
+            mean = float(sizes @ np.diff(totals, prepend=0)) / int(totals[-1])
+            shown = [int(sizes[0]), *ranks, int(sizes[-1])]
+            n = _number(int(totals[-1]))
+            lines.append([split, name, n, f"{mean:,.1f}", *map(_number, shown)])
+    head = ["split", "examples", "number:", "mean:", "shortest:", "median:", "90 %:", "99 %:"]
+    return [_table([*head, "longest:"], lines)]
+
+
+def _prompt(place: int, one: Mapping[str, Any]) -> str:
+    facts = [
+        f"task {cell(one['task'])}",
+        f"source {cell(one['source'])}",
+        f"{one['tokens']} tokens",
+    ]
+    if one["answer"] is not None:
+        facts.append(f"answer {cell(one['answer'])}")
+    if one["label"] is not None:
+        facts.append(f"label {one['label']:g}")
+    if one["answer"] is None and one["label"] is None:
+        facts.append("plain text")
+    title = f"### {place}. Example {one['number']:,}"
+    return f"{title}\n\n{', '.join(facts)}\n\n{fenced(one['text'])}"
+
+
+def _made_from(found: Mapping[str, Any]) -> list[str]:
+    facts = [
+        ["mlmjax", cell(found["version"])],
+        ["format of the rows", str(found["format"])],
+        ["tokenizer.json, sha256", cell(found["tokenizer_sha256"])],
+        ["vocabulary", _number(found["vocab_size"])],
+    ]
+    facts += [
+        [f"{cell(source['name'])}, {key}", cell(value)]
+        for source in found["sources"]
+        for key, value in source["from"].items()
+    ]
+    files = [
+        [cell(source["name"]), cell(file["path"]), _number(file["bytes"]), f"`{file['sha256']}`"]
+        for source in found["sources"]
+        for file in source["files"]
+    ]
+    parts = [_table(["", ""], facts)]
+    if files:
+        parts.append(_table(["source", "file", "bytes:", "sha256"], files[:_FILES]))
+    if files[_FILES:]:
+        parts.append(f"And {len(files) - _FILES:,} more files, in `report.json`.")
+    return parts
