@@ -130,7 +130,7 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
         axes.barh(
             range(len(sources)), share, left=left, color=color, height=0.66, label=_glyphs(title)
         )
-        for row in np.flatnonzero(share >= _SHOWN_INSIDE):
+        for row in np.flatnonzero(share >= _SHOWN_INSIDE).tolist():
             inside = "white" if _is_dark(color) else INK
             at = left[row] + share[row] / 2
             axes.text(

@@ -23,9 +23,9 @@ def page(found: Mapping[str, Any]) -> str:
     parts = [
         "# What the rows hold",
         f"{train['examples']:,} examples to train on, {train['tokens']:,} tokens in "
-        f"{train['rows']:,} rows of {found['seq_length']:,} ({train['padding_share']:.2%} padding), "
-        f"made from {records:,} records. All figures are in `report.json`, what the rows were made "
-        "from in `manifest.json` of the rows folder.",
+        f"{train['rows']:,} rows of {found['seq_length']:,} ({train['padding_share']:.2%} "
+        f"padding), made from {records:,} records. All figures are in `report.json`, what the rows "
+        "were made from in `manifest.json` of the rows folder.",
         "## What became of the records",
         "![share of the records of each source that were kept, and why others were not]"
         "(records.png)",
@@ -89,6 +89,10 @@ def _number(value: int) -> str:
     return f"{value:,}"
 
 
+def _share(part: int, whole: int) -> str:
+    return f"{part / max(whole, 1):.2%}"
+
+
 def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["source", "for", "records:", "dropped:", "examples:", f"{NOT_SELECTED}:", "train:"]
     table = _table(
@@ -118,7 +122,7 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
             what,
             cell(reason),
             _number(n),
-            f"{n / max(source['records'], 1):.2%}",
+            _share(n, source["records"]),
         ]
         for source in sources
         for what in ("dropped", "shortened", "normalized")
@@ -173,11 +177,11 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
 
 def _tasks(train: Mapping[str, Any]) -> list[str]:
     tasks = list(train["tasks"].items())
-    table = [[cell(name), _number(n), f"{n / train['examples']:.2%}"] for name, n in tasks[:TOP]]
+    table = [[cell(name), _number(n), _share(n, train["examples"])] for name, n in tasks[:TOP]]
     if tasks[TOP:]:
         n = sum(count for _, count in tasks[TOP:])
         rest = f"other {len(tasks) - TOP:,} tasks"
-        table.append([rest, _number(n), f"{n / train['examples']:.2%}"])
+        table.append([rest, _number(n), _share(n, train["examples"])])
     return [
         f"{len(tasks):,} tasks in the training split.",
         _table(["task", "examples:", "share:"], table),
@@ -194,13 +198,13 @@ def _answers(train: Mapping[str, Any]) -> list[str]:
             cell(one["text"]),
             str(one["id"]),
             _number(one["examples"]),
-            f"{one['examples'] / asked:.2%}",
+            _share(one["examples"], asked),
         ]
         for one in answers[:TOP]
     ]
     if answers[TOP:]:
         n = sum(one["examples"] for one in answers[TOP:])
-        table.append([f"other {len(answers) - TOP:,} tokens", "", _number(n), f"{n / asked:.2%}"])
+        table.append([f"other {len(answers) - TOP:,} tokens", "", _number(n), _share(n, asked)])
     return [
         "![examples by the token of their answer](answers.png)",
         f"{len(answers):,} tokens are answers in the training split, `␣` is a space; shares are of "

@@ -36,8 +36,9 @@ def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) 
     manifest = read_manifest(folder)
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise InputError(
-            f"{folder}: was made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}...,"
-            f" not {tokenizer.sha256[:12]}...); give that one, or the report would show other texts"
+            f"{folder}: was made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}"
+            f"..., not {tokenizer.sha256[:12]}...); give that one, or the "
+            "report would show other texts"
         )
     target = folder / REPORT
     if not (target / "report.md").is_file():
@@ -216,7 +217,7 @@ def token_text(tokenizer: Tokenizer, number: int) -> str:
     """
     text = tokenizer.backend.decode([number], skip_special_tokens=False)
     if not text or "\ufffd" in text:
-        text = tokenizer.backend.id_to_token(number)
+        text = tokenizer.backend.id_to_token(number) or ""
     return visible(text).replace(" ", "␣")
 
 

@@ -339,9 +339,8 @@ class RowSource:
             of_rows = [np.diff(offsets) for offsets, _ in lists]
             tokens, lengths, answers, tasks, indices, labels = columns
             sound = (
-                all(
-                    len(c) == n.sum() and n.min() > 0 for c, n in zip(columns, of_rows, strict=True)
-                )
+                min(n.min() for n in of_rows) > 0
+                and [len(column) for column in columns] == [n.sum() for n in of_rows]
                 and all((n == of_rows[1]).all() for n in of_rows[2:])
                 and lengths.min() > 0
                 and (_row_sums(lengths, of_rows[1]) == of_rows[0]).all()
