@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import font_manager, style
@@ -80,7 +81,7 @@ def lengths(counts: np.ndarray) -> Figure:
     longest = counts.shape[1] - 1
     width = max(1, -(-longest // _BINS))
     starts = np.arange(1, longest + 1, width)
-    binned = np.add.reduceat(counts[:, 1:], starts, axis=1)
+    binned = np.add.reduceat(counts, starts, axis=1)
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     axes = figure.subplots()
     plain(axes)
@@ -123,13 +124,13 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
     plain(axes)
     whole = np.maximum([sum(fate.values()) for fate in sources.values()], 1)
     left = np.zeros(len(sources))
+    legend: dict[str, Any] = {}
     for title, members, color in parts:
         share = [sum(fate.get(n, 0) for n in members) for fate in sources.values()] / whole
         if not share.any():
             continue
-        axes.barh(
-            range(len(sources)), share, left=left, color=color, height=0.66, label=_glyphs(title)
-        )
+        drawn = axes.barh(range(len(sources)), share, left=left, color=color, height=0.66)
+        legend[_glyphs(visible(title))] = drawn
         for row in np.flatnonzero(share >= _SHOWN_INSIDE).tolist():
             inside = "white" if _is_dark(color) else INK
             at = left[row] + share[row] / 2
@@ -147,8 +148,15 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
     axes.set_xticks(np.linspace(0, 1, 6), [f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    legend = figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    for text in legend.get_texts():
+    box = figure.legend(
+        list(legend.values()),
+        list(legend),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        fontsize=8,
+    )
+    for text in box.get_texts():
         text.set_parse_math(False)
     return figure
 

@@ -143,6 +143,14 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         parts.append(
             _table(["source", "what", "why, or in which field", "records:", "share:"], told)
         )
+    if any(source["broken"] for source in sources):
+        files = sum(source["broken_files"] for source in sources)
+        parts.append(
+            f'Broken, and skipped because `broken = "skip"` says so ({files:,} files not read to '
+            "their end, which have no line above); the first of each source:"
+        )
+        lines = [[cell(s["name"]), cell(what)] for s in sources for what in s["broken"][:_HITS]]
+        parts.append(_table(["source", "what was found"], lines))
     if hits:
         parts.append(
             f"Of the records that share text with an evaluation set, the first {_HITS} of each "

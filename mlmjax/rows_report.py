@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mlmjax.data.census import Counted, Drawn, count
+from mlmjax.data.files import BROKEN_FILE
 from mlmjax.data.folder import built_whole
 from mlmjax.data.rows import Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.errors import InputError, write_failed
@@ -130,9 +131,11 @@ def _source(
         "examples": report.examples,
         "examples_in_rows": in_rows,
         NOT_SELECTED: report.examples - sum(in_rows.values()),
-        "dropped": report.dropped,
+        "dropped": {why: n for why, n in report.dropped.items() if why != BROKEN_FILE},
+        "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
         "normalized": report.normalized,
+        "broken": report.broken,
         "hits": report.hits,
         "files": [file.model_dump() for file in report.files],
     }

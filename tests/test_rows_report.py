@@ -1,0 +1,365 @@
+"""The report on rows: its figures are those of the rows, and no text in them can break it."""
+
+import json
+import re
+import tracemalloc
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from training import write_records, write_tokenizer
+
+from mlmjax import InputError
+from mlmjax.cli import run
+from mlmjax.config import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
+from mlmjax.data import census, prepare, shuffle
+from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
+from mlmjax.rows_page import cell, fenced
+from mlmjax.rows_report import write_rows_report
+from mlmjax.tokenizer import Tokenizer
+
+HOSTILE = [
+    "```\n# heading\n````",
+    "<script>alert(1)</script>",
+    "a|b`c`|\n| --- |",
+    "$x_1$ \\frac $ ![x](y)",
+    "\x1b[31m\u202etxt\x07\u200b\r\n",
+    "中文 ☃ 🤖 \U000f0000 \ufdd0",
+    "word " * 3000,
+    "_underscore",
+    "~~~\n~~~",
+]
+
+
+def write_table(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Rows of prompts and plain text, held out ones, nested sets and things that were dropped."""
+    folder = tmp_path_factory.mktemp("report")
+    rows = [
+        {
+            "input": f"Question {i}: {HOSTILE[i % len(HOSTILE)]}",
+            "answer": ["yes", "no", "two words", " Paris", "$"][i % 5],
+            "task": HOSTILE[i // 7 % 40 % len(HOSTILE)] if i % 2 else f"task{i % 47}",
+        }
+        for i in range(1500)
+    ]
+    text = [{"text": f"Document {i} of {'many ' * (i % 40)}words. " * 3} for i in range(150)]
+    config = DataConfig(
+        rows=str(folder / "rows"),
+        seq_length=128,
+        validation_rows=10,
+        select=SelectConfig(sizes=(200, 600), answer_share=0.5),
+        exclude=ExcludeConfig(tasks=("task7",)),
+        sources=(
+            SourceConfig(
+                path=write_table(folder / "a.jsonl", rows),
+                prompt="{input}",
+                answer="answer",
+                task="task",
+                name="q|`a`\n# x",
+                normalize=("strip",),
+                shorten={"input": "tail"},
+            ),
+            SourceConfig(path=write_table(folder / "b.jsonl", text), text="text", name="text"),
+        ),
+    )
+    patched = pytest.MonkeyPatch()
+    patched.setattr(shuffle, "BUCKET_TOKENS", 4000)  # several row files for each group
+    prepare.prepare(config, tokenizer)
+    patched.undo()
+    return folder / "rows"
+
+
+@pytest.fixture(scope="module")
+def report(folder, tokenizer):
+    return write_rows_report(folder, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def found(report):
+    return json.loads((report.parent / "report.json").read_bytes())
+
+
+def examples(folder, split):
+    return [
+        (source, example)
+        for source in open_rows(folder, split)
+        for row in range(len(source))
+        for example in source[row]
+    ]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_figures_are_those_of_the_rows(folder, found, split):
+    manifest = read_manifest(folder)
+    there = examples(folder, split)
+    asked = [one for _, one in there if one.answer_position >= 0]
+    plain = [one for _, one in there if one.answer_position < 0]
+    assert asked
+    assert plain
+    told = found["splits"][split]
+    assert told["examples"] == len(there)
+    assert told["tokens"] == sum(len(one) for _, one in there)
+    assert told["rows"] == sum(map(len, open_rows(folder, split)))
+    padding = 1 - told["tokens"] / (told["rows"] * manifest.seq_length)
+    assert told["padding_share"] == pytest.approx(padding)
+    assert told["tasks"] == Counter(manifest.tasks[one.task] for _, one in there)
+    answers = {one["id"]: one["examples"] for one in told["answers"]}
+    assert answers == Counter(int(one.ids[one.answer_position]) for one in asked)
+    for kind, members in (("with_answer", asked), ("without", plain)):
+        assert told["lengths"][kind] == Counter(str(len(one)) for one in members)
+    by_source = Counter(source.name for source, _ in there)
+    assert {name: totals["examples"] for name, totals in told["sources"].items()} == by_source
+    assert list(told["tasks"].values()) == sorted(told["tasks"].values(), reverse=True)
+
+
+def test_nothing_of_the_records_is_unaccounted_for(folder, found):
+    prompts, text = found["sources"]
+    assert prompts["records"] == 1500
+    assert prompts["records"] == prompts["examples"] + sum(prompts["dropped"].values())
+    in_rows = sum(prompts["examples_in_rows"].values())
+    assert prompts["left out by data.select"] == prompts["examples"] - in_rows > 0
+    assert text["left out by data.select"] == 0
+    assert set(prompts["dropped"]) == {"answer is not one token", "task excluded by 'task7'"}
+    assert prompts["normalized"] == {"strip": 300 - 3}  # three are of the excluded task
+    assert prompts["shortened"]["input"] > 0
+    sets = found["splits"]["train"]["sets"]
+    assert [one["size"] for one in sets] == [200, 600]
+    for level, one in enumerate(sets):
+        rows = open_rows(folder, "train", level=level)
+        assert one["rows"] == sum(map(len, rows))
+        assert one["examples"] == sum(len(r[i]) for r in rows for i in range(len(r)))
+
+
+def test_prompts_are_examples_of_the_rows_with_the_answer_masked(folder, found, tokenizer):
+    there = examples(folder, "train")
+    manifest = read_manifest(folder)
+    assert len({one["number"] for one in found["prompts"]}) == 20
+    for one in found["prompts"]:
+        source, example = there[one["number"]]
+        expected = example.ids.tolist()
+        if example.answer_position >= 0:
+            assert one["answer_id"] == expected[example.answer_position]
+            expected[example.answer_position] = tokenizer.mask_id
+            assert one["text"].endswith("[unused0][MASK][SEP]")
+        else:
+            assert one["answer_id"] is None
+        assert one["ids"] == expected
+        assert one["text"] == tokenizer.decode(expected)
+        assert (one["source"], one["task"]) == (source.name, manifest.tasks[example.task])
+
+
+def test_every_example_is_as_likely_to_be_drawn(folder):
+    total = sum(file.examples for file in read_manifest(folder).splits["train"])
+    draws = 150
+    drawn = [
+        one.number
+        for seed in range(draws)
+        for one in census.count(folder, "train", draw=20, seed=seed).drawn
+    ]
+    quarters = np.bincount(np.array(drawn) * 4 // total, minlength=4)
+    assert quarters.sum() == draws * 20
+    assert np.abs(quarters / quarters.sum() - 0.25).max() < 0.04
+    everything = census.count(folder, "train", draw=10**6).drawn
+    assert [one.number for one in everything] == list(range(total))
+
+
+def markdown(text):
+    """Read a page as far as it matters here: its code blocks, and its lines outside of them."""
+    fence, blocks, outside = None, [], []
+    for line in text.split("\n"):
+        if fence is None and (opened := re.match(r"(`{3,}|~{3,})", line)):
+            fence = opened[1]
+            blocks.append([])
+        elif fence is not None and re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*[ \t]*", line):
+            fence = None
+        elif fence is not None:
+            blocks[-1].append(line)
+        else:
+            outside.append(line)
+    assert fence is None
+    return ["\n".join(block) for block in blocks], outside
+
+
+def test_no_text_breaks_the_page(report, found):
+    page = report.read_text()
+    blocks, outside = markdown(page)
+    assert blocks == [visible(one["text"], keep="\n") for one in found["prompts"]]
+    heads = [line for line in outside if line.startswith("#")]
+    assert len(heads) == 8 + len(found["prompts"])
+    assert not any(c in page for c in "\x1b\u202e\x07\u200b\r\U000f0000")
+    for line in outside:
+        if line.startswith("|"):
+            cells = re.sub(r"`[^`]*`", "", line)
+            assert "<" not in re.sub(r"</?code>", "", cells)
+        else:
+            assert "<script" not in line.replace("`<script>alert(1)</script>`", "")
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", "\n".join(outside), flags=re.MULTILINE)
+    assert len(tables) >= 8
+    for table in tables:
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.sampled_from("`~|<>$\\ #\n\r\t\0&*_[]()!\u202e中a"), max_size=30))
+def test_any_text_stays_in_its_place(text):
+    blocks, outside = markdown(fenced(text))
+    assert blocks == [visible(text, keep="\n")]
+    assert not outside
+    one = cell(text)
+    assert "|" not in one
+    assert "\n" not in one
+    if one.startswith("<code>"):
+        assert not set("`<>|*[]$\\") & set(one.removeprefix("<code>").removesuffix("</code>"))
+    else:
+        assert one.count("`") == 2
+
+
+def test_pictures_take_any_names(tmp_path):
+    names = [*HOSTILE, "", " ", "$", "\\", "العربية", "a\n\nb"]
+    with own_style():
+        save(bars([(name, 5) for name in names], 100, ("other", 3)), tmp_path / "a.png")
+        save(bars([], 0, None), tmp_path / "b.png")
+        fate = {"kept": 3, **dict.fromkeys(names, 2)}
+        save(fates(dict.fromkeys(names, fate), ("kept",)), tmp_path / "c.png")
+        save(fates({"s": {"kept": 0}}, ("kept",)), tmp_path / "d.png")
+        for longest in (1, 3, 63, 64, 65, 1000):
+            save(lengths(np.ones((2, longest + 1), np.int64)), tmp_path / "e.png")
+        save(lengths(np.zeros((2, 9), np.int64)), tmp_path / "f.png")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_bars_hold_every_length_once():
+    counts = np.arange(2 * 131).reshape(2, 131) + 1
+    counts[:, 0] = 0
+    figure = lengths(counts)
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert sum(heights) == counts.sum()
+    assert heights[0] == counts[0, 1:4].sum()  # three lengths a bar
+
+
+def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(report, folder, tokenizer):
+    before = content(report.parent)
+    assert set(before) == {
+        "report.md",
+        "report.json",
+        *(f"{name}.png" for name in ("records", "tasks", "answers", "lengths")),
+    }
+    rows = {path: path.read_bytes() for path in folder.rglob("*.arrow")}
+    report.parent.rename(folder.parent / "old")
+    partial = folder / "report.partial"
+    partial.mkdir()  # as a kill leaves it
+    (partial / ".building").touch()
+    (partial / "tasks.png").write_bytes(b"half a pic")
+    assert write_rows_report(folder, tokenizer) == report
+    assert content(report.parent) == before
+    assert {path: path.read_bytes() for path in folder.rglob("*.arrow")} == rows
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        "report",
+        "train",
+        "validation",
+    }
+    at = report.stat().st_mtime_ns
+    assert write_rows_report(folder, tokenizer) == report
+    assert report.stat().st_mtime_ns == at
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer):
+    def peak(count):
+        path = write_table(
+            tmp_path / f"{count}.jsonl",
+            [{"input": f"{i} " + "word " * (i % 40), "answer": "yes"} for i in range(count)],
+        )
+        source = SourceConfig(path=path, prompt="{input}", answer="answer")
+        config = DataConfig(
+            rows=str(tmp_path / str(count)), seq_length=64, pack=False, sources=(source,)
+        )
+        rows = prepare.prepare(config, tokenizer)
+        census.count(rows, "train", draw=20)
+        tracemalloc.start()
+        census.count(rows, "train", draw=20)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    assert peak(8000) < peak(1000) * 1.2 + 2**16
+
+
+def change_bytes(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokenizer):
+    write_tokenizer(tmp_path / "tokenizer")
+    with pytest.raises(InputError, match="another tokenizer"):
+        write_rows_report(folder, Tokenizer.from_pretrained(tmp_path / "tokenizer"))
+    path = write_table(tmp_path / "a.jsonl", [{"text": "One. " * 90}] * 5)
+    config = DataConfig(
+        rows=str(tmp_path / "rows"), seq_length=64, sources=(SourceConfig(path=path, text="text"),)
+    )
+    rows = prepare.prepare(config, tokenizer)
+    (file,) = rows.glob("train/*.arrow")
+    sound = file.read_bytes()
+    for at in range(400, len(sound) - 400, len(sound) // 7):
+        file.write_bytes(sound)
+        change_bytes(file, at)
+        with pytest.raises(InputError, match="row file is damaged"):
+            write_rows_report(rows, tokenizer)
+        assert not (rows / "report").exists()
+    file.write_bytes(sound)
+    page = write_rows_report(rows, tokenizer)
+    assert "No example has an answer" in page.read_text()
+    assert not (page.parent / "answers.png").exists()
+
+
+def test_blocks_are_the_rows_one_after_another(folder):
+    for split in ("train", "validation"):
+        for source in open_rows(folder, split):
+            rows = [source.columns(row) for row in range(len(source))]
+            for joined, column in zip(
+                zip(*source.blocks(), strict=True), zip(*rows, strict=True), strict=True
+            ):
+                assert np.array_equal(np.concatenate(joined), np.concatenate(column), True)
+
+
+def test_the_command_writes_the_report_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer")
+    write_records(tmp_path / "records.jsonl", 60)
+    (tmp_path / "run.toml").write_text(
+        """out = "out"
+steps = 2
+tokenizer = "tokenizer"
+model = {}
+data.rows = "rows"
+data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer" }]
+"""
+    )
+    page = tmp_path / "rows" / "report" / "report.md"
+    assert run(["prepare", "run.toml"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "report: rows/report/report.md"
+    first, rows = content(page.parent), content(tmp_path / "rows" / "train")
+    assert run(["prepare", "run.toml"]) == 0
+    assert content(page.parent) == first
+    page.unlink()
+    (page.parent / "report.json").unlink()
+    for path in page.parent.iterdir():
+        path.unlink()
+    assert run(["prepare", "run.toml"]) == 0
+    assert content(page.parent) == first
+    assert content(tmp_path / "rows" / "train") == rows
