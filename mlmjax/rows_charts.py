@@ -14,7 +14,6 @@ from mlmjax.report import ACCENT, INK, OTHER, WIDTH, plain
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _REASONS = ["#b45309", "#e9b872", "#9f1239", "#f0a3b0", "#6d28d9", "#c4b5ec", "#475569", "#cbd5e1"]
-_LABEL = 44
 _BINS = 64
 _SHOWN_INSIDE = 0.06
 
@@ -64,9 +63,11 @@ def bars(counts: Sequence[tuple[str, int]], total: int, rest: tuple[str, int] | 
             fontsize=7.5,
             color=INK,
         )
-    axes.set_yticks(range(len(names)), _drawable(names), parse_math=False, fontsize=7.5)
+    axes.set_yticks(
+        range(len(names)), [_label(name, 44) for name in names], parse_math=False, fontsize=7.5
+    )
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.set_xlim(0, most * 1.2)
+    axes.set_xlim(0, most * 1.25)
     axes.set_xlabel("examples", color=INK, fontsize=9)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=5)
@@ -130,7 +131,7 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
         if not share.any():
             continue
         drawn = axes.barh(range(len(sources)), share, left=left, color=color, height=0.66)
-        legend[_glyphs(visible(title))] = drawn
+        legend[_label(title, 44)] = drawn
         for row in np.flatnonzero(share >= _SHOWN_INSIDE).tolist():
             inside = "white" if _is_dark(color) else INK
             at = left[row] + share[row] / 2
@@ -139,13 +140,13 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
             )
         left = left + share
     names = [
-        f"{shortened(visible(name), 30)}\n{sum(fate.values()):,} records"
-        for name, fate in sources.items()
+        f"{_label(name, 26)}\n{sum(fate.values()):,} records" for name, fate in sources.items()
     ]
-    axes.set_yticks(range(len(sources)), map(_glyphs, names), parse_math=False, fontsize=8)
+    axes.set_yticks(range(len(sources)), names, parse_math=False, fontsize=8)
     axes.set_ylim(len(sources) - 0.5, -0.5)
     axes.set_xlim(0, 1)
     axes.set_xticks(np.linspace(0, 1, 6), [f"{tick:.0%}" for tick in np.linspace(0, 1, 6)])
+    axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     box = figure.legend(
@@ -173,16 +174,13 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
-def _drawable(names: Sequence[str]) -> list[str]:
-    return [_glyphs(shortened(visible(name), _LABEL)) for name in names]
-
-
-def _glyphs(text: str) -> str:
-    """Write the characters that the font of the pictures does not have as their numbers."""
+def _label(text: str, length: int) -> str:
+    """Return text for a picture: what its font does not have as numbers, and not too long."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    return "".join(
-        c if c == "\n" or font.get_char_index(ord(c)) else f"⟨U+{ord(c):04X}⟩" for c in text
+    drawn = "".join(
+        c if font.get_char_index(ord(c)) else f"⟨U+{ord(c):04X}⟩" for c in visible(text)
     )
+    return shortened(drawn, length)
 
 
 def _is_dark(color: str) -> bool:
