@@ -87,7 +87,7 @@ def lengths(counts: np.ndarray) -> Figure:
     axes = figure.subplots()
     plain(axes)
     below = np.zeros(len(starts), np.int64)
-    for kind, name, color in ((0, "with an answer", ACCENT), (1, "without (plain text)", OTHER)):
+    for kind, name, color in ((0, "with an answer", ACCENT), (1, "without", OTHER)):
         if binned[kind].any():
             where = {"align": "edge", "width": width * 0.92, "bottom": below}
             axes.bar(starts - 0.5, binned[kind], color=color, label=name, **where)

@@ -12,7 +12,7 @@ TOP = 30
 """Tasks and answers shown by name."""
 
 KEPT, NOT_SELECTED = "in the rows", "left out by data.select"
-_CELL, _FILES, _HITS = 100, 30, 5
+_CELL, _LONG_CELL, _FILES, _HITS = 100, 400, 30, 5
 _MARKDOWN = re.compile(r"[^\w\s.,;:/␣…⟨⟩=+?-]", flags=re.ASCII)
 
 
@@ -52,13 +52,13 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cell(text: object) -> str:
+def cell(text: object, length: int = _CELL) -> str:
     r"""Return text for a table or a line: one line, code, without power over what is around it.
 
     >>> cell("task_1"), cell("a|`b`\n")
     ('`task_1`', '<code>a&#124;&#96;b&#96;⟨U+000A⟩</code>')
     """
-    shown = shortened(visible(str(text)), _CELL)
+    shown = shortened(visible(str(text)), length)
     if "`" not in shown and "|" not in shown and shown.strip():
         return f"`{shown}`"
     escaped = _MARKDOWN.sub(
@@ -107,7 +107,7 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
                         source["records"],
                         sum(source["dropped"].values()),
                         source["examples"],
-                        source[NOT_SELECTED],
+                        source["not_selected"],
                         source["examples_in_rows"].get("train", 0),
                         source["examples_in_rows"].get("validation", 0),
                     ),
@@ -129,7 +129,7 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         for reason, n in sorted(source[what].items(), key=lambda item: (-item[1], item[0]))
     ]
     hits = [
-        [cell(source["name"]), cell(name), *map(cell, hit)]
+        [cell(source["name"]), cell(name), *(cell(part, _LONG_CELL) for part in hit)]
         for source in sources
         for name, found in source["hits"].items()
         for hit in found[:_HITS]
@@ -146,10 +146,14 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(source["broken"] for source in sources):
         files = sum(source["broken_files"] for source in sources)
         parts.append(
-            f'Broken, and skipped because `broken = "skip"` says so ({files:,} files not read to '
-            "their end, which have no line above); the first of each source:"
+            'Broken, and skipped because `broken = "skip"` says so; the first of each source (files '
+            f"not read to their end, which are in no line above: {files:,}):"
         )
-        lines = [[cell(s["name"]), cell(what)] for s in sources for what in s["broken"][:_HITS]]
+        lines = [
+            [cell(s["name"]), cell(what, _LONG_CELL)]
+            for s in sources
+            for what in s["broken"][:_HITS]
+        ]
         parts.append(_table(["source", "what was found"], lines))
     if hits:
         parts.append(
@@ -267,7 +271,12 @@ def _made_from(found: Mapping[str, Any]) -> list[str]:
         for key, value in source["from"].items()
     ]
     files = [
-        [cell(source["name"]), cell(file["path"]), _number(file["bytes"]), f"`{file['sha256']}`"]
+        [
+            cell(source["name"]),
+            cell(file["path"], _LONG_CELL),
+            _number(file["bytes"]),
+            cell(file["sha256"]),
+        ]
         for source in found["sources"]
         for file in source["files"]
     ]

@@ -11,7 +11,7 @@ import numpy as np
 from mlmjax.data.census import Counted, Drawn, count
 from mlmjax.data.files import BROKEN_FILE
 from mlmjax.data.folder import built_whole
-from mlmjax.data.rows import Manifest, RowFile, SourceReport, read_manifest
+from mlmjax.data.rows import SPLITS, Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.errors import InputError, write_failed
 from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
 from mlmjax.rows_page import KEPT, NOT_SELECTED, TOP, page
@@ -43,8 +43,11 @@ def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) 
         )
     target = folder / REPORT
     if not (target / "report.md").is_file():
-        if "train" not in manifest.splits:
-            raise InputError(f"{folder}: has no split 'train'; delete it and prepare again")
+        if "train" not in manifest.splits or not manifest.splits.keys() <= set(SPLITS):
+            raise InputError(
+                f"{folder}: has the splits {sorted(manifest.splits)}, expected train and perhaps "
+                "validation; delete it and prepare again"
+            )
         drawn = {"train": PROMPTS}
         with built_whole(target) as partial:
             if partial is not None:
@@ -56,6 +59,8 @@ def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) 
                     _write(partial, figures(manifest, counted, tokenizer), counted)
                 except OSError as error:
                     raise write_failed(target, error) from error
+    if not (target / "report.md").is_file():
+        raise InputError(f"{target}: has no report.md; delete the folder to have it written again")
     return target / "report.md"
 
 
@@ -130,7 +135,7 @@ def _source(
         "records": report.records,
         "examples": report.examples,
         "examples_in_rows": in_rows,
-        NOT_SELECTED: report.examples - sum(in_rows.values()),
+        "not_selected": report.examples - sum(in_rows.values()),
         "dropped": {why: n for why, n in report.dropped.items() if why != BROKEN_FILE},
         "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
@@ -233,9 +238,9 @@ def _fates(sources: list[dict[str, Any]]) -> tuple[dict[str, dict[str, int]], tu
         own = any(source is one for one in named)
         name = source["name"] if own else f"other {len(ordered) - len(named)} sources"
         fate = found.setdefault(name, {})
-        left = source["records"] - sum(source["dropped"].values()) - source[NOT_SELECTED]
+        left = source["records"] - sum(source["dropped"].values()) - source["not_selected"]
         fate[KEPT] = fate.get(KEPT, 0) + left
-        fate[NOT_SELECTED] = fate.get(NOT_SELECTED, 0) + source[NOT_SELECTED]
+        fate[NOT_SELECTED] = fate.get(NOT_SELECTED, 0) + source["not_selected"]
         for reason, n in source["dropped"].items():
             group = next((g for start, g in _GROUPS.items() if reason.startswith(start)), reason)
             fate[group] = fate.get(group, 0) + n

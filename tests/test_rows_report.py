@@ -130,8 +130,8 @@ def test_nothing_of_the_records_is_unaccounted_for(folder, found):
     assert prompts["records"] == 1500
     assert prompts["records"] == prompts["examples"] + sum(prompts["dropped"].values())
     in_rows = sum(prompts["examples_in_rows"].values())
-    assert prompts["left out by data.select"] == prompts["examples"] - in_rows > 0
-    assert text["left out by data.select"] == 0
+    assert prompts["not_selected"] == prompts["examples"] - in_rows > 0
+    assert text["not_selected"] == 0
     assert set(prompts["dropped"]) == {"answer is not one token", "task excluded by 'task7'"}
     assert prompts["normalized"] == {"strip": 300 - 3}  # three are of the excluded task
     assert prompts["shortened"]["input"] > 0
@@ -327,6 +327,40 @@ def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokeni
     assert not (page.parent / "answers.png").exists()
 
 
+def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
+    rows = [{"text": f"Text {i}.", "label": i % 3} for i in range(30)]
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows),
+        prompt="{text}",
+        answer="label",
+        labels=("a", "b", "c"),
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=(source,))
+    page = write_rows_report(prepare.prepare(config, tokenizer, head="classification"), tokenizer)
+    found = json.loads((page.parent / "report.json").read_bytes())
+    assert found["splits"]["train"]["answers"] == []
+    for one in found["prompts"]:
+        number = int(re.search(r"Text (\d+)", one["text"])[1])
+        assert one["label"] == number % 3
+        assert "[MASK]" not in one["text"]
+    assert page.read_text().count(" tokens, label ") == 20
+
+
+def test_what_is_broken_is_told(tmp_path, tokenizer):
+    good = '{"text": "Some words."}\n'
+    for name, lines in (("a", [good, "{\n", good]), ("b", [good])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no such thing")
+    paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.parquet"))
+    source = SourceConfig(path=paths, text="text", broken="skip", name="s")
+    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
+    page = write_rows_report(prepare.prepare(config, tokenizer), tokenizer)
+    (told,) = json.loads((page.parent / "report.json").read_bytes())["sources"]
+    assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
+    assert "a.jsonl line 2" in page.read_text()
+    assert "1 files not read" in page.read_text()
+
+
 def test_blocks_are_the_rows_one_after_another(folder):
     for split in ("train", "validation"):
         for source in open_rows(folder, split):
@@ -357,7 +391,8 @@ data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer"
     assert run(["prepare", "run.toml"]) == 0
     assert content(page.parent) == first
     page.unlink()
-    (page.parent / "report.json").unlink()
+    assert run(["prepare", "run.toml"]) == 2
+    assert "has no report.md; delete the folder" in capsys.readouterr().err
     for path in page.parent.iterdir():
         path.unlink()
     assert run(["prepare", "run.toml"]) == 0
