@@ -146,8 +146,8 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     if any(source["broken"] for source in sources):
         files = sum(source["broken_files"] for source in sources)
         parts.append(
-            'Broken, and skipped because `broken = "skip"` says so; the first of each source (files '
-            f"not read to their end, which are in no line above: {files:,}):"
+            'Broken, and skipped because `broken = "skip"` says so; the first of each source '
+            f"(files not read to their end, which are in no line above: {files:,}):"
         )
         lines = [
             [cell(s["name"]), cell(what, _LONG_CELL)]

@@ -358,7 +358,7 @@ def test_what_is_broken_is_told(tmp_path, tokenizer):
     (told,) = json.loads((page.parent / "report.json").read_bytes())["sources"]
     assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
     assert "a.jsonl line 2" in page.read_text()
-    assert "1 files not read" in page.read_text()
+    assert "in no line above: 1)" in page.read_text()
 
 
 def test_blocks_are_the_rows_one_after_another(folder):
