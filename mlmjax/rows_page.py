@@ -30,6 +30,7 @@ def page(found: Mapping[str, Any]) -> str:
         "![share of the records of each source that were kept, and why others were not]"
         "(records.png)",
         *_records(found["sources"]),
+        *_selection(found["selection"]),
         "## Rows",
         *_rows(found),
         "## Tasks",
@@ -164,6 +165,16 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     return parts
 
 
+def _selection(selection: Mapping[str, Any] | None) -> list[str]:
+    if selection is None:
+        return []
+    return [
+        f"Of the examples with an answer, `data.select` left out {selection['unbalanced']:,} whose "
+        f"answer is too common in its task, and then {selection['capped']:,} of tasks that are too "
+        "large."
+    ]
+
+
 def _rows(found: Mapping[str, Any]) -> list[str]:
     columns = ["files", "rows", "examples", "tokens"]
 
@@ -178,12 +189,25 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
     ]
     lines += [line([split, "all"], one) for split, one in found["splits"].items()]
     parts = [_table(["split", "source", *heads], lines)]
-    if sets := found["splits"]["train"]["sets"]:
+    if found["selection"]:
         parts.append(
-            "Nested sets of the training split, to be chosen by `data.subset`; each has all of the "
-            "smaller ones and all plain text in it, less what is held out."
+            "Sets of the training split, named by `data.subset`: each has all of the smaller "
+            "ones and all plain text in it. What was chosen are examples with an answer, some of "
+            "which are held out."
         )
-        parts.append(_table(["set:", *heads], (line([_number(one["size"])], one) for one in sets)))
+        sets = zip(found["selection"]["sets"], found["splits"]["train"]["sets"], strict=True)
+        chosen = (
+            line(
+                [
+                    "all" if one["asked"] is None else _number(one["asked"]),
+                    _number(one["examples"]),
+                    _number(one["per_task"]),
+                ],
+                totals,
+            )
+            for one, totals in sets
+        )
+        parts.append(_table(["set:", "chosen:", "most of a task:", *heads], chosen))
     return parts
 
 

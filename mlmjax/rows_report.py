@@ -104,6 +104,7 @@ def figures(
             for split, key in (("train", "sources"), ("validation", "validation_sources"))
             for report, origin in zip(getattr(manifest, key), _origins(manifest, key), strict=True)
         ],
+        "selection": manifest.selection.model_dump() if manifest.selection else None,
         "splits": {
             split: _split(split, files, manifest, counted[split], tokenizer)
             for split, files in manifest.splits.items()
@@ -149,13 +150,14 @@ def _source(
 def _split(
     split: str, files: list[RowFile], manifest: Manifest, counted: Counted, tokenizer: Tokenizer
 ) -> dict[str, Any]:
+    selection = manifest.selection
     tasks = np.argsort(-counted.tasks, kind="stable")
     answers = np.argsort(-counted.answers, kind="stable")
     return {
         **_totals(files, manifest.seq_length),
         "sets": [
-            {"size": size} | _totals([f for f in files if f.level <= level], manifest.seq_length)
-            for level, size in enumerate(_sizes(manifest) if split == "train" else [])
+            _totals([f for f in files if f.level <= level], manifest.seq_length)
+            for level in range(len(selection.sets) if selection and split == "train" else 0)
         ],
         "sources": {
             name: _totals([f for f in files if f.name == name], manifest.seq_length)
@@ -176,14 +178,6 @@ def _split(
             for name, row in zip(("with_answer", "without"), counted.lengths, strict=True)
         },
     }
-
-
-def _sizes(manifest: Manifest) -> list[int]:
-    """Return the sizes of the nested sets, as configured."""
-    value: Any = manifest.config
-    for key in ("data", "select", "sizes"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return [n for n in value if isinstance(n, int)] if isinstance(value, list) else []
 
 
 def _totals(files: list[RowFile], seq_length: int) -> dict[str, Any]:

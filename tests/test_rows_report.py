@@ -135,8 +135,10 @@ def test_nothing_of_the_records_is_unaccounted_for(folder, found):
     assert set(prompts["dropped"]) == {"answer is not one token", "task excluded by 'task7'"}
     assert prompts["normalized"] == {"strip": 300 - 3}  # three are of the excluded task
     assert prompts["shortened"]["input"] > 0
+    chosen = found["selection"]
+    assert [one["asked"] for one in chosen["sets"]] == [200, 600]
+    assert chosen["unbalanced"] + chosen["capped"] == prompts["not_selected"]
     sets = found["splits"]["train"]["sets"]
-    assert [one["size"] for one in sets] == [200, 600]
     for level, one in enumerate(sets):
         rows = open_rows(folder, "train", level=level)
         assert one["rows"] == sum(map(len, rows))

@@ -338,12 +338,13 @@ class RowSource:
             columns = [values[offsets[0] : offsets[-1]] for offsets, values in lists]
             of_rows = [np.diff(offsets) for offsets, _ in lists]
             tokens, lengths, answers, tasks, indices, labels = columns
+            first = np.cumsum(of_rows[1]) - of_rows[1]
             sound = (
                 min(n.min() for n in of_rows) > 0
                 and [len(column) for column in columns] == [n.sum() for n in of_rows]
                 and all((n == of_rows[1]).all() for n in of_rows[2:])
                 and lengths.min() > 0
-                and (_row_sums(lengths, of_rows[1]) == of_rows[0]).all()
+                and (np.add.reduceat(lengths, first, dtype=np.int64) == of_rows[0]).all()
                 and of_rows[0].max() <= self.seq_length
                 and tokens.max() < self._vocab_size
                 and (answers < lengths).all()
@@ -353,15 +354,6 @@ class RowSource:
             if not sound:
                 raise self._broken(f"chunk {number} holds lengths, ids or positions out of bounds")
             yield tokens, lengths, answers, tasks, indices + self._first_example, labels
-
-
-def _row_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Sum what belongs to each row, of which there are `sizes`.
-
-    >>> _row_sums(np.array([1, 2, 3]), np.array([2, 1])).tolist()
-    [3, 3]
-    """
-    return np.add.reduceat(values, np.cumsum(sizes) - sizes, dtype=np.int64)
 
 
 def open_rows(
