@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from training import write_records, write_tokenizer
 
@@ -216,6 +216,8 @@ def test_no_text_breaks_the_page(report, found):
 
 @settings(deadline=None, max_examples=200)
 @given(st.text(st.sampled_from("`~|<>$\\ #\n\r\t\0&*_[]()!\u202e中a"), max_size=30))
+@example("```")
+@example("a\n`````\n# b\n```")
 def test_any_text_stays_in_its_place(text):
     blocks, outside = markdown(fenced(text))
     assert blocks == [visible(text, keep="\n")]
