@@ -63,7 +63,9 @@ def make(folder: Path, kept: Path, raw: list[Path], shards: int) -> None:
         [record["task"] for record in records],
     ]
     one_token = pa.table(columns, schema=schema)
-    others = pa.concat_tables([pq.read_table(path, columns=list(COLUMNS)).cast(schema) for path in raw])
+    others = pa.concat_tables(
+        [pq.read_table(path, columns=list(COLUMNS)).cast(schema) for path in raw]
+    )
     answers = [f" {answer.strip()}" for answer in others["targets"].to_pylist()]
     ids = Tokenizer.from_pretrained().encode_plain_batch(answers)
     others = others.filter(pa.array([len(one) != 1 for one in ids]))

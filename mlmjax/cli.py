@@ -53,7 +53,10 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
 
     run_config = _load(config, overrides)
     rows = prepare_rows(run_config)
-    click.echo(f"report: {write_rows_report(rows, load_tokenizer(run_config))}")
+    if os.access(rows, os.W_OK) or (rows / "report").exists():
+        click.echo(f"report: {write_rows_report(rows, load_tokenizer(run_config))}")
+    else:
+        click.echo(f"report: none is there, and none can be written to {rows}")
 
 
 @cli.command()

@@ -63,7 +63,11 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     manifest = read_manifest(folder)
     weights = {source_name(source): source.weight for source in data.sources}
 
-    rows = {split: open_rows(folder, split, weights) for split in manifest.splits}
+    level = None if data.subset is None else data.select.sizes.index(data.subset)
+    rows = {
+        split: open_rows(folder, split, weights, level=level if split == "train" else None)
+        for split in manifest.splits
+    }
 
     def make(
         sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any

@@ -508,3 +508,26 @@ def test_killed_at_ten_random_moments_it_gives_the_same_bytes(config, tokenizer,
         kills += run.returncode != 0
     assert content(rows) == expected
     assert not (tmp_path / "rows.partial").exists()
+
+
+def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, tokenizer):
+    config = change(config, validation_rows=2, select={"sizes": (60, 120), "answer_share": 0.5})
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert manifest.selection is not None
+    assert [one.asked for one in manifest.selection.sets] == [60, 120]
+    held_out = sum(f.examples for f in manifest.splits["validation"] if not f.text)
+    sizes = []
+    for level, one in enumerate(manifest.selection.sets):
+        rows = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
+        examples = [example for source in rows for i in range(len(source)) for example in source[i]]
+        sizes.append(len(examples))
+        assert one.asked <= one.examples <= one.asked + 10
+        assert one.examples - held_out <= len(examples) <= one.examples
+        tasks = Counter(example.task for example in examples)
+        assert max(tasks.values()) <= one.per_task + 5
+    assert sizes[0] < sizes[1]
+    asked = manifest.sources[0].examples
+    left_out = manifest.selection.unbalanced + manifest.selection.capped
+    assert asked - left_out == manifest.selection.sets[-1].examples
+    assert "selected: " in "\n".join(summary(manifest))

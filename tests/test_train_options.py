@@ -18,6 +18,7 @@ from mlmjax.data.rows import read_manifest
 from mlmjax.errors import InputError, RunError
 from mlmjax.log import MetricsLog
 from mlmjax.modernbert import ModernBertForSequenceClassification
+from mlmjax.run import open_loaders
 from mlmjax.tokenizer import Tokenizer
 from mlmjax.train import run_training
 
@@ -343,3 +344,28 @@ def test_padding_of_validation_does_not_depend_on_the_batch(folder):
         run_training(make_config(folder, out=str(out), **settings))
         shares.append(lines_of(out)[-1]["padding_share"])
     assert shares[0] == pytest.approx(shares[1])
+
+
+def test_a_subset_is_what_is_drawn(folder):
+    """The rows hold both sets; training draws those of the smaller, epoch after epoch."""
+
+    def drawn(subset):
+        change = {"data__subset": subset} if subset else {}
+        config = make_config(
+            folder,
+            data__rows=str(folder / "rows-nested"),
+            data__select={"sizes": [50, 150]},
+            data__batch_size=2,
+            data__validation_rows=1,
+            **change,
+        )
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        prepare(config.data, tokenizer)
+        train = open_loaders(config, tokenizer).train
+        batches = range(3 * train.epoch_steps())
+        return {int(i) for step in batches for row in train.example_indices(step) for i in row}
+
+    small, large = drawn(50), drawn(None)
+    assert small < large == drawn(150)
+    assert 30 < len(small) <= 60
+    assert 100 < len(large) <= 160
