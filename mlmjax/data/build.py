@@ -75,10 +75,12 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
     if wanted == SelectConfig():
         return None
     counts: Counter[tuple[int, int]] = Counter()
-    for unit, answer in zip(staged.units, staged.answers, strict=True):
-        for task, token, examples, _ in answer["groups"]:
-            if unit.split == "train" and token >= 0:
-                counts[staged.tasks[answer["tasks"][task]], token] += examples
+    for members in _answered(staged):
+        pairs = np.stack([members.task, members.answer], axis=1)
+        for (task, token), examples in zip(
+            *np.unique(pairs, axis=0, return_counts=True), strict=True
+        ):
+            counts[int(task), int(token)] += int(examples)
 
     return select(
         lambda: _answered(staged),

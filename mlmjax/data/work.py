@@ -43,14 +43,13 @@ def stage_unit(
 ) -> Job:
     """Tokenise one unit of a source into `out`; give what was read, kept and dropped.
 
-    The answer has `files` (with their hashes), the `counts`, the names of the `tasks` in the order
-    of their numbers, and `groups`: examples and tokens by task number and answer token.
+    The answer has `files` (with their hashes), the `counts`, and the names of the `tasks` in the
+    order of their numbers.
     """
     unit = SourceConfig.model_validate(source, strict=False)
     exclusion = None if exclude is None else _exclusion(json.dumps(exclude))
     counts = Counts()
     tasks: dict[str, int] = {}
-    groups: dict[tuple[int, int], list[int]] = {}
 
     def staged() -> Iterator[tuple]:
         for one in read_examples(unit, tokenizer, seq_length, counts, head, exclusion):
@@ -59,9 +58,6 @@ def stage_unit(
                 progress(counts.records)
             task = tasks.setdefault(one.task, len(tasks))
             answer = int(one.ids[one.answer_position]) if one.answer_position >= 0 else -1
-            total = groups.setdefault((task, answer), [0, 0])
-            total[0] += 1
-            total[1] += len(one.ids)
             yield one.ids, answer, one.answer_position, task, one.key, one.label
         progress(counts.records)
 
@@ -70,7 +66,6 @@ def stage_unit(
         "files": [describe_file(path) for path in source_files(unit)],
         "counts": vars(counts),
         "tasks": list(tasks),
-        "groups": [[*group, *total] for group, total in groups.items()],
     }
 
 
