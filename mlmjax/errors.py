@@ -16,9 +16,20 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
-        self.message = message
-        self.details = tuple(details)
-        super().__init__("\n".join([message, *self.details]))
+        self.message = printable(message)
+        self.details = tuple(map(printable, details))
+        super().__init__("\n".join([self.message, *self.details]))
+
+
+def printable(text: str) -> str:
+    r"""Write out what would not print, or would do something to a terminal instead.
+
+    >>> print(printable("naïve\n\x1b[2J"))
+    naïve\n\x1b[2J
+    """
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 class RunError(RuntimeError):

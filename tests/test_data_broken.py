@@ -1,5 +1,6 @@
 """Broken shards: a line that names file and row, or skipped and counted, and nothing else lost."""
 
+import doctest
 import gzip
 import json
 
@@ -9,12 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlmjax import InputError
+from mlmjax import InputError, errors
 from mlmjax.config import SourceConfig
 from mlmjax.data import files
 from mlmjax.data.examples import BROKEN_SHOWN, Counts, read_examples
 from mlmjax.data.files import BROKEN_FILE, BROKEN_RECORD, read_file
-from mlmjax.data.units import _hash
+from mlmjax.data.units import hash_of
 
 GOOD = [{"input": f"Is {i} odd?", "answer": ["no", "yes"][i % 2], "task": "t"} for i in range(40)]
 
@@ -113,7 +114,7 @@ def shard(kind, folder):
     """Write a shard that breaks off, or that is none at all; give how many records it still has."""
     good = b"".join(lines())
     path = folder / "b"
-    many = [{**GOOD[0], "input": f"{_hash(i)} {_hash(-i)}"} for i in range(2000)]
+    many = [{**GOOD[0], "input": f"{hash_of(i)} {hash_of(-i)}"} for i in range(2000)]
     if kind == "truncated":
         path = folder / "b.jsonl.gz"
         path.write_bytes(gzip.compress(good)[:-9])
@@ -223,3 +224,24 @@ def test_a_fault_of_the_system_is_never_skipped(tmp_path):
     path.symlink_to(path)
     with pytest.raises(InputError, match="cannot be read: Too many levels of symbolic links"):
         list(read_file(path, broken=lambda what, error: None))
+
+
+def test_messages_do_nothing_to_a_terminal_or_a_file(tokenizer, tmp_path):
+    assert doctest.testmod(errors).failed == 0
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a\\nfake: \\u001b[2J": 1}\n{"\\ud800": 1}\n' + b"".join(lines()))
+    with pytest.raises(InputError, match=r"columns: a\\nfake: \\x1b\[2J"):
+        read(source(path), tokenizer)
+    _, counts = read(source(path, broken="skip"), tokenizer)
+    assert len(counts.broken) == 2
+    "\n".join(counts.broken).encode()
+
+
+def test_what_decodes_before_a_cut_is_kept(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    many = [{**GOOD[0], "input": f"{hash_of(i)} {hash_of(-i)}"} for i in range(3000)]
+    data = gzip.compress(b"".join(lines(many)))
+    path.write_bytes(data[: len(data) * 9 // 10])
+    examples, counts = read(source(path, broken="skip"), tokenizer)
+    assert 2400 < len(examples) < 2800
+    assert f"line {len(examples) + 1}: cannot be read" in counts.broken[0]

@@ -531,3 +531,108 @@ def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, toke
     left_out = manifest.selection.unbalanced + manifest.selection.capped
     assert asked - left_out == manifest.selection.sets[-1].examples
     assert "selected: " in "\n".join(summary(manifest))
+
+
+def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer, tmp_path):
+    rows = [{"input": "the same", "answer": "yes" if i % 10 else "no"} for i in range(600)]
+    rows += [{"input": f"another {i}", "answer": "yes"} for i in range(300)]
+    tasks = ["same"] * 600 + ["other"] * 300
+    rows = [{**row, "task": task} for row, task in zip(rows, tasks, strict=True)]
+    path = write_table(tmp_path / "equal.jsonl", rows)
+    select = {"sizes": (40, 70), "per_task": 50, "answer_share": 0.6}
+    config = change(change_source(config, path=path), validation_rows=0, select=select)
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert manifest.selection is not None
+    told = [(one.examples, one.per_task) for one in manifest.selection.sets]
+    assert told == [(40, 20), (70, 35)]
+    for level, cap in ((0, 20), (1, 35)):
+        asked = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
+        tasks = Counter(e.task for s in asked for i in range(len(s)) for e in s[i])
+        assert set(tasks.values()) == {cap}
+    assert (manifest.selection.unbalanced, manifest.selection.capped) == (450, 380)
+
+
+def test_classes_and_values_are_selected_too(config, tokenizer, tmp_path):
+    rows = [{"input": f"text {i}", "answer": str(int(i % 10 == 0))} for i in range(200)]
+    path = write_table(tmp_path / "classes.jsonl", rows)
+    for labels, count in ((("0", "1"), 50), (None, 60)):
+        source = SourceConfig(
+            path=path,
+            prompt="{input}",
+            answer="answer",
+            labels=labels and {"0": "zero", "1": "one"},
+        )
+        one = change(
+            config,
+            rows=str(tmp_path / f"rows-{count}"),
+            sources=(source,),
+            pack=False,
+            validation_rows=0,
+            select={"per_task": 60, "answer_share": 0.6},
+        )
+        manifest = read_manifest(prepare(one, tokenizer, head="classification"))
+        assert manifest.splits["train"][0].examples == count
+        assert manifest.selection is not None
+        assert manifest.selection.sets[0].examples == count
+
+
+def test_a_file_changed_in_secret_is_found(config, tokenizer, tmp_path):
+    folder = prepare(config, tokenizer)
+    path = tmp_path / "a.jsonl"
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"Question", b"Answered"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    assert folder.exists()
+
+
+def test_a_file_changed_while_it_is_read_is_refused(config, tokenizer, tmp_path):
+    def touch(name, records):
+        if name == "text":
+            (tmp_path / "a.jsonl").touch()
+
+    with pytest.raises(InputError, match=r"a\.jsonl: has changed while it was read"):
+        prepare(config, tokenizer, touch)
+    assert not (tmp_path / "rows").exists()
+    again = content(prepare(config, tokenizer))
+    assert again == content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+
+
+def test_rows_packed_before_a_kill_are_used_unless_they_are_of_another_choice(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    packed = []
+
+    def fail_at(limit):
+        def pack(*args, **arguments):
+            if len(packed) == limit:
+                raise KeyboardInterrupt
+            packed.append(arguments["out"])
+            return work.pack_bucket(*args, **arguments)
+
+        monkeypatch.setitem(work.KINDS, "pack", pack)
+
+    fail_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer)
+    fail_at(-1)
+    other = change(config, validation_rows=4)
+    expected = content(prepare(change(other, rows=str(tmp_path / "other")), tokenizer))
+    files = len(packed) - 2
+    fail_at(len(packed) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer)
+    assert len(packed) == 2 + files + 1  # The two of before, then the one of this time.
+    fail_at(-1)
+    assert content(prepare(other, tokenizer)) == expected
+    assert len(packed) == 2 + files + 1 + files
+
+
+def test_a_lock_that_was_left_is_removed(config, tokenizer):
+    folder = prepare(config, tokenizer)
+    expected = content(folder)
+    (folder / ".building").touch()
+    prepare(config, tokenizer)
+    assert content(folder) == expected

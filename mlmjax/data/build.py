@@ -14,7 +14,7 @@ from mlmjax.data.rows import SPLITS, NestedSet, RowFile, SelectionReport
 from mlmjax.data.select import CAPPED, LEFT_OUT, UNBALANCED, Members, Selection, mix, select
 from mlmjax.data.shuffle import Bucket, scatter
 from mlmjax.data.stage import Chunk
-from mlmjax.data.units import Staged, Unit, workers_for
+from mlmjax.data.units import Piece, Staged, hash_of, workers_for
 from mlmjax.data.work import do
 from mlmjax.errors import InputError
 from mlmjax.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from mlmjax.tokenizer import Tokenizer
 _BIN_SHIFT = 44
 _BINS = 2**20
 
-Levels = Callable[[Unit, Chunk], np.ndarray]
+Levels = Callable[[Piece], np.ndarray]
 """For each example the smallest nested set it is in, `LEFT_OUT` or above for none."""
 
 
@@ -45,28 +45,39 @@ def build_rows(
     levels = _levels(staged, chosen)
     held_out = _held_out_bins(staged, levels, config)
     tokens: Counter[Group] = Counter()
-    for unit, chunk in staged.chunks():
-        groups, numbers = _grouped(unit, chunk, levels, held_out)
+    for piece in staged.pieces():
+        groups, numbers = _grouped(piece, levels, held_out)
         for number, group in enumerate(groups):
-            tokens[group] += int(chunk.lengths[numbers == number].sum())
+            tokens[group] += int(piece.chunk.lengths[numbers == number].sum())
     order = sorted(tokens, key=lambda group: (SPLITS.index(group.split), *group[1:]))
 
     def ordered() -> Iterator[tuple[Chunk, np.ndarray]]:
-        place = 0
-        for unit, chunk in staged.chunks():
-            places = np.arange(place, place + chunk.examples, dtype=np.uint64)
-            place += chunk.examples
-            groups, numbers = _grouped(unit, chunk, levels, held_out)
+        for piece in staged.pieces():
+            groups, numbers = _grouped(piece, levels, held_out)
             of = np.array([order.index(group) for group in groups] + [-1])
-            yield chunk._replace(key=mix(chunk.key ^ mix(places))), of[numbers]
+            yield piece.chunk._replace(key=piece.draw), of[numbers]
 
+    _keep_if_same(folder, staged, config)
     buckets = folder / "buckets"
-    for path in (buckets, *(folder / split for split in SPLITS)):
-        shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(buckets, ignore_errors=True)
     buckets.mkdir()
     written = scatter(ordered(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
     splits = _pack(folder, written, order, staged, config, tokenizer)
     return splits, None if chosen is None else _told(staged, chosen, config)
+
+
+def _keep_if_same(folder: Path, staged: Staged, config: DataConfig) -> None:
+    """Throw away rows that were packed of other examples, or otherwise, by one who was stopped."""
+    name = (
+        folder
+        / "packed"
+        / hash_of([staged.units, config.model_dump(mode="json", exclude={"workers"})])
+    )
+    if not name.exists():
+        for path in (name.parent, *(folder / split for split in SPLITS)):
+            shutil.rmtree(path, ignore_errors=True)
+        name.parent.mkdir()
+        name.touch()
 
 
 def choose(staged: Staged, config: DataConfig) -> Selection | None:
@@ -93,9 +104,9 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
 
 def _answered(staged: Staged) -> Iterator[Members]:
     """Go through the training examples that have an answer."""
-    for unit, chunk in staged.chunks():
-        if unit.split == "train":
-            yield _members(chunk, chunk.answer >= 0)
+    for piece in staged.pieces():
+        if piece.unit.split == "train":
+            yield _members(piece, piece.chunk.answer >= 0)
 
 
 def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionReport:
@@ -115,35 +126,33 @@ def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionRep
     )
 
 
-def _members(chunk: Chunk, which: np.ndarray) -> Members:
-    # Hashed once more: what is held out are the lowest hashes, and would be kept more often.
-    return Members(chunk.task[which], chunk.answer[which], mix(chunk.key[which]))
+def _members(piece: Piece, which: np.ndarray) -> Members:
+    # Hashed once more: in its order the rows are shuffled, and which are kept must not tell where.
+    return Members(piece.chunk.task[which], piece.chunk.answer[which], mix(piece.draw[which]))
 
 
 def _levels(staged: Staged, chosen: Selection | None) -> Levels:
-    def levels(unit: Unit, chunk: Chunk) -> np.ndarray:
-        level = np.zeros(chunk.examples, np.uint8)
-        if chosen is not None and unit.split == "train":
-            asked = chunk.answer >= 0
-            level[asked] = chosen.levels(_members(chunk, asked))
+    def levels(piece: Piece) -> np.ndarray:
+        level = np.zeros(piece.chunk.examples, np.uint8)
+        if chosen is not None and piece.unit.split == "train":
+            asked = piece.chunk.answer >= 0
+            level[asked] = chosen.levels(_members(piece, asked))
         return level
 
     return levels
 
 
-def _grouped(
-    unit: Unit, chunk: Chunk, levels: Levels, held_out: int
-) -> tuple[list[Group], np.ndarray]:
-    """Return the groups of a chunk, and the number of each example's among them (-1: left out)."""
-    level = levels(unit, chunk).astype(np.int64)
-    held = (chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
+def _grouped(piece: Piece, levels: Levels, held_out: int) -> tuple[list[Group], np.ndarray]:
+    """Return the groups of a piece, and the number of each example's among them (-1: left out)."""
+    level = levels(piece).astype(np.int64)
+    held = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
     code = np.where(level >= LEFT_OUT, -1, np.where(held, LEFT_OUT, level))
     found = [int(value) for value in np.unique(code) if value >= 0]
     numbers = np.searchsorted(found, code) if found else np.zeros(len(code), np.int64)
     groups = [
-        Group("validation", unit.source, 0)
+        Group("validation", piece.unit.source, 0)
         if value == LEFT_OUT
-        else Group(unit.split, unit.source, value)
+        else Group(piece.unit.split, piece.unit.source, value)
         for value in found
     ]
     return groups, np.where(code < 0, -1, numbers)
@@ -154,8 +163,8 @@ def _held_out_bins(staged: Staged, levels: Levels, config: DataConfig) -> int:
     if not config.validation_rows:
         return 0
     sizes = np.zeros(_BINS, np.int64)
-    for unit, chunk in staged.chunks():
-        kept = levels(unit, chunk) < LEFT_OUT
+    for piece in staged.pieces():
+        chunk, kept = piece.chunk, levels(piece) < LEFT_OUT
         weight = chunk.lengths if config.pack else np.ones(chunk.examples, np.int64)
         np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
     wanted = config.validation_rows * (config.seq_length if config.pack else 1)

@@ -19,6 +19,9 @@ MAX_LINE_BYTES = 32 * 2**20
 TEXT_BLOCK = 64 * 2**10
 """Characters after which a document of a `.txt` file ends at the next blank line."""
 
+_READ_AHEAD = 2**14
+"""What is lost before the place where a compressed file is broken."""
+
 _COMPRESSION = {".zst": "zstd", ".gz": "gzip"}
 _PARQUET_BATCH = 512
 
@@ -82,7 +85,7 @@ def read_file(
             yield from _read_parquet(path, columns, named, broken)
         else:
             raw = pa.input_stream(str(path), compression=compression)
-            with io.BufferedReader(raw, 2**20) as stream:
+            with io.BufferedReader(raw, _READ_AHEAD) as stream:
                 yield from read(stream, str(path), columns, broken)
     except (OSError, pa.ArrowException) as error:
         _leave(path, error, broken)
@@ -298,8 +301,11 @@ def _value(scalar: pa.Scalar, where: str) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is not UTF-8; expected text") from error
-    except (ValueError, OverflowError, pa.ArrowException) as error:
-        raise InputError(f"{where}: cannot be read: {error}") from error
+    except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:
+        raise InputError(
+            f"{where}: is {scalar.type} and cannot be read ({error}); expected text, a number or "
+            "lists of them; convert the column"
+        ) from error
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:

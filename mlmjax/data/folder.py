@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -39,11 +39,18 @@ def built_whole(folder: Path) -> Iterator[Path | None]:
             yield partial
             # The lock goes along and is removed last, so that nobody can think it abandoned.
             partial.rename(folder)
-            (folder / _LOCK).unlink()
+            clear_lock(folder)
         except BaseException:
             if not any(path.is_file() for path in partial.glob("*/*")):
                 shutil.rmtree(partial, ignore_errors=True)  # Nothing in it is worth keeping.
             raise
+
+
+def clear_lock(folder: Path) -> None:
+    """Remove the lock from a folder that is whole, where one who was killed has left it."""
+    with suppress(OSError):
+        if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
+            (folder / _LOCK).unlink()
 
 
 def is_there(folder: Path) -> bool:

@@ -12,10 +12,10 @@ from mlmjax.data.answers import Head
 from mlmjax.data.build import build_rows
 from mlmjax.data.examples import source_name
 from mlmjax.data.exclude import evaluation_identity
-from mlmjax.data.folder import built_whole, is_there
+from mlmjax.data.folder import built_whole, clear_lock, is_there
 from mlmjax.data.rows import FORMAT, MANIFEST, SPLITS, Manifest, SourceReport, read_manifest
 from mlmjax.data.sources import source_files
-from mlmjax.data.units import report, sentence, stage
+from mlmjax.data.units import check_unchanged, report, sentence, stage
 from mlmjax.data.work import describe_file
 from mlmjax.errors import InputError, write_failed
 from mlmjax.tokenizer import Tokenizer
@@ -53,6 +53,7 @@ def prepare(
     source or the training split is left without an example; `RunError` when writing fails.
     """
     folder = Path(config.rows)
+    clear_lock(folder)
     if not is_there(folder):
         names = [source_name(s) for s in (*config.sources, *config.validation_sources)]
         if not config.sources:
@@ -93,6 +94,7 @@ def _build(
     staged = stage(folder, config, tokenizer, head, progress)
     reports = {split: report(staged, config, split) for split in SPLITS}
     splits, selection = build_rows(folder, staged, config, tokenizer)
+    check_unchanged(staged)
     manifest = Manifest(
         format=FORMAT,
         version=__version__,
@@ -107,8 +109,8 @@ def _build(
         splits=splits,
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder / "buckets")
-    shutil.rmtree(folder / "stage")
+    for name in ("buckets", "packed", "stage"):
+        shutil.rmtree(folder / name)
 
 
 def _identity(config: DataConfig, head: Head) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _changed_files(source: SourceConfig, report: SourceReport, written: int) -> 
     for name in files.keys() & known.keys():
         stat = files[name].stat()
         if stat.st_size != known[name].bytes or (
-            stat.st_mtime_ns > written
+            max(stat.st_mtime_ns, stat.st_ctime_ns) > written
             and describe_file(files[name])["sha256"] != known[name].sha256
         ):
             changed.append(f"{name} has changed since")

@@ -82,7 +82,7 @@ def select(
     what is left (or, where there are too few answers for that, as many as the rarest). Then every
     task is capped at `per_task`, and for each size (None: no limit) at the lowest number that makes
     the set that large: what is cut are the largest tasks, down to one common number. A smaller set
-    is a part of every larger one. Examples of equal hash (equal prompts) stay together.
+    is a part of every larger one. Examples of equal hash stay together.
     """
     tasks = 1 + max((task for task, _ in counts), default=-1)
     limits = _balance(counts, answer_share)

@@ -13,10 +13,10 @@ CHUNK_TOKENS = 2**20
 class Chunk(NamedTuple):
     """Some examples as columns: `tokens` of all, one after another, cut at `offsets`.
 
-    `answer` is the id of the answer's token (-1: none), `answer_position` where it stands, `task`
-    a number, `key` the hash of what the model is shown, `label` that of a classification head;
-    each `[examples]`, offsets one longer. In the buckets of `data.shuffle` the key is the place in
-    the order.
+    `answer` is the id of the answer's token or the number of its class (-1: none),
+    `answer_position` where a token stands, `task` a number, `key` the hash of what the model is
+    shown, `label` that of a classification head; each `[examples]`, offsets one longer. In the
+    buckets of `data.shuffle` the key is the place in the order.
     """
 
     tokens: np.ndarray

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from mlmjax.data.answers import Head
 from mlmjax.data.examples import Counts, read_examples, source_name
 from mlmjax.data.exclude import evaluation_identity
 from mlmjax.data.rows import FORMAT, SourceFile, SourceReport
+from mlmjax.data.select import mix
 from mlmjax.data.sources import source_files
 from mlmjax.data.stage import Chunk, read_stage
 from mlmjax.data.work import Job, do, merge
@@ -26,11 +27,24 @@ _WORTH_PROCESSES = 2**26
 
 
 class Unit(NamedTuple):
-    """One file of a source (or a source that is read in one go) and the job of reading it."""
+    """One file of a source (or a source read in one go), its `_stats`, and its job."""
 
     split: str
     source: int
     job: Job
+    stats: list[list[int]]
+
+
+class Piece(NamedTuple):
+    """Some staged examples of one unit, and for each a hash that is its own alone, `[examples]`.
+
+    `draw` is of what the model is shown and of the place among all examples, so that equal prompts
+    differ in it. The key of the chunk is of the prompt (the document) alone.
+    """
+
+    unit: Unit
+    chunk: Chunk
+    draw: np.ndarray
 
 
 class Staged(NamedTuple):
@@ -40,12 +54,16 @@ class Staged(NamedTuple):
     answers: list[Job]
     tasks: dict[str, int]
 
-    def chunks(self) -> Iterator[tuple[Unit, Chunk]]:
+    def pieces(self) -> Iterator[Piece]:
         """Go through all examples in order, their tasks numbered through all units."""
+        place = 0
         for unit, answer in zip(self.units, self.answers, strict=True):
             numbers = np.array([self.tasks[name] for name in answer["tasks"]] or [0], np.int32)
             for chunk in read_stage(Path(unit.job["out"])):
-                yield unit, chunk._replace(task=numbers[chunk.task])
+                places = np.arange(place, place + chunk.examples, dtype=np.uint64)
+                place += chunk.examples
+                draw = mix(chunk.key ^ mix(places))
+                yield Piece(unit, chunk._replace(task=numbers[chunk.task]), draw)
 
 
 def stage(
@@ -105,8 +123,11 @@ def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -
                     "seq_length": config.seq_length,
                     "head": head,
                 }
-                name = _hash([job, _content(paths, config, split), tokenizer.sha256, FORMAT])
-                units.append(Unit(split, number, {**job, "out": str(folder / f"{name}.arrow")}))
+                stats = [_stats(path) for path in paths]
+                sets = evaluation_identity(config.exclude) if split == "train" else None
+                content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT]
+                job["out"] = str(folder / f"{hash_of(content)}.arrow")
+                units.append(Unit(split, number, job, stats))
     known = {Path(unit.job["out"]).name for unit in units}
     for path in folder.iterdir():
         if path.name.removesuffix(".json") not in known:
@@ -114,14 +135,26 @@ def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -
     return units
 
 
-def _content(paths: Sequence[str], config: DataConfig, split: str) -> list[Any]:
-    stats = [Path(path).stat() for path in paths]
-    sets = evaluation_identity(config.exclude) if split == "train" else None
-    return [__version__, sets, [[stat.st_size, stat.st_mtime_ns] for stat in stats]]
+def _stats(path: str) -> list[int]:
+    """Return what changes when a file does; the last cannot be set back by copying or unpacking."""
+    stat = Path(path).stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _hash(value: Any) -> str:
+def hash_of(value: Any) -> str:
+    """Return a name for JSON values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
+
+
+def check_unchanged(staged: Staged) -> None:
+    """Raise `InputError` if a file is not as it was when it was going to be read."""
+    for unit in staged.units:
+        for path, before in zip(unit.job["source"]["path"] or (), unit.stats, strict=True):
+            if _stats(path) != before:
+                raise InputError(
+                    f"{path}: has changed while it was read; run the same command again to read "
+                    "it anew"
+                )
 
 
 def workers_for(config: DataConfig) -> int:

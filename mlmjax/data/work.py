@@ -15,7 +15,7 @@ from typing import Any
 
 from mlmjax.config import ExcludeConfig, SourceConfig
 from mlmjax.data.answers import Head
-from mlmjax.data.examples import Counts, read_examples
+from mlmjax.data.examples import Counts, Encoded, read_examples
 from mlmjax.data.exclude import Exclusion
 from mlmjax.data.packing import pack_stream
 from mlmjax.data.rows import write_rows
@@ -57,7 +57,9 @@ def stage_unit(
             if counts.examples % _PROGRESS_EVERY == 0:
                 progress(counts.records)
             task = tasks.setdefault(one.task, len(tasks))
-            answer = int(one.ids[one.answer_position]) if one.answer_position >= 0 else -1
+            answer = (
+                int(one.ids[one.answer_position]) if one.answer_position >= 0 else _class(unit, one)
+            )
             yield one.ids, answer, one.answer_position, task, one.key, one.label
         progress(counts.records)
 
@@ -67,6 +69,13 @@ def stage_unit(
         "counts": vars(counts),
         "tasks": list(tasks),
     }
+
+
+def _class(source: SourceConfig, one: Encoded) -> int:
+    """Return what stands for an answer that is no token: a class, 0 for a value, -1 for none."""
+    if source.text is not None:
+        return -1
+    return 0 if source.labels is None else int(one.label)
 
 
 @lru_cache(maxsize=1)
