@@ -52,7 +52,12 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
     from mlmjax.train import prepare_rows
 
     run_config = _load(config, overrides)
-    rows = prepare_rows(run_config)
+    try:
+        rows = prepare_rows(run_config)
+    except KeyboardInterrupt:
+        partial = f"{run_config.data.rows}.partial"
+        click.echo(f"stopped; what is done lies in {partial}; the same command goes on", err=True)
+        raise
     if os.access(rows, os.W_OK) or (rows / "report").exists():
         click.echo(f"report: {write_rows_report(rows, load_tokenizer(run_config))}")
     else:
@@ -264,6 +269,9 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     arguments = [argument for argument in arguments if argument != "--debug"]
     # A failed save leaves other writes of it unfinished, each with a traceback; the error is ours.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("mlmjax").setLevel(logging.INFO)
+    if logging.lastResort:
+        logging.lastResort.setLevel(logging.INFO)
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
 

@@ -121,6 +121,7 @@ def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionRep
             NestedSet(asked=size, examples=examples, per_task=per_task)
             for size, examples, per_task in zip(asked, sizes, chosen.per_task, strict=True)
         ],
+        one_answer=chosen.one_answer,
         unbalanced=int(found[UNBALANCED]),
         capped=int(found[CAPPED]),
     )

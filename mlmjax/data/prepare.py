@@ -77,8 +77,9 @@ def summary(manifest: Manifest) -> list[str]:
     if manifest.selection:
         chosen = manifest.selection
         sets = [f"{one.examples} examples, at most {one.per_task} a task" for one in chosen.sets]
-        left = f"{chosen.unbalanced} over answer_share, {chosen.capped} over the cap left out"
-        lines.append(f"selected: {'; '.join(sets)}; {left}")
+        left = f"left out: {chosen.unbalanced} by answer_share, {chosen.capped} by the caps"
+        alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
+        lines.append(f"selected: {'; '.join(sets)}; {left}{alike}")
     for split, files in manifest.splits.items():
         rows = sum(file.rows for file in files)
         tokens = sum(file.tokens for file in files)

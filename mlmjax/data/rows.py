@@ -75,9 +75,14 @@ class NestedSet(_Part):
 
 
 class SelectionReport(_Part):
-    """What was chosen of the examples with an answer, before some are held out for validation."""
+    """What was chosen of the examples with an answer, before some are held out for validation.
+
+    `one_answer` counts the tasks that have no second answer, which `answer_share` leaves as they
+    are; `unbalanced` and `capped` the examples it and the caps left out.
+    """
 
     sets: list[NestedSet]
+    one_answer: NonNegativeInt
     unbalanced: NonNegativeInt
     capped: NonNegativeInt
 

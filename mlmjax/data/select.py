@@ -48,13 +48,14 @@ class Selection(NamedTuple):
     """Thresholds on the hash: by (task, answer) for dominating answers, by level and task for caps.
 
     An example is in a level when its hash is below both. `sizes` tells how many are, `per_task`
-    the most of any task.
+    the most of any task, `one_answer` how many tasks have a single answer.
     """
 
     answers: Mapping[tuple[int, int], int]
     caps: np.ndarray
     sizes: list[int]
     per_task: list[int]
+    one_answer: int
 
     def levels(self, members: Members) -> np.ndarray:
         """Return the lowest level each example is in, or why in none: uint8 `[examples]`."""
@@ -88,13 +89,14 @@ def select(
     limits = _balance(counts, answer_share)
     answers = _find_answers(scan, limits)
     kept = np.zeros(tasks, np.int64)
+    different = np.zeros(tasks, np.int64)
     for (task, answer), count in counts.items():
+        different[task] += 1
         kept[task] += limits.get((task, answer), count)
     wanted = np.stack([_cap(kept, size, per_task) for size in sizes])
     caps = _find_caps(scan, answers, wanted, kept)
-    return Selection(
-        answers, caps, wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
-    )
+    sizes_found, most = wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
+    return Selection(answers, caps, sizes_found, most, int((different == 1).sum()))
 
 
 def _balance(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import queue
 import subprocess
@@ -24,6 +25,8 @@ from mlmjax.data.sources import source_files
 from mlmjax.data.stage import write_stage
 from mlmjax.errors import InputError, RunError
 from mlmjax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 Job = dict[str, Any]
 """What is to be done, as JSON values; `kind` names the function."""
@@ -123,6 +126,8 @@ def do(
         note = Path(f"{job['out']}.json")
         if note.exists():
             answers[number] = json.loads(note.read_bytes())
+    if answers:
+        log.info("%s: %d of %d parts are there already", _place(jobs), len(answers), len(jobs))
     left = [number for number in range(len(jobs)) if number not in answers]
     workers = min(workers, len(left))
     if workers <= 1:
@@ -161,6 +166,10 @@ def _do_one(job: Job, tokenizer: Tokenizer, progress: Callable[[int], None]) -> 
     note.with_suffix(".partial").write_text(json.dumps(answer), encoding="utf-8")
     note.with_suffix(".partial").rename(note)
     return json.loads(note.read_bytes())
+
+
+def _place(jobs: Sequence[Job]) -> Path:
+    return Path(jobs[0]["out"]).parent
 
 
 class _Pool:
