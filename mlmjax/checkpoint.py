@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from mlmjax import hf, hub, integrity
+from mlmjax import distributed, hf, hub, integrity
 from mlmjax.architecture import ModelConfig
 from mlmjax.config import CheckpointConfig
 from mlmjax.errors import InputError, RunError, full_disk, write_advice
@@ -106,7 +106,8 @@ class Checkpoints:
         is left alone. Raises `RunError` if this or the save before it fails.
         """
         step = int(step)
-        if step in self.steps():
+        self.wait()
+        if distributed.told_by_first(lambda: step in self.steps()):
             return
         self._saving = step
         self._clear()
@@ -130,7 +131,7 @@ class Checkpoints:
 
     def _clear(self) -> None:
         """Remove what saves that were cut off have left, before the first save of this process."""
-        if not self._cleared:
+        if not self._cleared and distributed.is_first():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
             self._cleared = True

@@ -68,12 +68,29 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
 @click.argument("config")
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--profile", default=None, metavar="FIRST:LAST", help="Trace these updates.")
-def train(config: str, overrides: tuple[str, ...], profile: str | None) -> None:
-    """Run the training of CONFIG.toml; the same command again resumes it."""
-    run_config = _load(config, overrides)
-    from mlmjax.train import run_training
+@click.option("--coordinator", default=None, metavar="HOST:PORT", help="Where process 0 listens.")
+@click.option("--processes", type=click.IntRange(min=1), default=None, help="How many there are.")
+@click.option("--process", type=click.IntRange(min=0), default=None, help="Which one this is.")
+def train(
+    config: str,
+    overrides: tuple[str, ...],
+    profile: str | None,
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+) -> None:
+    """Run the training of CONFIG.toml; the same command again resumes it.
 
-    run_training(run_config, profile=profile)
+    On a TPU pod, under SLURM, Open MPI and Kubernetes the processes of a run find one another;
+    elsewhere --coordinator, --processes and --process say where and which they are.
+    """
+    run_config = _load(config, overrides)
+    from mlmjax.watch import joined
+
+    with joined(coordinator, processes, process):
+        from mlmjax.train import run_training
+
+        run_training(run_config, profile=profile)
 
 
 @cli.command()
@@ -317,4 +334,12 @@ def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
 
 def main() -> None:
     """Entry point of the `mlmjax` command."""
-    sys.exit(run(sys.argv[1:]))
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else EXIT_FAILED
+    if "mlmjax.watch" not in sys.modules:
+        sys.exit(code)
+    from mlmjax.watch import leave
+
+    leave(code)

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mlmjax.distributed import is_first
 from mlmjax.errors import InputError, write_failed
 
 METRICS = "metrics.jsonl"
@@ -87,6 +88,30 @@ class MetricsLog:
                 self._events.flush()
         except OSError as error:
             raise write_failed(self.path, error) from error
+
+
+class NoLog:
+    """What stands for the `MetricsLog` of a process that keeps none."""
+
+    def has(self, step: int, split: str) -> bool:
+        """Return False."""
+        return False
+
+    def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        """Do nothing."""
+
+    def sync(self) -> None:
+        """Do nothing."""
+
+
+@contextmanager
+def open_log(folder: Path, step: int) -> Iterator["MetricsLog | NoLog"]:
+    """Give the log of a run; of several processes the first one keeps it."""
+    if not is_first():
+        yield NoLog()
+        return
+    with MetricsLog(folder, step) as log:
+        yield log
 
 
 def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
@@ -184,13 +209,13 @@ def describe(values: Mapping[str, float | None]) -> str:
 
 
 class Talk:
-    """A progress bar on a terminal, plain lines in a pipe; always on stderr."""
+    """A progress bar on a terminal, plain lines in a pipe; on stderr, of the first process."""
 
     def __init__(self, total: int, done: int = 0):
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
         self._progress: Progress | None = None
         self._total = total
-        if self._console.is_terminal:
+        if self._console.is_terminal and is_first():
             self._progress = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -254,5 +279,6 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Print one line to stderr; of several processes the first one does."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,12 +63,65 @@ def make_mesh(
             f"{wanted} x data {data} = {data * other} devices, but there are {len(devices)}; "
             f"make an axis smaller, or data = -1 for the remaining devices"
         )
-    return jax.make_mesh(
-        (data, config.fsdp, config.tensor),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[: data * other],
+    sizes = (data, config.fsdp, config.tensor)
+    return _arranged(sizes, devices[: data * other])
+
+
+def _arranged(sizes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
+    """Lay devices out; of several TPU slices so that only `data` crosses from one to another."""
+    kinds = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    data, *inner = sizes
+    if data % slices:
+        raise InputError(
+            f"mesh: data {data} cannot be cut over the {slices} slices, between which only data "
+            f"parallelism goes; make data a multiple of {slices}"
+        )
+    within, across = (data // slices, *inner), (slices, 1, 1)
+    return Mesh(
+        mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=kinds
     )
+
+
+def place(tree: Any, sharding: Any) -> Any:
+    """Put a tree that every process has, whole, where `sharding` (a tree like it) says.
+
+    Unlike `jax.device_put`, it does not compare what the processes have, array by array.
+    """
+
+    def put(x: Any, where: Any) -> jax.Array:
+        if where.is_fully_addressable:
+            return jax.device_put(x, where)
+        if isinstance(x, jax.Array) and not x.is_fully_addressable:
+            return jax.device_put(x, where)
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    return jax.tree.map(put, tree, sharding)
+
+
+def gathered(tree: Any) -> Any:
+    """Return a tree of arrays as numpy's, whole, array by array; all processes have to take part.
+
+    On any but the first process the arrays are dropped, None in their place.
+    """
+
+    def whole(x: Any) -> np.ndarray | None:
+        if not (x.is_fully_addressable or x.is_fully_replicated):
+            x = jax.jit(lambda x: x, out_shardings=NamedSharding(x.sharding.mesh, P()))(x)
+        return np.asarray(x) if jax.process_index() == 0 else None
+
+    return jax.tree.map(whole, tree)
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Return the mesh that the arrays of a tree lie on, None where there is none."""
+    sharding = getattr(jax.tree.leaves(tree)[0], "sharding", None)
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding.mesh
+    return None
 
 
 def leaf_path(key_path: Sequence[Any]) -> str:

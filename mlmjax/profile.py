@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from mlmjax.distributed import is_first
 from mlmjax.errors import InputError
 
 
@@ -47,7 +48,8 @@ def profiling(updates: str | None, folder: Path, done: int, steps: int) -> Itera
     if updates is not None and not done < first <= last <= steps:
         left = f"the updates {done + 1} to {steps} to do" if done < steps else "no updates left"
         raise InputError(f"--profile {updates}: the run has {left}; name some that are to be done")
-    profile = Profile(folder, first, last)
+    # Of several processes the first one records: its devices stand for all.
+    profile = Profile(folder, first, last) if is_first() else Profile(folder, steps + 1, steps + 1)
     try:
         yield profile
     finally:

@@ -3,13 +3,19 @@
 import hashlib
 import json
 import os
+import secrets
+import socket
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from mlmjax import distributed
 from mlmjax.architecture import ModelConfig
 from mlmjax.config import DataConfig, ObjectiveConfig, RunConfig, ScheduleConfig
 from mlmjax.data.examples import source_name
@@ -22,6 +28,9 @@ from mlmjax.tokenizer import Tokenizer
 
 LOCK = ".lock"
 OWN_FOLDERS = (LOCK, "checkpoints", "export")
+
+SHARED_SECONDS = 30.0
+"""How long a file may take from one process to the others."""
 
 OBJECTIVE = ("dummy_mlm_share", "mlm_share", "masking")
 BATCH = ("batch_size", "batch_start", "batch_warmup")
@@ -249,6 +258,54 @@ def alone_in(out: Path) -> Iterator[None]:
             ) from error
         _check_ours(out / "config.json")
         yield
+
+
+def check_processes(out: Path, mesh: Mesh) -> None:
+    """Check, on all processes together, that they share `out` and that each has its devices used.
+
+    Raises `InputError`.
+    """
+    if distributed.process_count() == 1:
+        return
+    if mesh.size < jax.device_count():
+        raise InputError(
+            f"mesh: uses {mesh.size} of {jax.device_count()} devices; a run of "
+            f"{distributed.process_count()} processes uses all: let data be -1"
+        )
+
+    def sign() -> str:
+        text = secrets.token_hex(8)
+        (out / LOCK).write_text(text)
+        return text
+
+    signed = distributed.told_by_first(sign)
+    until = time.monotonic() + SHARED_SECONDS
+    while (found := _text(out / LOCK)) != signed and time.monotonic() < until:
+        time.sleep(0.5)  # A file system of a network shows it late.
+    if found != signed:
+        raise InputError(
+            f"out: {out} of process {distributed.process_index()} (on {socket.gethostname()}) is "
+            "not the folder of process 0; out and data.rows have to lie on a file system that all "
+            "hosts share"
+        )
+
+
+def check_rows_shared(folder: Path) -> None:
+    """Raise `InputError`, on all processes together, where one has not the rows of the first."""
+    first = distributed.told_by_first(lambda: _text(folder / MANIFEST))
+    if _text(folder / MANIFEST) != first:
+        raise InputError(
+            f"data.rows: {folder} of process {distributed.process_index()} (on "
+            f"{socket.gethostname()}) does not hold the rows that process 0 prepared; put it on a "
+            "file system that all hosts share"
+        )
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _check_ours(path: Path) -> None:

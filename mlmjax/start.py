@@ -13,6 +13,7 @@ from mlmjax.config import RunConfig
 from mlmjax.errors import InputError
 from mlmjax.heads import labelled_config, with_classifier
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.partition import place
 from mlmjax.step import parameter_sharding
 from mlmjax.tokenizer import Tokenizer
 
@@ -96,4 +97,4 @@ def initial_parameters(config: RunConfig, model: Any, params: Any, mesh: Mesh) -
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             drawn = type(model)(model.config, rngs=nnx.Rngs(config.seed))
         params = nnx.state(drawn, nnx.Param)
-    return jax.device_put(params, sharding)
+    return place(params, sharding)

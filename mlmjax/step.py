@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from mlmjax import partition
 from mlmjax.data.batch import Batch, LabelBatch
@@ -204,14 +204,21 @@ def make_eval_step(
 ) -> Callable[[Any, Any], Metrics]:
     """Return the jitted function `(params, batch) -> evaluate(model, batch)` for validation."""
 
-    @jax.jit
     def eval_step(params: Any, batch: Any) -> Metrics:
         return evaluate(nnx.merge(graphdef, params), batch)
+
+    jitted = jax.jit(eval_step)
+
+    @cache
+    def over_processes(mesh: Mesh) -> Any:
+        # What lies on another process cannot be read: everything is given to all of them.
+        return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @wraps(eval_step)
     def step(params: Any, batch: Any) -> Metrics:
         with _mesh_of(jax.tree.leaves(params)[0]) as mesh:
-            return eval_step(params, place_batch(batch, mesh))
+            run = over_processes(mesh) if mesh is not None and mesh.is_multi_process else jitted
+            return run(params, place_batch(batch, mesh))
 
     return step
 
@@ -221,7 +228,8 @@ def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
     partition.check_rows(mesh.shape if mesh else {}, batch.input_ids.shape[0], accumulate)
     if mesh is None:
         return batch
-    return jax.device_put(batch, partition.batch_sharding(mesh))
+    sharding = partition.batch_sharding(mesh)
+    return partition.place(batch, jax.tree.map(lambda _: sharding, batch))
 
 
 def cut_batch(batch: Any, parts: int) -> Batch:
@@ -237,12 +245,12 @@ def cut_batch(batch: Any, parts: int) -> Batch:
 @contextmanager
 def _mesh_of(array: Any) -> Iterator[Mesh | None]:
     """Set the mesh an array lies on, for `partition.constrain`, and give it back."""
-    sharding = None if isinstance(array, jax.core.Tracer) else array.sharding
-    if not (isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh)):
+    mesh = None if isinstance(array, jax.core.Tracer) else partition.mesh_of(array)
+    if mesh is None:
         yield None
         return
-    with jax.set_mesh(sharding.mesh):
-        yield sharding.mesh
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def _keep_sharding(params: Any, tree: Any) -> Any:

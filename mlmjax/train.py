@@ -1,20 +1,16 @@
 """A training run from one configuration, read from top to bottom; run again, it goes on."""
 
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from mlmjax import hf, hub
-from mlmjax.architecture import ModelConfig
+from mlmjax import distributed, hf, hub
 from mlmjax.checkpoint import Checkpoints, check_name
 from mlmjax.config import MeshConfig, RunConfig
 from mlmjax.contamination import TrainingManifest, read_training_manifest, training_manifest
@@ -22,19 +18,23 @@ from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.prepare import prepare, summary
 from mlmjax.data.rows import read_manifest
 from mlmjax.data.schedule import row_schedule
-from mlmjax.errors import InputError, RunError
-from mlmjax.flops import peak_flops, training_flops
+from mlmjax.distributed import told_by_first
+from mlmjax.errors import InputError
+from mlmjax.flops import peak_flops
+from mlmjax.goodput import Clock
 from mlmjax.heads import label_evaluation, label_loss
-from mlmjax.log import MetricsLog, Talk, say
+from mlmjax.log import Talk, open_log, say
+from mlmjax.loop import Run, Steps, TrainStep
 from mlmjax.loss import Metrics
-from mlmjax.optim import averaged_parameters, make_optimizer, make_schedule
-from mlmjax.partition import check_rows, make_mesh
-from mlmjax.profile import Profile, profiling
+from mlmjax.optim import averaged_parameters, make_optimizer
+from mlmjax.partition import check_rows, gathered, make_mesh
+from mlmjax.profile import profiling
 from mlmjax.replicated import make_replicated_step
 from mlmjax.run import (
-    Loaders,
     alone_in,
     check_places,
+    check_processes,
+    check_rows_shared,
     check_same_run,
     identity_of,
     open_loaders,
@@ -56,22 +56,16 @@ from mlmjax.step import (
 )
 from mlmjax.tokenizer import Tokenizer
 from mlmjax.validation import (
-    EvalStep,
     Totals,
-    add,
     answer_report,
-    count_tokens,
     finished_report,
     label_report,
     report_lines,
     source_report,
-    summarize,
     training_card,
-    validate,
 )
 
 STEPS = {"pjit": make_train_step, "pmap": make_replicated_step}
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class _Head(NamedTuple):
@@ -85,28 +79,6 @@ HEADS = {
     "mlm": _Head(masked_token_loss, target_evaluation),
     "classification": _Head(label_loss, label_evaluation),
 }
-IN_FLIGHT = 2
-"""Updates the devices may be behind the host before it waits for their metrics."""
-
-EXAMPLES_NAMED = 50
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What every part of a run looks at and none changes."""
-
-    config: RunConfig
-    loaders: Loaders
-    identity: dict[str, Any]
-    checkpoints: Checkpoints
-    stop: StopRequest
-    eval_step: EvalStep
-    architecture: ModelConfig
-    peak: float | None
-    before: TrainingManifest | None
-
-    def stopping(self) -> bool:
-        return self.stop.requested is not None
 
 
 def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState:
@@ -126,26 +98,37 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
             "mesh: parallel = 'pmap' keeps the whole state on every device; leave [mesh] out, or "
             "set parallel = 'pjit'"
         )
+    if config.parallel == "pmap" and distributed.process_count() > 1:
+        raise InputError(
+            "parallel = 'pmap' drives the devices of one process, and there are "
+            f"{distributed.process_count()}; set parallel = 'pjit'"
+        )
+    clock = Clock()
     out = Path(config.out)
     check_places(config)
     check_name(out)
-    with alone_in(out), StopRequest() as stop:
+    with alone_in(out) if distributed.is_first() else nullcontext(), StopRequest() as stop:
         # 1. What is trained on what: model and tokenizer, devices, rows, optimizer.
         model, tokenizer = load_start(config)
         before = _trained_before(config)
         mesh = make_mesh(config.mesh)
+        check_processes(out, mesh)
         sizes = row_schedule(config.data, config.steps)
         check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
         check_rows(mesh.shape, sizes.start, micro_batches(config, sizes.start))
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-        say(_told(_prepare(config, tokenizer)))
+        prepared = told_by_first(
+            lambda: str(_prepare(config, tokenizer)), "process 0 prepares the rows"
+        )
+        check_rows_shared(Path(prepared))
+        say(_told(Path(prepared)))
         loaders = open_loaders(config, tokenizer)
         graphdef, params = split_parameters(model)
         identity = identity_of(config, model.config, tokenizer, loaders)
 
         with Checkpoints(out / "checkpoints", config.checkpoint) as checkpoints:
             # 2. Where it stands: the newest checkpoint if it is of this run, or the beginning.
-            step = checkpoints.resumable() or 0
+            step = told_by_first(checkpoints.resumable) or 0
             interval: Totals = defaultdict(float)
             if step:
                 metadata = checkpoints.metadata(step)
@@ -157,7 +140,8 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                 params = initial_parameters(config, model, params, mesh)
                 state = start_state(params, optimizer, mesh)
                 # Without it the export of an older run there would pass for this one's.
-                (out / "validation.json").unlink(missing_ok=True)
+                if distributed.is_first():
+                    (out / "validation.json").unlink(missing_ok=True)
             architecture = model.config
             del model, params
 
@@ -165,7 +149,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
             stop.arm()
             eval_step = make_eval_step(graphdef, HEADS[config.head].evaluate)
             peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
-            run = _Run(
+            run = Run(
                 config,
                 loaders,
                 identity,
@@ -173,21 +157,24 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                 stop,
                 eval_step,
                 architecture,
+                mesh,
                 None if peak is None else peak * mesh.size,
                 before,
+                clock,
             )
             train_step = _train_step(config, graphdef, optimizer)
             with (
                 profiling(profile, out / "profile", step, config.steps) as traced,
-                MetricsLog(out, step) as log,
+                open_log(out, step) as log,
                 Talk(config.steps, step) as talk,
             ):
-                write_json(out / "config.json", config.model_dump(mode="json"))
-                state = _steps(run, train_step, state, interval, log, talk, traced)
+                if distributed.is_first():
+                    write_json(out / "config.json", config.model_dump(mode="json"))
+                state = Steps(run, train_step, interval, log, talk).take(state, traced)
 
             # 4. What comes of it: held-out answers, and a folder that transformers loads.
             params = averaged_parameters(state.params, state.opt_state)
-            _finish(run, nnx.merge(graphdef, params), params, tokenizer)
+            _finish(run, graphdef, params, tokenizer)
     return state
 
 
@@ -242,124 +229,7 @@ def _told(rows: Path) -> str:
     return "\n".join([f"{rows}:", *summary(read_manifest(rows))])
 
 
-def _steps(
-    run: _Run,
-    train_step: TrainStep,
-    state: TrainState,
-    interval: Totals,
-    log: MetricsLog,
-    talk: Talk,
-    profile: Profile,
-) -> TrainState:
-    """Take the steps that are left; return the state after the last."""
-    config = run.config
-    rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
-    start, pending = int(state.step), deque[tuple[int, Any, dict[str, float]]]()
-
-    def is_due(step: int, every: int) -> bool:
-        return step == config.steps or (every > 0 and step % every == 0)
-
-    def evaluate(step: int) -> dict[str, float | None] | None:
-        loader = run.loaders.validation
-        if loader is None or not is_due(step, config.evaluation.every):
-            return None
-        params = averaged_parameters(state.params, state.opt_state)
-        figures = validate(run.eval_step, params, loader, run.stopping)
-        if figures is not None and not np.isfinite(figures["loss"] or 0.0):
-            raise _diverged(run, step, f"the validation loss is {figures['loss']}")
-        if figures is not None:
-            log.write(step, "validation", figures)
-            talk.figures(step, "validation", figures)
-        return figures
-
-    if start and not log.has(start, "validation"):
-        evaluate(start)  # A signal came in the middle of it.
-    clock = time.perf_counter()
-    for index, batch in run.loaders.train.batches(start, config.steps):
-        began = time.perf_counter()
-        step = index + 1
-        profile.before(step)
-        state, metrics = train_step(state, batch)
-        profile.after(step, metrics)
-        # The first step of a size compiles: its time says nothing.
-        compiles = index == start or run.loaders.train.rows(index) > run.loaders.train.rows(
-            index - 1
-        )
-        pending.append((step, metrics, _host_counts(run, batch, timed=not compiles)))
-        if compiles:
-            jax.block_until_ready(metrics)
-            clock += time.perf_counter() - began
-        logs = is_due(step, config.log.every)
-        saves = is_due(step, config.checkpoint.every) or run.stopping()
-        pauses = logs or saves or is_due(step, config.evaluation.every)
-        while len(pending) > (0 if pauses else IN_FLIGHT):
-            _settle(run, interval, *pending.popleft())
-        talk.step(step)
-        if not pauses:
-            continue
-
-        interval["seconds"] += time.perf_counter() - clock
-        if logs:
-            figures = {**summarize(interval, run.peak), "learning_rate": float(rate(step - 1))}
-            log.write(step, "train", figures)
-            talk.figures(step, "train", figures)
-            interval.clear()
-        held_out = evaluate(step)
-        if saves or run.stopping():
-            log.sync()
-            if not _are_finite(state.params):
-                raise _diverged(run, step, "the parameters are not all finite")
-            loss = held_out["loss"] if held_out else None
-            run.checkpoints.save(
-                step,
-                state,
-                metrics=None if loss is None else {"loss": loss},
-                metadata={"identity": run.identity, "interval": dict(interval)},
-            )
-        if run.stopping() and step < config.steps:
-            run.checkpoints.wait()
-            talk.say(f"stopped by a signal; step {step} is saved")
-            run.stop.leave()
-        clock = time.perf_counter()
-    return state
-
-
-def _host_counts(run: _Run, batch: AnyBatch, timed: bool) -> dict[str, float]:
-    counts = {**count_tokens(batch), "steps": 1.0}
-    if timed:
-        counts["timed_tokens"] = counts["tokens"]
-        counts["timed_flops"] = training_flops(run.architecture, batch)
-    return counts
-
-
-def _settle(run: _Run, interval: Totals, step: int, metrics: Any, counts: dict[str, float]) -> None:
-    """Take in the metrics of a step that the devices have done; raise `RunError` if not finite."""
-    values = jax.device_get(metrics)
-    if np.isfinite(values["loss_sum"]) and np.isfinite(values["grad_norm"]):
-        add(interval, values, counts)
-        return
-    examples = np.concatenate(run.loaders.train.example_indices(step - 1)).tolist()
-    named = ", ".join(map(str, examples[:EXAMPLES_NAMED]))
-    more = f" and {len(examples) - EXAMPLES_NAMED} more" if len(examples) > EXAMPLES_NAMED else ""
-    what = f"the loss is {values['loss_sum']}, the gradient norm {values['grad_norm']}"
-    raise _diverged(run, step, f"{what}; its batch holds the training examples {named}{more}")
-
-
-def _diverged(run: _Run, step: int, what: str) -> RunError:
-    kept = run.checkpoints.latest()
-    return RunError(
-        f"step {step}: {what}. "
-        + (f"The checkpoint of step {kept} is whole. " if kept else "No checkpoint was saved yet. ")
-        + "Lower the learning rate, or take out the examples at fault"
-    )
-
-
-@jax.jit
-def _are_finite(params: Any) -> jax.Array:
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
-
-
-def _held_out_answers(run: _Run, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+def _held_out_answers(run: Run, params: Any, tokenizer: Tokenizer) -> dict[str, Any]:
     validation, answers, tasks = run.loaders.validation, run.loaders.answers, run.loaders.tasks
     report: dict[str, Any] | None
     if validation is None or answers is None:
@@ -376,22 +246,29 @@ def _held_out_answers(run: _Run, params: Any, tokenizer: Tokenizer) -> dict[str,
         sources = source_report(run.eval_step, params, run.loaders.by_source, width, run.stopping)
         report = None if report is None or sources is None else {**report, "per_source": sources}
     if report is None:
-        run.stop.leave()
+        run.leave()
     return report or {}
 
 
-def _finish(run: _Run, model: Any, params: Any, tokenizer: Tokenizer) -> None:
+def _finish(run: Run, graphdef: Any, params: Any, tokenizer: Tokenizer) -> None:
     """Report on held-out answers and export, unless that was done before; print the result."""
     config, out = run.config, Path(run.config.out)
-    run.checkpoints.wait()
-    report = finished_report(out / "validation.json", config.steps)
-    if report is not None and (out / "export" / hub.CONFIG).is_file():
+    with run.clock("checkpoint"):
+        run.checkpoints.wait()
+    report = told_by_first(lambda: finished_report(out, config.steps))
+    if report is not None:
         say(f"{out}: is complete at step {config.steps}; nothing to do")
     else:
-        report = {"step": config.steps, **_held_out_answers(run, params, tokenizer)}
-        card = hf.model_card(model) + training_card(config, run.loaders.manifest, report)
-        told = training_manifest(config, run.loaders.manifest, run.before).text()
-        files = {hub.TRAINING: told}
-        hf.save_pretrained(model, tokenizer, out / "export", card=card, more_files=files)
-        write_json(out / "validation.json", report)
-    print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))
+        with run.clock("evaluation"):
+            report = {"step": config.steps, **_held_out_answers(run, params, tokenizer)}
+        whole = gathered(params)  # Every process takes part; the first one writes.
+        if distributed.is_first():
+            model = nnx.merge(graphdef, whole)
+            card = hf.model_card(model) + training_card(config, run.loaders.manifest, report)
+            told = training_manifest(config, run.loaders.manifest, run.before).text()
+            files = {hub.TRAINING: told}
+            hf.save_pretrained(model, tokenizer, out / "export", card=card, more_files=files)
+            write_json(out / "validation.json", report)
+        say(run.clock.told())
+    if distributed.is_first():
+        print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))

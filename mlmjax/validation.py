@@ -15,7 +15,12 @@ from mlmjax.data.batch import ATP, OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch, L
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.prepare import summary
 from mlmjax.data.rows import Manifest
+from mlmjax.distributed import summed
+from mlmjax.feed import feed
+from mlmjax.goodput import PHASES, productive_share
+from mlmjax.hub import CONFIG
 from mlmjax.metrics import wilson_interval
+from mlmjax.partition import mesh_of
 from mlmjax.tokenizer import Tokenizer
 
 Totals = defaultdict[str, float]
@@ -49,19 +54,25 @@ def add(totals: Totals, *parts: Mapping[str, Any]) -> None:
                 totals[name] += float(value)
 
 
-def summarize(totals: Mapping[str, float], peak: float | None = None) -> dict[str, float | None]:
+def summarize(
+    totals: Mapping[str, float], peak: float | None = None, chips: int = 1
+) -> dict[str, float | None]:
     """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
 
     `answer_accuracy` is over ATP targets or labelled texts, `target_share` targets per real token,
     `padding_share` padding per position, `grad_norm` the mean over the steps.
-    `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices.
+    `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices;
+    `seconds_PHASE` is where the time went (`goodput.PHASES`), and `productive_share` that of steps.
     """
+    seconds = {key: totals.get(key) for key in (f"seconds_{phase}" for phase in PHASES)}
+    working = (seconds["seconds_step"] or 0.0) + (seconds["seconds_data"] or 0.0)
 
     def share(part: str, whole: str) -> float | None:
         return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
 
     padding = share("tokens", "positions")
-    speed = share("timed_flops", "seconds") or None
+    speed = totals.get("timed_flops", 0.0) / working if working else None
+    tokens = totals.get("timed_tokens", 0.0) / working if working else None
     answers = "atp" if totals.get("atp_count") else "label"
     return {
         "loss": share("loss_sum", "loss_count"),
@@ -69,11 +80,14 @@ def summarize(totals: Mapping[str, float], peak: float | None = None) -> dict[st
         "answer_accuracy": share(f"{answers}_correct", f"{answers}_count"),
         "grad_norm": share("grad_norm", "steps"),
         "learning_rate": None,
-        "tokens_per_second": share("timed_tokens", "seconds") or None,
-        "flops_per_second": speed,
+        "tokens_per_second": tokens or None,
+        "chip_tokens_per_second": tokens / chips if tokens else None,
+        "flops_per_second": speed or None,
         "mfu": speed / peak if speed and peak else None,
         "target_share": share("loss_count", "tokens"),
         "padding_share": None if padding is None else 1.0 - padding,
+        **seconds,
+        "productive_share": productive_share(totals),
     }
 
 
@@ -89,12 +103,17 @@ def validate(
     With `width` the targets are filled up to it, as in `answer_report`.
     """
     totals: Totals = defaultdict(float)
-    for _, batch in loader.batches(0, loader.epoch_steps()):
+    counts: Totals = defaultdict(float)
+
+    def widened(batch: Any) -> Any:
+        return batch if width is None or not isinstance(batch, Batch) else _widened(batch, width)
+
+    for _, batch, counted in feed(loader, mesh_of(params), 0, loader.epoch_steps(), widened):
         if stop():
             return None
-        if width is not None and isinstance(batch, Batch):
-            batch = _widened(batch, width)
-        add(totals, jax.device_get(_scalars(eval_step(params, batch))), count_tokens(batch))
+        add(totals, jax.device_get(_scalars(eval_step(params, batch))))
+        add(counts, count_tokens(counted))
+    add(totals, summed(counts))
     return summarize(totals)
 
 
@@ -278,11 +297,12 @@ def _source_lines(per_source: Mapping[str, Mapping[str, float | None]]) -> list[
     return [f"{name:{width}}  {atp:>8}  {mlm:>8}" for name, (atp, mlm) in rows.items()]
 
 
-def finished_report(path: Path, step: int) -> dict[str, Any] | None:
-    """Return the report a finished run left at `path`, or None if it is of another step."""
+def finished_report(out: Path, step: int) -> dict[str, Any] | None:
+    """Return the report of a run that is complete, export and all, at this step; else None."""
     try:
-        report = json.loads(path.read_bytes())
-        return report if report["step"] == step and "n" in report else None
+        report = json.loads((out / "validation.json").read_bytes())
+        is_whole = report["step"] == step and "n" in report
+        return report if is_whole and (out / "export" / CONFIG).is_file() else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

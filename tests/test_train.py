@@ -21,10 +21,12 @@ from training import (
     quick_compiles,
 )
 
+import mlmjax.loop as loop_module
 import mlmjax.train as train_module
 from mlmjax import hf
 from mlmjax.checkpoint import Checkpoints
 from mlmjax.errors import InputError, RunError
+from mlmjax.goodput import PHASES
 from mlmjax.log import MetricsLog
 from mlmjax.train import prepare_rows, run_training
 
@@ -45,6 +47,9 @@ KEYS = {
     "mfu",
     "target_share",
     "padding_share",
+    "chip_tokens_per_second",
+    *(f"seconds_{phase}" for phase in PHASES),
+    "productive_share",
 }
 
 
@@ -220,10 +225,10 @@ def test_sigterm_saves_and_exits_143(folder, straight):
 @pytest.mark.parametrize(
     ("number", "where", "what", "saved"),
     [
-        (signal.SIGTERM, train_module, "count_tokens", 1),  # The first step has just compiled.
-        (signal.SIGTERM, train_module, "validate", 4),
+        (signal.SIGTERM, loop_module, "count_tokens", 1),  # The first step has just compiled.
+        (signal.SIGTERM, loop_module, "validate", 4),
         (signal.SIGTERM, Checkpoints, "save", 4),
-        (signal.SIGINT, train_module, "validate", 4),
+        (signal.SIGINT, loop_module, "validate", 4),
     ],
     ids=["first step", "evaluation", "save", "interrupt"],
 )

@@ -80,9 +80,13 @@ class _Loader(ABC, Generic[AnyBatch]):
         ]
 
     def batches(
-        self, start: int, stop: int, rows: RowNumbers = None
+        self, start: int, stop: int, rows: RowNumbers | Callable[[int], RowNumbers] = None
     ) -> Iterator[tuple[int, AnyBatch]]:
-        """Iterate over `(step, batch)` for steps `start..stop-1`, read ahead in threads."""
+        """Iterate over `(step, batch)` for steps `start..stop-1`, read ahead in threads.
+
+        `rows` are those of the global rows that one process needs, or a function of the step that
+        gives them.
+        """
         # grain imports jax, and data modules must be importable without it.
         import grain
 
@@ -90,7 +94,11 @@ class _Loader(ABC, Generic[AnyBatch]):
         reader = grain.ReadOptions(
             num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES
         )
-        yield from steps.map(lambda step: (step, self.batch(step, rows))).to_iter_dataset(reader)
+
+        def read(step: int) -> tuple[int, AnyBatch]:
+            return step, self.batch(step, rows(step) if callable(rows) else rows)
+
+        yield from steps.map(read).to_iter_dataset(reader)
 
     @abstractmethod
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
