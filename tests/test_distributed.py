@@ -1,0 +1,138 @@
+"""Runs of several processes over gloo: the same run as of one, and none left behind."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import processes
+import pytest
+from training import lines_of, make_config, make_table, quick_compiles
+
+from mlmjax import hf
+from mlmjax.checkpoint import Checkpoints
+from mlmjax.train import run_training
+
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
+TWO = {"data": 1, "fsdp": 2}
+SMALL = {
+    "steps": 6,
+    "model": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    "log__every": 2,
+    "evaluation__every": 3,
+    "checkpoint__every": 3,
+    "mesh": {"fsdp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs of all runs here."""
+    with quick_compiles(tmp_path_factory.mktemp("runs")) as folder:
+        yield folder
+
+
+def table(folder, name, **changes):
+    return make_table(folder, out=str(folder / name), **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The run of one process, on two of its devices, to compare with."""
+    run_training(make_config(folder, out=str(folder / "one"), **{**SMALL, "mesh": TWO}))
+    return folder / "one"
+
+
+def assert_close_runs(out, expected):
+    """Same lines to rounding, same counts, and the same exported weights to rounding."""
+    lines, others = lines_of(out), lines_of(expected)
+    assert [(a["step"], a["split"]) for a in lines] == [(b["step"], b["split"]) for b in others]
+    for a, b in zip(lines, others, strict=True):
+        assert a.keys() == b.keys()
+        for exact in ("target_share", "padding_share", "learning_rate", "answer_accuracy"):
+            assert a[exact] == b[exact]
+        for key in a.keys() - {"split"}:
+            assert (a[key] is None) == (b[key] is None)
+            if a[key] is not None:
+                np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+    found, wanted = (
+        dict(hf.to_hf_tensors(hf.load_pretrained(folder / "export")[0]))
+        for folder in (out, expected)
+    )
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
+    reports = [json.loads((o / "validation.json").read_text()) for o in (out, expected)]
+    assert reports[0]["per_task"] == reports[1]["per_task"]
+    np.testing.assert_allclose(
+        [source["loss_mlm"] for source in reports[0]["per_source"].values()],
+        [source["loss_mlm"] for source in reports[1]["per_source"].values()],
+        rtol=2e-5,
+    )
+
+
+AT_STEP = """
+import os, signal, time
+from mlmjax import loop
+settle = loop.Steps._settle
+def settle_and_signal(self, step, *rest):
+    while step == {step} and not os.path.isdir({after!r}):
+        time.sleep(0.1)
+    if step == {step}:
+        os.kill(os.getpid(), signal.{name})
+    return settle(self, step, *rest)
+loop.Steps._settle = settle_and_signal
+"""
+
+
+def saved(out):
+    return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
+
+
+def test_two_processes_are_one_run_through_death_and_signals(folder, one):
+    """The first is killed, then the second asked to stop; what goes on ends where one does."""
+    out = folder / "two"
+    config = processes.write_config(table(folder, "two"))
+    saves = str(out / "checkpoints" / "3")
+    kill = {0: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
+    codes, _, errors = processes.train(folder, config, 2, 1, kill)
+    assert codes == [-signal.SIGKILL, 1], errors
+    assert "mlmjax: process 0 of 2 (on " in errors[1]
+    assert "has ended without a word; process 1 stops as well" in errors[1]
+    assert "Terminating process" not in errors[1]
+    assert saved(out) == [3]
+
+    stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=saves)}
+    codes, _, errors = processes.train(folder, config, 2, 1, stop)
+    assert codes == [143, 143], errors
+    assert "goes on from step 3\n" in errors[0]
+    assert f"stopped by a signal; step {saved(out)[-1]} is saved" in errors[0]
+    assert "Traceback" not in "".join(errors)
+    assert 4 <= saved(out)[-1] < 6
+    assert not (out / "export").exists()
+    shutil.copytree(out, folder / "moved")
+
+    codes, outputs, errors = processes.train(folder, config, 2, 1)
+    assert codes == [0, 0], errors
+    assert f"goes on from step {saved(folder / 'moved')[-1]}" in errors[0]
+    assert f"export: {out / 'export'}" in outputs[0]
+    assert not outputs[1].strip() or "Gloo" in outputs[1]
+    assert "loss" not in outputs[1] + errors[1]
+    assert_close_runs(out, one)
+
+
+def test_what_two_began_one_ends_on_another_mesh(folder, one):
+    """Bit-equal when restored, and the same batches from then on."""
+    out = folder / "moved"
+    step = saved(out)[-1]
+    config = make_config(folder, out=str(out), **{**SMALL, "mesh": {"data": 4, "fsdp": 2}})
+    run_training(config)
+    assert_close_runs(out, one)
+    again = make_config(folder, out=str(folder / "two"), **{**SMALL, "mesh": TWO})
+    with Checkpoints(folder / "moved" / "checkpoints", again.checkpoint) as checkpoints:
+        assert step in checkpoints.steps() or max(checkpoints.steps()) == 6
