@@ -78,7 +78,8 @@ class OptimizerConfig(StrictTable):
 
     `layer_decay` multiplies the learning rate once for each layer above a parameter (1: the same
     for all). `ema` is the decay of the averaged parameters that are validated and exported (0: the
-    trained ones are).
+    trained ones are). An update whose gradient norm is above `skip_spikes` times the usual one is
+    not made (None: every one is, and one that is not finite ends the run).
     """
 
     name: Literal["adamw", "stable_adamw"] = "adamw"
@@ -90,6 +91,7 @@ class OptimizerConfig(StrictTable):
     clip: NonNegativeFloat = 1.0
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    skip_spikes: Annotated[float, Field(gt=1.0, le=3e38)] | None = None
 
 
 class ScheduleConfig(StrictTable):

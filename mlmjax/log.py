@@ -199,6 +199,7 @@ def describe(values: Mapping[str, float | None]) -> str:
         "learning_rate": ("lr", "{:.2e}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
         "mfu": ("mfu", "{:.1%}"),
+        "productive_share": ("in steps", "{:.0%}"),
     }
     found = [
         f"{name} {form.format(values[key])}"

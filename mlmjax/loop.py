@@ -33,6 +33,9 @@ IN_FLIGHT = 2
 
 EXAMPLES_NAMED = 50
 
+MOST_SKIPPED = 20
+"""Updates in a row that may be skipped as spikes (`optim.skip_spikes`)."""
+
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
@@ -76,6 +79,7 @@ class Steps:
         self._interval = interval
         self._counts: Totals = defaultdict(float)
         """What only this process has counted since the last pause."""
+        self._skipped_in_a_row = 0
         config = run.config
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
@@ -174,13 +178,24 @@ class Steps:
         Raises `RunError` for what is not finite.
         """
         values = jax.device_get(metrics)
-        if np.isfinite(values["loss_sum"]) and np.isfinite(values["grad_norm"]):
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
+        if values["skipped"] and self._skipped_in_a_row <= MOST_SKIPPED:
+            add(self._interval, {"skipped": 1.0})
+            self._talk.say(f"step {step}: skipped, its gradient norm is {values['grad_norm']:.3g}")
+            return stops()
+        if (
+            not values["skipped"]
+            and np.isfinite(values["loss_sum"])
+            and np.isfinite(values["grad_norm"])
+        ):
             add(self._interval, values, {"steps": 1.0})
             return stops()
         examples = np.concatenate(self._run.loaders.train.example_indices(step - 1)).tolist()
         named = ", ".join(map(str, examples[:EXAMPLES_NAMED]))
         more = f" and {len(examples) - EXAMPLES_NAMED} more" * (len(examples) > EXAMPLES_NAMED)
         what = f"the loss is {values['loss_sum']}, the gradient norm {values['grad_norm']}"
+        if values["skipped"]:
+            what += f", and the {MOST_SKIPPED} updates before it were skipped"
         raise self._diverged(step, f"{what}; its batch holds the training examples {named}{more}")
 
     def _diverged(self, step: int, what: str) -> RunError:

@@ -13,6 +13,9 @@ from mlmjax.partition import leaf_path
 
 _NO_DECAY = re.compile(r"(^|\.)(\w*norm\.\w+|\w*bias)$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SPIKE_WARMUP = 10
+"""Updates before which no gradient norm is usual or unusual."""
+
 _EMBEDDINGS = re.compile(r"(?:^|\.)embeddings\.")
 
 
@@ -58,7 +61,8 @@ def make_optimizer(
     Weight decay is multiplied by the learning rate, and leaves norms and biases alone. ModernBERT
     quotes decay without that factor: its 1e-5 at a learning rate of 5e-4 is 0.02 here. With
     `layer_decay` the rate falls towards the embeddings, as `scale_by_depth`; with `ema` the state
-    also carries the averaged parameters, as `with_average`.
+    also carries the averaged parameters, as `with_average`; with `skip_spikes` some updates are
+    not made, as `skip_spikes`.
     """
     rate = make_schedule(schedule, optimizer.learning_rate, steps)
     settings = {
@@ -74,7 +78,9 @@ def make_optimizer(
     if optimizer.layer_decay != 1:
         parts.append(scale_by_depth(optimizer.layer_decay))
     update = optax.chain(*parts) if len(parts) > 1 else parts[0]
-    return with_average(update, optimizer.ema) if optimizer.ema else update
+    if optimizer.ema:
+        update = with_average(update, optimizer.ema)
+    return skip_spikes(update, optimizer.skip_spikes) if optimizer.skip_spikes else update
 
 
 def decay_mask(params: Any) -> Any:
@@ -150,7 +156,54 @@ def with_average(
 
 def averaged_parameters(params: Any, opt_state: Any) -> Any:
     """Return the averaged parameters where the optimizer keeps them, else the parameters."""
+    if isinstance(opt_state, SpikeState):
+        opt_state = opt_state.inner
     return opt_state.average if isinstance(opt_state, AverageState) else params
+
+
+class SpikeState(NamedTuple):
+    """Mean gradient norm of the updates made, their number, those skipped, and the state inside."""
+
+    mean: jax.Array
+    made: jax.Array
+    skipped: jax.Array
+    inner: Any
+
+
+def skip_spikes(
+    optimizer: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """Make no update of a gradient whose norm is above `factor` times the usual, or not finite.
+
+    Usual is the exponential mean of the global norms of the updates made before: the first of them,
+    then with decay min(0.99, (1 + t) / (10 + t)) after t of them. The first `SPIKE_WARMUP` are
+    skipped only where they are not finite. A skipped update leaves parameters and the state inside
+    as they are. All of it is part of the state: a run that goes on skips what it would have.
+    """
+
+    def init(params: Any) -> SpikeState:
+        zero = jnp.zeros([], jnp.int32)
+        return SpikeState(jnp.zeros([]), zero, jnp.copy(zero), optimizer.init(params))
+
+    def update(grads: Any, state: SpikeState, params: Any = None) -> Any:
+        norm = optax.tree.norm(grads)
+        usual = (state.made < SPIKE_WARMUP) | (norm <= factor * state.mean)
+        makes = jnp.isfinite(norm) & usual
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(makes, u, jnp.zeros_like(u)), updates)
+        inner = jax.tree.map(lambda new, old: jnp.where(makes, new, old), inner, state.inner)
+        t = state.made.astype(jnp.float32)
+        decay = jnp.where(state.made == 0, 0.0, jnp.minimum(0.99, (1.0 + t) / (10.0 + t)))
+        mean = jnp.where(makes, decay * state.mean + (1.0 - decay) * norm, state.mean)
+        made = state.made + makes
+        return updates, SpikeState(mean, made, state.skipped + ~makes, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def skipped_updates(opt_state: Any) -> jax.Array:
+    """Return how many updates were skipped as spikes, int32 `[]`; 0 where none ever are."""
+    return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros([], jnp.int32)
 
 
 class StableAdamWState(NamedTuple):

@@ -15,6 +15,7 @@ from mlmjax import partition
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.loss import Metrics, summarize, target_losses, token_loss
+from mlmjax.optim import skipped_updates
 
 AnyBatch = Batch | LabelBatch
 Loss = Callable[[Any, Any], tuple[jax.Array, Metrics]]
@@ -118,8 +119,9 @@ def make_train_step(
     after another in memory); sums and counts are added up and divided once, so the update is that
     of the large batch. A batch without any target leaves parameters and optimizer state as they
     are; `step` advances. `loss` maps `(model, batch)` to a loss sum and metrics that hold
-    `loss_sum` and `loss_count`; metrics are summed over micro-batches, `grad_norm` (of the mean
-    loss, before clipping) is added.
+    `loss_sum` and `loss_count`; metrics are summed over micro-batches. `grad_norm` (of the mean
+    loss, before clipping), `update_norm` (what is added to the parameters) and `skipped` (1 for an
+    update that was not made, as `optim.skip_spikes`) are added.
 
     Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
     """
@@ -183,7 +185,13 @@ def train_update(
             (state.params, state.opt_state),
         )
         new_state = _keep_sharding(state.params, TrainState(state.step + 1, params, opt_state))
-        return new_state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+        skipped = skipped_updates(opt_state) - skipped_updates(state.opt_state)
+        return new_state, {
+            **metrics,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": jnp.where(count > 0, optax.tree.norm(updates), 0.0),
+            "skipped": skipped.astype(jnp.float32),
+        }
 
     return train_step
 

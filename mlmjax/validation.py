@@ -1,6 +1,7 @@
 """Figures of a run: sums over steps turned into a line of metrics, and the held-out answers."""
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def summarize(
     """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
 
     `answer_accuracy` is over ATP targets or labelled texts, `target_share` targets per real token,
-    `padding_share` padding per position, `grad_norm` the mean over the steps.
+    `padding_share` padding per position, `grad_norm` and `update_norm` the means over the updates
+    made; those of `skipped_updates` count in nothing but the tokens read.
     `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices;
     `seconds_PHASE` is where the time went (`goodput.PHASES`), and `productive_share` that of steps.
     """
@@ -70,7 +72,7 @@ def summarize(
     def share(part: str, whole: str) -> float | None:
         return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
 
-    padding = share("tokens", "positions")
+    padding, change = share("tokens", "positions"), share("update_norm", "steps")
     speed = totals.get("timed_flops", 0.0) / working if working else None
     tokens = totals.get("timed_tokens", 0.0) / working if working else None
     answers = "atp" if totals.get("atp_count") else "label"
@@ -79,6 +81,9 @@ def summarize(
         **{f"loss_{name}": share(f"{name}_loss_sum", f"{name}_count") for name in OBJECTIVES},
         "answer_accuracy": share(f"{answers}_correct", f"{answers}_count"),
         "grad_norm": share("grad_norm", "steps"),
+        # Its square may overflow where the parameters do not.
+        "update_norm": change if change is not None and math.isfinite(change) else None,
+        "skipped_updates": totals.get("skipped", 0.0) if seconds["seconds_step"] else None,
         "learning_rate": None,
         "tokens_per_second": tokens or None,
         "chip_tokens_per_second": tokens / chips if tokens else None,

@@ -15,6 +15,7 @@ from mlmjax.optim import (
     make_optimizer,
     make_schedule,
     scale_by_depth,
+    skipped_updates,
     stable_adamw,
 )
 from mlmjax.partition import leaf_path
@@ -214,3 +215,35 @@ def test_the_average_follows_its_equation():
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
     assert averaged_parameters(params, plain.init(params)) is params
+
+
+def test_a_spike_is_skipped_and_counted():
+    """Unusual or not finite: parameters, moments and schedule stay; the next update is as usual."""
+    settings = {"learning_rate": 0.1, "skip_spikes": 3.0, "clip": 0.0, "ema": 0.5}
+    schedule = ScheduleConfig(warmup=0)
+    optimizer = make_optimizer(OptimizerConfig(**settings), schedule, 40)
+    plain = make_optimizer(OptimizerConfig(**settings | {"skip_spikes": None}), schedule, 40)
+    params = others = {"norm": {"weight": jnp.ones(4)}}
+    state, other = optimizer.init(params), plain.init(params)
+    norms = [1.0] * 5 + [50.0] + [1.0] * 8 + [float("nan"), 2.0, 400.0, float("inf"), 1.5]
+    skipped = []
+    for norm in norms:
+        grads = {"norm": {"weight": jnp.full(4, norm / 2)}}
+        before = int(skipped_updates(state))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if int(skipped_updates(state)) > before:
+            skipped.append(norm)
+            continue
+        updates, other = plain.update(grads, other, others)
+        others = optax.apply_updates(others, updates)
+    # The sixth is within the updates of which nothing is known to be usual.
+    assert [str(norm) for norm in skipped] == ["nan", "400.0", "inf"]
+    assert int(state.made) == len(norms) - 3
+    for found, expected in zip(
+        jax.tree.leaves((params, averaged_parameters(params, state))),
+        jax.tree.leaves((others, averaged_parameters(others, other))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert int(skipped_updates(other)) == 0

@@ -41,6 +41,8 @@ KEYS = {
     "loss_mlm",
     "answer_accuracy",
     "grad_norm",
+    "update_norm",
+    "skipped_updates",
     "learning_rate",
     "tokens_per_second",
     "flops_per_second",

@@ -369,3 +369,33 @@ def test_a_subset_is_what_is_drawn(folder):
     assert small < large == drawn(150)
     assert 30 < len(small) <= 60
     assert 100 < len(large) <= 160
+
+
+def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys):
+    """With every norm above the mean a spike, of parameters that hardly move."""
+    monkeypatch.setattr("mlmjax.optim.SPIKE_WARMUP", 2)
+    settings = {"optimizer": {"learning_rate": 1e-9, "skip_spikes": 1.0001}}
+    state = run_training(make_config(folder, out=str(folder / "spikes"), **settings))
+    lines = lines_of(folder / "spikes")
+    train = [line for line in lines if line["split"] == "train"]
+    skipped = sum(line["skipped_updates"] for line in train)
+    assert 0 < skipped == int(state.opt_state.skipped)
+    assert capsys.readouterr().err.count(": skipped, its gradient norm is ") == skipped
+    for line in train:  # each is of one update
+        assert (
+            (line["loss"] is None) == (line["grad_norm"] is None) == bool(line["skipped_updates"])
+        )
+        assert line["padding_share"] is not None
+    stopped = make_config(folder, out=str(folder / "spikes-stopped"), **settings)
+    assert_same(stopped_after(5, stopped, monkeypatch), state)
+    assert lines_of(folder / "spikes-stopped") == lines
+
+
+def test_a_run_that_only_skips_fails(folder, monkeypatch):
+    monkeypatch.setattr("mlmjax.loop.MOST_SKIPPED", 2)
+    changes = {"optimizer": {"learning_rate": 1e30, "skip_spikes": 2.0}, "schedule__warmup": 0}
+    out = folder / "only-spikes"
+    with pytest.raises(RunError, match="and the 2 updates before it were skipped") as caught:
+        run_training(make_config(folder, out=str(out), **changes))
+    assert "No checkpoint was saved yet" in str(caught.value)
+    assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
