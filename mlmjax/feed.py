@@ -55,15 +55,20 @@ def feed(
         yield Fed(step, assemble(batch, mesh, mine.rows, size), counted)
 
 
-def share_of(mesh: Mesh, rows: int, process: int) -> Share:
+def share_of(
+    mesh: Mesh,
+    rows: int,
+    process: int,
+    process_of: Callable[[Any], int] = lambda device: device.process_index,
+) -> Share:
     """Return which of so many rows the devices of a process need."""
     owners: dict[tuple[int, int], int] = {}
     needed = []
     placed: Any = batch_sharding(mesh).devices_indices_map((rows,))
     for device, index in placed.items():
         first, last, _ = index[0].indices(rows)
-        owners.setdefault((first, last), device.process_index)
-        if device.process_index == process:
+        owners.setdefault((first, last), process_of(device))
+        if process_of(device) == process:
             needed.append((first, last))
     parts = sorted(set(needed))
     numbers = [np.arange(*part) for part in parts]

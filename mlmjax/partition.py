@@ -68,21 +68,32 @@ def make_mesh(
 
 
 def _arranged(sizes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
-    """Lay devices out; of several TPU slices so that only `data` crosses from one to another."""
+    """Make the mesh of these devices, all of them."""
     kinds = (AxisType.Auto,) * len(AXES)
+    layout = across_slices(sizes, devices)
+    if layout is not None:
+        return Mesh(layout, AXES, axis_types=kinds)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def across_slices(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
+    """Lay out the devices of several slices so that only `data` crosses from one to another.
+
+    A slice is what a fast network connects: of TPUs one of its chips, of GPUs often one host. None
+    where there is one slice, and where GPUs are to be laid out in any other way. Raises
+    `InputError` where `data` cannot be cut over the slices of TPUs.
+    """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
     data, *inner = sizes
-    if data % slices:
+    if slices > 1 and data % slices == 0:
+        within, across = (data // slices, *inner), (slices, 1, 1)
+        return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+    if slices > 1 and devices[0].platform == "tpu":
         raise InputError(
             f"mesh: data {data} cannot be cut over the {slices} slices, between which only data "
-            f"parallelism goes; make data a multiple of {slices}"
+            f"parallelism goes; make data a multiple of {slices}, or -1"
         )
-    within, across = (data // slices, *inner), (slices, 1, 1)
-    return Mesh(
-        mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=kinds
-    )
+    return None
 
 
 def place(tree: Any, sharding: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -14,7 +15,7 @@ import jax
 
 from mlmjax.distributed import client, is_first, part, parted, process_count, process_index, table
 from mlmjax.errors import InputError, RunError
-from mlmjax.peers import JOIN_SECONDS, find_peers
+from mlmjax.peers import JOIN_SECONDS, Peers, find_peers
 from mlmjax.relay import Relay
 
 BEAT_SECONDS = 3.0
@@ -23,6 +24,9 @@ SILENCE_SECONDS = 40.0
 LINGER_SECONDS = 15.0
 """How long the first process stays, after a failure, for the others to read why."""
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+_LOST = re.compile(r"gloo|nccl|socket|connection|peer|unavailable|deadline|barrier|time", re.I)
+"""What libraries say when a process at the other end is gone."""
 
 BEATS, ENDS = "mlmjax/beat/", "mlmjax/end/"
 
@@ -35,7 +39,7 @@ def joined(
 
     Has to come before anything that starts a JAX backend. When one process dies or fails, the
     others say which one and end within a minute, wherever they are. Raises `InputError` as
-    `find_peers`, `RunError` when the others do not come.
+    `find_peers`; when the others do not come, the process ends with exit code 1.
     """
     peers = find_peers(coordinator, processes, process)
     if peers is None:
@@ -50,6 +54,10 @@ def joined(
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # Its handler would take SIGTERM from ours.
     jax.config.update("jax_enable_preemption_service", False)
+    # JAX's own time limit ends the process with pages of C++.
+    limit = threading.Timer(JOIN_SECONDS, _give_up, [peers])
+    limit.daemon = True
+    limit.start()
     try:
         jax.distributed.initialize(
             address,
@@ -57,26 +65,38 @@ def joined(
             peers.process,
             peers.local_devices,
             cluster_detection_method="deactivate",
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=10 * JOIN_SECONDS,
         )
     except Exception as error:
         raise RunError(
-            f"process {peers.process} of {peers.processes}: the others were not found through "
-            f"{peers.coordinator} within {JOIN_SECONDS} s ({_first_line(error)}); start the same "
-            "command on every host, with an address that all of them reach"
+            f"process {peers.process} of {peers.processes}: cannot be reached or reach the others "
+            f"through {peers.coordinator} ({_first_line(error)}); give another HOST:PORT"
         ) from error
-    _Watch(relay)
+    finally:
+        limit.cancel()
+    watch = _Watch(relay)
     try:
         yield
         _publish(0, "is done")
         part("end")
         jax.distributed.shutdown()
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and not parted.is_set():
-            # Most likely a peer is gone in the middle of a collective: the watch knows which.
-            time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
+        # Most likely a peer is gone in the middle of something: the watch finds out which.
+        lost = _LOST.search(str(error)) and not parted.is_set()
+        if watch.stops.wait(SILENCE_SECONDS + 4 * BEAT_SECONDS if lost else 0):
+            time.sleep(LINGER_SECONDS)  # It ends this process.
         _publish(*_verdict(error))
         raise
+
+
+def _give_up(peers: Peers) -> None:
+    print(
+        f"mlmjax: process {peers.process} of {peers.processes}: not all of the others came to "
+        f"{peers.coordinator} within {JOIN_SECONDS} s; start the same command on every host, with "
+        "an address of the first one that all of them reach",
+        file=sys.stderr,
+    )
+    _exit(EXIT_FAILED)
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:
@@ -124,6 +144,8 @@ class _Watch:
     current: "_Watch | None" = None
 
     def __init__(self, relay: Relay | None):
+        self.stops = threading.Event()
+        """Set when this process is about to end because of another one."""
         self._relay = relay
         self._heard = dict.fromkeys(range(process_count()), ("", time.monotonic()))
         self._ended: dict[int, dict[str, Any]] = {}
@@ -172,6 +194,7 @@ class _Watch:
     def _stop(self, process: int, what: str, code: int) -> None:
         if parted.is_set() or process == process_index():
             return
+        self.stops.set()
         parted.set()
         host = self._hosts.get(process)
         where = f" (on {host})" if host else ""

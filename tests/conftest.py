@@ -20,14 +20,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 
 
-def wants_hub(config):
-    """Tell whether tests marked `hub` were asked for, as by `-m hub`."""
-    return "hub" in (config.getoption("-m") or "").replace("not hub", "")
+def wants(config, mark):
+    """Tell whether tests with this mark were asked for, as by `-m hub`."""
+    return mark in (config.getoption("-m") or "").replace(f"not {mark}", "")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "data: needs the folder named by MLMJAX_TEST_DATA")
-    if not wants_hub(config):  # read when huggingface_hub is imported, which is later
+    if not wants(config, "hub"):  # read when huggingface_hub is imported, which is later
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
@@ -36,8 +36,10 @@ def pytest_collection_modifyitems(config, items):
     kept, dropped = [], []
     for item in items:
         lacks_data = item.get_closest_marker("data") and not TEST_DATA
-        lacks_hub = item.get_closest_marker("hub") and not wants_hub(config)
-        (dropped if lacks_data or lacks_hub else kept).append(item)
+        unasked = any(
+            item.get_closest_marker(mark) and not wants(config, mark) for mark in ("hub", "long")
+        )
+        (dropped if lacks_data or unasked else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept

@@ -11,6 +11,7 @@ from mlmjax.config import MeshConfig
 from mlmjax.errors import InputError
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.partition import (
+    across_slices,
     batch_sharding,
     check_rows,
     constrain,
@@ -179,3 +180,31 @@ def test_batch_and_parameters_lie_in_pieces():
     sharding = by_path(parameter_sharding(mesh, params))
     shape = (50368, 768)
     assert sharding["model.embeddings.tok_embeddings.weight"].shard_shape(shape) == (25184, 384)
+
+
+class FakeDevice:
+    """What the layout of a mesh looks at."""
+
+    def __init__(self, number, slice_index, platform):
+        self.id, self.slice_index, self.platform = number, slice_index, platform
+        self.device_kind = platform
+        self.process_index = number // 4
+
+    def __repr__(self):
+        return f"{self.slice_index}:{self.id}"
+
+
+def test_only_data_crosses_from_slice_to_slice():
+    # Out of order, as a runtime may list them.
+    devices = [FakeDevice(n, n % 4, "cpu") for n in range(16)]
+    layout = across_slices((8, 2, 1), devices)
+    assert layout.shape == (8, 2, 1)
+    slices = np.vectorize(lambda device: device.slice_index)(layout)
+    assert (slices == slices[:, :1, :1]).all()  # fsdp and tensor stay within a slice
+    assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert sorted(device.id for device in layout.ravel()) == list(range(16))
+    assert across_slices((2, 8, 1), devices) is None
+    assert across_slices((4, 1, 1), devices[::4]) is None  # of one slice
+    tpus = [FakeDevice(n, n % 4, "tpu") for n in range(16)]
+    with pytest.raises(InputError, match="data 2 cannot be cut over the 4 slices"):
+        across_slices((2, 8, 1), tpus)
