@@ -3,9 +3,9 @@
 import json
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mlmjax.config import CheckpointConfig
 from mlmjax.errors import InputError, RunError, full_disk, write_advice
 from mlmjax.layout import to_hf_layout
 from mlmjax.partition import leaf_path
+from mlmjax.places import check_name, reached
 from mlmjax.tokenizer import Tokenizer
 
 # What a step's folder holds; what a model's folder holds beside config.json and the tokenizer.
@@ -43,14 +44,15 @@ sys.unraisablehook = lambda found: (
 class Checkpoints:
     """The checkpoints of one run, in `folder/STEP`: written in the background, whole or not at all.
 
+    `folder` may be an address that Orbax and fsspec reach, such as `gs://bucket/run`.
+
     The newest `keep_last` are kept, and the `keep_best` with the smallest validation loss as well.
     Every array is saved with a fingerprint, and restoring verifies it. Use as a context, or call
     `close`; a save that failed in the background raises `RunError` at the next call.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
-        self.folder = Path(folder).expanduser().absolute()
-        check_name(self.folder)
+        self.folder = reached(folder)
         self._saving: int | None = None
         self._cleared = False
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]
@@ -133,7 +135,8 @@ class Checkpoints:
         """Remove what saves that were cut off have left, before the first save of this process."""
         if not self._cleared and distributed.is_first():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    path.rmtree()
             self._cleared = True
 
     def latest(self) -> int | None:
@@ -235,18 +238,6 @@ class Checkpoints:
         return InputError(
             f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
             f"({_first_line(error)}); delete this folder, and {then}"
-        )
-
-
-def check_name(folder: Path) -> None:
-    """Raise `InputError` for a place where Orbax could save and not read back.
-
-    It searches its own folders by patterns, in which some characters have a meaning.
-    """
-    if odd := set("*?[") & set(str(folder.expanduser().absolute())):
-        raise InputError(
-            f"{folder}: checkpoints cannot lie under a name with {min(odd)!r}; choose a folder "
-            "without it"
         )
 
 

@@ -103,8 +103,12 @@ class ScheduleConfig(StrictTable):
 
 
 class CheckpointConfig(StrictTable):
-    """How often a checkpoint is written and which are kept; 0 for `every` means only at the end."""
+    """Where and how often a checkpoint is written and which are kept.
 
+    `path` is `checkpoints` in the run folder if left out; 0 for `every` means only at the end.
+    """
+
+    path: Name | None = None
     every: Annotated[int, Field(ge=0)] = 500
     keep_last: PositiveInt = 2
     keep_best: Annotated[int, Field(ge=0)] = 1

@@ -6,8 +6,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +23,8 @@ from mlmjax.data.rows import MANIFEST, Manifest, RowSource, open_rows, read_mani
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.errors import InputError, write_failed
 from mlmjax.optim import make_schedule
+from mlmjax.places import LOCK
 from mlmjax.tokenizer import Tokenizer
-
-LOCK = ".lock"
-OWN_FOLDERS = (LOCK, "checkpoints", "export")
 
 SHARED_SECONDS = 30.0
 """How long a file may take from one process to the others."""
@@ -224,42 +221,6 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_places(config: RunConfig) -> None:
-    """Raise `InputError` when one of `out` and `data.rows` would be written into the other.
-
-    Rows may lie in the run folder, but not where it keeps something itself.
-    """
-    out, rows = (Path(os.path.realpath(name)) for name in (config.out, config.data.rows))
-    if out.is_relative_to(rows) or any(rows.is_relative_to(out / name) for name in OWN_FOLDERS):
-        raise InputError(
-            f"data.rows: {config.data.rows} and out = {config.out} would be written into one "
-            "another; give the rows a folder of their own"
-        )
-
-
-@contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Make a run folder and hold it alone; raises `InputError` if it cannot be, or is in use."""
-    import fcntl  # Not on Windows, where everything else of this package can be imported.
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("ab")
-    except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror}); give a folder for out"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{out}: another process is training there; name another out"
-            ) from error
-        _check_ours(out / "config.json")
-        yield
-
-
 def check_processes(out: Path, mesh: Mesh) -> None:
     """Check, on all processes together, that they share `out` and that each has its devices used.
 
@@ -306,18 +267,6 @@ def _text(path: Path) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None
-
-
-def _check_ours(path: Path) -> None:
-    """Refuse a folder whose `config.json` is somebody else's: it would be overwritten."""
-    if not path.exists():
-        return
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
-        raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from mlmjax import distributed, hf, hub
-from mlmjax.checkpoint import Checkpoints, check_name
+from mlmjax.checkpoint import Checkpoints
 from mlmjax.config import MeshConfig, RunConfig
 from mlmjax.contamination import TrainingManifest, read_training_manifest, training_manifest
 from mlmjax.data.loader import LabelLoader, Loader
@@ -28,11 +28,10 @@ from mlmjax.loop import Run, Steps, TrainStep
 from mlmjax.loss import Metrics
 from mlmjax.optim import averaged_parameters, make_optimizer
 from mlmjax.partition import check_rows, gathered, make_mesh
+from mlmjax.places import alone_in, check_name, check_places, checkpoint_folder
 from mlmjax.profile import profiling
 from mlmjax.replicated import make_replicated_step
 from mlmjax.run import (
-    alone_in,
-    check_places,
     check_processes,
     check_rows_shared,
     check_same_run,
@@ -126,7 +125,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
         graphdef, params = split_parameters(model)
         identity = identity_of(config, model.config, tokenizer, loaders)
 
-        with Checkpoints(out / "checkpoints", config.checkpoint) as checkpoints:
+        with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
             # 2. Where it stands: the newest checkpoint if it is of this run, or the beginning.
             step = told_by_first(checkpoints.resumable) or 0
             interval: Totals = defaultdict(float)

@@ -399,3 +399,32 @@ def test_a_run_that_only_skips_fails(folder, monkeypatch):
         run_training(make_config(folder, out=str(out), **changes))
     assert "No checkpoint was saved yet" in str(caught.value)
     assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
+
+
+def test_checkpoints_may_lie_elsewhere(folder):
+    place = folder / "elsewhere" / "deep"
+    changes = {"out": str(folder / "moved-out"), "checkpoint": {"every": 4, "path": str(place)}}
+    state = run_training(make_config(folder, steps=5, schedule={}, **changes))
+    assert sorted(path.name for path in place.glob("*")) == ["4", "5"]
+    assert not (folder / "moved-out" / "checkpoints").exists()
+    shutil.rmtree(place / "5")
+    assert_same(run_training(make_config(folder, steps=5, schedule={}, **changes)), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": "gs://bucket/run"}, "^out = gs://bucket/run: has to be .*set checkpoint.path"),
+        ({"data__rows": "s3://bucket/rows"}, "^data.rows = s3://bucket/rows: has to be a folder"),
+        (
+            {"checkpoint": {"path": "gs://bucket/run"}},
+            "^gs://bucket/run: cannot be reached .*gcsfs",
+        ),
+        ({"checkpoint": {"path": "ftp://host/run"}}, "^ftp://host/run: cannot be reached"),
+    ],
+)
+def test_what_cannot_be_remote_is_refused_by_its_key(folder, monkeypatch, changes, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=message):
+        run_training(make_config(folder, **{"out": "remote", **changes}))
+    assert not (folder / "gs:").exists()
