@@ -136,3 +136,64 @@ def test_what_two_began_one_ends_on_another_mesh(folder, one):
     again = make_config(folder, out=str(folder / "two"), **{**SMALL, "mesh": TWO})
     with Checkpoints(folder / "moved" / "checkpoints", again.checkpoint) as checkpoints:
         assert step in checkpoints.steps() or max(checkpoints.steps()) == 6
+
+
+IN_PHASE = """
+import os, signal
+from mlmjax import goodput
+switch, sent = goodput.Clock._switch, []
+def switch_and_signal(self, phase):
+    if phase == {phase!r} and not sent:
+        sent.append(phase)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return switch(self, phase)
+goodput.Clock._switch = switch_and_signal
+"""
+
+
+@pytest.mark.long
+def test_four_processes_through_signals_at_any_time(folder):
+    """Each time another process is asked to stop, in another phase; the end is that of one."""
+    changes = {
+        **SMALL,
+        "steps": 12,
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "optimizer": {"learning_rate": 1e-3, "skip_spikes": 6.0, "ema": 0.5},
+        "data__accumulate": 2,
+    }
+    run_training(make_config(folder, out=str(folder / "one-long"), **changes))
+    out = folder / "four"
+    config = processes.write_config(make_table(folder, out=str(out), **changes))
+    steps = [0]
+    phases = ["compile", "data", "evaluation", "checkpoint"]
+    for number, phase in enumerate(phases):
+        code = {number: IN_PHASE.format(phase=phase)}
+        codes, _, errors = processes.train(folder, config, 4, 2, code)
+        assert codes == [143] * 4, (phase, errors)
+        assert "Traceback" not in "".join(errors)
+        steps.append(saved(out)[-1])
+        assert steps[-2] < steps[-1] < 12 or phase == "checkpoint"
+    shutil.copytree(out, folder / "four-as-one")
+    codes, _, errors = processes.train(folder, config, 4, 2)
+    assert codes == [0] * 4, errors
+    assert_close_runs(out, folder / "one-long")
+    moved = {**changes, "mesh": {"data": 4}, "data__accumulate": 1}
+    run_training(make_config(folder, out=str(folder / "four-as-one"), **moved))
+    assert_close_runs(folder / "four-as-one", folder / "one-long")
+    print(f"stopped at steps {steps[1:]}, of {', '.join(phases)}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 2])
+def test_of_four_processes_one_dies(folder, victim):
+    out = folder / f"of-four-{victim}"
+    config = processes.write_config(make_table(folder, out=str(out), **{**SMALL, "mesh": {}}))
+    saves = str(out / "checkpoints" / "3")
+    kill = {victim: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
+    codes, _, errors = processes.train(folder, config, 4, 1, kill)
+    assert codes == [-9 if number == victim else 1 for number in range(4)], errors
+    for number, error in enumerate(errors):
+        assert (f"mlmjax: process {victim} of 4 (on " in error) == (number != victim)
+    codes, _, errors = processes.train(folder, config, 4, 1)
+    assert codes == [0] * 4, errors
+    assert "goes on from step 3" in errors[0]
