@@ -102,9 +102,10 @@ def place(tree: Any, sharding: Any) -> Any:
     Unlike `jax.device_put`, it does not compare what the processes have, array by array.
     """
 
+    if all(where.is_fully_addressable for where in jax.tree.leaves(sharding)):
+        return jax.device_put(tree, sharding)
+
     def put(x: Any, where: Any) -> jax.Array:
-        if where.is_fully_addressable:
-            return jax.device_put(x, where)
         if isinstance(x, jax.Array) and not x.is_fully_addressable:
             return jax.device_put(x, where)
         x = np.asarray(x)

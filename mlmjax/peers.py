@@ -11,6 +11,8 @@ from mlmjax.errors import InputError
 JOIN_SECONDS = 300
 """How long processes wait for one another to start."""
 
+TPU = "the TPU pod"
+
 
 class Peers(NamedTuple):
     """Where the first process listens, how many there are, which one this is, its devices."""
@@ -44,14 +46,19 @@ def find_peers(coordinator: str | None, processes: int | None, process: int | No
     launcher = next((name for name, here in LAUNCHERS.items() if here(os.environ)), None)
     if launcher is None:
         return None
+    # A TPU machine may be alone, without anything that says so.
+    is_known = launcher != TPU or _tpu_workers(os.environ) is not None
     try:
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        address, count, index, devices = clusters.ClusterEnv.auto_detect_unset_distributed_params(
             None, None, None, None, None, JOIN_SECONDS
         )
     except Exception as error:
+        if not is_known:
+            return None
         raise _not_told(launcher, str(error).strip().splitlines()[0]) from error
-    address, count, index, devices = found
     if address is None or count is None or index is None:
+        if not is_known:
+            return None
         raise _not_told(launcher, "no address of the first process")
     return Peers(address, count, index, devices) if count > 1 else None
 
@@ -94,11 +101,15 @@ def _open_mpi(environment: Mapping[str, str]) -> bool:
     return _several(environment, "OMPI_COMM_WORLD_SIZE")
 
 
+def _tpu_workers(environment: Mapping[str, str]) -> str | None:
+    return environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+
+
 def _tpu(environment: Mapping[str, str]) -> bool:
     from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
     on_tpu = running_in_cloud_tpu_vm and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
-    workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    workers = _tpu_workers(environment)
     if not on_tpu or workers is None:
         return on_tpu and "TPU_SKIP_MDS_QUERY" not in environment
     return "," in workers or _several(environment, "MEGASCALE_NUM_SLICES")
@@ -115,7 +126,7 @@ def _kubernetes(environment: Mapping[str, str]) -> bool:
 LAUNCHERS: Mapping[str, Callable[[Mapping[str, str]], bool]] = {
     "SLURM": _slurm,
     "Open MPI": _open_mpi,
-    "the TPU pod": _tpu,
+    TPU: _tpu,
     "Kubernetes": _kubernetes,
 }
 """What starts processes, and whether its environment says that there are several."""

@@ -25,7 +25,9 @@ LINGER_SECONDS = 15.0
 """How long the first process stays, after a failure, for the others to read why."""
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
-_LOST = re.compile(r"gloo|nccl|socket|connection|peer|unavailable|deadline|barrier|time", re.I)
+_LOST = re.compile(
+    r"gloo|nccl|socket|connection|peer|unavailable|deadline|barrier|timed.?out", re.I
+)
 """What libraries say when a process at the other end is gone."""
 
 BEATS, ENDS = "mlmjax/beat/", "mlmjax/end/"

@@ -138,3 +138,17 @@ def test_a_tpu_pod_is_known_by_its_workers(environment, monkeypatch, workers, sl
     assert LAUNCHERS["the TPU pod"](peers.os.environ) == several
     environment(JAX_PLATFORMS="cpu")
     assert not LAUNCHERS["the TPU pod"](peers.os.environ)
+
+
+def test_a_tpu_machine_without_metadata_is_alone(environment, monkeypatch):
+    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+
+    def fails(*args):
+        raise OSError("no such host")
+
+    monkeypatch.setattr(peers.clusters.ClusterEnv, "auto_detect_unset_distributed_params", fails)
+    assert find_peers(None, None, None) is None
+    environment(TPU_WORKER_HOSTNAMES="a,b")
+    with pytest.raises(InputError, match=r"the TPU pod started several .*no such host"):
+        find_peers(None, None, None)
