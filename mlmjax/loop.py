@@ -89,6 +89,8 @@ class Steps:
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
         if start and not distributed.told_by_first(lambda: self._log.has(start, "validation")):
             self._evaluate(start, state)  # A signal came in the middle of it.
+            if run.stopping():
+                self._leave(start)
         batches = feed(run.loaders.train, run.mesh, start, config.steps)
         with clock("step"):
             for index, batch, counted in clock.waiting("data", batches):
@@ -139,9 +141,12 @@ class Steps:
             with run.clock("checkpoint"):
                 self._save(step, state, held_out)
         if run.stopping() and step < config.steps:
-            run.checkpoints.wait()
-            self._talk.say(f"stopped by a signal; step {step} is saved")
-            run.leave()
+            self._leave(step)
+
+    def _leave(self, step: int) -> None:
+        self._run.checkpoints.wait()
+        self._talk.say(f"stopped by a signal; step {step} is saved")
+        self._run.leave()
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float | None] | None:
         run, loader = self._run, self._run.loaders.validation

@@ -175,8 +175,8 @@ class _Watch:
         while not parted.wait(BEAT_SECONDS / 4):
             # A copy in one piece: the other thread adds to it.
             for process, end in tuple(self._ended.items()):
-                if end["code"]:
-                    self._stop(process, end["message"], end["code"])
+                if end["code"] and process != process_index():
+                    self._stop(end["cause"], end["message"], end["code"])
             if self._relay is not None and self._relay.lost.is_set():
                 parted.wait(BEAT_SECONDS)  # It may have said why before.
                 if not any(end["code"] for end in tuple(self._ended.values())):
@@ -194,7 +194,7 @@ class _Watch:
                 self._stop(silent[0], what, EXIT_FAILED)
 
     def _stop(self, process: int, what: str, code: int) -> None:
-        if parted.is_set() or process == process_index():
+        if parted.is_set():
             return
         self.stops.set()
         parted.set()
@@ -207,18 +207,19 @@ class _Watch:
             file=sys.stderr,
             flush=True,
         )
-        _publish(code, f"stopped because process {process} {what}")
+        _publish(code, what, process)
         if is_first():
             time.sleep(2 * BEAT_SECONDS)  # The others read through this one.
         _exit(code)
 
 
-def _publish(code: int, message: str) -> None:
-    """Tell the others how this process ends; nothing waits for long if nobody listens."""
+def _publish(code: int, message: str, cause: int | None = None) -> None:
+    """Tell the others how this process ends, and because of which; wait little if nobody hears."""
+    cause = process_index() if cause is None else cause
 
     def tell() -> None:
         with suppress(Exception):
-            text = json.dumps({"code": code, "message": message})
+            text = json.dumps({"code": code, "message": message, "cause": cause})
             client().key_value_set(f"{ENDS}{process_index()}", text, allow_overwrite=True)
 
     telling = threading.Thread(target=tell, daemon=True)

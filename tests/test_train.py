@@ -254,6 +254,24 @@ def test_a_signal_at_any_time(folder, straight, monkeypatch, request, number, wh
     assert lines_of(out) == lines_of(folder / "out")
 
 
+def test_an_evaluation_stopped_twice_is_made_up_for(folder, straight, monkeypatch):
+    out = folder / "twice"
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+
+            def signalled(*args, **kwargs):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return validate(*args, **kwargs)
+
+            validate = loop_module.validate
+            patch.setattr(loop_module, "validate", signalled)
+            with pytest.raises(SystemExit):
+                run_training(make_config(folder, out=str(out)))
+        assert max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*")) == 4
+    run_training(make_config(folder, out=str(out)))
+    assert lines_of(out) == lines_of(folder / "out")
+
+
 def test_averages_survive_a_stop_between_lines(folder, monkeypatch):
     """With one line for four steps, a stop after step 6 must not lose steps 5 and 6."""
 
