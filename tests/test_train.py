@@ -255,15 +255,14 @@ def test_a_signal_at_any_time(folder, straight, monkeypatch, request, number, wh
 
 
 def test_an_evaluation_stopped_twice_is_made_up_for(folder, straight, monkeypatch):
-    out = folder / "twice"
+    out, validate = folder / "twice", loop_module.validate
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args, **kwargs)
+
     for _ in range(2):
         with monkeypatch.context() as patch:
-
-            def signalled(*args, **kwargs):
-                os.kill(os.getpid(), signal.SIGTERM)
-                return validate(*args, **kwargs)
-
-            validate = loop_module.validate
             patch.setattr(loop_module, "validate", signalled)
             with pytest.raises(SystemExit):
                 run_training(make_config(folder, out=str(out)))
