@@ -172,7 +172,7 @@ def test_four_processes_through_signals_at_any_time(folder):
         assert codes == [143] * 4, (phase, errors)
         assert "Traceback" not in "".join(errors)
         steps.append(saved(out)[-1])
-        assert steps[-2] < steps[-1] < 12 or phase == "checkpoint"
+        assert steps[-2] <= steps[-1] < 12
     shutil.copytree(out, folder / "four-as-one")
     codes, _, errors = processes.train(folder, config, 4, 2)
     assert codes == [0] * 4, errors
