@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 
 import numpy as np
 import processes
@@ -98,23 +97,13 @@ def saved(out):
     return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
 
 
-def test_two_processes_are_one_run_through_death_and_signals(folder, one):
-    """The first is killed, then the second asked to stop; what goes on ends where one does."""
+def test_two_processes_are_one_run_though_one_was_asked_to_stop(folder, one):
+    """Both save and leave, and what goes on ends where one process does. Deaths: test_watch.py."""
     out = folder / "two"
     config = processes.write_config(table(folder, "two"))
-    saves = str(out / "checkpoints" / "3")
-    kill = {0: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
-    codes, _, errors = processes.train(folder, config, 2, 1, kill)
-    assert codes == [-signal.SIGKILL, 1], errors
-    assert "mlmjax: process 0 of 2 (on " in errors[1]
-    assert "has ended without a word; process 1 stops as well" in errors[1]
-    assert "Terminating process" not in errors[1]
-    assert saved(out) == [3]
-
-    stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=saves)}
+    stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=str(out / "checkpoints" / "3"))}
     codes, _, errors = processes.train(folder, config, 2, 1, stop)
     assert codes == [143, 143], errors
-    assert "goes on from step 3\n" in errors[0]
     assert f"stopped by a signal; step {saved(out)[-1]} is saved" in errors[0]
     assert "Traceback" not in "".join(errors)
     assert 4 <= saved(out)[-1] < 6
@@ -196,6 +185,7 @@ def test_four_processes_through_signals_at_any_time(folder):
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 2])
 def test_of_four_processes_one_dies(folder, victim):
+    """In the middle of training; the others end, and what goes on does so from its checkpoint."""
     out = folder / f"of-four-{victim}"
     config = processes.write_config(make_table(folder, out=str(out), **{**SMALL, "mesh": {}}))
     saves = str(out / "checkpoints" / "3")
