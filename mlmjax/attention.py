@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from mlmjax.config import RunConfig
 from mlmjax.errors import InputError
-from mlmjax.partition import BATCH_AXES, mesh_sizes
+from mlmjax.partition import BATCH_AXES, mesh_sizes, platform
 from mlmjax.product import product
 
 IMPLEMENTATIONS = get_args(RunConfig.model_fields["attention"].annotation)
@@ -68,15 +68,9 @@ def attend(
 
 def _choose(query: jax.Array) -> str:
     """Pick by platform; what is not a matter of platform `banded` decides by shape."""
-    if _platform() == "tpu":
+    if platform() == "tpu":
         return "splash"
-    return "cudnn" if _platform() in _GPUS and not _cudnn_refusal(query) else "banded"
-
-
-def _platform() -> str:
-    """Return where the program will run: on the devices of the mesh in force, if there is one."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
+    return "cudnn" if platform() in _GPUS and not _cudnn_refusal(query) else "banded"
 
 
 def _check(implementation: str, query: jax.Array) -> None:
@@ -84,14 +78,14 @@ def _check(implementation: str, query: jax.Array) -> None:
         raise InputError(
             f"attention: found {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation == "splash" and _platform() != "tpu":
+    if implementation == "splash" and platform() != "tpu":
         raise InputError(
-            f"attention 'splash' needs a TPU, and this is {_platform()}; set attention to 'auto'"
+            f"attention 'splash' needs a TPU, and this is {platform()}; set attention to 'auto'"
         )
     if implementation == "cudnn":
         refusal = _cudnn_refusal(query)
-        if _platform() not in _GPUS:
-            refusal = f"needs an NVIDIA GPU, and this is {_platform()}"
+        if platform() not in _GPUS:
+            refusal = f"needs an NVIDIA GPU, and this is {platform()}"
         if refusal:
             raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
 

@@ -94,6 +94,25 @@ def train(
 
 
 @cli.command()
+@click.argument("config")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--topology", required=True, metavar="KIND:SHAPE", help="As in v5e:16x16, v5p:4x4x4, cpu:8."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> None:
+    """Compile CONFIG.toml for devices that need not be here; tell what it takes there."""
+    run_config = _load(config, overrides)
+    from mlmjax.log import say
+    from mlmjax.plan import make_plan, report
+
+    found = make_plan(run_config, topology, say=say)
+    lines = [json.dumps(found, indent=2)] if as_json else report(found)
+    for line in lines:
+        click.echo(line)
+
+
+@cli.command()
 @click.option("--model", required=True, help="Folder or hub id of the model.")
 @click.option("--task", required=True, help="Name of a shipped task, or a task file (TOML).")
 @click.option("--data", default=None, help="Local data file instead of the task's own.")

@@ -18,8 +18,11 @@ PEAKS = {
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v4": 275e12,
+    "TPU7x": 1153.5e12,
 }
-"""Dense bfloat16 FLOP/s of a device, by the beginning of its kind, as its maker states them."""
+"""Dense bfloat16 FLOP/s of a device, by the beginning of its kind, as its maker states them.
+
+A chip of TPU7x is two devices, each with half of the chip's 2307e12."""
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:

@@ -44,11 +44,16 @@ _HUB_REFUSALS: tuple[tuple[type[Exception], str], ...] = (
 
 
 def fetch(
-    source: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+    source: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """Return the folder of a model: `source` itself, or the hub's snapshot of that id.
 
-    Only the configuration, tokenizer files, safetensors weights and what mlmjax adds are fetched.
+    Only the configuration, tokenizer files, safetensors weights (unless `weights` is false) and
+    what mlmjax adds are fetched.
     Raises `InputError` for a path that is no folder, an unknown id and an unreachable hub.
     """
     name = os.fspath(source)
@@ -72,10 +77,12 @@ def fetch(
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
     small = [CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES]
     folder = _download(name, revision, local_files_only, small)
-    weights = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
-    if not all((folder / weight).exists() for weight in weights):
+    if not weights:
+        return folder
+    files = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
+    if not all((folder / file).exists() for file in files):
         # The snapshot's folder is named by its commit: both calls see the same version.
-        folder = _download(name, folder.name, local_files_only, weights)
+        folder = _download(name, folder.name, local_files_only, files)
     return folder
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch
-from mlmjax.partition import batch_shards, constrain, mesh_sizes
+from mlmjax.partition import batch_shards, constrain, mesh_sizes, platform
 
 # Targets whose logits exist at one time (on each device). On a CPU the buffers of a small chunk are
 # reused, those of a large one given back to the system and asked for again: 1.5 times slower. An
@@ -59,7 +59,7 @@ def target_losses(
     rows, seq, size = hidden.shape
     width = batch.target_ids.shape[1]
     length = rows // groups * width
-    chunk = min(CHUNK.get(jax.default_backend(), CHUNK_ACCELERATOR), length)
+    chunk = min(CHUNK.get(platform(), CHUNK_ACCELERATOR), length)
 
     row = jnp.arange(rows, dtype=jnp.int32).reshape(groups, rows // groups, 1) % (rows // groups)
     places = row * seq + batch.target_positions.reshape(groups, rows // groups, width)

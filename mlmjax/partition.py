@@ -218,6 +218,12 @@ def mesh_sizes() -> Mapping[str, int]:
     return dict(mesh.shape)
 
 
+def platform() -> str:
+    """Return where the program will run: on the devices of the mesh in force, if there is one."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Ask the compiler to cut `x` over mesh axes: one name for each dimension, `None` for whole.
 

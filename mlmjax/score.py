@@ -228,7 +228,7 @@ class Scorer:
         start = 0
         while start < len(order):
             length = self.buckets[np.searchsorted(self.buckets, lengths[order[start]])]
-            rows = self.batch_size or max(1, _token_budget() // length)
+            rows = self.batch_size or rows_of(length)
             members = order[start : start + rows]
             ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
             segment_ids = np.zeros((rows, length), np.int32)
@@ -292,6 +292,10 @@ def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], An
         raise InputError(problems[0], problems[1:])
 
 
-def _token_budget() -> int:
-    """Tokens in a batch: a CPU's matrix products are at full speed from about 1024 rows."""
-    return 1024 if jax.default_backend() == "cpu" else 65536
+def rows_of(length: int, platform: str | None = None) -> int:
+    """Count the rows of a batch of prompts of this length, where no `batch_size` is given.
+
+    A CPU's matrix products are at full speed from about 1024 tokens. `platform`: the one in use.
+    """
+    budget = 1024 if (platform or jax.default_backend()) == "cpu" else 65536
+    return max(1, budget // length)

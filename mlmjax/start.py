@@ -17,6 +17,18 @@ from mlmjax.partition import place
 from mlmjax.step import parameter_sharding
 from mlmjax.tokenizer import Tokenizer
 
+PUBLISHED: dict[str, dict[str, int]] = {
+    "answerdotai/ModernBERT-base": {},
+    "answerdotai/ModernBERT-large": {
+        "hidden_size": 1024,
+        "intermediate_size": 2624,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+}
+PUBLISHED["answerdotai/ModernBERT-Large-Instruct"] = PUBLISHED["answerdotai/ModernBERT-large"]
+"""Models known without their folder: what their config.json has that is not the default."""
+
 DROPOUTS = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
 
 
@@ -47,19 +59,44 @@ def load_start(config: RunConfig) -> tuple[hf.Model, Tokenizer]:
         model = _described(config, tokenizer)
     model.remat = config.remat
     hf.check_tokenizer(Path(where), model.config.to_hf(), tokenizer)
-    longest = model.config.max_position_embeddings
+    _check_architecture(config, where, model.config)
+    return model, tokenizer
+
+
+def describe_start(config: RunConfig) -> hf.Model:
+    """Describe the model `load_start` loads, by its configuration alone: shapes, no weights.
+
+    Models of `PUBLISHED` need no folder and no hub. Raises `InputError` as `load_start`.
+    """
+    model: Any
+    if config.init_from is None:
+        model = _described(config, load_tokenizer(config))
+    else:
+        where = config.init_from
+        if where in PUBLISHED and not Path(where).is_dir():
+            architecture = ModelConfig.from_hf(PUBLISHED[where])
+        else:
+            folder = hub.fetch(where, revision=config.revision, weights=False)
+            architecture = ModelConfig.from_hf(hub.read_json(folder, hub.CONFIG))
+        model = _of_head(config, architecture)
+    model.remat = config.remat
+    _check_architecture(config, config.init_from or "[model]", model.config)
+    return model
+
+
+def _check_architecture(config: RunConfig, where: str, architecture: ModelConfig) -> None:
+    longest = architecture.max_position_embeddings
     if config.data.seq_length > longest:
         raise InputError(
             f"data.seq_length: found {config.data.seq_length}; the model takes at most {longest} "
             "positions (max_position_embeddings)"
         )
     for name in DROPOUTS[: 3 if config.head == "mlm" else 4]:
-        if getattr(model.config, name):
+        if getattr(architecture, name):
             raise InputError(
-                f"{where}: {name} is {getattr(model.config, name)}; training has no dropout: set "
+                f"{where}: {name} is {getattr(architecture, name)}; training has no dropout: set "
                 "it to 0 in the model's configuration"
             )
-    return model, tokenizer
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
@@ -78,7 +115,10 @@ def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
         "cls_token_id": tokenizer.cls_id,
         "sep_token_id": tokenizer.sep_id,
     }
-    architecture = ModelConfig.from_hf(defaults | dict(config.model or {}), strict=True)
+    return _of_head(config, ModelConfig.from_hf(defaults | dict(config.model or {}), strict=True))
+
+
+def _of_head(config: RunConfig, architecture: ModelConfig) -> Any:
     kind: type = ModernBertForMaskedLM
     if config.head == "classification":
         architecture = labelled_config(architecture, config.label_names)

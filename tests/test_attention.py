@@ -236,10 +236,10 @@ def test_auto_lowers_to_the_kernels_of_each_platform(monkeypatch):
         return jax.jit(jax.grad(loss)).trace(q).lower(lowering_platforms=(platform,)).as_text()
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(attention, "_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "platform", lambda: "gpu")
     assert "cudnn$fmha" in lowered("cuda", None)
     assert "cudnn" not in lowered("cuda", 16)
-    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
     for window in (None, 16):
         assert "tpu_custom_call" in lowered("tpu", window)
 
@@ -255,7 +255,7 @@ def test_auto_lowers_to_the_kernels_of_each_platform(monkeypatch):
     ],
 )
 def test_what_cannot_run_here_is_refused(monkeypatch, implementation, dtype, platform, says):
-    monkeypatch.setattr(attention, "_platform", lambda: platform)
+    monkeypatch.setattr(attention, "platform", lambda: platform)
     for window in (None, 2):
         with pytest.raises(InputError, match=says):
             attend(
@@ -268,8 +268,8 @@ def test_what_cannot_run_here_is_refused(monkeypatch, implementation, dtype, pla
 
 def test_mesh_decides_the_platform():
     with jax.set_mesh(partition.make_mesh({})):
-        assert attention._platform() == "cpu"
-    assert attention._platform() == jax.default_backend()
+        assert partition.platform() == "cpu"
+    assert partition.platform() == jax.default_backend()
 
 
 def dots(jaxpr):

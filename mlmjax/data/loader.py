@@ -20,7 +20,7 @@ from mlmjax.data.masking import draw_positions, draw_words
 from mlmjax.data.order import RowNumbers, RowOrder
 from mlmjax.data.pieces import word_starts
 from mlmjax.data.rows import RowSource
-from mlmjax.data.schedule import RowSchedule, widest_mask
+from mlmjax.data.schedule import RowSchedule, target_width
 from mlmjax.tokenizer import Tokenizer
 
 PREFETCH_THREADS = 2
@@ -126,8 +126,7 @@ class Loader(_Loader[Batch]):
     `mask_rate` gives the share masked by the step, `objective.mlm_rate` where it is None;
     `objective.masking` says whether tokens, whole words or spans are drawn.
 
-    `target_width` is the provable bound on targets per row: the most examples in a row, plus
-    `ceil(rate * seq_length)` of the highest rate when anything but ATP can be drawn.
+    `target_width` is the provable bound on targets per row (`schedule.target_width`).
 
     Raises `InputError` as `RowOrder`.
     """
@@ -148,10 +147,12 @@ class Loader(_Loader[Batch]):
         self._maskable = np.ones(tokenizer.vocab_size, bool)
         self._maskable[list(tokenizer.special_ids)] = False
         self._word_starts = None if objective.masking == "token" else word_starts(tokenizer)
-        self.target_width = max(source.max_examples_per_row for source in row_sources)
-        masks_at_random = objective.dummy_mlm_share + objective.mlm_share > 0
-        if masks_at_random or any(source.text for source in row_sources):
-            self.target_width += widest_mask(objective, self._seq_length)
+        self.target_width = target_width(
+            objective,
+            self._seq_length,
+            max(source.max_examples_per_row for source in row_sources),
+            any(source.text for source in row_sources),
+        )
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[Batch, np.ndarray]:
         contents = list(self._order.read(step, rows))

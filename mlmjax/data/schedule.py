@@ -79,6 +79,20 @@ def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
     return lambda step: first + (last - first) * min(1.0, step / max(steps - 1, 1))
 
 
+def target_width(objective: ObjectiveConfig, seq_length: int, examples: int, text: bool) -> int:
+    """Bound the targets of one row, whatever the update.
+
+    They are one for each of the at most `examples` examples in a row, and `ceil(rate *
+    seq_length)` of the highest rate when anything but ATP can be drawn; `text`: some rows hold
+    plain text, which is always masked at random.
+
+    >>> target_width(ObjectiveConfig(mlm_share=0.1, mlm_rate=0.25), 64, 8, text=False)
+    24
+    """
+    masks = text or objective.dummy_mlm_share + objective.mlm_share > 0
+    return examples + (widest_mask(objective, seq_length) if masks else 0)
+
+
 def widest_mask(objective: ObjectiveConfig, seq_length: int) -> int:
     """Count the positions that can be masked at most in one row, whatever the update."""
     rate = max(objective.mlm_rate, objective.mlm_rate_end or 0.0)

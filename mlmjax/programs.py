@@ -1,0 +1,250 @@
+"""The programs of a run, compiled for a described machine, and what they need there.
+
+`python -m mlmjax.programs` reads a request as JSON on standard input and writes the answer.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mlmjax import compiled, partition
+from mlmjax.config import RunConfig, parse_config
+from mlmjax.data.batch import Batch, LabelBatch
+from mlmjax.data.rows import MANIFEST, read_manifest
+from mlmjax.data.schedule import target_width
+from mlmjax.errors import InputError
+from mlmjax.flops import BACKWARD, forward_flops, peak_flops
+from mlmjax.optim import make_optimizer
+from mlmjax.prompts import Template, Verbalizer
+from mlmjax.score import Scorer, rows_of
+from mlmjax.start import describe_start
+from mlmjax.step import abstract_train_state, make_eval_step, make_train_step, split_parameters
+from mlmjax.tokenizer import Tokenizer
+from mlmjax.topology import Topology, devices_of, parse_topology
+from mlmjax.train import HEADS
+
+# The shortest examples: [CLS], a word, [unused0], [MASK], [SEP]; and of plain text without a slot.
+_SHORTEST, _SHORTEST_TEXT = 5, 3
+
+
+def compile_run(config: RunConfig, topology: Topology, *, scoring: bool = True) -> dict[str, Any]:
+    """Compile the training step of a run for a machine, and (unless told not to) its scoring.
+
+    Returns plain values, bytes being those of one device: `machine`, `training`, `scoring` and
+    `assumptions`, the sentences that the figures rest on. Raises `InputError` for what a run would
+    refuse before its first step, and for a machine that cannot be described here.
+    """
+    if config.parallel != "pjit":
+        raise InputError("parallel: a plan is for 'pjit'; set parallel = 'pjit'")
+    devices = devices_of(topology)
+    mesh = partition.make_mesh(config.mesh, devices)
+    partition.check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
+    model = describe_start(config)
+    machine = {
+        "topology": topology.name,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "used": mesh.size,
+        "mesh": dict(mesh.shape),
+        "memory": int(topology.memory),
+        "peak_flops": peak_flops(devices[0].device_kind, config.dtype),
+        "jax": jax.__version__,
+        "compiler": devices[0].client.platform_version.partition("\n")[0],
+    }
+    assumptions: list[str] = []
+    return {
+        "machine": machine,
+        "training": _training(config, model, mesh, machine, assumptions),
+        "scoring": _scoring(config, model, mesh, topology, assumptions) if scoring else None,
+        "assumptions": assumptions,
+    }
+
+
+def _training(
+    config: RunConfig, model: Any, mesh: Mesh, machine: dict[str, Any], assumptions: list[str]
+) -> dict[str, Any]:
+    data, architecture = config.data, model.config
+    graphdef, params = split_parameters(model)
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    state = abstract_train_state(params, optimizer, mesh)
+    step = make_train_step(
+        graphdef, optimizer, accumulate=data.accumulate, loss=HEADS[config.head].loss
+    )
+    batch = _abstract_batch(config, mesh, assumptions)
+    answers = _answers(config, assumptions)
+    flops = BACKWARD * forward_flops(
+        architecture,
+        np.full(data.batch_size, data.seq_length),
+        answers,
+        architecture.num_labels if config.head == "classification" else architecture.vocab_size,
+    )
+    assumptions.append("model FLOPs: every row full, of one text")
+    peak = machine["peak_flops"]
+    found = _compile(step.__wrapped__, mesh, state, batch)  # type: ignore[attr-defined]
+    return {
+        "rows": data.batch_size,
+        "seq_length": data.seq_length,
+        "accumulate": data.accumulate,
+        "remat": config.remat,
+        "tokens_per_device": data.batch_size * data.seq_length // mesh.size,
+        "model_flops": flops,
+        "seconds_at_peak": flops / (peak * mesh.size) if peak else None,
+        "parameters": _bytes_per_device(state.params),
+        "optimizer_state": _bytes_per_device((state.step, state.opt_state)),
+        "batch": _bytes_per_device(batch),
+        **found,
+    }
+
+
+def _scoring(
+    config: RunConfig, model: Any, mesh: Mesh, topology: Topology, assumptions: list[str]
+) -> dict[str, Any]:
+    """Compile the widest bucket of the `Scorer` for one device; of a head, its validation."""
+    if config.head == "classification":
+        rows, length = config.data.batch_size // config.data.accumulate, config.data.seq_length
+        graphdef, params = split_parameters(model)
+        program = make_eval_step(graphdef, HEADS[config.head].evaluate).__wrapped__  # type: ignore[attr-defined]
+        params = abstract_params(params, mesh)
+        arguments: tuple[Any, ...] = (params, _abstract_batch(config, mesh, [], rows))
+        assumptions.append("scoring: the validation step, on the whole mesh")
+    else:
+        first = np.array(mesh.devices.flat[:1]).reshape((1,) * len(partition.AXES))
+        mesh = Mesh(first, mesh.axis_names, axis_types=mesh.axis_types)
+        letters = Verbalizer.letters(["a", "b", "c", "d"])
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        scorer = Scorer(model, tokenizer, Template("{text}"), letters)
+        length = scorer.buckets[-1]
+        rows = rows_of(length, topology.platform)
+        params = abstract_params(nnx.split(model)[1], mesh)
+        whole = NamedSharding(mesh, P())
+        arrays = [
+            jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
+            for shape in ((rows, length), (rows, length), (rows,), (rows,))
+        ]
+        program, arguments = scorer._jitted, (params, *arrays)
+        assumptions.append(
+            f"scoring: one device, the longest prompts ({length} tokens), four labels"
+        )
+    found = _compile(program, mesh, *arguments)
+    return {
+        "rows": rows,
+        "seq_length": length,
+        "devices": mesh.size,
+        "parameters": _bytes_per_device(params),
+        **found,
+    }
+
+
+def abstract_params(params: Any, mesh: Mesh) -> Any:
+    """Return shapes, dtypes and shardings of (abstract) parameters on a mesh."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(lambda p: p, params),
+        partition.parameter_sharding(mesh, params),
+    )
+
+
+def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
+    seconds = {}
+
+    def timed(name: str, act: Any, *inputs: Any) -> Any:
+        began = time.perf_counter()
+        result = act(*inputs)
+        seconds[name] = round(time.perf_counter() - began, 2)
+        return result
+
+    with jax.set_mesh(mesh):
+        traced = timed("trace", program.trace, *arguments)
+        lowered = timed("lower", traced.lower)
+        try:
+            result = timed("compile", lowered.compile)
+        except jax.errors.JaxRuntimeError as error:
+            refused = compiled.refusal(error)
+            if refused is None:
+                raise InputError(
+                    f"the compiler does not take this program: {str(error).partition(chr(10))[0]}"
+                ) from error
+            return {"fits": False, "refusal": refused, "seconds": seconds}
+    counted = compiled.collectives(result.as_text())
+    return {
+        "fits": True,
+        "memory": compiled.memory(result),
+        "collectives": {kind: found._asdict() for kind, found in counted.items()},
+        "seconds": seconds,
+    }
+
+
+def _abstract_batch(
+    config: RunConfig, mesh: Mesh, assumptions: list[str], rows: int | None = None
+) -> Batch | LabelBatch:
+    rows, length = rows or config.data.batch_size, config.data.seq_length
+    sharding = partition.batch_sharding(mesh)
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    if config.head == "classification":
+        return LabelBatch(array(rows, length), array(rows, length), array(rows, dtype=jnp.float32))
+    width = _target_width(config, assumptions)
+    tokens, targets = (rows, length), (rows, width)
+    return Batch(array(*tokens), array(*tokens), array(*tokens), *(array(*targets),) * 3)
+
+
+def _target_width(config: RunConfig, assumptions: list[str]) -> int:
+    """Bound the targets of a row as the loader does: by its rows, or by what rows there can be."""
+    data, text = config.data, any(source.text for source in config.data.sources)
+    if (Path(data.rows) / MANIFEST).exists():
+        files = [file for file in read_manifest(data.rows).splits["train"] if file.rows]
+        most = max((file.max_examples_per_row for file in files), default=1)
+        text = any(file.text for file in files)
+        says = f"as the rows in {data.rows} are"
+    else:
+        most = data.seq_length // (_SHORTEST_TEXT if text else _SHORTEST) if data.pack else 1
+        says = "as many as there can be (no rows there yet)"
+    width = target_width(config.objective, data.seq_length, most, text)
+    assumptions.append(f"targets: room for {width} in a row, at most {most} examples, {says}")
+    return width
+
+
+def _answers(config: RunConfig, assumptions: list[str]) -> int:
+    """Estimate the positions the head runs on in one update."""
+    data, objective = config.data, config.objective
+    if config.head == "classification":
+        return data.batch_size
+    plain = bool(data.sources) and all(source.text for source in data.sources)
+    share = 1.0 if plain else objective.dummy_mlm_share + objective.mlm_share
+    masked = share * objective.mlm_rate * data.batch_size * data.seq_length
+    return round(masked + (1 - share) * data.batch_size)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def main() -> int:
+    """Answer one request: `{"config": ..., "topology": ..., "scoring": ...}`."""
+    request = json.load(sys.stdin)
+    try:
+        config = parse_config(request["config"])
+        topology = parse_topology(request["topology"])
+        answer = compile_run(config, topology, scoring=request["scoring"])
+    except InputError as error:
+        answer = {"error": [error.message, *error.details]}
+    print(json.dumps(answer))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
