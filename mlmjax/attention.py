@@ -8,12 +8,12 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from mlmjax.config import RunConfig
 from mlmjax.errors import InputError
-from mlmjax.partition import BATCH_AXES, mesh_sizes, platform
+from mlmjax.partition import platform
 from mlmjax.product import product
+from mlmjax.splash import SPLASH_TILE, splash
 
 IMPLEMENTATIONS = get_args(RunConfig.model_fields["attention"].annotation)
 
@@ -22,8 +22,6 @@ _MASKED = -1e30
 # Queries handled at a time: by the banded path, and by long global layers.
 _BLOCK = 128
 _GPUS = ("gpu", "cuda")
-# Splash kernels take multiples of this along the sequence.
-_SPLASH_TILE = 128
 
 
 def attend(
@@ -34,6 +32,7 @@ def attend(
     *,
     window: int | None,
     implementation: str = "auto",
+    block: int = SPLASH_TILE,
 ) -> jax.Array:
     """Attend to the tokens of the same segment, `window` rows to each side or (None) all.
 
@@ -43,7 +42,8 @@ def attend(
 
     `implementation` is `"dense"` (the reference: all scores at once), `"banded"` (local layers in
     O(seq x window), long global layers in blocks of queries; any backend), `"cudnn"` (global layers
-    by cuDNN, local ones banded), `"splash"` (Pallas kernels for TPU), or `"auto"`.
+    by cuDNN, local ones banded), `"splash"` (Pallas kernels for TPU, `block` queries and keys at a
+    time), or `"auto"`.
     Raises `InputError` where the implementation cannot run here.
     """
     length = query.shape[2]
@@ -53,7 +53,7 @@ def attend(
         implementation = _choose(query)
     _check(implementation, query)
     if implementation == "splash":
-        return _splash(query, key, value, segment_ids, window)
+        return _without_padding(splash(query, key, value, segment_ids, window, block), segment_ids)
     if implementation == "cudnn" and window is None:
         return _cudnn(query, key, value, segment_ids)
     if segment_ids is None:
@@ -213,59 +213,6 @@ def _cudnn(
             f"attention 'cudnn' cannot run here ({error}); set attention to 'banded'"
         ) from error
     return _without_padding(jnp.swapaxes(mixed, 1, 2), segment_ids)
-
-
-def _splash(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    window: int | None,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """Attention by the Pallas splash kernels for TPU.
-
-    Each device runs the kernel on its own rows and heads: the compiler cannot cut a kernel.
-    """
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
-    batch, _, length, head_dim = query.shape
-    if segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)
-    missing = -length % _SPLASH_TILE
-    shape = (length + missing, length + missing)
-    mask = (
-        splash_attention_mask.FullMask(shape)
-        if window is None
-        else splash_attention_mask.LocalMask(shape, (window, window), 0)
-    )
-
-    def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> jax.Array:
-        kernel = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
-            head_shards=1,
-            q_seq_shards=1,
-            interpret=interpret,
-        )
-        segments = splash_attention_kernel.SegmentIds(q=s, kv=s)
-        return jax.vmap(kernel)(q, k, v, segments)
-
-    rows = [(0, 0), (0, 0), (0, missing), (0, 0)]
-    inputs = [jnp.pad(x, rows) for x in (query * head_dim**-0.5, key, value)]
-    inputs.append(jnp.pad(segment_ids, rows[1:3]))
-    if mesh_sizes():
-        heads = P(BATCH_AXES, "tensor", None, None)
-        on_one_device = jax.shard_map(
-            on_one_device,
-            in_specs=(heads, heads, heads, P(BATCH_AXES, None)),
-            out_specs=heads,
-            check_vma=False,
-        )
-    return _without_padding(on_one_device(*inputs)[:, :, :length], segment_ids)
 
 
 def _without_padding(mixed: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -73,6 +73,7 @@ class Attention(nnx.Module):
         segment_ids: jax.Array | None,
         window: int | None,
         implementation: str,
+        block: int,
     ) -> jax.Array:
         """Map `[batch, seq, hidden]` to float32 of the same shape."""
         query, key, value = jnp.transpose(self.Wqkv(x), (2, 0, 3, 1, 4))
@@ -82,7 +83,15 @@ class Attention(nnx.Module):
             )
             for array in (_rotate(query, rope), _rotate(key, rope), value)
         )
-        mixed = attend(query, key, value, segment_ids, window=window, implementation=implementation)
+        mixed = attend(
+            query,
+            key,
+            value,
+            segment_ids,
+            window=window,
+            implementation=implementation,
+            block=block,
+        )
         return self.Wo(checkpoint_name(jnp.transpose(mixed, (0, 2, 1, 3)), "product"))
 
 

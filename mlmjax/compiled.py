@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
@@ -18,20 +18,11 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]<=|\{\{([\d,]*)\})")
 
 
-class Collectives(NamedTuple):
-    """Of one kind: how many run in one call of the program, and the bytes of what they make.
+def collectives(text: str) -> dict[str, dict[str, int]]:
+    """Count the collectives of one call of a compiled program by kind: `{kind: {count, bytes}}`.
 
-    Bytes are those of the whole array that one device takes part in: what an all-gather gives,
-    what an all-reduce gives, what goes into a reduce-scatter.
-    """
-
-    count: int
-    bytes: int
-
-
-def collectives(text: str) -> dict[str, Collectives]:
-    """Count the collectives of a compiled program by kind, loops unrolled.
-
+    Bytes are those of the whole array that one device takes part in: what an all-gather or an
+    all-reduce gives, what goes into a reduce-scatter.
     `text` is `compiled.as_text()`. A loop whose number of rounds the compiler does not know counts
     once. A collective among one device alone is none.
     """
@@ -50,7 +41,7 @@ def collectives(text: str) -> dict[str, Collectives]:
                 kind = "reduce-scatter"
             counts[kind] += runs[name]
             sizes[kind] += runs[name] * size
-    return {kind: Collectives(counts[kind], sizes[kind]) for kind in KINDS if counts[kind]}
+    return {k: {"count": counts[k], "bytes": sizes[k]} for k in KINDS if counts[k]}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

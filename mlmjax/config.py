@@ -50,6 +50,9 @@ __all__ = [
     "updates_of",
 ]
 
+# What the TPU kernels cut a sequence into.
+Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
+
 
 class ObjectiveConfig(StrictTable):
     """Shares of the objectives, drawn per example; what is left of 1 is answer token prediction.
@@ -158,6 +161,7 @@ class RunConfig(StrictTable):
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "dense", "banded", "cudnn", "splash"] = "auto"
+    splash_blocks: tuple[Tiles, Tiles] = (512, 256)
     remat: Literal["none", "dots", "layer"] = "none"
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()

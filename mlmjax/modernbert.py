@@ -5,6 +5,7 @@ names the attributes carry. Parameters, norms, softmax and RoPE are float32; mat
 the compute dtype and accumulate in float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_args
 
@@ -29,6 +30,7 @@ from mlmjax.errors import InputError
 from mlmjax.layers import align
 from mlmjax.product import product
 
+SPLASH_BLOCKS = RunConfig.model_fields["splash_blocks"].default
 REMAT = get_args(RunConfig.model_fields["remat"].annotation)
 # What the backward pass finds stored of a layer besides its input, where not everything is: with
 # "dots" whatever took a matrix product to make, all at the compute dtype.
@@ -59,6 +61,7 @@ class _ModernBert(nnx.Module):
         self.config = config
         self.attention = attention
         self.remat = remat
+        self.splash_blocks = SPLASH_BLOCKS
         self.model = Encoder(config, rngs)
         self.head = PredictionHead(config, rngs)
 
@@ -93,19 +96,63 @@ class _ModernBert(nnx.Module):
         with jax.named_scope("embeddings"):
             hidden = cut_rows(self.model.embeddings(input_ids, self.dtype))
         states = [hidden]
-        for index, (layer, kind) in enumerate(
-            zip(self.model.layers, config.layer_types, strict=True)
-        ):
-            window = config.window if kind == LOCAL else None
-            forward: Any = partial(_apply_layer, layer, window, self.attention)
+        scanned, period = range(0), 0
+        # A loop keeps of a layer all that is not computed anew, the compiler less of single layers.
+        if self.remat != "none" and not output_hidden_states:
+            scanned, period = _repetition(config.layer_types)
+        index = 0
+        while index < config.num_hidden_layers:
+            if index in scanned:
+                with jax.named_scope(f"layers_{scanned[0]}_to_{scanned[-1]}"):
+                    hidden = self._scan(scanned, period, hidden, ropes, segment_ids)
+                index = scanned.stop
+                continue
             with jax.named_scope(f"layer_{index}"):
-                if self.remat != "none":
-                    forward = jax.checkpoint(forward, policy=_STORED.get(self.remat))
-                hidden = forward(hidden, ropes[kind], segment_ids)
+                layer, kind = self.model.layers[index], config.layer_types[index]
+                hidden = self._forward(layer, kind)(hidden, ropes[kind], segment_ids)
             states.append(hidden)
+            index += 1
         with jax.named_scope("final_norm"):
             hidden = self.model.final_norm(hidden, self.dtype)
         return (hidden, (*states[:-1], hidden)) if output_hidden_states else hidden
+
+    def _forward(self, layer: Layer, kind: str) -> Any:
+        """Return `(hidden, rope, segment_ids) -> hidden` of one layer."""
+        is_local = kind == LOCAL
+        forward = partial(
+            _apply_layer,
+            layer,
+            self.config.window if is_local else None,
+            self.attention,
+            self.splash_blocks[is_local],
+        )
+        if self.remat == "none":
+            return forward
+        return jax.checkpoint(forward, policy=_STORED.get(self.remat))
+
+    def _scan(
+        self,
+        scanned: range,
+        period: int,
+        hidden: jax.Array,
+        ropes: dict[str, tuple[jax.Array, jax.Array]],
+        segment_ids: jax.Array | None,
+    ) -> jax.Array:
+        """Apply equal periods of layers as one loop: the compiler sees one period of them."""
+        graphs, stacked = [], []
+        for place in range(scanned.start, scanned.start + period):
+            parts = [nnx.split(self.model.layers[i]) for i in range(place, scanned.stop, period)]
+            graphs.append(parts[0][0])
+            stacked.append(jax.tree.map(lambda *x: jnp.stack(x), *(state for _, state in parts)))
+        kinds = self.config.layer_types[scanned.start :]
+
+        def body(hidden: jax.Array, states: Any) -> tuple[jax.Array, None]:
+            for graph, state, kind in zip(graphs, states, kinds, strict=False):
+                forward = self._forward(nnx.merge(graph, state), kind)
+                hidden = forward(hidden, ropes[kind], segment_ids)
+            return hidden, None
+
+        return jax.lax.scan(body, hidden, stacked)[0]
 
 
 class ModernBertForMaskedLM(_ModernBert):
@@ -171,11 +218,31 @@ def _apply_layer(
     layer: Layer,
     window: int | None,
     implementation: str,
+    block: int,
     hidden: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     segment_ids: jax.Array | None,
 ) -> jax.Array:
-    return layer(hidden, rope, segment_ids, window, implementation)
+    return layer(hidden, rope, segment_ids, window, implementation, block)
+
+
+def _repetition(kinds: Sequence[str]) -> tuple[range, int]:
+    """Find the layers that are equal periods, and the period; none, unless they are most layers.
+
+    Layer 0 is left out, because it has no attention norm.
+
+    >>> _repetition(("full", "local", "local", "full", "local", "local", "full", "local"))
+    (range(1, 7), 3)
+    """
+    best, best_period = range(0), 0
+    for period in range(1, len(kinds) // 2 + 1):
+        end = 1 + period
+        while end < len(kinds) and kinds[end] == kinds[end - period]:
+            end += 1
+        repeats = (end - 1) // period
+        if repeats > 1 and period * repeats > max(len(best), len(kinds) // 2):
+            best, best_period = range(1, 1 + period * repeats), period
+    return best, best_period
 
 
 def _rope_tables(

@@ -174,11 +174,10 @@ def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
                     f"the compiler does not take this program: {str(error).partition(chr(10))[0]}"
                 ) from error
             return {"fits": False, "refusal": refused, "seconds": seconds}
-    counted = compiled.collectives(result.as_text())
     return {
         "fits": True,
         "memory": compiled.memory(result),
-        "collectives": {kind: found._asdict() for kind, found in counted.items()},
+        "collectives": compiled.collectives(result.as_text()),
         "seconds": seconds,
     }
 

@@ -57,7 +57,7 @@ def load_start(config: RunConfig) -> tuple[hf.Model, Tokenizer]:
         where = "[model]"
         tokenizer = own or Tokenizer.from_pretrained()
         model = _described(config, tokenizer)
-    model.remat = config.remat
+    _set_ways(config, model)
     hf.check_tokenizer(Path(where), model.config.to_hf(), tokenizer)
     _check_architecture(config, where, model.config)
     return model, tokenizer
@@ -79,9 +79,14 @@ def describe_start(config: RunConfig) -> hf.Model:
             folder = hub.fetch(where, revision=config.revision, weights=False)
             architecture = ModelConfig.from_hf(hub.read_json(folder, hub.CONFIG))
         model = _of_head(config, architecture)
-    model.remat = config.remat
+    _set_ways(config, model)
     _check_architecture(config, config.init_from or "[model]", model.config)
     return model
+
+
+def _set_ways(config: RunConfig, model: Any) -> None:
+    """Tell a model how to compute what it computes in training."""
+    model.remat, model.splash_blocks = config.remat, config.splash_blocks
 
 
 def _check_architecture(config: RunConfig, where: str, architecture: ModelConfig) -> None:

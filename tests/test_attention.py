@@ -15,6 +15,7 @@ from mlmjax import attention, partition
 from mlmjax.attention import attend
 from mlmjax.errors import InputError
 from mlmjax.product import product
+from mlmjax.splash import splash_block
 
 
 def heads(shape, seed=0, dtype=jnp.float32):
@@ -202,11 +203,68 @@ def test_long_rows_never_hold_all_scores(window):
     assert memory.temp_size_in_bytes < 0.3 * (2 * 4096 * 4096 * 4)
 
 
-@pytest.mark.parametrize(("length", "window"), [(130, None), (200, 5), (6, 0)])
-def test_splash_is_dense(length, window):
-    ids = segments(length)
-    splash = partial(attention._splash, segment_ids=ids, window=window, interpret=True)
-    assert_paths_equal(*paths(ids, window, "dense"), splash, heads((3, 2, length, 8)))
+@pytest.fixture
+def splash_without_tpu(monkeypatch):
+    monkeypatch.setattr(attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "splash", partial(attention.splash, interpret=True))
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "block", "width"),
+    [
+        (130, None, 128, 8),
+        (200, 5, 256, 8),
+        (6, 0, 128, 8),
+        (512, 64, 128, 64),
+        (512, 64, 256, 64),
+        (512, None, 512, 64),
+    ],
+)
+def test_splash_is_dense(splash_without_tpu, length, window, block, width):
+    """Packed neighbours, padding on either side, a row of padding; forward and backward."""
+    dense, splash = paths(segments(length), window, "dense", "splash")
+    arrays = heads((3, 2, length, width))
+    if width == 64:  # sums of eight times as many products
+        arrays = tuple(x * 0.5 for x in arrays)
+    assert_paths_equal(dense, partial(splash, block=block), arrays)
+
+
+@pytest.mark.parametrize("block", [128, 256])
+def test_window_of_splash_includes_both_its_ends(splash_without_tpu, block):
+    """At window 64 a token sees, and sends gradient to, distance 64 but not 65, over blocks too."""
+    length, window = 512, 64
+    query, key, value = heads((1, 1, length, 64))
+    path = partial(attend, segment_ids=None, window=window, implementation="splash", block=block)
+    for row in (0, 64, 127, 128, 191, 256, 447, 511):
+        at = jax.jit(jax.grad(lambda k, v, row=row: path(query, k, v)[0, 0, row].sum(), (0, 1)))
+        expected = np.abs(np.arange(length) - row) <= window
+        for gradient in at(key, value):
+            sees = np.asarray(jnp.abs(gradient[0, 0]).sum(axis=-1)) != 0
+            np.testing.assert_array_equal(sees, expected)
+
+
+@pytest.mark.parametrize("window", [None, 64])
+def test_neighbours_and_padding_of_splash_do_not_touch(splash_without_tpu, window):
+    length, cut, end = 384, 170, 300
+    q, k, v = heads((1, 2, length, 64))
+    rows = jnp.arange(length)
+    ids = jnp.where(rows < cut, 1, jnp.where(rows < end, 2, 0))[None]
+    path = partial(attend, window=window, implementation="splash", block=128)
+    together = path(q, k, v, ids)
+    changed = path(*(x.at[:, :, cut:].set(9.0) for x in (q, k, v)), ids)
+    np.testing.assert_array_equal(together[:, :, :cut], changed[:, :, :cut])
+    changed = path(*(x.at[:, :, end:].set(9.0) for x in (q, k, v)), ids)
+    np.testing.assert_array_equal(together, changed)
+    assert not np.asarray(together[:, :, end:]).any()
+
+
+@pytest.mark.parametrize("length", [128, 600, 2048])
+@pytest.mark.parametrize("wanted", [128, 256, 512])
+def test_blocks_of_splash_divide_the_row(length, wanted):
+    block = splash_block(length, wanted)
+    assert block <= wanted
+    assert (length + -length % 128) % block == 0
+    assert splash_block(2048, wanted) == wanted
 
 
 def test_splash_runs_on_every_device_of_a_mesh():
@@ -217,7 +275,7 @@ def test_splash_runs_on_every_device_of_a_mesh():
     with jax.set_mesh(mesh):
         spec = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
         cut = [jax.device_put(x, spec) for x in arrays]
-        path = jax.jit(partial(attention._splash, window=9, interpret=True))
+        path = jax.jit(partial(attention.splash, window=9, block=128, interpret=True))
         out = path(*cut, ids)
         assert out.sharding.spec[:2] == spec.spec[:2]
     np.testing.assert_allclose(out, alone, atol=2e-6)
