@@ -32,12 +32,17 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Look up `[batch, seq]`; an id outside the vocabulary gives NaN, never another token."""
+        # The table is cut along hidden: a device looks up its columns for the rows of all devices
+        # that hold the others, then columns are exchanged for rows. Left to itself, the compiler
+        # may gather every row on every device.
+        input_ids = constrain(input_ids, "data", None)
         rows = jnp.take(self.weight[...], input_ids, axis=0, mode="fill")
-        if self.pad_token_id is None:
-            return rows
-        # As in torch, where `padding_idx` keeps the padding vector out of the lookup's gradient.
-        is_pad = (input_ids == self.pad_token_id)[..., None]
-        return jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
+        rows = constrain(rows, "data", None, "fsdp")
+        if self.pad_token_id is not None:
+            # As in torch, where `padding_idx` keeps the padding vector out of the gradient.
+            is_pad = (input_ids == self.pad_token_id)[..., None]
+            rows = jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
+        return cut_rows(constrain(rows, "data", None, "fsdp"))
 
 
 class Embeddings(nnx.Module):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128}
+BITS = {"pred": 8}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -15,33 +15,46 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
-_GROUPS = re.compile(r"replica_groups=(?:\[(\d+),(\d+)\]<=|\{\{([\d,]*)\})")
+_BOUND = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+# Written out, as [groups,members]<=[devices], or as mesh['x'=4,'y'=2] {'y'}.
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]+)\}|mesh\[([^\]]*)\]\s*\{([^}]*)\})"
+)
 
 
 def collectives(text: str) -> dict[str, dict[str, int]]:
     """Count the collectives of one call of a compiled program by kind: `{kind: {count, bytes}}`.
 
     Bytes are those of the whole array that one device takes part in: what an all-gather or an
-    all-reduce gives, what goes into a reduce-scatter.
-    `text` is `compiled.as_text()`. A loop whose number of rounds the compiler does not know counts
-    once. A collective among one device alone is none.
+    all-reduce gives, what goes into a reduce-scatter. `text` is `compiled.as_text()`. What is in a
+    loop counts as often as the loop goes round, once where the program alone decides that. A
+    collective among one device alone is none.
     """
     computations, entry = _computations(text)
+    calls = {name: list(_calls(lines, computations)) for name, lines in computations.items()}
     runs = Counter({entry: 1})
-    for name in _callers_first(computations, entry):
-        for line in computations[name]:
-            for called, times in _calls(line):
-                runs[called] += runs[name] * times
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
+    for name in _callers_first(calls, entry):
+        for called, times in calls[name]:
+            runs[called] += runs[name] * times
+    # A collective that runs beside computation is written in each of the parts it runs beside.
+    found: dict[tuple[str, Any], tuple[int, int]] = {}
     for name, lines in computations.items():
-        for kind, size in filter(None, map(_collective, lines)):
+        for number, line in enumerate(lines):
+            kind, size = _collective(line)
+            if not kind or not runs[name]:
+                continue
             # A TPU makes a reduce-scatter of an all-reduce of which each device keeps a part.
             if kind == "all-reduce" and "reduce-scatter" in name:
                 kind = "reduce-scatter"
-            counts[kind] += runs[name]
-            sizes[kind] += runs[name] * size
-    return {k: {"count": counts[k], "bytes": sizes[k]} for k in KINDS if counts[k]}
+            channel = _CHANNEL.search(line)
+            key = (kind, channel[1] if channel else (name, number))
+            found[key] = max(found.get(key, (0, 0)), (runs[name], size))
+    totals = {kind: {"count": 0, "bytes": 0} for kind in KINDS}
+    for (kind, _), (times, size) in found.items():
+        totals[kind]["count"] += times
+        totals[kind]["bytes"] += times * size
+    return {kind: total for kind, total in totals.items() if total["count"]}
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -56,7 +69,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _callers_first(computations: Mapping[str, list[str]], entry: str) -> list[str]:
+def _callers_first(calls: Mapping[str, list[tuple[str, int]]], entry: str) -> list[str]:
     order: list[str] = []
     seen: set[str] = set()
     stack = [(entry, False)]
@@ -64,37 +77,42 @@ def _callers_first(computations: Mapping[str, list[str]], entry: str) -> list[st
         name, is_done = stack.pop()
         if is_done:
             order.append(name)
-        elif name in computations and name not in seen:
+        elif name in calls and name not in seen:
             seen.add(name)
             stack.append((name, True))
-            stack += [(c, False) for line in computations[name] for c, _ in _calls(line)]
+            stack += [(called, False) for called, _ in calls[name]]
     return order[::-1]
 
 
-def _calls(line: str) -> Iterator[tuple[str, int]]:
-    if "=%" not in line and "={%" not in line:
-        return
-    trips = _TRIPS.search(line)
-    for how, names in _CALLED.findall(line):
-        times = int(trips[1]) if trips and how == "body" else 1
-        for name in names.strip("{}").split(","):
-            yield name.strip().removeprefix("%"), times
+def _calls(lines: list[str], computations: Mapping[str, list[str]]) -> Iterator[tuple[str, int]]:
+    """Yield which computations these lines call, and how often each time."""
+    for line in lines:
+        called = dict(_CALLED.findall(line))
+        for how, names in called.items():
+            times = 1
+            if how == "body":
+                known = _TRIPS.search(line)
+                condition = called.get("condition", "").removeprefix("%")
+                times = int(known[1]) if known else _rounds(computations.get(condition, []))
+            for name in names.strip("{}").split(","):
+                yield name.strip().removeprefix("%"), times
 
 
-def _collective(line: str) -> tuple[str, int] | None:
+def _rounds(condition: list[str]) -> int:
+    """Read how often a loop goes round that counts from 0 to a constant; 1 for any other."""
+    last = next((line for line in condition if "ROOT" in line), "")
+    bounds = {name: n for line in condition for name, n in _BOUND.findall(line)}
+    named = [int(bounds[name]) for name in re.findall(r"%([\w.\-]+)", last) if name in bounds]
+    return named[0] if "direction=LT" in last and len(named) == 1 else 1
+
+
+def _collective(line: str) -> tuple[str, int]:
     operation = _OPERATION.match(line)
-    if not operation:
-        return None
-    result, name = operation.groups()
+    result, name = operation.groups() if operation else ("", "")
     kind = name.removesuffix("-start")
-    if kind not in KINDS:
-        return None
-    groups = _GROUPS.search(line)
-    members = 0
-    if groups:
-        members = int(groups[2]) if groups[2] else len(groups[3].split(","))
+    members = _members(line) if kind in KINDS else 1
     if members == 1:
-        return None
+        return "", 0
     size = sum(_bytes(*shape) for shape in _SHAPE.findall(result))
     if kind == "reduce-scatter":
         size *= members or 1
@@ -103,6 +121,20 @@ def _collective(line: str) -> tuple[str, int] | None:
     elif name == "collective-permute-start":
         size //= 2
     return kind, size
+
+
+def _members(line: str) -> int:
+    """Count the devices that take part in a collective together; 0 where it does not say."""
+    found = _GROUPS.search(line)
+    if not found:
+        return 0
+    count, listed, mesh, axes = found.groups()
+    if count:
+        return int(count)
+    if listed:
+        return len(listed.split(","))
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", axes))
 
 
 def _bytes(dtype: str, dimensions: str) -> int:

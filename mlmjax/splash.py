@@ -1,5 +1,7 @@
 """Attention on a TPU: JAX's splash kernels (Pallas), one mask for all heads, segments beside it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -8,6 +10,8 @@ from mlmjax.partition import BATCH_AXES, mesh_sizes
 
 SPLASH_TILE = 128
 """What the kernels cut the sequence into multiples of."""
+
+_KERNELS = ("", "_dkv", "_dq")  # forward, and the two backward: for keys and values, for queries
 
 
 def splash(
@@ -37,10 +41,8 @@ def splash(
     missing = -length % SPLASH_TILE
     shape = (length + missing, length + missing)
     size = splash_block(length, block)
-    sizes = splash_attention_kernel.BlockSizes(
-        **dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), size),
-        **dict.fromkeys(("block_kv", "block_kv_dkv", "block_kv_dq"), size),
-    )
+    blocks: dict[str, Any] = {f"block_{x}{of}": size for x in ("q", "kv") for of in _KERNELS}
+    sizes = splash_attention_kernel.BlockSizes(**blocks)
     mask = (
         splash_attention_mask.FullMask(shape)
         if window is None

@@ -267,7 +267,7 @@ def test_blocks_of_splash_divide_the_row(length, wanted):
     assert splash_block(2048, wanted) == wanted
 
 
-def test_splash_runs_on_every_device_of_a_mesh():
+def test_splash_runs_on_every_device_of_a_mesh(splash_without_tpu):
     mesh = partition.make_mesh({"data": 2, "fsdp": 1, "tensor": 2})
     arrays = heads((2, 4, 128, 8))
     ids = segments(128)[:2]
@@ -275,7 +275,7 @@ def test_splash_runs_on_every_device_of_a_mesh():
     with jax.set_mesh(mesh):
         spec = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
         cut = [jax.device_put(x, spec) for x in arrays]
-        path = jax.jit(partial(attention.splash, window=9, block=128, interpret=True))
+        path = jax.jit(partial(attend, window=9, implementation="splash"))
         out = path(*cut, ids)
         assert out.sharding.spec[:2] == spec.spec[:2]
     np.testing.assert_allclose(out, alone, atol=2e-6)
