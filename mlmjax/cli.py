@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -293,6 +294,24 @@ def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
         raise InputError(f"{where}: is empty; give at least one text, one per line")
 
 
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs in `~/.cache/mlmjax/xla`, unless it is told otherwise.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
+    nothing. A folder that cannot be written is left alone.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(base, "mlmjax", "xla")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+
+
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config import load_config
 
@@ -310,6 +329,10 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         logging.lastResort.setLevel(logging.INFO)
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
+
+    keep_compiled()
+    # Of a cache that is full or was moved; the program is compiled anew.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
     def fail(message: str, details: Sequence[str], code: int) -> int:
         if debug:

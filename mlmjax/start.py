@@ -17,9 +17,10 @@ from mlmjax.partition import place
 from mlmjax.step import parameter_sharding
 from mlmjax.tokenizer import Tokenizer
 
-PUBLISHED: dict[str, dict[str, int]] = {
-    "answerdotai/ModernBERT-base": {},
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "answerdotai/ModernBERT-base": {"classifier_pooling": "mean"},
     "answerdotai/ModernBERT-large": {
+        "classifier_pooling": "mean",
         "hidden_size": 1024,
         "intermediate_size": 2624,
         "num_hidden_layers": 28,

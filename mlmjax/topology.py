@@ -104,7 +104,9 @@ def environment(topology: Topology) -> dict[str, str]:
     """Return what the environment of a process must hold before JAX starts there."""
     count = "--xla_force_host_platform_device_count"
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(count)]
-    values = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    # The seconds told are those of a compilation, not of finding one.
+    values = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    values["XLA_FLAGS"] = " ".join(flags)
     if topology.platform == "cpu":
         return values | {"JAX_NUM_CPU_DEVICES": str(topology.shape[0])}
     return values | {

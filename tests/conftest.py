@@ -1,10 +1,13 @@
 """Settings every test shares: eight simulated devices, no network, loud shape mistakes."""
 
 import gc
+import importlib.util
 import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Neither reads nor fills the user's cache of compiled programs.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # As the command line sets it, so that what both compute is equal to the last bit.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
@@ -17,6 +20,7 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 
 
@@ -39,7 +43,8 @@ def pytest_collection_modifyitems(config, items):
         unasked = any(
             item.get_closest_marker(mark) and not wants(config, mark) for mark in ("hub", "long")
         )
-        (dropped if lacks_data or unasked else kept).append(item)
+        lacks_libtpu = item.get_closest_marker("libtpu") and not HAS_LIBTPU
+        (dropped if lacks_data or lacks_libtpu or unasked else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
