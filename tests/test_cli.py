@@ -1,5 +1,6 @@
 """The command line: exit codes, first lines, no traceback, results on stdout alone."""
 
+import os
 import subprocess
 import sys
 
@@ -100,3 +101,41 @@ def test_help_and_version_need_no_jax():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "classify" in done.stdout
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_programs_are_kept_for_the_next_command(cache_home):
+    code = (
+        "from mlmjax import cli; cli.keep_compiled(); import jax\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))))"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert (done.stdout, done.stderr) == ("262144.0\n", "")
+    kept = [file for file in (cache_home / "mlmjax" / "xla").rglob("*-cache") if file.is_file()]
+    assert kept
+    assert not any(file.stat().st_mode & 0o002 for file in kept)
+
+
+def test_the_folder_of_compiled_programs_is_the_users_choice(cache_home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    cli.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    cli.keep_compiled()
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+    (cache_home / "mlmjax").write_text("no folder can be made here")
+    cli.keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

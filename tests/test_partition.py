@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,26 @@ def test_every_parameter_is_cut_as_written_down(model, values):
         expected = LAYER[in_layer] if path.startswith("model.layers.") else AROUND[path]
         assert spec == expected, path
     assert len(found) > 12
+
+
+def sharding_table(name, values):
+    """One line for each parameter: the model, its path, and what each dimension is cut over."""
+    params = abstract_parameters(**values)
+    specs = by_path(parameter_specs({"data": 1, "fsdp": 4, "tensor": 2}, params))
+    for path, leaf in by_path(params).items():
+        axes = [*specs[path], *[None] * (leaf.ndim - len(specs[path]))]
+        cut = [
+            f"{size}/{axis}" if axis else str(size)
+            for size, axis in zip(leaf.shape, axes, strict=True)
+        ]
+        yield f"{name}\t{path}\t{' x '.join(cut)}"
+
+
+def test_every_parameter_of_base_and_large_is_in_the_golden_table():
+    table = Path(__file__).parent / "data" / "sharding.tsv"
+    expected = table.read_text().splitlines()
+    assert [*sharding_table("base", BASE), *sharding_table("large", LARGE)] == expected[1:]
+    assert len(expected) == 1 + 137 + 173  # six a layer, five of them cut
 
 
 def test_a_parameter_without_a_rule_is_refused():

@@ -13,17 +13,10 @@ from mlmjax.architecture import GLOBAL, LOCAL
 from mlmjax.modernbert import ModernBertForMaskedLM, _repetition
 
 PATTERNS = {
-    "as in base": {"num_hidden_layers": 7},
-    "a rest of one": {"num_hidden_layers": 8, "norm_bias": True},
-    "a rest of two": {"num_hidden_layers": 9},
-    "every second": {"num_hidden_layers": 6, "global_attn_every_n_layers": 2},
-    "every fourth": {"num_hidden_layers": 10, "global_attn_every_n_layers": 4},
-    "all alike": {"num_hidden_layers": 4, "layer_types": [GLOBAL] * 4, "attention_bias": True},
-    "no pattern": {
-        "num_hidden_layers": 6,
-        "layer_types": [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL],
-    },
-    "too few": {"num_hidden_layers": 3},
+    "as in base": ("dots", {"num_hidden_layers": 7}),
+    "a rest of two": ("layer", {"num_hidden_layers": 9, "norm_bias": True}),
+    "every second": ("layer", {"num_hidden_layers": 6, "global_attn_every_n_layers": 2}),
+    "all alike": ("dots", {"num_hidden_layers": 4, "layer_types": [GLOBAL] * 4}),
 }
 
 
@@ -44,10 +37,15 @@ def assert_equal(first, second):
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_loop_gives_the_same_numbers(pattern):
-    config = config_of(**PATTERNS[pattern])
-    expected = run(config)
-    for remat in ("dots", "layer"):
-        assert_equal(run(config, remat=remat), expected)
+    remat, changes = PATTERNS[pattern]
+    config = config_of(**changes)
+    assert _repetition(config.layer_types)[0]
+    assert_equal(run(config, remat=remat), run(config))
+
+
+def test_layers_without_a_pattern_stay_single():
+    for kinds in ([GLOBAL], [GLOBAL, LOCAL, LOCAL], [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL]):
+        assert not _repetition(kinds)[0]
 
 
 def test_the_compiler_sees_one_period():
