@@ -134,6 +134,12 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
         f"  {machine['used']} x {machine['device']}, {_gib(machine['memory'])} each; mesh {mesh}"
         + (f"; {unused} devices unused" if unused else "")
     )
+    blocks = machine["splash_blocks"]
+    yield f"  attention {machine['attention']}" + (
+        f": splash kernels, blocks of {blocks[0]} in global and {blocks[1]} in local layers"
+        if blocks
+        else ""
+    )
     yield f"  jax {machine['jax']}, {machine['compiler']}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "

@@ -6,6 +6,7 @@
 import json
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mlmjax.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.optim import make_optimizer
 from mlmjax.prompts import Template, Verbalizer
 from mlmjax.score import Scorer, rows_of
+from mlmjax.splash import splash_block
 from mlmjax.start import describe_start
 from mlmjax.step import abstract_train_state, make_eval_step, make_train_step, split_parameters
 from mlmjax.tokenizer import Tokenizer
@@ -49,16 +51,19 @@ def compile_run(config: RunConfig, topology: Topology, *, scoring: bool = True) 
     mesh = partition.make_mesh(config.mesh, devices)
     partition.check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
     model = describe_start(config)
+    compiler = "jaxlib" if topology.platform == "cpu" else "libtpu"
     machine = {
         "topology": topology.name,
         "device": devices[0].device_kind,
         "devices": len(devices),
         "used": mesh.size,
+        "attention": config.attention,
+        "splash_blocks": _splash_blocks(config) if topology.platform == "tpu" else None,
         "mesh": dict(mesh.shape),
         "memory": int(topology.memory),
         "peak_flops": peak_flops(devices[0].device_kind, config.dtype),
         "jax": jax.__version__,
-        "compiler": devices[0].client.platform_version.partition("\n")[0],
+        "compiler": f"{compiler} {version(compiler)}",
     }
     assumptions: list[str] = []
     return {
@@ -67,6 +72,13 @@ def compile_run(config: RunConfig, topology: Topology, *, scoring: bool = True) 
         "scoring": _scoring(config, model, mesh, topology, assumptions) if scoring else None,
         "assumptions": assumptions,
     }
+
+
+def _splash_blocks(config: RunConfig) -> list[int] | None:
+    """Return the blocks the kernels of global and local layers really take; None without them."""
+    if config.attention not in ("auto", "splash"):
+        return None
+    return [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
 
 
 def _training(

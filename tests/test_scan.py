@@ -44,7 +44,7 @@ def test_a_loop_gives_the_same_numbers(pattern):
 
 
 def test_layers_without_a_pattern_stay_single():
-    for kinds in ([GLOBAL], [GLOBAL, LOCAL, LOCAL], [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL]):
+    for kinds in ([GLOBAL], [GLOBAL, LOCAL, GLOBAL], [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL]):
         assert not _repetition(kinds)[0]
 
 
