@@ -260,7 +260,8 @@ def fake_answer(total, fits=True):
     }  # fmt: skip
     machine = {
         "topology": "v5e:2x4", "device": "TPU v5 lite", "devices": 8, "used": 8, "memory": 2e10,
-        "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "peak_flops": 2e14, "jax": "", "attention": "auto", "splash_blocks": [512, 256], "compiler": "",
+        "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "peak_flops": 2e14, "jax": "",
+        "attention": "auto", "splash_blocks": [512, 256], "compiler": "",
     }  # fmt: skip
     return {"machine": machine, "training": program, "scoring": program, "assumptions": []}
 
