@@ -1,19 +1,17 @@
 """The page of the report on prepared rows, in Markdown that no text in it can break."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlmjax.rows_charts import shortened, visible
+from mlmjax.rows_markdown import LONG_CELL, cell, fenced, number, share, table
 
 TOP = 30
 """Tasks and answers shown by name."""
 
 KEPT, NOT_SELECTED = "in the rows", "left out by data.select"
-_CELL, _LONG_CELL, _FILES, _HITS = 100, 400, 30, 5
-_MARKDOWN = re.compile(r"[^\w\s.,;:/␣…⟨⟩=+?-]", flags=re.ASCII)
+_FILES, _HITS = 30, 5
 
 
 def page(found: Mapping[str, Any]) -> str:
@@ -30,6 +28,7 @@ def page(found: Mapping[str, Any]) -> str:
         "![share of the records of each source that were kept, and why others were not]"
         "(records.png)",
         *_records(found["sources"]),
+        *_exclusions(found["exclusions"]),
         *_selection(found["selection"]),
         "## Rows",
         *_rows(found),
@@ -53,57 +52,16 @@ def page(found: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def cell(text: object, length: int = _CELL) -> str:
-    r"""Return text for a table or a line: one line, code, without power over what is around it.
-
-    >>> cell("task_1"), cell("a|`b`\n")
-    ('`task_1`', '<code>a&#124;&#96;b&#96;⟨U+000A⟩</code>')
-    """
-    shown = shortened(visible(str(text)), length)
-    if "`" not in shown and "|" not in shown and shown.strip():
-        return f"`{shown}`"
-    escaped = _MARKDOWN.sub(
-        lambda found: f"&#{ord(found[0])};" if ord(found[0]) < 128 else found[0], shown
-    )
-    return f"<code>{escaped}</code>"
-
-
-def fenced(text: str) -> str:
-    r"""Return text as a code block whose fence is longer than any in it.
-
-    >>> fenced("``` <b>").splitlines()[0]
-    '````text'
-    """
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{visible(text, keep=chr(10))}\n{fence}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; columns whose head ends in `:` are numbers, which stand at the right."""
-    names = [name.removesuffix(":") for name in head]
-    rule = ["--:" if name.endswith(":") else "---" for name in head]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
-
-
-def _number(value: int) -> str:
-    return f"{value:,}"
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / max(whole, 1):.2%}"
-
-
 def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     head = ["source", "for", "records:", "dropped:", "examples:", f"{NOT_SELECTED}:", "train:"]
-    table = _table(
+    overview = table(
         [*head, "validation:"],
         (
             [
                 cell(source["name"]),
                 source["configured_for"],
                 *map(
-                    _number,
+                    number,
                     (
                         source["records"],
                         sum(source["dropped"].values()),
@@ -122,27 +80,27 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
             cell(source["name"]),
             what,
             cell(reason),
-            _number(n),
-            _share(n, source["records"]),
+            number(n),
+            share(n, source["records"]),
         ]
         for source in sources
         for what in ("dropped", "shortened", "normalized")
         for reason, n in sorted(source[what].items(), key=lambda item: (-item[1], item[0]))
     ]
     hits = [
-        [cell(source["name"]), cell(name), *(cell(part, _LONG_CELL) for part in hit)]
+        [cell(source["name"]), cell(name), *(cell(part, LONG_CELL) for part in hit)]
         for source in sources
         for name, found in source["hits"].items()
         for hit in found[:_HITS]
     ]
     parts = [
-        table,
+        overview,
         "Records are what was read; an example is one prompt with its answer, or one window of "
         "plain text, of which a record may give many.",
     ]
     if told:
         parts.append(
-            _table(["source", "what", "why, or in which field", "records:", "share:"], told)
+            table(["source", "what", "why, or in which field", "records:", "share:"], told)
         )
     if any(source["broken"] for source in sources):
         files = sum(source["broken_files"] for source in sources)
@@ -151,18 +109,43 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
             f"(files not read to their end, which are in no line above: {files:,}):"
         )
         lines = [
-            [cell(s["name"]), cell(what, _LONG_CELL)]
+            [cell(s["name"]), cell(what, LONG_CELL)]
             for s in sources
             for what in s["broken"][:_HITS]
         ]
-        parts.append(_table(["source", "what was found"], lines))
+        parts.append(table(["source", "what was found"], lines))
     if hits:
         parts.append(
             f"Of the records that share text with an evaluation set, the first {_HITS} of each "
             "source and set:"
         )
-        parts.append(_table(["source", "evaluation set", "record", "words"], hits))
+        parts.append(table(["source", "evaluation set", "record", "words"], hits))
     return parts
+
+
+def _exclusions(exclusions: Mapping[str, Any]) -> list[str]:
+    """Tell what was kept out for evaluation, also what kept out nothing."""
+    lines = [
+        ["task", cell(one["glob"]), "", "", number(one["records"])] for one in exclusions["tasks"]
+    ]
+    lines += [
+        [
+            "text",
+            cell(one["set"]),
+            cell(exclusions["ngram"]),
+            " ".join(cell(place, LONG_CELL) for place in one["data"]),
+            number(one["records"]),
+        ]
+        for one in exclusions["overlap"]
+    ]
+    if not lines:
+        return ["By `data.exclude`, nothing was kept out for evaluation."]
+    return [
+        "What `data.exclude` kept out of the sources to train on, for evaluation. A record is "
+        "counted once, by the first that keeps it out: by the name of its task, or because it has "
+        "as many words in a row as are named here in common with an evaluation set.",
+        table(["by its", "task or evaluation set", "words:", "data of the set", "records:"], lines),
+    ]
 
 
 def _selection(selection: Mapping[str, Any] | None) -> list[str]:
@@ -179,7 +162,7 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
     columns = ["files", "rows", "examples", "tokens"]
 
     def line(first: Sequence[str], totals: Mapping[str, Any]) -> list[str]:
-        return [*first, *(_number(totals[c]) for c in columns), f"{totals['padding_share']:.2%}"]
+        return [*first, *(number(totals[c]) for c in columns), f"{totals['padding_share']:.2%}"]
 
     heads = [*(f"{name}:" for name in columns), "padding:"]
     lines = [
@@ -188,7 +171,7 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
         for name, totals in one["sources"].items()
     ]
     lines += [line([split, "all"], one) for split, one in found["splits"].items()]
-    parts = [_table(["split", "source", *heads], lines)]
+    parts = [table(["split", "source", *heads], lines)]
     if found["selection"]:
         parts.append(
             "Sets of the training split, named by `data.subset`: each has all of the smaller "
@@ -199,28 +182,28 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
         chosen = (
             line(
                 [
-                    "all" if one["asked"] is None else _number(one["asked"]),
-                    _number(one["examples"]),
-                    _number(one["per_task"]),
+                    "all" if one["asked"] is None else number(one["asked"]),
+                    number(one["examples"]),
+                    number(one["per_task"]),
                 ],
                 totals,
             )
             for one, totals in sets
         )
-        parts.append(_table(["set:", "chosen:", "most of a task:", *heads], chosen))
+        parts.append(table(["set:", "chosen:", "most of a task:", *heads], chosen))
     return parts
 
 
 def _tasks(train: Mapping[str, Any]) -> list[str]:
     tasks = list(train["tasks"].items())
-    table = [[cell(name), _number(n), _share(n, train["examples"])] for name, n in tasks[:TOP]]
+    lines = [[cell(name), number(n), share(n, train["examples"])] for name, n in tasks[:TOP]]
     if tasks[TOP:]:
         n = sum(count for _, count in tasks[TOP:])
         rest = f"other {len(tasks) - TOP:,} tasks"
-        table.append([rest, _number(n), _share(n, train["examples"])])
+        lines.append([rest, number(n), share(n, train["examples"])])
     return [
         f"{len(tasks):,} tasks in the training split.",
-        _table(["task", "examples:", "share:"], table),
+        table(["task", "examples:", "share:"], lines),
     ]
 
 
@@ -229,23 +212,23 @@ def _answers(train: Mapping[str, Any]) -> list[str]:
     if not answers:
         return ["No example has an answer's token."]
     asked = sum(one["examples"] for one in answers)
-    table = [
+    lines = [
         [
             cell(one["text"]),
             str(one["id"]),
-            _number(one["examples"]),
-            _share(one["examples"], asked),
+            number(one["examples"]),
+            share(one["examples"], asked),
         ]
         for one in answers[:TOP]
     ]
     if answers[TOP:]:
         n = sum(one["examples"] for one in answers[TOP:])
-        table.append([f"other {len(answers) - TOP:,} tokens", "", _number(n), _share(n, asked)])
+        lines.append([f"other {len(answers) - TOP:,} tokens", "", number(n), share(n, asked)])
     return [
         "![examples by the token of their answer](answers.png)",
         f"{len(answers):,} tokens are answers in the training split, `␣` is a space; shares are of "
         f"the {asked:,} examples with an answer.",
-        _table(["answer", "id:", "examples:", "share:"], table),
+        table(["answer", "id:", "examples:", "share:"], lines),
     ]
 
 
@@ -260,10 +243,10 @@ def _lengths(splits: Mapping[str, Any]) -> list[str]:
             ranks = [int(sizes[np.searchsorted(totals, q * totals[-1])]) for q in (0.5, 0.9, 0.99)]
             mean = float(sizes @ np.diff(totals, prepend=0)) / int(totals[-1])
             shown = [int(sizes[0]), *ranks, int(sizes[-1])]
-            n = _number(int(totals[-1]))
-            lines.append([split, name, n, f"{mean:,.1f}", *map(_number, shown)])
+            n = number(int(totals[-1]))
+            lines.append([split, name, n, f"{mean:,.1f}", *map(number, shown)])
     head = ["split", "examples", "number:", "mean:", "shortest:", "median:", "90 %:", "99 %:"]
-    return [_table([*head, "longest:"], lines)]
+    return [table([*head, "longest:"], lines)]
 
 
 def _prompt(place: int, one: Mapping[str, Any]) -> str:
@@ -287,7 +270,7 @@ def _made_from(found: Mapping[str, Any]) -> list[str]:
         ["mlmjax", cell(found["version"])],
         ["format of the rows", str(found["format"])],
         ["tokenizer.json, sha256", cell(found["tokenizer_sha256"])],
-        ["vocabulary", _number(found["vocab_size"])],
+        ["vocabulary", number(found["vocab_size"])],
     ]
     facts += [
         [f"{cell(source['name'])}, {key}", cell(value)]
@@ -297,16 +280,16 @@ def _made_from(found: Mapping[str, Any]) -> list[str]:
     files = [
         [
             cell(source["name"]),
-            cell(file["path"], _LONG_CELL),
-            _number(file["bytes"]),
+            cell(file["path"], LONG_CELL),
+            number(file["bytes"]),
             cell(file["sha256"]),
         ]
         for source in found["sources"]
         for file in source["files"]
     ]
-    parts = [_table(["", ""], facts)]
+    parts = [table(["", ""], facts)]
     if files:
-        parts.append(_table(["source", "file", "bytes:", "sha256"], files[:_FILES]))
+        parts.append(table(["source", "file", "bytes:", "sha256"], files[:_FILES]))
     if files[_FILES:]:
         parts.append(f"And {len(files) - _FILES:,} more files, in `report.json`.")
     return parts

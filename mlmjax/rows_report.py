@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def figures(
             for split, key in (("train", "sources"), ("validation", "validation_sources"))
             for report, origin in zip(getattr(manifest, key), _origins(manifest, key), strict=True)
         ],
+        "exclusions": _exclusions(manifest),
         "selection": manifest.selection.model_dump() if manifest.selection else None,
         "splits": {
             split: _split(split, files, manifest, counted[split], tokenizer)
@@ -114,12 +116,43 @@ def figures(
 
 
 def _origins(manifest: Manifest, key: str) -> list[dict[str, Any]]:
-    """Return the sources as configured, which the manifest has as whatever JSON it holds."""
-    data = manifest.config.get("data")
-    found = data.get(key) if isinstance(data, dict) else None
-    tables = found if isinstance(found, list) else []
+    """Return the sources as configured."""
+    tables = _list(_table(manifest.config.get("data")).get(key))
     reports = len(getattr(manifest, key))
-    return [t if isinstance(t, dict) else {} for t in (tables + [{}] * reports)[:reports]]
+    return [_table(t) for t in (tables + [{}] * reports)[:reports]]
+
+
+def _table(found: Any) -> dict[str, Any]:
+    """Return a table of the configuration, which the manifest has as whatever JSON it holds."""
+    return found if isinstance(found, dict) else {}
+
+
+def _list(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else []
+
+
+def _exclusions(manifest: Manifest) -> dict[str, Any]:
+    """Return all that `data.exclude` names, and the records that each kept out, be it none."""
+    exclude = _table(_table(manifest.config.get("data")).get("exclude"))
+    dropped: Counter[str] = Counter()
+    for report in manifest.sources:
+        dropped.update(report.dropped)
+    places: dict[str, list[str]] = {}
+    for one in map(_table, _list(manifest.config.get("evaluation"))):
+        # A set of several files is configured as several entries of one task.
+        own = places.setdefault(str(one.get("task")), [])
+        own += [str(path) for path in _table(one.get("files"))]
+        hub = [one[k] for k in ("hub", "subset", "folder", "split", "revision") if one.get(k)]
+        own += [" ".join(map(str, hub))] if hub else []
+    globs = dict.fromkeys(g for g in _list(exclude.get("tasks")) if isinstance(g, str))
+    return {
+        "ngram": exclude.get("ngram"),
+        "tasks": [{"glob": g, "records": dropped[f"task excluded by {g!r}"]} for g in globs],
+        "overlap": [
+            {"set": name, "data": data, "records": dropped[f"overlaps {name}"]}
+            for name, data in places.items()
+        ],
+    }
 
 
 def _source(

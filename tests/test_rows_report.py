@@ -17,7 +17,7 @@ from mlmjax.config import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data import census, prepare, shuffle
 from mlmjax.data.rows import open_rows, read_manifest
 from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
-from mlmjax.rows_page import cell, fenced
+from mlmjax.rows_markdown import cell, fenced
 from mlmjax.rows_report import write_rows_report
 from mlmjax.tokenizer import Tokenizer
 
@@ -402,3 +402,58 @@ data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer"
     assert run(["prepare", "run.toml"]) == 0
     assert content(page.parent) == first
     assert content(tmp_path / "rows" / "train") == rows
+
+
+def written(config, tokenizer):
+    """Prepare rows; return the page of their report, its figures, and the lines printed."""
+    rows = prepare.prepare(config, tokenizer)
+    page = write_rows_report(rows, tokenizer)
+    found = json.loads((page.parent / "report.json").read_bytes())
+    return page.read_text(), found, "\n".join(prepare.summary(read_manifest(rows)))
+
+
+def cells(page):
+    """Return the cells of all table rows of a page whose texts are harmless."""
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    return [[one.strip(" `") for one in line.strip("|").split("|")] for line in lines]
+
+
+def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
+    question = "Which of the two rivers that meet in the old town is the longer one of the pair"
+    for name, text in (("rivers", question), ("towns", question.replace("rivers", "roads"))):
+        write_table(tmp_path / f"{name}.jsonl", [{"q": text, "a": "yes"}])
+        (tmp_path / f"{name}.toml").write_text(
+            f'name = "{name}"\ndata = "{name}.jsonl"\nprompt = "{{q}}"\nanswer = "a"\n'
+            'labels = ["yes", "no"]\nverbalizer = "words"\n'
+        )
+    again = write_table(tmp_path / "again.jsonl", [{"q": "Nothing of that", "a": "no"}])
+    rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 4}"} for i in range(40)]
+    rows += [{"q": f"So, {question}?", "a": "no", "t": "t0"}] * 3
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
+    )
+    rivers, towns = (str(tmp_path / f"{name}.toml") for name in ("rivers", "towns"))
+    overlap = ({"task": rivers}, {"task": rivers, "data": again}, {"task": towns})
+    exclude = ExcludeConfig.model_validate(
+        {"tasks": ("t3", "*nowhere'*"), "overlap": overlap, "ngram": 14}, strict=False
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), exclude=exclude)
+    page, found, _ = written(config, tokenizer)
+    told = found["exclusions"]
+    assert told["ngram"] == 14
+    assert told["tasks"] == [
+        {"glob": "t3", "records": 10},
+        {"glob": "*nowhere'*", "records": 0},
+    ]
+    assert told["overlap"] == [
+        {"set": "rivers", "data": [str(tmp_path / "rivers.jsonl"), again], "records": 3},
+        {"set": "towns", "data": [str(tmp_path / "towns.jsonl")], "records": 0},
+    ]
+    table = cells(page)
+    assert ["task", "*nowhere'*", "", "", "0"] in table
+    assert ["text", "towns", "14", str(tmp_path / "towns.jsonl"), "0"] in table
+    assert "nothing was kept out" not in page
+    config = DataConfig(rows=str(tmp_path / "others"), sources=(source,))
+    page, found, _ = written(config, tokenizer)
+    assert found["exclusions"] == {"ngram": 13, "tasks": [], "overlap": []}
+    assert "nothing was kept out for evaluation" in page
