@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlmjax.data.files import BROKEN_RECORD
 from mlmjax.rows_markdown import LONG_CELL, cell, fenced, number, share, table
 
 TOP = 30
@@ -102,18 +103,7 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         parts.append(
             table(["source", "what", "why, or in which field", "records:", "share:"], told)
         )
-    if any(source["broken"] for source in sources):
-        files = sum(source["broken_files"] for source in sources)
-        parts.append(
-            'Broken, and skipped because `broken = "skip"` says so; the first of each source '
-            f"(files not read to their end, which are in no line above: {files:,}):"
-        )
-        lines = [
-            [cell(s["name"]), cell(what, LONG_CELL)]
-            for s in sources
-            for what in s["broken"][:_HITS]
-        ]
-        parts.append(table(["source", "what was found"], lines))
+    parts += _broken(sources)
     if hits:
         parts.append(
             f"Of the records that share text with an evaluation set, the first {_HITS} of each "
@@ -121,6 +111,31 @@ def _records(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         )
         parts.append(table(["source", "evaluation set", "record", "words"], hits))
     return parts
+
+
+def _broken(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Name what was skipped as broken: every source's files, and then the first of its records."""
+    counted, lines = [], []
+    for source in sources:
+        parts = []
+        for what, named, found in (
+            ("file", source["broken_files_named"], source["broken_files"]),
+            ("record", source["broken"][:_HITS], source["dropped"].get(BROKEN_RECORD, 0)),
+        ):
+            if found:
+                parts.append(f"the first {len(named):,} of {found:,} {what}s")
+            for place, message in enumerate(named, start=1):
+                lines.append([cell(source["name"]), f"{what} {place:,}", cell(message, LONG_CELL)])
+        if parts:
+            counted.append(f"{cell(source['name'])}: {' and '.join(parts)}")
+    if not counted:
+        return []
+    return [
+        'Broken, and skipped because `broken = "skip"` says so. Files are named that broke off, '
+        "which are in no line above; what could be read of them before is used. Named are, of "
+        f"{'; of '.join(counted)}.",
+        table(["source", "broken", "what was found"], lines),
+    ]
 
 
 def _exclusions(exclusions: Mapping[str, Any]) -> list[str]:

@@ -174,6 +174,7 @@ def _source(
         "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
         "normalized": report.normalized,
+        "broken_files_named": report.broken_files,
         "broken": report.broken,
         "hits": report.hits,
         "files": [file.model_dump() for file in report.files],

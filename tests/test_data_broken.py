@@ -158,10 +158,10 @@ def test_a_broken_file_stops_or_is_left_where_it_breaks(kind, tokenizer, tmp_pat
     assert counts.dropped == {BROKEN_FILE: 1}
     if there is None:
         assert 0 < len(examples) - 2 * len(GOOD) < 2000
-        assert "after row" in counts.broken[0]
+        assert "after row" in counts.broken_files[0]
     else:
         assert len(examples) == 2 * len(GOOD) + there
-    assert counts.broken == [caught.value.message]
+    assert (counts.broken_files, counts.broken) == ([caught.value.message], [])
 
 
 def test_a_row_of_a_parquet_file_is_skipped_alone(tokenizer, tmp_path):
@@ -244,4 +244,4 @@ def test_what_decodes_before_a_cut_is_kept(tokenizer, tmp_path):
     path.write_bytes(data[: len(data) * 9 // 10])
     examples, counts = read(source(path, broken="skip"), tokenizer)
     assert 2400 < len(examples) < 2800
-    assert f"line {len(examples) + 1}: cannot be read" in counts.broken[0]
+    assert f"line {len(examples) + 1}: cannot be read" in counts.broken_files[0]

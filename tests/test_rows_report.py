@@ -358,11 +358,37 @@ def test_what_is_broken_is_told(tmp_path, tokenizer):
     paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.parquet"))
     source = SourceConfig(path=paths, text="text", broken="skip", name="s")
     config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
-    page = write_rows_report(prepare.prepare(config, tokenizer), tokenizer)
-    (told,) = json.loads((page.parent / "report.json").read_bytes())["sources"]
+    page, found, printed = written(config, tokenizer)
+    (told,) = found["sources"]
     assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
-    assert "a.jsonl line 2" in page.read_text()
-    assert "in no line above: 1)" in page.read_text()
+    assert "a.jsonl line 2" in page
+    assert "`s`: the first 1 of 1 files and the first 1 of 1 records." in page
+    assert "4 records, 3 examples, 1 file broken off, 1 dropped (broken record)" in printed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer, workers):
+    (tmp_path / "a.jsonl").write_text('{"text": "Some words."}\n' + "{\n" * 44)
+    paths = [str(tmp_path / "a.jsonl")]
+    for i in range(23):
+        paths.append(str(tmp_path / f"b{i:02}.parquet"))
+        (tmp_path / f"b{i:02}.parquet").write_bytes(b"PAR1 no such thing")
+    source = SourceConfig(path=tuple(paths), text="text", broken="skip", name="s")
+    config = DataConfig(
+        rows=str(tmp_path / "rows"), seq_length=8, sources=(source,), workers=workers
+    )
+    page, found, printed = written(config, tokenizer)
+    told = [row for row in cells(page) if row[0] == "s" and row[1].startswith(("file", "record "))]
+    assert [row[1] for row in told] == [
+        *(f"file {n}" for n in range(1, 21)),
+        *(f"record {n}" for n in range(1, 6)),
+    ]
+    for row, path in zip(told[:20], paths[1:21], strict=True):
+        assert row[2].startswith(path)
+    assert "`s`: the first 20 of 23 files and the first 5 of 44 records." in page
+    assert "23 files broken off, 44 dropped (broken record)" in printed
+    assert found["sources"][0]["records"] == 45
+    assert len(found["sources"][0]["broken"]) == 20
 
 
 def test_blocks_are_the_rows_one_after_another(folder):

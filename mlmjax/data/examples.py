@@ -13,7 +13,7 @@ import numpy as np
 from mlmjax.config import SourceConfig
 from mlmjax.data.answers import Answers, Head, answer_reader, require_text
 from mlmjax.data.exclude import Exclusion
-from mlmjax.data.files import BROKEN_RECORD, Broken, Record, stop
+from mlmjax.data.files import BROKEN_FILE, BROKEN_RECORD, Broken, Record, stop
 from mlmjax.data.sources import read_source, source_files
 from mlmjax.data.windows import sentence_cuts, windows
 from mlmjax.errors import InputError
@@ -35,7 +35,7 @@ HITS_SHOWN = 20
 """Records named in the report for each evaluation set, of those that share text with it."""
 
 BROKEN_SHOWN = 20
-"""Broken records and files named in the report of a source."""
+"""Broken records named in the report of a source, and as many files."""
 
 
 class Encoded(NamedTuple):
@@ -66,7 +66,8 @@ class Counts:
 
     `normalized` counts the answers that each rule changed; `hits` has, for each evaluation set, the
     first `HITS_SHOWN` records that were dropped because they share text with it; `broken` says what
-    was wrong with the first `BROKEN_SHOWN` that were dropped as broken.
+    was wrong with the first `BROKEN_SHOWN` that were dropped as broken, `broken_files` with the
+    first files that could not be read to their end, which are counted among `dropped` too.
     """
 
     records: int = 0
@@ -76,6 +77,7 @@ class Counts:
     normalized: Counter[str] = field(default_factory=Counter)
     hits: dict[str, list[SharedText]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
+    broken_files: list[str] = field(default_factory=list)
 
     def add(self, other: "Counts") -> None:
         """Add what became of other records of the source."""
@@ -88,12 +90,14 @@ class Counts:
             shown = self.hits.setdefault(name, [])
             shown += hits[: HITS_SHOWN - len(shown)]
         self.broken += other.broken[: BROKEN_SHOWN - len(self.broken)]
+        self.broken_files += other.broken_files[: BROKEN_SHOWN - len(self.broken_files)]
 
     def count_broken(self, what: str, error: InputError) -> None:
         """Count something broken that is left out."""
         self.dropped[what] += 1
-        if len(self.broken) < BROKEN_SHOWN:
-            self.broken.append(error.message)
+        named = self.broken_files if what == BROKEN_FILE else self.broken
+        if len(named) < BROKEN_SHOWN:
+            named.append(error.message)
 
 
 def source_name(source: SourceConfig) -> str:

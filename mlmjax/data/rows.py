@@ -63,6 +63,7 @@ class SourceReport(_Part):
     shortened: dict[str, int]
     normalized: dict[str, int]
     broken: list[str]
+    broken_files: list[str] = []
     hits: dict[str, list[list[str]]]
 
 

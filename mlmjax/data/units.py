@@ -14,6 +14,7 @@ from mlmjax.config import DataConfig, SourceConfig
 from mlmjax.data.answers import Head
 from mlmjax.data.examples import Counts, read_examples, source_name
 from mlmjax.data.exclude import evaluation_identity
+from mlmjax.data.files import BROKEN_FILE
 from mlmjax.data.rows import FORMAT, SourceFile, SourceReport
 from mlmjax.data.select import mix
 from mlmjax.data.sources import source_files
@@ -193,6 +194,7 @@ def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]
             shortened=_sorted(counts.shortened),
             normalized=_sorted(counts.normalized),
             broken=counts.broken,
+            broken_files=counts.broken_files,
             hits={name: [list(hit) for hit in hits] for name, hits in sorted(counts.hits.items())},
         )
         if not one.examples:
@@ -208,6 +210,9 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
 def sentence(report: SourceReport) -> str:
     """Say in one line what became of the records of a source."""
     parts = [f"{report.name}: {report.records} records, {report.examples} examples"]
-    parts += [f"{count} dropped ({reason})" for reason, count in report.dropped.items()]
+    dropped = dict(report.dropped)
+    if files := dropped.pop(BROKEN_FILE, 0):
+        parts.append(f"{files} {'file' if files == 1 else 'files'} broken off")
+    parts += [f"{count} dropped ({reason})" for reason, count in dropped.items()]
     parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
     return ", ".join(parts)
