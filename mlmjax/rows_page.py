@@ -33,6 +33,7 @@ def page(found: Mapping[str, Any]) -> str:
         *_selection(found["selection"]),
         "## Rows",
         *_rows(found),
+        *_weights(found["weights"]),
         "## Tasks",
         "![examples of each task](tasks.png)",
         *_tasks(train),
@@ -169,7 +170,8 @@ def _selection(selection: Mapping[str, Any] | None) -> list[str]:
     return [
         f"Of the examples with an answer, `data.select` left out {selection['unbalanced']:,} whose "
         f"answer is too common in its task, and then {selection['capped']:,} of tasks that are too "
-        "large."
+        "large.",
+        *(f"Set {place}: {text}." for place, text in enumerate(selection["shortages"], 1) if text),
     ]
 
 
@@ -207,6 +209,33 @@ def _rows(found: Mapping[str, Any]) -> list[str]:
         )
         parts.append(table(["set:", "chosen:", "most of a task:", *heads], chosen))
     return parts
+
+
+def _weights(weights: Sequence[Mapping[str, Any]]) -> list[str]:
+    weighted = any(one["weight"] is not None for one in weights)
+    lines = [
+        [
+            cell(one["source"]),
+            number(one["rows"]),
+            number(one["tokens"]),
+            "none" if one["weight"] is None else f"{one['weight']:g}",
+            f"{one['share_of_rows']:.2%}",
+            f"{one['share_of_draws']:.2%}",
+            f"{one['repeats']:,.2f}",
+        ]
+        for one in weights
+    ]
+    head = ["source", "rows:", "tokens:", "weight:", "share of rows:", "share of draws:"]
+    return [
+        "What training draws, with the weights of the configuration that made the rows (`weight`, "
+        "which may change without making them again) and all sets: "
+        + (
+            "a source repeats by its share of the rows drawn over its share of the rows there are."
+            if weighted
+            else "no source has a weight, so every row is drawn once per epoch."
+        ),
+        table([*head, "repeats:"], lines),
+    ]
 
 
 def _tasks(train: Mapping[str, Any]) -> list[str]:

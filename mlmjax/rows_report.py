@@ -12,6 +12,7 @@ import numpy as np
 from mlmjax.data.census import Counted, Drawn, count
 from mlmjax.data.files import BROKEN_FILE
 from mlmjax.data.folder import built_whole
+from mlmjax.data.prepare import shortages
 from mlmjax.data.rows import SPLITS, Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.errors import InputError, write_failed
 from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
@@ -106,7 +107,9 @@ def figures(
             for report, origin in zip(getattr(manifest, key), _origins(manifest, key), strict=True)
         ],
         "exclusions": _exclusions(manifest),
-        "selection": manifest.selection.model_dump() if manifest.selection else None,
+        "selection": manifest.selection
+        and {**manifest.selection.model_dump(), "shortages": shortages(manifest.selection)},
+        "weights": _weights(manifest.splits["train"]),
         "splits": {
             split: _split(split, files, manifest, counted[split], tokenizer)
             for split, files in manifest.splits.items()
@@ -173,12 +176,39 @@ def _source(
         "dropped": {why: n for why, n in report.dropped.items() if why != BROKEN_FILE},
         "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
-        "normalized": report.normalized,
+        "normalized": dict.fromkeys(_list(origin.get("normalize")), 0) | report.normalized,
         "broken_files_named": report.broken_files,
         "broken": report.broken,
         "hits": report.hits,
         "files": [file.model_dump() for file in report.files],
     }
+
+
+def _weights(files: list[RowFile]) -> list[dict[str, Any]]:
+    """Return for each source how much of what is drawn comes from it, and how often it repeats.
+
+    `repeats` is the share of draws over the share of rows: what is drawn twice as often as it
+    would be without weights has 2.
+    """
+    sources = {file.name: file.weight for file in files if file.rows}
+    weighted = None not in sources.values()
+    rows = {name: sum(f.rows for f in files if f.name == name) for name in sources}
+    drawn = {name: (weight if weighted else rows[name]) or 0 for name, weight in sources.items()}
+    found = []
+    for name, weight in sources.items():
+        of_rows, of_draws = rows[name] / sum(rows.values()), drawn[name] / sum(drawn.values())
+        found.append(
+            {
+                "source": name,
+                "rows": rows[name],
+                "tokens": sum(f.tokens for f in files if f.name == name),
+                "weight": weight,
+                "share_of_rows": of_rows,
+                "share_of_draws": of_draws,
+                "repeats": of_draws / of_rows,
+            }
+        )
+    return found
 
 
 def _split(

@@ -1,5 +1,6 @@
 """The report on rows: its figures are those of the rows, and no text in them can break it."""
 
+import doctest
 import json
 import re
 import tracemalloc
@@ -69,7 +70,7 @@ def folder(tmp_path_factory, tokenizer):
                 answer="answer",
                 task="task",
                 name="q|`a`\n# x",
-                normalize=("strip",),
+                normalize=("strip", "letter"),
                 shorten={"input": "tail"},
             ),
             SourceConfig(path=write_table(folder / "b.jsonl", text), text="text", name="text"),
@@ -133,7 +134,8 @@ def test_nothing_of_the_records_is_unaccounted_for(folder, found):
     assert prompts["not_selected"] == prompts["examples"] - in_rows > 0
     assert text["not_selected"] == 0
     assert set(prompts["dropped"]) == {"answer is not one token", "task excluded by 'task7'"}
-    assert prompts["normalized"] == {"strip": 300 - 3}  # three are of the excluded task
+    # Three are of the excluded task.
+    assert prompts["normalized"] == {"strip": 300 - 3, "letter": 0}
     assert prompts["shortened"]["input"] > 0
     chosen = found["selection"]
     assert [one["asked"] for one in chosen["sets"]] == [200, 600]
@@ -483,3 +485,48 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
     page, found, _ = written(config, tokenizer)
     assert found["exclusions"] == {"ngram": 13, "tasks": [], "overlap": []}
     assert "nothing was kept out for evaluation" in page
+
+
+@pytest.mark.parametrize("per_task", [None, 20])
+def test_a_set_that_is_too_small_is_told(tmp_path, tokenizer, per_task):
+    rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 2}"} for i in range(60)]
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
+    )
+    config = DataConfig(
+        rows=str(tmp_path / "rows"),
+        sources=(source,),
+        select=SelectConfig(sizes=(20, 3000), per_task=per_task),
+    )
+    page, _, printed = written(config, tokenizer)
+    found, limits = (60, "") if per_task is None else (40, " within the limits")
+    told = f"asked 3000, found {found}: there are no more{limits}"
+    assert f"Set 2: {told}." in page
+    assert f"{found} examples ({told}), at most {found // 2} a task" in printed
+    assert page.count("there are no more") == printed.count("there are no more") == 1
+    assert doctest.testmod(prepare).failed == 0
+
+
+def test_weights_are_told_as_what_is_drawn(tmp_path, tokenizer):
+    paths = [
+        write_table(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}."} for i in range(count)])
+        for name, count in (("a", 30), ("b", 10))
+    ]
+
+    def told(*weights):
+        sources = tuple(
+            SourceConfig(path=path, text="text", name=name, weight=weight)
+            for name, path, weight in zip("ab", paths, weights, strict=True)
+        )
+        rows = str(tmp_path / f"rows{weights}")
+        page, found, _ = written(DataConfig(rows=rows, pack=False, sources=sources), tokenizer)
+        tokens = {one["source"]: f"{one['tokens']:,}" for one in found["weights"]}
+        return tokens, cells(page), page
+
+    tokens, lines, _ = told(2.0, 6.0)
+    assert ["a", "30", tokens["a"], "2", "75.00%", "25.00%", "0.33"] in lines
+    assert ["b", "10", tokens["b"], "6", "25.00%", "75.00%", "3.00"] in lines
+    tokens, lines, page = told(None, None)
+    assert ["a", "30", tokens["a"], "none", "75.00%", "75.00%", "1.00"] in lines
+    assert ["b", "10", tokens["b"], "none", "25.00%", "25.00%", "1.00"] in lines
+    assert "no source has a weight" in page

@@ -13,7 +13,15 @@ from mlmjax.data.build import build_rows
 from mlmjax.data.examples import source_name
 from mlmjax.data.exclude import evaluation_identity
 from mlmjax.data.folder import built_whole, clear_lock, is_there
-from mlmjax.data.rows import FORMAT, MANIFEST, SPLITS, Manifest, SourceReport, read_manifest
+from mlmjax.data.rows import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    SelectionReport,
+    SourceReport,
+    read_manifest,
+)
 from mlmjax.data.sources import source_files
 from mlmjax.data.units import check_unchanged, report, sentence, stage
 from mlmjax.data.work import describe_file
@@ -76,7 +84,11 @@ def summary(manifest: Manifest) -> list[str]:
     lines = [sentence(one) for one in (*manifest.sources, *manifest.validation_sources)]
     if manifest.selection:
         chosen = manifest.selection
-        sets = [f"{one.examples} examples, at most {one.per_task} a task" for one in chosen.sets]
+        short = [f" ({text})" if text else "" for text in shortages(chosen)]
+        sets = [
+            f"{one.examples} examples{text}, at most {one.per_task} a task"
+            for one, text in zip(chosen.sets, short, strict=True)
+        ]
         left = f"left out: {chosen.unbalanced} by answer_share, {chosen.capped} by the caps"
         alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
         lines.append(f"selected: {'; '.join(sets)}; {left}{alike}")
@@ -86,6 +98,22 @@ def summary(manifest: Manifest) -> list[str]:
         padding = 1 - tokens / (rows * manifest.seq_length) if rows else 0.0
         lines.append(f"{split}: {rows} rows, {tokens} tokens, {padding:.2%} padding")
     return lines
+
+
+def shortages(selection: SelectionReport) -> list[str]:
+    """Say of each nested set that it is smaller than was asked for; nothing where it is not.
+
+    >>> one = {"asked": 3000, "examples": 2734, "per_task": 80}
+    >>> shortages(SelectionReport(sets=[one], one_answer=0, unbalanced=0, capped=0))
+    ['asked 3000, found 2734: there are no more']
+    """
+    limited = " within the limits" if selection.unbalanced or selection.capped else ""
+    return [
+        f"asked {one.asked}, found {one.examples}: there are no more{limited}"
+        if one.asked is not None and one.examples < one.asked
+        else ""
+        for one in selection.sets
+    ]
 
 
 def _build(
