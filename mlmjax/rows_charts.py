@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib import font_manager, style
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlmjax.report import ACCENT, INK, OTHER, WIDTH, plain
@@ -15,7 +16,7 @@ from mlmjax.report import ACCENT, INK, OTHER, WIDTH, plain
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _REASONS = ["#b45309", "#e9b872", "#9f1239", "#f0a3b0", "#6d28d9", "#c4b5ec", "#475569", "#cbd5e1"]
 _BINS = 64
-_SHOWN_INSIDE = 0.06
+_SHOWN_INSIDE, _NARROW = 0.025, 0.06
 
 
 def visible(text: str, keep: str = "") -> str:
@@ -42,17 +43,15 @@ def shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: half + odd]}…{text[-half:]}"
 
 
-def bars(counts: Sequence[tuple[str, int]], total: int, rest: tuple[str, int] | None) -> Figure:
+def bars(counts: Sequence[tuple[str, int]], total: int, rest: str | None, title: str) -> Figure:
     """Draw one horizontal bar per name, the first on top, with its count and its share of `total`;
-    in grey the sum of those that are not named, if there are any.
+    `rest` says below them what is not drawn, if there is anything.
     """
-    names = [*(name for name, _ in counts), *([rest[0]] if rest else [])]
-    values = [*(value for _, value in counts), *([rest[1]] if rest else [])]
-    colors = [*([ACCENT] * len(counts)), *([OTHER] if rest else [])]
-    figure = Figure(figsize=(WIDTH, 0.21 * len(names) + 0.8), layout="constrained")
-    axes = figure.subplots()
-    plain(axes)
-    axes.barh(range(len(names)), values, color=colors, height=0.7)
+    names = [name for name, _ in counts]
+    values = [value for _, value in counts]
+    figure = Figure(figsize=(WIDTH, 0.21 * len(names) + 1.2), layout="constrained")
+    axes = _axes(figure, title)
+    axes.barh(range(len(names)), values, color=ACCENT, height=0.7)
     most = max(values, default=1)
     for row, value in enumerate(values):
         axes.text(
@@ -68,7 +67,7 @@ def bars(counts: Sequence[tuple[str, int]], total: int, rest: tuple[str, int] | 
     )
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, most * 1.25)
-    axes.set_xlabel("examples", color=INK, fontsize=9)
+    axes.set_xlabel("\n".join(filter(None, ["examples", rest])), color=INK, fontsize=9)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="x", nbins=5)
     axes.tick_params(axis="x", labelsize=8)
@@ -83,9 +82,8 @@ def lengths(counts: np.ndarray) -> Figure:
     width = max(1, -(-longest // _BINS))
     starts = np.arange(1, longest + 1, width)
     binned = np.add.reduceat(counts, starts, axis=1)
-    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
-    axes = figure.subplots()
-    plain(axes)
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    axes = _axes(figure, "Examples by their number of tokens, training split")
     below = np.zeros(len(starts), np.int64)
     for kind, name, color in ((0, "with an answer", ACCENT), (1, "without", OTHER)):
         if binned[kind].any():
@@ -120,9 +118,8 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
         *((name, [name], color) for name, color in zip(named, _REASONS, strict=False)),
         *([("other reasons", rest, _REASONS[-1])] if rest else []),
     ]
-    figure = Figure(figsize=(WIDTH, 0.38 * len(sources) + 1.6), layout="constrained")
-    axes = figure.subplots()
-    plain(axes)
+    figure = Figure(figsize=(WIDTH, 0.38 * len(sources) + 1.8), layout="constrained")
+    axes = _axes(figure, "What became of the records of each source, both splits together")
     whole = np.maximum([sum(fate.values()) for fate in sources.values()], 1)
     left = np.zeros(len(sources))
     legend: dict[str, Any] = {}
@@ -135,8 +132,9 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
         for row in np.flatnonzero(share >= _SHOWN_INSIDE).tolist():
             inside = "white" if _is_dark(color) else INK
             at = left[row] + share[row] / 2
+            size = 8 if share[row] >= _NARROW else 6.5
             axes.text(
-                at, row, f"{share[row]:.0%}", ha="center", va="center", fontsize=8, color=inside
+                at, row, f"{share[row]:.0%}", ha="center", va="center", fontsize=size, color=inside
             )
         left = left + share
     names = [
@@ -160,6 +158,13 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
     for text in box.get_texts():
         text.set_parse_math(False)
     return figure
+
+
+def _axes(figure: Figure, title: str) -> Axes:
+    axes = figure.subplots()
+    plain(axes)
+    figure.suptitle(title, color=INK, fontsize=10)
+    return axes
 
 
 @contextmanager

@@ -35,7 +35,6 @@ def page(found: Mapping[str, Any]) -> str:
         *_rows(found),
         *_weights(found["weights"]),
         "## Tasks",
-        "![examples of each task](tasks.png)",
         *_tasks(train),
         "## Answers",
         *_answers(train),
@@ -245,8 +244,13 @@ def _tasks(train: Mapping[str, Any]) -> list[str]:
         n = sum(count for _, count in tasks[TOP:])
         rest = f"other {len(tasks) - TOP:,} tasks"
         lines.append([rest, number(n), share(n, train["examples"])])
+    plain = train["examples"] - sum(train["tasks"].values())
+    without = f" Plain text, {plain:,} examples, is no task and left out here." if plain else ""
+    if not tasks:
+        return [f"No example has a task.{without}"]
     return [
-        f"{len(tasks):,} tasks in the training split.",
+        "![examples of each task, plain text left out](tasks.png)",
+        f"{len(tasks):,} tasks in the training split; shares are of all its examples.{without}",
         table(["task", "examples:", "share:"], lines),
     ]
 
@@ -273,6 +277,27 @@ def _answers(train: Mapping[str, Any]) -> list[str]:
         f"{len(answers):,} tokens are answers in the training split, `␣` is a space; shares are of "
         f"the {asked:,} examples with an answer.",
         table(["answer", "id:", "examples:", "share:"], lines),
+        *_answers_by_task(train["answers_by_task"]),
+    ]
+
+
+def _answers_by_task(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
+    lonely = sum(one["answers"] == 1 for one in tasks)
+    lines = [
+        [
+            cell(one["task"]),
+            number(one["examples"]),
+            number(one["answers"]),
+            cell(one["commonest"]),
+            f"{one['commonest_share']:.2%}",
+        ]
+        for one in tasks[:TOP]
+    ]
+    which = f"the {TOP} largest" if tasks[TOP:] else "all"
+    return [
+        f"{lonely:,} of {len(tasks):,} tasks {'has' if lonely == 1 else 'have'} one answer only. "
+        f"Of {which}:",
+        table(["task", "examples:", "different answers:", "commonest", "its share:"], lines),
     ]
 
 

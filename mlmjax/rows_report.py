@@ -73,21 +73,25 @@ def _write(folder: Path, found: dict[str, Any], counted: Mapping[str, Counted]) 
     with own_style():
         save(fates(*_fates(found["sources"])), folder / "records.png")
         save(lengths(counted["train"].lengths), folder / "lengths.png")
-        save(bars(*_top(train["tasks"].items(), "tasks")), folder / "tasks.png")
+        if train["tasks"]:
+            title = "Examples by task, training split, plain text left out"
+            save(bars(*_top(train["tasks"].items(), "tasks"), title), folder / "tasks.png")
         answers = [(one["text"], one["examples"]) for one in train["answers"]]
         if answers:
-            save(bars(*_top(answers, "tokens")), folder / "answers.png")
+            title = "Examples by the token of their answer, training split"
+            save(bars(*_top(answers, "tokens"), title), folder / "answers.png")
     (folder / "report.md").write_text(page(found), encoding="utf-8")
 
 
 def _top(
     counts: Iterable[tuple[str, int]], what: str
-) -> tuple[list[tuple[str, int]], int, tuple[str, int] | None]:
-    """Return what `bars` draws of counts in descending order."""
+) -> tuple[list[tuple[str, int]], int, str | None]:
+    """Return what `bars` draws of counts in descending order, and says of the others."""
     ordered = list(counts)
     others = ordered[TOP:]
-    rest = (f"other {len(others):,} {what}", sum(n for _, n in others)) if others else None
-    return ordered[:TOP], sum(n for _, n in ordered), rest
+    total, n = sum(n for _, n in ordered), sum(n for _, n in others)
+    rest = f"not shown: {len(others):,} other {what}, {n:,} examples ({n / max(total, 1):.1%})"
+    return ordered[:TOP], total, rest if others else None
 
 
 def figures(
@@ -237,11 +241,31 @@ def _split(
             for i in answers
             if counted.answers[i]
         ],
+        "answers_by_task": _answers_by_task(counted.pairs, manifest.tasks, tokenizer),
         "lengths": {
             name: {str(n): int(row[n]) for n in np.flatnonzero(row)}
             for name, row in zip(("with_answer", "without"), counted.lengths, strict=True)
         },
     }
+
+
+def _answers_by_task(
+    pairs: np.ndarray, tasks: list[str], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """Return how one-sided the answers of each task are, the largest task first."""
+    ordered = pairs[np.lexsort((pairs[:, 1], -pairs[:, 2], pairs[:, 0]))]
+    numbers, first, different = np.unique(ordered[:, 0], return_index=True, return_counts=True)
+    examples = np.add.reduceat(ordered[:, 2], first) if len(first) else first
+    return [
+        {
+            "task": tasks[numbers[i]],
+            "examples": int(examples[i]),
+            "answers": int(different[i]),
+            "commonest": token_text(tokenizer, int(ordered[first[i], 1])),
+            "commonest_share": float(ordered[first[i], 2] / examples[i]),
+        }
+        for i in np.argsort(-examples, kind="stable")
+    ]
 
 
 def _totals(files: list[RowFile], seq_length: int) -> dict[str, Any]:

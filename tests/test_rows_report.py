@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from training import write_records, write_tokenizer
 
-from mlmjax import InputError
+from mlmjax import InputError, rows_report
 from mlmjax.cli import run
 from mlmjax.config import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data import census, prepare, shuffle
 from mlmjax.data.rows import open_rows, read_manifest
 from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
 from mlmjax.rows_markdown import cell, fenced
-from mlmjax.rows_report import write_rows_report
+from mlmjax.rows_report import token_text, write_rows_report
 from mlmjax.tokenizer import Tokenizer
 
 HOSTILE = [
@@ -103,7 +104,7 @@ def examples(folder, split):
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
-def test_figures_are_those_of_the_rows(folder, found, split):
+def test_figures_are_those_of_the_rows(folder, found, split, tokenizer):
     manifest = read_manifest(folder)
     there = examples(folder, split)
     asked = [one for _, one in there if one.answer_position >= 0]
@@ -116,7 +117,21 @@ def test_figures_are_those_of_the_rows(folder, found, split):
     assert told["rows"] == sum(map(len, open_rows(folder, split)))
     padding = 1 - told["tokens"] / (told["rows"] * manifest.seq_length)
     assert told["padding_share"] == pytest.approx(padding)
-    assert told["tasks"] == Counter(manifest.tasks[one.task] for _, one in there)
+    assert told["tasks"] == Counter(manifest.tasks[one.task] for one in asked)
+    by_task = {}
+    for one in asked:
+        answers = by_task.setdefault(manifest.tasks[one.task], Counter())
+        answers[int(one.ids[one.answer_position])] += 1
+    assert {one["task"] for one in told["answers_by_task"]} == set(by_task)
+    for one in told["answers_by_task"]:
+        answers = by_task[one["task"]]
+        assert one["examples"] == answers.total()
+        assert one["answers"] == len(answers)
+        commonest = min(id for id, n in answers.items() if n == max(answers.values()))
+        assert one["commonest"] == token_text(tokenizer, commonest)
+        assert one["commonest_share"] == max(answers.values()) / answers.total()
+    sizes = [one["examples"] for one in told["answers_by_task"]]
+    assert sizes == sorted(sizes, reverse=True)
     answers = {one["id"]: one["examples"] for one in told["answers"]}
     assert answers == Counter(int(one.ids[one.answer_position]) for one in asked)
     for kind, members in (("with_answer", asked), ("without", plain)):
@@ -236,8 +251,8 @@ def test_any_text_stays_in_its_place(text):
 def test_pictures_take_any_names(tmp_path):
     names = [*HOSTILE, "", " ", "$", "\\", "العربية", "a\n\nb"]
     with own_style():
-        save(bars([(name, 5) for name in names], 100, ("other", 3)), tmp_path / "a.png")
-        save(bars([], 0, None), tmp_path / "b.png")
+        save(bars([(name, 5) for name in names], 100, "other: 3", "title"), tmp_path / "a.png")
+        save(bars([], 0, None, "title"), tmp_path / "b.png")
         fate = {"kept": 3, **dict.fromkeys(names, 2)}
         save(fates(dict.fromkeys(names, fate), ("kept",)), tmp_path / "c.png")
         save(fates({"s": {"kept": 0}}, ("kept",)), tmp_path / "d.png")
@@ -330,7 +345,8 @@ def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokeni
     file.write_bytes(sound)
     page = write_rows_report(rows, tokenizer)
     assert "No example has an answer" in page.read_text()
-    assert not (page.parent / "answers.png").exists()
+    assert "No example has a task." in page.read_text()
+    assert {path.name for path in page.parent.glob("*.png")} == {"records.png", "lengths.png"}
 
 
 def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
@@ -530,3 +546,71 @@ def test_weights_are_told_as_what_is_drawn(tmp_path, tokenizer):
     assert ["a", "30", tokens["a"], "none", "75.00%", "75.00%", "1.00"] in lines
     assert ["b", "10", tokens["b"], "none", "25.00%", "25.00%", "1.00"] in lines
     assert "no source has a weight" in page
+
+
+def test_answers_are_told_by_task_whenever_they_are_added_up(tmp_path, tokenizer, monkeypatch):
+    rows = [
+        {"q": f"Is {i} odd?", "a": "yes" if i % 2 or i % 3 == 0 else "no", "t": f"t{i % 40}"}
+        for i in range(2000)
+    ]
+    rows += [{"q": f"Is {i} one?", "a": "no", "t": "big"} for i in range(90)]
+    rows += [{"q": f"Is {i} two?", "a": "yes", "t": "big"} for i in range(10)]
+    text = [{"text": f"Some words {i}."} for i in range(500)]
+    sources = (
+        SourceConfig(path=write_table(tmp_path / "t.jsonl", text), text="text", name="plain"),
+        SourceConfig(
+            path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t"
+        ),
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=sources)
+    page, found, _ = written(config, tokenizer)
+    train = found["splits"]["train"]
+    assert train["answers_by_task"][0] == {
+        "task": "big",
+        "examples": 100,
+        "answers": 2,
+        "commonest": "␣no",
+        "commonest_share": 0.9,
+    }
+    assert ["big", "100", "2", "␣no", "90.00%"] in cells(page)
+    assert "20 of 41 tasks have one answer only. Of the 30 largest:" in page
+    assert len(train["answers_by_task"]) == 41
+    assert "plain" not in train["tasks"]
+    assert "Plain text, 500 examples, is no task" in page
+    expected = census.count(tmp_path / "rows", "train")
+    monkeypatch.setattr(census, "_WAITING", 0)
+    assert np.array_equal(census.count(tmp_path / "rows", "train").pairs, expected.pairs)
+    assert expected.pairs[:, 2].sum() == 2100
+    assert np.array_equal(np.bincount(expected.pairs[:, 0], expected.pairs[:, 2]), expected.tasks)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_pictures_say_what_they_count():
+    drawn = bars([("a", 50), ("b", 10)], 1000, "not shown: 9 other tasks", "Examples by task")
+    assert len(drawn.axes[0].patches) == 2
+    assert {"Examples by task", "examples\nnot shown: 9 other tasks"} <= set(texts(drawn))
+    assert any("training split" in text for text in texts(lengths(np.ones((2, 9), np.int64))))
+    told = texts(fates({"s": {"kept": 944, "x": 31, "y": 25, "z": 0}}, ("kept",)))
+    assert any("records" in text and "both splits" in text for text in told)
+    assert {"94%", "3%", "2%"} <= set(told)
+    told = texts(fates({"s": {"kept": 976, "x": 24}}, ("kept",)))
+    assert "2%" not in told
+
+
+def test_a_picture_of_many_tasks_has_thirty_bars(tmp_path, tokenizer, monkeypatch):
+    rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 40}"} for i in range(400)]
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t"
+    )
+    drawn = []
+    monkeypatch.setattr(rows_report, "bars", lambda *told: drawn.append(told) or bars(*told))
+    written(DataConfig(rows=str(tmp_path / "rows"), sources=(source,)), tokenizer)
+    (names, total, rest, title), (_, _, nothing, _) = drawn
+    assert (len(names), total) == (30, 400)
+    assert rest == "not shown: 10 other tasks, 100 examples (25.0%)"
+    assert nothing is None
+    assert "training split" in title
+    assert "plain text left out" in title

@@ -10,6 +10,9 @@ from mlmjax.data.rows import Manifest, RowFile, RowSource, read_manifest
 from mlmjax.data.work import describe_file
 from mlmjax.errors import InputError
 
+_WAITING = 2**14
+"""Pairs of task and answer that are held before they are added up."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -32,13 +35,38 @@ class Counted:
     """One split counted. `lengths[kind, n]`: examples of n tokens, with an answer (0), without (1).
 
     `answers` counts the examples by the id of their answer's token `[vocabulary]`, `tasks` by the
-    number of their task `[tasks]`; `drawn` are the examples asked for, in the order of the rows.
+    number of their task `[tasks]`, those of plain text left out. `pairs` has the number of a task,
+    the id of an answer and their examples `[pairs, 3]`, for all that occur, in ascending order.
+    `drawn` are the examples asked for, in the order of the rows.
     """
 
     lengths: np.ndarray
     answers: np.ndarray
     tasks: np.ndarray
+    pairs: np.ndarray
     drawn: list[Drawn]
+
+
+class _Tally:
+    """How often each number occurred; memory grows with the different ones alone."""
+
+    def __init__(self) -> None:
+        self.numbers = np.empty(0, np.int64)
+        self.counts = np.empty(0, np.int64)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, numbers: np.ndarray) -> None:
+        self._waiting.append(np.unique(numbers, return_counts=True))
+        # Not at every block: each time all that is known is sorted again.
+        if sum(len(found) for found, _ in self._waiting) > len(self.numbers) + _WAITING:
+            self.merge()
+
+    def merge(self) -> None:
+        numbers, counts = zip((self.numbers, self.counts), *self._waiting, strict=True)
+        self.numbers, where = np.unique(np.concatenate(numbers), return_inverse=True)
+        self.counts = np.zeros(len(self.numbers), np.int64)
+        np.add.at(self.counts, where, np.concatenate(counts))
+        self._waiting = []
 
 
 def count(folder: Path, split: str, *, draw: int = 0, seed: int = 0) -> Counted:
@@ -55,6 +83,7 @@ def count(folder: Path, split: str, *, draw: int = 0, seed: int = 0) -> Counted:
     lengths = np.zeros((2, manifest.seq_length + 1), np.int64)
     answers = np.zeros(manifest.vocab_size, np.int64)
     tasks = np.zeros(len(manifest.tasks), np.int64)
+    pairs = _Tally()
     drawn: list[Drawn] = []
     seen = 0
     for entry, source in _opened(folder, split, manifest):
@@ -64,8 +93,11 @@ def count(folder: Path, split: str, *, draw: int = 0, seed: int = 0) -> Counted:
             starts = np.cumsum(sizes) - sizes
             for kind, which in enumerate((asked, ~asked)):
                 lengths[kind] += np.bincount(sizes[which], minlength=lengths.shape[1])
-            answers += np.bincount(tokens[(starts + places)[asked]], minlength=len(answers))
-            tasks += np.bincount(numbers, minlength=len(tasks))
+            given = tokens[(starts + places)[asked]].astype(np.int64)
+            answers += np.bincount(given, minlength=len(answers))
+            pairs.add(numbers[asked].astype(np.int64) << 32 | given)
+            if not entry.text:
+                tasks += np.bincount(numbers, minlength=len(tasks))
             first, last = np.searchsorted(wanted, [seen, seen + len(sizes)])
             for number in wanted[first:last].tolist():
                 at = number - seen
@@ -84,7 +116,9 @@ def count(folder: Path, split: str, *, draw: int = 0, seed: int = 0) -> Counted:
             raise _damaged(
                 source.path, f"{seen - before} examples, the manifest says {entry.examples}"
             )
-    return Counted(lengths, answers, tasks, drawn)
+    pairs.merge()
+    columns = [pairs.numbers >> 32, pairs.numbers & (2**32 - 1), pairs.counts]
+    return Counted(lengths, answers, tasks, np.stack(columns, axis=1), drawn)
 
 
 def _opened(folder: Path, split: str, manifest: Manifest) -> Iterator[tuple[RowFile, RowSource]]:
