@@ -239,18 +239,20 @@ def _weights(weights: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _tasks(train: Mapping[str, Any]) -> list[str]:
     tasks = list(train["tasks"].items())
-    lines = [[cell(name), number(n), share(n, train["examples"])] for name, n in tasks[:TOP]]
+    asked = sum(train["tasks"].values())
+    lines = [[cell(name), number(n), share(n, asked)] for name, n in tasks[:TOP]]
     if tasks[TOP:]:
         n = sum(count for _, count in tasks[TOP:])
         rest = f"other {len(tasks) - TOP:,} tasks"
-        lines.append([rest, number(n), share(n, train["examples"])])
-    plain = train["examples"] - sum(train["tasks"].values())
+        lines.append([rest, number(n), share(n, asked)])
+    plain = train["examples"] - asked
     without = f" Plain text, {plain:,} examples, is no task and left out here." if plain else ""
     if not tasks:
         return [f"No example has a task.{without}"]
     return [
         "![examples of each task, plain text left out](tasks.png)",
-        f"{len(tasks):,} tasks in the training split; shares are of all its examples.{without}",
+        f"{len(tasks):,} tasks in the training split; shares are of their {asked:,} examples."
+        f"{without}",
         table(["task", "examples:", "share:"], lines),
     ]
 

@@ -194,7 +194,11 @@ def _weights(files: list[RowFile]) -> list[dict[str, Any]]:
     `repeats` is the share of draws over the share of rows: what is drawn twice as often as it
     would be without weights has 2.
     """
-    sources = {file.name: file.weight for file in files if file.rows}
+    sources = {
+        file.name: file.weight if 0 < (file.weight or 0) < math.inf else None
+        for file in files
+        if file.rows
+    }
     weighted = None not in sources.values()
     rows = {name: sum(f.rows for f in files if f.name == name) for name in sources}
     drawn = {name: (weight if weighted else rows[name]) or 0 for name, weight in sources.items()}

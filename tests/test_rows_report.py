@@ -577,6 +577,7 @@ def test_answers_are_told_by_task_whenever_they_are_added_up(tmp_path, tokenizer
     assert len(train["answers_by_task"]) == 41
     assert "plain" not in train["tasks"]
     assert "Plain text, 500 examples, is no task" in page
+    assert ["big", "100", "4.76%"] in cells(page)  # of the 2,100 that are no plain text
     expected = census.count(tmp_path / "rows", "train")
     monkeypatch.setattr(census, "_WAITING", 0)
     assert np.array_equal(census.count(tmp_path / "rows", "train").pairs, expected.pairs)
