@@ -297,7 +297,8 @@ def _answers_by_task(tasks: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     which = f"the {TOP} largest" if tasks[TOP:] else "all"
     return [
-        f"{lonely:,} of {len(tasks):,} tasks {'has' if lonely == 1 else 'have'} one answer only. "
+        f"In the training split, {lonely:,} of {len(tasks):,} tasks "
+        f"{'has' if lonely == 1 else 'have'} one answer only. "
         f"Of {which}:",
         table(["task", "examples:", "different answers:", "commonest", "its share:"], lines),
     ]
