@@ -41,7 +41,7 @@ def built_whole(folder: Path) -> Iterator[Path | None]:
             partial.rename(folder)
             clear_lock(folder)
         except BaseException:
-            if not any(path.is_file() for path in partial.glob("*/*")):
+            if not any(partial.glob("*/*.json")):
                 shutil.rmtree(partial, ignore_errors=True)  # Nothing in it is worth keeping.
             raise
 
