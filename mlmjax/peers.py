@@ -1,6 +1,7 @@
 """How the processes of a run find each other: by flags, or by what their launcher says."""
 
 import os
+import socket
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -70,6 +71,13 @@ def _check_flags(coordinator: str, processes: int, process: int) -> None:
             f"--coordinator {coordinator!r}: expected HOST:PORT, as in 10.0.0.1:8476: where the "
             "process with --process 0 listens"
         )
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            f"--coordinator {coordinator!r}: {host!r} is no known host ({error}); give the name or "
+            "address of the machine of process 0"
+        ) from error
     if not 0 <= process < processes:
         raise InputError(
             f"--process {process}: expected 0 to {processes - 1}, of --processes {processes}; "

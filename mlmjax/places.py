@@ -33,6 +33,16 @@ def check_places(config: RunConfig) -> None:
             f"data.rows: {config.data.rows} and out = {config.out} would be written into one "
             "another; give the rows a folder of their own"
         )
+    path = config.checkpoint.path
+    if path is None or is_remote(path):
+        return
+    place = Path(os.path.realpath(path))
+    for what, other in (("data.rows", rows), ("the export", out / "export")):
+        if place.is_relative_to(other) or other.is_relative_to(place):
+            raise InputError(
+                f"checkpoint.path: {path} and {what}, {other}, would be written into one another; "
+                "give the checkpoints a folder of their own"
+            )
 
 
 @contextmanager

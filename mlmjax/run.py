@@ -23,11 +23,14 @@ from mlmjax.data.rows import MANIFEST, Manifest, RowSource, open_rows, read_mani
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.errors import InputError, write_failed
 from mlmjax.optim import make_schedule
-from mlmjax.places import LOCK
+from mlmjax.places import is_remote
 from mlmjax.tokenizer import Tokenizer
 
 SHARED_SECONDS = 30.0
 """How long a file may take from one process to the others."""
+
+_SIGN = ".shared"
+_OWN_KEYS = ("out", "data.rows", "data.workers", "checkpoint.path")
 
 OBJECTIVE = ("dummy_mlm_share", "mlm_share", "masking")
 BATCH = ("batch_size", "batch_start", "batch_warmup")
@@ -221,8 +224,30 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def check_processes(out: Path, mesh: Mesh) -> None:
-    """Check, on all processes together, that they share `out` and that each has its devices used.
+def check_alike(config: RunConfig) -> None:
+    """Raise `InputError`, on all processes together, where one has not the settings of the first.
+
+    Where the shared folders are mounted may differ, and how many processes read data.
+    """
+    if distributed.process_count() == 1:
+        return
+    mine = _flat(config.model_dump(mode="json"))
+    mine = {"--processes": distributed.process_count(), **mine}
+    first = distributed.told_by_first(lambda: mine)
+    differences = [
+        f"{key} is {mine.get(key)!r} on process {distributed.process_index()} "
+        f"(on {socket.gethostname()}), and {first.get(key)!r} on process 0"
+        for key in [key for key in {**first, **mine} if key not in _OWN_KEYS]
+        if mine.get(key) != first.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{differences[0]}; give all processes the same configuration", differences[1:]
+        )
+
+
+def check_processes(out: Path, checkpoints: str, mesh: Mesh) -> None:
+    """Check, on all processes together, that they share folders and that all devices are used.
 
     Raises `InputError`.
     """
@@ -233,22 +258,38 @@ def check_processes(out: Path, mesh: Mesh) -> None:
             f"mesh: uses {mesh.size} of {jax.device_count()} devices; a run of "
             f"{distributed.process_count()} processes uses all: let data be -1"
         )
+    _check_shared("out", out)
+    if not is_remote(checkpoints):
+        _check_shared("checkpoint.path", Path(checkpoints))
+
+
+def _check_shared(key: str, folder: Path) -> None:
+    place = folder / _SIGN
 
     def sign() -> str:
         text = secrets.token_hex(8)
-        (out / LOCK).write_text(text)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        except OSError as error:
+            raise InputError(
+                f"{key}: {folder} cannot be written ({error.strerror}); give another folder"
+            ) from error
         return text
 
     signed = distributed.told_by_first(sign)
     until = time.monotonic() + SHARED_SECONDS
-    while (found := _text(out / LOCK)) != signed and time.monotonic() < until:
+    while (found := _text(place)) != signed and time.monotonic() < until:
         time.sleep(0.5)  # A file system of a network shows it late.
     if found != signed:
         raise InputError(
-            f"out: {out} of process {distributed.process_index()} (on {socket.gethostname()}) is "
-            "not the folder of process 0; out and data.rows have to lie on a file system that all "
-            "hosts share"
+            f"{key}: {folder} of process {distributed.process_index()} (on "
+            f"{socket.gethostname()}) is not the folder of process 0; it has to lie on a file "
+            "system that all hosts share"
         )
+    distributed.barrier(f"shared {key}")
+    if distributed.is_first():
+        place.unlink()
 
 
 def check_rows_shared(folder: Path) -> None:

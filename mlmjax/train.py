@@ -32,6 +32,7 @@ from mlmjax.places import alone_in, check_name, check_places, checkpoint_folder
 from mlmjax.profile import profiling
 from mlmjax.replicated import make_replicated_step
 from mlmjax.run import (
+    check_alike,
     check_processes,
     check_rows_shared,
     check_same_run,
@@ -106,12 +107,13 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     out = Path(config.out)
     check_places(config)
     check_name(out)
+    check_alike(config)
     with alone_in(out) if distributed.is_first() else nullcontext(), StopRequest() as stop:
         # 1. What is trained on what: model and tokenizer, devices, rows, optimizer.
         model, tokenizer = load_start(config)
         before = _trained_before(config)
         mesh = make_mesh(config.mesh)
-        check_processes(out, mesh)
+        check_processes(out, checkpoint_folder(config), mesh)
         sizes = row_schedule(config.data, config.steps)
         check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
         check_rows(mesh.shape, sizes.start, micro_batches(config, sizes.start))

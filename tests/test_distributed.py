@@ -2,16 +2,20 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import processes
 import pytest
 from training import assert_same, lines_of, make_config, make_table, quick_compiles
 
-from mlmjax import hf
+from mlmjax import InputError, distributed, hf
 from mlmjax.checkpoint import Checkpoints
 from mlmjax.optim import make_optimizer
 from mlmjax.partition import make_mesh
+from mlmjax.peers import find_peers
+from mlmjax.places import check_places
+from mlmjax.run import check_alike
 from mlmjax.start import load_start
 from mlmjax.step import abstract_train_state, split_parameters
 from mlmjax.train import run_training
@@ -197,3 +201,38 @@ def test_of_four_processes_one_dies(folder, victim):
     codes, _, errors = processes.train(folder, config, 4, 1)
     assert codes == [0] * 4, errors
     assert "goes on from step 3" in errors[0]
+
+
+def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
+    first = make_config(tmp_path)
+    told = []
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "told_by_first", lambda make: told.append(make()))
+    with suppress(AttributeError):
+        check_alike(first)
+    monkeypatch.setattr(distributed, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "told_by_first", lambda make: json.loads(json.dumps(told[0])))
+    check_alike(first)
+    check_alike(make_config(tmp_path, out="/elsewhere", data__workers=3))
+    other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})
+    with pytest.raises(
+        InputError, match="steps is 9 on process 1 .*, and 8 on process 0"
+    ) as caught:
+        check_alike(other)
+    assert len(caught.value.details) == 1
+    monkeypatch.setattr(distributed, "process_count", lambda: 3)
+    with pytest.raises(InputError, match="--processes is 3 on process 1 .*, and 2 on process 0"):
+        check_alike(first)
+
+
+@pytest.mark.parametrize("place", ["rows", "rows/ck", "out/export", "out"])
+def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
+    config = make_config(tmp_path, checkpoint__path=str(tmp_path / place))
+    with pytest.raises(InputError, match=r"checkpoint\.path: .* folder of their own"):
+        check_places(config)
+    check_places(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
+
+
+def test_a_host_that_is_unknown_is_refused_at_once():
+    with pytest.raises(InputError, match=r"'no\.such\.host\.invalid' is no known host"):
+        find_peers("no.such.host.invalid:5555", 2, 1)
