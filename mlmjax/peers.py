@@ -71,6 +71,11 @@ def _check_flags(coordinator: str, processes: int, process: int) -> None:
             f"--coordinator {coordinator!r}: expected HOST:PORT, as in 10.0.0.1:8476: where the "
             "process with --process 0 listens"
         )
+    if not 0 <= process < processes:
+        raise InputError(
+            f"--process {process}: expected 0 to {processes - 1}, of --processes {processes}; "
+            "each process has a number of its own"
+        )
     try:
         socket.getaddrinfo(host.strip("[]"), int(port))
     except (OSError, UnicodeError) as error:
@@ -78,11 +83,6 @@ def _check_flags(coordinator: str, processes: int, process: int) -> None:
             f"--coordinator {coordinator!r}: {host!r} is no known host ({error}); give the name or "
             "address of the machine of process 0"
         ) from error
-    if not 0 <= process < processes:
-        raise InputError(
-            f"--process {process}: expected 0 to {processes - 1}, of --processes {processes}; "
-            "each process has a number of its own"
-        )
 
 
 def _not_told(launcher: str, why: str) -> InputError:

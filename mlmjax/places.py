@@ -36,9 +36,9 @@ def check_places(config: RunConfig) -> None:
     path = config.checkpoint.path
     if path is None or is_remote(path):
         return
-    place = Path(os.path.realpath(path))
+    own = Path(os.path.realpath(path))
     for what, other in (("data.rows", rows), ("the export", out / "export")):
-        if place.is_relative_to(other) or other.is_relative_to(place):
+        if own.is_relative_to(other) or other.is_relative_to(own):
             raise InputError(
                 f"checkpoint.path: {path} and {what}, {other}, would be written into one another; "
                 "give the checkpoints a folder of their own"

@@ -208,20 +208,18 @@ def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "told_by_first", lambda make: told.append(make()))
-    with suppress(AttributeError):
+    with suppress(TypeError):
         check_alike(first)
     monkeypatch.setattr(distributed, "process_index", lambda: 1)
     monkeypatch.setattr(distributed, "told_by_first", lambda make: json.loads(json.dumps(told[0])))
     check_alike(first)
     check_alike(make_config(tmp_path, out="/elsewhere", data__workers=3))
     other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})
-    with pytest.raises(
-        InputError, match="steps is 9 on process 1 .*, and 8 on process 0"
-    ) as caught:
+    with pytest.raises(InputError, match=r"steps is 9 on process 1 .*, and 8 on") as caught:
         check_alike(other)
     assert len(caught.value.details) == 1
     monkeypatch.setattr(distributed, "process_count", lambda: 3)
-    with pytest.raises(InputError, match="--processes is 3 on process 1 .*, and 2 on process 0"):
+    with pytest.raises(InputError, match=r"--processes is 3 on process 1 .*, and 2 on process 0"):
         check_alike(first)
 
 
