@@ -189,7 +189,7 @@ FILES = {
     ),
     "parquet compressed again": ("x.parquet.gz", gzip.compress(b"x"), "unknown kind of file"),
     "zst cut short": ("x.jsonl.zst", zstd(SMALL * 99)[:-9], "x.jsonl.zst"),
-    "zst of noise": ("x.jsonl.zst", NOISE, "x.jsonl.zst: cannot be read"),
+    "zst of noise": ("x.jsonl.zst", NOISE, "x.jsonl.zst line 1: cannot be read"),
     "zst with a flipped byte": (
         "x.jsonl.zst",
         b"".join([(z := zstd(NOISE.hex().encode()))[:99], bytes([z[99] ^ 1]), z[100:]]),
@@ -206,7 +206,7 @@ FILES = {
         "x.jsonl.gz line 1: is longer than 32 MiB",
     ),
     "gz cut short": ("x.jsonl.gz", gzip.compress(SMALL)[:-9], "x.jsonl.gz"),
-    "gz of noise": ("x.jsonl.gz", NOISE, "x.jsonl.gz: cannot be read"),
+    "gz of noise": ("x.jsonl.gz", NOISE, "x.jsonl.gz line 1: cannot be read"),
     "gz empty inside": ("x.jsonl.gz", gzip.compress(b""), "no example is left"),
     "pickle": ("x.pkl", b"cos\nsystem\n(S'false'\ntR.", "unknown kind of file"),
     "no ending": ("records", LINES, "unknown kind of file"),
