@@ -167,7 +167,10 @@ def workers_for(config: DataConfig) -> int:
         return config.workers
     files = [path for source in config.sources for path in source_files(source)]
     large = sum(path.stat().st_size for path in files) > _WORTH_PROCESSES
-    return len(os.sched_getaffinity(0)) if large else 1
+    if not large:
+        return 1
+    # Only Linux tells which cores a process may use.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]:
