@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import to_toml
 from training import (
     OTHERS,
     TASKS,
@@ -189,14 +190,6 @@ def run_child(folder, out, signal_name):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         check=False,
     )
-
-
-def to_toml(value):
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
-    return json.dumps(value)
 
 
 def test_after_a_kill_everything_is_as_if_it_had_not_happened(folder, straight):

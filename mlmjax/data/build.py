@@ -21,6 +21,8 @@ from mlmjax.tokenizer import Tokenizer
 
 _BIN_SHIFT = 44
 _BINS = 2**20
+_HELD_OUT = LEFT_OUT
+"""In place of a level, for what is kept and held out for validation."""
 
 Levels = Callable[[Piece], np.ndarray]
 """For each example the smallest nested set it is in, `LEFT_OUT` or above for none."""
@@ -147,12 +149,12 @@ def _grouped(piece: Piece, levels: Levels, held_out: int) -> tuple[list[Group], 
     """Return the groups of a piece, and the number of each example's among them (-1: left out)."""
     level = levels(piece).astype(np.int64)
     held = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
-    code = np.where(level >= LEFT_OUT, -1, np.where(held, LEFT_OUT, level))
+    code = np.where(level >= LEFT_OUT, -1, np.where(held, _HELD_OUT, level))
     found = [int(value) for value in np.unique(code) if value >= 0]
     numbers = np.searchsorted(found, code) if found else np.zeros(len(code), np.int64)
     groups = [
         Group("validation", piece.unit.source, 0)
-        if value == LEFT_OUT
+        if value == _HELD_OUT
         else Group(piece.unit.split, piece.unit.source, value)
         for value in found
     ]

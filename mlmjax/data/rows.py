@@ -323,14 +323,20 @@ class RowSource:
             len(lengths) == len(answers) == len(tasks) == len(indices) == len(labels) > 0
             and lengths.min() > 0
             and lengths.sum() == len(tokens) <= self.seq_length
-            and tokens.max() < self._vocab_size
-            and (answers < lengths).all()
-            and answers.min() >= -1
-            and 0 <= tasks.min() <= tasks.max() < self._tasks
+            and self._within_bounds(tokens, lengths, answers, tasks)
         )
         if not sound:
             raise self._broken(f"row {row} holds lengths, ids or positions out of bounds")
         return tokens, lengths, answers, tasks, indices + self._first_example, labels
+
+    def _within_bounds(self, *columns: np.ndarray) -> bool:
+        tokens, lengths, answers, tasks = columns
+        return bool(
+            tokens.max() < self._vocab_size
+            and (answers < lengths).all()
+            and answers.min() >= -1
+            and 0 <= tasks.min() <= tasks.max() < self._tasks
+        )
 
     def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
         """Read all rows in order, `ROWS_PER_CHUNK` at a time: what `columns` gives of each, joined.
@@ -352,10 +358,7 @@ class RowSource:
                 and lengths.min() > 0
                 and (np.add.reduceat(lengths, first, dtype=np.int64) == of_rows[0]).all()
                 and of_rows[0].max() <= self.seq_length
-                and tokens.max() < self._vocab_size
-                and (answers < lengths).all()
-                and answers.min() >= -1
-                and 0 <= tasks.min() <= tasks.max() < self._tasks
+                and self._within_bounds(tokens, lengths, answers, tasks)
             )
             if not sound:
                 raise self._broken(f"chunk {number} holds lengths, ids or positions out of bounds")

@@ -107,6 +107,7 @@ def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -
     """
     folder.mkdir(exist_ok=True)
     units = []
+    evaluation = evaluation_identity(config.exclude)  # Reads every set, so once for all units.
     for split, sources in (("train", config.sources), ("validation", config.validation_sources)):
         for number, source in enumerate(sources):
             # Opened before one is read: a mistake in the last should not cost the first's hours.
@@ -125,7 +126,7 @@ def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -
                     "head": head,
                 }
                 stats = [_stats(path) for path in paths]
-                sets = evaluation_identity(config.exclude) if split == "train" else None
+                sets = evaluation if split == "train" else None
                 content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT]
                 job["out"] = str(folder / f"{hash_of(content)}.arrow")
                 units.append(Unit(split, number, job, stats))

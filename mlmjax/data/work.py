@@ -199,6 +199,8 @@ class _Pool:
                 text=True,
                 # The lock of the folder goes along: nobody else works there before all are gone.
                 close_fds=False,
+                # Ctrl-C is for us, who then end them.
+                start_new_session=True,
             )
             self._all.append(process)
         for process in self._all:
