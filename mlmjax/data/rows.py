@@ -341,8 +341,7 @@ class RowSource:
     def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
         """Read all rows in order, `ROWS_PER_CHUNK` at a time: what `columns` gives of each, joined.
 
-        Bounds are checked, but not the CRC-32 of every row, which would be a loop over rows: who
-        needs to be sure compares the file's hash.
+        Bounds are checked, but not the CRC-32 of every row: the file's hash tells as much.
         """
         for number in range(len(self._chunks)):
             lists, _ = self._map(number)
