@@ -13,13 +13,13 @@ from sklearn.pipeline import make_pipeline
 from mlmjax.architecture import ModelConfig
 from mlmjax.config import RunConfig
 from mlmjax.data.batch import LabelBatch
+from mlmjax.engine import bucket_lengths
 from mlmjax.finetune import answer_batch
 from mlmjax.heads import label_loss, labelled_config
 from mlmjax.log import Talk
 from mlmjax.modernbert import ModernBertForSequenceClassification
 from mlmjax.optim import make_optimizer
 from mlmjax.prompts import Prompt
-from mlmjax.score import bucket_lengths
 from mlmjax.step import create_train_state, make_train_step
 from mlmjax.tokenizer import Tokenizer
 

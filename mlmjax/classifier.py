@@ -175,7 +175,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             weight_decay=weight_decay,
             warmup=warmup,
             seed=seed,
-            buckets=scorer.buckets,
+            buckets=scorer.engine.buckets,
             pad_id=scorer.tokenizer.pad_id,
             after_epoch=after_epoch,
             progress=progress,

@@ -194,6 +194,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole."""
+    return NamedSharding(mesh, P())
+
+
 def batch_shards(sizes: Mapping[str, int]) -> int:
     """Return into how many parts the rows of a batch are cut."""
     return sizes.get("data", 1) * sizes.get("fsdp", 1)

@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from mlmjax import compiled, partition
 from mlmjax.config import RunConfig, parse_config
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.data.rows import MANIFEST, read_manifest
 from mlmjax.data.schedule import target_width
+from mlmjax.engine import rows_of
 from mlmjax.errors import InputError
 from mlmjax.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.optim import make_optimizer
 from mlmjax.prompts import Template, Verbalizer
-from mlmjax.score import Scorer, rows_of
+from mlmjax.score import Scorer
 from mlmjax.splash import splash_block
 from mlmjax.start import describe_start
 from mlmjax.step import abstract_train_state, make_eval_step, make_train_step, split_parameters
@@ -134,15 +134,15 @@ def _scoring(
         letters = Verbalizer.letters(["a", "b", "c", "d"])
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         scorer = Scorer(model, tokenizer, Template("{text}"), letters)
-        length = scorer.buckets[-1]
+        length = scorer.engine.buckets[-1]
         rows = rows_of(length, topology.platform)
         params = abstract_params(nnx.split(model)[1], mesh)
-        whole = NamedSharding(mesh, P())
+        whole = partition.replicated_sharding(mesh)
         arrays = [
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
             for shape in ((rows, length), (rows, length), (rows,), (rows,))
         ]
-        program, arguments = scorer._jitted, (params, *arrays)
+        program, arguments = scorer.engine.jitted, (params, *arrays)
         assumptions.append(
             f"scoring: one device, the longest prompts ({length} tokens), four labels"
         )

@@ -1,14 +1,14 @@
-"""Label probabilities at the slot: one jitted function over a bounded number of length buckets."""
+"""Label probabilities at the slot, by one forward pass for each row."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
+from mlmjax.engine import Engine, Forward, Progress
 from mlmjax.errors import InputError, RunError
 from mlmjax.hf import Model
 from mlmjax.modernbert import ModernBertForMaskedLM
@@ -16,20 +16,6 @@ from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.tokenizer import Tokenizer, check_text
 
 CHUNK_ROWS = 8192
-
-
-def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Return the lengths that prompts are padded to: four to a doubling, ending at `max_length`.
-
-    >>> bucket_lengths(300)
-    (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
-    """
-    lengths = [32, 48]
-    octave = 64
-    while octave < max_length:
-        lengths += [octave + quarter * octave // 4 for quarter in range(4)]
-        octave *= 2
-    return (*(length for length in lengths if length < max_length), max_length)
 
 
 def check_row(row: Any, fields: Sequence[str], label_count: int) -> None:
@@ -114,28 +100,51 @@ class Scorer:
             raise InputError(
                 f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
             )
-        self.model, self.tokenizer = model, tokenizer
+        self.tokenizer = tokenizer
         self.template, self.verbalizer = template, verbalizer
-        self.batch_size, self.normalize = batch_size, normalize
+        self.normalize = normalize
         self.max_length = max_length or longest
         self.labels = tuple(verbalizer.labels)
-        self.buckets = bucket_lengths(self.max_length)
         self.shortened = 0
-        self.compilations = 0
-        self._real_tokens = self._padded_tokens = 0
-        self._jitted = self._build()
+        self.engine = Engine(
+            model,
+            self._forward(),
+            pad_id=tokenizer.pad_id,
+            max_length=self.max_length,
+            batch_size=batch_size,
+        )
+
+    @property
+    def model(self) -> ModernBertForMaskedLM:
+        """The model that answers; another one of the same shapes may be set."""
+        assert isinstance(self.engine.model, ModernBertForMaskedLM)
+        return self.engine.model
+
+    @model.setter
+    def model(self, model: ModernBertForMaskedLM) -> None:
+        self.engine.model = model
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that prompts are padded to."""
+        return self.engine.buckets
+
+    @property
+    def compilations(self) -> int:
+        """How many programs were compiled so far."""
+        return self.engine.compilations
 
     @property
     def padding_share(self) -> float:
         """The share of padding among all tokens that went through the model so far."""
-        return 1.0 - self._real_tokens / self._padded_tokens if self._padded_tokens else 0.0
+        return self.engine.padding_share
 
     def log_probs(
         self,
         rows: Iterable[Mapping[str, Any]],
         *,
         where: Sequence[str] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Progress | None = None,
     ) -> np.ndarray:
         """Score rows of `{field: text}` and give log probabilities, float32 `[rows, labels]`.
 
@@ -187,65 +196,15 @@ class Scorer:
         self,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Prompt],
-        progress: Callable[[int], None] | None,
+        progress: Progress | None,
     ) -> np.ndarray:
-        log_probs = np.empty((len(prompts), len(self.labels)), np.float32)
         own = [row.get("options") for row in rows]
         counts = np.array([len(self.labels if o is None else o) for o in own], np.int32)
-        _, state = nnx.split(self.model)
-        waiting = None
-        # One batch is in flight while the next is laid out; results come back in the given order.
-        for members, arrays in self._batches(prompts, counts):
-            scored = (members, self._jitted(state, *arrays))
-            if waiting:
-                self._collect(*waiting, log_probs, progress)
-            waiting = scored
-        if waiting:
-            self._collect(*waiting, log_probs, progress)
-        return log_probs
+        slots = np.array([prompt.slot for prompt in prompts], np.int32)
+        ids = [prompt.ids for prompt in prompts]
+        return self.engine.run(ids, slots, counts, progress=progress)
 
-    @staticmethod
-    def _collect(
-        members: np.ndarray,
-        scored: jax.Array,
-        log_probs: np.ndarray,
-        progress: Callable[[int], None] | None,
-    ) -> None:
-        log_probs[members] = np.asarray(scored)[: len(members)]
-        if progress:
-            progress(len(members))
-
-    def _batches(
-        self, prompts: Sequence[Prompt], counts: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, tuple[np.ndarray, ...]]]:
-        """Lay out prompts, longest first, as `(their indices, arrays of a bucket's shape)`.
-
-        A batch is filled with the next shorter prompts even where these would fit a smaller bucket,
-        so that only the last batch of all has rows of padding.
-        """
-        lengths = np.array([len(prompt.ids) for prompt in prompts])
-        order = np.argsort(-lengths, kind="stable")
-        start = 0
-        while start < len(order):
-            length = self.buckets[np.searchsorted(self.buckets, lengths[order[start]])]
-            rows = self.batch_size or rows_of(length)
-            members = order[start : start + rows]
-            ids = np.full((rows, length), self.tokenizer.pad_id, np.int32)
-            segment_ids = np.zeros((rows, length), np.int32)
-            slots = np.zeros(rows, np.int32)
-            own_labels = np.full(rows, len(self.labels), np.int32)
-            for row, member in enumerate(members):
-                ids[row, : lengths[member]] = prompts[member].ids
-                segment_ids[row, : lengths[member]] = 1
-                slots[row] = prompts[member].slot
-            own_labels[: len(members)] = counts[members]
-            self._real_tokens += int(lengths[members].sum())
-            self._padded_tokens += rows * length
-            yield members, (ids, segment_ids, slots, own_labels)
-            start += rows
-
-    def _build(self) -> Any:
-        graphdef, _ = nnx.split(self.model)
+    def _forward(self) -> Forward:
         label_forms = self.verbalizer.ids(self.tokenizer)
         widest = max(map(len, label_forms))
         form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in label_forms])
@@ -253,15 +212,13 @@ class Scorer:
         over_vocabulary = self.normalize == "vocabulary"
 
         def score(
-            state: Any,
+            model: Any,
             ids: jax.Array,
             segment_ids: jax.Array,
             slots: jax.Array,
             own_labels: jax.Array,
         ) -> jax.Array:
             """[batch, seq] ids -> [batch, labels] log probabilities."""
-            self.compilations += 1  # Python runs only while tracing.
-            model = nnx.merge(graphdef, state)
             hidden = model.encode(ids, segment_ids)
             at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
             if over_vocabulary:
@@ -277,7 +234,7 @@ class Scorer:
             logits = jnp.where(is_own, logits, -jnp.inf)
             return logits if over_vocabulary else jax.nn.log_softmax(logits)
 
-        return jax.jit(score)
+        return score
 
 
 def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
@@ -290,12 +247,3 @@ def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], An
             problems.append(f"{name}: {error.message}")
     if problems:
         raise InputError(problems[0], problems[1:])
-
-
-def rows_of(length: int, platform: str | None = None) -> int:
-    """Count the rows of a batch of prompts of this length, where no `batch_size` is given.
-
-    A CPU's matrix products are at full speed from about 1024 tokens. `platform`: the one in use.
-    """
-    budget = 1024 if (platform or jax.default_backend()) == "cpu" else 65536
-    return max(1, budget // length)

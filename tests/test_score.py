@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlmjax import score
+from mlmjax import engine, score
 from mlmjax.architecture import ModelConfig
+from mlmjax.engine import bucket_lengths
 from mlmjax.errors import InputError
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.prompts import Template, Verbalizer
-from mlmjax.score import Scorer, bucket_lengths
+from mlmjax.score import Scorer
 
 TOPIC = Template(
     "Which topic?\n{text}\n{options}Answer: [unused0] [MASK]", shorten={"text": "tail"}
@@ -83,6 +84,7 @@ def full_logits(model, tokenizer):
 
 def test_docstring_examples():
     assert doctest.testmod(score).failed == 0
+    assert doctest.testmod(engine).failed == 0
 
 
 @pytest.mark.parametrize("longest", [1, 31, 32, 33, 64, 100, 512, 8192])
@@ -123,7 +125,7 @@ def test_the_same_alone_in_a_batch_and_in_any_bucket(scorer, model, tokenizer):
     alone = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=1)
     alone = np.concatenate([alone.log_probs([item]) for item in items])
     widest = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=5)
-    widest.buckets = widest.buckets[-1:]
+    widest.engine.buckets = widest.buckets[-1:]
     for other in (in_threes, alone, widest.log_probs(items)):
         np.testing.assert_allclose(np.exp(other), np.exp(together), atol=1e-5)
     # The comparison means something only if rows differ from one another.
@@ -148,7 +150,7 @@ def test_bfloat16_is_close_to_float32(tokenizer):
 
 
 def test_compilations_are_at_most_the_buckets(model, tokenizer):
-    scorer = Scorer(model, tokenizer, TOPIC, LETTERS, max_length=96)
+    scorer = Scorer(model, tokenizer, TOPIC, LETTERS, max_length=96, batch_size=8)
     rng = np.random.default_rng(3)
     stream = rows(1000, longest=60)
     start = 0
@@ -157,7 +159,7 @@ def test_compilations_are_at_most_the_buckets(model, tokenizer):
         scorer.log_probs(stream[start : start + size])
         start += size
     assert 3 < scorer.compilations <= len(scorer.buckets)
-    assert scorer._jitted._cache_size() == scorer.compilations
+    assert scorer.engine.jitted._cache_size() == scorer.compilations
     before = scorer.compilations
     scorer.log_probs(stream[:50])
     assert scorer.compilations == before
