@@ -14,7 +14,7 @@ from mlmjax.architecture import ModelConfig
 from mlmjax.config import RunConfig
 from mlmjax.data.batch import LabelBatch
 from mlmjax.engine import bucket_lengths
-from mlmjax.finetune import answer_batch
+from mlmjax.finetune import label_batch
 from mlmjax.heads import label_loss, labelled_config
 from mlmjax.log import Talk
 from mlmjax.modernbert import ModernBertForSequenceClassification
@@ -61,12 +61,9 @@ def classification_head(
     buckets = bucket_lengths(max(len(text.ids) for text in (*texts, *unseen)))
 
     def layout(chosen: Sequence[Prompt], numbers: np.ndarray) -> LabelBatch:
-        ids, segments, *_ = answer_batch(
+        return label_batch(
             chosen, numbers, rows=batch_size, buckets=buckets, pad_id=tokenizer.pad_id
         )
-        padded = np.full(batch_size, np.nan, np.float32)
-        padded[: len(numbers)] = numbers
-        return LabelBatch(ids, segments, padded)
 
     with Talk(run.steps) as talk:
         for number, members in enumerate(_draw(len(texts), batch_size, run), start=1):

@@ -14,7 +14,7 @@ from mlmjax import hub
 from mlmjax.config import ShortenSide, StrictTable, decode
 from mlmjax.errors import InputError
 from mlmjax.finetune import fine_tune
-from mlmjax.hf import load_pretrained, save_pretrained
+from mlmjax.hf import Model, load_pretrained, save_pretrained
 from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.score import Scorer
@@ -157,7 +157,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         letters = np.array([ids[0] for ids in scorer.verbalizer.ids(scorer.tokenizer)])
         history: list[dict[str, float]] = []
 
-        def after_epoch(model: ModernBertForMaskedLM, loss: float) -> None:
+        def after_epoch(model: Model, loss: float) -> None:
             history.append({"epoch": len(history) + 1, "loss": loss})
             if held_out is not None:
                 rows, truth = held_out

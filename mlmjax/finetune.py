@@ -1,4 +1,4 @@
-"""Fine-tuning in memory by answer token prediction: one prompt per row, its slot the one target."""
+"""Fine-tuning in memory: one prompt per row, its answer at the slot or by a classification head."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,16 +7,18 @@ import numpy as np
 from flax import nnx
 
 from mlmjax.config import OptimizerConfig, ScheduleConfig, decode
-from mlmjax.data.batch import ATP, UNUSED, Batch
+from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
 from mlmjax.errors import RunError
-from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.heads import label_loss
+from mlmjax.hf import Model
+from mlmjax.modernbert import ModernBertForSequenceClassification
 from mlmjax.optim import make_optimizer
 from mlmjax.prompts import Prompt
-from mlmjax.step import create_train_state, make_train_step
+from mlmjax.step import create_train_state, make_train_step, masked_token_loss
 
 
 def fine_tune(
-    model: ModernBertForMaskedLM,
+    model: Model,
     prompts: Sequence[Prompt],
     answers: np.ndarray,
     *,
@@ -28,15 +30,18 @@ def fine_tune(
     seed: int,
     buckets: Sequence[int],
     pad_id: int,
-    after_epoch: Callable[[ModernBertForMaskedLM, float], None] | None = None,
+    after_epoch: Callable[[Model, float], bool | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> ModernBertForMaskedLM:
-    """Return a copy of the model, trained to give `answers` (token ids) at the prompts' slots.
+) -> Model:
+    """Return a copy of the model, trained to give `answers` to the prompts.
 
-    AdamW under a linear schedule; the order of epoch e is that of `default_rng([seed, e])`.
-    `after_epoch` gets the model so far (good until it returns) and the epoch's mean loss.
-    Raises `RunError` when the loss is no longer finite.
+    Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
+    slot, they are numbers of labels. AdamW under a linear schedule; the order of epoch e is that
+    of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it returns) and
+    the epoch's mean loss, and ends the training by returning True. Raises `RunError` when the loss
+    is no longer finite.
     """
+    has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
     rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     optimizer = make_optimizer(
@@ -45,14 +50,15 @@ def fine_tune(
         updates,
     )
     graphdef, state = create_train_state(model, optimizer)
-    step = make_train_step(graphdef, optimizer)
+    step = make_train_step(graphdef, optimizer, loss=label_loss if has_head else masked_token_loss)
+    layout = label_batch if has_head else answer_batch
     done = 0
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
         sums = []
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            batch = answer_batch(
+            batch = layout(
                 [prompts[i] for i in members],
                 answers[members],
                 rows=batch_size,
@@ -69,8 +75,8 @@ def fine_tune(
             raise RunError(
                 f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
             )
-        if after_epoch:
-            after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count))
+        if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
+            break
     return nnx.merge(graphdef, state.params)
 
 
@@ -103,3 +109,18 @@ def answer_batch(
         batch.target_ids[row] = answer
         batch.target_objective[row] = ATP
     return batch
+
+
+def label_batch(
+    prompts: Sequence[Prompt],
+    answers: Sequence[int] | np.ndarray,
+    *,
+    rows: int,
+    buckets: Sequence[int],
+    pad_id: int,
+) -> LabelBatch:
+    """Lay out one prompt per row and the number of its label; rows left over are padding."""
+    ids, segment_ids, *_ = answer_batch(prompts, answers, rows=rows, buckets=buckets, pad_id=pad_id)
+    labels = np.full(rows, np.nan, np.float32)
+    labels[: len(prompts)] = answers
+    return LabelBatch(ids, segment_ids, labels)

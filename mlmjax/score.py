@@ -10,8 +10,9 @@ import numpy as np
 
 from mlmjax.engine import Engine, Forward, Progress
 from mlmjax.errors import InputError, RunError
+from mlmjax.heads import SINGLE_LABEL
 from mlmjax.hf import Model
-from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.tokenizer import Tokenizer, check_text
 
@@ -53,16 +54,8 @@ def _check_filled(text: Any, what: str) -> None:
         raise InputError(f"{what}: is blank; give it some text or leave the row out")
 
 
-class Scorer:
-    """The probability of every label for every row, by one forward pass per row.
-
-    The encoder runs in the model's compute dtype; the head runs at the slot alone, and the
-    log-softmax in float32. A row's result does not depend on its neighbours or its bucket.
-
-    `normalize="labels"` is the softmax over the verbalizer's own labels (over the row's first
-    `len(row["options"])` labels where it has options); the probabilities of a label's surface forms
-    are summed. `normalize="vocabulary"` is that sum under the softmax over the whole vocabulary,
-    which is how the published MMLU figures were made.
+class RowScorer:
+    """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
 
     Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
     many as fill a token budget), so that there are at most `len(buckets)` compilations. Texts that
@@ -75,24 +68,17 @@ class Scorer:
         model: Model,
         tokenizer: Tokenizer,
         template: Template,
-        verbalizer: Verbalizer,
+        labels: Sequence[str],
+        forward: Forward,
         *,
-        batch_size: int | None = None,
-        normalize: Literal["labels", "vocabulary"] = "labels",
-        max_length: int | None = None,
+        batch_size: int | None,
+        max_length: int | None,
     ):
-        if not isinstance(model, ModernBertForMaskedLM):
-            raise InputError(
-                f"a {type(model).__name__} has no masked-language-model head to score with; "
-                "expected a ModernBertForMaskedLM"
-            )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
                 f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
                 f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
             )
-        if normalize not in ("labels", "vocabulary"):
-            raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; expected at least 1")
         longest = model.config.max_position_embeddings
@@ -100,28 +86,24 @@ class Scorer:
             raise InputError(
                 f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
             )
-        self.tokenizer = tokenizer
-        self.template, self.verbalizer = template, verbalizer
-        self.normalize = normalize
+        self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
         self.max_length = max_length or longest
-        self.labels = tuple(verbalizer.labels)
         self.shortened = 0
         self.engine = Engine(
             model,
-            self._forward(),
+            forward,
             pad_id=tokenizer.pad_id,
             max_length=self.max_length,
             batch_size=batch_size,
         )
 
     @property
-    def model(self) -> ModernBertForMaskedLM:
+    def model(self) -> Model:
         """The model that answers; another one of the same shapes may be set."""
-        assert isinstance(self.engine.model, ModernBertForMaskedLM)
         return self.engine.model
 
     @model.setter
-    def model(self, model: ModernBertForMaskedLM) -> None:
+    def model(self, model: Model) -> None:
         self.engine.model = model
 
     @property
@@ -161,7 +143,7 @@ class Scorer:
         while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
             names = where[first : first + len(chunk)] if where else None
             prompts = self.prompts(chunk, where=names, first=first)
-            results.append(self._score_chunk(chunk, prompts, progress))
+            results.append(self._score(chunk, prompts, progress))
             first += len(chunk)
         scores = np.concatenate(results)
         if np.isnan(scores).any():
@@ -192,7 +174,57 @@ class Scorer:
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 
-    def _score_chunk(
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        raise NotImplementedError
+
+
+class Scorer(RowScorer):
+    """The probability of every label for every row, by one forward pass per row.
+
+    The encoder runs in the model's compute dtype; the head runs at the slot alone, and the
+    log-softmax in float32. A row's result does not depend on its neighbours or its bucket.
+
+    `normalize="labels"` is the softmax over the verbalizer's own labels (over the row's first
+    `len(row["options"])` labels where it has options); the probabilities of a label's surface forms
+    are summed. `normalize="vocabulary"` is that sum under the softmax over the whole vocabulary,
+    which is how the published MMLU figures were made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        verbalizer: Verbalizer,
+        *,
+        batch_size: int | None = None,
+        normalize: Literal["labels", "vocabulary"] = "labels",
+        max_length: int | None = None,
+    ):
+        if not isinstance(model, ModernBertForMaskedLM):
+            raise InputError(
+                f"a {type(model).__name__} has no masked-language-model head to score with; "
+                "expected a ModernBertForMaskedLM"
+            )
+        if normalize not in ("labels", "vocabulary"):
+            raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
+        self.verbalizer, self.normalize = verbalizer, normalize
+        super().__init__(
+            model,
+            tokenizer,
+            template,
+            verbalizer.labels,
+            self._forward(verbalizer.ids(tokenizer)),
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+
+    def _score(
         self,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Prompt],
@@ -202,10 +234,9 @@ class Scorer:
         counts = np.array([len(self.labels if o is None else o) for o in own], np.int32)
         slots = np.array([prompt.slot for prompt in prompts], np.int32)
         ids = [prompt.ids for prompt in prompts]
-        return self.engine.run(ids, slots, counts, progress=progress)
+        return np.asarray(self.engine.run(ids, slots, counts, progress=progress))
 
-    def _forward(self) -> Forward:
-        label_forms = self.verbalizer.ids(self.tokenizer)
+    def _forward(self, label_forms: Sequence[Sequence[int]]) -> Forward:
         widest = max(map(len, label_forms))
         form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in label_forms])
         is_form = np.array([[i < len(ids) for i in range(widest)] for ids in label_forms])
@@ -235,6 +266,57 @@ class Scorer:
             return logits if over_vocabulary else jax.nn.log_softmax(logits)
 
         return score
+
+
+class HeadScorer(RowScorer):
+    """The probability of every label for every row, by a classification head.
+
+    `template` is made with `slot=False`; the labels are those of the model's own `id2label`. Raises
+    `InputError` for a model that has no such head, or whose head is not one of several classes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ):
+        if not isinstance(model, ModernBertForSequenceClassification):
+            raise InputError(
+                f"a {type(model).__name__} has no classification head; "
+                "expected a ModernBertForSequenceClassification"
+            )
+        kind, count = model.config.problem_type or SINGLE_LABEL, model.config.num_labels
+        if kind != SINGLE_LABEL or count < 2:
+            raise InputError(
+                f"the head is one of {kind} with {count} outputs; expected one class of two or more"
+            )
+        names = model.config.id2label or {}
+        super().__init__(
+            model,
+            tokenizer,
+            template,
+            [names.get(i, f"LABEL_{i}") for i in range(count)],
+            _head_scores,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        ids = [prompt.ids for prompt in prompts]
+        return np.asarray(self.engine.run(ids, progress=progress))
+
+
+def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(model(ids, segment_ids).astype(jnp.float32))
 
 
 def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:

@@ -14,7 +14,7 @@ from mlmjax.engine import bucket_lengths
 from mlmjax.errors import InputError
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.prompts import Template, Verbalizer
-from mlmjax.score import Scorer
+from mlmjax.score import HeadScorer, Scorer
 
 TOPIC = Template(
     "Which topic?\n{text}\n{options}Answer: [unused0] [MASK]", shorten={"text": "tail"}
@@ -300,3 +300,27 @@ def test_a_model_changed_in_place_is_scored_as_it_is_now(tokenizer):
     before = scorer.log_probs(rows(2))
     nnx.update(model, nnx.state(noisy(model)))
     assert np.abs(scorer.log_probs(rows(2)) - before).max() > 1e-3
+
+
+def test_a_classification_head_gives_its_labels(tokenizer):
+    config = small_config(num_labels=3, id2label=dict(enumerate(LABELS)))
+    model = noisy(ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0)))
+    template = Template("{text}", shorten={"text": "tail"}, slot=False)
+    scorer = HeadScorer(model, tokenizer, template)
+    items = [{"text": text} for text in texts(9)]
+    found = scorer.log_probs(items)
+    assert scorer.labels == tuple(LABELS)
+    for row, item in zip(found, items, strict=True):
+        ids = template.render(tokenizer, item, 160).ids
+        logits = np.asarray(model(np.array([ids]), np.ones((1, len(ids)), np.int32))[0])
+        np.testing.assert_allclose(row, jax.nn.log_softmax(logits), atol=1e-4)
+
+
+def test_heads_of_another_kind_are_refused(model, tokenizer):
+    template = Template("{text}", slot=False)
+    with pytest.raises(InputError, match="ModernBertForMaskedLM has no classification head"):
+        HeadScorer(model, tokenizer, template)
+    for changes in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}):
+        head = ModernBertForSequenceClassification(small_config(**changes), rngs=nnx.Rngs(0))
+        with pytest.raises(InputError, match="expected one class of two or more"):
+            HeadScorer(head, tokenizer, template)

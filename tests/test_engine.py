@@ -1,0 +1,107 @@
+"""The engine: all local devices, batches that fit memory, and results in the order asked."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_score import noisy, small_config
+
+from mlmjax.engine import Engine
+from mlmjax.errors import RunError
+from mlmjax.modernbert import ModernBertForMaskedLM
+
+
+@pytest.fixture(scope="module")
+def model():
+    ids = {name: i for i, name in enumerate(("pad", "cls", "bos", "sep", "eos"))}
+    config = small_config(vocab_size=90, **{f"{k}_token_id": i for k, i in ids.items()})
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+
+
+def summed(model, ids, segment_ids, weights):
+    hidden = model.encode(ids, segment_ids)
+    total = jnp.sum(jnp.where(segment_ids[..., None] > 0, hidden, 0), axis=1)
+    return {"weighted": total * weights[:, None], "length": segment_ids.sum(axis=1)}
+
+
+def sequences(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 90, rng.integers(1, 150)).tolist() for _ in range(count)]
+
+
+def make(model, forward=summed, **options):
+    return Engine(model, forward, pad_id=0, max_length=160, **options)
+
+
+def test_results_are_in_order_and_the_same_on_any_devices(model):
+    items, weights = sequences(21), np.arange(21, dtype=np.float32) + 1
+    everywhere = make(model)
+    alone = make(model, batch_size=1)
+    assert everywhere.mesh.size == len(jax.local_devices()) == 8
+    assert alone.mesh.size == 1
+    found, expected = everywhere.run(items, weights), alone.run(items, weights)
+    assert list(found["length"]) == [len(ids) for ids in items]
+    np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 3), (4, 4), (9, 3), (24, 8)])
+def test_a_batch_is_cut_into_equal_parts(model, batch_size, devices):
+    engine = make(model, batch_size=batch_size)
+    assert (engine.mesh.size, engine.rows_of(32)) == (devices, batch_size)
+
+
+class ScarceMemory:
+    """Refuse batches of more than some tokens, as a device without memory for them does."""
+
+    def __init__(self, engine, tokens):
+        self.call, self.tokens, self.refused = engine.jitted, tokens, 0
+
+    def __call__(self, state, ids, *arrays):
+        if ids.size > self.tokens:
+            self.refused += 1
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory, 9.9G")
+        return self.call(state, ids, *arrays)
+
+
+def test_batches_without_memory_are_halved_and_nothing_is_lost(model):
+    items, weights = sequences(150, seed=1), np.ones(150, np.float32)
+    expected = make(model).run(items, weights)
+    engine, done = make(model), []
+    engine.jitted = ScarceMemory(engine, 8 * 2 * 160)
+    found = engine.run(items, weights, progress=done.append)
+    np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+    assert sum(done) == 150
+    refused = engine.jitted.refused
+    assert refused >= 2  # 6 rows a device, then 3
+    engine.run(items, weights)
+    assert engine.jitted.refused == refused
+
+
+def test_memory_for_not_even_one_is_told(model):
+    engine = make(model)
+    engine.jitted = ScarceMemory(engine, 8 * 64)
+    with pytest.raises(RunError, match="does not hold one text of 150 tokens"):
+        engine.run([[7] * 150, [7] * 4], np.ones(2))
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(model):
+    engine = make(model)
+
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    engine.jitted = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        engine.run([[7] * 150, [7] * 4], np.ones(2))
+
+
+def test_parameters_are_placed_again_only_when_they_are_others(model):
+    engine = make(model)
+    engine.run([[7, 8]], np.ones(1))
+    placed = engine._placed[1]
+    engine.run([[7, 9]], np.ones(1))
+    assert engine._placed[1] is placed
+    engine.model = noisy(model)
+    engine.run([[7, 9]], np.ones(1))
+    assert engine._placed[1] is not placed
