@@ -1,57 +1,65 @@
 """A text classifier in the shape of scikit-learn: zero-shot through the mask, or fine-tuned."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from mlmjax import hub
-from mlmjax.config import ShortenSide, StrictTable, decode
+from mlmjax.asking import LongText, Question
 from mlmjax.errors import InputError
-from mlmjax.finetune import fine_tune
-from mlmjax.hf import Model, load_pretrained, save_pretrained
-from mlmjax.modernbert import ModernBertForMaskedLM
-from mlmjax.prompts import Prompt, Template, Verbalizer
-from mlmjax.score import Scorer
-from mlmjax.tokenizer import Tokenizer, check_text
+from mlmjax.heads import with_classifier
+from mlmjax.hf import Model, save_pretrained
+from mlmjax.learning import Recipe, held_out, learn, shown_with
+from mlmjax.log import bar
+from mlmjax.prompts import Template
+from mlmjax.score import check_texts
+from mlmjax.settings import Answer, Head, make_asking, one_dimensional
+from mlmjax.tokenizer import Tokenizer
+from mlmjax.trust import Trust
+from mlmjax.truth import label_numbers
 
-DEFAULT_PROMPT = (
-    "You will be given a text as well as a list of labels. "
-    "Read the text carefully and select the right label from the list.\n"
-    "TEXT:\n{text}\nCHOICES:\n{options}\nANSWER:\nAnswer: [unused0] [MASK]"
-)
+CHUNK_PROMPTS = 4096
+"""Prompts, about, that are laid out together; texts are read as they are needed."""
 
 Labels = Sequence[str] | Mapping[str, str]
-Source = str | Path | tuple[ModernBertForMaskedLM, Tokenizer]
+Source = str | Path | tuple[Model, Tokenizer]
 
 
-class Settings(StrictTable):
-    """What `save_pretrained` writes beside the model; `labels` maps each name to a description."""
-
-    format: Annotated[int, Field(ge=1, le=1)] = 1
-    labels: Mapping[str, str]
-    template: str
-    shorten: Mapping[str, ShortenSide] = {}
-    max_length: Annotated[int, Field(gt=0)] | None = None
-
-
-class Classifier(ClassifierMixin, BaseEstimator):
-    """Assigns each text one of the labels by one forward pass, and the answer at the slot.
+class Classifier(Trust, ClassifierMixin, BaseEstimator):
+    """Assigns each text one of the labels, or several, by the answer at the slot.
 
     `source` is a folder, a hub id, or a `(model, tokenizer)` pair. `labels` is a list of names or a
     table `{name: description}`, at least two; None takes those a saved classifier has, else those
-    that `fit` sees, sorted. `template` (a `Template`, or its text; a text that is too long loses
-    its end) has the field `{text}` and, as a rule, `{options}`, which are the labels; a template
-    without them is answered by the label itself, which then has to be one token. Without `fit` the
-    answers are zero-shot.
+    that `fit` sees, sorted. Without `fit` the answers are zero-shot. As in scikit-learn the
+    constructor only stores its arguments, and nothing is read before it is needed.
 
-    As in scikit-learn the constructor only stores its arguments, and nothing is read before it is
-    needed; `classes_` holds the labels in the order given, `history_` an entry per epoch of `fit`.
+    How it asks (None: as a saved classifier does, else the first named):
+
+    - `head`: "mlm", the answer at the slot, or "classification", a last layer that `fit` trains.
+    - `answer`: "letters", options in the prompt named A, B, ... (past 457 of them 1, 2, ...);
+      "words", the label itself, which has to be one token; "continuation", a label of any number of
+      tokens by its pseudo-log-likelihood at the slot, one forward pass for each of its tokens.
+    - More labels than one prompt holds are asked in rounds (`shortlist.in_rounds`).
+    - `instruction` replaces the first sentence of the prompt; `template` (a `Template`, or its
+      text) the whole of it. It has the field `{text}`, as a rule `{options}`, and `{examples}`
+      and `{label}` where these are used.
+    - `examples`: pairs of text and label to stand in the prompt, as many as fit, by turns of label.
+    - `orders`: 1, the options as given; k or "all" evenly spaced cyclic orders, their
+      probabilities averaged, at that many forward passes.
+    - `long_text`: "shorten" a text that is too long at its end (counted in `shortened`), or ask
+      windows of it and take the "mean" of their probabilities, or each label's "max".
+    - `multi_label`: each label is a question of yes or no; labels are lists of names, answers
+      columns of 0 and 1, probabilities do not sum to 1.
+    - `abstain_below`: a text whose best probability is lower is answered by "".
+
+    `epochs` to `patience` are those of `fit` (`learning.Recipe`). `progress` shows a bar: None on a
+    terminal when it takes long. `classes_` has the labels in the order given, `history_` an entry
+    per epoch of `fit`.
     """
 
     def __init__(
@@ -59,21 +67,55 @@ class Classifier(ClassifierMixin, BaseEstimator):
         source: Source,
         labels: Labels | None = None,
         *,
+        head: Head | None = None,
+        answer: Answer | None = None,
         template: Template | str | None = None,
+        instruction: str | None = None,
+        examples: Sequence[tuple[str, Any]] | None = None,
+        orders: int | Literal["all"] | None = None,
+        long_text: LongText | None = None,
+        multi_label: bool | None = None,
+        abstain_below: float | None = None,
         dtype: str = "float32",
         batch_size: int | None = None,
         max_length: int | None = None,
         revision: str | None = None,
         local_files_only: bool = False,
+        epochs: int = 3,
+        learning_rate: float = 3e-5,
+        train_batch_size: int = 32,
+        weight_decay: float = 0.01,
+        warmup: float = 0.05,
+        seed: int = 0,
+        validation_share: float = 0.0,
+        patience: int | None = None,
+        progress: bool | None = None,
     ):
         self.source = source
         self.labels = labels
+        self.head = head
+        self.answer = answer
         self.template = template
+        self.instruction = instruction
+        self.examples = examples
+        self.orders = orders
+        self.long_text = long_text
+        self.multi_label = multi_label
+        self.abstain_below = abstain_below
         self.dtype = dtype
         self.batch_size = batch_size
         self.max_length = max_length
         self.revision = revision
         self.local_files_only = local_files_only
+        self.epochs = epochs
+        self.learning_rate = learning_rate
+        self.train_batch_size = train_batch_size
+        self.weight_decay = weight_decay
+        self.warmup = warmup
+        self.seed = seed
+        self.validation_share = validation_share
+        self.patience = patience
+        self.progress = progress
 
     @classmethod
     def from_pretrained(
@@ -84,7 +126,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises `InputError` for a source that cannot be loaded, and where there are no labels.
         """
         classifier = cls(source, labels, **options)
-        classifier._scorer()
+        classifier._ready()
         return classifier
 
     def set_params(self, **params: Any) -> "Classifier":
@@ -94,224 +136,176 @@ class Classifier(ClassifierMixin, BaseEstimator):
             delattr(self, name)
         return self
 
+    def __sklearn_tags__(self) -> Any:
+        """Tell scikit-learn that this takes a list of texts."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = tags.input_tags.string = True
+        tags.input_tags.two_d_array = False
+        tags.requires_fit = False
+        tags.classifier_tags.multi_label = bool(self.multi_label)
+        return tags
+
     @property
     def shortened(self) -> int:
-        """How many texts have been cut so far, because their prompt was too long."""
-        return self._scorer().shortened
+        """How many prompts have been cut so far, because their text was too long."""
+        return self._ready().scorer.shortened
 
-    def predict(self, texts: Iterable[str]) -> np.ndarray:
-        """Return the most probable label of each text, str `[texts]`."""
-        best = self.predict_proba(texts).argmax(axis=1)
-        return self.classes_[best]
+    @property
+    def prompts(self) -> int:
+        """How many prompts have been asked so far, a forward pass each but for continuations."""
+        self._ready()
+        return self.prompts_
+
+    def predict(self, texts: Iterable[str], *, abstain_below: float | None = None) -> np.ndarray:
+        """Return the most probable label of each text, str `[texts]`.
+
+        Where its probability is below `abstain_below` (None: the classifier's own) the answer is
+        the empty string. With several labels per text: 0 or 1 for each, int `[texts, labels]`.
+        """
+        probabilities = self.predict_proba(texts)
+        if self.settings_.multi_label:
+            return (probabilities >= 0.5).astype(int)
+        names = self.classes_[probabilities.argmax(axis=1)]
+        limit = self.settings_.abstain_below if abstain_below is None else abstain_below
+        if limit is None:
+            return names
+        return np.where(probabilities.max(axis=1) < limit, "", names)
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
         """Return the probability of each label for each text, `[texts, labels]`; rows sum to 1.
 
-        Any iterable of texts will do. Raises `InputError` that names, by its row, each text that is
-        blank or no text.
+        With several labels per text each is the probability that the label applies. Any iterable
+        of texts will do. Raises `InputError` that names, by its row, each text that is blank or no
+        text.
         """
-        scorer = self._scorer()
-        rows = (self._row(text) for text in _one_dimensional(texts, "texts"))
-        return np.exp(scorer.log_probs(rows).astype(np.float64))
+        self._ready()
+        return np.concatenate([np.zeros((0, len(self.classes_))), *self.stream(texts)])
+
+    def stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield what `predict_proba` returns in parts, reading texts only as they are needed."""
+        for raw in self._raw(texts):
+            log_probs = raw if self.settings_.calibration is None else self._calibrated(raw)
+            if self.settings_.multi_label:
+                log_probs = log_probs[:, 0].reshape(-1, len(self.classes_))
+            yield np.exp(log_probs.astype(np.float64))
 
     def score(
-        self, texts: Iterable[str], labels: Iterable[str], sample_weight: Any = None
+        self, texts: Iterable[str], labels: Iterable[Any], sample_weight: Any = None
     ) -> float:
-        """Return the accuracy on labelled texts."""
-        truth = _label_list(labels)
-        return float(accuracy_score(truth, self.predict(texts), sample_weight=sample_weight))
+        """Return the accuracy on labelled texts; of several labels all have to be right."""
+        predicted = self.predict(texts)
+        truth = label_numbers(labels, list(self.classes_), self.settings_.multi_label, known=False)
+        if self.settings_.multi_label:
+            return float(accuracy_score(truth, predicted, sample_weight=sample_weight))
+        names = [*self.classes_, ""]
+        right = [names[number] for number in truth]
+        return float(accuracy_score(right, predicted, sample_weight=sample_weight))
 
     def fit(
         self,
         texts: Iterable[str],
-        labels: Iterable[str],
+        labels: Iterable[Any],
         *,
-        epochs: int = 3,
-        learning_rate: float = 3e-5,
-        batch_size: int = 32,
-        weight_decay: float = 0.01,
-        warmup: float = 0.05,
-        seed: int = 0,
-        validation: tuple[Iterable[str], Iterable[str]] | None = None,
+        validation: tuple[Iterable[str], Iterable[Any]] | None = None,
         progress: Callable[[int, int], None] | None = None,
+        **recipe: Any,
     ) -> "Classifier":
-        """Fine-tune on labelled texts by answer token prediction, always from the source's weights.
+        """Fine-tune on labelled texts, always from the source's weights.
 
-        The defaults are from the middle of the paper's sweep (arXiv 2502.03793). Equal seeds give
-        equal weights. `validation` is a pair of texts and labels, whose accuracy after each epoch
-        stands in `history_`; `progress` is called with updates done and updates in all.
+        `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
+        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`. Equal
+        seeds give equal weights. `validation` is a pair of texts and labels, else
+        `validation_share` of the rows is held out; their accuracy and loss after each epoch stand
+        in `history_`. `progress` is called with updates done and updates in all.
 
         Raises `InputError` for blank texts, labels that are not among `classes_`, fewer than two
         distinct labels, and lengths that differ; `RunError` when the loss is no longer finite.
         """
-        if epochs < 1 or batch_size < 1:
-            raise InputError(f"fit: epochs {epochs}, batch_size {batch_size}; expected 1 or more")
-        texts, labels = list(_one_dimensional(texts, "texts")), _label_list(labels)
-        if len(set(labels)) < 2:
-            found = ", ".join(map(repr, sorted(set(labels)))) or "none"
+        how = self._recipe(recipe)
+        texts, labels = list(one_dimensional(texts, "texts")), list(labels)
+        settings, model, tokenizer, _ = self._read(seen=labels)
+        several, names = settings.multi_label, list(settings.labels)
+        truth = label_numbers(labels, names, several)
+        if len({str(one) for one in truth}) < 2:
+            found = ", ".join(sorted({repr(one) for one in labels})) or "none"
             raise InputError(f"fit: the distinct labels are {found}; expected at least two")
-        scorer = self._load(seen=sorted(set(labels)))
-        prompts, answers = self._examples(scorer, texts, labels)
-        held_out = None if validation is None else self._held_out(scorer, *validation)
-
-        letters = np.array([ids[0] for ids in scorer.verbalizer.ids(scorer.tokenizer)])
-        history: list[dict[str, float]] = []
-
-        def after_epoch(model: Model, loss: float) -> None:
-            history.append({"epoch": len(history) + 1, "loss": loss})
-            if held_out is not None:
-                rows, truth = held_out
-                scorer.model = model
-                guess = scorer.log_probs(rows).argmax(axis=1)
-                history[-1]["validation_accuracy"] = float(np.mean(guess == truth))
-
-        scorer.model = fine_tune(
-            scorer.model,
-            prompts,
-            letters[answers],
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            seed=seed,
-            buckets=scorer.engine.buckets,
-            pad_id=scorer.tokenizer.pad_id,
-            after_epoch=after_epoch,
-            progress=progress,
-        )
-        self._keep(scorer)
+        if len(texts) != len(truth):
+            raise InputError(f"fit: {len(texts)} texts and {len(truth)} labels; give one per text")
+        if settings.head == "classification":
+            model = with_classifier(model, names, seed=how.seed)
+        asking = make_asking(settings, model, tokenizer, batch_size=self.batch_size)
+        other = type(self)(**self.get_params(deep=False))
+        other._keep(settings.model_copy(update=dict.fromkeys(("calibration", "conformal"))), asking)
+        train: Sequence[int] = range(len(texts))
+        out = None
+        if validation is not None:
+            out = list(one_dimensional(validation[0], "validation texts")), list(validation[1])
+        elif how.validation_share:
+            train, rows = held_out([str(one) for one in truth], how.validation_share, how.seed)
+            out = [texts[i] for i in rows], [labels[i] for i in rows]
+        examples = other._examples(train, texts, truth, how.seed)
+        judge = None if out is None else other._judge(*out)
+        with bar("fine-tuning", self.progress) as shown:
+            model, history = learn(asking, examples, how, judge=judge, progress=progress or shown)
+        asking.scorer.model = model
+        self._keep(other.settings_, asking)
         self.history_ = history
         return self
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
-        """Write the model as a Hugging Face folder, with the labels and the template beside it.
+        """Write the model as a Hugging Face folder, and all else of the classifier beside it.
 
         `Classifier.from_pretrained(path)` brings all of it back; raises as `hf.save_pretrained`.
         """
-        scorer = self._scorer()
-        settings = Settings(
-            labels=self._descriptions_,
-            template=scorer.template.text,
-            shorten=dict(scorer.template.shorten),  # type: ignore[arg-type]
-            max_length=self.max_length,
-        )
-        text = json.dumps(settings.model_dump(), ensure_ascii=False, indent=2) + "\n"
-        save_pretrained(
-            scorer.model, scorer.tokenizer, path, dtype=dtype, more_files={hub.CLASSIFIER: text}
-        )
+        scorer = self._ready().scorer
+        values = self.settings_.model_dump(mode="json", exclude_none=True)
+        files = {hub.CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
+        if self.manifest_ is not None and not hasattr(self, "history_"):
+            files[hub.TRAINING] = self.manifest_
+        save_pretrained(scorer.model, scorer.tokenizer, path, dtype=dtype, more_files=files)
 
-    def _scorer(self) -> Scorer:
-        if not hasattr(self, "scorer_"):
-            self._keep(self._load())
-        return self.scorer_
-
-    def _keep(self, scorer: Scorer) -> None:
-        self.scorer_ = scorer
-        self.classes_ = np.array(scorer.labels)
-
-    def _load(self, seen: Sequence[str] | None = None) -> Scorer:
-        """Read the source; labels are the given ones, else the saved ones, else those `seen`."""
-        saved = None
-        model: Any
-        if isinstance(self.source, tuple):
-            model, tokenizer = self.source
-        else:
-            where: dict[str, Any] = {
-                "revision": self.revision,
-                "local_files_only": self.local_files_only,
-            }
-            folder = hub.fetch(self.source, **where)
-            if (folder / hub.CLASSIFIER).exists():
-                values = hub.read_json(folder, hub.CLASSIFIER)
-                saved = decode(Settings, values, str(folder / hub.CLASSIFIER))
-            model, tokenizer = load_pretrained(self.source, dtype=self.dtype, **where)
-        labels = self.labels if self.labels is not None else saved.labels if saved else seen
-        if labels is None:
-            raise InputError("the classifier has no labels; give labels, or call fit first")
-        self._descriptions_ = _described(labels)
-        template = self.template
-        if template is None and saved is not None:
-            template = Template(saved.template, shorten=dict(saved.shorten))
-        if not isinstance(template, Template):
-            template = Template(template or DEFAULT_PROMPT, shorten={"text": "tail"})
-        if "text" not in template.fields or set(template.fields) - {"text", "options"}:
-            raise InputError(
-                f"template: its fields are {', '.join(template.fields) or 'none'}; expected "
-                "{text} and, as a rule, {options}"
-            )
-        # As in training: without the options before its eyes a model cannot know what B stands for.
-        name = Verbalizer.letters if "options" in template.fields else Verbalizer.words
-        return Scorer(
-            model,
-            tokenizer,
-            template,
-            name(list(self._descriptions_)),
-            batch_size=self.batch_size,
-            max_length=self.max_length or (saved.max_length if saved else None),
-        )
-
-    def _row(self, text: str) -> dict[str, Any]:
-        options = [f"{name}: {d}" if d else name for name, d in self._descriptions_.items()]
-        return {"text": text, "options": options}
-
-    def _held_out(
-        self, scorer: Scorer, texts: Iterable[str], labels: Iterable[str]
-    ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        texts = list(_one_dimensional(texts, "validation texts"))
-        _, truth = self._examples(scorer, texts, _label_list(labels))
-        return [self._row(text) for text in texts], truth
+    def _recipe(self, given: Mapping[str, Any]) -> Recipe:
+        own: dict[str, Any] = {
+            name: getattr(self, name, None) for name in Recipe.__dataclass_fields__
+        }
+        own["batch_size"] = self.train_batch_size
+        unknown = sorted(set(given) - set(own))
+        if unknown:
+            raise InputError(f"fit: no option {unknown[0]!r}; the options are {', '.join(own)}")
+        return Recipe(**{**own, **given})
 
     def _examples(
-        self, scorer: Scorer, texts: Sequence[str], labels: Sequence[str]
-    ) -> tuple[list[Prompt], np.ndarray]:
-        """Check labelled texts: the prompt of each, and the index of its label."""
-        if len(texts) != len(labels):
-            raise InputError(f"fit: {len(texts)} texts and {len(labels)} labels; give one per text")
-        index = {label: i for i, label in enumerate(scorer.labels)}
-        problems = [
-            f"row {i + 1} (index {i}): label {label!r} is none of {', '.join(index)}"
-            for i, label in enumerate(labels)
-            if label not in index
-        ]
-        if problems:
-            raise InputError(problems[0], problems[1:])
-        prompts = scorer.prompts([self._row(text) for text in texts])
-        return prompts, np.array([index[label] for label in labels])
+        self, rows: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
+    ) -> tuple[list[Any], list[int]]:
+        """Return prompts to learn from, and the columns of their answers."""
+        names = check_texts(texts)
+        questions: list[Question] = []
+        answers: list[int] = []
+        where: list[str] = []
+        size, labels = self._size(), len(self.classes_)
+        for row in rows:
+            asked = self._questions(texts[row])
+            if self.settings_.multi_label:
+                golds = [0 if has else 1 for has in truth[row]]
+            else:
+                golds = [self._order()[truth[row]]]
+                if self.settings_.head == "mlm":
+                    drawn = shown_with(truth[row], labels, size, np.random.default_rng([seed, row]))
+                    asked = [asked[0]._replace(choice=drawn)]
+            questions += asked
+            answers += golds
+            where += [names[row]] * len(asked)
+        return self.asking_.examples(questions, answers, where)
 
+    def _judge(self, texts: Sequence[str], labels: Sequence[Any]) -> Callable[[Model], Any]:
+        """Return the function from a model to its accuracy and loss on these texts."""
+        check_texts(texts)
+        truth = self._gold(labels, len(texts))
 
-def _one_dimensional(values: Iterable[Any], what: str) -> Iterable[Any]:
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of texts")
-    if getattr(values, "ndim", 1) != 1:
-        raise InputError(f"{what}: is a table; expected one column of texts")
-    return values
+        def judge(model: Model) -> tuple[float, float]:
+            self.asking_.scorer.model = model
+            raw = np.concatenate(list(self._raw(texts)))
+            right = raw.argmax(axis=1) == truth
+            return float(right.mean()), float(-raw[np.arange(len(truth)), truth].mean())
 
-
-def _label_list(labels: Iterable[str]) -> list[str]:
-    listed = list(_one_dimensional(labels, "labels"))
-    for i, label in enumerate(listed):
-        check_text(label, f"row {i + 1} (index {i}): label")
-    return [str(label) for label in listed]
-
-
-def _described(labels: Labels) -> dict[str, str]:
-    """Return `{name: description}`; raises `InputError` for blank, repeated or too few names."""
-    if isinstance(labels, Mapping):
-        described = dict(labels)
-    else:
-        names = list(_one_dimensional(labels, "labels"))
-        twice = [name for i, name in enumerate(names) if name in names[:i]]
-        if twice:
-            raise InputError(f"labels: {twice[0]!r} stands there twice; expected distinct names")
-        described = dict.fromkeys(names, "")
-    for name, description in described.items():
-        check_text(name, f"labels: name {name!r}")
-        check_text(description, f"labels: the description of {name!r}")
-        if not name.strip():
-            raise InputError(f"labels: {name!r} is blank; expected a name")
-    if len(described) < 2:
-        raise InputError(
-            f"labels: found {', '.join(described) or 'none'}; expected at least two distinct names"
-        )
-    return {str(name): description.strip() for name, description in described.items()}
+        return judge

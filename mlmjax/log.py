@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +21,8 @@ from mlmjax.errors import InputError, write_failed
 METRICS = "metrics.jsonl"
 EVENTS_SECONDS = 10.0
 """How long figures for TensorBoard may wait before they are on disk."""
+PATIENCE_SECONDS = 2.0
+"""How long work goes on without a bar."""
 
 
 class MetricsLog:
@@ -277,6 +279,31 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
             say(f"{what} {done}/{total}")
 
     yield show
+
+
+@contextmanager
+def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function of `(done, total)` for work that may take long, None where none is shown.
+
+    `shown` True counts as `counting` does; None shows a bar on a terminal from two seconds on.
+    """
+    if shown:
+        with counting(what) as progress:
+            yield progress
+    elif shown is None and sys.stderr.isatty():
+        with ExitStack() as stack:
+            started = time.monotonic()
+            inner: list[Callable[[int, int], None]] = []
+
+            def patient(done: int, total: int) -> None:
+                if not inner and done < total and time.monotonic() - started > PATIENCE_SECONDS:
+                    inner.append(stack.enter_context(counting(what)))
+                if inner:
+                    inner[0](done, total)
+
+            yield patient
+    else:
+        yield None
 
 
 def say(text: str) -> None:

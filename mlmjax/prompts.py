@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError
 from mlmjax.tokenizer import ANCHOR, Tokenizer, check_text
-from mlmjax.verbalizer import Verbalizer, option_letters
+from mlmjax.verbalizer import OptionNames, Verbalizer, option_letters, option_names
 
 __all__ = ["Prompt", "Template", "Verbalizer", "option_letters"]
 
@@ -59,8 +59,9 @@ class Template:
 
     The prompt is one string cut at the template's own tokens; each stretch is encoded as a whole,
     so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
-    option, last newline included; lines inside a field or an option, also ones that look like an
-    option, stay the text they are. One field may be blank, not all of them.
+    option (`- 1: text` with `names="numbers"`), last newline included; lines inside a field or an
+    option, also ones that look like an option, stay the text they are. One field may be blank, not
+    all of them.
 
     With `slot=False` a prompt is only read, as the classification head does: it has no `[MASK]` and
     no anchor, and its slot is -1.
@@ -71,6 +72,7 @@ class Template:
     text: str
     shorten: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     slot: bool = field(default=True, kw_only=True)
+    names: OptionNames = field(default="letters", kw_only=True)
     fields: tuple[str, ...] = field(init=False, compare=False)
     _parts: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
 
@@ -90,6 +92,13 @@ class Template:
         object.__setattr__(self, "shorten", dict(self.shorten))
         object.__setattr__(self, "fields", names)
         object.__setattr__(self, "_parts", parts)
+
+    def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
+        """Return the tokens of a row's prompt before anything is cut; a field may be blank."""
+        texts = {name: row.get(name) or "" for name in self.fields}
+        if _OPTIONS in self.fields:
+            texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names)
+        return len(self._assemble(tokenizer, [texts])[0])
 
     def encode(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int
@@ -137,7 +146,10 @@ class Template:
         given = [row[name] if name != _OPTIONS else "".join(row[name]) for name in self.fields]
         if given and not any(text.strip() for text in given):
             raise InputError(f"field {', '.join(map(repr, self.fields))} is blank; expected text")
-        return {n: row[n] if n != _OPTIONS else _option_lines(row[n]) for n in self.fields}
+        return {
+            name: option_lines(row[name], self.names) if name == _OPTIONS else row[name]
+            for name in self.fields
+        }
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Return the ids of many rows, whatever their length, `[CLS]` and last `[SEP]` included."""
@@ -316,9 +328,14 @@ def _check_options(options: Any) -> None:
         check_text(text, f"option {number}")
 
 
-def _option_lines(options: Collection[str]) -> str:
-    letters = option_letters(len(options))
-    return "".join(f"- {letter}: {text}\n" for letter, text in zip(letters, options, strict=True))
+def option_lines(options: Collection[str], names: OptionNames = "letters") -> str:
+    r"""Return what `{options}` becomes.
+
+    >>> option_lines(["sports", "world"])
+    '- A: sports\n- B: world\n'
+    """
+    chosen = option_names(len(options), names)
+    return "".join(f"- {name}: {text}\n" for name, text in zip(chosen, options, strict=True))
 
 
 def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> dict[str, int]:

@@ -19,8 +19,12 @@ from mlmjax.tokenizer import Tokenizer, check_text
 CHUNK_ROWS = 8192
 
 
-def check_row(row: Any, fields: Sequence[str], label_count: int) -> None:
+def check_row(
+    row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
+) -> None:
     """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
+
+    Fields of `optional` may be blank.
 
     >>> check_row({"text": " "}, ["text"], 2)
     Traceback (most recent call last):
@@ -34,7 +38,10 @@ def check_row(row: Any, fields: Sequence[str], label_count: int) -> None:
         if field not in row:
             known = ", ".join(map(repr, row)) or "none"
             raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
-        _check_filled(row[field], f"field {field!r}")
+        if field in optional:
+            check_text(row[field], f"field {field!r}")
+        else:
+            _check_filled(row[field], f"field {field!r}")
     options = row.get("options")
     if options is None:
         if "options" in fields:
@@ -54,13 +61,24 @@ def _check_filled(text: Any, what: str) -> None:
         raise InputError(f"{what}: is blank; give it some text or leave the row out")
 
 
+def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
+    """Return the name of each text in messages, the first being number `first`.
+
+    Raises `InputError` that names each one that is blank or no text.
+    """
+    names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
+    _for_each(names, texts, lambda text: _check_filled(text, "field 'text'"))
+    return names
+
+
 class RowScorer:
     """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
 
     Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
     many as fill a token budget), so that there are at most `len(buckets)` compilations. Texts that
     make a prompt longer than `max_length` (default: the model's `max_position_embeddings`) are
-    shortened by the template, and such rows are counted in `shortened`.
+    shortened by the template, and such rows are counted in `shortened`. Fields named in `optional`
+    may be blank, others are refused then.
     """
 
     def __init__(
@@ -73,6 +91,7 @@ class RowScorer:
         *,
         batch_size: int | None,
         max_length: int | None,
+        optional: Sequence[str] = (),
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise InputError(
@@ -87,7 +106,7 @@ class RowScorer:
                 f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
             )
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
-        self.max_length = max_length or longest
+        self.max_length, self.optional = max_length or longest, tuple(optional)
         self.shortened = 0
         self.engine = Engine(
             model,
@@ -161,9 +180,9 @@ class RowScorer:
 
         Raises `InputError` that lists each row refused, by its name in `where` or its number.
         """
-        numbers = range(first, first + len(rows))
-        names = where or [f"row {i + 1} (index {i})" for i in numbers]
-        _for_each(names, rows, lambda row: check_row(row, self.template.fields, len(self.labels)))
+        names = where or [f"row {i + 1} (index {i})" for i in range(first, first + len(rows))]
+        fields, count = self.template.fields, len(self.labels)
+        _for_each(names, rows, lambda row: check_row(row, fields, count, self.optional))
         try:
             prompts = self.template.render_batch(self.tokenizer, rows, self.max_length)
         except InputError:
@@ -205,6 +224,7 @@ class Scorer(RowScorer):
         batch_size: int | None = None,
         normalize: Literal["labels", "vocabulary"] = "labels",
         max_length: int | None = None,
+        optional: Sequence[str] = (),
     ):
         if not isinstance(model, ModernBertForMaskedLM):
             raise InputError(
@@ -222,6 +242,7 @@ class Scorer(RowScorer):
             self._forward(verbalizer.ids(tokenizer)),
             batch_size=batch_size,
             max_length=max_length,
+            optional=optional,
         )
 
     def _score(
@@ -294,12 +315,11 @@ class HeadScorer(RowScorer):
             raise InputError(
                 f"the head is one of {kind} with {count} outputs; expected one class of two or more"
             )
-        names = model.config.id2label or {}
         super().__init__(
             model,
             tokenizer,
             template,
-            [names.get(i, f"LABEL_{i}") for i in range(count)],
+            self.labels_of(model),
             _head_scores,
             batch_size=batch_size,
             max_length=max_length,
@@ -314,6 +334,12 @@ class HeadScorer(RowScorer):
         ids = [prompt.ids for prompt in prompts]
         return np.asarray(self.engine.run(ids, progress=progress))
 
+    @staticmethod
+    def labels_of(model: Model) -> list[str]:
+        """Return the names of a head's labels, in order."""
+        names = model.config.id2label or {}
+        return [names.get(i, f"LABEL_{i}") for i in range(model.config.num_labels)]
+
 
 def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(model(ids, segment_ids).astype(jnp.float32))
@@ -327,5 +353,5 @@ def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], An
             act(row)
         except InputError as error:
             problems.append(f"{name}: {error.message}")
-    if problems:
+    if problems := list(dict.fromkeys(problems)):
         raise InputError(problems[0], problems[1:])

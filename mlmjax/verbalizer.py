@@ -3,11 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import product, takewhile
 from string import ascii_uppercase
+from typing import Literal
 
 from mlmjax.errors import InputError
 from mlmjax.tokenizer import Tokenizer, check_text
+
+OptionNames = Literal["letters", "numbers"]
+_NUMBERS = 9999  # tokenizers have one token for the first few hundred
 
 
 def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
@@ -18,15 +22,33 @@ def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
     >>> option_letters(4)
     ['A', 'B', 'C', 'D']
     """
-    if tokenizer is None and n <= len(ascii_uppercase):
+    return option_names(n, "letters", tokenizer)
+
+
+def option_names(n: int, kind: OptionNames, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Return the first `n` letters, as `option_letters`, or the numbers from 1 on.
+
+    Numbers end at the first that is not one token after a space: 557 is the last of ModernBERT's.
+
+    >>> option_names(3, "numbers")
+    ['1', '2', '3']
+    """
+    if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
         return list(ascii_uppercase[:n])
-    names = _packaged_letters() if tokenizer is None else _letters(tokenizer)
+    names = all_option_names(kind, tokenizer)
     if n > len(names):
         raise InputError(
-            f"{n} options: this tokenizer has {len(names)} option names of one token; "
+            f"{n} options: this tokenizer has {len(names)} option names of one token ({kind}); "
             f"give at most {len(names)} options"
         )
     return list(names[:n])
+
+
+def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> tuple[str, ...]:
+    """Return every option name of a kind that the tokenizer has, in order."""
+    if tokenizer is None:
+        return _packaged_names(kind)
+    return (_letters if kind == "letters" else _numbers)(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -65,14 +87,19 @@ class Verbalizer:
         object.__setattr__(self, "forms", forms)
 
     @classmethod
-    def letters(cls, labels: Sequence[str], bare: bool = False) -> "Verbalizer":
-        """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU."""
+    def letters(
+        cls, labels: Sequence[str], bare: bool = False, names: OptionNames = "letters"
+    ) -> "Verbalizer":
+        """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU.
+
+        With `names="numbers"` they are " 1", " 2", ...
+        """
         _check_distinct(labels)
-        names = option_letters(len(labels))
+        chosen = option_names(len(labels), names)
         return cls(
             {
                 label: (f" {name}", name) if bare else (f" {name}",)
-                for label, name in zip(labels, names, strict=True)
+                for label, name in zip(labels, chosen, strict=True)
             }
         )
 
@@ -131,11 +158,18 @@ def _check_distinct(labels: Sequence[str]) -> None:
 
 
 @cache
-def _packaged_letters() -> tuple[str, ...]:
-    return _letters(Tokenizer.from_pretrained())
+def _packaged_names(kind: OptionNames) -> tuple[str, ...]:
+    return all_option_names(kind, Tokenizer.from_pretrained())
 
 
 def _letters(tokenizer: Tokenizer) -> tuple[str, ...]:
     names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
     encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
     return tuple(name for name, ids in zip(names, encoded, strict=True) if len(ids) == 1)
+
+
+def _numbers(tokenizer: Tokenizer) -> tuple[str, ...]:
+    names = [str(number) for number in range(1, _NUMBERS + 1)]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
+    return tuple(name for name, _ in whole)

@@ -58,7 +58,9 @@ def fitted(folder):
 
 
 def weights(classifier):
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(classifier.scorer_.model))]
+    return [
+        np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(classifier.asking_.scorer.model))
+    ]
 
 
 def test_zero_shot_answers_have_the_shapes_of_an_estimator(folder):
@@ -148,7 +150,7 @@ def test_descriptions_stand_in_the_prompt_and_change_the_answer(pair):
     described = Classifier(pair, labels)
     assert np.abs(described.predict_proba(["a new goal"]) - plain).max() > 1e-7
     assert list(described.classes_) == ["sports", "money"]
-    assert described._row("x")["options"] == ["sports: games, teams and players", "money"]
+    assert described.settings_.shown == ("sports: games, teams and players", "money")
 
 
 def test_long_texts_are_shortened_and_counted(pair):
@@ -229,12 +231,14 @@ def test_a_loss_that_is_not_finite_stops_the_fit(pair):
     classifier = Classifier(pair, template=SHORT)
     with pytest.raises(RunError, match="loss of epoch 2 is not finite"):
         classifier.fit(texts, labels, **{**FAST, "learning_rate": 1e30})
-    assert not hasattr(classifier, "scorer_")
+    assert not hasattr(classifier, "asking_")
 
 
 def test_other_models_and_templates_are_refused(tokenizer, pair):
     other = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="has no masked-language-model head"):
+    with pytest.raises(InputError, match="the classification head has 'LABEL_0', 'LABEL_1'"):
         Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
+    with pytest.raises(InputError, match="has no masked-language-model head"):
+        Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])
     with pytest.raises(InputError, match="its fields are title"):
         Classifier(pair, ["a", "b"], template=Template("{title}")).predict(["text"])

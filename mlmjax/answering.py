@@ -1,0 +1,129 @@
+"""What a classifier asks: its source is loaded when it is needed, texts become answers."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlmjax import hub
+from mlmjax.asking import Asking, Question
+from mlmjax.errors import InputError
+from mlmjax.hf import Model, load_pretrained
+from mlmjax.log import bar
+from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.score import check_texts
+from mlmjax.settings import Settings, make_asking, one_dimensional, settle
+from mlmjax.shortlist import in_rounds, together
+from mlmjax.tables import decode
+from mlmjax.tokenizer import Tokenizer
+
+CHUNK_PROMPTS = 4096
+"""Prompts, about, that are laid out together; texts are read as they are needed."""
+
+Source = str | Path | tuple[Model, Tokenizer]
+
+
+class Answering:
+    """Loads a source and asks it; `classifier.Classifier` says what its arguments mean."""
+
+    source: Source
+    dtype: str
+    batch_size: int | None
+    revision: str | None
+    local_files_only: bool
+    progress: bool | None
+    settings_: Settings
+    asking_: Asking
+    classes_: np.ndarray
+    prompts_: int
+    manifest_: str | None
+
+    def _ready(self) -> Asking:
+        """Load what is not loaded yet, and return how it asks."""
+        if not hasattr(self, "asking_"):
+            settings, model, tokenizer, manifest = self._read()
+            asking = make_asking(settings, model, tokenizer, batch_size=self.batch_size)
+            self._keep(settings, asking)
+            self.manifest_ = manifest
+        return self.asking_
+
+    def _keep(self, settings: Settings, asking: Asking) -> None:
+        self.settings_, self.asking_ = settings, asking
+        self.classes_ = np.array(list(settings.labels))
+        self.prompts_, self.manifest_ = 0, None
+
+    def _read(
+        self, seen: Sequence[Any] | None = None
+    ) -> tuple[Settings, Model, Tokenizer, str | None]:
+        """Read the source, and settle what was given and what was saved with it."""
+        saved, manifest = None, None
+        model: Any
+        if isinstance(self.source, tuple):
+            model, tokenizer = self.source
+        else:
+            where: dict[str, Any] = {
+                "revision": self.revision,
+                "local_files_only": self.local_files_only,
+            }
+            folder = hub.fetch(self.source, **where)
+            if (folder / hub.CLASSIFIER).exists():
+                values = hub.read_json(folder, hub.CLASSIFIER)
+                saved = decode(Settings, values, str(folder / hub.CLASSIFIER))
+            if (folder / hub.TRAINING).exists():
+                manifest = hub.plain_file(folder, hub.TRAINING).read_text(encoding="utf-8")
+            model, tokenizer = load_pretrained(self.source, dtype=self.dtype, **where)
+        has_head = isinstance(model, ModernBertForSequenceClassification)
+        settings = settle(vars(self), saved, model, seen)
+        if settings.head == "classification" and not has_head and seen is None:
+            raise InputError(
+                f"a {ModernBertForMaskedLM.__name__} has no classification head; call fit, which "
+                "trains one, or leave head out"
+            )
+        return settings, model, tokenizer, manifest
+
+    def _raw(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+        """Yield log probabilities before calibration: `[texts, labels]`, or `[questions, 2]`."""
+        asking, names = self._ready(), list(self.settings_.labels)
+        pending = iter(one_dimensional(texts, "texts"))
+        each = (len(names) if self.settings_.multi_label else 1) * (asking.shifts or len(names))
+        first, size = 0, max(16, CHUNK_PROMPTS // each)
+        total = len(texts) if isinstance(texts, Sized) else None
+        with bar("texts", self.progress) as shown:
+            while chunk := list(itertools.islice(pending, size)):
+                yield self._answers(chunk, first)
+                first += len(chunk)
+                if shown and total:
+                    shown(first, total)
+
+    def _answers(self, texts: Sequence[str], first: int) -> np.ndarray:
+        where = check_texts(texts, first)
+        questions = [question for text in texts for question in self._questions(text)]
+        named = [name for name in where for _ in range(len(questions) // len(texts))]
+        if self.settings_.head == "classification":
+            return np.array(self._ask(questions, named))
+        return np.array(in_rounds(self._ask, questions, named, self._size()))
+
+    def _size(self) -> int:
+        """Return how many labels one prompt holds."""
+        if self.settings_.multi_label:
+            return 2
+        return together(self.asking_, len(self.settings_.labels))
+
+    def _questions(self, text: str) -> list[Question]:
+        if not self.settings_.multi_label:
+            return [Question(text, self._order())]
+        shown = zip(self.settings_.labels, self.settings_.shown, strict=True)
+        return [Question(text, (0, 1), {"label": said}, name) for name, said in shown]
+
+    def _order(self) -> tuple[int, ...]:
+        """Return the options in the order of `classes_`, which a head may have in another."""
+        if self.settings_.head != "classification":
+            return tuple(range(len(self.classes_)))
+        return tuple(self.asking_.scorer.labels.index(str(name)) for name in self.classes_)
+
+    def _ask(self, questions: Sequence[Question], where: Sequence[str]) -> list[np.ndarray]:
+        answers, prompts = self.asking_.ask(questions, where)
+        self.prompts_ += prompts
+        return answers
