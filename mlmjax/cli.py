@@ -5,11 +5,9 @@ import itertools
 import json
 import logging
 import os
-import platform
 import sys
 import traceback
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ import click
 
 from mlmjax._version import __version__
 from mlmjax.errors import InputError, RunError, write_advice
+from mlmjax.program_cache import keep_compiled
 
 if TYPE_CHECKING:
     from mlmjax.config import RunConfig
@@ -127,10 +126,17 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     help="How options are scored; published follows the paper's scripts.",
 )
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows.")
-@click.option("--out", default=None, help="Folder for results.json and predictions.jsonl.")
+@click.option("--out", default=None, help="Folder for results, predictions and a report.")
 @click.option("--revision", default=None, help="Revision of a hub model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--batch-size", type=click.IntRange(min=1), default=None)
+@click.option(
+    "--order-rows",
+    type=click.IntRange(min=0),
+    default=200,
+    show_default=True,
+    help="Rows asked up to 3 times again under other orders of their options; 0: none.",
+)
 def evaluate(
     model: str,
     task: str,
@@ -141,6 +147,7 @@ def evaluate(
     revision: str | None,
     dtype: str,
     batch_size: int | None,
+    order_rows: int,
 ) -> None:
     """Score a model on a task and print the results as JSON."""
     from mlmjax.contamination import contamination, read_training_manifest
@@ -167,8 +174,26 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
             known=known,
+            order_rows=order_rows,
         )
     click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+
+
+@cli.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def compare(a: str, b: str, as_json: bool) -> None:
+    """Tell which of two evaluations of the same rows is better, and whether that may be chance.
+
+    A and B are folders that `mlmjax evaluate --out` wrote.
+    """
+    from mlmjax.compare import compare_results, lines
+
+    found = compare_results(a, b)
+    shown = [json.dumps(found, indent=2, ensure_ascii=False)] if as_json else lines(found)
+    for line in shown:
+        click.echo(line)
 
 
 @cli.command()
@@ -294,35 +319,6 @@ def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
         yield line
     if not number:
         raise InputError(f"{where}: is empty; give at least one text, one per line")
-
-
-def keep_compiled() -> None:
-    """Have JAX keep compiled programs in `~/.cache/mlmjax/xla`, unless it is told otherwise.
-
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
-    nothing. A folder that cannot be written is left alone.
-    """
-    enabled = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower()
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or enabled in ("false", "0", "no", "off"):
-        return
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = os.path.join(base, "mlmjax", "xla", _processor())
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError:
-        return
-    if os.access(folder, os.W_OK | os.X_OK):
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
-
-
-def _processor() -> str:
-    """Name what this processor can do: a program compiled for one may not run on another."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            features = next((line for line in file if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        features = platform.processor()
-    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

@@ -16,9 +16,12 @@ from mlmjax.columns import look_up
 from mlmjax.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.data.sources import Record, read_source
 from mlmjax.errors import InputError
+from mlmjax.evaluation_report import write_evaluation_report
 from mlmjax.hf import Model
 from mlmjax.metrics import accuracy_by_group, classification_metrics
+from mlmjax.order_sensitivity import ORDER_ROWS, check_order_rows, order_sensitivity
 from mlmjax.prompts import Template, option_letters
+from mlmjax.reliability import calibration
 from mlmjax.score import Scorer
 from mlmjax.task import Task, load_task, option_list
 from mlmjax.tokenizer import Tokenizer
@@ -47,6 +50,7 @@ def run_evaluation(
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     known: Contamination = NOTHING_KNOWN,
+    order_rows: int = ORDER_ROWS,
 ) -> dict[str, Any]:
     """Answer the rows of a task and return the results.
 
@@ -56,12 +60,15 @@ def run_evaluation(
     `macro_f1, mcc` with `macro_f1_ci95, mcc_ci95` (bootstrap), `macro_accuracy` (mean over groups),
     `per_group, majority, chance, shortened` (rows whose text was cut), `dropped` (rows with one of
     the task's `drop_labels`), `blank` (rows of which the task's cleaning left nothing, not asked),
-    `padding_share`, `seconds`, `contamination` and `trained_on` (from `known`, which is what the
-    model's folder tells of its training: `contamination.contamination`). With `out`,
-    `results.json` holds the same and `predictions.jsonl` one object per row: `index, gold,
-    prediction, probabilities`.
+    `padding_share`, `seconds`, `calibration` (`reliability.calibration`), `order_sensitivity` (of
+    at most `order_rows` rows, asked up to 3 times again: `mlmjax.order_sensitivity`; None where
+    the answers are no letters of `{options}`), `contamination` and `trained_on` (from `known`,
+    which is what the model's folder tells of its training: `contamination.contamination`). With
+    `out`, `results.json` holds the same and `predictions.jsonl` one object per row: `index, gold,
+    prediction, probabilities`; `report.md` and `reliability.png` are for people.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
+    check_order_rows(order_rows)
     folder = None if out is None else _result_folder(out)
     questions, left_out = _read_questions(task, data, limit)
     label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
@@ -82,6 +89,7 @@ def run_evaluation(
     predicted = [labels[best] for best in log_probs.argmax(axis=1)]
     groups = [question.group for question in questions]
     per_group = accuracy_by_group(gold, predicted, groups) if task.group else {}
+    truth = [question.gold for question in questions]
     results = {
         "task": task.name,
         "protocol": protocol,
@@ -96,11 +104,19 @@ def run_evaluation(
         "blank": left_out["blank"],
         "padding_share": scorer.padding_share,
         "seconds": seconds,
+        "calibration": calibration(log_probs, truth),
+        "order_sensitivity": None,
         "contamination": known.status,
         "trained_on": known.trained_on,
     }
+    if task.verbalizer == "letters" and "options" in template.fields:
+        rows = [question.row for question in questions]
+        results["order_sensitivity"] = order_sensitivity(
+            scorer.log_probs, rows, log_probs, truth, order_rows=order_rows
+        )
     if folder is not None:
         _write(folder, results, questions, gold, predicted, labels, log_probs)
+        write_evaluation_report(folder, task, results, log_probs, truth, known)
     return results
 
 

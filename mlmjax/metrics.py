@@ -79,9 +79,24 @@ def bootstrap(
         margins = counts @ (is_gold * is_predicted), counts @ is_gold, counts @ is_predicted
         return [statistic(*margins) for statistic in statistics]
 
-    rng = np.random.default_rng([seed, len(gold)])
+    return percentile_bootstrap(found, figures, resamples=resamples, seed=seed)
+
+
+def percentile_bootstrap(
+    found: np.ndarray,
+    figures: Callable[[np.ndarray], Sequence[np.ndarray]],
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[tuple[float, tuple[float, float]]]:
+    """Return each figure of counts of rows by kind, int `[kinds]`, and its 95 % interval.
+
+    `figures` takes counts `[..., kinds]` to some figures `[...]`.
+    """
+    n = int(found.sum())
+    rng = np.random.default_rng([seed, n])
     blocks = [
-        figures(rng.multinomial(len(gold), found / len(gold), min(_BLOCK, resamples - start)))
+        figures(rng.multinomial(n, found / n, min(_BLOCK, resamples - start)))
         for start in range(0, resamples, _BLOCK)
     ]
     results = []
