@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 from mlmjax.calibrate import checked, checked_gold
 from mlmjax.errors import InputError
 from mlmjax.metrics import wilson_interval
-from mlmjax.report import ACCENT, FAINT, INK, OTHER, WIDTH, plain
+from mlmjax.report import ACCENT, FAINT, INK, OTHER, WARN, WIDTH, plain
 
 BINS = 15
 
@@ -150,16 +150,19 @@ def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
     top.set_title(f"Reliability of {len(sure):,} answers", loc="left", fontsize=10, color=INK)
     top.legend(frameon=False, fontsize=9, loc="upper left")
     middles = [(one.low + one.high) / 2 for one in found]
-    below.bar(middles, [one.rows for one in found], width=width, color=ACCENT)
-    below.axvline(float(sure.mean()), color=INK, linewidth=1.2)
-    below.axvline(float(right.mean()), color=OTHER, linewidth=1.2, linestyle="--")
+    below.bar(middles, [one.rows for one in found], width=width, color=ACCENT, alpha=0.3)
+    for value, style in (
+        (sure, {"color": INK, "label": "mean probability"}),
+        (right, {"color": WARN, "label": "accuracy", "linestyle": "--"}),
+    ):
+        below.axvline(float(value.mean()), linewidth=1.6, **style)
+    below.legend(frameon=False, fontsize=9, loc="upper left")
     below.set_xlim(0, 1)
     below.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
     below.set_ylabel("rows", color=INK)
     below.yaxis.set_major_formatter("{x:,.0f}")
-    below.set_xlabel(
-        "probability of the answer (below: its mean as a line, the accuracy dashed)", color=INK
-    )
+    below.set_xlabel("probability of the answer", color=INK)
+    below.yaxis.get_major_locator().set_params(integer=True)
     for axes in (top, below):
         plain(axes)
         axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
