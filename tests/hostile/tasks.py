@@ -204,5 +204,5 @@ def cases():
     for name, (spoil, more, says) in PLACES.items():
         yield case(f"evaluate {name}", spoil, *more, says=says)
     for name, (spoil, more, says) in GOOD.items():
-        writes = ("results/*.json*",)
+        writes = ("results/*.json*", "results/report.md", "results/reliability.png")
         yield case(f"evaluate {name}", spoil, *more, says=says, code=0, writes=writes)
