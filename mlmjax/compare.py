@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from scipy.sparse import csr_array
 from scipy.stats import binom
 
@@ -27,9 +27,19 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
 
 
+def _whole(text: str) -> str:
+    """Refuse half characters, which `\\ud800` makes and nothing can print."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("holds half a character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+
+
 class _Results(_Part):
-    task: str
-    protocol: str
+    task: _Text
+    protocol: _Text
     n: Annotated[int, Field(ge=1)]
 
 

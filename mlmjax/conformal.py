@@ -50,7 +50,7 @@ class Conformal(StrictTable):
         return float(np.partition(self.scores, rank - 1)[rank - 1])
 
     def sets(self, log_probs: np.ndarray, coverage: float) -> np.ndarray:
-        """Return which labels are in each row's set, bool `[rows, labels]`; a set may be empty."""
+        """Return which labels are in each row's set, bool `[rows, labels]`; `lac` may have none."""
         scores = _scores(checked(log_probs, ("rows", "labels")), self.method)
         return scores <= self.threshold(coverage)
 
@@ -70,12 +70,13 @@ def fit(
     """Score labelled rows `[rows, labels]`, which neither training nor calibration has seen.
 
     `lac` scores a label by 1 - its probability: the smallest sets on average (Sadinle, Lei and
-    Wasserman 2019, arXiv 1609.00451). `aps` by the sum of the probabilities down to the label's,
-    its own included: larger sets for harder rows (Romano, Sesia and Candès 2020, arXiv 2006.02544;
-    without their randomisation, so that a row always has the same set, and covers rather more).
+    Wasserman 2019, arXiv 1609.00451). `aps` by the sum of the probabilities above the label's:
+    larger sets for harder rows (Romano, Sesia and Candès 2020, arXiv 2006.02544). They add a random
+    part of the label's own; without it a row always has the same set, which is never empty and
+    covers rather more.
 
     >>> fit(np.log([[0.5, 0.3, 0.2]]), [1], method="aps").scores
-    (0.8,)
+    (0.5,)
     """
     if method not in ("lac", "aps"):
         raise InputError(f"method is {method!r}; expected 'lac' or 'aps'")
@@ -119,8 +120,8 @@ def _scores(log_probs: np.ndarray, method: Method) -> np.ndarray:
         scores = 1 - probs
     else:
         order = np.argsort(-probs, axis=1, kind="stable")
-        # Rounded, so that the last label of each row has the same score: all of the probability.
-        sums = np.take_along_axis(probs, order, axis=1).cumsum(axis=1).round(12)
-        scores = np.empty_like(probs)
-        np.put_along_axis(scores, order, np.minimum(sums, 1.0), axis=1)
-    return np.where(np.isfinite(log_probs), np.maximum(scores, 0.0), np.inf)
+        above = np.take_along_axis(probs, order, axis=1)[:, :-1].cumsum(axis=1)
+        scores = np.zeros_like(probs)
+        np.put_along_axis(scores, order[:, 1:], above, axis=1)
+    # Sums of probabilities may be a rounding error outside.
+    return np.where(np.isfinite(log_probs), np.clip(scores, 0.0, 1.0), np.inf)

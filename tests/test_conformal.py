@@ -66,14 +66,15 @@ def test_scores_are_their_plain_forms(seed, labels):
     lac, aps = (conformal.fit(np.log(probs), gold, method=m).scores for m in ("lac", "aps"))
     for row, truth, one, other in zip(probs, gold, lac, aps, strict=True):
         assert one == pytest.approx(1 - row[truth])
-        assert other == pytest.approx(row[row >= row[truth]].sum())
+        assert other == pytest.approx(row[row > row[truth]].sum())
 
 
-def test_the_last_label_of_every_row_is_alike():
-    """Sums that differ in their last bits would leave out labels at the very threshold."""
-    probs = np.random.default_rng(0).dirichlet(np.ones(40), size=300)
-    last = probs.argmin(axis=1)
-    assert set(conformal.fit(np.log(probs), last, method="aps").scores) == {1.0}
+def test_aps_has_the_answer_in_every_set():
+    scores, gold = drawn(300, 5, 1)
+    sets = conformal.fit(scores, gold, method="aps").sets(scores, 0.1)
+    assert sets[np.arange(300), scores.argmax(axis=1)].all()
+    tied = conformal.fit(np.zeros((20, 3)), [0] * 20, method="aps")
+    assert tied.sets(np.zeros((1, 3)), 0.5).tolist() == [[True, False, False]]
 
 
 @pytest.mark.parametrize(("wanted", "needed"), [(0.9, 9), (0.95, 19), (0.99, 99), (0.1, 1)])
