@@ -134,7 +134,7 @@ def shown_with(gold: int, labels: int, size: int, rng: np.random.Generator) -> t
     """Return the labels that an example shows: all, or of more than fit its own and others drawn.
 
     >>> shown_with(4, 6, 3, np.random.default_rng(0))
-    (2, 4, 5)
+    (3, 4, 5)
     """
     if labels <= size:
         return tuple(range(labels))
