@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlmjax.evaluate import run_evaluation
     from mlmjax.hf import load_pretrained, save_pretrained
     from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+    from mlmjax.pll import fill_mask, pseudo_log_likelihood
     from mlmjax.prompts import Template, Verbalizer
     from mlmjax.score import Scorer
     from mlmjax.step import TrainState, create_train_state, make_train_step
@@ -37,9 +38,11 @@ _HOMES = {
     "TrainState": "step",
     "Verbalizer": "prompts",
     "create_train_state": "step",
+    "fill_mask": "pll",
     "load_config": "config",
     "load_pretrained": "hf",
     "make_train_step": "step",
+    "pseudo_log_likelihood": "pll",
     "resize_token_embeddings": "vocabulary",
     "run_evaluation": "evaluate",
     "run_training": "train",
@@ -63,9 +66,11 @@ __all__ = [
     "__version__",
     "create_train_state",
     "data",
+    "fill_mask",
     "load_config",
     "load_pretrained",
     "make_train_step",
+    "pseudo_log_likelihood",
     "resize_token_embeddings",
     "run_evaluation",
     "run_training",

@@ -4,7 +4,7 @@ Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659)
 2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -19,7 +19,8 @@ from mlmjax.engine import Engine, Forward, Progress
 from mlmjax.errors import InputError, RunError
 from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.prompts import MASK, WHITE_SPACE
-from mlmjax.tokenizer import Tokenizer, check_text
+from mlmjax.score import check_filled, make_engine
+from mlmjax.tokenizer import Tokenizer
 
 Method = Literal["word_l2r", "original"]
 
@@ -104,9 +105,7 @@ def fill_mask(
 
     `progress` is called with the number of masks filled since its last call.
     """
-    filler = MaskFiller(
-        model, tokenizer, top_k=top_k, batch_size=batch_size, max_length=max_length
-    )
+    filler = MaskFiller(model, tokenizer, top_k=top_k, batch_size=batch_size, max_length=max_length)
     return filler.fill(texts, progress=progress)
 
 
@@ -146,7 +145,7 @@ class TextScorer:
         scores that are not finite.
         """
         results = []
-        for chunk in _encoded(texts, self._ids, self.engine.buckets[-1]):
+        for chunk in _encoded(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
             log_probs = np.concatenate(
                 [
                     self.engine.run(
@@ -234,9 +233,9 @@ class MaskFiller:
         for probabilities that are not finite.
         """
         results = []
-        for chunk in _encoded(texts, self._ids, self.engine.buckets[-1]):
+        for chunk in _encoded(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
             slots = [np.flatnonzero(ids == self.tokenizer.mask_id) for ids in chunk]
-            passes = [
+            passes: list[tuple[Any, np.ndarray]] = [
                 (ids, group)
                 for ids, own in zip(chunk, slots, strict=True)
                 for group in np.split(own, range(MASKS_AT_ONCE, len(own), MASKS_AT_ONCE))
@@ -251,7 +250,9 @@ class MaskFiller:
             is_used = np.arange(MASKS_AT_ONCE) < counts[:, None]
             log_probs, tokens = log_probs[is_used], tokens[is_used]
             _check_finite(log_probs)
-            filled = zip(np.exp(log_probs.astype(np.float64)).tolist(), tokens.tolist(), strict=True)
+            filled = zip(
+                np.exp(log_probs.astype(np.float64)).tolist(), tokens.tolist(), strict=True
+            )
             answers = map(self._filled, filled)
             results += [list(islice(answers, len(own))) for own in slots]
             if progress:
@@ -267,8 +268,10 @@ class MaskFiller:
             stretches[:-1] = [stretch.rstrip(WHITE_SPACE) for stretch in stretches[:-1]]
         if mask in self.tokenizer.rstrip_ids:
             stretches[1:] = [stretch.lstrip(WHITE_SPACE) for stretch in stretches[1:]]
-        first, *rest = self.tokenizer.encode_plain_batch(stretches)
-        return sum(([mask, *ids] for ids in rest), first)
+        ids, *rest = self.tokenizer.encode_plain_batch(stretches)
+        for stretch in rest:
+            ids += [mask, *stretch]
+        return ids
 
     def _filled(self, scored: tuple[list[float], list[int]]) -> list[Filled]:
         return [Filled(self.tokenizer.decode([i]), i, p) for p, i in zip(*scored, strict=True)]
@@ -329,22 +332,60 @@ def _engine(
             f"a {type(model).__name__} has no masked-language-model head to read; "
             "expected a ModernBertForMaskedLM"
         )
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
-        )
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
-    longest = model.config.max_position_embeddings
-    if max_length is not None and not 2 < max_length <= longest:
-        raise InputError(
-            f"max_length is {max_length}; expected 3 to {longest}, the positions of the model"
-        )
-    return Engine(
-        model,
-        forward,
-        pad_id=tokenizer.pad_id,
-        max_length=max_length or longest,
-        batch_size=batch_size,
-    )
+    return make_engine(model, tokenizer, forward, batch_size, max_length)
+
+
+def _encoded(
+    texts: Iterable[str], ids_of: Callable[[str], list[int]], tokenizer: Tokenizer, longest: int
+) -> Iterator[list[np.ndarray]]:
+    """Yield texts chunk by chunk as ids between [CLS] and [SEP]; an error names every bad row."""
+    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
+        raise InputError(f"texts is one {type(texts).__name__}; expected a list of texts")
+    if getattr(texts, "ndim", 1) != 1:
+        raise InputError("texts is a table; expected one column of texts")
+    first = 0
+    for chunk in _chunks(texts, _characters, CHUNK_CHARACTERS):
+        encoded, problems = [], []
+        for number, text in enumerate(chunk, first + 1):
+            try:
+                check_filled(text, "the text")
+                ids = ids_of(text)
+                if len(ids) + 2 > longest:
+                    raise InputError(
+                        f"has {len(ids)} tokens and at most {longest - 2} fit; cut it into parts"
+                    )
+            except InputError as error:
+                problems.append(f"row {number} (index {number - 1}): {error.message}")
+                continue
+            encoded.append(np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32))
+        if problems:
+            raise InputError(problems[0], problems[1:])
+        yield encoded
+        first += len(chunk)
+
+
+def _characters(text: Any) -> int:
+    return 1 + (len(text) if isinstance(text, str) else 0)
+
+
+def _chunks(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
+    """Yield runs of items, each closed by the item with which its size reaches the limit.
+
+    >>> list(_chunks(["ab", "c", "defg", "h"], len, 3))
+    [['ab', 'c'], ['defg'], ['h']]
+    """
+    chunk: list[Any] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= limit:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
+def _check_finite(log_probs: np.ndarray) -> None:
+    if not np.isfinite(log_probs).all():
+        raise RunError("the model's scores are not finite; its weights are broken")

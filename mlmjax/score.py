@@ -41,7 +41,7 @@ def check_row(
         if field in optional:
             check_text(row[field], f"field {field!r}")
         else:
-            _check_filled(row[field], f"field {field!r}")
+            check_filled(row[field], f"field {field!r}")
     options = row.get("options")
     if options is None:
         if "options" in fields:
@@ -52,10 +52,11 @@ def check_row(
     if len(options) > label_count:
         raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
     for number, option in enumerate(options, 1):
-        _check_filled(option, f"option {number}")
+        check_filled(option, f"option {number}")
 
 
-def _check_filled(text: Any, what: str) -> None:
+def check_filled(text: Any, what: str) -> None:
+    """Raise `InputError`, opened by `what`, for what is blank or no text."""
     check_text(text, what)
     if not text.strip():
         raise InputError(f"{what}: is blank; give it some text or leave the row out")
@@ -67,8 +68,37 @@ def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
     Raises `InputError` that names each one that is blank or no text.
     """
     names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
-    _for_each(names, texts, lambda text: _check_filled(text, "field 'text'"))
+    _for_each(names, texts, lambda text: check_filled(text, "field 'text'"))
     return names
+
+
+def make_engine(
+    model: Model,
+    tokenizer: Tokenizer,
+    forward: Forward,
+    batch_size: int | None,
+    max_length: int | None,
+) -> Engine:
+    """Return the engine of a model and its tokenizer; raises `InputError` for what cannot be."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
+        )
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    longest = model.config.max_position_embeddings
+    if max_length is not None and not 0 < max_length <= longest:
+        raise InputError(
+            f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
+        )
+    return Engine(
+        model,
+        forward,
+        pad_id=tokenizer.pad_id,
+        max_length=max_length or longest,
+        batch_size=batch_size,
+    )
 
 
 class RowScorer:
@@ -93,28 +123,11 @@ class RowScorer:
         max_length: int | None,
         optional: Sequence[str] = (),
     ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-                f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
-            )
-        if batch_size is not None and batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; expected at least 1")
-        longest = model.config.max_position_embeddings
-        if max_length is not None and not 0 < max_length <= longest:
-            raise InputError(
-                f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
-            )
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
-        self.max_length, self.optional = max_length or longest, tuple(optional)
+        self.optional = tuple(optional)
         self.shortened = 0
-        self.engine = Engine(
-            model,
-            forward,
-            pad_id=tokenizer.pad_id,
-            max_length=self.max_length,
-            batch_size=batch_size,
-        )
+        self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
+        self.max_length = self.engine.buckets[-1]
 
     @property
     def model(self) -> Model:
