@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mlmjax.data.pieces import word_starts
@@ -12,6 +10,7 @@ from mlmjax.engine import Progress
 from mlmjax.errors import InputError
 from mlmjax.hf import Model
 from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.pll import log_prob_of_target, word_ends
 from mlmjax.prompts import Prompt, Template
 from mlmjax.score import RowScorer
 from mlmjax.tokenizer import Tokenizer, check_text
@@ -54,7 +53,7 @@ class ContinuationScorer(RowScorer):
             tokenizer,
             template,
             labels,
-            _log_probs_of_targets,
+            log_prob_of_target,
             batch_size=batch_size,
             max_length=max_length,
             optional=optional,
@@ -67,7 +66,7 @@ class ContinuationScorer(RowScorer):
                 "than a prompt may have; give a shorter name"
             )
         starts = word_starts(tokenizer)
-        self._masks = [_masked_with(starts(np.array(tokens))) for tokens in self._tokens]
+        self._masks = [word_ends(starts(np.array(tokens))).tolist() for tokens in self._tokens]
 
     def _score(
         self,
@@ -100,22 +99,3 @@ class ContinuationScorer(RowScorer):
         ends = np.cumsum([len(tokens) for tokens in self._tokens])[:-1]
         scores = np.stack([part.sum(axis=1) for part in np.split(found, ends, axis=1)], axis=1)
         return np.asarray(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
-
-
-def _masked_with(starts: np.ndarray) -> list[int]:
-    """Return, for each token, where the word it belongs to stops.
-
-    >>> _masked_with(np.array([True, False, True]))
-    [2, 2, 3]
-    """
-    begins = [*np.flatnonzero(starts)[np.flatnonzero(starts) > 0], len(starts)]
-    return [int(next(stop for stop in begins if stop > at)) for at in range(len(starts))]
-
-
-def _log_probs_of_targets(
-    model: Any, ids: jax.Array, segment_ids: jax.Array, positions: jax.Array, targets: jax.Array
-) -> jax.Array:
-    hidden = model.encode(ids, segment_ids)
-    hidden = jnp.take_along_axis(hidden, positions[:, None, None], axis=1)[:, 0]
-    log_probs = jax.nn.log_softmax(model.mlm_logits(hidden).astype(jnp.float32))
-    return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]

@@ -19,10 +19,11 @@ from mlmjax.errors import InputError
 from mlmjax.evaluation_report import write_evaluation_report
 from mlmjax.hf import Model
 from mlmjax.metrics import accuracy_by_group, classification_metrics
+from mlmjax.modernbert import ModernBertForSequenceClassification
 from mlmjax.order_sensitivity import ORDER_ROWS, check_order_rows, order_sensitivity
 from mlmjax.prompts import Template, option_letters
 from mlmjax.reliability import calibration
-from mlmjax.score import Scorer
+from mlmjax.score import HeadScorer, RowScorer, Scorer
 from mlmjax.task import Task, load_task, option_list
 from mlmjax.tokenizer import Tokenizer
 
@@ -54,6 +55,8 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Answer the rows of a task and return the results.
 
+    A masked language model answers at the slot of the task's prompt. A classification model reads
+    `Task.for_head`, and its labels have to be those of the task, by name, in any order.
     `data` is read instead of the task's own file or hub dataset; `limit` keeps its first rows;
     `progress` is called with rows done and rows in all. The dictionary holds `task, protocol,
     metric` (the name of the task's headline), `n, accuracy` (micro), `accuracy_ci95` (Wilson),
@@ -69,14 +72,12 @@ def run_evaluation(
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     check_order_rows(order_rows)
+    has_head = isinstance(model, ModernBertForSequenceClassification)
+    task = task.for_head() if has_head else task
     folder = None if out is None else _result_folder(out)
     questions, left_out = _read_questions(task, data, limit)
-    label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
-    verbalizer = task.verbalizer_for(label_count)
-    template = Template(task.prompt, shorten=dict(task.shorten))
-    scorer = Scorer(
-        model, tokenizer, template, verbalizer, batch_size=batch_size, normalize=task.normalize
-    )
+    make_scorer = _head_scorer if has_head else _slot_scorer
+    scorer, columns = make_scorer(model, tokenizer, task, questions, batch_size)
     started = time.perf_counter()
     log_probs = scorer.log_probs(
         [question.row for question in questions],
@@ -84,7 +85,7 @@ def run_evaluation(
         progress=progress and _counting(progress, len(questions)),
     )
     seconds = time.perf_counter() - started
-    labels = scorer.labels
+    log_probs, labels = log_probs[:, columns], [scorer.labels[column] for column in columns]
     gold = [labels[question.gold] for question in questions]
     predicted = [labels[best] for best in log_probs.argmax(axis=1)]
     groups = [question.group for question in questions]
@@ -109,7 +110,7 @@ def run_evaluation(
         "contamination": known.status,
         "trained_on": known.trained_on,
     }
-    if task.verbalizer == "letters" and "options" in template.fields:
+    if not has_head and task.verbalizer == "letters" and "options" in scorer.template.fields:
         rows = [question.row for question in questions]
         results["order_sensitivity"] = order_sensitivity(
             scorer.log_probs, rows, log_probs, truth, order_rows=order_rows
@@ -118,6 +119,45 @@ def run_evaluation(
         _write(folder, results, questions, gold, predicted, labels, log_probs)
         write_evaluation_report(folder, task, results, log_probs, truth, known)
     return results
+
+
+def _slot_scorer(
+    model: Model,
+    tokenizer: Tokenizer,
+    task: Task,
+    questions: Sequence[Question],
+    batch_size: int | None,
+) -> tuple[RowScorer, list[int]]:
+    """Return the scorer at the slot, and its columns in the order of the task's labels."""
+    label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
+    scorer = Scorer(
+        model,
+        tokenizer,
+        Template(task.prompt, shorten=dict(task.shorten)),
+        task.verbalizer_for(label_count),
+        batch_size=batch_size,
+        normalize=task.normalize,
+    )
+    return scorer, list(range(label_count))
+
+
+def _head_scorer(
+    model: Model,
+    tokenizer: Tokenizer,
+    task: Task,
+    questions: Sequence[Question],
+    batch_size: int | None,
+) -> tuple[RowScorer, list[int]]:
+    """Return the scorer by the head, and its columns in the order of the task's labels."""
+    scorer = HeadScorer(model, tokenizer, task.head_template(), batch_size=batch_size)
+    if sorted(scorer.labels) != sorted(task.label_names):
+        wanted = ", ".join(map(repr, task.label_names)) or "each row's own options"
+        raise InputError(
+            f"the classification head has the labels {', '.join(map(repr, scorer.labels)):.400}; "
+            f"task {task.name} asks for {wanted:.400}; give a model of just the task's labels, or "
+            "name the labels in the task file as the model does"
+        )
+    return scorer, [scorer.labels.index(name) for name in task.label_names]
 
 
 def _counting(progress: Callable[[int, int], None], total: int) -> Callable[[int], None]:

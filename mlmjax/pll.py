@@ -136,7 +136,7 @@ class TextScorer:
                 f"method is {method!r}; expected one of {', '.join(map(repr, get_args(Method)))}"
             )
         self.tokenizer, self.method = tokenizer, method
-        self.engine = _engine(model, tokenizer, _log_prob_of_target, batch_size, max_length)
+        self.engine = _engine(model, tokenizer, log_prob_of_target, batch_size, max_length)
 
     def score(self, texts: Iterable[str], *, progress: Progress | None = None) -> list[TextScore]:
         """Score texts, any iterable of them; it is read in chunks.
@@ -174,13 +174,11 @@ class TextScorer:
 
     def _masked(self, ids: np.ndarray) -> Iterator["_Masked"]:
         """Yield the sequence that predicts each token, one after the other."""
-        starts = word_starts(self.tokenizer)(ids[1:-1])
-        ends = np.append(np.flatnonzero(starts)[1:], len(starts))[np.cumsum(starts) - 1] + 1
+        ends = word_ends(word_starts(self.tokenizer)(ids[1:-1])) + 1
         for slot in range(1, len(ids) - 1):
             masked = ids.copy()
-            masked[slot : ends[slot - 1] if self.method == "word_l2r" else slot + 1] = (
-                self.tokenizer.mask_id
-            )
+            stop = ends[slot - 1] if self.method == "word_l2r" else slot + 1
+            masked[slot:stop] = self.tokenizer.mask_id
             yield _Masked(masked, slot, int(ids[slot]))
 
     def _text_score(self, ids: np.ndarray, log_probs: Iterable[float]) -> TextScore:
@@ -277,6 +275,15 @@ class MaskFiller:
         return [Filled(self.tokenizer.decode([i]), i, p) for p, i in zip(*scored, strict=True)]
 
 
+def word_ends(starts: np.ndarray) -> np.ndarray:
+    """Return, from bool `[tokens]`, where the word that each token belongs to ends.
+
+    >>> word_ends(np.array([True, False, True])).tolist()
+    [2, 2, 3]
+    """
+    return np.append(np.flatnonzero(starts)[1:], len(starts))[np.cumsum(starts) - 1]
+
+
 class _Masked(NamedTuple):
     """A sequence with masks, the slot that is read, and the token that stood there."""
 
@@ -285,10 +292,10 @@ class _Masked(NamedTuple):
     target: int
 
 
-def _log_prob_of_target(
+def log_prob_of_target(
     model: Any, ids: jax.Array, segment_ids: jax.Array, slots: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """[batch, seq] ids -> [batch] log probabilities."""
+    """[batch, seq] ids -> [batch] log probabilities of the targets at the slots."""
     hidden = model.encode(ids, segment_ids)
     at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
     log_probs = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))

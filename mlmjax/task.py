@@ -34,7 +34,8 @@ class Task(StrictTable):
 
     `data` (a file, relative to the task file) or `hub` says where the rows are. `clean` names a
     cleaning of a field (`mlmjax.clean`); rows it leaves blank are dropped and counted. `metric` is
-    the one of the results that the task is customarily compared by.
+    the one of the results that the task is customarily compared by. `head_prompt` is what a
+    classification head reads in place of the prompt.
 
     A task has either `options` (the column of each row's list, or one column per option) or
     `labels`: a list, whose values in `answer` are names or indices, or a table from the column's
@@ -53,6 +54,7 @@ class Task(StrictTable):
     revision: str | None = None
     prompt: str
     shorten: Mapping[str, ShortenSide] = {}
+    head_prompt: str | None = None
     columns: Mapping[str, Column] = {}
     clean: Mapping[str, Cleaning] = {}
     strip: tuple[str, ...] = ()
@@ -105,6 +107,10 @@ class Task(StrictTable):
             if verbalizer == "letters" and "options" not in named:
                 self._check_spelled_out(prompt, own)
             fields |= own
+        read = set(Template(self.head_prompt, slot=False).fields) if self.head_prompt else fields
+        if not read - {"options"} and self.options is None:
+            raise ValueError("head_prompt names no field of the row, such as {text}")
+        fields |= read
         for name in (*self.columns, *self.clean, *self.strip):
             if name not in fields:
                 known = ", ".join(sorted(fields)) or "none"
@@ -166,6 +172,23 @@ class Task(StrictTable):
             known = ", ".join(["default", *self.protocols])
             raise InputError(f"task {self.name}: has no protocol {protocol!r}; it has {known}")
         return self.model_copy(update=self.protocols[protocol].model_dump(exclude_none=True))
+
+    def for_head(self) -> "Task":
+        """Return the task as a classification head reads it.
+
+        Its prompt is `head_prompt`, else the fields of the prompt but for options, each on a line;
+        of `shorten` what stands there remains.
+        """
+        prompt = self.head_prompt
+        if prompt is None:
+            prompt = "\n".join(f"{{{name}}}" for name in _row_fields(self.prompt))
+        fields = Template(prompt, slot=False).fields
+        shorten = {name: side for name, side in self.shorten.items() if name in fields}
+        return self.model_copy(update={"prompt": prompt, "shorten": shorten})
+
+    def head_template(self) -> Template:
+        """Return the template of a task that is `for_head`."""
+        return Template(self.prompt, shorten=dict(self.shorten), slot=False)
 
     def verbalizer_for(self, label_count: int) -> Verbalizer:
         """Return the verbalizer of the first `label_count` labels (or options)."""

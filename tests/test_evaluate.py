@@ -326,10 +326,68 @@ def test_unknown_tasks_and_protocols_are_refused(model, tokenizer, reviews, capl
         run_evaluation(model, tokenizer, task())
 
 
+def head_model(labels, **changes):
+    names = dict(enumerate(labels))
+    config = small_config(num_labels=len(labels), id2label=names, **changes)
+    return noisy(ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0)), 0.1)
+
+
+def torch_like_probabilities(model, tokenizer, texts):
+    """The softmax of the model's own logits, a text at a time."""
+    found = []
+    for text in texts:
+        ids = [tokenizer.cls_id, *tokenizer.encode_plain(text), tokenizer.sep_id]
+        logits = np.asarray(model(np.array([ids], np.int32))[0], np.float64)
+        found.append(np.exp(logits - np.logaddexp.reduce(logits)))
+    return np.array(found)
+
+
+def test_a_classification_head_reads_the_fields_and_answers_by_name(tokenizer, reviews, tmp_path):
+    model = head_model(["good", "bad"])  # the task has them the other way round
+    results = run_evaluation(model, tokenizer, reviews, out=tmp_path / "out")
+    lines = read_lines(tmp_path / "out" / "predictions.jsonl")
+    expected = torch_like_probabilities(model, tokenizer, [row["text"] for row in ROWS])
+    found = [[line["probabilities"][name] for name in ("good", "bad")] for line in lines]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(expected[:, 0]) > 1e-3
+    assert [line["gold"] for line in lines] == [row["label"] for row in ROWS]
+    guesses = [("good", "bad")[best] for best in expected.argmax(axis=1)]
+    assert [line["prediction"] for line in lines] == guesses
+    right = [guess == row["label"] for guess, row in zip(guesses, ROWS, strict=True)]
+    assert results["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_what_a_head_reads_is_the_tasks_to_say(tokenizer, tmp_path):
+    model = head_model(["bad", "good"])
+    rows = [{"a": "fine", "b": "film", "label": "good"}, {"a": "dull", "b": "plot", "label": "bad"}]
+    for changes, texts in (
+        ({}, ["film\nfine", "plot\ndull"]),
+        ({"head_prompt": "{a}: {b}."}, ["fine: film.", "dull: plot."]),
+    ):
+        prompt = "{b} {options} {a} [unused0] [MASK]"
+        _, lines = answer(model, tokenizer, tmp_path, rows, prompt=prompt, **changes)
+        found = [list(line["probabilities"].values()) for line in lines]
+        np.testing.assert_allclose(
+            found, torch_like_probabilities(model, tokenizer, texts), atol=1e-5
+        )
+
+
+def test_heads_of_other_labels_are_refused(tokenizer, reviews, tmp_path):
+    for labels in (["good", "fair"], ["good", "bad", "fair"], ["good", "good"]):
+        names = ", ".join(map(repr, labels))
+        with pytest.raises(InputError, match=f"head has the labels {names}; task reviews asks for"):
+            run_evaluation(head_model(labels), tokenizer, reviews)
+    rows = [{"text": "x", "choices": ["a", "b"], "label": 0}]
+    with pytest.raises(InputError, match="asks for each row's own options"):
+        answer(head_model(["a", "b"]), tokenizer, tmp_path, rows, labels=None, options="choices")
+    with pytest.raises(InputError, match="the head is one of regression"):
+        run_evaluation(head_model(["a"], problem_type="regression"), tokenizer, reviews)
+    for prompt, message in (("{text} [MASK]", "reads no slot"), ("no field", "names no field")):
+        with pytest.raises(ValueError, match=message):
+            task(head_prompt=prompt)
+
+
 def test_models_that_cannot_answer_are_refused(tokenizer, model, reviews):
-    classifier = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="ModernBertForSequenceClassification has no masked"):
-        run_evaluation(classifier, tokenizer, reviews)
     broken = noisy(model, scale=np.nan)
     with pytest.raises(RunError, match="not finite"):
         run_evaluation(broken, tokenizer, reviews)
