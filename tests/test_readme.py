@@ -68,9 +68,17 @@ def test_python_blocks_run(folder, monkeypatch):
     assert (folder / "my-classifier" / "model.safetensors").is_file()
 
 
+def test_texts_of_the_guide_are_scored_and_filled(capsys):
+    block, _ = blocks("python", GUIDE)
+    names = {}
+    exec(compile(block, "guide.md", "exec"), names)
+    assert [len(answers) for answers in names["masks"]] == [3, 3]
+    assert capsys.readouterr().out.count("(' cat', ") == 2
+
+
 def test_loop_of_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (block,) = blocks("python", GUIDE)
+    *_, block = blocks("python", GUIDE)
     names = {}
     exec(compile(block, "guide.md", "exec"), names)
     assert float(names["metrics"]["loss_sum"]) < 2.0  # of two targets, 21 before
