@@ -219,7 +219,8 @@ class MaskFiller:
                 f"top_k is {top_k!r}; expected 1 to {len(answers)}, the tokens that can answer"
             )
         self.tokenizer, self.top_k = tokenizer, top_k
-        forward = partial(_likeliest, answers, top_k)
+        is_answer = np.isin(np.arange(model.config.vocab_size), answers)
+        forward = partial(_likeliest, is_answer, top_k)
         self.engine = _engine(model, tokenizer, forward, batch_size, max_length)
 
     def fill(
@@ -303,7 +304,7 @@ def log_prob_of_target(
 
 
 def _likeliest(
-    answers: np.ndarray,
+    is_answer: np.ndarray,
     top_k: int,
     model: Any,
     ids: jax.Array,
@@ -318,11 +319,12 @@ def _likeliest(
 
     def fill(at: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         logits = model.mlm_logits(at_slots[:, at]).astype(jnp.float32)
-        best, index = jax.lax.top_k(jax.nn.log_softmax(logits)[:, answers], top_k)
-        return found[0].at[at].set(best), found[1].at[at].set(jnp.asarray(answers)[index])
+        log_probs = jnp.where(is_answer[None], jax.nn.log_softmax(logits), -jnp.inf)
+        best, tokens = jax.lax.top_k(log_probs, top_k)
+        return found[0].at[at].set(best), found[1].at[at].set(tokens)
 
     # One slot after the other: a row of logits is as wide as the vocabulary.
-    empty = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.asarray(answers).dtype)
+    empty = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
     log_probs, tokens = jax.lax.fori_loop(0, counts.max(), fill, empty)
     return log_probs.swapaxes(0, 1), tokens.swapaxes(0, 1)
 

@@ -45,7 +45,7 @@ def all_named(error, count):
 
 def test_there_are_enough():
     assert len(TEXTS) + len(REFUSED) + len(LISTS) + len(api.LABELS_REFUSED) > 600
-    assert len(set(TEXTS)) > 490
+    assert len(set(TEXTS)) > 500
 
 
 def test_every_row_is_scored_as_alone(model, tokenizer):
@@ -72,8 +72,8 @@ def test_every_row_is_scored_as_alone(model, tokenizer):
         assert np.count_nonzero(values) == len(row["options"])
         assert values.sum() == pytest.approx(1, abs=1e-5)
     alone = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=1)
-    alone = np.concatenate([alone.log_probs([row]) for row in fitting])
-    np.testing.assert_allclose(np.exp(alone), np.exp(found), atol=1e-5)
+    alone = np.concatenate([alone.log_probs([row]) for row in fitting[::8]])
+    np.testing.assert_allclose(np.exp(alone), np.exp(found[::8]), atol=1e-5)
 
 
 def test_every_text_is_classified_as_alone(model, tokenizer):
@@ -108,14 +108,14 @@ def test_every_text_that_fits_has_its_likelihood(model, tokenizer, tokens):
             token._replace(log_prob=pytest.approx(token.log_prob, abs=1e-4))
             for token in found[i].tokens
         )
-    with pytest.raises(InputError) as caught:
-        scorer.score([text for text, n in zip(TEXTS, tokens, strict=True) if n > LENGTH - 2])
-    all_named(caught.value, sum(n > LENGTH - 2 for n in tokens))
-    assert "at most 94 fit" in caught.value.message
+    for text, n in zip(TEXTS, tokens, strict=True):
+        if n > LENGTH - 2:
+            with pytest.raises(InputError, match=rf"^row 2 .*: has {n} tokens and at most 94 fit"):
+                scorer.score(["goal", text])
 
 
 def test_every_mask_is_filled(model, tokenizer, tokens):
-    filler = MaskFiller(model, tokenizer, top_k=3)
+    filler = MaskFiller(model, tokenizer, top_k=3, batch_size=32)
     texts = [f"{text} [MASK]" for text, n in zip(TEXTS, tokens, strict=True) if n <= 60]
     assert len(texts) > 400
     found = filler.fill(texts)
@@ -127,8 +127,9 @@ def test_every_mask_is_filled(model, tokenizer, tokens):
             assert len(shares) == 3
             assert 0 < sum(shares) < 1
             assert not tokenizer.special_ids & {answer.id for answer in answers}
+    single = MaskFiller(model, tokenizer, top_k=3, batch_size=1)
     for i in range(0, len(texts), 16):
-        (alone,) = filler.fill([texts[i]])
+        (alone,) = single.fill([texts[i]])
         for one, other in zip(alone, found[i], strict=True):
             np.testing.assert_allclose(
                 [answer.probability for answer in one],

@@ -111,7 +111,7 @@ LABELS_REFUSED = {
 LABELS = {
     "options": ["- A: no", "- B: yes\n- C: so", "A", "B"],
     "special": ["[MASK]", "[unused0] [MASK]", "[SEP]", "[PAD]"],
-    "odd": ["\x00", "\u202e\u0301", "😀👩\u200d👩\u200d👧", "{text}", "1", "1.0", "NaN", "None"],
+    "odd": ["a\x00b", "\u202e\u0301", "😀👩\u200d👩\u200d👧", "{text}", "1", "1.0", "NaN", "None"],
     "twins": ["a", "a ", " a", "A", "é", "e\u0301"],
     "of newlines": {"a\nb": "one\ntwo", "c\r\n": "", "\nd": "{options}"},
 }
@@ -124,7 +124,7 @@ def texts():
     found += ["sun " * 250_000, "a" * 1_000_000, "😀" * 250_000, "\n- A: x" * 140_000]
     while len(found) < TEXTS:
         text = mixture(rng)
-        if text.strip():
+        if text.strip() and text not in found:
             found.append(text)
     return found
 
