@@ -82,7 +82,7 @@ def test_every_text_is_classified_as_alone(model, tokenizer):
     for labels in api.LABELS.values():
         classifier = Classifier.from_pretrained((model, tokenizer), labels, **options)
         assert list(classifier.classes_) == list(labels)
-        texts = TEXTS if labels is api.LABELS["odd"] else TEXTS[:60:7]
+        texts = TEXTS[::3] if labels is api.LABELS["odd"] else TEXTS[:60:7]
         found = classifier.predict_proba(texts)
         assert found.shape == (len(texts), len(labels))
         assert np.isfinite(found).all()
