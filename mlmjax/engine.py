@@ -55,7 +55,7 @@ class Engine:
         self.buckets = bucket_lengths(max_length)
         self.compilations = 0
         self.real_tokens = self.padded_tokens = 0
-        devices = jax.local_devices()
+        devices = local_devices()
         if batch_size:  # as many of them as can have equal parts of a batch
             used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
             devices = devices[:used]
@@ -193,6 +193,11 @@ class Engine:
             placed = place(state, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
             self._placed = leaves, placed
         return placed
+
+
+def local_devices() -> list[jax.Device]:
+    """Return the devices that batches are cut over."""
+    return jax.local_devices()
 
 
 def _put(members: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:

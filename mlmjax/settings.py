@@ -196,6 +196,8 @@ def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
         check_text(description, f"labels: the description of {name!r}")
         if not name.strip():
             raise InputError(f"labels: {name!r} is blank; expected a name")
+        if name.endswith("\0"):  # numpy's arrays of text end there
+            raise InputError(f"labels: {name!r} ends in a NUL character; take it off")
     if len(table) < 2:
         raise InputError(
             f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"

@@ -77,7 +77,11 @@ def _indicator(row: Any, index: Mapping[str, int], number: int) -> tuple[bool, .
         )
     entries = list(row)
     if entries and not any(isinstance(entry, str) for entry in entries):
-        flags = [entry in (0, 1) for entry in entries if isinstance(entry, int | float | np.number)]
+        flags = [
+            entry in (0, 1)
+            for entry in entries
+            if isinstance(entry, int | float | np.number | np.bool_)
+        ]
         if len(entries) != len(index) or len(flags) != len(entries) or not all(flags):
             raise InputError(
                 f"{where}: its labels are {entries!r:.60}; expected names, or 0 or 1 for each of "

@@ -17,6 +17,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from mlmjax import engine
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -33,6 +35,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "data: needs the folder named by MLMJAX_TEST_DATA")
     if not wants(config, "hub"):  # read when huggingface_hub is imported, which is later
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # Scoring cuts its batches over all devices, and eight that share two cores are slow; the tests
+    # of the engine have them back.
+    engine.local_devices = lambda: jax.local_devices()[:1]
 
 
 def pytest_collection_modifyitems(config, items):

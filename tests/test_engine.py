@@ -7,9 +7,15 @@ import pytest
 from flax import nnx
 from test_score import noisy, small_config
 
+from mlmjax import engine
 from mlmjax.engine import Engine
 from mlmjax.errors import RunError
 from mlmjax.modernbert import ModernBertForMaskedLM
+
+
+@pytest.fixture(autouse=True)
+def all_devices(monkeypatch):
+    monkeypatch.setattr(engine, "local_devices", jax.local_devices)
 
 
 @pytest.fixture(scope="module")
