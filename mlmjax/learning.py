@@ -37,7 +37,7 @@ class Recipe:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or (self.patience or 1) < 1:
+        if min(self.epochs, self.batch_size, 1 if self.patience is None else self.patience) < 1:
             raise InputError(
                 f"fit: epochs {self.epochs}, batch_size {self.batch_size}, patience "
                 f"{self.patience}; expected 1 or more"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mlmjax.asking import YES_NO, Asking, LongText
 from mlmjax.calibrate import Calibration
@@ -63,6 +63,18 @@ class Settings(StrictTable):
     calibration: Calibration | None = None
     conformal: Conformal | None = None
     abstain_below: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_labels(self) -> "Settings":
+        for example in self.examples:
+            for name in example.labels:
+                if name not in self.labels:
+                    raise ValueError(f"examples: label {name!r:.60} is none of the labels")
+        columns = 2 if self.multi_label else len(self.labels)
+        bias = None if self.calibration is None else self.calibration.bias
+        if bias is not None and len(bias) != columns:
+            raise ValueError(f"calibration.bias has {len(bias)} numbers; expected {columns}")
+        return self
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -244,7 +256,9 @@ def settle(
     if labels is None:
         raise InputError("the classifier has no labels; give labels, or call fit first")
     table = described(labels)
-    examples = value("examples", ())
+    same_labels = saved is not None and saved.labels.keys() == table.keys()
+    # Examples, calibration and sets are about labels; of others they say nothing.
+    examples: Any = saved.examples if saved is not None and same_labels else ()
     if given["examples"] is not None:
         examples = [_example(pair, i, table, several) for i, pair in enumerate(given["examples"])]
     own: str | None = None
@@ -283,7 +297,7 @@ def settle(
         raise InputError(
             "a classification head reads the text alone; leave out examples and answer"
         )
-    keep = saved is not None and saved.labels.keys() == table.keys()
+    keep = same_labels and list(saved.labels) == list(table) if saved is not None else False
     found = {
         "labels": table,
         "template": own,

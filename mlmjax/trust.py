@@ -118,7 +118,7 @@ class Trust(Answering):
         if not 0 < accuracy <= 1:
             raise InputError(f"accuracy is {accuracy}; expected a share above 0, up to 1")
         scores, truth = self._labelled(texts, labels)
-        best = np.exp(scores.max(axis=1))
+        best = np.exp(scores.astype(np.float64).max(axis=1))
         order = np.argsort(-best, kind="stable")
         right = np.cumsum((scores.argmax(axis=1) == truth)[order]) / (np.arange(len(order)) + 1)
         # Texts of equal probability are answered together or not at all.

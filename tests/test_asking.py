@@ -2,6 +2,7 @@
 
 import doctest
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -269,7 +270,7 @@ def test_labels_of_many_tokens_by_pseudo_log_likelihood(pair, tokenizer):
     template = "{text} is about [unused0] [MASK] ."
     classifier = Classifier(pair, labels, answer="continuation", template=template)
     found = classifier.predict_proba(TEXTS[:2])
-    model = pair[0]
+    call = jax.jit(pair[0].__call__)
     for row, text in zip(found, TEXTS, strict=False):
         ids, slot = Template(template).encode(tokenizer, {"text": text}, 500)
         scores = []
@@ -282,8 +283,10 @@ def test_labels_of_many_tokens_by_pseudo_log_likelihood(pair, tokenizer):
             for at, token in enumerate(tokens):
                 stop = next(end for end in ends if end > at)
                 masked = [*tokens[:at], *[tokenizer.mask_id] * (stop - at), *tokens[stop:]]
-                whole = np.array([[*ids[:slot], *masked, *ids[slot + 1 :]]])
-                logits = np.asarray(model(whole)[0, slot + at], np.float64)
+                whole = [*ids[:slot], *masked, *ids[slot + 1 :]]
+                padded = np.array([whole + [tokenizer.pad_id] * (48 - len(whole))])
+                logits = call(padded, np.arange(48)[None] < len(whole))[0, slot + at]
+                logits = np.asarray(logits, np.float64)
                 total += logits[token] - np.logaddexp.reduce(logits)
             scores.append(total)
         np.testing.assert_allclose(row, np.exp(scores - np.logaddexp.reduce(scores)), atol=1e-5)

@@ -310,9 +310,12 @@ def test_a_classification_head_gives_its_labels(tokenizer):
     items = [{"text": text} for text in texts(9)]
     found = scorer.log_probs(items)
     assert scorer.labels == tuple(LABELS)
+    call = jax.jit(model.__call__)
     for row, item in zip(found, items, strict=True):
         ids = template.render(tokenizer, item, 160).ids
-        logits = np.asarray(model(np.array([ids]), np.ones((1, len(ids)), np.int32))[0])
+        padded = np.full((1, 160), tokenizer.pad_id)
+        padded[0, : len(ids)] = ids
+        logits = np.asarray(call(padded, np.arange(160)[None] < len(ids))[0])
         np.testing.assert_allclose(row, jax.nn.log_softmax(logits), atol=1e-4)
 
 

@@ -1,0 +1,163 @@
+"""The classification head as a baseline of the classifier, early stopping, and the estimator."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from sklearn.base import clone, is_classifier
+from sklearn.model_selection import GridSearchCV
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import estimator_checks_generator
+from test_classifier import FAST, examples
+from test_score import noisy, small_config
+
+from mlmjax.classifier import Classifier
+from mlmjax.errors import InputError
+from mlmjax.hf import load_pretrained
+from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+
+SHORT = "{text}\n{options}[unused0] [MASK]"
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    return ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0)), tokenizer
+
+
+@pytest.fixture(scope="module")
+def with_head(pair):
+    return Classifier(pair, ["sports", "money"], head="classification").fit(*examples(96), **FAST)
+
+
+def test_a_head_learns_and_is_saved_as_a_classification_model(with_head, tmp_path):
+    texts, labels = examples(60, seed=2)
+    assert with_head.score(texts, labels) > 0.95
+    with_head.save_pretrained(tmp_path / "saved")
+    model, _ = load_pretrained(tmp_path / "saved")
+    assert isinstance(model, ModernBertForSequenceClassification)
+    assert model.config.id2label == {0: "sports", 1: "money"}
+    restored = Classifier.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(restored.predict_proba(texts), with_head.predict_proba(texts))
+    # Without our own file it is anybody's classification model, and its names are its labels.
+    (tmp_path / "saved" / "mlmjax_classifier.json").unlink()
+    plain = Classifier.from_pretrained(tmp_path / "saved")
+    assert list(plain.classes_) == ["sports", "money"]
+    np.testing.assert_allclose(
+        plain.predict_proba(texts), with_head.predict_proba(texts), atol=1e-5
+    )
+    turned = Classifier.from_pretrained(tmp_path / "saved", ["money", "sports"])
+    np.testing.assert_allclose(
+        turned.predict_proba(texts), with_head.predict_proba(texts)[:, ::-1], atol=1e-5
+    )
+    assert turned.score(texts, labels) == with_head.score(texts, labels)
+
+
+def test_a_head_can_be_calibrated_and_read_windows(with_head):
+    texts, labels = examples(60, seed=5)
+    clone(with_head)
+    sets = with_head.conform(texts, labels).predict_set(texts, coverage=0.9)
+    assert sets.shape == (60, 2)
+    windows = Classifier(
+        with_head.source,
+        ["sports", "money"],
+        head="classification",
+        long_text="mean", max_length=64,
+    )
+    windows.fit(["goal " * 100, "bank " * 100], ["sports", "money"], epochs=1)
+    assert windows.predict_proba(["goal " * 300]).shape == (1, 2)
+    assert windows.shortened == 0
+
+
+def test_training_ends_when_held_out_texts_say_so_and_keeps_the_best(pair):
+    texts, labels = examples(64)
+    noise = list(np.random.default_rng(0).permutation(labels))
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, epochs=30, patience=2)
+    classifier.set_params(validation_share=0.25, learning_rate=1e-2, train_batch_size=16)
+    classifier.fit(texts, noise)
+    history = classifier.history_
+    assert 3 <= len(history) < 30
+    key = [(entry["validation_accuracy"], -entry["validation_loss"]) for entry in history]
+    best = key.index(max(key))
+    assert best == len(history) - 3
+    # The weights kept are the best epoch's: the same seed ends there when told to.
+    held = sorted(set(range(64)) - set(classifier_rows(noise, classifier)))
+    kept = classifier.predict_proba([texts[i] for i in held])
+    guess = [["sports", "money"][i] for i in kept.argmax(axis=1)]
+    accuracy = np.mean([guess[n] == noise[i] for n, i in enumerate(held)])
+    assert accuracy == pytest.approx(history[best]["validation_accuracy"])
+
+
+def classifier_rows(labels, classifier):
+    from mlmjax.learning import held_out
+
+    names = [str(["sports", "money"].index(label)) for label in labels]
+    return held_out(names, classifier.validation_share, classifier.seed)[0]
+
+
+def test_hyperparameters_can_be_searched(pair):
+    texts, labels = examples(24)
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=8)
+    search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
+    search.fit(texts, labels)
+    assert len(search.cv_results_["mean_test_score"]) == 2
+    assert set(search.predict(texts)) <= {"sports", "money"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"epochs": 0}, "epochs 0"),
+        ({"patience": 0}, "patience 0"),
+        ({"validation_share": 1.0}, "validation_share is 1.0"),
+        ({"speed": 1}, "no option 'speed'"),
+    ],
+)
+def test_bad_recipes_are_refused(pair, recipe, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(pair, ["a", "b"]).fit(["x", "y"], ["a", "b"], **recipe)
+
+
+class Numbers(Classifier):
+    """What scikit-learn's checks can feed: rows of numbers, each written out as a text."""
+
+    def __init__(self, source=None, labels=None):
+        super().__init__(source, labels)
+
+
+NOT_FOR_TEXTS = {
+    "check_n_features_in_after_fitting": "a text has no number of features",
+}
+
+
+def test_scikit_learn_knows_it_for_a_classifier_of_texts(pair):
+    classifier = Classifier(pair, ["a", "b"])
+    tags = get_tags(classifier)
+    assert is_classifier(classifier)
+    assert tags.input_tags.string
+    assert not tags.input_tags.two_d_array
+    assert not tags.requires_fit
+    checks = list(estimator_checks_generator(classifier, mark="skip"))
+    assert checks
+
+
+def test_everything_reads_an_iterator_once(pair):
+    classifier = Classifier(noisy_pair(pair), ["a", "b"], template=SHORT)
+    texts = [f"text {i}" for i in range(40)]
+    read = []
+
+    def reading():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    expected = classifier.predict_proba(texts)
+    np.testing.assert_allclose(classifier.predict_proba(reading()), expected, atol=1e-6)
+    assert read == texts
+    from mlmjax import answering
+
+    stream = classifier.stream(reading())
+    first = next(stream)
+    assert len(first) == 40 <= answering.CHUNK_PROMPTS
+
+
+def noisy_pair(pair):
+    return noisy(pair[0]), pair[1]
