@@ -1,6 +1,5 @@
 """The command line: thin commands over the Python API, and errors turned into exit codes."""
 
-import errno
 import itertools
 import json
 import logging
@@ -8,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ import click
 from mlmjax._version import __version__
 from mlmjax.errors import InputError, RunError, write_advice
 from mlmjax.program_cache import keep_compiled
+from mlmjax.text_input import read_labels, read_lines
 
 if TYPE_CHECKING:
     from mlmjax.config import RunConfig
@@ -115,9 +115,25 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 
 
 @cli.command()
-@click.option("--model", required=True, help="Folder or hub id of the model.")
-@click.option("--task", required=True, help="Name of a shipped task, or a task file (TOML).")
-@click.option("--data", default=None, help="Local data file instead of the task's own.")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--model",
+    "models",
+    required=True,
+    multiple=True,
+    help="Folder or hub id of the model; with --suite several.",
+)
+@click.option("--task", default=None, help="Name of a shipped task, or a task file (TOML).")
+@click.option("--suite", default=None, help="In place of a task: paper, or a suite file (TOML).")
+@click.option(
+    "--data", default=None, help="Local file of the task's rows; for a suite a folder of files."
+)
+@click.option(
+    "--baseline",
+    "baselines",
+    multiple=True,
+    help="transformers:FOLDER_OR_ID, fine-tuned beside the models of a suite.",
+)
 @click.option(
     "--protocol",
     type=click.Choice(["default", "published"]),
@@ -126,7 +142,7 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     help="How options are scored; published follows the paper's scripts.",
 )
 @click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows.")
-@click.option("--out", default=None, help="Folder for results, predictions and a report.")
+@click.option("--out", default=None, help="Folder for the results; a suite goes on from it.")
 @click.option("--revision", default=None, help="Revision of a hub model.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--batch-size", type=click.IntRange(min=1), default=None)
@@ -138,9 +154,12 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     help="Rows asked up to 3 times again under other orders of their options; 0: none.",
 )
 def evaluate(
-    model: str,
-    task: str,
+    overrides: tuple[str, ...],
+    models: tuple[str, ...],
+    task: str | None,
+    suite: str | None,
     data: str | None,
+    baselines: tuple[str, ...],
     protocol: str,
     limit: int | None,
     out: str | None,
@@ -149,7 +168,45 @@ def evaluate(
     batch_size: int | None,
     order_rows: int,
 ) -> None:
-    """Score a model on a task and print the results as JSON."""
+    """Score a model on a task and print the results as JSON; or run a whole suite into --out.
+
+    KEY=VALUE change the settings of a suite, as in sweep.epochs=[1] seeds=2 limit=500.
+    """
+    if (task is None) == (suite is None):
+        raise click.UsageError("Give exactly one of --task and --suite.")
+    if suite is not None:
+        if out is None:
+            raise click.UsageError("--suite needs --out, the folder of its results.")
+        if protocol != "default":
+            raise click.UsageError("--protocol is of a task; a suite's entries name their own.")
+        changes = [*overrides, *([f"limit={limit}"] if limit else [])]
+        from mlmjax.log import counting, say
+        from mlmjax.suite import run_suite
+        from mlmjax.suite_config import load_suite
+
+        try:
+            run_suite(
+                *load_suite(suite, changes),
+                models,
+                data=data,
+                out=out,
+                baselines=baselines,
+                revision=revision,
+                dtype=dtype,
+                batch_size=batch_size,
+                tell=say,
+                counting=counting,
+            )
+        except KeyboardInterrupt:
+            say(f"stopped; what is done lies in {out}; the same command goes on")
+            raise
+        click.echo(f"report: {Path(out) / 'suite.md'}")
+        return
+    assert task is not None
+    if len(models) > 1 or baselines or overrides:
+        found = "several --model" if len(models) > 1 else "--baseline" if baselines else "KEY=VALUE"
+        raise click.UsageError(f"{found}: is for --suite alone.")
+    (model,) = models
     from mlmjax.contamination import contamination, read_training_manifest
     from mlmjax.evaluate import load_task, run_evaluation
     from mlmjax.hf import load_pretrained
@@ -242,83 +299,6 @@ def classify(
             click.echo(json.dumps(answer, ensure_ascii=False))
     if classifier.shortened:
         say(f"{classifier.shortened} of the texts did not fit the model; their ends were cut off")
-
-
-def read_labels(argument: str) -> list[str] | dict[str, str]:
-    """Read labels from `"a,b,c"` or from a file of `label` or `label<TAB>description` lines.
-
-    >>> read_labels("sports, world")
-    ['sports', 'world']
-    """
-    path = Path(argument)
-    try:
-        content = path.read_bytes() if path.is_file() else None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # as a long list of names is
-            raise InputError(
-                f"--labels {argument}: cannot be read ({error.strerror}); give a text file"
-            ) from error
-        content = None
-    if content is None:
-        if "," not in argument:
-            raise InputError(
-                f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
-                'least two labels, as in "sports,world", or the path of a labels file'
-            )
-        names = [name.strip() for name in argument.split(",")]
-        if not all(names):
-            raise InputError(
-                f"--labels {argument!r}: label {names.index('') + 1} is blank; take out the comma "
-                "too many, or give it a name"
-            )
-        return names
-    labels: dict[str, str] = {}
-    for number, line in enumerate(_decoded(content.splitlines(), argument), start=1):
-        if not line.strip():
-            continue
-        name, _, description = (part.strip() for part in line.partition("\t"))
-        if not name or name in labels:
-            found = "the label is blank" if not name else f"the label {name!r} stands there twice"
-            raise InputError(f"{argument}, line {number}: {found}; expected distinct labels")
-        labels[name] = description
-    return labels if any(labels.values()) else list(labels)
-
-
-def read_lines(file: str) -> Iterator[str]:
-    """Yield the texts of a file or of standard input (`-`), one per line, none of them blank."""
-    if file == "-":
-        yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
-        return
-    try:
-        with open(file, "rb") as stream:
-            yield from _checked(_decoded(stream, file), file)
-    except OSError as error:
-        raise InputError(
-            f"{file}: cannot be read ({error.strerror}); give a text file with one text per line"
-        ) from error
-
-
-def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            # Editors on Windows open a file with a byte order mark, which is no text.
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}, line {number}: is not UTF-8 text ({error.reason})"
-            ) from error
-
-
-def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
-    number = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise InputError(
-                f"{where}, line {number}: the text is blank; remove the line or give it a text"
-            )
-        yield line
-    if not number:
-        raise InputError(f"{where}: is empty; give at least one text, one per line")
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

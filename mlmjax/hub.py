@@ -76,17 +76,18 @@ def fetch(
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
     small = [CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES]
-    folder = _download(name, revision, local_files_only, small)
+    folder = download(name, revision, local_files_only, small)
     if not weights:
         return folder
     files = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
     if not all((folder / file).exists() for file in files):
         # The snapshot's folder is named by its commit: both calls see the same version.
-        folder = _download(name, folder.name, local_files_only, files)
+        folder = download(name, folder.name, local_files_only, files)
     return folder
 
 
-def _download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
+def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
+    """Return the snapshot of a hub id with the files of these patterns; `InputError` without it."""
     try:
         return Path(
             huggingface_hub.snapshot_download(

@@ -13,7 +13,7 @@ Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """From correct, gold and predicted rows per label, `[..., labels]`, to a figure `[...]`."""
 
 
-def wilson_interval(correct: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the Wilson score interval of a share, 95 % by default (Wilson 1927).
 
     >>> [round(bound, 3) for bound in wilson_interval(43, 100)]
@@ -104,6 +104,38 @@ def percentile_bootstrap(
         low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
         results.append((float(value), (float(low), float(high))))
     return results
+
+
+def mean_interval(
+    gold: Sequence[str],
+    predicted: Sequence[Sequence[str]],
+    statistic: Statistic,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of a statistic over several models' answers.
+
+    The rows are drawn, each with the answers `predicted[model][row]` of all models, so that what
+    the models have in common stays.
+
+    >>> mean_interval(["a", "b"], [["a", "b"], ["a", "b"]], macro_f1)
+    (1.0, 1.0)
+    """
+    labels = {name: i for i, name in enumerate(sorted({*gold, *(p for m in predicted for p in m)}))}
+    seen = Counter(zip(gold, *predicted, strict=True))
+    patterns = sorted(seen)
+    places = np.array([[labels[name] for name in pattern] for pattern in patterns])
+    one_hot = np.eye(len(labels))[places]  # [patterns, 1 + models, labels]
+    truth, answers = one_hot[:, 0], np.moveaxis(one_hot[:, 1:], 1, 0)
+
+    def figures(counts: np.ndarray) -> list[np.ndarray]:
+        """[..., patterns] -> the mean [...]."""
+        values = [
+            statistic(counts @ (truth * own), counts @ truth, counts @ own) for own in answers
+        ]
+        return [np.mean(values, axis=0)]
+
+    found = np.array([seen[pattern] for pattern in patterns])
+    ((_, interval),) = percentile_bootstrap(found, figures)
+    return interval
 
 
 def accuracy_by_group(

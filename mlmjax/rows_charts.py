@@ -63,7 +63,10 @@ def bars(counts: Sequence[tuple[str, int]], total: int, rest: str | None, title:
             color=INK,
         )
     axes.set_yticks(
-        range(len(names)), [_label(name, 44) for name in names], parse_math=False, fontsize=7.5
+        range(len(names)),
+        [picture_label(name, 44) for name in names],
+        parse_math=False,
+        fontsize=7.5,
     )
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, most * 1.25)
@@ -128,7 +131,7 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
         if not share.any():
             continue
         drawn = axes.barh(range(len(sources)), share, left=left, color=color, height=0.66)
-        legend[_label(title, 44)] = drawn
+        legend[picture_label(title, 44)] = drawn
         for row in np.flatnonzero(share >= _SHOWN_INSIDE).tolist():
             inside = "white" if _is_dark(color) else INK
             at = left[row] + share[row] / 2
@@ -138,7 +141,8 @@ def fates(sources: Mapping[str, Mapping[str, int]], kept: Sequence[str]) -> Figu
             )
         left = left + share
     names = [
-        f"{_label(name, 26)}\n{sum(fate.values()):,} records" for name, fate in sources.items()
+        f"{picture_label(name, 26)}\n{sum(fate.values()):,} records"
+        for name, fate in sources.items()
     ]
     axes.set_yticks(range(len(sources)), names, parse_math=False, fontsize=8)
     axes.set_ylim(len(sources) - 0.5, -0.5)
@@ -179,7 +183,7 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
-def _label(text: str, length: int) -> str:
+def picture_label(text: str, length: int) -> str:
     """Return text for a picture: what its font does not have as numbers, and not too long."""
     font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
     drawn = "".join(

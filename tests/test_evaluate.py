@@ -18,6 +18,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.evaluate import load_task, run_evaluation
 from mlmjax.hf import load_pretrained, save_pretrained
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.questions import read_questions
 from mlmjax.score import check_row
 from mlmjax.task import Task, task_names
 
@@ -441,7 +442,7 @@ def test_no_shipped_task_goes_unread():
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_every_shipped_task_reads_its_file(test_data, name):
     shipped = load_task(name)
-    questions, left_out = evaluate._read_questions(shipped, test_data / FILES[name], None)
+    questions, left_out = read_questions(shipped, test_data / FILES[name], None)
     assert left_out == LEFT_OUT.get(name, {})
     for question in questions:
         check_row(question.row, ["options"], 20)
@@ -486,7 +487,7 @@ def test_labels_of_raft_are_names_or_the_class_numbers_of_the_hub(tmp_path):
     write_csv(tmp_path / "named.csv", [{"Article": "a b", "Label": names[n]} for n in (3, 0, 2, 1)])
     local = shipped.model_copy(update={"hub": str(tmp_path)})
     for source, data in ((local, None), (shipped, tmp_path / "named.csv")):
-        questions, left_out = evaluate._read_questions(source, data, None)
+        questions, left_out = read_questions(source, data, None)
         assert [names[1:][question.gold] for question in questions] == [
             "intermediate", "elementary", "advanced"
         ]  # fmt: skip

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from mlmjax import evaluate, hf, hub, load_pretrained, run_evaluation, save_pretrained
+from mlmjax import hf, hub, load_pretrained, run_evaluation, save_pretrained
 from mlmjax.architecture import ModelConfig
 from mlmjax.data.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.questions import read_questions
 from mlmjax.score import check_row
 from mlmjax.task import load_task, task_names
 
@@ -64,7 +65,7 @@ def every_nth_row(task, n, path, data=None):
 
 
 def check_first_rows(task):
-    questions, _ = evaluate._read_questions(task, None, FIRST_ROWS)
+    questions, _ = read_questions(task, None, FIRST_ROWS)
     assert questions
     for question in questions:
         check_row(question.row, ["options"], 20)
@@ -176,7 +177,7 @@ def test_every_nth_question_is_the_share_of_each_subject(test_data, tmp_path):
     path = test_data / "eval" / "mmlu_test.parquet"
     task = load_task("mmlu")
     rows = every_nth_row(task, 14, tmp_path / "rows.jsonl", path)
-    questions, _ = evaluate._read_questions(task, rows, None)
+    questions, _ = read_questions(task, rows, None)
     assert len(questions) == 1003
     drawn = [question.group for question in questions]
     for subject in pq.read_table(path, columns=["subject"])["subject"].value_counts():

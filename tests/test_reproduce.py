@@ -9,6 +9,7 @@ import pytest
 from mlmjax.cli import cli
 from mlmjax.config import load_config
 from mlmjax.prompts import Template
+from mlmjax.suite_config import load_suite
 from mlmjax.task import load_task
 
 ROOT = Path(__file__).parents[1]
@@ -37,15 +38,19 @@ def test_commands_parse_and_name_what_is_there(monkeypatch):
         name, given = parse(arguments)
         seen.append(name)
         if name == "evaluate":
+            if given["suite"]:
+                assert load_suite(given["suite"], given["overrides"])
+                continue
             load_task(given["task"]).under(given["protocol"])
-            if given["model"].startswith("runs/"):
-                assert given["model"].removesuffix("/export") in trained
+            (model,) = given["models"]
+            if model.startswith("runs/"):
+                assert model.removesuffix("/export") in trained
         else:
             config = load_config(given["config"], given["overrides"])
             if name == "train":
                 assert config.out not in trained
                 trained.add(config.out)
-    assert (seen.count("train"), seen.count("prepare"), seen.count("evaluate")) == (30, 1, 16)
+    assert (seen.count("train"), seen.count("prepare"), seen.count("evaluate")) == (3, 1, 14)
 
 
 def test_a_wrong_command_would_be_found():

@@ -1,0 +1,405 @@
+"""A suite of evaluations: what is run, in cells that a stopped run goes on from."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlmjax import hub
+from mlmjax._version import __version__
+from mlmjax.baselines import tfidf_regression
+from mlmjax.cells import Cells, Result, result_of
+from mlmjax.contamination import contamination, read_training_manifest
+from mlmjax.data.exclude import file_sha256
+from mlmjax.errors import InputError
+from mlmjax.hf import Model, load_pretrained
+from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.places import alone_in
+from mlmjax.prompts import Template
+from mlmjax.questions import Question
+from mlmjax.score import Scorer
+from mlmjax.suite_config import Head, Planned, Suite
+from mlmjax.suite_data import NoDataError, Rows, digest, read_rows
+from mlmjax.suite_lines import Line, line_of
+from mlmjax.suite_report import write_report
+from mlmjax.sweep import (
+    Answers,
+    DivergedError,
+    Progress,
+    Setting,
+    answer_fine_tuned,
+    choose,
+    read_texts,
+    settings_of,
+)
+from mlmjax.task import Task
+from mlmjax.tokenizer import Tokenizer
+from mlmjax.torch_baseline import answer_by_transformers, find_baseline, fingerprint
+
+SWEEP_SEED = 0
+"""The seed that settings are chosen with; the reported ones are 1, 2, ..."""
+
+METHODS: Mapping[Head, str] = {"mlm": "MLM head", "classification": "classification head"}
+ASKED = ("name", "prompt", "shorten", "labels", "verbalizer", "bare", "normalize", "head_prompt")
+"""The keys of a task that its answers depend on."""
+
+Counting = Callable[[str], AbstractContextManager[Progress]]
+"""Gives a context with a function that shows `(done, total)`, as `log.counting`."""
+
+
+class Contender:
+    """A model of the suite, loaded when it is first asked; `digest` is the hash of its files."""
+
+    def __init__(self, name: str, revision: str | None, dtype: str, batch_size: int | None):
+        self.name, self.dtype, self.batch_size = name, dtype, batch_size
+        self.folder = hub.fetch(name, revision=revision)
+        self.training = read_training_manifest(self.folder)
+        self._loaded: tuple[Model, Tokenizer] | None = None
+        self.load()
+        self.rest()
+        names = set((hub.weight_map(self.folder) or {}).values()) or {hub.WEIGHTS}
+        files = [self.folder / name for name in (hub.CONFIG, *hub.TOKENIZER_FILES, *sorted(names))]
+        lines = [f"{path.name} {file_sha256(path)}" for path in files if path.exists()]
+        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a result depends on of the model."""
+        return {"model": self.digest, "dtype": self.dtype}
+
+    def load(self) -> tuple[Any, Tokenizer]:
+        """Load the model unless it is; raises `InputError` for one without an MLM head."""
+        if self._loaded is None:
+            self._loaded = load_pretrained(self.folder, dtype=self.dtype)
+            if not isinstance(self._loaded[0], ModernBertForMaskedLM):
+                raise InputError(
+                    f"{self.name}: is a {type(self._loaded[0]).__name__}; a suite asks and "
+                    "fine-tunes masked language models (give others as --baseline transformers:)"
+                )
+        return self._loaded
+
+    def rest(self) -> None:
+        """Give its memory back; several models are not held at once."""
+        self._loaded = None
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A row of the fine-tuned table: a method on a model.
+
+    `identity` is what its results depend on besides task, rows, setting and seed; `answer` takes
+    what `answer_fine_tuned` takes after the tokenizer and the head.
+    """
+
+    model: str
+    method: str
+    key: str
+    identity: Mapping[str, Any]
+    answer: Callable[..., Answers]
+
+
+class Bench:
+    """Where cells are computed or found, and told of."""
+
+    def __init__(self, cells: Cells, total: int, tell: Callable[[str], None], counting: Counting):
+        self.cells, self.total, self.tell, self.counting = cells, total, tell, counting
+        self.done = 0
+
+    def result(
+        self,
+        what: str,
+        identity: Mapping[str, Any],
+        asked: Sequence[Question],
+        labels: Sequence[str],
+        compute: Callable[[Progress], Answers],
+    ) -> Result:
+        """Return the result of a cell, computed unless it is there."""
+
+        def fresh() -> Result:
+            try:
+                with self.counting(what) as progress:
+                    answers = compute(progress)
+            except DivergedError as error:
+                return Result(diverged=str(error))
+            return result_of(
+                asked,
+                labels,
+                answers.log_probs,
+                shortened=answers.shortened,
+                losses=answers.losses,
+            )
+
+        started = time.perf_counter()
+        result, is_new = self.cells.get({"version": __version__, **identity}, fresh)
+        self.done += 1
+        found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
+        took = f"{time.perf_counter() - started:.1f} s" if is_new else "was there"
+        self.tell(f"[{self.done}/{self.total}] {what}: {found} ({took})")
+        return result
+
+
+def run_suite(
+    suite: Suite,
+    planned: Sequence[Planned],
+    models: Sequence[str],
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    baselines: Sequence[str] = (),
+    revision: str | None = None,
+    dtype: str = "float32",
+    batch_size: int | None = None,
+    tell: Callable[[str], None],
+    counting: Counting,
+) -> dict[str, Any]:
+    """Run the planned entries of a suite (`suite_config.load_suite`) and write the results.
+
+    Zero-shot entries are asked of every model. Fine-tuned ones are trained with every head of the
+    suite and every baseline (`transformers:FOLDER_OR_ID`): each setting of the sweep once, the one
+    with the best headline on validation rows then with every seed, and only these see the test
+    rows. `data` is the folder in which files are looked for; without it parts come from the hub.
+    Entries without data are listed with the reason.
+
+    Each cell is written whole to `out`/cells and found again by the content of the model, task,
+    rows and setting, so the same call goes on where it was stopped. Writes `suite.json` (what is
+    returned), `suite.md` and `suite.png`. Raises `InputError` for anything that cannot be loaded
+    or asked, before the first cell is computed.
+    """
+    if len(set(models)) < len(models) or len(set(baselines)) < len(baselines):
+        raise InputError("a model is named twice; every model and baseline is run once")
+    folders = {name: find_baseline(name) for name in baselines}
+    contenders = [Contender(name, revision, dtype, batch_size) for name in models]
+    folder = None if data is None else Path(data)
+    with alone_in(Path(out)):
+        present, missing = _look(suite, planned, folder)
+        contestants = list(_contestants(suite, contenders, folders))
+        total = sum(
+            len(contenders) if entry.kind == "zero-shot" else 1 + _trainings(suite, contestants)
+            for entry, _ in present
+        )
+        bench = Bench(Cells(Path(out) / "cells"), total, tell, counting)
+        lines: list[Line] = []
+        for one in present:
+            rows = read_rows(one, suite, folder)
+            if one.entry.kind == "zero-shot":
+                lines += [_zero_shot(bench, one, rows, contender) for contender in contenders]
+            else:
+                lines += _fine_tuned(bench, suite, one, rows, contestants, contenders)
+        missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
+        about = {
+            "suite": suite.name,
+            "description": suite.description,
+            "version": __version__,
+            "limit": suite.limit,
+            "seeds": suite.seeds,
+            "sweep": suite.sweep.model_dump(),
+            "models": {contender.name: contender.identity for contender in contenders},
+            "baselines": {name: fingerprint(path) for name, path in folders.items()},
+        }
+        return write_report(Path(out), about, lines, missing)
+
+
+def _look(
+    suite: Suite, planned: Sequence[Planned], folder: Path | None
+) -> tuple[list[Planned], list[dict[str, Any]]]:
+    """Read everything once, so that bad rows are refused before hours of work."""
+    present, missing = [], []
+    for one in planned:
+        try:
+            read_rows(one, suite, folder)
+            present.append(one)
+        except NoDataError as error:
+            missing.append(
+                {"task": one.task.name, "reason": error.message, "tables": one.entry.tables}
+            )
+    return present, missing
+
+
+def _trainings(suite: Suite, contestants: Sequence[Contestant]) -> int:
+    settings = len(settings_of(suite.sweep))
+    return len(contestants) * ((settings if settings > 1 else 0) + suite.seeds)
+
+
+def _contestants(
+    suite: Suite, contenders: Sequence[Contender], baselines: Mapping[str, Path]
+) -> Iterator[Contestant]:
+    for contender in contenders:
+        for head in suite.heads:
+            yield Contestant(
+                contender.name, METHODS[head], head, contender.identity, _with_head(contender, head)
+            )
+    for name, folder in baselines.items():
+        identity = {
+            "model": fingerprint(folder),
+            "libraries": {library: version(library) for library in ("torch", "transformers")},
+        }
+        yield Contestant(name, "transformers", "transformers", identity, _by_torch(folder))
+
+
+def _with_head(contender: Contender, head: Head) -> Callable[..., Answers]:
+    def answer(task: Task, *arguments: Any, **options: Any) -> Answers:
+        model, tokenizer = contender.load()
+        options["batch_size"] = contender.batch_size
+        return answer_fine_tuned(model, tokenizer, task, head, *arguments, **options)
+
+    return answer
+
+
+def _by_torch(folder: Path) -> Callable[..., Answers]:
+    return lambda *arguments, **options: answer_by_transformers(folder, *arguments, **options)
+
+
+def _zero_shot(bench: Bench, planned: Planned, rows: Rows, contender: Contender) -> Line:
+    entry, task = planned
+    count = len(task.label_names) or max(len(question.row["options"]) for question in rows.test)
+    verbalizer = task.verbalizer_for(count)
+
+    def compute(progress: Progress) -> Answers:
+        scorer = Scorer(
+            *contender.load(),
+            Template(task.prompt, shorten=dict(task.shorten)),
+            verbalizer,
+            normalize=task.normalize,
+            batch_size=contender.batch_size,
+        )
+        done = 0
+
+        def report(scored: int) -> None:
+            nonlocal done
+            done += scored
+            progress(done, len(rows.test))
+
+        asked = [question.row for question in rows.test]
+        where = [question.where for question in rows.test]
+        return Answers(scorer.log_probs(asked, where=where, progress=report), scorer.shortened, [])
+
+    identity = {
+        **_of_task(task, "zero-shot"),
+        **contender.identity,
+        "asked": digest(rows.test),
+    }
+    what = f"{task.name}, zero-shot, {contender.name}"
+    result = bench.result(what, identity, rows.test, verbalizer.labels, compute)
+    contender.rest()
+    return line_of(
+        planned,
+        rows,
+        [result],
+        model=contender.name,
+        method="zero-shot",
+        published=entry.published.get("zero-shot"),
+        known=contamination(rows.task, rows.data, contender.training),
+    )
+
+
+def _of_task(task: Task, method: str) -> dict[str, Any]:
+    values = task.model_dump(mode="json")
+    return {"task": {key: values[key] for key in ASKED}, "method": method}
+
+
+def _fine_tuned(
+    bench: Bench,
+    suite: Suite,
+    planned: Planned,
+    rows: Rows,
+    contestants: Sequence[Contestant],
+    contenders: Sequence[Contender],
+) -> Iterator[Line]:
+    entry, task = planned
+    labels = task.label_names
+    hashes = {name: digest(getattr(rows, name)) for name in ("train", "validation", "test")}
+
+    def cell(contestant: Contestant, setting: Setting, seed: int, part: str) -> Result:
+        asked = getattr(rows, part)
+        shared = suite.sweep.model_dump(exclude={"epochs", "learning_rate", "held_out"})
+        identity = {
+            **_of_task(task, contestant.key),
+            **contestant.identity,
+            "train": hashes["train"],
+            "part": part,
+            "asked": hashes[part],
+            "setting": {**setting._asdict(), **shared},
+            "seed": seed,
+        }
+        what = (
+            f"{task.name}, {contestant.method}, {contestant.model}, {part}, epochs "
+            f"{setting.epochs}, learning rate {setting.learning_rate:g}, seed {seed}"
+        )
+
+        def compute(progress: Progress) -> Answers:
+            return contestant.answer(
+                task, rows.train, asked, setting, suite.sweep, seed=seed, progress=progress
+            )
+
+        return bench.result(what, identity, asked, labels, compute)
+
+    identity = {
+        **_of_task(task, "tfidf"),
+        "scikit-learn": version("scikit-learn"),
+        "train": hashes["train"],
+        "asked": hashes["test"],
+    }
+    result = bench.result(
+        f"{task.name}, TF-IDF + logistic regression",
+        identity,
+        rows.test,
+        labels,
+        lambda _: _tfidf(task, rows.train, rows.test),
+    )
+    yield line_of(planned, rows, [result], model="", method="TF-IDF + logistic regression")
+
+    known = {
+        contender.name: contamination(rows.task, rows.data, contender.training)
+        for contender in contenders
+    }
+    for contestant in contestants:
+        settings = settings_of(suite.sweep)
+        tried: dict[Setting, float | None] = {}
+        if len(settings) > 1:
+            for setting in settings:
+                found = cell(contestant, setting, SWEEP_SEED, "validation")
+                tried[setting] = found.metrics.get(task.metric)
+        chosen = choose(tried) if tried else settings[0]
+        results = [
+            cell(contestant, chosen, seed, "test")
+            for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + suite.seeds)
+            if chosen
+        ]
+        for contender in contenders:
+            contender.rest()
+        yield line_of(
+            planned,
+            rows,
+            results,
+            model=contestant.model,
+            method=contestant.method,
+            published=entry.published.get(contestant.key),  # type: ignore[call-overload]
+            known=known.get(contestant.model),
+            chosen=chosen,
+            tried=tried,
+        )
+
+
+def _tfidf(task: Task, train: Sequence[Question], asked: Sequence[Question]) -> Answers:
+    """Answer by TF-IDF and logistic regression: all probability on the predicted label."""
+    names = task.label_names
+    texts = [
+        [
+            {"text": text, "label": names[question.gold]}
+            for text, question in zip(read_texts(task, part), part, strict=True)
+        ]
+        for part in (train, asked)
+    ]
+    try:
+        found = tfidf_regression(*texts)
+    except ValueError as error:  # no word is left of any text
+        raise InputError(f"task {task.name}: TF-IDF cannot read the rows: {error}") from error
+    log_probs = np.full((len(asked), len(names)), -np.inf, np.float32)
+    log_probs[np.arange(len(asked)), [names.index(name) for name in found]] = 0.0
+    return Answers(log_probs, 0, [])

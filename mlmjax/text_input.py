@@ -1,0 +1,85 @@
+"""Labels and texts as the command line is given them, in files or on standard input."""
+
+import errno
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mlmjax.errors import InputError
+
+
+def read_labels(argument: str) -> list[str] | dict[str, str]:
+    """Read labels from `"a,b,c"` or from a file of `label` or `label<TAB>description` lines.
+
+    >>> read_labels("sports, world")
+    ['sports', 'world']
+    """
+    path = Path(argument)
+    try:
+        content = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # as a long list of names is
+            raise InputError(
+                f"--labels {argument}: cannot be read ({error.strerror}); give a text file"
+            ) from error
+        content = None
+    if content is None:
+        if "," not in argument:
+            raise InputError(
+                f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
+                'least two labels, as in "sports,world", or the path of a labels file'
+            )
+        names = [name.strip() for name in argument.split(",")]
+        if not all(names):
+            raise InputError(
+                f"--labels {argument!r}: label {names.index('') + 1} is blank; take out the comma "
+                "too many, or give it a name"
+            )
+        return names
+    labels: dict[str, str] = {}
+    for number, line in enumerate(_decoded(content.splitlines(), argument), start=1):
+        if not line.strip():
+            continue
+        name, _, description = (part.strip() for part in line.partition("\t"))
+        if not name or name in labels:
+            found = "the label is blank" if not name else f"the label {name!r} stands there twice"
+            raise InputError(f"{argument}, line {number}: {found}; expected distinct labels")
+        labels[name] = description
+    return labels if any(labels.values()) else list(labels)
+
+
+def read_lines(file: str) -> Iterator[str]:
+    """Yield the texts of a file or of standard input (`-`), one per line, none of them blank."""
+    if file == "-":
+        yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
+        return
+    try:
+        with open(file, "rb") as stream:
+            yield from _checked(_decoded(stream, file), file)
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror}); give a text file with one text per line"
+        ) from error
+
+
+def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        try:
+            # Editors on Windows open a file with a byte order mark, which is no text.
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{where}, line {number}: is not UTF-8 text ({error.reason})"
+            ) from error
+
+
+def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
+    number = 0
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise InputError(
+                f"{where}, line {number}: the text is blank; remove the line or give it a text"
+            )
+        yield line
+    if not number:
+        raise InputError(f"{where}: is empty; give at least one text, one per line")
