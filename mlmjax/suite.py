@@ -1,30 +1,22 @@
 """A suite of evaluations: what is run, in cells that a stopped run goes on from."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mlmjax import hub
 from mlmjax._version import __version__
-from mlmjax.baselines import tfidf_regression
 from mlmjax.cells import Cells, Result, result_of
-from mlmjax.contamination import contamination, read_training_manifest
-from mlmjax.data.exclude import file_sha256
+from mlmjax.contamination import contamination
+from mlmjax.contestants import Contender, Contestant, answer_by_tfidf, contestants
 from mlmjax.errors import InputError
-from mlmjax.hf import Model, load_pretrained
-from mlmjax.modernbert import ModernBertForMaskedLM
 from mlmjax.places import alone_in
 from mlmjax.prompts import Template
 from mlmjax.questions import Question
 from mlmjax.score import Scorer
-from mlmjax.suite_config import Head, Planned, Suite
+from mlmjax.suite_config import Planned, Suite
 from mlmjax.suite_data import NoDataError, Rows, digest, read_rows
 from mlmjax.suite_lines import Line, line_of
 from mlmjax.suite_report import write_report
@@ -33,75 +25,20 @@ from mlmjax.sweep import (
     DivergedError,
     Progress,
     Setting,
-    answer_fine_tuned,
     choose,
-    read_texts,
     settings_of,
 )
 from mlmjax.task import Task
-from mlmjax.tokenizer import Tokenizer
-from mlmjax.torch_baseline import answer_by_transformers, find_baseline, fingerprint
+from mlmjax.torch_baseline import find_baseline, fingerprint
 
 SWEEP_SEED = 0
 """The seed that settings are chosen with; the reported ones are 1, 2, ..."""
 
-METHODS: Mapping[Head, str] = {"mlm": "MLM head", "classification": "classification head"}
 ASKED = ("name", "prompt", "shorten", "labels", "verbalizer", "bare", "normalize", "head_prompt")
 """The keys of a task that its answers depend on."""
 
 Counting = Callable[[str], AbstractContextManager[Progress]]
 """Gives a context with a function that shows `(done, total)`, as `log.counting`."""
-
-
-class Contender:
-    """A model of the suite, loaded when it is first asked; `digest` is the hash of its files."""
-
-    def __init__(self, name: str, revision: str | None, dtype: str, batch_size: int | None):
-        self.name, self.dtype, self.batch_size = name, dtype, batch_size
-        self.folder = hub.fetch(name, revision=revision)
-        self.training = read_training_manifest(self.folder)
-        self._loaded: tuple[Model, Tokenizer] | None = None
-        self.load()
-        self.rest()
-        names = set((hub.weight_map(self.folder) or {}).values()) or {hub.WEIGHTS}
-        files = [self.folder / name for name in (hub.CONFIG, *hub.TOKENIZER_FILES, *sorted(names))]
-        lines = [f"{path.name} {file_sha256(path)}" for path in files if path.exists()]
-        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a result depends on of the model."""
-        return {"model": self.digest, "dtype": self.dtype}
-
-    def load(self) -> tuple[Any, Tokenizer]:
-        """Load the model unless it is; raises `InputError` for one without an MLM head."""
-        if self._loaded is None:
-            self._loaded = load_pretrained(self.folder, dtype=self.dtype)
-            if not isinstance(self._loaded[0], ModernBertForMaskedLM):
-                raise InputError(
-                    f"{self.name}: is a {type(self._loaded[0]).__name__}; a suite asks and "
-                    "fine-tunes masked language models (give others as --baseline transformers:)"
-                )
-        return self._loaded
-
-    def rest(self) -> None:
-        """Give its memory back; several models are not held at once."""
-        self._loaded = None
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """A row of the fine-tuned table: a method on a model.
-
-    `identity` is what its results depend on besides task, rows, setting and seed; `answer` takes
-    what `answer_fine_tuned` takes after the tokenizer and the head.
-    """
-
-    model: str
-    method: str
-    key: str
-    identity: Mapping[str, Any]
-    answer: Callable[..., Answers]
 
 
 class Bench:
@@ -178,9 +115,9 @@ def run_suite(
     folder = None if data is None else Path(data)
     with alone_in(Path(out)):
         present, missing = _look(suite, planned, folder)
-        contestants = list(_contestants(suite, contenders, folders))
+        entrants = list(contestants(suite, contenders, folders))
         total = sum(
-            len(contenders) if entry.kind == "zero-shot" else 1 + _trainings(suite, contestants)
+            len(contenders) if entry.kind == "zero-shot" else 1 + _trainings(suite, entrants)
             for entry, _ in present
         )
         bench = Bench(Cells(Path(out) / "cells"), total, tell, counting)
@@ -190,7 +127,7 @@ def run_suite(
             if one.entry.kind == "zero-shot":
                 lines += [_zero_shot(bench, one, rows, contender) for contender in contenders]
             else:
-                lines += _fine_tuned(bench, suite, one, rows, contestants, contenders)
+                lines += _fine_tuned(bench, suite, one, rows, entrants, contenders)
         missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
         about = {
             "suite": suite.name,
@@ -221,38 +158,9 @@ def _look(
     return present, missing
 
 
-def _trainings(suite: Suite, contestants: Sequence[Contestant]) -> int:
+def _trainings(suite: Suite, entrants: Sequence[Contestant]) -> int:
     settings = len(settings_of(suite.sweep))
-    return len(contestants) * ((settings if settings > 1 else 0) + suite.seeds)
-
-
-def _contestants(
-    suite: Suite, contenders: Sequence[Contender], baselines: Mapping[str, Path]
-) -> Iterator[Contestant]:
-    for contender in contenders:
-        for head in suite.heads:
-            yield Contestant(
-                contender.name, METHODS[head], head, contender.identity, _with_head(contender, head)
-            )
-    for name, folder in baselines.items():
-        identity = {
-            "model": fingerprint(folder),
-            "libraries": {library: version(library) for library in ("torch", "transformers")},
-        }
-        yield Contestant(name, "transformers", "transformers", identity, _by_torch(folder))
-
-
-def _with_head(contender: Contender, head: Head) -> Callable[..., Answers]:
-    def answer(task: Task, *arguments: Any, **options: Any) -> Answers:
-        model, tokenizer = contender.load()
-        options["batch_size"] = contender.batch_size
-        return answer_fine_tuned(model, tokenizer, task, head, *arguments, **options)
-
-    return answer
-
-
-def _by_torch(folder: Path) -> Callable[..., Answers]:
-    return lambda *arguments, **options: answer_by_transformers(folder, *arguments, **options)
+    return len(entrants) * ((settings if settings > 1 else 0) + suite.seeds)
 
 
 def _zero_shot(bench: Bench, planned: Planned, rows: Rows, contender: Contender) -> Line:
@@ -308,7 +216,7 @@ def _fine_tuned(
     suite: Suite,
     planned: Planned,
     rows: Rows,
-    contestants: Sequence[Contestant],
+    entrants: Sequence[Contestant],
     contenders: Sequence[Contender],
 ) -> Iterator[Line]:
     entry, task = planned
@@ -350,7 +258,7 @@ def _fine_tuned(
         identity,
         rows.test,
         labels,
-        lambda _: _tfidf(task, rows.train, rows.test),
+        lambda _: answer_by_tfidf(task, rows.train, rows.test),
     )
     yield line_of(planned, rows, [result], model="", method="TF-IDF + logistic regression")
 
@@ -358,7 +266,7 @@ def _fine_tuned(
         contender.name: contamination(rows.task, rows.data, contender.training)
         for contender in contenders
     }
-    for contestant in contestants:
+    for contestant in entrants:
         settings = settings_of(suite.sweep)
         tried: dict[Setting, float | None] = {}
         if len(settings) > 1:
@@ -384,22 +292,3 @@ def _fine_tuned(
             chosen=chosen,
             tried=tried,
         )
-
-
-def _tfidf(task: Task, train: Sequence[Question], asked: Sequence[Question]) -> Answers:
-    """Answer by TF-IDF and logistic regression: all probability on the predicted label."""
-    names = task.label_names
-    texts = [
-        [
-            {"text": text, "label": names[question.gold]}
-            for text, question in zip(read_texts(task, part), part, strict=True)
-        ]
-        for part in (train, asked)
-    ]
-    try:
-        found = tfidf_regression(*texts)
-    except ValueError as error:  # no word is left of any text
-        raise InputError(f"task {task.name}: TF-IDF cannot read the rows: {error}") from error
-    log_probs = np.full((len(asked), len(names)), -np.inf, np.float32)
-    log_probs[np.arange(len(asked)), [names.index(name) for name in found]] = 0.0
-    return Answers(log_probs, 0, [])
