@@ -172,7 +172,7 @@ def sample(questions: list[Question], count: int | None, seed: list[int]) -> lis
     """Draw that many questions without putting back, in the order they stand.
 
     >>> sample(list("abcdef"), 3, [0, 0])
-    ['b', 'e', 'f']
+    ['d', 'e', 'f']
     """
     if count is None or count >= len(questions):
         return questions
@@ -186,7 +186,7 @@ def hold_out(
     """Split training questions into those to train on and a seeded share to choose on.
 
     >>> hold_out(list("abcdef"), 0.3, "t")
-    (['a', 'b', 'c', 'd'], ['e', 'f'])
+    (['a', 'b', 'e', 'f'], ['c', 'd'])
     """
     count = max(1, round(share * len(questions)))
     if count >= len(questions):
