@@ -5,7 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from mlmjax import hub
 from mlmjax.asking import Asking, Question
@@ -39,6 +41,23 @@ class Answering:
     classes_: np.ndarray
     prompts_: int
     manifest_: str | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep weights as plain arrays and leave out what is compiled, so that it can be copied."""
+        state = dict(super().__getstate__())  # type: ignore[misc]
+        if (asking := state.pop("asking_", None)) is not None:
+            graphdef, params = nnx.split(asking.scorer.model)
+            state["copied_"] = graphdef, jax.device_get(params), asking.scorer.tokenizer
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put together again what `__getstate__` gave."""
+        copied = state.pop("copied_", None)
+        super().__setstate__(state)  # type: ignore[misc]
+        if copied is not None:
+            graphdef, params, tokenizer = copied
+            model = nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, params))
+            self.asking_ = make_asking(self.settings_, model, tokenizer, batch_size=self.batch_size)
 
     def _ready(self) -> Asking:
         """Load what is not loaded yet, and return how it asks."""

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 Forward = Callable[..., Any]
-"""From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`."""
+"""From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`.
+
+It has to be hashable; those that are equal share what is compiled.
+"""
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
@@ -53,7 +57,7 @@ class Engine:
     ):
         self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
         self.buckets = bucket_lengths(max_length)
-        self.compilations = 0
+        self._shapes: set[tuple[int, int]] = set()
         self.real_tokens = self.padded_tokens = 0
         devices = local_devices()
         if batch_size:  # as many of them as can have equal parts of a batch
@@ -62,13 +66,12 @@ class Engine:
         self.mesh = make_mesh({"data": -1}, devices)
         self._halvings = 0
         self._placed: tuple[list[Any], Any] = ([], None)
-        graphdef, _ = nnx.split(model)
+        self.jitted = _jitted(nnx.split(model)[0], forward)
 
-        def call(state: Any, *arrays: jax.Array) -> Any:
-            self.compilations += 1  # Python runs only while tracing.
-            return forward(nnx.merge(graphdef, state), *arrays)
-
-        self.jitted = jax.jit(call)
+    @property
+    def compilations(self) -> int:
+        """How many shapes of batches there were so far, each a program of its own."""
+        return len(self._shapes)
 
     @property
     def padding_share(self) -> float:
@@ -180,6 +183,7 @@ class Engine:
             filled[len(members) :] = members[0]
             self.real_tokens += int(lengths[members].sum())
             self.padded_tokens += rows * length
+            self._shapes.add((rows, length))
             arrays = (ids, segment_ids, *(column[filled] for column in columns))
             yield members, jax.device_put(arrays, batch_sharding(self.mesh))
             start += rows
@@ -193,6 +197,12 @@ class Engine:
             placed = place(state, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
             self._placed = leaves, placed
         return placed
+
+
+@lru_cache(maxsize=64)
+def _jitted(graphdef: Any, forward: Forward) -> Any:
+    """Return the jitted call; engines of like models that read the same share what is compiled."""
+    return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
 
 
 def local_devices() -> list[jax.Device]:

@@ -1,9 +1,13 @@
 """Fine-tuning in memory: one prompt per row, its answer at the slot or by a classification head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from mlmjax.config import OptimizerConfig, ScheduleConfig, decode
@@ -12,9 +16,9 @@ from mlmjax.errors import RunError
 from mlmjax.heads import label_loss
 from mlmjax.hf import Model
 from mlmjax.modernbert import ModernBertForSequenceClassification
-from mlmjax.optim import make_optimizer
+from mlmjax.optim import decay_mask, make_schedule
 from mlmjax.prompts import Prompt
-from mlmjax.step import create_train_state, make_train_step, masked_token_loss
+from mlmjax.step import TrainState, create_train_state, make_train_step, masked_token_loss
 
 
 def fine_tune(
@@ -43,14 +47,14 @@ def fine_tune(
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
-    rates = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    optimizer = make_optimizer(
-        decode(OptimizerConfig, rates, "fit"),
-        decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit"),
-        updates,
+    optimizer = decode(
+        OptimizerConfig, {"learning_rate": learning_rate, "weight_decay": weight_decay}, "fit"
     )
-    graphdef, state = create_train_state(model, optimizer)
-    step = make_train_step(graphdef, optimizer, loss=label_loss if has_head else masked_token_loss)
+    schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
+    rate = make_schedule(schedule, learning_rate, updates)
+    update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
+    graphdef, state = create_train_state(model, update)
+    step = _step(graphdef, update, has_head)
     layout = label_batch if has_head else answer_batch
     done = 0
     for epoch in range(epochs):
@@ -65,7 +69,8 @@ def fine_tune(
                 buckets=buckets,
                 pad_id=pad_id,
             )
-            state, metrics = step(state, batch)
+            rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
+            state, metrics = step(_with_rates(state, rates), batch)
             sums.append((metrics["loss_sum"], metrics["loss_count"]))
             done += 1
             if progress:
@@ -78,6 +83,39 @@ def fine_tune(
         if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
             break
     return nnx.merge(graphdef, state.params)
+
+
+@lru_cache(maxsize=8)
+def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """Return the optimizer, its rates in its state: other rates are no other program."""
+
+    def make(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(optimizer.clip),
+            optax.adamw(
+                learning_rate,
+                b1=optimizer.b1,
+                b2=optimizer.b2,
+                eps=optimizer.eps,
+                weight_decay=weight_decay,
+                mask=decay_mask,
+            ),
+        )
+
+    made = optax.inject_hyperparams(make)(learning_rate=0.0, weight_decay=0.0)
+    assert isinstance(made, optax.GradientTransformation)
+    return made
+
+
+@lru_cache(maxsize=8)
+def _step(graphdef: Any, update: optax.GradientTransformation, has_head: bool) -> Any:
+    """Return the training step; runs of like models share what is compiled."""
+    return make_train_step(graphdef, update, loss=label_loss if has_head else masked_token_loss)
+
+
+def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))
 
 
 def answer_batch(

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
@@ -145,7 +146,7 @@ class RowScorer:
 
     @property
     def compilations(self) -> int:
-        """How many programs were compiled so far."""
+        """How many shapes of batches there were so far, each a program of its own."""
         return self.engine.compilations
 
     @property
@@ -252,7 +253,7 @@ class Scorer(RowScorer):
             tokenizer,
             template,
             verbalizer.labels,
-            self._forward(verbalizer.ids(tokenizer)),
+            _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary"),
             batch_size=batch_size,
             max_length=max_length,
             optional=optional,
@@ -270,36 +271,38 @@ class Scorer(RowScorer):
         ids = [prompt.ids for prompt in prompts]
         return np.asarray(self.engine.run(ids, slots, counts, progress=progress))
 
-    def _forward(self, label_forms: Sequence[Sequence[int]]) -> Forward:
-        widest = max(map(len, label_forms))
-        form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in label_forms])
-        is_form = np.array([[i < len(ids) for i in range(widest)] for ids in label_forms])
-        over_vocabulary = self.normalize == "vocabulary"
 
-        def score(
-            model: Any,
-            ids: jax.Array,
-            segment_ids: jax.Array,
-            slots: jax.Array,
-            own_labels: jax.Array,
-        ) -> jax.Array:
-            """[batch, seq] ids -> [batch, labels] log probabilities."""
-            hidden = model.encode(ids, segment_ids)
-            at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
-            if over_vocabulary:
-                logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
-                logits = logits[:, form_ids]
-            else:
-                logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel())).astype(
-                    jnp.float32
-                )
-                logits = logits.reshape(-1, *form_ids.shape)
-            logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
-            is_own = jnp.arange(len(label_forms))[None, :] < own_labels[:, None]
-            logits = jnp.where(is_own, logits, -jnp.inf)
-            return logits if over_vocabulary else jax.nn.log_softmax(logits)
+@dataclass(frozen=True)
+class _AtSlot:
+    """Reads the label log probabilities at the slots; `forms` are the tokens of each label."""
 
-        return score
+    forms: tuple[tuple[int, ...], ...]
+    over_vocabulary: bool
+
+    def __call__(
+        self,
+        model: Any,
+        ids: jax.Array,
+        segment_ids: jax.Array,
+        slots: jax.Array,
+        own_labels: jax.Array,
+    ) -> jax.Array:
+        """[batch, seq] ids -> [batch, labels] log probabilities."""
+        widest = max(map(len, self.forms))
+        form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in self.forms])
+        is_form = np.array([[i < len(ids) for i in range(widest)] for ids in self.forms])
+        hidden = model.encode(ids, segment_ids)
+        at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
+        if self.over_vocabulary:
+            logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
+            logits = logits[:, form_ids]
+        else:
+            logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel())).astype(jnp.float32)
+            logits = logits.reshape(-1, *form_ids.shape)
+        logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
+        is_own = jnp.arange(len(self.forms))[None, :] < own_labels[:, None]
+        logits = jnp.where(is_own, logits, -jnp.inf)
+        return logits if self.over_vocabulary else jax.nn.log_softmax(logits)
 
 
 class HeadScorer(RowScorer):

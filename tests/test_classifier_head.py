@@ -60,7 +60,8 @@ def test_a_head_can_be_calibrated_and_read_windows(with_head):
         with_head.source,
         ["sports", "money"],
         head="classification",
-        long_text="mean", max_length=64,
+        long_text="mean",
+        max_length=64,
     )
     windows.fit(["goal " * 100, "bank " * 100], ["sports", "money"], epochs=1)
     assert windows.predict_proba(["goal " * 300]).shape == (1, 2)

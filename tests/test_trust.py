@@ -153,7 +153,10 @@ def test_all_of_it_is_saved_and_comes_back(classifier, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"calibration": {"method": "batch", "bias": [1.0], "rows": 2}}, "calibration.bias has 1 numbers; expected 3"),
+        (
+            {"calibration": {"method": "batch", "bias": [1.0], "rows": 2}},
+            "calibration.bias has 1 numbers; expected 3",
+        ),
         ({"calibration": {"method": "magic", "rows": 2}}, "method names 'magic'"),
         ({"calibration": {"method": "batch", "rows": 2, "temperature": 0.0}}, "temperature"),
         ({"conformal": {"method": "lac", "scores": [2.0]}}, "conformal.scores"),
