@@ -68,26 +68,35 @@ def attend(
 
 def _choose(query: jax.Array) -> str:
     """Pick by platform; what is not a matter of platform `banded` decides by shape."""
-    if platform() == "tpu":
-        return "splash"
-    return "cudnn" if platform() in _GPUS and not _cudnn_refusal(query) else "banded"
+    choice = automatic(platform())
+    return "banded" if choice == "cudnn" and _cudnn_refusal(query) else choice
 
 
-def _check(implementation: str, query: jax.Array) -> None:
+def automatic(where: str) -> str:
+    """Return what `"auto"` is on a platform; on a GPU, where cuDNN takes the arrays."""
+    return "splash" if where == "tpu" else "cudnn" if where in _GPUS else "banded"
+
+
+def check_platform(implementation: str, where: str) -> None:
+    """Raise `InputError` for an implementation that is unknown, or not for this platform."""
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"attention: found {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}"
         )
-    if implementation == "splash" and platform() != "tpu":
+    needs = {"splash": ("a TPU", ("tpu",)), "cudnn": ("an NVIDIA GPU", _GPUS)}
+    what, platforms = needs.get(implementation, ("", (where,)))
+    if where not in platforms:
         raise InputError(
-            f"attention 'splash' needs a TPU, and this is {platform()}; set attention to 'auto'"
+            f"attention {implementation!r} needs {what}, and this is {where}; set attention to "
+            "'auto'"
         )
-    if implementation == "cudnn":
-        refusal = _cudnn_refusal(query)
-        if platform() not in _GPUS:
-            refusal = f"needs an NVIDIA GPU, and this is {platform()}"
-        if refusal:
-            raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
+
+
+def _check(implementation: str, query: jax.Array) -> None:
+    check_platform(implementation, platform())
+    refusal = _cudnn_refusal(query) if implementation == "cudnn" else None
+    if refusal:
+        raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
 
 
 def _cudnn_refusal(query: jax.Array) -> str | None:

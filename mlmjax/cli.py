@@ -102,16 +102,15 @@ def train(
     "--topology", required=True, metavar="KIND:SHAPE", help="As in v5e:16x16, v5p:4x4x4, cpu:8."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> None:
-    """Compile CONFIG.toml for devices that need not be here; tell what it takes there."""
+def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> int:
+    """Compile CONFIG.toml for devices that need not be here; exit code 1 if it does not fit."""
     run_config = _load(config, overrides)
     from mlmjax.log import say
     from mlmjax.plan import make_plan, report
 
     found = make_plan(run_config, topology, say=say)
-    lines = [json.dumps(found, indent=2)] if as_json else report(found)
-    for line in lines:
-        click.echo(line)
+    click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report(found)))
+    return EXIT_FAILED if found["fits"] is False else 0
 
 
 @cli.command()

@@ -1,5 +1,6 @@
 """Where every array lives: one mesh, one table of sharding rules by parameter path."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -44,30 +45,35 @@ def make_mesh(
     that remain. Explicit sizes whose product is smaller than the number of devices use the first
     ones. Raises `InputError` where the sizes do not fit the devices.
     """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = tuple(mesh_shape(config, len(devices)).values())
+    return _arranged(sizes, devices[: math.prod(sizes)])
+
+
+def mesh_shape(config: MeshConfig | Mapping[str, int], devices: int) -> dict[str, int]:
+    """Return the sizes of the axes of `make_mesh` for a number of devices; raises as it does."""
     if not isinstance(config, MeshConfig):
         unknown = sorted(set(config) - set(AXES))
         if unknown:
             raise InputError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(AXES)}")
         config = MeshConfig(**{"data": 1, **config})
-    devices = list(jax.devices() if devices is None else devices)
     other = config.fsdp * config.tensor
-    data = len(devices) // other if config.data == -1 else config.data
+    data = devices // other if config.data == -1 else config.data
     wanted = f"mesh: fsdp {config.fsdp} x tensor {config.tensor}"
-    if config.data == -1 and len(devices) % other:
+    if config.data == -1 and devices % other:
         raise InputError(
-            f"{wanted} = {other} does not divide the {len(devices)} devices here; "
+            f"{wanted} = {other} does not divide the {devices} devices here; "
             f"choose sizes whose product does"
         )
-    if data * other > len(devices):
+    if data * other > devices:
         raise InputError(
-            f"{wanted} x data {data} = {data * other} devices, but there are {len(devices)}; "
+            f"{wanted} x data {data} = {data * other} devices, but there are {devices}; "
             f"make an axis smaller, or data = -1 for the remaining devices"
         )
-    sizes = (data, config.fsdp, config.tensor)
-    return _arranged(sizes, devices[: data * other])
+    return {"data": data, "fsdp": config.fsdp, "tensor": config.tensor}
 
 
-def _arranged(sizes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
+def _arranged(sizes: tuple[int, ...], devices: Sequence[Any]) -> Mesh:
     """Make the mesh of these devices, all of them."""
     kinds = (AxisType.Auto,) * len(AXES)
     layout = across_slices(sizes, devices)
@@ -76,7 +82,7 @@ def _arranged(sizes: tuple[int, int, int], devices: Sequence[Any]) -> Mesh:
     return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
 
-def across_slices(sizes: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarray | None:
+def across_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray | None:
     """Lay out the devices of several slices so that only `data` crosses from one to another.
 
     A slice is what a fast network connects: of TPUs one of its chips, of GPUs often one host. None

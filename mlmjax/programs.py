@@ -6,6 +6,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlmjax import compiled, partition
+from mlmjax.attention import automatic, check_platform
 from mlmjax.config import RunConfig, parse_config
 from mlmjax.data.batch import Batch, LabelBatch
-from mlmjax.data.rows import MANIFEST, read_manifest
-from mlmjax.data.schedule import target_width
+from mlmjax.data.prepare import check_same
+from mlmjax.data.rows import MANIFEST, Manifest, read_manifest
+from mlmjax.data.schedule import row_schedule, target_width
 from mlmjax.engine import rows_of
 from mlmjax.errors import InputError
 from mlmjax.flops import BACKWARD, forward_flops, peak_flops
@@ -28,29 +31,49 @@ from mlmjax.optim import make_optimizer
 from mlmjax.prompts import Template, Verbalizer
 from mlmjax.score import Scorer
 from mlmjax.splash import splash_block
-from mlmjax.start import describe_start
+from mlmjax.start import PUBLISHED, describe_start, load_tokenizer
 from mlmjax.step import abstract_train_state, make_eval_step, make_train_step, split_parameters
 from mlmjax.tokenizer import Tokenizer
 from mlmjax.topology import Topology, devices_of, parse_topology
-from mlmjax.train import HEADS
+from mlmjax.train import HEADS, micro_batches
+
+PROGRAMS = ("training", "scoring")
 
 # The shortest examples: [CLS], a word, [unused0], [MASK], [SEP]; and of plain text without a slot.
 _SHORTEST, _SHORTEST_TEXT = 5, 3
 
 
-def compile_run(config: RunConfig, topology: Topology, *, scoring: bool = True) -> dict[str, Any]:
-    """Compile the training step of a run for a machine, and (unless told not to) its scoring.
+def check_run(config: RunConfig, topology: Topology) -> Any:
+    """Refuse, without a compiler or a device, what a run would refuse there; return its model.
 
-    Returns plain values, bytes being those of one device: `machine`, `training`, `scoring` and
-    `assumptions`, the sentences that the figures rest on. Raises `InputError` for what a run would
-    refuse before its first step, and for a machine that cannot be described here.
+    The model has shapes and no weights. Raises `InputError`.
     """
     if config.parallel != "pjit":
         raise InputError("parallel: a plan is for 'pjit'; set parallel = 'pjit'")
+    check_platform(config.attention, topology.platform)
+    sizes = partition.mesh_shape(config.mesh, topology.devices)
+    start = row_schedule(config.data, config.steps).start
+    partition.check_rows(sizes, config.data.batch_size, config.data.accumulate)
+    partition.check_rows(sizes, start, micro_batches(config, start))
+    model = describe_start(config)
+    partition.parameter_specs(sizes, split_parameters(model)[1])
+    return model
+
+
+def compile_run(
+    config: RunConfig, topology: Topology, programs: Sequence[str] = PROGRAMS
+) -> dict[str, Any]:
+    """Compile the training step of a run for a machine, and its scoring, or one of the two.
+
+    Returns plain values, bytes being those of one device: `machine`, what was asked of `training`
+    and `scoring`, and `assumptions`, the sentences that the figures rest on. A program `fits` or
+    not; None says that its devices have no memory of their own to judge by. Raises `InputError`
+    for what a run would refuse before its first step, and for a machine that cannot be described
+    here.
+    """
+    model = check_run(config, topology)
     devices = devices_of(topology)
     mesh = partition.make_mesh(config.mesh, devices)
-    partition.check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
-    model = describe_start(config)
     compiler = "jaxlib" if topology.platform == "cpu" else "libtpu"
     machine = {
         "topology": topology.name,
@@ -58,25 +81,32 @@ def compile_run(config: RunConfig, topology: Topology, *, scoring: bool = True) 
         "devices": len(devices),
         "used": mesh.size,
         "attention": config.attention,
-        "splash_blocks": _splash_blocks(config) if topology.platform == "tpu" else None,
+        "attention_chosen": _attention(config, topology),
+        "splash_blocks": _splash_blocks(config, topology),
         "mesh": dict(mesh.shape),
-        "memory": int(topology.memory),
+        "memory": None if topology.memory is None else int(topology.memory),
         "peak_flops": peak_flops(devices[0].device_kind, config.dtype),
         "jax": jax.__version__,
         "compiler": f"{compiler} {version(compiler)}",
     }
     assumptions: list[str] = []
-    return {
-        "machine": machine,
-        "training": _training(config, model, mesh, machine, assumptions),
-        "scoring": _scoring(config, model, mesh, topology, assumptions) if scoring else None,
-        "assumptions": assumptions,
+    compile_one = {"training": _training, "scoring": _scoring}
+    found = {
+        name: compile_one[name](config, model, mesh, machine, assumptions) for name in programs
     }
+    for program in found.values():
+        if "memory" in program and machine["memory"] is not None:
+            program["fits"] = program["memory"]["total"] <= machine["memory"]
+    return {"machine": machine, **found, "assumptions": assumptions}
 
 
-def _splash_blocks(config: RunConfig) -> list[int] | None:
+def _attention(config: RunConfig, topology: Topology) -> str:
+    return automatic(topology.platform) if config.attention == "auto" else config.attention
+
+
+def _splash_blocks(config: RunConfig, topology: Topology) -> list[int] | None:
     """Return the blocks the kernels of global and local layers really take; None without them."""
-    if config.attention not in ("auto", "splash"):
+    if _attention(config, topology) != "splash":
         return None
     return [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
 
@@ -118,7 +148,7 @@ def _training(
 
 
 def _scoring(
-    config: RunConfig, model: Any, mesh: Mesh, topology: Topology, assumptions: list[str]
+    config: RunConfig, model: Any, mesh: Mesh, machine: dict[str, Any], assumptions: list[str]
 ) -> dict[str, Any]:
     """Compile the widest bucket of the `Scorer` for one device; of a head, its validation."""
     if config.head == "classification":
@@ -128,14 +158,14 @@ def _scoring(
         params = abstract_params(params, mesh)
         arguments: tuple[Any, ...] = (params, _abstract_batch(config, mesh, [], rows))
         assumptions.append("scoring: the validation step, on the whole mesh")
+        helps = "take a larger data.accumulate or a shorter data.seq_length"
     else:
         first = np.array(mesh.devices.flat[:1]).reshape((1,) * len(partition.AXES))
         mesh = Mesh(first, mesh.axis_names, axis_types=mesh.axis_types)
         letters = Verbalizer.letters(["a", "b", "c", "d"])
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-        scorer = Scorer(model, tokenizer, Template("{text}"), letters)
+        scorer = Scorer(model, _tokenizer(config), Template("{text}"), letters)
         length = scorer.engine.buckets[-1]
-        rows = rows_of(length, topology.platform)
+        rows = rows_of(length, mesh.devices.flat[0].platform)
         params = abstract_params(nnx.split(model)[1], mesh)
         whole = partition.replicated_sharding(mesh)
         arrays = [
@@ -143,6 +173,8 @@ def _scoring(
             for shape in ((rows, length), (rows, length), (rows,), (rows,))
         ]
         program, arguments = scorer.engine.jitted, (params, *arrays)
+        helps = "give fewer rows at a time (batch_size; without it they are halved until they fit)"
+        helps += ", or shorter prompts"
         assumptions.append(
             f"scoring: one device, the longest prompts ({length} tokens), four labels"
         )
@@ -151,6 +183,7 @@ def _scoring(
         "rows": rows,
         "seq_length": length,
         "devices": mesh.size,
+        "what_helps": helps,
         "parameters": _bytes_per_device(params),
         **found,
     }
@@ -187,7 +220,7 @@ def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
                 ) from error
             return {"fits": False, "refusal": refused, "seconds": seconds}
     return {
-        "fits": True,
+        "fits": None,
         "memory": compiled.memory(result),
         "collectives": compiled.collectives(result.as_text()),
         "seconds": seconds,
@@ -213,17 +246,41 @@ def _abstract_batch(
 def _target_width(config: RunConfig, assumptions: list[str]) -> int:
     """Bound the targets of a row as the loader does: by its rows, or by what rows there can be."""
     data, text = config.data, any(source.text for source in config.data.sources)
-    if (Path(data.rows) / MANIFEST).exists():
-        files = [file for file in read_manifest(data.rows).splits["train"] if file.rows]
+    manifest = _manifest(config, assumptions)
+    if manifest is not None:
+        files = [file for file in manifest.splits["train"] if file.rows]
         most = max((file.max_examples_per_row for file in files), default=1)
         text = any(file.text for file in files)
         says = f"as the rows in {data.rows} are"
     else:
         most = data.seq_length // (_SHORTEST_TEXT if text else _SHORTEST) if data.pack else 1
-        says = "as many as there can be (no rows there yet)"
+        says = "as many as there can be (no such rows there yet)"
     width = target_width(config.objective, data.seq_length, most, text)
     assumptions.append(f"targets: room for {width} in a row, at most {most} examples, {says}")
     return width
+
+
+def _manifest(config: RunConfig, assumptions: list[str]) -> Manifest | None:
+    """Read what the rows hold that `train` would take; rows it would refuse are left, and said."""
+    rows = Path(config.data.rows)
+    if not (rows / MANIFEST).exists():
+        return None
+    try:
+        check_same(rows, config.data, _tokenizer(config), config.head)
+        return read_manifest(rows)
+    except InputError as error:
+        assumptions.append(
+            f"the rows that are there do not count, training refuses them: {error.message}"
+        )
+        return None
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    """Load the tokenizer of a run; that of the `PUBLISHED` models is here without their folder."""
+    name = config.init_from
+    if config.tokenizer is None and name in PUBLISHED and not Path(name).is_dir():
+        return Tokenizer.from_pretrained()
+    return load_tokenizer(config)
 
 
 def _answers(config: RunConfig, assumptions: list[str]) -> int:
@@ -245,12 +302,12 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def main() -> int:
-    """Answer one request: `{"config": ..., "topology": ..., "scoring": ...}`."""
+    """Answer one request: `{"config": ..., "topology": ..., "programs": [...]}`."""
     request = json.load(sys.stdin)
     try:
         config = parse_config(request["config"])
         topology = parse_topology(request["topology"])
-        answer = compile_run(config, topology, scoring=request["scoring"])
+        answer = compile_run(config, topology, request["programs"])
     except InputError as error:
         answer = {"error": [error.message, *error.details]}
     print(json.dumps(answer))

@@ -109,7 +109,7 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     """Load the tokenizer of a run without its model."""
     if config.init_from is None or config.tokenizer is not None:
         return Tokenizer.from_pretrained(config.tokenizer)
-    return hf.load_tokenizer(hub.fetch(config.init_from, revision=config.revision))
+    return hf.load_tokenizer(hub.fetch(config.init_from, revision=config.revision, weights=False))
 
 
 def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:

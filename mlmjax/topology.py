@@ -17,6 +17,7 @@ class Chip(NamedTuple):
     `memory` is what the compiler leaves to a program, of the HBM of one device (a chip, but half
     a chip of 7x), in bytes, as libtpu 0.0.48 states it when it refuses one. `sides`, `most`: the
     dimensions of a slice, and the chips of the largest (Google Cloud's pages of each TPU version).
+    `devices`: how many one chip counts as.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Chip(NamedTuple):
     memory: float
     shapes: str
     options: Mapping[str, Any] = {}
+    devices: int = 1
 
 
 CHIPS = {
@@ -42,7 +44,14 @@ CHIPS = {
         "v5p", 3, 8960, 95.73 * GIB, "1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ... 16x20x28"
     ),
     "v6e": Chip("v6e", 2, 256, 31.24 * GIB, "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-    "7x": Chip("tpu7x", 3, 9216, 94.74 * GIB, "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ... 16x16x36"),
+    "7x": Chip(
+        "tpu7x",
+        3,
+        9216,
+        94.74 * GIB,
+        "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ... 16x16x36",
+        devices=2,
+    ),
 }
 
 
@@ -63,11 +72,15 @@ class Topology(NamedTuple):
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     @property
-    def memory(self) -> float:
-        """Bytes a program may use on one device; simulated devices share the machine's memory."""
-        if self.kind != "cpu":
-            return CHIPS[self.kind].memory
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / self.shape[0]
+    def devices(self) -> int:
+        """How many devices JAX sees there."""
+        each = 1 if self.kind == "cpu" else CHIPS[self.kind].devices
+        return math.prod(self.shape) * each
+
+    @property
+    def memory(self) -> float | None:
+        """Bytes a program may use on one device; None for simulated devices, which have none."""
+        return None if self.kind == "cpu" else CHIPS[self.kind].memory
 
 
 def parse_topology(name: str) -> Topology:
@@ -76,26 +89,40 @@ def parse_topology(name: str) -> Topology:
     >>> parse_topology("v5e:16x16"), parse_topology("cpu:8").platform
     (Topology(kind='v5e', shape=(16, 16)), 'cpu')
     """
+    if not name.strip():
+        raise _refused(name, "is empty")
     kind, _, sides = name.strip().lower().partition(":")
     kind = kind.removeprefix("tpu").lstrip("-")
     chip = CHIPS.get(kind)
-    if (chip is None and kind != "cpu") or not re.fullmatch(r"\d{1,5}(x\d{1,5})*", sides):
-        raise _unknown(name, "expected KIND:SHAPE")
+    if chip is None and kind != "cpu":
+        raise _refused(name, f"unknown kind {kind!r}; known are {', '.join(CHIPS)} and cpu")
+    if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", sides):
+        raise _refused(name, f"found {sides!r} for a shape; expected whole numbers from 1, as 2x4")
     shape = tuple(map(int, sides.split("x")))
+    chips = math.prod(shape)
     if chip is None:
-        if len(shape) > 1 or not 1 <= shape[0] <= 512:
-            raise _unknown(name, "expected 1 to 512 simulated devices")
-    elif len(shape) != chip.sides or not 1 <= math.prod(shape) <= chip.most:
-        raise _unknown(name, f"a {kind} slice has {chip.sides} sides and at most {chip.most} chips")
-    elif chip.sides == 2 and max(shape) > 16:
-        raise _unknown(name, f"no side of a {kind} slice is longer than 16")
+        if len(shape) > 1 or chips > 512:
+            raise _refused(name, f"found {sides}; expected 1 to 512 simulated devices, as in cpu:8")
+        return Topology(kind, shape)
+    if len(shape) != chip.sides:
+        raise _refused(name, f"found {len(shape)} side(s); a {kind} slice has {chip.sides}")
+    if chips > chip.most:
+        raise _refused(name, f"found {chips} chips; a {kind} slice has at most {chip.most}")
+    if chip.sides == 2 and max(shape) > 16:
+        raise _refused(name, f"found a side of {max(shape)}; in {kind} none is longer than 16")
+    if chips > 1 and (shape[0] % 2 or shape[1] % 2):
+        raise _refused(
+            name,
+            f"found {sides}; hosts of a {kind} slice have 2x2 chips, so the first two sides "
+            "are even",
+        )
     return Topology(kind, shape)
 
 
-def _unknown(name: str, why: str) -> InputError:
+def _refused(name: str, why: str) -> InputError:
     known = [f"{kind}: {chip.shapes}" for kind, chip in CHIPS.items()]
     return InputError(
-        f"--topology {name}: is no known topology ({why}); give one as v5e:16x16 or cpu:8",
+        f"--topology {name!r}: {why}; give KIND:SHAPE, as v5e:16x16 or cpu:8",
         ["KIND: SHAPES", *known, "cpu: a number of simulated devices, 1 to 512"],
     )
 
@@ -146,9 +173,13 @@ def devices_of(topology: Topology) -> list[Any]:
         if _lacks_libtpu(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "
-                "install it with pip install 'mlmjax[plan]'"
+                "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "
+                "'mlmjax[plan]'"
             ) from error
-        raise _unknown(topology.name, str(error).partition("\n")[0]) from error
+        says = str(error).partition("\n")[0]
+        raise _refused(
+            topology.name, f"the TPU compiler knows no {topology.kind} slice of this shape ({says})"
+        ) from error
     return list(described.devices)
 
 

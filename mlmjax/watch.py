@@ -1,5 +1,6 @@
 """Processes of a run that watch over each other: when one ends, all end, and say why."""
 
+import ctypes
 import json
 import os
 import re
@@ -47,6 +48,41 @@ def joined(
     if peers is None:
         yield
         return
+    with _own_output(), _connected(peers):
+        yield
+
+
+@contextmanager
+def _own_output() -> Iterator[None]:
+    """Keep standard output to ourselves: what libraries print on it goes to standard error.
+
+    Gloo prints a line whenever devices meet for the first time, also in the middle of a run.
+    """
+    try:
+        is_descriptor = sys.stdout.fileno() == 1
+    except (AttributeError, OSError, ValueError):
+        is_descriptor = False  # Somebody in this process keeps what is printed.
+    if not is_descriptor:
+        yield
+        return
+    theirs = sys.stdout
+    theirs.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(kept, "w", encoding=theirs.encoding, errors=theirs.errors, closefd=False) as ours:
+            sys.stdout = ours
+            yield
+    finally:
+        sys.stdout = theirs
+        with suppress(Exception):
+            ctypes.CDLL(None).fflush(None)  # Theirs, before the descriptor is ours again.
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _connected(peers: Peers) -> Iterator[None]:
     relay = None
     address = peers.coordinator
     if peers.process:

@@ -42,22 +42,27 @@ def config_of(**changes):
 
 
 def planned(**changes):
-    return programs.compile_run(config_of(**changes), parse_topology("cpu:8"), scoring=False)
+    return programs.compile_run(config_of(**changes), parse_topology("cpu:8"), ["training"])
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v9:2x2", "expected KIND:SHAPE"),
-        ("v5e", "expected KIND:SHAPE"),
-        ("v5e:ax2", "expected KIND:SHAPE"),
-        ("v5e:2x2x2", "2 sides"),
-        ("v5p:4x4", "3 sides"),
-        ("v5e:32x2", "no side"),
-        ("v6e:0x4", "2 sides"),
-        ("v5p:100x100x100", "at most 8960"),
-        ("cpu:0", "1 to 512"),
-        ("cpu:2x2", "1 to 512"),
+        ("v9:2x2", "unknown kind 'v9'; known are v4, v5e, v5p, v6e, 7x and cpu"),
+        ("", "is empty"),
+        ("v5e", "found '' for a shape"),
+        ("v5e:ax2", "found 'ax2' for a shape"),
+        ("v5e:02x2", "found '02x2' for a shape"),
+        ("v5e:\u0662x2", "for a shape"),  # a digit, but not of ASCII
+        ("v6e:0x4", "found '0x4' for a shape"),
+        ("v5e:2x2x2", r"found 3 side\(s\); a v5e slice has 2"),
+        ("v5p:4x4", r"found 2 side\(s\); a v5p slice has 3"),
+        ("v5e:32x2", "found a side of 32"),
+        ("v5e:3x5", "found 3x5; hosts of a v5e slice have 2x2 chips"),
+        ("v5p:100x100x100", "found 1000000 chips; a v5p slice has at most 8960"),
+        ("cpu:0", "found '0' for a shape"),
+        ("cpu:513", "found 513; expected 1 to 512"),
+        ("cpu:2x2", "found 2x2; expected 1 to 512"),
     ],
 )
 def test_an_unknown_topology_is_refused_with_those_known(name, says):
@@ -65,6 +70,17 @@ def test_an_unknown_topology_is_refused_with_those_known(name, says):
         parse_topology(name)
     assert len(caught.value.details) == len(CHIPS) + 2
     assert "16x16" in str(caught.value)
+
+
+def test_a_shape_that_only_the_compiler_refuses_is_told_in_our_words(monkeypatch):
+    def refuse(**_):
+        raise RuntimeError("INVALID_ARGUMENT: no such layout\nand pages more")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    monkeypatch.setattr("mlmjax.topology._lacks_libtpu", lambda error: False)
+    with pytest.raises(InputError, match="knows no v5e slice of this shape") as caught:
+        devices_of(parse_topology("v5e:2x2"))
+    assert "pages more" not in caught.value.message
 
 
 def test_every_kind_has_a_peak_and_a_memory():
@@ -139,7 +155,7 @@ def test_an_fsdp_step_gathers_parameters_and_holds_a_part():
 def test_nothing_is_gathered_whole_to_be_cut_anew(changes, capfd):
     """The compiler complains of it on the standard error."""
     changes["data"] = {"rows": "-", "seq_length": 32, "batch_size": 16, **changes.get("data", {})}
-    assert planned(**changes, model={**MODEL, "vocab_size": 50432})["training"]["fits"]
+    assert planned(**changes, model={**MODEL, "vocab_size": 50432})["training"]["memory"]
     assert "rematerialization" not in capfd.readouterr().err
 
 
@@ -235,6 +251,16 @@ def test_targets_of_a_row_are_those_of_the_loader(tmp_path, pack):
     width = programs._target_width(config, assumptions)
     assert width == open_loaders(config, tokenizer).train.target_width <= bound
     assert "as the rows in" in assumptions[0]
+    # `train` refuses these rows under other settings: nothing is counted by them.
+    other = config_of(data={**data, "seq_length": 64}, objective={"dummy_mlm_share": 0.2})
+    assumptions = []
+    width = programs._target_width(other, assumptions)
+    assert "rows made differently: data.seq_length is 64, the rows have 32" in assumptions[0]
+    assert "as many as there can be" in assumptions[1]
+    other = config_of(
+        data={**data, "rows": "none", "seq_length": 64}, objective={"dummy_mlm_share": 0.2}
+    )
+    assert width == programs._target_width(other, [])
 
 
 def test_changes_go_from_the_cheapest_on():
@@ -250,49 +276,155 @@ def test_changes_go_from_the_cheapest_on():
     assert "remat" not in next(plan.changes(config_of(remat="layer"), mesh))
 
 
-def fake_answer(total, fits=True):
+def fake_program(needed, fits=True, **more):
     memory = dict.fromkeys(("outputs", "outputs_in_arguments", "temporaries", "code"), 0)
-    program = {
+    found = {
         "rows": 16, "seq_length": 32, "accumulate": 1, "remat": "none", "tokens_per_device": 64,
-        "model_flops": 1e9, "seconds_at_peak": 0.1, "parameters": 5, "fits": fits,
-        "memory": {**memory, "total": total}, "collectives": {}, "seconds": {"compile": 1.0},
-        "devices": 1, "refusal": {"message": "no", "needed": 3e10, "available": 2e10},
+        "model_flops": 1e9, "seconds_at_peak": 0.0981, "parameters": 5e6, "devices": 1,
+        "seconds": {"compile": 190.0}, "fits": fits, "what_helps": "give fewer rows", **more,
     }  # fmt: skip
-    machine = {
-        "topology": "v5e:2x4", "device": "TPU v5 lite", "devices": 8, "used": 8, "memory": 2e10,
-        "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "peak_flops": 2e14, "jax": "",
-        "attention": "auto", "splash_blocks": [512, 256], "compiler": "",
-    }  # fmt: skip
-    return {"machine": machine, "training": program, "scoring": program, "assumptions": []}
+    if fits is False:
+        refusal = {"message": "no", "needed": needed, "available": 2 * 2**30}
+        return found | {"refusal": refusal}
+    collectives = {"all-gather": {"count": 2, "bytes": 3 * 2**20}}
+    return found | {"memory": {**memory, "total": needed}, "collectives": collectives}
+
+
+MACHINE = {
+    "topology": "v5e:2x4", "device": "TPU v5 lite", "devices": 8, "used": 8, "memory": 2 * 2**30,
+    "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "peak_flops": 2e14, "jax": "",
+    "attention": "auto", "attention_chosen": "splash", "splash_blocks": [512, 256], "compiler": "",
+}  # fmt: skip
+
+
+def fake_compiler(monkeypatch, training, scoring=lambda config: True):
+    """Have plans ask these for the verdict of a configuration; return what they were asked."""
+    asked = []
+
+    def ask(config, topology, which=programs.PROGRAMS):
+        asked.append((config.remat, config.data.accumulate, *which))
+        mesh = partition.mesh_shape(config.mesh, 8)
+        found = {}
+        for name, verdict in (("training", training), ("scoring", scoring)):
+            if name in which:
+                fits = verdict(config)
+                found[name] = fake_program(2**30 if fits else 28 * 2**30, fits)
+        return {"machine": {**MACHINE, "mesh": mesh}, **found, "assumptions": []}
+
+    monkeypatch.setattr(plan, "_ask", ask)
+    return asked
 
 
 def test_the_nearest_change_that_fits_is_found_by_compiling(monkeypatch):
-    asked = []
-
-    def ask(config, topology, *, scoring):
-        asked.append((config.remat, config.data.accumulate))
-        return fake_answer(1e9, fits=config.data.accumulate == 2)
-
-    monkeypatch.setattr(plan, "_ask", ask)
+    asked = fake_compiler(monkeypatch, lambda config: config.data.accumulate == 2)
     found = plan.make_plan(config_of(), "v5e:2x4")
     assert found["fits"] is False
     assert found["change"] == {"remat": "layer", "data.accumulate": 2}
-    assert asked == [("none", 1), ("dots", 1), ("layer", 1), ("layer", 2)]
+    assert asked == [
+        ("none", 1, "training", "scoring"),
+        ("dots", 1, "training"),
+        ("layer", 1, "training"),
+        ("layer", 2, "training"),
+        ("layer", 2, "scoring"),
+    ]
     assert len(found["tried"]) == 3
     text = "\n".join(plan.report(found))
     assert "DOES NOT FIT" in text
     assert "nearest change that fits: remat=layer data.accumulate=2" in text
-    monkeypatch.setattr(plan, "_ask", lambda *_, **__: fake_answer(3e10))
-    assert "none of these fits" in "\n".join(plan.report(plan.make_plan(config_of(), "cpu:8")))
+    fake_compiler(monkeypatch, lambda config: False)
+    text = "\n".join(plan.report(plan.make_plan(config_of(), "v5e:2x4")))
+    assert "none of these fits" in text
+    assert "refused: 28.000 GiB of 2.000 GiB" in text
+
+
+def test_what_cannot_be_compiled_does_not_end_the_search(monkeypatch):
+    """The last changes cut 16 columns in 32, which no run can; the figures are still told."""
+    fake_compiler(monkeypatch, lambda config: False)
+    monkeypatch.setattr(
+        partition, "mesh_shape", lambda mesh, _: {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": 1}
+    )
+    monkeypatch.setattr(plan, "changes", lambda *_: [{"mesh.fsdp": 32}, {"mesh.data": -3}])
+    found = plan.make_plan(config_of(data={"batch_size": 32}), "v5e:2x4")
+    first, second = (tried["refusal"]["message"] for tried in found["tried"])
+    assert "fsdp = 32 does not divide 16" in first
+    assert "data is -3" in second
+    text = "\n".join(plan.report(found))
+    assert "tried mesh.fsdp=32: refused: mesh: parameter" in text
+    assert "training step: 16 rows" in text
+
+
+def test_a_change_is_accepted_by_training_and_its_scoring_is_told(monkeypatch):
+    asked = fake_compiler(monkeypatch, lambda c: c.remat != "none", lambda c: False)
+    found = plan.make_plan(config_of(), "v5e:2x4")
+    assert [a[:2] for a in asked] == [("none", 1), ("dots", 1), ("dots", 1)]
+    assert found["tried"][-1]["scoring"]["fits"] is False
+    text = "\n".join(plan.report(found))
+    assert "nearest change with which the training step fits: remat=dots" in text
+    assert "scoring does not fit: give fewer rows" in text
+    # Scoring alone: nothing is searched, because no change of the training helps.
+    asked = fake_compiler(monkeypatch, lambda c: True, lambda c: False)
+    found = plan.make_plan(config_of(), "v5e:2x4")
+    assert (found["fits"], "tried" in found, len(asked)) == (False, False, 1)
+    assert "scoring does not fit" in "\n".join(plan.report(found))
+
+
+def test_validation_of_a_classifier_is_searched_for_too(monkeypatch):
+    source = {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
+    data = {"rows": "-", "seq_length": 32, "batch_size": 16, "pack": False, "sources": [source]}
+    fake_compiler(monkeypatch, lambda c: True, lambda c: c.data.accumulate == 2)
+    found = plan.make_plan(config_of(head="classification", data=data), "v5e:2x4")
+    assert found["change"] == {"remat": "layer", "data.accumulate": 2}
+
+
+def test_figures_of_a_program_have_one_unit_and_seconds_are_readable():
+    found = {"fits": True, "machine": MACHINE, "assumptions": []}
+    found |= {"training": fake_program(2**30), "scoring": fake_program(2**29)}
+    text = "\n".join(plan.report(found))
+    training, _, scoring = text.partition("\nscoring")
+    assert "1.000 GiB of 2.000 GiB per device" in training
+    assert "MiB" not in training
+    assert "all-gather         0.003 GiB, 2 a step" in training
+    assert "512.00 MiB of 2.000 GiB per device" in scoring
+    assert scoring.count("GiB") == 1
+    assert "98.1 ms at the peak" in training
+    assert "compile 3 min 10 s" in training
+    assert "attention auto: splash, blocks of 512 in global and 256 in local layers" in training
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"parallel": "pmap"}, "parallel: a plan is for 'pjit'"),
+        ({"data": {"batch_size": 12}}, "batch of 12 rows cannot be cut"),
+        (
+            {"data": {"batch_size": 16, "batch_start": 4, "batch_warmup": 2}},
+            "batch of 4 rows cannot be cut",
+        ),
+        ({"attention": "splash"}, "'splash' needs a TPU, and this is cpu"),
+        ({"attention": "cudnn"}, "'cudnn' needs an NVIDIA GPU, and this is cpu"),
+        ({"mesh": {"tensor": 8}}, "tensor = 8 does not divide 2"),
+        ({"mesh": {"fsdp": 3}}, "does not divide the 8 devices"),
+        ({"data": {"seq_length": 128}}, "the model takes at most 64"),
+    ],
+)
+def test_what_needs_no_compiler_is_refused_before_it_starts(changes, says, monkeypatch):
+    monkeypatch.setattr(plan, "_ask", None)
+    said = []
+    with pytest.raises(InputError, match=says):
+        plan.make_plan(config_of(**changes), "cpu:8", say=said.append)
+    assert not said
 
 
 def test_a_compiler_that_aborts_is_told(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(InputError, match="the compiler stopped"):
         plan.make_plan(config_of(), "cpu:8")
+    topology, says = parse_topology("cpu:8"), "x.cc:234] Unknown flag in XLA_FLAGS: --nope=1"
+    assert "XLA_FLAGS: --nope=1 is no flag" in plan._died(topology, 1, ["more", says]).message
+    assert "too little memory" in plan._died(topology, -9, []).message
 
 
-def test_the_command_prints_figures(tmp_path, capsys):
+def test_the_command_prints_figures(tmp_path, capsys, monkeypatch):
     file = tmp_path / "run.toml"
     file.write_text(
         'out = "x"\nsteps = 2\n[data]\nrows = "r"\nseq_length = 16\nbatch_size = 4\n[model]\n'
@@ -300,21 +432,27 @@ def test_the_command_prints_figures(tmp_path, capsys):
     )
     assert run(["plan", str(file), "mesh.fsdp=2", "--topology", "cpu:4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["fits"] is True
+    # Simulated devices have no memory of their own to judge by.
+    assert (found["fits"], found["machine"]["memory"], "tried" in found) == (None, None, False)
+    assert found["training"]["memory"]["total"] > 1e6
     assert found["machine"]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     assert found["scoring"]["seq_length"] == 64
     text = "\n".join(plan.report(found))
-    assert "cpu:4: fits" in text
+    assert "cpu:4: not judged: simulated devices" in text
+    assert "attention auto: banded" in text
     assert "optimizer state" in text
     assert run(["plan", str(file), "mesh.fsdp=3", "--topology", "cpu:4"]) == 2
     assert "does not divide the 4 devices" in capsys.readouterr().err
+    fake_compiler(monkeypatch, lambda config: False)
+    assert run(["plan", str(file), "--topology", "v5e:2x2"]) == 1
+    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     monkeypatch.setattr("mlmjax.topology._lacks_libtpu", lambda error: True)
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", lambda **_: 1 / 0)
-    with pytest.raises(InputError, match=r"mlmjax\[plan\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[plan\]' in a clone"):
         devices_of(parse_topology("v5e:2x2"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from flax import nnx
+from processes import free_port
 from pydantic_core import PydanticUndefined
 
 import mlmjax
@@ -19,6 +20,7 @@ from mlmjax.task import Task
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 GUIDE = (ROOT / "docs" / "guide.md").read_text()
+PODS = (ROOT / "docs" / "pods.md").read_text()
 HUB_MODEL = "answerdotai/ModernBERT-Large-Instruct"
 
 
@@ -112,24 +114,50 @@ def test_commands_run(folder):
     script = script.replace("steps=500", small)
     questions = ROOT / "tests" / "data" / "mmlu_500.jsonl"
     script = script.replace("mmlu_test.parquet", f"{questions} --limit 8")
-    shim = f'mlmjax() {{ "{sys.executable}" -m mlmjax "$@"; }}\n'
-    shim += f'python() {{ "{sys.executable}" "$@"; }}\n'
-    done = subprocess.run(
-        ["bash", "-euc", shim + script],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(script, folder)
     assert json.loads((folder / "results" / "results.json").read_text())["n"] == 8
     assert '"label"' in done.stdout
     assert (folder / "runs" / "atp-tiny" / "export" / "model.safetensors").is_file()
     assert (folder / "ORBAX_FOLDER" / "config.json").is_file()
 
 
-@pytest.mark.parametrize(("text", "folder"), [(README, ROOT), (GUIDE, ROOT / "docs")])
+def run_script(script, folder, **variables):
+    shim = f'mlmjax() {{ "{sys.executable}" -m mlmjax "$@"; }}\n'
+    shim += f'python() {{ "{sys.executable}" "$@"; }}\n'
+    done = subprocess.run(
+        ["bash", "-euc", shim + script],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_two_processes_of_the_pods_page_run(folder, tmp_path):
+    """With a smaller network; standard output has nothing of the libraries."""
+    section = PODS.split("## Two processes on one machine")[1]
+    script = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1]
+    script = script.replace("127.0.0.1:8476", f"127.0.0.1:{free_port()}")
+    small = "model.hidden_size=16 model.num_attention_heads=2 model.num_hidden_layers=1"
+    script = script.replace(
+        "steps=20", f"steps=2 {small} data.validation_rows=2 data.seq_length=64"
+    )
+    script = script.replace("--topology", f"{small} --topology")
+    for name in ("configs", "my.jsonl"):
+        (tmp_path / name).symlink_to(folder / name)
+    done = run_script(script, tmp_path, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="true")
+    assert "cpu:2: not judged" in done.stdout
+    assert "export: runs/atp-tiny/export" in done.stdout
+    assert "Gloo" not in done.stdout
+    assert "Gloo" in done.stderr  # or it prints no more, and need not be kept away
+
+
+@pytest.mark.parametrize(
+    ("text", "folder"), [(README, ROOT), (GUIDE, ROOT / "docs"), (PODS, ROOT / "docs")]
+)
 def test_links_lead_somewhere(text, folder):
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):

@@ -75,7 +75,7 @@ def prepare(
                     _build(partial, config, tokenizer, head, progress or (lambda *told: None))
                 except OSError as error:
                     raise write_failed(folder, error) from error
-    _check_same(folder, config, tokenizer, head)
+    check_same(folder, config, tokenizer, head)
     return folder
 
 
@@ -150,8 +150,11 @@ def _identity(config: DataConfig, head: Head) -> dict[str, Any]:
     return {"head": head, "data": table}
 
 
-def _check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> None:
-    """Raise `InputError` that lists how the rows that are there differ from what is asked for."""
+def check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> None:
+    """Raise `InputError` that lists how the rows that are there differ from what is asked for.
+
+    What is compared is said at `prepare`; it writes nothing.
+    """
     manifest = read_manifest(folder)
     identity, known = _identity(config, head), dict(manifest.config)
     try:
