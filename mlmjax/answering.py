@@ -39,12 +39,11 @@ class Answering:
     settings_: Settings
     asking_: Asking
     classes_: np.ndarray
-    prompts_: int
     manifest_: str | None
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep weights as plain arrays and leave out what is compiled, so that it can be copied."""
-        state = dict(super().__getstate__())  # type: ignore[misc]
+        state: dict[str, Any] = {**super().__getstate__()}  # type: ignore[dict-item]
         if (asking := state.pop("asking_", None)) is not None:
             graphdef, params = nnx.split(asking.scorer.model)
             state["copied_"] = graphdef, jax.device_get(params), asking.scorer.tokenizer
@@ -71,7 +70,7 @@ class Answering:
     def _keep(self, settings: Settings, asking: Asking) -> None:
         self.settings_, self.asking_ = settings, asking
         self.classes_ = np.array(list(settings.labels))
-        self.prompts_, self.manifest_ = 0, None
+        self.manifest_ = None
 
     def _read(
         self, seen: Sequence[Any] | None = None
@@ -143,6 +142,4 @@ class Answering:
         return tuple(self.asking_.scorer.labels.index(str(name)) for name in self.classes_)
 
     def _ask(self, questions: Sequence[Question], where: Sequence[str]) -> list[np.ndarray]:
-        answers, prompts = self.asking_.ask(questions, where)
-        self.prompts_ += prompts
-        return answers
+        return self.asking_.ask(questions, where)

@@ -54,8 +54,8 @@ class Asking:
 
     def ask(
         self, questions: Sequence[Question], where: Sequence[str], progress: Progress | None = None
-    ) -> tuple[list[np.ndarray], int]:
-        """Return the log probabilities of each question's choice, and how many prompts it took.
+    ) -> list[np.ndarray]:
+        """Return the log probabilities of each question's choice.
 
         They are in the order of the choice, whatever order was asked. `where` names each question
         in messages; `progress` is called with prompts done since its last call.
@@ -68,7 +68,7 @@ class Asking:
         for question, rows in zip(questions, asked, strict=True):
             answers.append(self._pooled(question, rows, scores[start : start + len(rows)]))
             start += len(rows)
-        return answers, len(flat)
+        return answers
 
     def rows(self, question: Question) -> list[tuple[int, dict[str, Any]]]:
         """Return the prompts of a question as `(shift, row)`, windows of one order together."""

@@ -153,8 +153,7 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
     @property
     def prompts(self) -> int:
         """How many prompts have been asked so far, a forward pass each but for continuations."""
-        self._ready()
-        return self.prompts_
+        return self._ready().scorer.scored
 
     def predict(self, texts: Iterable[str], *, abstain_below: float | None = None) -> np.ndarray:
         """Return the most probable label of each text, str `[texts]`.

@@ -108,8 +108,8 @@ class RowScorer:
     Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
     many as fill a token budget), so that there are at most `len(buckets)` compilations. Texts that
     make a prompt longer than `max_length` (default: the model's `max_position_embeddings`) are
-    shortened by the template, and such rows are counted in `shortened`. Fields named in `optional`
-    may be blank, others are refused then.
+    shortened by the template, and such rows are counted in `shortened`; `scored` counts all. Fields
+    named in `optional` may be blank, others are refused then.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class RowScorer:
     ):
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
         self.optional = tuple(optional)
-        self.shortened = 0
+        self.scored = self.shortened = 0
         self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
         self.max_length = self.engine.buckets[-1]
 
@@ -178,6 +178,7 @@ class RowScorer:
             prompts = self.prompts(chunk, where=names, first=first)
             results.append(self._score(chunk, prompts, progress))
             first += len(chunk)
+            self.scored += len(chunk)
         scores = np.concatenate(results)
         if np.isnan(scores).any():
             raise RunError("the model's scores are not finite; its weights are broken")
