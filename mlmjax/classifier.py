@@ -1,5 +1,6 @@
 """A text classifier in the shape of scikit-learn: zero-shot through the mask, or fine-tuned."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ from mlmjax.truth import label_numbers
 
 CHUNK_PROMPTS = 4096
 """Prompts, about, that are laid out together; texts are read as they are needed."""
+
+APPLIES = 0.5
+"""From this probability on one of several labels applies."""
 
 Labels = Sequence[str] | Mapping[str, str]
 Source = str | Path | tuple[Model, Tokenizer]
@@ -163,7 +167,7 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         """
         probabilities = self.predict_proba(texts)
         if self.settings_.multi_label:
-            return (probabilities >= 0.5).astype(int)
+            return (probabilities >= APPLIES).astype(int)
         names = self.classes_[probabilities.argmax(axis=1)]
         limit = self.settings_.abstain_below if abstain_below is None else abstain_below
         if limit is None:
@@ -187,6 +191,27 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
             if self.settings_.multi_label:
                 log_probs = log_probs[:, 0].reshape(-1, len(self.classes_))
             yield np.exp(log_probs.astype(np.float64))
+
+    def answers(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Yield an object per text: `label`, `probability`, `probabilities` by label.
+
+        `label` is the most probable one, None where the classifier abstains; with several labels
+        per text, `labels` are those that apply.
+        """
+        self._ready()
+        limit = self.settings_.abstain_below or 0.0
+        names = [str(name) for name in self.classes_]
+        for row in itertools.chain.from_iterable(self.stream(texts)):
+            best = int(row.argmax())
+            answer: dict[str, Any] = {
+                "label": names[best] if row[best] >= limit else None,
+                "probability": float(row[best]),
+                "probabilities": dict(zip(names, map(float, row), strict=True)),
+            }
+            if self.settings_.multi_label:
+                chosen = zip(names, row, strict=True)
+                answer["labels"] = [name for name, share in chosen if share >= APPLIES]
+            yield answer
 
     def score(
         self, texts: Iterable[str], labels: Iterable[Any], sample_weight: Any = None

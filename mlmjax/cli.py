@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from mlmjax._version import __version__
 from mlmjax.errors import InputError, RunError, write_advice
@@ -178,6 +179,9 @@ def evaluate(
             raise click.UsageError("--suite needs --out, the folder of its results.")
         if protocol != "default":
             raise click.UsageError("--protocol is of a task; a suite's entries name their own.")
+        context = click.get_current_context()
+        if context.get_parameter_source("order_rows") is not ParameterSource.DEFAULT:
+            raise click.UsageError("--order-rows is of a task; a suite asks in one order.")
         changes = [*overrides, *([f"limit={limit}"] if limit else [])]
         from mlmjax.log import counting, say
         from mlmjax.suite import run_suite
@@ -285,16 +289,7 @@ def classify(
     )
     lines = read_lines(file)
     while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
-        for probabilities in classifier.predict_proba(chunk):
-            best = int(probabilities.argmax())
-            answer = {
-                "label": str(classifier.classes_[best]),
-                "probability": float(probabilities[best]),
-                "probabilities": {
-                    str(name): float(p)
-                    for name, p in zip(classifier.classes_, probabilities, strict=True)
-                },
-            }
+        for answer in classifier.answers(chunk):
             click.echo(json.dumps(answer, ensure_ascii=False))
     if classifier.shortened:
         say(f"{classifier.shortened} of the texts did not fit the model; their ends were cut off")

@@ -238,6 +238,21 @@ def test_several_labels_are_questions_of_yes_or_no(pair):
     assert classifier.predict(TEXTS).tolist() == (found >= 0.5).astype(int).tolist()
 
 
+def test_answers_are_objects_that_say_when_nothing_is_sure(pair):
+    plain = Classifier(pair, ["sports", "money"], template=SHORT)
+    probabilities = plain.predict_proba(TEXTS)
+    for answer, row in zip(plain.answers(iter(TEXTS)), probabilities, strict=True):
+        assert list(answer) == ["label", "probability", "probabilities"]
+        assert answer["label"] == ["sports", "money"][row.argmax()]
+        np.testing.assert_allclose(list(answer["probabilities"].values()), row, atol=1e-6)
+    limit = float(np.sort(probabilities.max(axis=1))[1])
+    unsure = Classifier(pair, ["sports", "money"], template=SHORT, abstain_below=limit)
+    assert [answer["label"] is None for answer in unsure.answers(TEXTS)].count(True) == 1
+    several = Classifier(pair, ["sports", "money"], multi_label=True)
+    for answer, row in zip(several.answers(TEXTS), several.predict(TEXTS), strict=True):
+        assert answer["labels"] == [n for n, on in zip(["sports", "money"], row, strict=True) if on]
+
+
 def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer):
     truth, texts = [["money"], [], ["money", "sports"]], ["the bank", "the old", "goal bank"]
     classifier = Classifier(pair, ["sports", "money"], multi_label=True, orders=2)
