@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mlmjax.errors import InputError, write_failed
 from mlmjax.metrics import classification_metrics
 from mlmjax.questions import Question
+from mlmjax.reliability import calibration
 
 PARTIAL = ".partial"
 _READABLE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -40,6 +41,7 @@ class Result(_Part):
     losses: list[float] = []
     diverged: str | None = None
     metrics: dict[str, Any] = {}
+    order: dict[str, Any] | None = None
     predictions: list[Prediction] = []
 
 
@@ -50,6 +52,7 @@ def result_of(
     *,
     shortened: int = 0,
     losses: Sequence[float] = (),
+    order: dict[str, Any] | None = None,
 ) -> Result:
     """Make the result of log probabilities `[questions, labels]`, -inf where a row has no such."""
     predictions = [
@@ -65,11 +68,19 @@ def result_of(
         )
         for question, row in zip(questions, log_probs, strict=True)
     ]
+    truth = [question.gold for question in questions]
+    # A method that gives labels alone has nothing that could be calibrated.
+    has_shares = bool(np.isfinite(log_probs[np.arange(len(truth)), truth]).all())
     gold, predicted = [p.gold for p in predictions], [p.prediction for p in predictions]
     return Result(
         shortened=shortened,
         losses=list(losses),
-        metrics={"n": len(questions), **classification_metrics(gold, predicted)},
+        metrics={
+            "n": len(questions),
+            **classification_metrics(gold, predicted),
+            "calibration": calibration(log_probs, truth) if has_shares else None,
+        },
+        order=order,
         predictions=predictions,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from mlmjax.errors import RunError
 from mlmjax.hf import Model
@@ -59,11 +60,7 @@ class Engine:
         self.buckets = bucket_lengths(max_length)
         self._shapes: set[tuple[int, int]] = set()
         self.real_tokens = self.padded_tokens = 0
-        devices = local_devices()
-        if batch_size:  # as many of them as can have equal parts of a batch
-            used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
-            devices = devices[:used]
-        self.mesh = make_mesh({"data": -1}, devices)
+        self.mesh = local_mesh(batch_size)
         self._halvings = 0
         self._placed: tuple[list[Any], Any] = ([], None)
         self.jitted = _jitted(nnx.split(model)[0], forward)
@@ -203,6 +200,15 @@ class Engine:
 def _jitted(graphdef: Any, forward: Forward) -> Any:
     """Return the jitted call; engines of like models that read the same share what is compiled."""
     return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
+
+
+def local_mesh(batch_size: int | None = None) -> Mesh:
+    """Return a mesh of the local devices: as many as can have equal parts of a batch."""
+    devices = local_devices()
+    if batch_size:
+        used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
+        devices = devices[:used]
+    return make_mesh({"data": -1}, devices)
 
 
 def local_devices() -> list[jax.Device]:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mlmjax.config import OptimizerConfig, ScheduleConfig, decode
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
+from mlmjax.engine import local_mesh
 from mlmjax.errors import RunError
 from mlmjax.heads import label_loss
 from mlmjax.hf import Model
@@ -40,7 +41,7 @@ def fine_tune(
     """Return a copy of the model, trained to give `answers` to the prompts.
 
     Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
-    slot, they are numbers of labels. AdamW under a linear schedule; the order of epoch e is that
+    slot, they are numbers of labels. Batches are cut over the local devices. AdamW under a linear schedule; the order of epoch e is that
     of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it returns) and
     the epoch's mean loss, and ends the training by returning True. Raises `RunError` when the loss
     is no longer finite.
@@ -53,7 +54,8 @@ def fine_tune(
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
     rate = make_schedule(schedule, learning_rate, updates)
     update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
-    graphdef, state = create_train_state(model, update)
+    mesh = local_mesh(batch_size)
+    graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
     step = _step(graphdef, update, has_head)
     layout = label_batch if has_head else answer_batch
     done = 0

@@ -25,6 +25,7 @@ from mlmjax.sweep import (
     DivergedError,
     Progress,
     Setting,
+    asked_in_orders,
     choose,
     settings_of,
 )
@@ -70,6 +71,7 @@ class Bench:
                 answers.log_probs,
                 shortened=answers.shortened,
                 losses=answers.losses,
+                order=answers.order,
             )
 
         started = time.perf_counter()
@@ -125,7 +127,9 @@ def run_suite(
         for one in present:
             rows = read_rows(one, suite, folder)
             if one.entry.kind == "zero-shot":
-                lines += [_zero_shot(bench, one, rows, contender) for contender in contenders]
+                lines += [
+                    _zero_shot(bench, suite, one, rows, contender) for contender in contenders
+                ]
             else:
                 lines += _fine_tuned(bench, suite, one, rows, entrants, contenders)
         missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
@@ -135,6 +139,7 @@ def run_suite(
             "version": __version__,
             "limit": suite.limit,
             "seeds": suite.seeds,
+            "order_rows": suite.order_rows,
             "sweep": suite.sweep.model_dump(),
             "models": {contender.name: contender.identity for contender in contenders},
             "baselines": {name: fingerprint(path) for name, path in folders.items()},
@@ -163,7 +168,9 @@ def _trainings(suite: Suite, entrants: Sequence[Contestant]) -> int:
     return len(entrants) * ((settings if settings > 1 else 0) + suite.seeds)
 
 
-def _zero_shot(bench: Bench, planned: Planned, rows: Rows, contender: Contender) -> Line:
+def _zero_shot(
+    bench: Bench, suite: Suite, planned: Planned, rows: Rows, contender: Contender
+) -> Line:
     entry, task = planned
     count = len(task.label_names) or max(len(question.row["options"]) for question in rows.test)
     verbalizer = task.verbalizer_for(count)
@@ -185,11 +192,15 @@ def _zero_shot(bench: Bench, planned: Planned, rows: Rows, contender: Contender)
 
         asked = [question.row for question in rows.test]
         where = [question.where for question in rows.test]
-        return Answers(scorer.log_probs(asked, where=where, progress=report), scorer.shortened, [])
+        log_probs = scorer.log_probs(asked, where=where, progress=report)
+        shortened = scorer.shortened
+        order = asked_in_orders(scorer, task, rows.test, log_probs, suite.order_rows)
+        return Answers(log_probs, shortened, [], order)
 
     identity = {
         **_of_task(task, "zero-shot"),
         **contender.identity,
+        "order_rows": suite.order_rows,
         "asked": digest(rows.test),
     }
     what = f"{task.name}, zero-shot, {contender.name}"
@@ -226,6 +237,9 @@ def _fine_tuned(
     def cell(contestant: Contestant, setting: Setting, seed: int, part: str) -> Result:
         asked = getattr(rows, part)
         shared = suite.sweep.model_dump(exclude={"epochs", "learning_rate", "held_out"})
+        # Only what is reported is asked in other orders, and only of the head that reads options.
+        is_asked_again = contestant.key == "mlm" and part == "test"
+        order = {"order_rows": suite.order_rows} if is_asked_again else {}
         identity = {
             **_of_task(task, contestant.key),
             **contestant.identity,
@@ -234,6 +248,7 @@ def _fine_tuned(
             "asked": hashes[part],
             "setting": {**setting._asdict(), **shared},
             "seed": seed,
+            **order,
         }
         what = (
             f"{task.name}, {contestant.method}, {contestant.model}, {part}, epochs "
@@ -242,7 +257,7 @@ def _fine_tuned(
 
         def compute(progress: Progress) -> Answers:
             return contestant.answer(
-                task, rows.train, asked, setting, suite.sweep, seed=seed, progress=progress
+                task, rows.train, asked, setting, suite.sweep, seed=seed, progress=progress, **order
             )
 
         return bench.result(what, identity, asked, labels, compute)

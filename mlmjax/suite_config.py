@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from mlmjax.data_config import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
 from mlmjax.errors import InputError
+from mlmjax.order_sensitivity import ORDER_ROWS
 from mlmjax.tables import StrictTable, decode, override, read_toml
 from mlmjax.task import Task, load_task
 
@@ -105,6 +106,7 @@ class Suite(StrictTable):
     """What is evaluated: entries, the sweep, and how many seeds of the chosen setting.
 
     `limit` draws that many rows of every part; `tasks` keeps the entries of these tasks alone.
+    Answers by letters are asked again in other orders for `order_rows` of the test rows (0: none).
     """
 
     name: Name
@@ -113,6 +115,7 @@ class Suite(StrictTable):
     limit: PositiveInt | None = None
     tasks: tuple[Name, ...] = ()
     heads: Annotated[tuple[Head, ...], Field(min_length=1)] = HEADS
+    order_rows: Annotated[int, Field(ge=0)] = ORDER_ROWS
     sweep: Sweep = Sweep()
     entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     missing: tuple[Missing, ...] = ()

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlmjax.cells import Result
@@ -22,8 +22,9 @@ class Line:
     `score` is the mean of `scores`, one for each seed, in the task's own `metric`; `spread` their
     sample standard deviation. `ci95` is of the mean, over the rows. `majority` is the score of the
     label that is commonest in training (zero-shot: in the rows asked) and `chance` the accuracy of
-    guessing. `tried` are the settings with their scores on validation rows, `diverged` the seeds
-    that have no score.
+    guessing. `ece` is the calibration error and `order_changed` the share of answers that change
+    with the order of the options, means over seeds, None where there is none. `tried` are the
+    settings with their scores on validation rows, `diverged` the seeds that have no score.
     """
 
     task: str
@@ -47,6 +48,8 @@ class Line:
     held_out: bool
     majority: float
     chance: float
+    ece: float | None
+    order_changed: float | None
     published: float | None
     contamination: str
     trained_on: list[str]
@@ -97,10 +100,17 @@ def line_of(
         held_out=rows.held_out,
         majority=float(majority),  # type: ignore[arg-type]
         chance=statistics.fmean(1 / len(question.row["options"]) for question in rows.test),
+        ece=_mean(found["ece"] for result in whole if (found := result.metrics["calibration"])),
+        order_changed=_mean(result.order["changed"] for result in whole if result.order),
         published=published,
         contamination=known.status if known else "",
         trained_on=known.trained_on if known else [],
     )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.fmean(found) if found else None
 
 
 def _interval(metric: str, results: Sequence[Result]) -> tuple[float, float]:

@@ -63,7 +63,9 @@ def markdown(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
         parts += [
             "Intervals are of the mean, over the rows. Majority is the score of always giving the "
             "commonest label of training (zero-shot: of the rows asked), chance the accuracy of "
-            "guessing. Paper is what arXiv 2502.03793 reports of its own large model.",
+            "guessing. ECE is the error of the probabilities (15 bins), order the share of "
+            f"{results['order_rows']} test rows or fewer whose answer changes with the order of "
+            "the options. Paper is what arXiv 2502.03793 reports of its own large model.",
             "",
         ]
     parts += _tried(tuned)
@@ -80,7 +82,8 @@ def markdown(results: Mapping[str, Any], lines: Sequence[Line]) -> str:
 def _table(lines: Sequence[Line]) -> str:
     is_tuned = any(line.kind == "fine-tune" for line in lines)
     head = ["task", "table", "method", "model", "metric", "score:", "95 %:", "n:", "majority:"]
-    head += ["chance:", "paper:", *(["setting", "trained on:"] if is_tuned else ["contamination"])]
+    head += ["chance:", "ECE:", "order:", "paper:"]
+    head += ["setting", "trained on:"] if is_tuned else ["contamination"]
     rows = []
     for line in lines:
         score = "diverged" if line.score is None else _percent(line.score)
@@ -97,6 +100,8 @@ def _table(lines: Sequence[Line]) -> str:
             number(line.n),
             _percent(line.majority),
             _percent(line.chance),
+            "" if line.ece is None else _percent(line.ece),
+            "" if line.order_changed is None else _percent(line.order_changed),
             "" if line.published is None else f"{line.published:.2f}",
         ]
         if is_tuned:

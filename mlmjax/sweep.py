@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.finetune import fine_tune
 from mlmjax.heads import with_classifier
 from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.order_sensitivity import order_sensitivity
 from mlmjax.prompts import Template
 from mlmjax.questions import Question
 from mlmjax.score import HeadScorer, RowScorer, Scorer
@@ -33,11 +34,15 @@ class DivergedError(RunError):
 
 
 class Answers(NamedTuple):
-    """Log probabilities `[questions, labels]`, how many texts were cut, mean loss per epoch."""
+    """Log probabilities `[questions, labels]`, how many texts were cut, mean loss per epoch.
+
+    `order` is what `orders.sensitivity` says of them, None where the order was not changed.
+    """
 
     log_probs: np.ndarray
     shortened: int
     losses: list[float]
+    order: dict[str, Any] | None = None
 
 
 def settings_of(sweep: Sweep) -> list[Setting]:
@@ -88,6 +93,7 @@ def answer_fine_tuned(
     *,
     seed: int,
     batch_size: int | None = None,
+    order_rows: int = 0,
     progress: Progress | None = None,
 ) -> Answers:
     """Fine-tune a copy of the model with one head on `train`, and let it answer `asked`.
@@ -128,7 +134,24 @@ def answer_fine_tuned(
     except RunError as error:
         raise DivergedError(str(error)) from error
     log_probs = scorer.log_probs([q.row for q in asked], where=[q.where for q in asked])
-    return Answers(log_probs, scorer.shortened, losses)
+    shortened = scorer.shortened
+    order = asked_in_orders(scorer, task, asked, log_probs, order_rows)
+    return Answers(log_probs, shortened, losses, order)
+
+
+def asked_in_orders(
+    scorer: RowScorer,
+    task: Task,
+    asked: Sequence[Question],
+    log_probs: np.ndarray,
+    order_rows: int,
+) -> dict[str, Any] | None:
+    """Tell how the answers depend on the order of options; None where they are no letters."""
+    letters = isinstance(scorer, Scorer) and task.verbalizer == "letters"
+    if not letters or "options" not in scorer.template.fields:
+        return None
+    rows, gold = [question.row for question in asked], [question.gold for question in asked]
+    return order_sensitivity(scorer.log_probs, rows, log_probs, gold, order_rows=order_rows)
 
 
 def _scorer(

@@ -8,6 +8,7 @@ from flax import nnx
 from test_score import noisy, small_config
 
 from mlmjax import engine
+from mlmjax.classifier import Classifier
 from mlmjax.engine import Engine
 from mlmjax.errors import RunError
 from mlmjax.modernbert import ModernBertForMaskedLM
@@ -82,6 +83,22 @@ def test_batches_without_memory_are_halved_and_nothing_is_lost(model):
     assert refused >= 2  # 6 rows a device, then 3
     engine.run(items, weights)
     assert engine.jitted.refused == refused
+
+
+def test_fine_tuning_on_all_devices_is_that_on_one(tokenizer, monkeypatch):
+    source = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0)), tokenizer
+    texts, labels = [f"text {i}" for i in range(20)], ["a", "b"] * 10
+    options = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8}
+    short = {"labels": ["a", "b"], "template": "{text}\n{options}"}
+    everywhere = Classifier(source, **short).fit(texts, labels, **options)
+    devices = everywhere.asking_.scorer.engine.mesh.size
+    monkeypatch.setattr(engine, "local_devices", lambda: jax.local_devices()[:1])
+    alone = Classifier(source, **short).fit(texts, labels, **options)
+    assert devices == 8
+    assert everywhere.history_[1]["loss"] == pytest.approx(alone.history_[1]["loss"], rel=1e-5)
+    np.testing.assert_allclose(
+        everywhere.predict_proba(texts), alone.predict_proba(texts), atol=1e-4
+    )
 
 
 def test_memory_for_not_even_one_is_told(model):

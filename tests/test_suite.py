@@ -74,6 +74,11 @@ def test_every_method_stands_in_the_results_and_on_the_page(done):
         low, high = line["ci95"]
         assert low <= line["score"] <= high
     assert lines_of(results, "TF-IDF + logistic regression")[0]["score"] == 1.0
+    # What gives labels alone has no calibration, and only what reads options has an order of them.
+    assert [line["ece"] is None for line in results["lines"]] == [False, True, False, False]
+    changed = [line["order_changed"] for line in results["lines"]]
+    assert [share is None for share in changed] == [False, True, False, True]
+    assert all(0 <= share <= 1 for share in changed if share is not None)
     page = (out / "suite.md").read_text()
     assert "12.50" in page
     assert "`nobody has written them down`" in page
