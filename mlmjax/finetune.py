@@ -41,10 +41,10 @@ def fine_tune(
     """Return a copy of the model, trained to give `answers` to the prompts.
 
     Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
-    slot, they are numbers of labels. Batches are cut over the local devices. AdamW under a linear schedule; the order of epoch e is that
-    of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it returns) and
-    the epoch's mean loss, and ends the training by returning True. Raises `RunError` when the loss
-    is no longer finite.
+    slot, they are numbers of labels. Batches are cut over the local devices. AdamW under a linear
+    schedule; the order of epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model
+    so far (good until it returns) and the epoch's mean loss, and ends the training by returning
+    True. Raises `RunError` when the loss is no longer finite.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
