@@ -78,8 +78,13 @@ class Answering:
         """Read the source, and settle what was given and what was saved with it."""
         saved, manifest = None, None
         model: Any
-        if isinstance(self.source, tuple):
+        if isinstance(self.source, tuple) and len(self.source) == 2:
             model, tokenizer = self.source
+        elif not isinstance(self.source, str | Path):
+            raise InputError(
+                f"source is {self.source!r:.60}; expected a folder, a hub id, or a pair "
+                "(model, tokenizer)"
+            )
         else:
             where: dict[str, Any] = {
                 "revision": self.revision,
@@ -101,12 +106,12 @@ class Answering:
             )
         return settings, model, tokenizer, manifest
 
-    def _raw(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    def _raw(self, texts: Iterable[str], part: int = CHUNK_PROMPTS) -> Iterator[np.ndarray]:
         """Yield log probabilities before calibration: `[texts, labels]`, or `[questions, 2]`."""
         asking, names = self._ready(), list(self.settings_.labels)
         pending = iter(one_dimensional(texts, "texts"))
         each = (len(names) if self.settings_.multi_label else 1) * (asking.shifts or len(names))
-        first, size = 0, max(16, CHUNK_PROMPTS // each)
+        first, size = 0, min(part, max(16, CHUNK_PROMPTS // each))
         total = len(texts) if isinstance(texts, Sized) else None
         with bar("texts", self.progress) as shown:
             while chunk := list(itertools.islice(pending, size)):

@@ -9,7 +9,7 @@ import numpy as np
 from mlmjax import orders
 from mlmjax.documents import windows_of
 from mlmjax.engine import Progress
-from mlmjax.fewshot import Shot, Shots
+from mlmjax.fewshot import JOINT, Shot, Shots
 from mlmjax.prompts import Prompt
 from mlmjax.score import RowScorer
 from mlmjax.verbalizer import all_option_names
@@ -111,14 +111,16 @@ class Asking:
         if self.long_text == "shorten" and self.shots is None:
             return [question.text], ""
         fixed = scorer.template.length(scorer.tokenizer, {**row, "text": "", "examples": ""})
-        room = scorer.max_length - fixed - 2
-        if self.long_text == "shorten" or room < 1:
+        uses = scorer.template.uses("text")
+        room = scorer.max_length - fixed - JOINT * uses
+        if self.long_text == "shorten" or room < uses:
             pieces = [question.text]
         else:
-            pieces = windows_of(scorer.tokenizer, question.text, room)
+            pieces = windows_of(scorer.tokenizer, question.text, room // uses)
         if self.shots is None or len(pieces) > 1:
             return pieces, ""
-        left = room - len(scorer.tokenizer.encode_plain(question.text))
+        left = room - uses * len(scorer.tokenizer.encode_plain(question.text))
+        left //= max(1, scorer.template.uses("examples"))
         return pieces, self.shots.fill(left, lambda shot: self._answer_of(shot, question, order))
 
     def _answer_of(self, shot: Shot, question: Question, order: Sequence[int]) -> str | None:

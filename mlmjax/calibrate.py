@@ -26,7 +26,7 @@ class Calibration(StrictTable):
 
     method: str
     bias: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] | None = None
-    temperature: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    temperature: Annotated[FiniteFloat, Field(ge=1e-8, le=1e8)] = 1.0
     rows: Annotated[int, Field(ge=1)]
 
     @model_validator(mode="after")

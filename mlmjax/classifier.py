@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ from mlmjax.learning import Recipe, held_out, learn, shown_with
 from mlmjax.log import bar
 from mlmjax.prompts import Template
 from mlmjax.score import check_texts
-from mlmjax.settings import Answer, Head, make_asking, one_dimensional
+from mlmjax.settings import Answer, Head, make_asking, one_dimensional, share
+from mlmjax.tables import decode
 from mlmjax.tokenizer import Tokenizer
 from mlmjax.trust import Trust
 from mlmjax.truth import label_numbers
@@ -27,6 +28,8 @@ from mlmjax.truth import label_numbers
 CHUNK_PROMPTS = 4096
 """Prompts, about, that are laid out together; texts are read as they are needed."""
 
+PART = 4096
+"""Texts that `predict_proba` lays out together."""
 APPLIES = 0.5
 """From this probability on one of several labels applies."""
 
@@ -172,6 +175,7 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         limit = self.settings_.abstain_below if abstain_below is None else abstain_below
         if limit is None:
             return names
+        limit = share(limit, "abstain_below")
         return np.where(probabilities.max(axis=1) < limit, "", names)
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
@@ -182,11 +186,14 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         text.
         """
         self._ready()
-        return np.concatenate([np.zeros((0, len(self.classes_))), *self.stream(texts)])
+        return np.concatenate([np.zeros((0, len(self.classes_))), *self.stream(texts, part=PART)])
 
-    def stream(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yield what `predict_proba` returns in parts, reading texts only as they are needed."""
-        for raw in self._raw(texts):
+    def stream(self, texts: Iterable[str], *, part: int = 256) -> Iterator[np.ndarray]:
+        """Yield what `predict_proba` returns, `[part, labels]` at a time.
+
+        No more texts are read than the next part has; larger parts have less padding.
+        """
+        for raw in self._raw(texts, part):
             log_probs = raw if self.settings_.calibration is None else self._calibrated(raw)
             if self.settings_.multi_label:
                 log_probs = log_probs[:, 0].reshape(-1, len(self.classes_))
@@ -246,7 +253,7 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         distinct labels, and lengths that differ; `RunError` when the loss is no longer finite.
         """
         how = self._recipe(recipe)
-        texts, labels = list(one_dimensional(texts, "texts")), list(labels)
+        texts, labels = list(one_dimensional(texts, "texts")), _rows(labels, "labels")
         settings, model, tokenizer, _ = self._read(seen=labels)
         several, names = settings.multi_label, list(settings.labels)
         truth = label_numbers(labels, names, several)
@@ -258,15 +265,24 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         if settings.head == "classification":
             model = with_classifier(model, names, seed=how.seed)
         asking = make_asking(settings, model, tokenizer, batch_size=self.batch_size)
+        # What was learned of the probabilities of other weights does not hold for these.
+        fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         other = type(self)(**self.get_params(deep=False))
-        other._keep(settings.model_copy(update=dict.fromkeys(("calibration", "conformal"))), asking)
+        other._keep(settings.model_copy(update=fresh), asking)
         train: Sequence[int] = range(len(texts))
         out = None
         if validation is not None:
-            out = list(one_dimensional(validation[0], "validation texts")), list(validation[1])
+            if not isinstance(validation, Sequence) or len(validation) != 2:
+                raise InputError("validation: expected a pair of texts and their labels")
+            out = (
+                list(one_dimensional(validation[0], "validation texts")),
+                _rows(validation[1], "validation labels"),
+            )
         elif how.validation_share:
             train, rows = held_out([str(one) for one in truth], how.validation_share, how.seed)
             out = [texts[i] for i in rows], [labels[i] for i in rows]
+        if out is not None and not out[0]:
+            raise InputError("validation: there is no text to hold out; give more rows")
         examples = other._examples(train, texts, truth, how.seed)
         judge = None if out is None else other._judge(*out)
         with bar("fine-tuning", self.progress) as shown:
@@ -289,14 +305,11 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         save_pretrained(scorer.model, scorer.tokenizer, path, dtype=dtype, more_files=files)
 
     def _recipe(self, given: Mapping[str, Any]) -> Recipe:
-        own: dict[str, Any] = {
-            name: getattr(self, name, None) for name in Recipe.__dataclass_fields__
-        }
+        own = {name: getattr(self, name) for name in Recipe.model_fields}
         own["batch_size"] = self.train_batch_size
-        unknown = sorted(set(given) - set(own))
-        if unknown:
-            raise InputError(f"fit: no option {unknown[0]!r}; the options are {', '.join(own)}")
-        return Recipe(**{**own, **given})
+        values = {**own, **given}
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+        return decode(Recipe, plain, "fit")
 
     def _examples(
         self, rows: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
@@ -333,3 +346,10 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
             return float(right.mean()), float(-raw[np.arange(len(truth)), truth].mean())
 
         return judge
+
+
+def _rows(labels: Any, what: str) -> list[Any]:
+    """Return right answers as a list, whatever is in its rows; raises `InputError` for no list."""
+    if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
+        raise InputError(f"{what}: is one {type(labels).__name__}; expected a list, one per text")
+    return list(labels)

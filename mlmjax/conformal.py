@@ -37,7 +37,7 @@ class Conformal(StrictTable):
         >>> Conformal(method="lac", scores=(0.1, 0.4, 0.2, 0.3)).threshold(0.75)
         0.4
         """
-        if not isinstance(coverage, float) or not 0 < coverage < 1:
+        if not isinstance(coverage, float | np.floating) or not 0 < coverage < 1:
             raise InputError(f"coverage is {coverage!r}; expected a number between 0 and 1")
         # Exact, because 0.1 * 30 is not 3 in floating point and rounds up to 4.
         exact, rows = Fraction(repr(float(coverage))), len(self.scores)

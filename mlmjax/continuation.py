@@ -48,6 +48,14 @@ class ContinuationScorer(RowScorer):
         for label in labels:
             check_text(label, f"label {label!r}")
         self._tokens = tokenizer.encode_plain_batch([f" {label}" for label in labels])
+        seen: dict[tuple[int, ...], str] = {}
+        for label, tokens in zip(labels, map(tuple, self._tokens), strict=True):
+            if tokens in seen:
+                raise InputError(
+                    f"labels {seen[tokens]!r:.60} and {label!r:.60} are the same tokens; expected "
+                    "labels that differ"
+                )
+            seen[tokens] = label
         super().__init__(
             model,
             tokenizer,

@@ -12,7 +12,7 @@ def windows_of(tokenizer: Tokenizer, text: str, room: int) -> list[str]:
     """Cut a text into windows of at most `room` tokens; one that fits is its own window.
 
     Windows are of equal width, begin and end between characters, overlap by at least an eighth,
-    and together hold the whole text.
+    and together hold the whole text; those of white space alone are left out.
 
     >>> windows_of(Tokenizer.from_pretrained(), "one two three four five", 3)
     ['one two three', ' three four five']
@@ -26,9 +26,13 @@ def windows_of(tokenizer: Tokenizer, text: str, room: int) -> list[str]:
         # A piece cut out of its text can be other tokens than it was there, and more of them.
         longest = max(map(len, tokenizer.encode_plain_batch(found)))
         if longest <= room:
-            return found
+            return _filled(found)
         width = max(1, min(width - 1, width * room // longest))
-    return [text[start:stop] for start, stop in _cuts(spans, 1)]
+    return _filled([text[start:stop] for start, stop in _cuts(spans, 1)])
+
+
+def _filled(windows: list[str]) -> list[str]:
+    return [window for window in windows if window.strip()] or windows
 
 
 def _cuts(spans: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int]]:

@@ -84,7 +84,14 @@ def fine_tune(
             )
         if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
             break
+    if not _all_finite(state.params):
+        raise RunError("fit: the weights are no longer finite; give a lower learning_rate")
     return nnx.merge(graphdef, state.params)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
 @lru_cache(maxsize=8)

@@ -1,51 +1,40 @@
 """Fine-tuning a classifier: which prompts it learns from, and which epoch's weights it keeps."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import Field, FiniteFloat
 
 from mlmjax.asking import Asking
 from mlmjax.errors import InputError
 from mlmjax.finetune import fine_tune
 from mlmjax.hf import Model
 from mlmjax.prompts import Prompt
-from mlmjax.score import HeadScorer, Scorer
+from mlmjax.score import MOST_ROWS, HeadScorer, Scorer
+from mlmjax.tables import StrictTable
 
 Judge = Callable[[Model], tuple[float, float]]
 """From a model to its accuracy and its mean loss on texts held out."""
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(StrictTable):
     """How a classifier is fine-tuned; the defaults are from the middle of the paper's sweep.
 
     With texts held out, `patience` ends the training after that many epochs in a row that are no
     better, and the best epoch's weights are kept; None makes all epochs and keeps the last.
     """
 
-    epochs: int = 3
-    learning_rate: float = 3e-5
-    batch_size: int = 32
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    seed: int = 0
-    validation_share: float = 0.0
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.epochs, self.batch_size, 1 if self.patience is None else self.patience) < 1:
-            raise InputError(
-                f"fit: epochs {self.epochs}, batch_size {self.batch_size}, patience "
-                f"{self.patience}; expected 1 or more"
-            )
-        if not 0 <= self.validation_share < 1:
-            raise InputError(
-                f"fit: validation_share is {self.validation_share}; expected 0 or more, below 1"
-            )
+    epochs: Annotated[int, Field(ge=1)] = 3
+    learning_rate: Annotated[FiniteFloat, Field(gt=0)] = 3e-5
+    batch_size: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 32
+    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    seed: Annotated[int, Field(ge=0)] = 0
+    validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patience: Annotated[int, Field(ge=1)] | None = None
 
 
 def learn(
@@ -116,6 +105,8 @@ def learn(
 def held_out(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
     """Split rows into those to train on and those held out, of each group in proportion.
 
+    Of a group of two or more at least one is held out.
+
     >>> held_out(["a"] * 4 + ["b"] * 4, 0.25, seed=0)
     ([0, 1, 2, 4, 6, 7], [3, 5])
     """
@@ -124,7 +115,7 @@ def held_out(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int],
     for group in sorted(set(groups)):
         rows = np.array([i for i, one in enumerate(groups) if one == group])
         rows = rows[rng.permutation(len(rows))]
-        count = min(len(rows) - 1, round(share * len(rows)))
+        count = min(len(rows) - 1, max(1, round(share * len(rows))))
         out += rows[:count].tolist()
         train += rows[count:].tolist()
     return sorted(train), sorted(out)

@@ -93,6 +93,10 @@ class Template:
         object.__setattr__(self, "fields", names)
         object.__setattr__(self, "_parts", parts)
 
+    def uses(self, name: str) -> int:
+        """Return how often a field stands in the template."""
+        return sum(part == _Field(name) for part in self._parts)
+
     def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
         """Return the tokens of a row's prompt before anything is cut; a field may be blank."""
         texts = {name: row.get(name) or "" for name in self.fields}
@@ -212,7 +216,7 @@ class Template:
                 "name the fields that may be cut in shorten, or shorten the text"
             )
         spans = {name: tokenizer.plain_offsets(texts[name]) for name in self.shorten}
-        uses = {name: sum(part == _Field(name) for part in self._parts) for name in spans}
+        uses = {name: self.uses(name) for name in spans}
         fixed = len(self._assemble(tokenizer, [texts | dict.fromkeys(spans, "")])[0])
         budget = max_length - fixed
         while budget > 0:

@@ -1,6 +1,7 @@
 """Label probabilities at the slot, by one forward pass for each row."""
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from mlmjax.prompts import Prompt, Template, Verbalizer
 from mlmjax.tokenizer import Tokenizer, check_text
 
 CHUNK_ROWS = 8192
+MOST_ROWS = 65536
 
 
 def check_row(
@@ -86,8 +88,12 @@ def make_engine(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
             f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
         )
-    if batch_size is not None and batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; expected at least 1")
+    if batch_size is not None and not (
+        isinstance(batch_size, numbers.Integral) and 1 <= batch_size <= MOST_ROWS
+    ):
+        raise InputError(
+            f"batch_size is {batch_size!r:.60}; expected at least 1, at most {MOST_ROWS}"
+        )
     longest = model.config.max_position_embeddings
     if max_length is not None and not 0 < max_length <= longest:
         raise InputError(

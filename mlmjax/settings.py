@@ -1,8 +1,9 @@
 """What a classifier is, beside its weights: labels, prompt, how it asks, and its calibration."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from mlmjax.asking import YES_NO, Asking, LongText
@@ -59,6 +60,7 @@ class Settings(StrictTable):
     multi_label: bool = False
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     long_text: LongText = "shorten"
+    instruction: str | None = None
     examples: tuple[Example, ...] = ()
     calibration: Calibration | None = None
     conformal: Conformal | None = None
@@ -221,9 +223,19 @@ def one_dimensional(values: Iterable[Any], what: str) -> Iterable[Any]:
     """Return the values; raises `InputError` for one text, a table, and what is no list at all."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         raise InputError(f"{what}: is one {type(values).__name__}; expected a list of texts")
+    if isinstance(values, Set):
+        raise InputError(f"{what}: is a set, which has no order; expected a list of texts")
     if getattr(values, "ndim", 1) != 1:
         raise InputError(f"{what}: is a table; expected one column of texts")
     return values
+
+
+def share(value: Any, what: str) -> float:
+    """Return a number from 0 to 1; raises `InputError` for anything else."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to 1")
+    return float(value)
 
 
 def settle(
@@ -257,10 +269,19 @@ def settle(
         raise InputError("the classifier has no labels; give labels, or call fit first")
     table = described(labels)
     same_labels = saved is not None and saved.labels.keys() == table.keys()
-    # Examples, calibration and sets are about labels; of others they say nothing.
+    # Examples are about labels; of others they say nothing.
     examples: Any = saved.examples if saved is not None and same_labels else ()
     if given["examples"] is not None:
-        examples = [_example(pair, i, table, several) for i, pair in enumerate(given["examples"])]
+        pairs = one_dimensional(given["examples"], "examples")
+        examples = [_example(pair, i, table, several) for i, pair in enumerate(pairs)]
+    answer, instruction = value("answer", None), value("instruction", None)
+    usual = default_template(
+        head=head,
+        answer=answer,
+        multi_label=several,
+        instruction=instruction,
+        shots=bool(examples),
+    )
     own: str | None = None
     shorten: Mapping[str, Any] = {"text": "tail"}
     names: OptionNames = "letters"
@@ -269,21 +290,15 @@ def settle(
         own, shorten, names = template.text, template.shorten, template.names
     elif given["template"] is not None:
         own = given["template"]
-    elif saved is not None and given["instruction"] is None and not given["examples"]:
-        shorten, names = saved.shorten, saved.names
-        same = value("answer", saved.answer) == saved.answer and several == saved.multi_label
-        own = saved.template if same and head == saved.head else None
-    answer = value("answer", None)
-    if own is None:
-        own = default_template(
-            head=head,
-            answer=answer,
-            multi_label=several,
-            instruction=given["instruction"],
-            shots=bool(examples),
+    elif saved is not None and saved.template != _usual_of(saved):
+        own, shorten, names = saved.template, saved.shorten, saved.names
+    elif saved is not None:
+        shorten = saved.shorten
+    if own is not None and given["instruction"] is not None:
+        raise InputError(
+            "instruction: there is a template as well, given or saved; write the instruction into "
+            "it, and give that as template"
         )
-    elif given["instruction"] is not None:
-        raise InputError("instruction: a template was given too; write the instruction into it")
     if not several and len(all_option_names(names)) < len(table) <= len(
         all_option_names("numbers")
     ):
@@ -297,24 +312,48 @@ def settle(
         raise InputError(
             "a classification head reads the text alone; leave out examples and answer"
         )
-    keep = same_labels and list(saved.labels) == list(table) if saved is not None else False
-    found = {
-        "labels": table,
-        "template": own,
-        "shorten": shorten,
-        "names": names,
-        "max_length": value("max_length", None),
-        "head": head,
-        "answer": answer,
-        "multi_label": several,
-        "orders": value("orders", 1),
-        "long_text": value("long_text", "shorten"),
-        "examples": tuple(examples),
-        "calibration": saved.calibration if keep and saved else None,
-        "conformal": saved.conformal if keep and saved else None,
-        "abstain_below": value("abstain_below", None),
-    }
-    return decode(Settings, found, "classifier")
+    settings = decode(
+        Settings,
+        {
+            "labels": table,
+            "template": usual if own is None else own,
+            "shorten": dict(shorten),
+            "names": names,
+            "max_length": value("max_length", None),
+            "head": head,
+            "answer": answer,
+            "multi_label": several,
+            "orders": value("orders", 1),
+            "long_text": value("long_text", "shorten"),
+            "instruction": instruction,
+            "examples": tuple(examples),
+        },
+        "classifier",
+    )
+    learned: dict[str, Any] = {}
+    # What was learned of probabilities holds for the questions it was learned with.
+    if saved is not None and all(getattr(settings, n) == getattr(saved, n) for n in _ASKED):
+        learned = {name: getattr(saved, name) for name in _LEARNED}
+    if given["abstain_below"] is not None:
+        learned["abstain_below"] = share(given["abstain_below"], "abstain_below")
+    return settings.model_copy(update=learned)
+
+
+_LEARNED = ("calibration", "conformal", "abstain_below")
+_ASKED = (
+    *("labels", "template", "shorten", "names", "max_length", "head", "answer", "multi_label"),
+    *("orders", "long_text", "examples"),
+)
+
+
+def _usual_of(saved: Settings) -> str:
+    return default_template(
+        head=saved.head,
+        answer=saved.answer,
+        multi_label=saved.multi_label,
+        instruction=saved.instruction,
+        shots=bool(saved.examples),
+    )
 
 
 def _example(pair: Any, number: int, labels: Mapping[str, str], several: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def together(asking: Asking, labels: int) -> int:
     empty: dict[str, Any] = dict.fromkeys(template.fields, "") | {"options": []}
     fixed = template.length(scorer.tokenizer, empty)
     room = scorer.max_length - scorer.max_length // TEXT_SHARE - fixed
-    for count in range(1, max(1, labels // 2) + 1):
+    for count in range(1, labels):
         size = -(-labels // count)
         # Later rounds mix labels of all groups, so the longest ones have to fit together.
         if size <= names and np.sort(tokens)[-size:].sum() <= room:

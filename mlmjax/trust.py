@@ -17,7 +17,7 @@ from mlmjax.calibrate import (
 )
 from mlmjax.errors import InputError
 from mlmjax.orders import shifted, shifts
-from mlmjax.settings import one_dimensional
+from mlmjax.settings import one_dimensional, share
 from mlmjax.truth import label_numbers
 
 NULL_TEXTS = ("N/A", "none", "...")
@@ -31,6 +31,24 @@ class Trust(Answering):
 
     What is found here is saved with the classifier and used by its predictions.
     """
+
+    @property
+    def calibration_(self) -> Calibration | None:
+        """What `calibrate` found, None before."""
+        self._ready()
+        return self.settings_.calibration
+
+    @property
+    def conformal_(self) -> conformal.Conformal | None:
+        """What `conform` found, None before."""
+        self._ready()
+        return self.settings_.conformal
+
+    @property
+    def threshold_(self) -> float | None:
+        """The probability below which it abstains, given or found by `abstain`; None for none."""
+        self._ready()
+        return self.settings_.abstain_below
 
     def calibrate(
         self,
@@ -77,7 +95,7 @@ class Trust(Answering):
             elif method == "null":
                 found = null_calibration(raw)
             else:
-                truth = self._gold(labels or (), len(given))
+                truth = self._gold(labels if labels is not None else (), len(given))
                 before = self.settings_.calibration
                 found = temperature_calibration(self._calibrated(raw), truth)
                 found = found if before is None else before.then(found)
@@ -109,25 +127,31 @@ class Trust(Answering):
         parts = [sets.sets(self._calibrated(raw), coverage) for raw in self._raw(texts)]
         return np.concatenate([np.zeros((0, len(self.classes_)), bool), *parts])
 
-    def abstain(self, texts: Iterable[str], labels: Iterable[Any], *, accuracy: float) -> Any:
+    def abstain(
+        self, texts: Iterable[str], labels: Iterable[Any], *, accuracy: float, least: int = 10
+    ) -> Any:
         """Answer only where these texts say that `accuracy` of the answers given are right.
 
-        The threshold is the lowest probability from which on that is so here; it is as good as
-        these texts are many. Returns the classifier. Raises `InputError` where none is.
+        The threshold (`threshold_`) is the lowest probability from which on that is so here, for at
+        least `least` of these texts; it is as good as they are many. `score` counts a text without
+        an answer as wrong. Returns the classifier. Raises `InputError` where no threshold will do.
         """
-        if not 0 < accuracy <= 1:
-            raise InputError(f"accuracy is {accuracy}; expected a share above 0, up to 1")
+        share(accuracy, "accuracy")
+        if accuracy == 0 or least < 1:
+            raise InputError(f"accuracy is {accuracy}, least {least}; expected more than 0")
         scores, truth = self._labelled(texts, labels)
         best = np.exp(scores.astype(np.float64).max(axis=1))
         order = np.argsort(-best, kind="stable")
         right = np.cumsum((scores.argmax(axis=1) == truth)[order]) / (np.arange(len(order)) + 1)
         # Texts of equal probability are answered together or not at all.
         last = np.append(best[order][1:] < best[order][:-1], True)
-        reached = np.flatnonzero((right >= accuracy) & last)
+        enough = np.arange(len(order)) >= min(least, len(order)) - 1
+        reached = np.flatnonzero((right >= accuracy) & last & enough)
         if not len(reached):
             raise InputError(
-                f"no threshold reaches an accuracy of {accuracy} on these {len(truth)} texts; the "
-                f"surest answers reach {right[last].max():.3f}; ask for less"
+                f"no threshold reaches an accuracy of {accuracy} with {least} answers or more on "
+                f"these {len(truth)} texts, but at most {right[last & enough].max():.3f}; ask for "
+                "less, or give more texts"
             )
         self._learned(abstain_below=float(best[order][reached[-1]]))
         return self
@@ -138,7 +162,8 @@ class Trust(Answering):
         self._ready()
         if self.settings_.multi_label:
             raise InputError(
-                "this is for one label per text; with several, each has a probability of its own"
+                "label sets and abstaining are for one label per text; with multi_label every "
+                "label has a probability of its own: take those above a limit of yours"
             )
         given = self._listed(texts)
         truth = self._gold(labels, len(given))

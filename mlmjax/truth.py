@@ -65,6 +65,11 @@ def _one_each(labels: Iterable[Any]) -> list[Any]:
 
 
 def _name(label: Any, row: int) -> str:
+    if isinstance(label, int | float | np.number):
+        raise InputError(
+            f"row {row + 1} (index {row}): label: is {type(label).__name__} ({label!r:.40}); "
+            "expected text: give names that say what the labels mean, or at least str(label)"
+        )
     check_text(label, f"row {row + 1} (index {row}): label")
     return str(label)
 

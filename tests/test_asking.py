@@ -131,14 +131,12 @@ def test_orders_are_averaged_over_cyclic_shifts(pair):
 @given(st.text(min_size=1, max_size=400), st.integers(2, 40))
 def test_windows_hold_the_whole_text_and_fit(text, room):
     windows = windows_of(TOKENIZER, text, room)
-    assert windows[0] == text[: len(windows[0])]
-    assert text.endswith(windows[-1])
-    place = 0
-    for window in windows:  # each begins no later than the one before it ended
-        start = text.find(window, 0)
-        assert start >= 0
-        place = max(place, text.rfind(window) + len(window))
-    assert place == len(text)
+    covered, start = set(), 0
+    for window in windows:  # none begins before the one ahead of it
+        start = text.index(window, start)
+        covered.update(range(start, start + len(window)))
+    left_out = "".join(text[i] for i in range(len(text)) if i not in covered)
+    assert not left_out.strip()
     # One character can be several tokens, and is never cut.
     assert all(
         len(TOKENIZER.encode_plain(window)) <= room or len(window) <= 2 for window in windows
@@ -156,6 +154,22 @@ def test_windows_cover_every_token_and_overlap():
         joined, place = text[: start + len(window)], start + len(window)
     assert joined == text
     assert min(len(tokenizer.encode_plain(window)) for window in windows) > 30
+
+
+def test_windows_that_are_blank_or_of_a_field_that_stands_twice(pair):
+    options = {"long_text": "mean", "max_length": 60}
+    classifier = Classifier(pair, ["a", "b", "c"], template="{text} {options}", **options)
+    assert classifier.predict_proba(["goal" + " " * 4000 + "won"]).shape == (1, 3)
+    twice = Classifier(pair, ["a", "b", "c"], template="{text}{text}{options}", **options)
+    twice.predict_proba(["goal", "rain " * 500])
+    assert twice.shortened == 0
+
+
+def test_three_labels_of_which_two_fit_are_asked_in_rounds(pair):
+    labels = [f"{name} " + "word " * 45 for name in "abc"]
+    classifier = Classifier(pair, labels, template=SHORT, max_length=160)
+    assert classifier._size() == 2
+    np.testing.assert_allclose(classifier.predict_proba(["goal"]).sum(), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("rule", ["mean", "max"])
@@ -334,11 +348,17 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"head": "classification"}, "call fit"),
         ({"abstain_below": 2.0}, "abstain_below"),
         ({"answer": "phrase"}, "answer"),
+        ({"batch_size": 1.5}, r"batch_size is 1\.5"),
+        ({"batch_size": 10**9}, "at most 65536"),
+        ({"examples": 5}, "examples: is one int"),
+        ({"labels": {"a", "b"}}, "is a set, which has no order"),
+        ({"labels": ["\u00e9", "e\u0301"], "answer": "continuation"}, "are the same tokens"),
+        ({"source": 5}, "expected a folder, a hub id, or a pair"),
     ],
 )
 def test_what_does_not_go_together_is_refused(pair, options, message):
     with pytest.raises(InputError, match=message):
-        Classifier(pair, ["a", "b"], **options).predict(["text"])
+        Classifier(**{"source": pair, "labels": ["a", "b"]} | options).predict(["text"])
 
 
 def test_an_instruction_may_hold_braces(pair):

@@ -217,7 +217,7 @@ def test_bad_texts_are_refused(fitted, texts, message):
         (["a", "b"], ["sports", "mony"], {}, r"row 2 \(index 1\): label 'mony' is none of"),
         (["a", "b"], ["sports", 1], {}, r"row 2 \(index 1\): label: is int"),
         (["a", ""], ["sports", "money"], {}, r"row 2 \(index 1\): field 'text': is blank"),
-        (["a", "b"], ["sports", "money"], {"epochs": 0}, "epochs 0"),
+        (["a", "b"], ["sports", "money"], {"epochs": 0}, "epochs: found 0"),
         (["a", "b"], ["sports", "money"], {"learning_rate": -1.0}, "learning_rate: found -1"),
     ],
 )

@@ -17,7 +17,7 @@ from test_classifier import FAST, examples
 from test_score import noisy, small_config
 
 from mlmjax.classifier import Classifier
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, RunError
 from mlmjax.hf import load_pretrained
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 
@@ -112,10 +112,16 @@ def test_hyperparameters_can_be_searched(pair):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ({"epochs": 0}, "epochs 0"),
-        ({"patience": 0}, "patience 0"),
-        ({"validation_share": 1.0}, "validation_share is 1.0"),
-        ({"speed": 1}, "no option 'speed'"),
+        ({"epochs": 0}, "epochs: found 0"),
+        ({"epochs": 1.5}, r"epochs: found 1\.5"),
+        ({"patience": 0}, "patience: found 0"),
+        ({"batch_size": 10**9}, "batch_size: found 1000000000"),
+        ({"seed": -1}, "seed: found -1"),
+        ({"learning_rate": float("nan")}, "learning_rate: found nan"),
+        ({"validation_share": 1.0}, r"validation_share: found 1\.0"),
+        ({"validation": ([], [])}, "no text to hold out"),
+        ({"validation": 5}, "expected a pair"),
+        ({"speed": 1}, "speed: unknown key"),
     ],
 )
 def test_bad_recipes_are_refused(pair, recipe, message):
@@ -134,6 +140,21 @@ def test_scikit_learn_knows_it_for_a_classifier_of_texts(pair):
     # Of an estimator that takes no table of numbers scikit-learn can check little.
     for estimator, check in estimator_checks_generator(classifier, mark="skip"):
         check(estimator)
+
+
+def test_a_fit_that_diverges_in_its_last_update_is_refused(pair):
+    with pytest.raises(RunError, match="no longer finite"):
+        Classifier(pair, ["a", "b"]).fit(["x", "y"], ["a", "b"], epochs=1, learning_rate=1e30)
+
+
+def test_a_share_of_few_texts_is_one_at_least(pair):
+    classifier = Classifier(pair, ["a", "b"], template=SHORT)
+    classifier.fit(["x", "y", "z", "w"], list("abab"), epochs=1, validation_share=0.1)
+    assert "validation_accuracy" in classifier.history_[0]
+    with pytest.raises(InputError, match="no text to hold out"):
+        classifier.fit(["x", "y"], ["a", "b"], epochs=1, validation_share=0.1)
+    with pytest.raises(InputError, match="labels: is one str"):
+        classifier.fit(["x", "y"], "ab")
 
 
 class Numbers(Classifier):
@@ -224,11 +245,10 @@ def test_everything_reads_an_iterator_once(pair):
     expected = classifier.predict_proba(texts)
     np.testing.assert_allclose(classifier.predict_proba(reading()), expected, atol=1e-6)
     assert read == texts
-    from mlmjax import answering
-
-    stream = classifier.stream(reading())
-    first = next(stream)
-    assert len(first) == 40 <= answering.CHUNK_PROMPTS
+    read.clear()
+    stream = classifier.stream(reading(), part=16)
+    assert len(next(stream)) == len(read) == 16
+    assert [len(part) for part in stream] == [16, 8]
 
 
 def noisy_pair(pair):

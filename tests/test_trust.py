@@ -114,11 +114,12 @@ def test_abstaining_keeps_the_answers_that_are_right_often_enough(classifier):
     items = texts(200, seed=3)
     labels = np.array(truth_of(classifier, items, seed=4))
     plain = classifier.score(items, labels)
-    wanted = plain + 0.1
-    classifier.abstain(items, labels, accuracy=wanted)
+    wanted = plain + 0.04
+    classifier.abstain(items, labels, accuracy=wanted, least=5)
+    assert classifier.threshold_ == classifier.settings_.abstain_below
     answers = classifier.predict(items)
     given = answers != ""
-    assert 0 < given.sum() < 200
+    assert 5 <= given.sum() < 200
     assert (answers[given] == labels[given]).mean() >= wanted
     # One answer more, the next sure one, would be too many.
     sure = classifier.predict_proba(items).max(axis=1)
@@ -148,6 +149,35 @@ def test_all_of_it_is_saved_and_comes_back(classifier, tmp_path):
     # What was learned for these labels says nothing of others.
     other = Classifier.from_pretrained(tmp_path / "saved", ["sports", "x"])
     assert other.settings_.calibration is other.settings_.conformal is None
+
+
+def test_what_was_learned_holds_for_the_same_questions_alone(classifier, tmp_path):
+    items = texts(60)
+    classifier.set_params(labels=LABELS[:2], instruction="Which {topic}?", template=None)
+    classifier.calibrate(items).conform(items, np.array(["sports", "money"] * 30))
+    classifier.calibrate(items, np.array(["sports", "money"] * 20 + ["sports"] * 20))
+    classifier.save_pretrained(tmp_path / "saved")
+
+    def again(*labels, **options):
+        restored = Classifier.from_pretrained(tmp_path / "saved", *labels, **options)
+        return restored.calibration_ is not None, restored.settings_.template
+
+    assert again() == (True, classifier.settings_.template)
+    assert again(LABELS[1::-1])[0] is again(LABELS)[0] is False
+    for changed in ({"orders": 2}, {"answer": "words"}, {"multi_label": True}, {"max_length": 99}):
+        kept, template = again(**changed)
+        assert not kept
+        assert template.startswith("Which {{topic}}?")
+    kept, template = again(examples=[("old goal", "sports")])
+    assert not kept
+    assert "{examples}" in template
+    # A prompt of one's own stays, and says what it lacks.
+    own = Classifier(classifier.source, ["sports", "money"], template=SHORT)
+    own.save_pretrained(tmp_path / "own")
+    with pytest.raises(InputError, match="has no {examples}"):
+        Classifier.from_pretrained(tmp_path / "own", examples=[("old goal", "sports")])
+    with pytest.raises(InputError, match="write the instruction into it"):
+        Classifier.from_pretrained(tmp_path / "own", instruction="Say.")
 
 
 @pytest.mark.parametrize(
