@@ -168,8 +168,8 @@ def test_windows_that_are_blank_or_of_a_field_that_stands_twice(pair):
 def test_three_labels_of_which_two_fit_are_asked_in_rounds(pair):
     labels = [f"{name} " + "word " * 45 for name in "abc"]
     classifier = Classifier(pair, labels, template=SHORT, max_length=160)
-    assert classifier._size() == 2
     np.testing.assert_allclose(classifier.predict_proba(["goal"]).sum(), 1, atol=1e-6)
+    assert classifier.prompts == 3  # of two labels, of one, and of the better two
 
 
 @pytest.mark.parametrize("rule", ["mean", "max"])
