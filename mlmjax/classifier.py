@@ -162,6 +162,12 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         """How many prompts have been asked so far, a forward pass each but for continuations."""
         return self._ready().scorer.scored
 
+    @property
+    def examples_shown(self) -> dict[int, int]:
+        """How many prompts so far had how many few-shot examples, `{examples: prompts}`."""
+        shots = self._ready().shots
+        return {} if shots is None else dict(sorted(shots.counts.items()))
+
     def predict(self, texts: Iterable[str], *, abstain_below: float | None = None) -> np.ndarray:
         """Return the most probable label of each text, str `[texts]`.
 
@@ -256,6 +262,11 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         texts, labels = list(one_dimensional(texts, "texts")), _rows(labels, "labels")
         settings, model, tokenizer, _ = self._read(seen=labels)
         several, names = settings.multi_label, list(settings.labels)
+        if how.patience is not None and validation is None and not how.validation_share:
+            raise InputError(
+                f"fit: patience is {how.patience}, but no texts are held out to be patient about; "
+                "give validation or validation_share, or leave patience out"
+            )
         truth = label_numbers(labels, names, several)
         if len({str(one) for one in truth}) < 2:
             found = ", ".join(sorted({repr(one) for one in labels})) or "none"

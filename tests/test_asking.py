@@ -204,7 +204,7 @@ def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
     labels = ["money", "sports"]
     classifier = Classifier(pair, labels, examples=pool, max_length=160, orders="all")
     probabilities = classifier.predict_proba(["a match"])
-    assert dict(classifier.asking_.shots.counts) == {3: 2}
+    assert classifier.examples_shown == {3: 2}
     rows = [row for _, row in classifier.asking_.rows(classifier._questions("a match")[0])]
     blocks = "".join(
         f"TEXT:\n{text}\nAnswer: {{{letter}}}\n\n"
@@ -222,7 +222,7 @@ def test_a_long_text_comes_before_examples(pair):
     pool = [("goal one", "sports"), ("bank one", "money")]
     classifier = Classifier(pair, ["money", "sports"], examples=pool, max_length=128)
     classifier.predict_proba(["word " * 30, "word " * 500])
-    assert classifier.asking_.shots.counts[0] >= 1
+    assert classifier.examples_shown[0] >= 1
     assert classifier.shortened == 1
 
 

@@ -115,6 +115,7 @@ def test_hyperparameters_can_be_searched(pair):
         ({"epochs": 0}, "epochs: found 0"),
         ({"epochs": 1.5}, r"epochs: found 1\.5"),
         ({"patience": 0}, "patience: found 0"),
+        ({"patience": 2}, "no texts are held out"),
         ({"batch_size": 10**9}, "batch_size: found 1000000000"),
         ({"seed": -1}, "seed: found -1"),
         ({"learning_rate": float("nan")}, "learning_rate: found nan"),

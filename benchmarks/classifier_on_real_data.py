@@ -1,0 +1,265 @@
+"""What a classifier's answers are worth on public data: every way to ask, fit and calibrate.
+
+    python benchmarks/classifier_on_real_data.py --data FOLDER --model FOLDER --out FOLDER
+
+`--data` holds parquet files: ag_news_sample5k_train, ag_news_sample5k_dev, ag_news_test,
+trec_train, trec_test, cola_in_domain_dev, 20newsgroups_bydate_train, 20newsgroups_bydate_test.
+Prints a Markdown table and writes figures.json, figures.png and reliability.png; `--only PART ...`
+measures parts again and keeps the others. No row that is tested or calibrated on is trained on.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from around_the_classifier import commands, language, speed
+from sklearn.metrics import f1_score
+from study import ASKED, HEADER, TOPICS, Study, draw, line, picture
+
+from mlmjax import Classifier, conformal, load_pretrained
+from mlmjax.baselines import tfidf_regression
+from mlmjax.clean import newsgroup
+from mlmjax.errors import InputError
+from mlmjax.orders import sensitivity, shifted
+from mlmjax.reliability import calibration, confidence, diagram
+
+DESCRIBED = {
+    "World": "politics, war and people of the world",
+    "Sports": "games, teams and athletes",
+    "Business": "companies, markets and money",
+    "Sci/Tech": "science, computers and the internet",
+}
+KINDS = {
+    "ABBR": "an abbreviation",
+    "DESC": "a description or a reason",
+    "ENTY": "a thing",
+    "HUM": "a person or a group",
+    "LOC": "a place",
+    "NUM": "a number or a date",
+}
+RECIPE = {"learning_rate": 1e-3, "patience": 1, "validation_share": 0.1}
+
+
+def numbers(labels, names) -> np.ndarray:
+    return np.array([list(names).index(label) for label in labels])
+
+
+def fitting(s: Study) -> None:
+    """The answer at the slot and a classification head, not fitted and fitted, and TF-IDF."""
+    train, test = s.topics("sample5k_train", 2000), s.topics("test", 1000)
+    s.accuracy("as it is", s.classifier().predict(test[0]), test[1])
+    for head, instruction in (("mlm", ASKED), ("classification", None)):
+        fit = s.classifier(head=head, instruction=instruction)
+        start = time.perf_counter()
+        fit.fit(*train, epochs=3, **RECIPE)
+        seconds = round(time.perf_counter() - start)
+        s.accuracy(f"fit, {head}", fit.predict(test[0]), test[1], seconds=seconds)
+        s.rows[-1]["history"] = fit.history_
+        fit.save_pretrained(s.out / ("fitted" if head == "mlm" else "fitted-head"))
+    table = [dict(zip(("text", "label"), row, strict=True)) for row in zip(*train, strict=True)]
+    s.accuracy("TF-IDF", tfidf_regression(table, [{"text": text} for text in test[0]]), test[1])
+
+
+def orders(s: Study) -> None:
+    """Accuracy by cyclic order of the options, and two ways to be rid of its influence."""
+    texts, gold = s.topics("test", 400)
+    dev, _ = s.topics("sample5k_dev", 100)
+    truth = numbers(gold, TOPICS)
+    for name, make in (("as it is", s.classifier), ("fitted", s.fitted)):
+        asked = []
+        for shift in range(4):
+            one = make(labels=shifted(TOPICS, shift))
+            asked.append(np.log(one.predict_proba(texts))[:, numbers(TOPICS, one.classes_)])
+        found = sensitivity(np.stack(asked, axis=1), truth)
+        for shift, share in enumerate(found["accuracy_by_shift"]):
+            s.add(
+                f"{name}, options from {TOPICS[shift]}",
+                "accuracy",
+                share["accuracy"],
+                share["rows"],
+            )
+        s.add(name, "answers that change with the order", found["changed"], found["rows"])
+        every = make(orders="all")
+        s.accuracy(f'{name}, orders="all"', every.predict(texts), gold, passes=every.prompts)
+        once = make().calibrate(dev, method="order")
+        before = once.prompts
+        s.accuracy(f'{name}, calibrate(method="order")', once.predict(texts), gold)
+        s.rows[-1] |= {"passes": once.prompts - before, "passes to calibrate": before}
+
+
+def trust(s: Study) -> None:
+    """Calibration and label sets learned on dev rows, measured on test rows."""
+    texts, gold = s.topics("test", 1000)
+    dev, names = s.topics("sample5k_dev")
+    half = len(dev) // 2
+    truth = numbers(gold, TOPICS)
+
+    def measure(what: str, asked: Classifier) -> np.ndarray:
+        scores = np.log(asked.predict_proba(texts))
+        s.accuracy(what, asked.classes_[scores.argmax(axis=1)], gold)
+        for measure, value in calibration(scores, truth).items():
+            s.add(what, measure, value)
+        return scores
+
+    for name, make in (("as it is", s.classifier), ("fitted", s.fitted)):
+        measure(name, make())
+        measure(f"{name}, batch", make().calibrate(dev[:half]))
+        measure(f"{name}, null", make().calibrate())
+        both = make()
+        try:
+            both.calibrate(dev[:half], names[:half])
+        except InputError as refused:  # answers no better than a guess have no temperature
+            print(f"{name}, temperature: {refused}")
+            scores = np.log(both.predict_proba(texts))
+        else:
+            scores = measure(f"{name}, temperature", both)
+        diagram(*confidence(scores, truth)).savefig(s.out / "reliability.png", dpi=120)
+        held = np.log(both.predict_proba(dev[half:]))
+        for method in ("lac", "aps"):
+            sets = conformal.fit(held, numbers(names[half:], TOPICS), method=method)
+            for share in (0.8, 0.9, 0.95):
+                found = conformal.coverage(sets.sets(scores, share), truth)
+                what = f"{name}, {method}, asked for {share}"
+                s.add(what, "coverage", found["coverage"], found["rows"])
+                s.rows[-1] |= {key: found[key] for key in ("mean_size", "empty", "single")}
+    both.conform(dev[half:], names[half:], method="aps")
+    if not (both.predict_set(texts, coverage=0.95) == sets.sets(scores, 0.95)).all():
+        raise RuntimeError("predict_set and conformal.fit differ")
+    for share in (0.6, 0.7, 0.8, 0.9):
+        what = f"fitted, abstain(accuracy={share})"
+        try:
+            both.abstain(dev[half:], names[half:], accuracy=share)
+        except InputError as refused:
+            print(f"{what}: {refused}")
+            continue
+        answers = both.predict(texts)
+        said = answers != ""
+        s.add(what, "answered", said.mean(), len(said))
+        s.accuracy(what, answers[said], np.array(gold)[said])
+
+
+def many(s: Study) -> None:
+    """Fifty labels: in one prompt, in rounds, and by a classification head."""
+    train, test = s.read("trec_train"), s.read("trec_test")
+    labels = sorted({row["label_fine"] for row in train})
+    seen = {row["text"] for row in test}
+    train = draw([row for row in train if row["text"] not in seen], 2500)
+    texts, gold = ([row[key] for row in test] for key in ("text", "label_fine"))
+    kind = {"labels": labels, "instruction": "What does the question ask for?"}
+    head = s.classifier(labels=labels, head="classification", instruction=None)
+    head.fit(*([row[key] for row in train] for key in ("text", "label_fine")), epochs=4, **RECIPE)
+    s.accuracy("fit, classification", head.predict(texts), gold)
+    folder = s.out / "fitted-many"
+    some = ([row[key] for row in train[:1000]] for key in ("text", "label_fine"))
+    s.classifier(**kind, max_length=192).fit(*some, epochs=2, **RECIPE).save_pretrained(folder)
+    for name, source in (("as it is", s.model), ("fitted", str(folder))):
+        for length in (512, 192, 96):
+            asked = Classifier(source, progress=False, max_length=length, **kind)
+            answers = asked.predict(texts)
+            s.accuracy(f"{name}, max_length {length}", answers, gold, passes=asked.prompts)
+    s.accuracy("commonest label", ["HUM:ind"] * len(gold), gold)
+
+
+def context(s: Study) -> None:
+    """Few-shot examples, descriptions, and labels of several tokens, without fitting."""
+    texts, gold = s.topics("test", 500)
+    shots = list(zip(*s.topics("sample5k_train", 24), strict=True))
+    for name, options in {
+        "plain": {},
+        "descriptions": {"labels": DESCRIBED},
+        "24 examples": {"examples": shots},
+        "24 examples, calibrated (batch)": {"examples": shots},
+    }.items():
+        asked = s.classifier(max_length=512, **options)
+        if "calibrated" in name:
+            asked.calibrate(s.topics("sample5k_dev", 200)[0])
+        start = time.perf_counter()
+        s.accuracy(f"topics, {name}", asked.predict(texts), gold)
+        s.rows[-1]["seconds"] = round(time.perf_counter() - start, 1)
+        if "examples" in options:
+            s.rows[-1]["shots"] = asked.examples_shown
+    rows = s.read("trec_test")
+    texts, gold = [row["text"] for row in rows], [KINDS[row["label"]] for row in rows]
+    for answer in ("letters", "continuation"):
+        asked = s.classifier(labels=list(KINDS.values()), answer=answer, instruction=None)
+        start = time.perf_counter()
+        s.accuracy(f"kinds of question, {answer}", asked.predict(texts), gold)
+        s.rows[-1]["seconds"] = round(time.perf_counter() - start, 1)
+
+
+def documents(s: Study) -> None:
+    """Posts longer than the prompt: cut at the end, or asked about window by window."""
+    parts = []
+    for name, limit in (("train", 1200), ("test", 800)):
+        rows = draw(s.read(f"20newsgroups_bydate_{name}"), limit)
+        pairs = [(newsgroup(row["text"]), row["label"]) for row in rows]
+        parts.append([pair for pair in pairs if pair[0].strip()])
+    train, test = parts
+    labels = sorted({label for _, label in train})
+    fit = s.classifier(labels=labels, head="classification", instruction=None, max_length=128)
+    fit.fit(*zip(*train, strict=True), epochs=3, **RECIPE)
+    folder = s.out / "fitted-posts"
+    fit.save_pretrained(folder)
+    tokenizer = load_pretrained(folder)[1]
+    long = [pair for pair in test if len(tokenizer.encode_plain(pair[0])) > 126][:300]
+    texts, gold = zip(*long, strict=True)
+    for rule in ("shorten", "mean", "max"):
+        asked = Classifier(str(folder), progress=False, long_text=rule)
+        s.accuracy(f"posts of more than 126 tokens, {rule}", asked.predict(texts), gold)
+        s.rows[-1]["passes"] = asked.prompts
+    table = [dict(zip(("text", "label"), row, strict=True)) for row in train]
+    s.accuracy("TF-IDF", tfidf_regression(table, [{"text": text} for text in texts]), gold)
+
+
+def several(s: Study) -> None:
+    """Several labels per text: two news items put together have the topics of both."""
+
+    def pairs(name: str, limit: int) -> tuple[list[str], list[list[str]]]:
+        texts, gold = s.topics(name, 2 * limit)
+        both = [f"{a[:150]}\n{b[:150]}" for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        return both, [sorted({a, b}) for a, b in zip(gold[::2], gold[1::2], strict=True)]
+
+    texts, gold = pairs("test", 300)
+    truth = np.array([[name in labels for name in TOPICS] for labels in gold])
+    asked = s.classifier(multi_label=True, instruction="Does the label apply to the text?")
+    s.add("as it is", "micro-F1", f1_score(truth, asked.predict(texts), average="micro"))
+    asked.fit(*pairs("sample5k_train", 400), epochs=2, **RECIPE)
+    found = asked.predict(texts)
+    s.add("fitted", "micro-F1", f1_score(truth, found, average="micro"))
+    s.add("fitted", "all labels right", np.mean((found == truth).all(axis=1)), len(truth))
+    every = np.ones_like(truth)
+    s.add("every label to every text", "micro-F1", f1_score(truth, every, average="micro"))
+
+
+PARTS = (fitting, orders, trust, many, context, documents, several, language, commands, speed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    names = [part.__name__ for part in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, help="parts to measure (again)")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    kept = given.out / "figures.json"
+    found = json.loads(kept.read_text()) if kept.exists() and given.only else {}
+    study = Study(given.data, given.model, given.out)
+    for part in PARTS:
+        name = part.__name__
+        if given.only and name not in given.only:
+            continue
+        start, study.part, study.rows = time.perf_counter(), name, []
+        part(study)
+        found[name] = {"seconds": time.perf_counter() - start, "rows": study.rows}
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+    rows = [row for part in PARTS if part.__name__ in found for row in found[part.__name__]["rows"]]
+    picture(rows, given.out / "figures.png")
+    print("\n".join([HEADER, *map(line, rows)]))
+
+
+if __name__ == "__main__":
+    main()

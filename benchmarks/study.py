@@ -1,0 +1,113 @@
+"""A study of a classifier: its data, and its figures as JSON, a Markdown table and a picture."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.figure import Figure
+
+from mlmjax import Classifier
+from mlmjax.metrics import wilson_interval
+
+HEADER = """
+| part | what | measure | value | 95 % interval | n | |
+|---|---|---|---|---|---|---|"""
+
+TOPICS = ["World", "Sports", "Business", "Sci/Tech"]
+ASKED = "Which topic is the text about?"
+
+
+class Figures:
+    """The figures of one part of a study, printed as they are found."""
+
+    def __init__(self, part: str):
+        self.part = part
+        self.rows: list[dict] = []
+
+    def add(self, what: str, measure: str, value: float, n: int | None = None, **more) -> None:
+        """Keep a figure; one with `n` is a share of n rows and has a Wilson interval."""
+        row = {"part": self.part, "what": what, "measure": measure, "value": float(value), "n": n}
+        if n is not None:
+            row["interval"] = list(wilson_interval(round(value * n), n))
+        self.rows.append(row | more)
+        print(line(self.rows[-1]), flush=True)
+
+    def accuracy(self, what: str, given, gold, **more) -> None:
+        """Keep the share of answers that are right."""
+        given = np.asarray(given)
+        self.add(what, "accuracy", np.mean(given == np.asarray(gold)), len(given), **more)
+
+
+class Study(Figures):
+    """The data, the model, and the figures so far."""
+
+    def __init__(self, data: Path, model: str, out: Path):
+        super().__init__("")
+        self.data, self.model, self.out = data, model, out
+
+    def read(self, name: str) -> list[dict]:
+        return pq.read_table(self.data / f"{name}.parquet").to_pylist()
+
+    def topics(self, name: str, limit: int | None = None) -> tuple[list[str], list[str]]:
+        """Return texts and labels of AG News, drawn by a seed; of `train` none that dev has."""
+        rows = self.read(f"ag_news_{name}")
+        for row in rows:
+            row["text"] = row.get("text") or f"{row['title']} {row['description']}"
+        if name.endswith("train"):
+            known = set(self.topics("sample5k_dev")[0])
+            rows = [row for row in rows if row["text"] not in known]
+        rows = draw(rows, limit)
+        return [row["text"] for row in rows], [row["label_text"] for row in rows]
+
+    def classifier(self, **options) -> Classifier:
+        options = {"labels": TOPICS, "max_length": 128, "instruction": ASKED} | options
+        return Classifier(self.model, progress=False, **options)
+
+    def fitted(self, **options) -> Classifier:
+        """Return the classifier of AG News that `fitting` saved."""
+        folder = self.out / "fitted"
+        if not folder.exists():
+            sys.exit("no fitted classifier yet: run the part fitting first")
+        return Classifier(str(folder), progress=False, **options)
+
+
+def draw(rows: list, limit: int | None, seed: int = 0) -> list:
+    order = np.random.default_rng([seed, len(rows)]).permutation(len(rows))
+    return [rows[i] for i in order[:limit]]
+
+
+def line(row: dict) -> str:
+    """Return one row of the Markdown table."""
+    value, interval = row["value"], ""
+    if row["n"] is not None:
+        value, (low, high) = f"{value:.1%}", row["interval"]
+        interval = f"{low:.1%} to {high:.1%}"
+    else:
+        value = f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+    known = ("part", "what", "measure", "value", "n", "interval", "history")
+    more = ", ".join(
+        f"{key} {found:.3g}" if isinstance(found, float) else f"{key} {found}"
+        for key, found in row.items()
+        if key not in known
+    )
+    what = row["what"].replace("|", "\\|")
+    cells = (row["part"], what, row["measure"], value, interval, row["n"] or "", more)
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    """Draw every accuracy and coverage with its interval, parts apart."""
+    shares = [row for row in rows if row["measure"] in ("accuracy", "coverage")][::-1]
+    parts = list(dict.fromkeys(row["part"] for row in rows))
+    figure = Figure(figsize=(9, 1 + 0.22 * len(shares)), layout="constrained")
+    axes = figure.subplots()
+    for at, row in enumerate(shares):
+        color = f"C{parts.index(row['part'])}"
+        axes.plot(row["interval"], [at, at], color=color)
+        axes.plot(row["value"], at, color=color, marker="o", markersize=4)
+    axes.set_yticks(range(len(shares)), [f"{r['part']}: {r['what']}" for r in shares], fontsize=7)
+    axes.set_xlim(0, 1)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("accuracy, or coverage of label sets; lines are 95 % intervals")
+    figure.savefig(path, dpi=120)
