@@ -63,6 +63,7 @@ class Trust(Answering):
           alike, which assumes that labels are about equally frequent in them.
         - "null" (the default without texts): takes off what it says of texts without content,
           those given or `NULL_TEXTS`; with {options} or without this is contextual calibration.
+          Not for a fitted classifier, to which such texts are like none it has learned from.
         - "order": takes off its preference for option names, found under all cyclic orders of the
           options (up to 8) of these texts; predictions then take one pass as before.
         - "temperature" (the default with labels): how sure it is, without changing an answer.
