@@ -146,7 +146,7 @@ def many(s: Study) -> None:
     train, test = s.read("trec_train"), s.read("trec_test")
     labels = sorted({row["label_fine"] for row in train})
     seen = {row["text"] for row in test}
-    train = draw([row for row in train if row["text"] not in seen], 1500)
+    train = draw([row for row in train if row["text"] not in seen], 1200)
     texts, gold = ([row[key] for row in test] for key in ("text", "label_fine"))
     kind = {"labels": labels, "instruction": "What does the question ask for?"}
     head = s.classifier(labels=labels, head="classification", instruction=None)
@@ -189,7 +189,7 @@ def context(s: Study) -> None:
 def documents(s: Study) -> None:
     """Posts longer than the prompt: cut at the end, or asked about window by window."""
     parts = []
-    for name, limit in (("train", 900), ("test", None)):
+    for name, limit in (("train", 700), ("test", None)):
         rows = s.read(f"20newsgroups_bydate_{name}")
         rows = draw([row for row in rows if row["label"] in GROUPS], limit)
         pairs = [(newsgroup(row["text"]), row["label"]) for row in rows]
@@ -218,11 +218,11 @@ def several(s: Study) -> None:
         both = [f"{a[:150]}\n{b[:150]}" for a, b in zip(texts[::2], texts[1::2], strict=True)]
         return both, [sorted({a, b}) for a, b in zip(gold[::2], gold[1::2], strict=True)]
 
-    texts, gold = pairs("test", 300)
+    texts, gold = pairs("test", 200)
     truth = np.array([[name in labels for name in TOPICS] for labels in gold])
     asked = s.classifier(multi_label=True, instruction="Does the label apply to the text?")
     s.add("as it is", "micro-F1", f1_score(truth, asked.predict(texts), average="micro"))
-    asked.fit(*pairs("sample5k_train", 400), epochs=2, **RECIPE)
+    asked.fit(*pairs("sample5k_train", 250), epochs=2, **RECIPE)
     found = asked.predict(texts)
     s.add("fitted", "micro-F1", f1_score(truth, found, average="micro"))
     s.add("fitted", "all labels right", np.mean((found == truth).all(axis=1)), len(truth))
