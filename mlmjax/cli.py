@@ -213,7 +213,7 @@ def evaluate(
     from mlmjax.contamination import contamination, read_training_manifest
     from mlmjax.evaluate import load_task, run_evaluation
     from mlmjax.hf import load_pretrained
-    from mlmjax.hub import fetch
+    from mlmjax.hub import CLASSIFIER, fetch
     from mlmjax.log import counting, say
 
     definition = load_task(task)
@@ -222,6 +222,8 @@ def evaluate(
     known = contamination(definition, data, read_training_manifest(folder))
     for line in known.lines:
         say(line)
+    if (folder / CLASSIFIER).exists():
+        say("the model is a classifier with a prompt of its own; it is asked by the task's prompt")
     with counting("rows scored") as progress:
         results = run_evaluation(
             loaded,

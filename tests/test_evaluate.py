@@ -14,6 +14,7 @@ from flax import nnx
 from test_score import noisy, small_config
 
 from mlmjax import cli, evaluate
+from mlmjax.classifier import Classifier
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluate import load_task, run_evaluation
 from mlmjax.hf import load_pretrained, save_pretrained
@@ -500,3 +501,12 @@ def test_the_command_counts_rows_on_stderr(tmp_path, tokenizer, model, reviews, 
     out, err = capsys.readouterr()
     assert json.loads(out)["n"] == 5
     assert err.splitlines()[-1] == "rows scored 5/5"
+    assert "a prompt of its own" not in err
+
+
+def test_the_command_tells_that_a_classifier_is_not_asked_by_its_own_prompt(
+    tmp_path, tokenizer, model, reviews, capsys
+):
+    Classifier((model, tokenizer), ["good", "bad"]).save_pretrained(tmp_path / "model")
+    assert cli.run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
+    assert "a prompt of its own; it is asked by the task's prompt" in capsys.readouterr().err
