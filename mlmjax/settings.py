@@ -332,7 +332,9 @@ def settle(
     )
     learned: dict[str, Any] = {}
     # What was learned of probabilities holds for the questions it was learned with.
-    if saved is not None and all(getattr(settings, n) == getattr(saved, n) for n in _ASKED):
+    # Of labels also the order counts, which tables that are equal need not have.
+    as_saved = saved is not None and list(settings.labels) == list(saved.labels)
+    if as_saved and all(getattr(settings, name) == getattr(saved, name) for name in _ASKED):
         learned = {name: getattr(saved, name) for name in _LEARNED}
     if given["abstain_below"] is not None:
         learned["abstain_below"] = share(given["abstain_below"], "abstain_below")
