@@ -119,13 +119,15 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def verdict(found: dict[str, Any]) -> str:
     """Say in words what a comparison tells, and what it does not."""
     more, p, n = found["only_a"] - found["only_b"], found["mcnemar_p"], found["n"]
+    other = _by_macro_f1(found)
     if not found["only_a"] and not found["only_b"]:
-        return f"A and B are right on the very same of {n} rows: nothing tells them apart."
+        same = f"A and B are right on the very same of {n} rows"
+        return f"{same}.{other}" if other else f"{same}: nothing tells them apart."
     low, high = (100 * bound for bound in found["accuracy_difference_ci95"])
     if p >= LEVEL:
         return (
             f"These {n} rows do not tell which of the two is better (p = {p:.2g}): the accuracy of "
-            f"A may lie from {low:+.1f} to {high:+.1f} points from that of B."
+            f"A may lie from {low:+.1f} to {high:+.1f} points from that of B.{other}"
         )
     better, worse = ("A", "B") if more > 0 else ("B", "A")
     return (
@@ -133,6 +135,20 @@ def verdict(found: dict[str, Any]) -> str:
         f"points. Were both equally good on such rows, so large a difference would come about with "
         f"probability {p:.2g}. That is about these two models on rows like these: not about other "
         "prompts, other data, or what training again would give."
+    )
+
+
+def _by_macro_f1(found: dict[str, Any]) -> str:
+    """Say that macro-F1 tells what accuracy does not, if its interval lies on one side of 0."""
+    low, high = found["macro_f1_difference_ci95"]
+    if low <= 0 <= high:
+        return ""
+    better, worse = ("A", "B") if low > 0 else ("B", "A")
+    low, high = sorted((abs(low), abs(high)))
+    return (
+        f" Accuracy does not tell them apart, but macro-F1 speaks for {better}: it is {_plain(low)} "
+        f"to {_plain(high)} points above that of {worse}, an interval that does not contain 0. "
+        "They differ in how right answers and mistakes are spread over the labels."
     )
 
 

@@ -127,6 +127,29 @@ def test_the_verdict_claims_no_more_than_there_is(tmp_path):
         assert "rows like these" in found["verdict"]
 
 
+def test_macro_f1_may_tell_what_accuracy_does_not(tmp_path):
+    """One side has the rare label right and as many more of the common one wrong."""
+    gold = ["common"] * 180 + ["rare"] * 20
+    a = ["common"] * 165 + ["rare"] * 15 + ["rare"] * 20
+    b = ["common"] * 180 + ["common"] * 15 + ["rare"] * 5
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    for found, winner in ((compare_results(one, two), "A"), (compare_results(two, one), "B")):
+        assert found["mcnemar_p"] == 1
+        assert "do not tell which of the two is better" in found["verdict"]
+        assert f"macro-F1 speaks for {winner}" in found["verdict"]
+        assert "does not contain 0" in found["verdict"]
+
+
+def test_macro_f1_may_tell_what_the_same_right_rows_do_not(tmp_path):
+    gold = ["x", "y"] * 100
+    swapped = gold[:100] + ["y", "x"] * 50
+    scattered = gold[:100] + [f"z{i % 10}" for i in range(100)]
+    one, two = write(tmp_path / "a", gold, swapped), write(tmp_path / "b", gold, scattered)
+    verdict = compare_results(one, two)["verdict"]
+    assert verdict.startswith("A and B are right on the very same of 200 rows. Accuracy does not")
+    assert "macro-F1 speaks for A" in verdict
+
+
 def replaced(found, put):
     """Change the text of a file."""
     return lambda folder, name: (folder / name).write_text(
