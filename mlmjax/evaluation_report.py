@@ -148,7 +148,7 @@ def _orders(found: Mapping[str, Any] | None) -> Iterator[str]:
         ["asked", "rows:", "answers right:"],
         [
             [name, number(one["rows"]), _per_cent(one["accuracy"])]
-            for name, one in zip(names, found["accuracy_by_shift"], strict=False)
+            for name, one in zip(names, found["accuracy_by_shift"], strict=True)
         ],
     )
     yield table(

@@ -112,7 +112,9 @@ def sensitivity(
     ]
     known = [one["accuracy"] for one in by_position if one["accuracy"] is not None]
     return found | {
-        "accuracy_by_shift": [_share(right[row, i]) for i, row in enumerate(asked.T)],
+        "accuracy_by_shift": [
+            _share(right[row, i]) for i, row in enumerate(asked.T[: number.max()])
+        ],
         "accuracy_by_position": by_position,
         "position_spread": max(known) - min(known),
         "pooled_accuracy": float(np.mean(pooled(scores).argmax(axis=1) == truth)),

@@ -106,6 +106,9 @@ def test_rows_of_fewer_options_are_asked_less_often():
     assert [one["rows"] for one in found["accuracy_by_shift"]] == [2, 2, 1, 1]
     assert [one["rows"] for one in found["accuracy_by_position"]] == [2, 2, 1, 1]
     assert found["changed"] == 1
+    two = orders.sensitivity(np.concatenate([scores[1:], scores[1:]]), [0, 1])
+    assert [one["rows"] for one in two["accuracy_by_shift"]] == [2, 2]  # none of a third order
+    assert two["shifts"] == 2
     with pytest.raises(InputError, match="but under a later one"):
         orders.sensitivity(scores[:, [0, 2, 1]])
     with pytest.raises(InputError, match="gold: row 2"):
