@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -302,6 +303,8 @@ def _write_weights(folder: Path, tensors: dict[str, Any], dtypes: dict[str, str]
                 )
             shard[name] = value
         save_file(shard, folder / file, metadata={"format": "pt"})
+        # safetensors gives its files to the owner alone, whatever the umask says.
+        shutil.copymode(folder / hub.CONFIG, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / hub.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -253,6 +254,19 @@ def test_older_export_is_replaced_and_other_folders_are_not(source, tmp_path):
     with pytest.raises(InputError, match="is a file"):
         save_pretrained(model, tokenizer, out / "notes.txt")
     assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_file_has_the_mode_of_the_umask(source, tmp_path, umask):
+    model, tokenizer = load_pretrained(source)
+    before = os.umask(umask)
+    try:
+        save_pretrained(model, tokenizer, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert hub.WEIGHTS in modes
+    assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
 def test_loading_and_saving_in_one_place(folder):
