@@ -146,8 +146,9 @@ def _by_macro_f1(found: dict[str, Any]) -> str:
     better, worse = ("A", "B") if low > 0 else ("B", "A")
     low, high = sorted((abs(low), abs(high)))
     return (
-        f" Accuracy does not tell them apart, but macro-F1 speaks for {better}: it is {_plain(low)} "
-        f"to {_plain(high)} points above that of {worse}, an interval that does not contain 0. "
+        f" Accuracy does not tell them apart, but macro-F1 speaks for {better}: it is "
+        f"{_plain(low)} to {_plain(high)} points above that of {worse}, an interval that does not "
+        "contain 0. "
         "They differ in how right answers and mistakes are spread over the labels."
     )
 
