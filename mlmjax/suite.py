@@ -11,7 +11,7 @@ from mlmjax._version import __version__
 from mlmjax.cells import Cells, Result, result_of
 from mlmjax.contamination import contamination
 from mlmjax.contestants import Contender, Contestant, answer_by_tfidf, contestants
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, printable
 from mlmjax.places import alone_in
 from mlmjax.prompts import Template
 from mlmjax.questions import Question
@@ -75,7 +75,7 @@ class Bench:
             )
 
         started = time.perf_counter()
-        result, is_new = self.cells.get({"version": __version__, **identity}, fresh)
+        result, is_new = self.cells.get({"version": __version__, **identity}, asked, labels, fresh)
         self.done += 1
         found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
         took = f"{time.perf_counter() - started:.1f} s" if is_new else "was there"
@@ -103,12 +103,12 @@ def run_suite(
     suite and every baseline (`transformers:FOLDER_OR_ID`): each setting of the sweep once, the one
     with the best headline on validation rows then with every seed, and only these see the test
     rows. `data` is the folder in which files are looked for; without it parts come from the hub.
-    Entries without data are listed with the reason.
+    Entries without data are told of and listed with the reason.
 
     Each cell is written whole to `out`/cells and found again by the content of the model, task,
     rows and setting, so the same call goes on where it was stopped. Writes `suite.json` (what is
     returned), `suite.md` and `suite.png`. Raises `InputError` for anything that cannot be loaded
-    or asked, before the first cell is computed.
+    or asked, before the first cell is computed, and where no entry finds its data.
     """
     if len(set(models)) < len(models) or len(set(baselines)) < len(baselines):
         raise InputError("a model is named twice; every model and baseline is run once")
@@ -117,6 +117,16 @@ def run_suite(
     folder = None if data is None else Path(data)
     with alone_in(Path(out)):
         present, missing = _look(suite, planned, folder)
+        missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
+        absent = [f"task {one['task']}: {one['reason']}" for one in missing]
+        if not present:
+            raise InputError(
+                f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
+                f"with its files: {absent[0]}",
+                absent[1:],
+            )
+        for line in absent:
+            tell(printable(f"left out: {line}"))
         entrants = list(contestants(suite, contenders, folders))
         total = sum(
             len(contenders) if entry.kind == "zero-shot" else 1 + _trainings(suite, entrants)
@@ -132,7 +142,6 @@ def run_suite(
                 ]
             else:
                 lines += _fine_tuned(bench, suite, one, rows, entrants, contenders)
-        missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
         about = {
             "suite": suite.name,
             "description": suite.description,

@@ -106,7 +106,11 @@ class Told:
 
     @property
     def computed(self):
-        return [line for line in self.lines if "was there" not in line]
+        return [line for line in self.cells if "was there" not in line]
+
+    @property
+    def cells(self):
+        return [line for line in self.lines if line.startswith("[")]
 
 
 def run_small(folder, out, *overrides, models=("model",), data="data", **options):

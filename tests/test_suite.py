@@ -86,8 +86,12 @@ def test_every_method_stands_in_the_results_and_on_the_page(done):
     assert "24\\*" in page  # 32 training rows less the 8 that were held out
     assert (out / "suite.png").read_bytes().startswith(b"\x89PNG")
     # One zero-shot, one TF-IDF, and for each head two settings and one seed.
-    assert len(told.lines) == len(list((out / "cells").iterdir())) == 8
+    assert len(told.cells) == len(list((out / "cells").iterdir())) == 8
     assert told.lines[-1].startswith("[8/8] ")
+    assert [line[:30] for line in told.lines[:2]] == [
+        "left out: task ag_news: test r",
+        "left out: task dreams: nobody ",
+    ]
 
 
 def test_a_cell_holds_its_predictions_and_what_it_is_made_of(done):
@@ -233,11 +237,65 @@ def test_a_cell_that_is_none_is_refused(folder, done, tmp_path):
         with pytest.raises(InputError, match="take the file away"):
             run_small(folder, out)
         assert cell.read_bytes() == content
+    cell.write_text("[]")
+    with pytest.raises(InputError, match="it holds a list; expected an object"):
+        run_small(folder, out)
     wrong = json.loads(sorted((done[0] / "cells").iterdir())[0].read_text())
     wrong["predictions"][0]["gold"] = 5
     cell.write_text(json.dumps(wrong))
     with pytest.raises(InputError, match=r"predictions\.0\.gold"):
         run_small(folder, out)
+
+
+def row_of(cell, **changes):
+    cell["predictions"][3].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda cell: cell.update(metrics={}), "metrics.n: is missing"),
+        (lambda cell: cell["metrics"].pop("mcc_ci95"), "metrics.mcc_ci95: is missing"),
+        (lambda cell: cell["metrics"].update(accuracy=float("nan")), "NaN is no number"),
+        (lambda cell: cell["metrics"].update(accuracy="x"), "metrics.accuracy: is 'x'"),
+        (lambda cell: cell["metrics"].update(accuracy=0.123), "its predictions give"),
+        (lambda cell: cell["metrics"].update(macro_f1=True), "metrics.macro_f1: is True"),
+        (lambda cell: cell["metrics"].update(calibration={"ece": "x"}), "metrics.calibration"),
+        (lambda cell: cell["metrics"].update(calibration=None), "metrics.calibration"),
+        (lambda cell: cell.pop("predictions"), "predictions: are 0; expected 12"),
+        (lambda cell: cell["predictions"].pop(), "predictions: are 11; expected 12"),
+        (lambda cell: cell.update(diverged="so"), "diverged, and yet"),
+        (lambda cell: cell.update(losses=[float("inf")]), "Infinity is no number"),
+        (lambda cell: cell.update(order={}), "order.changed"),
+        (lambda cell: row_of(cell, index=7), "predictions.3: is index 7"),
+        (lambda cell: row_of(cell, gold="bad"), "expected index 3, gold 'good'"),
+        (lambda cell: row_of(cell, prediction="fair"), "predictions.3: 'fair' is not its most"),
+        (lambda cell: row_of(cell, probabilities={"fair": 1.0}), "has labels that the task"),
+        (lambda cell: row_of(cell, probabilities={}), "is not its most probable"),
+        (lambda cell: cell.pop("identity"), "identity: is missing"),
+    ],
+)
+def test_a_cell_that_was_changed_by_hand_is_refused(folder, done, tmp_path, change, said):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    (path,) = (out / "cells").glob("*-zero-shot-*.json")
+    cell = json.loads(path.read_text())
+    change(cell)
+    path.write_text(json.dumps(cell))
+    with pytest.raises(InputError) as caught:
+        run_small(folder, out)
+    assert caught.value.message.startswith(f"{path}: is no cell of this suite (")
+    assert said in caught.value.message
+
+
+def test_a_bootstrapped_interval_is_taken_anew(folder, done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    for path in (out / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        cell["metrics"]["accuracy_ci95"] = cell["metrics"]["macro_f1_ci95"] = "x"
+        path.write_text(json.dumps(cell))
+    assert run_small(folder, out)[0]["lines"] == done[1]["lines"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +395,9 @@ def test_the_paper_finds_its_files(test_data):
         assert found == expected, name
 
 
-def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(folder, tmp_path, capsys):
+def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(
+    folder, done, tmp_path, capsys
+):
     start = ["evaluate", "--model", str(folder / "model")]
     small = ["--suite", str(folder / "small.toml"), "--data", str(folder / "data")]
     refused = [
@@ -354,11 +414,25 @@ def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(folder, 
         assert cli.run([*start, *arguments]) == 2, arguments
         assert said in capsys.readouterr().err
     out = tmp_path / "out"
-    assert cli.run([*start, *small, "--out", str(out), "--limit", "4", 'tasks=["dreams"]']) == 0
+    for task, reason in (("ag_news", "no file of"), ("dreams", "nobody has written them down")):
+        assert cli.run([*start, *small, "--out", str(out), f'tasks=["{task}"]']) == 2
+        error = capsys.readouterr().err
+        assert "no entry finds its data, so nothing was run" in error
+        assert f"task {task}: " in error
+        assert reason in error
+    assert not (out / "suite.json").exists()
+    assert cli.run([*start, *small, "--out", str(tmp_path), 'tasks=["ag_news", "dreams"]']) == 2
+    assert "task dreams: nobody has written" in capsys.readouterr().err
+    shutil.copytree(done[0], out, dirs_exist_ok=True)
+    assert cli.run([*start, *small, "--out", str(out), "--limit", "500"]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"report: {out / 'suite.md'}\n"
     assert "Not the whole data" in (out / "suite.md").read_text()
-    assert json.loads((out / "suite.json").read_text())["lines"] == []
+    assert "left out: task dreams: nobody has written them down" in captured.err
+    found = json.loads((out / "suite.json").read_text())
+    assert [line["score"] for line in found["lines"]] == [
+        line["score"] for line in done[1]["lines"]
+    ]
 
 
 def test_a_result_that_cannot_be_written_stops_the_run(folder, tmp_path, monkeypatch):
