@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score
 
 from mlmjax import hub
 from mlmjax.asking import LongText, Question
+from mlmjax.classifier_card import classifier_card
 from mlmjax.errors import InputError
 from mlmjax.heads import with_classifier
 from mlmjax.hf import Model, save_pretrained
@@ -314,7 +315,10 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         files = {hub.CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None and not hasattr(self, "history_"):
             files[hub.TRAINING] = self.manifest_
-        save_pretrained(scorer.model, scorer.tokenizer, path, dtype=dtype, more_files=files)
+        card = classifier_card(scorer.model, self.settings_)
+        save_pretrained(
+            scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
+        )
 
     def _recipe(self, given: Mapping[str, Any]) -> Recipe:
         own = {name: getattr(self, name) for name in Recipe.model_fields}

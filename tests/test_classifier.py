@@ -1,6 +1,7 @@
 """The classifier: learns, repeats itself, saves and restores, and behaves like an estimator."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from sklearn.model_selection import ShuffleSplit, cross_val_score
 from sklearn.pipeline import Pipeline
 from test_score import small_config
 
+from mlmjax import hub
 from mlmjax.classifier import Classifier
 from mlmjax.errors import InputError, RunError
 from mlmjax.hf import save_pretrained
@@ -142,6 +144,49 @@ def test_broken_settings_are_refused(fitted, tmp_path, change, message):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(InputError, match=message):
         Classifier.from_pretrained(tmp_path / "saved")
+
+
+def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_path):
+    hostile = {
+        "sports": "games",
+        "```\n# Owned <img src=x>": "$name ${prompt}",
+        "a\x1b[2J\u202eb": "",
+    }
+    template = SHORT.replace("{text}", "~~~\n````\n## A prompt $labels\n{text}")
+    Classifier(pair, hostile, template=template).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert 'Classifier.from_pretrained("PATH_OF_THIS_FOLDER")' in card
+    assert "AutoModel" not in card
+    assert "\nsports: games\n```⟨U+000A⟩# Owned <img src=x>: $name ${prompt}\n" in card
+    assert not {"\x1b", "\u202e"} & set(card)
+    fence, outside = None, []
+    for line in card.splitlines():  # as CommonMark reads fences
+        ticks = len(line) - len(line.lstrip("`"))
+        if fence is None and ticks >= 3 and "`" not in line[ticks:]:
+            fence = ticks
+        elif fence is not None and ticks >= fence and not line.strip("`"):
+            fence = None
+        elif fence is None:
+            outside.append(line)
+    assert fence is None
+    assert [line for line in outside if line.startswith("#")] == [
+        "# Text classifier",
+        "## Labels",
+        "## Prompt",
+    ]
+    assert not any("Owned" in line or "A prompt" in line for line in outside)
+    assert SHORT.splitlines()[1] in card
+
+
+def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / hub.TRAINING).write_text('{"format": 1, "runs": []}')
+    classifier = Classifier(source, list(WORDS), template=SHORT)
+    classifier.save_pretrained(tmp_path / "asked")
+    assert (tmp_path / "asked" / hub.TRAINING).read_text() == '{"format": 1, "runs": []}'
+    classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
+    assert not (tmp_path / "fitted" / hub.TRAINING).exists()
 
 
 def test_descriptions_stand_in_the_prompt_and_change_the_answer(pair):
