@@ -83,20 +83,26 @@ class Asking:
         return found
 
     def examples(
-        self, questions: Sequence[Question], answers: Sequence[int], where: Sequence[str]
+        self,
+        questions: Sequence[Question],
+        answers: Sequence[int],
+        where: Sequence[str],
+        *,
+        seed: int = 0,
     ) -> tuple[list[Prompt], list[int]]:
         """Return prompts to train on and the column of each one's answer.
 
-        `answers` are option numbers. Question i is shown in the i-th order, orders beginning anew;
-        every window of a text is an example.
+        `answers` are option numbers. Each question is shown in one of its orders, drawn by
+        `[seed, its number]`: in turns they could agree with the order of the labels, and the answer
+        would always be the same letter. Every window of a text is an example.
         """
         rows, columns, names = [], [], []
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             asked = self.rows(question)
             shifts = sorted({shift for shift, _ in asked})
-            turn = shifts[number % len(shifts)]
+            drawn = shifts[np.random.default_rng([seed, number]).integers(len(shifts))]
             for shift, row in asked:
-                if shift == turn:
+                if shift == drawn:
                     rows.append(row)
                     names.append(where[number])
                     order = orders.shifted(question.choice, shift)

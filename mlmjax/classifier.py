@@ -58,8 +58,8 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
       and `{label}` where these are used.
     - `examples`: pairs of text and label to stand in the prompt, as many as fit, by turns of label.
     - `orders`: 1, the options as given; k or "all" evenly spaced cyclic orders, their
-      probabilities averaged, at that many forward passes. `fit` shows the same orders by turns, and
-      a fitted classifier is to be asked in those it was fitted in.
+      probabilities averaged, at that many forward passes. `fit` shows each example in one of these
+      orders, and a fitted classifier is to be asked in those it was fitted in.
     - `long_text`: "shorten" a text that is too long at its end (counted in `shortened`), or ask
       windows of it and take the "mean" of their probabilities, or each label's "max".
     - `multi_label`: each label is a question of yes or no; labels are lists of names, answers
@@ -348,7 +348,7 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
             questions += asked
             answers += golds
             where += [names[row]] * len(asked)
-        return self.asking_.examples(questions, answers, where)
+        return self.asking_.examples(questions, answers, where, seed=seed)
 
     def _judge(self, texts: Sequence[str], labels: Sequence[Any]) -> Callable[[Model], Any]:
         """Return the function from a model to its accuracy and loss on these texts."""
