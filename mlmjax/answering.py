@@ -98,7 +98,7 @@ class Answering:
                 manifest = hub.plain_file(folder, hub.TRAINING).read_text(encoding="utf-8")
             model, tokenizer = load_pretrained(self.source, dtype=self.dtype, **where)
         has_head = isinstance(model, ModernBertForSequenceClassification)
-        settings = settle(vars(self), saved, model, seen)
+        settings = settle(vars(self), saved, model, tokenizer, seen)
         if settings.head == "classification" and not has_head and seen is None:
             raise InputError(
                 f"a {ModernBertForMaskedLM.__name__} has no classification head; call fit, which "

@@ -20,7 +20,7 @@ from mlmjax.score import HeadScorer, RowScorer, Scorer
 from mlmjax.tables import StrictTable, decode
 from mlmjax.tokenizer import Tokenizer, check_text
 from mlmjax.truth import seen_labels
-from mlmjax.verbalizer import OptionNames, all_option_names, option_names
+from mlmjax.verbalizer import OptionNames, usable_option_names
 
 Head = Literal["mlm", "classification"]
 Answer = Literal["letters", "words", "continuation"]
@@ -164,8 +164,12 @@ def make_asking(
             model, tokenizer, template, Verbalizer.words(names), **options, optional=OPTIONAL
         )
     else:
-        count = min(len(names), len(all_option_names(settings.names)))
-        columns = option_names(count, settings.names)
+        columns = usable_option_names(settings.names, tokenizer)[: len(names)]
+        if len(columns) < 2:
+            raise InputError(
+                f"labels: the tokenizer has no two option names of one token ({settings.names}); "
+                "give answer='words' or another tokenizer"
+            )
         verbalizer = Verbalizer({name: (f" {name}",) for name in columns})
         scorer = Scorer(model, tokenizer, template, verbalizer, **options, optional=OPTIONAL)
     if own_names and settings.orders != 1:
@@ -239,7 +243,11 @@ def share(value: Any, what: str) -> float:
 
 
 def settle(
-    given: Mapping[str, Any], saved: Settings | None, model: Model, seen: Sequence[Any] | None
+    given: Mapping[str, Any],
+    saved: Settings | None,
+    model: Model,
+    tokenizer: Tokenizer,
+    seen: Sequence[Any] | None,
 ) -> Settings:
     """Put together what the constructor was given, what was saved, and what is usual.
 
@@ -299,9 +307,11 @@ def settle(
             "instruction: there is a template as well, given or saved; write the instruction into "
             "it, and give that as template"
         )
-    if not several and len(all_option_names(names)) < len(table) <= len(
-        all_option_names("numbers")
-    ):
+
+    def enough(kind: OptionNames) -> bool:
+        return len(usable_option_names(kind, tokenizer)) >= len(table)
+
+    if not several and not enough(names) and enough("numbers"):
         names = "numbers"
     if several and (answer not in (None, "letters") or head == "classification"):
         raise InputError(

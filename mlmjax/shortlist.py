@@ -8,7 +8,7 @@ import numpy as np
 from mlmjax.asking import Asking, Question
 from mlmjax.errors import InputError
 from mlmjax.prompts import option_lines
-from mlmjax.verbalizer import all_option_names
+from mlmjax.verbalizer import usable_option_names
 
 TEXT_SHARE = 8
 """One in this many tokens of a prompt is kept for the text when labels are cut into groups."""
@@ -25,7 +25,7 @@ def together(asking: Asking, labels: int) -> int:
     template, scorer = asking.scorer.template, asking.scorer
     if asking.own_names or "options" not in template.fields:
         return labels
-    names = len(all_option_names(template.names))
+    names = len(usable_option_names(template.names, scorer.tokenizer))
     lines = [option_lines([text], template.names) for text in asking.shown]
     tokens = np.array([len(ids) + 1 for ids in scorer.tokenizer.encode_plain_batch(lines)])
     empty: dict[str, Any] = dict.fromkeys(template.fields, "") | {"options": []}

@@ -51,6 +51,15 @@ def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> t
     return (_letters if kind == "letters" else _numbers)(tokenizer)
 
 
+def usable_option_names(kind: OptionNames, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the names that prompts give to their options, up to the first that is not one token.
+
+    Prompts name their options by the packaged tokenizer's names, whatever tokenizer reads them.
+    """
+    own = set(all_option_names(kind, tokenizer))
+    return tuple(takewhile(own.__contains__, all_option_names(kind)))
+
+
 @dataclass(frozen=True)
 class Verbalizer:
     """The surface forms of each label, each of which must be exactly one token.

@@ -21,6 +21,9 @@ from mlmjax import engine
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Scoring cuts its batches over all devices, and eight that share two cores are slow; the tests of
+# the engine have them back.
+engine.local_devices = lambda: jax.local_devices()[:1]
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
@@ -35,9 +38,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "data: needs the folder named by MLMJAX_TEST_DATA")
     if not wants(config, "hub"):  # read when huggingface_hub is imported, which is later
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    # Scoring cuts its batches over all devices, and eight that share two cores are slow; the tests
-    # of the engine have them back.
-    engine.local_devices = lambda: jax.local_devices()[:1]
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,7 @@
 """Questions: orders, rounds, windows, few-shot examples, several labels, labels of many tokens."""
 
 import doctest
+from string import ascii_uppercase
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_score import noisy, small_config
+from training import write_tokenizer
 
 from mlmjax import continuation, documents, fewshot, learning, shortlist, truth
 from mlmjax.classifier import Classifier
@@ -20,7 +22,7 @@ from mlmjax.prompts import Template, Verbalizer
 from mlmjax.score import Scorer
 from mlmjax.shortlist import in_rounds
 from mlmjax.tokenizer import Tokenizer
-from mlmjax.verbalizer import all_option_names, option_names
+from mlmjax.verbalizer import all_option_names, option_names, usable_option_names
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
 TOKENIZER = Tokenizer.from_pretrained()
@@ -76,6 +78,19 @@ def test_more_labels_than_fit_are_asked_in_rounds(pair):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
     alone = Classifier(pair, labels, template=SHORT, batch_size=1).predict_proba(TEXTS[1:2])
     np.testing.assert_allclose(alone[0], probabilities[1], atol=1e-5)
+
+
+def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", ascii_uppercase)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    config = small_config(num_hidden_layers=1, max_position_embeddings=512)
+    model = noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    assert len(usable_option_names("letters", tokenizer)) == 26
+    classifier = Classifier((model, tokenizer), [str(i) for i in range(60)], template=SHORT)
+    probabilities = classifier.predict_proba(TEXTS)
+    assert classifier._size() <= 26
+    assert classifier.settings_.names == "letters"
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
 def test_labels_that_cannot_fit_are_refused(pair):

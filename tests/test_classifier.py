@@ -274,7 +274,7 @@ def test_bad_training_data_is_refused(pair, texts, labels, options, message):
 def test_a_loss_that_is_not_finite_stops_the_fit(pair):
     texts, labels = examples(32)
     classifier = Classifier(pair, template=SHORT)
-    with pytest.raises(RunError, match="loss of epoch 2 is not finite"):
+    with pytest.raises(RunError, match=r"loss of epoch \d is not finite"):
         classifier.fit(texts, labels, **{**FAST, "learning_rate": 1e30})
     assert not hasattr(classifier, "asking_")
 
