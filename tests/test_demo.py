@@ -199,9 +199,13 @@ def show(out, capfd, **more):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """The folder of one demo, whose second run finds everything compiled."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    names = (
+        "jax_enable_compilation_cache",
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
     before = [getattr(jax.config, name) for name in names]
-    values = [str(tmp_path_factory.mktemp("compiled")), 0.0]
+    values = [True, str(tmp_path_factory.mktemp("compiled")), 0.0]
     for name, value in zip(names, values, strict=True):
         jax.config.update(name, value)
     yield tmp_path_factory.mktemp("demo") / "out"

@@ -102,6 +102,7 @@ def compile_settings(folder):
     """Compiling is most of the time of a short run: do it quickly, and once for all runs."""
     return {
         "jax_disable_most_optimizations": True,
+        "jax_enable_compilation_cache": True,  # conftest keeps the user's own out of the tests
         "jax_compilation_cache_dir": str(folder / "cache"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
