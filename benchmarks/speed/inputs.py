@@ -1,0 +1,86 @@
+"""What both sides read: weights, questions, training rows. Made once, the same on every run."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import zstandard
+from flax import nnx
+
+from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, save_pretrained
+from mlmjax.data.packing import pack
+from mlmjax.prompts import Template, option_lines
+from mlmjax.task import load_task
+
+LETTERS = ["A", "B", "C", "D"]
+LONG = 8192
+TRAIN_ROWS, TRAIN_LENGTH, MASKED = 8, 128, 0.3
+INSTRUCT_LENGTH = 512
+DRAWN = 0.01
+
+
+def write_inputs(data: Path, folder: Path, *, questions: int, seed: int = 0) -> None:
+    """Write a model of base size with random weights, and all texts and token ids, to `folder`."""
+    rng = np.random.default_rng(seed)
+    config = ModelConfig.from_hf(json.loads((data / "tokenizer" / "config_base.json").read_text()))
+    tokenizer = Tokenizer.from_pretrained()
+    save_pretrained(ModernBertForMaskedLM(config, rngs=nnx.Rngs(seed)), tokenizer, folder / "base")
+    rows = pq.read_table(data / "eval" / "mmlu_test.parquet").to_pylist()
+    chosen = [rows[i] for i in rng.choice(len(rows), questions, replace=False)]
+    template = load_task("mmlu").prompt
+    asked = [
+        {"question": row["question"].strip(), "options": list(row["choices"])} for row in chosen
+    ]
+    prompts = [
+        template.replace("{options}", option_lines(row["options"])).replace(
+            "{question}", row["question"]
+        )
+        for row in asked
+    ]
+    write(folder, "mmlu", {"rows": asked, "prompts": prompts, "template": template})
+    words = rng.integers(1000, 50000, LONG - 3).tolist()
+    write(folder, "long", [tokenizer.cls_id, *words, tokenizer.mask_id, tokenizer.sep_id])
+    write(folder, "train", masked_tokens(rng, tokenizer.mask_id))
+    write(folder, "instruct", instruct_rows(data, tokenizer, rng))
+
+
+def masked_tokens(rng: np.random.Generator, mask_id: int) -> dict[str, Any]:
+    """Rows of random tokens, 30 % of them masked."""
+    ids = rng.integers(1000, 50000, (TRAIN_ROWS, TRAIN_LENGTH))
+    masked = rng.random(ids.shape) < MASKED
+    labels = np.where(masked, ids, -100)
+    return {"ids": np.where(masked, mask_id, ids).tolist(), "labels": labels.tolist()}
+
+
+def instruct_rows(data: Path, tokenizer: Tokenizer, rng: np.random.Generator) -> dict[str, Any]:
+    """Real instruction rows of at most 512 tokens, packed: the first rows that make two batches."""
+    template = Template("{definition}\n{input}\nAnswer: [unused0] [MASK]")
+    examples = []
+    path = data / "instruct" / "single_token_instruct.jsonl.zst"
+    with path.open("rb") as file:
+        lines = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), "utf-8")
+        records = [json.loads(line) for line in lines if rng.random() < DRAWN]
+    for i in rng.permutation(len(records)):
+        answer = tokenizer.encode_plain(f" {records[i]['target'].strip()}")
+        if len(answer) != 1:
+            continue
+        prompt = template.render(tokenizer, records[i], 1 << 20)
+        if len(prompt.ids) <= INSTRUCT_LENGTH:
+            examples.append({"ids": prompt.ids, "slot": prompt.slot, "answer": answer[0]})
+        if len(examples) == 200:
+            break
+    packed = pack([example["ids"] for example in examples], INSTRUCT_LENGTH)
+    return {"examples": examples, "packed": [packed[i] for i in rng.permutation(len(packed))]}
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    """Write `NAME.json`."""
+    (folder / f"{name}.json").write_text(json.dumps(content, default=int))
+
+
+def read(folder: Path, name: str) -> Any:
+    """Read what `write` wrote."""
+    return json.loads((folder / f"{name}.json").read_text())

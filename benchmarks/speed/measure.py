@@ -1,0 +1,61 @@
+"""What both sides share: times, memory, the speed of a plain product, one line of JSON at the end.
+
+A side is a module of functions `NAME(folder) -> figures`; run as `python ours.py NAME FOLDER`, it
+measures in a process of its own, because the thread pools of torch and JAX halve each other.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Figures = dict[str, Any]
+GEMM = (1024, 768, 2304)
+"""Rows, inputs and outputs of the product whose speed says what the machine gives just now."""
+
+
+def timed(
+    act: Callable[[], Any], *, repeats: int = 1, warm_up: Callable[[], Any] | None = None
+) -> tuple[Figures, Any]:
+    """Warm up (by `act`, where nothing else is given), act `repeats` times; give seconds, result.
+
+    `first` is what the first call took beyond the others: mostly compilation.
+    """
+    start = time.perf_counter()
+    (warm_up or act)()
+    first = time.perf_counter() - start
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = act()
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds)
+    figures = {"seconds": median}
+    if warm_up is None:
+        figures["first"] = max(0.0, first - median)
+    return figures, result
+
+
+def gemm_gflops(multiply: Callable[[], Any]) -> float:
+    """Return the GFLOP/s of a float32 product of the shape `GEMM`."""
+    rows, inputs, outputs = GEMM
+    figures, _ = timed(multiply, repeats=9)
+    return 2e-9 * rows * inputs * outputs / figures["seconds"]
+
+
+def peak_mib() -> float:
+    """Return the most memory this process has held; rusage would count its parent's as well."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def main(functions: dict[str, Callable[[Path], Figures]], gemm: Callable[[], float]) -> None:
+    """Measure the function and in the folder that the command line names; print one JSON line."""
+    name, folder = sys.argv[1:]
+    figures = functions[name](Path(folder))
+    figures["peak_mib"] = peak_mib()
+    figures["gemm_gflops"] = gemm()
+    print(json.dumps(figures))

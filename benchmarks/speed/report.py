@@ -1,0 +1,178 @@
+"""The table of ratios, the figures behind it as JSON, and a picture."""
+
+import json
+import platform
+import statistics
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import GROWTH, KEPT, STREAM, Case
+from matplotlib.figure import Figure
+from measure import Figures
+
+PACKAGES = ("mlmjax", "jax", "flax", "torch", "transformers")
+CLOSE = 2e-5
+"""The largest difference of a probability between the sides in float32."""
+
+
+def compare(name: str, case: Case, runs: list[Figures]) -> dict[str, Any]:
+    """Return the ratios of a case, round by round, and what else is known of both sides.
+
+    Raises `SystemExit` where the sides do not give the same answers.
+    """
+    sides = {
+        side: [r for r in runs if r["side"] == side and r["function"] == function]
+        for side, function in (("ours", case.ours), ("theirs", case.theirs))
+    }
+    ours, theirs = ([run[case.figure] for run in side] for side in sides.values())
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    if case.figure == "peak_mib":
+        ratios = [1 / ratio for ratio in ratios]
+    difference = None
+    if "answers" in sides["ours"][0]:
+        both = [np.array(side[0]["answers"]) for side in sides.values()]
+        difference = float(np.abs(both[0] - both[1]).max())
+        if "bfloat16" not in case.ours and difference > CLOSE:
+            raise SystemExit(f"{name}: the sides differ by {difference}")
+    return {
+        "case": name,
+        "title": case.title,
+        "figure": case.figure,
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "goal": case.goal,
+        "stretch": case.stretch,
+        "ours": statistics.median(ours),
+        "theirs": statistics.median(theirs),
+        "largest_difference": difference,
+        **{
+            f"{key}_{side}": statistics.median([run[key] for run in found if key in run])
+            for side, found in sides.items()
+            for key in ("peak_mib", "padding", "first", "gemm_gflops")
+            if any(key in run for run in found)
+        },
+    }
+
+
+def reached(row: dict[str, Any]) -> str:
+    """Say how a row stands to its goals."""
+    better = -1 if row["figure"] == "peak_mib" else 1
+    if better * row["ratio"] >= better * row["stretch"]:
+        return "stretch"
+    return "goal" if better * row["ratio"] >= better * row["goal"] else "**behind**"
+
+
+COLUMNS = (
+    "case",
+    "ours",
+    "theirs",
+    "ratio (rounds)",
+    "goal / stretch",
+    "reached",
+    "padding ours / theirs",
+    "peak MiB ours / theirs",
+    "first call beyond the others, s",
+)
+
+
+def table(rows: list[dict[str, Any]], questions: int) -> str:
+    """Return the Markdown table."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(row, questions) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def cells(row: dict[str, Any], questions: int) -> tuple[str, ...]:
+    """Return a line of the table."""
+    unit = "MiB" if row["figure"] == "peak_mib" else "s"
+
+    def both(key: str, form: str) -> str:
+        values = [row.get(f"{key}_{side}") for side in ("ours", "theirs")]
+        return " / ".join("-" if value is None else format(value, form) for value in values)
+
+    return (
+        row["title"].format(questions=questions),
+        f"{row['ours']:,.3g} {unit}",
+        f"{row['theirs']:,.3g} {unit}",
+        f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
+        f"{row['goal']} / {row['stretch']}",
+        reached(row),
+        both("padding", ".0%"),
+        both("peak_mib", ",.0f"),
+        both("first", ".1f"),
+    )
+
+
+def alone(runs: list[Figures]) -> list[str]:
+    """Return what was measured of our side alone."""
+    found = {run["function"]: run for run in runs if run["side"] == "ours"}
+    lines = []
+    if STREAM in found:
+        run = found[STREAM]
+        lines.append(
+            f"Compilations while {run['texts']:,} texts of random lengths came, after warm-up: "
+            f"{run['compilations']} (goal 0; {run['programs']} programs)."
+        )
+    if all(name in found for name in GROWTH):
+        long, short = (found[name]["seconds"] for name in GROWTH)
+        kept = (8192 / long) / (512 / short)
+        lines.append(
+            f"Local attention at 8192 keeps {kept:.2f} of its tokens/s at 512 (goal {KEPT})."
+        )
+    return lines
+
+
+def write_report(
+    out: Path, rows: list[dict[str, Any]], runs: list[Figures], *, questions: int
+) -> None:
+    """Write `speed.json`, `speed.md` and `speed.png`; print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    about = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in PACKAGES},
+    }
+    for run in runs:
+        run.pop("answers", None)
+    whole = {"about": about, "rows": rows, "runs": runs}
+    (out / "speed.json").write_text(json.dumps(whole, indent=1) + "\n")
+    versions = ", ".join(f"{name} {value}" for name, value in about.items())
+    peaks = {
+        side: [run["gemm_gflops"] for run in runs if run["side"] == side and "gemm_gflops" in run]
+        for side in ("ours", "theirs")
+    }
+    peak = " and ".join(
+        f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) {name}"
+        for name, values in (("XLA", peaks["ours"]), ("torch", peaks["theirs"]))
+        if values
+    )
+    text = "\n\n".join(
+        [
+            f"{versions}.",
+            f"GFLOP/s of a float32 product of 1024 x 768 x 2304 in the same processes: {peak}.",
+            table(rows, questions),
+            *alone(runs),
+        ]
+    )
+    (out / "speed.md").write_text(text + "\n")
+    picture(rows, questions).savefig(out / "speed.png", dpi=120)
+    print(text)
+
+
+def picture(rows: list[dict[str, Any]], questions: int) -> Figure:
+    """Draw the ratios, round by round, beside the goals."""
+    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(places, [row["ratio"] for row in rows], color="tab:blue", height=0.6)
+    for place, row in zip(places, rows, strict=True):
+        axes.plot(row["ratios"], [place] * len(row["ratios"]), "k|", markersize=9)
+        axes.plot(row["goal"], place, "D", color="tab:orange")
+        axes.plot(row["stretch"], place, "*", color="tab:green", markersize=10)
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_yticks(places, [row["title"].format(questions=questions) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio (of memory: ours / theirs); diamond goal, star stretch, bars rounds")
+    return figure
