@@ -42,9 +42,10 @@ class Engine:
     """Runs sequences of token ids through a model, a jitted `forward` of which says what is read.
 
     Sequences are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
-    many as fill a token budget), cut over all local devices, so that there are at most
-    `len(buckets)` compilations. A batch that the devices have no memory for is halved, and stays
-    so; `forward` must give each row a result that does not depend on the others.
+    many as fill a token budget; a sequence that comes alone is a batch of its own), cut over all
+    local devices, so that there are at most two compilations per bucket. A batch that the devices
+    have no memory for is halved, and stays so; `forward` must give each row a result that does not
+    depend on the others.
     """
 
     def __init__(
@@ -168,7 +169,9 @@ class Engine:
         start = 0
         while start < len(order):
             length = self._bucket(lengths[order[start]])
-            rows = self.rows_of(length)
+            # Who asks about one text waits for it, and would wait for a batch of padding.
+            alone = len(sequences) == 1 and self.batch_size is None
+            rows = self.mesh.size if alone else self.rows_of(length)
             members = order[start : start + rows]
             ids = np.full((rows, length), self.pad_id, np.int32)
             segment_ids = np.zeros((rows, length), np.int32)

@@ -216,7 +216,7 @@ def _fill(abstract: Model, weights: hub.Weights) -> Model:
     problems = []
 
     def read(name: str) -> np.ndarray:
-        value = weights.read(name).astype(np.float32)
+        value = weights.read(name).astype(np.float32, copy=False)
         if not np.isfinite(value).all():
             count = np.count_nonzero(~np.isfinite(value))
             problems.append(f"{name}: {count} of {value.size} values are NaN or infinite")

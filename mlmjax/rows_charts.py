@@ -1,6 +1,5 @@
 """Pictures of prepared rows, and how text from strangers is made fit to be looked at."""
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,35 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mlmjax.report import ACCENT, INK, OTHER, WIDTH, plain
+from mlmjax.rows_markdown import shortened, visible
 
-_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _REASONS = ["#b45309", "#e9b872", "#9f1239", "#f0a3b0", "#6d28d9", "#c4b5ec", "#475569", "#cbd5e1"]
 _BINS = 64
 _SHOWN_INSIDE, _NARROW = 0.025, 0.06
-
-
-def visible(text: str, keep: str = "") -> str:
-    r"""Write characters that cannot be seen, or move others about, as their numbers.
-
-    >>> visible("a b\n\u202e", keep="\n"), visible("\x1b[0m")
-    ('a b\n⟨U+202E⟩', '⟨U+001B⟩[0m')
-    """
-    return "".join(
-        c
-        if c == " " or c in keep or unicodedata.category(c) not in _UNSEEN
-        else f"⟨U+{ord(c):04X}⟩"
-        for c in text
-    )
-
-
-def shortened(text: str, length: int) -> str:
-    """Cut text in its middle to at most `length` characters.
-
-    >>> shortened("abcdefghij", 5)
-    'ab…ij'
-    """
-    half, odd = divmod(length - 1, 2)
-    return text if len(text) <= length else f"{text[: half + odd]}…{text[-half:]}"
 
 
 def bars(counts: Sequence[tuple[str, int]], total: int, rest: str | None, title: str) -> Figure:

@@ -1,14 +1,38 @@
 """Markdown that no text in it can break: cells, code blocks, tables, numbers."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
-
-from mlmjax.rows_charts import shortened, visible
 
 CELL, LONG_CELL = 100, 400
 """Characters shown of a name, and of a message or a path."""
 
+_UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _MARKDOWN = re.compile(r"[^\w\s.,;:/␣…⟨⟩=+?-]", flags=re.ASCII)
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Write characters that cannot be seen, or move others about, as their numbers.
+
+    >>> visible("a b\n\u202e", keep="\n"), visible("\x1b[0m")
+    ('a b\n⟨U+202E⟩', '⟨U+001B⟩[0m')
+    """
+    return "".join(
+        c
+        if c == " " or c in keep or unicodedata.category(c) not in _UNSEEN
+        else f"⟨U+{ord(c):04X}⟩"
+        for c in text
+    )
+
+
+def shortened(text: str, length: int) -> str:
+    """Cut text in its middle to at most `length` characters.
+
+    >>> shortened("abcdefghij", 5)
+    'ab…ij'
+    """
+    half, odd = divmod(length - 1, 2)
+    return text if len(text) <= length else f"{text[: half + odd]}…{text[-half:]}"
 
 
 def cell(text: object, length: int = CELL) -> str:

@@ -15,7 +15,8 @@ from mlmjax.data.folder import built_whole
 from mlmjax.data.prepare import shortages
 from mlmjax.data.rows import SPLITS, Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.errors import InputError, write_failed
-from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
+from mlmjax.rows_charts import bars, fates, lengths, own_style, save
+from mlmjax.rows_markdown import visible
 from mlmjax.rows_page import KEPT, NOT_SELECTED, TOP, page
 from mlmjax.tokenizer import Tokenizer
 

@@ -164,7 +164,7 @@ def make_asking(
             model, tokenizer, template, Verbalizer.words(names), **options, optional=OPTIONAL
         )
     else:
-        columns = usable_option_names(settings.names, tokenizer)[: len(names)]
+        columns = usable_option_names(settings.names, tokenizer, len(names))
         if len(columns) < 2:
             raise InputError(
                 f"labels: the tokenizer has no two option names of one token ({settings.names}); "
@@ -309,7 +309,7 @@ def settle(
         )
 
     def enough(kind: OptionNames) -> bool:
-        return len(usable_option_names(kind, tokenizer)) >= len(table)
+        return len(usable_option_names(kind, tokenizer, len(table))) == len(table)
 
     if not several and not enough(names) and enough("numbers"):
         names = "numbers"

@@ -25,7 +25,7 @@ def together(asking: Asking, labels: int) -> int:
     template, scorer = asking.scorer.template, asking.scorer
     if asking.own_names or "options" not in template.fields:
         return labels
-    names = len(usable_option_names(template.names, scorer.tokenizer))
+    names = len(usable_option_names(template.names, scorer.tokenizer, labels))
     lines = [option_lines([text], template.names) for text in asking.shown]
     tokens = np.array([len(ids) + 1 for ids in scorer.tokenizer.encode_plain_batch(lines)])
     empty: dict[str, Any] = dict.fromkeys(template.fields, "") | {"options": []}

@@ -51,13 +51,16 @@ def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> t
     return (_letters if kind == "letters" else _numbers)(tokenizer)
 
 
-def usable_option_names(kind: OptionNames, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Return the names that prompts give to their options, up to the first that is not one token.
+def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> tuple[str, ...]:
+    """Return the names of at most `most` options, up to the first that is not one token.
 
     Prompts name their options by the packaged tokenizer's names, whatever tokenizer reads them.
     """
-    own = set(all_option_names(kind, tokenizer))
-    return tuple(takewhile(own.__contains__, all_option_names(kind)))
+    few = kind == "letters" and most <= len(ascii_uppercase)  # the packaged one is not needed
+    names = ascii_uppercase[:most] if few else all_option_names(kind)[:most]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
+    return tuple(name for name, _ in whole)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     config = small_config(num_hidden_layers=1, max_position_embeddings=512)
     model = noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
-    assert len(usable_option_names("letters", tokenizer)) == 26
+    assert len(usable_option_names("letters", tokenizer, 60)) == 26
     classifier = Classifier((model, tokenizer), [str(i) for i in range(60)], template=SHORT)
     probabilities = classifier.predict_proba(TEXTS)
     assert classifier._size() <= 26

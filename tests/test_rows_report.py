@@ -18,8 +18,8 @@ from mlmjax.cli import run
 from mlmjax.config import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data import census, prepare, shuffle
 from mlmjax.data.rows import open_rows, read_manifest
-from mlmjax.rows_charts import bars, fates, lengths, own_style, save, visible
-from mlmjax.rows_markdown import cell, fenced
+from mlmjax.rows_charts import bars, fates, lengths, own_style, save
+from mlmjax.rows_markdown import cell, fenced, visible
 from mlmjax.rows_report import token_text, write_rows_report
 from mlmjax.tokenizer import Tokenizer
 
