@@ -106,30 +106,36 @@ class Engine:
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                self._halve(int(lengths[order[done]]), error)
+                self._halve(int(lengths[order[done]]), len(sequences), error)
         return results
 
-    def rows_of(self, length: int) -> int:
-        """Count the rows of a batch of this length: a multiple of the devices."""
+    def rows_of(self, length: int, sequences: int) -> int:
+        """Count the rows of a batch of this length, a multiple of the devices.
+
+        Who asks about one sequence waits for it, and would wait for rows of padding.
+        """
         devices = self.mesh.size
+        if sequences == 1 and self.batch_size is None:
+            return devices
         rows = self.batch_size or rows_of(length) * devices
         return -(-max(1, rows >> self._halvings) // devices) * devices
 
-    def _halve(self, length: int, error: Exception) -> None:
-        rows = self.rows_of(self._bucket(length))
+    def _halve(self, length: int, sequences: int, error: Exception) -> None:
+        bucket = self._bucket(length)
+        rows = self.rows_of(bucket, sequences)
         if rows == self.mesh.size:
             raise RunError(
                 f"the memory of the devices does not hold one text of {length} tokens each; "
                 "give a smaller max_length, dtype bfloat16, or a device with more memory"
             ) from error
         self._halvings += 1
-        while self.rows_of(self._bucket(length)) == rows:
+        while self.rows_of(bucket, sequences) == rows:
             self._halvings += 1
         log.info(
             "not enough memory for %d rows of %d tokens; going on with %d",
             rows,
             length,
-            self.rows_of(self._bucket(length)),
+            self.rows_of(bucket, sequences),
         )
 
     def _bucket(self, length: int) -> int:
@@ -169,9 +175,7 @@ class Engine:
         start = 0
         while start < len(order):
             length = self._bucket(lengths[order[start]])
-            # Who asks about one text waits for it, and would wait for a batch of padding.
-            alone = len(sequences) == 1 and self.batch_size is None
-            rows = self.mesh.size if alone else self.rows_of(length)
+            rows = self.rows_of(length, len(sequences))
             members = order[start : start + rows]
             ids = np.full((rows, length), self.pad_id, np.int32)
             segment_ids = np.zeros((rows, length), np.int32)

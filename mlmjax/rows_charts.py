@@ -1,4 +1,4 @@
-"""Pictures of prepared rows, and how text from strangers is made fit to be looked at."""
+"""Pictures of prepared rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

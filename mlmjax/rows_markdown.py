@@ -1,4 +1,4 @@
-"""Markdown that no text in it can break: cells, code blocks, tables, numbers."""
+"""Text from strangers made fit to be looked at, and Markdown that no text in it can break."""
 
 import re
 import unicodedata

@@ -2,6 +2,7 @@
 
 import itertools
 import numbers
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +109,7 @@ def make_engine(
     )
 
 
-class RowScorer:
+class RowScorer(ABC):
     """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
 
     Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
@@ -215,13 +216,14 @@ class RowScorer:
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 
+    @abstractmethod
     def _score(
         self,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Prompt],
         progress: Progress | None,
     ) -> np.ndarray:
-        raise NotImplementedError
+        """Return the log probabilities of prompts, `[rows, labels]`."""
 
 
 class Scorer(RowScorer):

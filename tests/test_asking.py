@@ -93,6 +93,14 @@ def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
+def test_a_tokenizer_without_option_names_is_refused(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", ["sun", "moon"])
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    model = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="no two option names of one token"):
+        Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
+
+
 def test_labels_that_cannot_fit_are_refused(pair):
     with pytest.raises(InputError, match="no two of the 600 labels fit"):
         Classifier(pair, [f"{i} " + "word " * 300 for i in range(600)]).predict(["text"])

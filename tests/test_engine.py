@@ -55,7 +55,19 @@ def test_results_are_in_order_and_the_same_on_any_devices(model):
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 3), (4, 4), (9, 3), (24, 8)])
 def test_a_batch_is_cut_into_equal_parts(model, batch_size, devices):
     engine = make(model, batch_size=batch_size)
-    assert (engine.mesh.size, engine.rows_of(32)) == (devices, batch_size)
+    assert (engine.mesh.size, engine.rows_of(32, 99)) == (devices, batch_size)
+
+
+def test_a_sequence_that_comes_alone_is_a_batch_of_its_own(model):
+    engine = make(model)
+    (item, *_), weights = sequences(2), np.ones(1, np.float32)
+    engine.run([item], weights)
+    bucket = next(length for length in engine.buckets if length >= len(item))
+    assert engine.padded_tokens == bucket * engine.mesh.size
+    engine.jitted = ScarceMemory(engine, tokens=0)
+    with pytest.raises(RunError, match=f"one text of {len(item)} tokens"):
+        engine.run([item], weights)
+    assert engine.jitted.refused == 1
 
 
 class ScarceMemory:

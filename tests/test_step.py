@@ -18,6 +18,7 @@ from mlmjax.step import (
     create_train_state,
     make_eval_step,
     make_train_step,
+    masked_token_loss,
 )
 
 VOCAB, SEQ, WIDTH = 64, 16, 6
@@ -183,6 +184,25 @@ def test_a_model_with_other_state_is_refused():
     model.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
     with pytest.raises(InputError, match="set the dropout rates to 0"):
         create_train_state(model, optax.sgd(0.1))
+
+
+def test_work_of_a_gradient_is_linear_in_layers():
+    """On a CPU the compiler would add up the residual stream anew for each of its users."""
+
+    def flops(layers):
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: make_model(layers)), nnx.Param)
+        token, target = (jax.ShapeDtypeStruct((8, n), jnp.int32) for n in (SEQ, WIDTH))
+
+        def loss(params, batch):
+            return masked_token_loss(nnx.merge(graphdef, params), batch)
+
+        lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
+            params, Batch(*[token] * 3, *[target] * 3)
+        )
+        return lowered.compile().cost_analysis()["flops"]
+
+    few, more, most = (flops(layers) for layers in (2, 6, 10))
+    assert (most - more) / (more - few) == pytest.approx(1, abs=0.02)
 
 
 def test_memory_of_an_update_is_linear_in_tokens_and_remat_saves_most_of_it():

@@ -3,7 +3,7 @@
     python benchmarks/speed --data FOLDER --out FOLDER
 
 `--data` holds `eval`, `instruct` and `tokenizer`; the table, the figures as JSON and a picture go
-to `--out`. About three quarters of an hour on two cores, which have to be idle.
+to `--out`. The cores have to be idle.
 """
 
 import argparse
