@@ -16,21 +16,29 @@ import time
 from pathlib import Path
 
 from cases import CASES, GROWTH, STREAM
-from inputs import LETTERS, read, write_inputs
-from measure import Figures
+from inputs import write_inputs
+from measure import LETTERS, Figures, read
 from report import compare, write_report
 
 HERE = Path(__file__).parent
 SETTINGS = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-CLASSIFY = "import sys; from mlmjax.cli import main; sys.argv[0] = 'mlmjax'; main()"
+PIPELINE = """
+import json, sys
+import torch, transformers
+ask = transformers.pipeline("fill-mask", model=sys.argv[1], dtype=torch.float32)
+print(json.dumps(ask(open(sys.argv[2]).read(), targets=sys.argv[3:])[0]))
+"""
+"""What a user of transformers writes for one text."""
 
 
 def command(side: str, function: str, inputs: Path) -> list[str]:
-    """Return the command that measures a function; ours of a fresh process is `mlmjax classify`."""
-    if (side, function) == ("ours", "fresh"):
-        labels = ",".join(LETTERS)
-        return [sys.executable, "-c", CLASSIFY, "classify", "--model", str(inputs / "base"),
-                "--labels", labels, str(inputs / "text.txt")]  # fmt: skip
+    """Return the command that measures a function; of a fresh process it is what users run."""
+    model, text, prompt = (str(inputs / name) for name in ("base", "text.txt", "prompt.txt"))
+    if function == "fresh" and side == "ours":
+        options = ["--model", model, "--labels", ",".join(LETTERS)]
+        return [sys.executable, "-m", "mlmjax", "classify", *options, text]
+    if function == "fresh":
+        return [sys.executable, "-c", PIPELINE, model, prompt, *(f" {x}" for x in LETTERS)]
     return [sys.executable, str(HERE / f"{side}.py"), function, str(inputs)]
 
 
@@ -68,7 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder)
         write_inputs(chosen.data, inputs, questions=chosen.questions)
-        (inputs / "text.txt").write_text(read(inputs, "mmlu")["rows"][0]["question"] + "\n")
+        asked = read(inputs, "mmlu")
+        (inputs / "text.txt").write_text(" ".join(asked["rows"][0]["question"].split()) + "\n")
+        (inputs / "prompt.txt").write_text(asked["prompts"][0])
         runs: list[Figures] = []
         if "fresh" in chosen.only:
             measure("ours", "fresh", inputs)  # fills the cache of compiled programs

@@ -9,16 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import zstandard
 from flax import nnx
+from measure import INSTRUCT_LENGTH, LONG, write
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, save_pretrained
 from mlmjax.data.packing import pack
 from mlmjax.prompts import Template, option_lines
 from mlmjax.task import load_task
 
-LETTERS = ["A", "B", "C", "D"]
-LONG = 8192
 TRAIN_ROWS, TRAIN_LENGTH, MASKED = 8, 128, 0.3
-INSTRUCT_LENGTH = 512
 DRAWN = 0.01
 
 
@@ -74,13 +72,3 @@ def instruct_rows(data: Path, tokenizer: Tokenizer, rng: np.random.Generator) ->
             break
     packed = pack([example["ids"] for example in examples], INSTRUCT_LENGTH)
     return {"examples": examples, "packed": [packed[i] for i in rng.permutation(len(packed))]}
-
-
-def write(folder: Path, name: str, content: Any) -> None:
-    """Write `NAME.json`."""
-    (folder / f"{name}.json").write_text(json.dumps(content, default=int))
-
-
-def read(folder: Path, name: str) -> Any:
-    """Read what `write` wrote."""
-    return json.loads((folder / f"{name}.json").read_text())

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 Figures = dict[str, Any]
+LETTERS = ["A", "B", "C", "D"]
+LONG = 8192
+INSTRUCT_LENGTH = 512
 GEMM = (1024, 768, 2304)
 """Rows, inputs and outputs of the product whose speed says what the machine gives just now."""
 
@@ -59,3 +62,13 @@ def main(functions: dict[str, Callable[[Path], Figures]], gemm: Callable[[], flo
     figures["peak_mib"] = peak_mib()
     figures["gemm_gflops"] = gemm()
     print(json.dumps(figures))
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    """Write `NAME.json`."""
+    (folder / f"{name}.json").write_text(json.dumps(content, default=int))
+
+
+def read(folder: Path, name: str) -> Any:
+    """Read what `write` wrote."""
+    return json.loads((folder / f"{name}.json").read_text())

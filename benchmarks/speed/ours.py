@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from inputs import INSTRUCT_LENGTH, LETTERS, LONG, read
-from measure import GEMM, Figures, gemm_gflops, main, timed
+from measure import GEMM, INSTRUCT_LENGTH, LETTERS, LONG, Figures, gemm_gflops, main, read, timed
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, load_pretrained
 from mlmjax.attention import attend

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 import transformers
-from inputs import INSTRUCT_LENGTH, LETTERS, LONG, read
-from measure import GEMM, Figures, gemm_gflops, main, timed
+from measure import GEMM, INSTRUCT_LENGTH, LETTERS, LONG, Figures, gemm_gflops, main, read, timed
 
 BUDGETS = (256, 512, 1024, 2048, 4096)
 """Tokens of a batch that are tried for the strongest peer, where questions are sorted."""
@@ -160,7 +159,7 @@ def instruct(folder: Path) -> Figures:
     content = read(folder, "instruct")
     model = load(folder).train()
     update = updater(model)
-    pad, mask = model.config.pad_token_id, 50284
+    pad = model.config.pad_token_id
     batches = []
     for start in (0, 8, 16):
         ids = torch.full((8, INSTRUCT_LENGTH), pad)
@@ -168,7 +167,6 @@ def instruct(folder: Path) -> Figures:
         for row, example in enumerate(content["examples"][start : start + 8]):
             ids[row, : len(example["ids"])] = torch.tensor(example["ids"])
             labels[row, example["slot"]] = example["answer"]
-        assert (ids == mask).sum() >= 8
         batches.append((ids, labels, (ids != pad).long()))
     figures, _ = timed(
         lambda: [update(*batch) for batch in batches[1:]], warm_up=lambda: update(*batches[0])
@@ -179,14 +177,6 @@ def instruct(folder: Path) -> Figures:
         "padding": 1 - real / (16 * INSTRUCT_LENGTH),
         "rows": 16,
     }
-
-
-def fresh(folder: Path) -> Figures:
-    """Load the model and classify one text by a pipeline; the process as a whole is timed."""
-    ask = transformers.pipeline("fill-mask", model=str(folder / "base"), dtype=torch.float32)
-    prompt = read(folder, "mmlu")["prompts"][0]
-    best = ask(prompt, targets=[f" {letter}" for letter in LETTERS])[0]
-    return {"answer": best["token_str"]}
 
 
 def gemm() -> float:
@@ -212,7 +202,6 @@ if __name__ == "__main__":
             "training": training,
             "training_sparse": partial(training, sparse=True),
             "instruct": instruct,
-            "fresh": fresh,
         },
         gemm,
     )
