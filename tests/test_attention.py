@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlmjax import attention, partition
+from mlmjax import attention, blockwise, partition
 from mlmjax.attention import attend
 from mlmjax.errors import InputError
 from mlmjax.product import product
@@ -94,20 +94,27 @@ def test_dense_is_the_definition(window, packed):
     window=st.none() | st.integers(0, 80),
     packed=st.booleans(),
     seed=st.integers(0, 100),
+    where=st.sampled_from(["cpu", "gpu"]),
 )
-def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed):
+@example(length=75, window=5, packed=True, seed=0, where="cpu")
+@example(length=75, window=5, packed=True, seed=0, where="gpu")
+@example(length=75, window=None, packed=True, seed=0, where="cpu")
+def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, where):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_BLOCK", 8)
+        patch.setattr(blockwise, "platform", lambda: where)
+        patch.setattr(blockwise, "_BLOCK", 8)
         ids = segments(length, seed) if packed else None
         dense, banded = paths(ids, window, "dense", "banded")
         assert_paths_equal(dense, banded, heads((3, 2, length, 4), seed))
 
 
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     ("length", "window"),
     [(512, 64), (513, 63), (770, 65), (1000, 130), (520, 200), (600, None), (512, None)],
 )
-def test_banded_is_dense_with_its_own_blocks(length, window):
+def test_banded_is_dense_with_its_own_blocks(monkeypatch, length, window, where):
+    monkeypatch.setattr(blockwise, "platform", lambda: where)
     dense, banded = paths(segments(length), window, "dense", "banded")
     assert_paths_equal(dense, banded, heads((3, 1, length, 4)))
 

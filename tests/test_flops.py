@@ -4,7 +4,7 @@ import pytest
 from flax import nnx
 
 from mlmjax.architecture import ModelConfig
-from mlmjax.attention import _mask
+from mlmjax.blockwise import visible
 from mlmjax.data.batch import UNUSED, Batch, LabelBatch
 from mlmjax.flops import forward_flops, peak_flops, segment_lengths, training_flops
 from mlmjax.modernbert import ModernBertForMaskedLM
@@ -25,7 +25,7 @@ def test_flops_are_those_of_the_matrices_and_of_every_visible_pair(lengths):
     segments = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     rows = np.arange(len(segments))
     seen = {
-        kind: int(_mask(segments, segments, rows, rows, window).sum())
+        kind: int(visible(segments, segments, rows, rows, window).sum())
         for kind, window in (("full_attention", None), ("sliding_attention", 5))
     }
     sizes = kernels()

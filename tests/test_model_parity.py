@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mlmjax import attention, layers, partition
+from mlmjax import blockwise, layers, partition
 from mlmjax.architecture import ACTIVATIONS, GLOBAL, LOCAL, ModelConfig
 from mlmjax.errors import InputError
 from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
@@ -145,7 +145,7 @@ def loss_and_gradients(model, ids, mask, targets):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Let the banded path cut rows that are short enough for a test."""
-    monkeypatch.setattr(attention, "_BLOCK", 4)
+    monkeypatch.setattr(blockwise, "_BLOCK", 4)
 
 
 @pytest.mark.parametrize(

