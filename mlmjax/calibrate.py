@@ -6,8 +6,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
-from scipy.optimize import brentq
-from scipy.special import log_softmax, logsumexp
 
 from mlmjax.errors import InputError
 from mlmjax.tables import StrictTable, decode
@@ -57,7 +55,7 @@ class Calibration(StrictTable):
                     "calibrate again for these labels"
                 )
             scores = scores - np.array(self.bias)
-        return np.asarray(log_softmax(scores / self.temperature, axis=1))
+        return np.asarray(log_softmax(scores / self.temperature))
 
     def then(self, other: "Calibration") -> "Calibration":
         """Return the calibration that does this one and then the other; `rows` is the fewer.
@@ -145,7 +143,7 @@ def order_calibration(log_probs: np.ndarray) -> Calibration:
     mean = np.where(asked, _zeroed(scores), 0.0).sum(axis=1) / number
     if (np.isfinite(scores) != (has[:, None] & asked)).any():
         raise InputError("log_probs: a row has other option names under one shift than another")
-    priors = log_softmax(np.where(has, mean, -np.inf), axis=1)
+    priors = log_softmax(np.where(has, mean, -np.inf))
     return Calibration(method="order", bias=_log_mean(priors), rows=len(scores))
 
 
@@ -158,13 +156,13 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
     """
     scores = checked(log_probs, ("rows", "labels"))
     truth = checked_gold(gold, scores)
-    scores = _zeroed(log_softmax(scores, axis=1), missing=-np.inf)
+    scores = _zeroed(log_softmax(scores), missing=-np.inf)
     of_gold = scores[np.arange(len(scores)), truth]
     values = np.where(np.isfinite(scores), scores, 0.0)
 
     def slope(log_inverse: float) -> float:
         """The likelihood's slope by 1 / temperature, which only rises: the likelihood is convex."""
-        weights = np.exp(log_softmax(math.exp(log_inverse) * scores, axis=1))
+        weights = np.exp(log_softmax(math.exp(log_inverse) * scores))
         return float(np.mean((weights * values).sum(axis=1) - of_gold))
 
     low, high = -math.log(HOTTEST), -math.log(COLDEST)
@@ -178,6 +176,8 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
             f"the answers of all these {len(scores)} rows are right, so that no temperature fits; "
             "give more rows, or rows that were not trained on"
         )
+    from scipy.optimize import brentq  # takes longer to import than an answer
+
     temperature = math.exp(-brentq(slope, low, high, xtol=1e-10))
     return Calibration(method="temperature", temperature=temperature, rows=len(scores))
 
@@ -236,8 +236,18 @@ def _log_mean(scores: np.ndarray) -> tuple[float, ...]:
             f"log_probs: no row has label {label + 1} (index {label}), so that its bias cannot be "
             "found; leave the label out, or give rows that have it"
         )
-    normalised = log_softmax(scores, axis=1)
-    return tuple((logsumexp(normalised, axis=0) - np.log(rows)).tolist())
+    normalised = log_softmax(scores)
+    return tuple((np.logaddexp.reduce(normalised, axis=0) - np.log(rows)).tolist())
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the softmax over the last axis; -inf stays -inf.
+
+    >>> np.exp(log_softmax(np.log([[1.0, 3.0]]))).round(3).tolist()
+    [[0.25, 0.75]]
+    """
+    # scipy.special has this function too, and takes longer to import than an answer takes.
+    return np.asarray(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
 
 
 def _zeroed(scores: np.ndarray, missing: float = 0.0) -> np.ndarray:

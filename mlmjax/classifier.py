@@ -1,44 +1,30 @@
 """A text classifier in the shape of scikit-learn: zero-shot through the mask, or fine-tuned."""
 
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from mlmjax import hub
-from mlmjax.asking import LongText, Question
+from mlmjax.asking import Question
 from mlmjax.classifier_card import classifier_card
 from mlmjax.errors import InputError
 from mlmjax.heads import with_classifier
 from mlmjax.hf import Model, save_pretrained
 from mlmjax.learning import Recipe, held_out, learn, shown_with
 from mlmjax.log import bar
-from mlmjax.prompts import Template
+from mlmjax.predictor import Predictor
 from mlmjax.score import check_texts
-from mlmjax.settings import Answer, Head, make_asking, one_dimensional, share
+from mlmjax.settings import make_asking, one_dimensional
 from mlmjax.tables import decode
-from mlmjax.tokenizer import Tokenizer
-from mlmjax.trust import Trust
 from mlmjax.truth import label_numbers
 
-CHUNK_PROMPTS = 4096
-"""Prompts, about, that are laid out together; texts are read as they are needed."""
 
-PART = 4096
-"""Texts that `predict_proba` lays out together."""
-APPLIES = 0.5
-"""From this probability on one of several labels applies."""
-
-Labels = Sequence[str] | Mapping[str, str]
-Source = str | Path | tuple[Model, Tokenizer]
-
-
-class Classifier(Trust, ClassifierMixin, BaseEstimator):
+class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     """Assigns each text one of the labels, or several, by the answer at the slot.
 
     `source` is a folder, a hub id, or a `(model, tokenizer)` pair. `labels` is a list of names or a
@@ -71,73 +57,6 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
     per epoch of `fit`.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        labels: Labels | None = None,
-        *,
-        head: Head | None = None,
-        answer: Answer | None = None,
-        template: Template | str | None = None,
-        instruction: str | None = None,
-        examples: Sequence[tuple[str, Any]] | None = None,
-        orders: int | Literal["all"] | None = None,
-        long_text: LongText | None = None,
-        multi_label: bool | None = None,
-        abstain_below: float | None = None,
-        dtype: str = "float32",
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        epochs: int = 3,
-        learning_rate: float = 3e-5,
-        train_batch_size: int = 32,
-        weight_decay: float = 0.01,
-        warmup: float = 0.05,
-        seed: int = 0,
-        validation_share: float = 0.0,
-        patience: int | None = None,
-        progress: bool | None = None,
-    ):
-        self.source = source
-        self.labels = labels
-        self.head = head
-        self.answer = answer
-        self.template = template
-        self.instruction = instruction
-        self.examples = examples
-        self.orders = orders
-        self.long_text = long_text
-        self.multi_label = multi_label
-        self.abstain_below = abstain_below
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.revision = revision
-        self.local_files_only = local_files_only
-        self.epochs = epochs
-        self.learning_rate = learning_rate
-        self.train_batch_size = train_batch_size
-        self.weight_decay = weight_decay
-        self.warmup = warmup
-        self.seed = seed
-        self.validation_share = validation_share
-        self.patience = patience
-        self.progress = progress
-
-    @classmethod
-    def from_pretrained(
-        cls, source: Source, labels: Labels | None = None, **options: Any
-    ) -> "Classifier":
-        """Construct and load at once; a folder of `save_pretrained` brings its own labels.
-
-        Raises `InputError` for a source that cannot be loaded, and where there are no labels.
-        """
-        classifier = cls(source, labels, **options)
-        classifier._ready()
-        return classifier
-
     def set_params(self, **params: Any) -> "Classifier":
         """Set constructor arguments; what was loaded or fitted under others is dropped."""
         super().set_params(**params)
@@ -153,80 +72,6 @@ class Classifier(Trust, ClassifierMixin, BaseEstimator):
         tags.requires_fit = False
         tags.classifier_tags.multi_label = bool(self.multi_label)
         return tags
-
-    @property
-    def shortened(self) -> int:
-        """How many prompts have been cut so far, because their text was too long."""
-        return self._ready().scorer.shortened
-
-    @property
-    def prompts(self) -> int:
-        """How many prompts have been asked so far, a forward pass each but for continuations."""
-        return self._ready().scorer.scored
-
-    @property
-    def examples_shown(self) -> dict[int, int]:
-        """How many prompts so far had how many few-shot examples, `{examples: prompts}`."""
-        shots = self._ready().shots
-        return {} if shots is None else dict(sorted(shots.counts.items()))
-
-    def predict(self, texts: Iterable[str], *, abstain_below: float | None = None) -> np.ndarray:
-        """Return the most probable label of each text, str `[texts]`.
-
-        Where its probability is below `abstain_below` (None: the classifier's own) the answer is
-        the empty string. With several labels per text: 0 or 1 for each, int `[texts, labels]`.
-        """
-        probabilities = self.predict_proba(texts)
-        if self.settings_.multi_label:
-            return (probabilities >= APPLIES).astype(int)
-        names = self.classes_[probabilities.argmax(axis=1)]
-        limit = self.settings_.abstain_below if abstain_below is None else abstain_below
-        if limit is None:
-            return names
-        limit = share(limit, "abstain_below")
-        return np.where(probabilities.max(axis=1) < limit, "", names)
-
-    def predict_proba(self, texts: Iterable[str]) -> np.ndarray:
-        """Return the probability of each label for each text, `[texts, labels]`; rows sum to 1.
-
-        With several labels per text each is the probability that the label applies. Any iterable
-        of texts will do. Raises `InputError` that names, by its row, each text that is blank or no
-        text.
-        """
-        self._ready()
-        return np.concatenate([np.zeros((0, len(self.classes_))), *self.stream(texts, part=PART)])
-
-    def stream(self, texts: Iterable[str], *, part: int = 256) -> Iterator[np.ndarray]:
-        """Yield what `predict_proba` returns, `[part, labels]` at a time.
-
-        No more texts are read than the next part has; larger parts have less padding.
-        """
-        for raw in self._raw(texts, part):
-            log_probs = raw if self.settings_.calibration is None else self._calibrated(raw)
-            if self.settings_.multi_label:
-                log_probs = log_probs[:, 0].reshape(-1, len(self.classes_))
-            yield np.exp(log_probs.astype(np.float64))
-
-    def answers(self, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """Yield an object per text: `label`, `probability`, `probabilities` by label.
-
-        `label` is the most probable one, None where the classifier abstains; with several labels
-        per text, `labels` are those that apply.
-        """
-        self._ready()
-        limit = self.settings_.abstain_below or 0.0
-        names = [str(name) for name in self.classes_]
-        for row in itertools.chain.from_iterable(self.stream(texts)):
-            best = int(row.argmax())
-            answer: dict[str, Any] = {
-                "label": names[best] if row[best] >= limit else None,
-                "probability": float(row[best]),
-                "probabilities": dict(zip(names, map(float, row), strict=True)),
-            }
-            if self.settings_.multi_label:
-                chosen = zip(names, row, strict=True)
-                answer["labels"] = [name for name, share in chosen if share >= APPLIES]
-            yield answer
 
     def score(
         self, texts: Iterable[str], labels: Iterable[Any], sample_weight: Any = None

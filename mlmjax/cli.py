@@ -279,22 +279,22 @@ def classify(
     file: str,
 ) -> None:
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
-    from mlmjax.classifier import Classifier
     from mlmjax.log import say
+    from mlmjax.predictor import Predictor
 
     names = None if labels is None else read_labels(labels)
     if file != "-":
         for _ in read_lines(file):  # a bad line is refused before any answer is printed
             pass
-    classifier = Classifier.from_pretrained(
+    predictor = Predictor.from_pretrained(
         model, names, revision=revision, dtype=dtype, batch_size=batch_size
     )
     lines = read_lines(file)
     while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
-        for answer in classifier.answers(chunk):
+        for answer in predictor.answers(chunk):
             click.echo(json.dumps(answer, ensure_ascii=False))
-    if classifier.shortened:
-        say(f"{classifier.shortened} of the texts did not fit the model; their ends were cut off")
+    if predictor.shortened:
+        say(f"{predictor.shortened} of the texts did not fit the model; their ends were cut off")
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
-from scipy.special import log_softmax
 
-from mlmjax.calibrate import checked, checked_gold
+from mlmjax.calibrate import checked, checked_gold, log_softmax
 from mlmjax.errors import InputError
 from mlmjax.metrics import wilson_interval
 from mlmjax.tables import StrictTable, decode
@@ -115,7 +114,7 @@ def coverage(sets: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, An
 
 def _scores(log_probs: np.ndarray, method: Method) -> np.ndarray:
     """[rows, labels] -> how badly each label fits; inf for one that the row does not have."""
-    probs = np.exp(log_softmax(log_probs, axis=1))
+    probs = np.exp(log_softmax(log_probs))
     if method == "lac":
         scores = 1 - probs
     else:

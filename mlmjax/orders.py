@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.special import logsumexp
 
 from mlmjax.calibrate import checked, checked_gold
 from mlmjax.errors import InputError
@@ -67,7 +66,7 @@ def pooled(log_probs: np.ndarray) -> np.ndarray:
     asked = np.isfinite(scores).any(axis=-1).sum(axis=-1)
     if scores.ndim < 2 or not np.all(asked):
         raise InputError("pooled: nothing was asked; expected log probabilities [shifts, labels]")
-    return np.asarray(logsumexp(scores, axis=-2) - np.log(asked)[..., None])
+    return np.asarray(np.logaddexp.reduce(scores, axis=-2) - np.log(asked)[..., None])
 
 
 def sensitivity(

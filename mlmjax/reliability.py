@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.special import log_softmax
 
-from mlmjax.calibrate import checked, checked_gold
+from mlmjax.calibrate import checked, checked_gold, log_softmax
 from mlmjax.errors import InputError
 from mlmjax.metrics import wilson_interval
 from mlmjax.report import ACCENT, FAINT, INK, OTHER, WARN, WIDTH, plain
@@ -37,7 +36,7 @@ def confidence(
     """
     scores = checked(log_probs, ("rows", "labels"))
     truth = checked_gold(gold, scores)
-    return np.exp(log_softmax(scores, axis=1).max(axis=1)), scores.argmax(axis=1) == truth
+    return np.exp(log_softmax(scores).max(axis=1)), scores.argmax(axis=1) == truth
 
 
 def equal_width(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
@@ -110,7 +109,7 @@ def calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict
     """
     scores = checked(log_probs, ("rows", "labels"))
     truth = checked_gold(gold, scores)
-    scores = log_softmax(scores, axis=1)
+    scores = log_softmax(scores)
     sure, right = confidence(scores, truth)
     rows = np.arange(len(scores))
     squares = np.exp(scores)
