@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from string import Template
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -69,7 +70,8 @@ def from_hf_tensors(abstract: Model, read: Callable[[str], np.ndarray]) -> Model
     def fill(path: Any, leaf: Any) -> jax.Array:
         name = leaf_path(path)
         # A copy: an array that shared numpy's memory could not be donated to a step.
-        return jnp.array(from_hf_layout(name, read(name), leaf.shape), leaf.dtype, copy=True)
+        value = from_hf_layout(name, read(name), leaf.shape).astype(leaf.dtype, copy=False)
+        return jax.device_put(value, may_alias=False)
 
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params))
 
@@ -138,8 +140,10 @@ def abstract_model(
     """Return the model of class `name` with shapes in the place of arrays: no memory is taken."""
     if str(dtype) not in ("float32", "bfloat16"):
         raise InputError(f"dtype: found {dtype!r}; expected 'float32' or 'bfloat16'")
+    # Whatever the keys: no array is drawn. Having flax count them would take half a second.
+    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
     return nnx.eval_shape(
-        lambda: CLASSES[name](config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), attention=attention)
+        lambda: CLASSES[name](config, rngs=rngs, dtype=jnp.dtype(dtype), attention=attention)
     )
 
 

@@ -82,14 +82,18 @@ def main() -> None:
         runs: list[Figures] = []
         if "fresh" in chosen.only:
             measure("ours", "fresh", inputs)  # fills the cache of compiled programs
-        for number in range(chosen.rounds):
-            for side, function in plan(chosen.only):
-                runs.append({"round": number, "load": os.getloadavg()[0]})
-                runs[-1] |= measure(side, function, inputs)
-                print(f"round {number + 1} {side} {function}", flush=True)
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        turns = [(n, *turn) for n in range(chosen.rounds) for turn in plan(chosen.only)]
         if chosen.only == list(CASES):
-            for function in (GROWTH[1], STREAM):
-                runs.append({"round": 0, **measure("ours", function, inputs)})
+            turns += [(0, "ours", GROWTH[1]), (0, "ours", STREAM)]
+        with (chosen.out / "runs.jsonl").open("w") as log:
+            for number, side, function in turns:
+                run: Figures = {"round": number, "load": os.getloadavg()[0]}
+                run |= measure(side, function, inputs)
+                runs.append(run)
+                kept = {name: value for name, value in run.items() if name != "answers"}
+                print(json.dumps(kept), file=log, flush=True)
+                print(f"round {number + 1} {side} {function}", flush=True)
     rows = [compare(name, CASES[name], runs) for name in chosen.only]
     write_report(chosen.out, rows, runs, questions=chosen.questions)
 

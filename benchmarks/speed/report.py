@@ -127,17 +127,13 @@ def alone(runs: list[Figures]) -> list[str]:
 def write_report(
     out: Path, rows: list[dict[str, Any]], runs: list[Figures], *, questions: int
 ) -> None:
-    """Write `speed.json`, `speed.md` and `speed.png`; print the table."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write `speed.json`, `speed.md` and `speed.png` beside `runs.jsonl`; print the table."""
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         **{name: version(name) for name in PACKAGES},
     }
-    for run in runs:
-        run.pop("answers", None)
-    whole = {"about": about, "rows": rows, "runs": runs}
-    (out / "speed.json").write_text(json.dumps(whole, indent=1) + "\n")
+    (out / "speed.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     versions = ", ".join(f"{name} {value}" for name, value in about.items())
     peaks = {
         side: [run["gemm_gflops"] for run in runs if run["side"] == side and "gemm_gflops" in run]
