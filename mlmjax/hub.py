@@ -6,7 +6,7 @@ import shutil
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,29 +193,33 @@ class Weights:
         self.folder = folder
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
+        self._paths: dict[str, Path] = {}
 
     def __enter__(self) -> "Weights":
         files = weight_map(self.folder)
-        with self._stack:
-            for file in sorted(set(files.values())) if files else [WEIGHTS]:
-                self._add(file)
-            self._check_index(files)
-            self._stack = self._stack.pop_all()
+        for file in sorted(set(files.values())) if files else [WEIGHTS]:
+            self._add(file)
+        self._check_index(files)
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self._open.clear()
+        self._paths.clear()
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in the dtype it has on disk."""
         header = self.headers[name]
         try:
-            return self._open[header.file].get_tensor(name)
-        except SafetensorError as error:
+            # Opened for each: what a file that stays open has mapped counts as memory in use.
+            with safe_open(self._paths[header.file], framework="numpy") as file:
+                value = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
             raise InputError(f"{self.folder / header.file}: {name} cannot be read") from error
+        if value.shape != header.shape:
+            raise InputError(
+                f"{self.folder / header.file}: was changed while it was read: {name} had shape "
+                f"{list(header.shape)} and has {list(value.shape)}; read it again"
+            )
+        return value
 
     def _add(self, file: str) -> None:
         if file == WEIGHTS and not os.path.lexists(self.folder / file):
@@ -224,17 +228,21 @@ class Weights:
         where = self.folder / file
         try:
             _check_header(path, where)
-            opened = self._stack.enter_context(safe_open(path, framework="numpy"))
+            with safe_open(path, framework="numpy") as opened:
+                parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+                found = {
+                    name: Header(file, part.get_dtype(), tuple(part.get_shape()))
+                    for name, part in parts.items()
+                }
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
             ) from error
-        self._open[file] = opened
-        for name in opened.keys():  # noqa: SIM118 - it is no mapping
-            part = opened.get_slice(name)
+        self._paths[file] = path
+        for name, header in found.items():
             if name in self.headers:
                 self.problems.append(f"{name}: stands in {self.headers[name].file} and in {file}")
-            self.headers[name] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+            self.headers[name] = header
 
     def _check_index(self, files: Mapping[str, str] | None) -> None:
         for name, file in (files or {}).items():
