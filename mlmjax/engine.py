@@ -112,13 +112,14 @@ class Engine:
     def rows_of(self, length: int, sequences: int) -> int:
         """Count the rows of a batch of this length, a multiple of the devices.
 
-        Who asks about one sequence waits for it, and would wait for rows of padding.
+        Who asks about one sequence waits for it, and would wait for rows of padding; unless the
+        batch is compiled already, since compiling takes longer than they do.
         """
         devices = self.mesh.size
-        if sequences == 1 and self.batch_size is None:
-            return devices
         rows = self.batch_size or rows_of(length) * devices
-        return -(-max(1, rows >> self._halvings) // devices) * devices
+        rows = -(-max(1, rows >> self._halvings) // devices) * devices
+        is_alone = sequences == 1 and self.batch_size is None
+        return devices if is_alone and (rows, length) not in self._shapes else rows
 
     def _halve(self, length: int, sequences: int, error: Exception) -> None:
         bucket = self._bucket(length)

@@ -70,6 +70,22 @@ def test_a_sequence_that_comes_alone_is_a_batch_of_its_own(model):
     assert engine.jitted.refused == 1
 
 
+def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
+    """After batches of every length have come, whatever comes next compiles nothing."""
+    engine = make(model)
+    item = list(range(1, 20))
+    engine.run([item] * 2, np.ones(2, np.float32))
+    engine.run([item], np.ones(1, np.float32))
+    assert len(engine._shapes) == 1
+    alone = make(model)
+    np.testing.assert_allclose(
+        engine.run([item], np.ones(1, np.float32)),
+        alone.run([item], np.ones(1, np.float32)),
+        atol=1e-6,
+    )
+    assert len(alone._shapes) == 1
+
+
 class ScarceMemory:
     """Refuse batches of more than some tokens, as a device without memory for them does."""
 

@@ -150,7 +150,7 @@ def stream(folder: Path) -> Figures:
     scorer = Scorer(model, tokenizer, Template("{text}"), Verbalizer.letters(LETTERS))
     rng = np.random.default_rng(0)
     for bucket in scorer.buckets:
-        scorer.log_probs([{"text": "a " * (bucket - 10)}])
+        scorer.log_probs([{"text": "a " * (bucket - 10)}] * 2)
     compiled: list[str] = []
 
     def heard(event: str, *_: Any, **__: Any) -> None:
