@@ -75,15 +75,9 @@ def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
     engine = make(model)
     item = list(range(1, 20))
     engine.run([item] * 2, np.ones(2, np.float32))
-    engine.run([item], np.ones(1, np.float32))
+    found, expected = (e.run([item], np.ones(1, np.float32)) for e in (engine, make(model)))
     assert len(engine._shapes) == 1
-    alone = make(model)
-    np.testing.assert_allclose(
-        engine.run([item], np.ones(1, np.float32)),
-        alone.run([item], np.ones(1, np.float32)),
-        atol=1e-6,
-    )
-    assert len(alone._shapes) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
 class ScarceMemory:
