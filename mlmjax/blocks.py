@@ -211,7 +211,7 @@ def _once(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """
     if platform() != "cpu":
         return x
-    return _kept(x, rope[0].ravel()[0] > 2.0)  # which no cosine is
+    return _keep(x, rope[0].ravel()[0] > 2.0)  # which no cosine is
 
 
 @jax.custom_vjp
@@ -226,6 +226,8 @@ _kept.defvjp(
     lambda x, never: (_kept(x, never), never),
     lambda never, gradient: (_kept(gradient, never), None),
 )
+# Outside of any jit a loop would be compiled anew at each call.
+_keep = jax.jit(_kept)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

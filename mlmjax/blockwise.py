@@ -84,7 +84,7 @@ def attend_by_blocks(
         batch, heads = 1, max(n for n in range(1, heads + 1) if heads % n == 0 and n <= fitting)
     missing = -length % size
     before, after = (0, 0) if near is None else (near, near + missing)
-    mixed = _in_turn(
+    mixed = _attend_in_turn(
         _Blocks(batch, heads, size, keys, window, near),
         _pad(query, 2, 0, missing),
         _pad(key, 2, before, after),
@@ -201,6 +201,8 @@ def _in_turn_backward(blocks: _Blocks, arrays: Any, gradient: jax.Array) -> tupl
 
 
 _in_turn.defvjp(_in_turn_forward, _in_turn_backward)
+# Outside of any jit a loop would be compiled anew at each call.
+_attend_in_turn = jax.jit(_in_turn, static_argnums=0)
 
 
 def _banded(

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlmjax import attention, blockwise, partition
+from mlmjax import ModelConfig, ModernBertForMaskedLM, attention, blockwise, partition
 from mlmjax.attention import attend
 from mlmjax.errors import InputError
 from mlmjax.product import product
@@ -375,3 +376,28 @@ def test_low_precision_gradient_is_that_of_float32():
     low = jax.grad(loss, argnums=(0, 1))(x.astype(jnp.bfloat16), y)
     for a, b in zip(exact, low, strict=True):
         np.testing.assert_allclose(b.astype(jnp.float32), a, atol=0.1)
+
+
+def test_a_call_outside_of_jit_compiles_nothing_the_second_time():
+    """Loops over blocks are programs of their own there, and have to be found again."""
+    config = ModelConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=1,
+        vocab_size=50368,
+    )  # fmt: skip
+    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    ids = np.ones((1, 300), np.int32)
+    compiled = []
+
+    def heard(event, *_, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    model.encode(ids)
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        model.encode(ids)
+        assert compiled == []
+        model.encode(ids[:, :299])
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
