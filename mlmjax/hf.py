@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -94,9 +95,11 @@ def load_pretrained(
     """
     folder = hub.fetch(source, revision=revision, local_files_only=local_files_only)
     values = hub.read_json(folder, hub.CONFIG)
-    tokenizer = load_tokenizer(folder)
-    with hub.Weights(folder) as weights:
+    # The tokenizer's library works outside of Python's lock, and takes as long as the description.
+    with ThreadPoolExecutor(1) as beside, hub.Weights(folder) as weights:
+        reading = beside.submit(load_tokenizer, folder)
         abstract = _abstract_model(folder, values, weights, dtype, attention)
+        tokenizer = reading.result()
         check_tokenizer(folder, values, tokenizer)
         return _fill(abstract, weights), tokenizer
 
@@ -204,7 +207,7 @@ def _misfits(model: Model, headers: Mapping[str, hub.Header]) -> Iterator[str]:
         expected[DECODER] = expected[EMBEDDING]
     for name in sorted(expected.keys() - headers.keys()):
         yield f"{name}: is missing"
-    for name, (file, dtype, shape) in headers.items():
+    for name, (file, dtype, shape, _) in headers.items():
         if HARMLESS.fullmatch(name):
             continue
         if name not in expected:
@@ -221,8 +224,9 @@ def _fill(abstract: Model, weights: hub.Weights) -> Model:
 
     def read(name: str) -> np.ndarray:
         value = weights.read(name).astype(np.float32, copy=False)
-        if not np.isfinite(value).all():
-            count = np.count_nonzero(~np.isfinite(value))
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = value.sum()  # finite only where all values are, and it needs no memory
+        if not np.isfinite(total) and (count := np.count_nonzero(~np.isfinite(value))):
             problems.append(f"{name}: {count} of {value.size} values are NaN or infinite")
         if name == EMBEDDING and DECODER in weights.headers:
             decoder = weights.read(DECODER).astype(np.float32)

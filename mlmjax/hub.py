@@ -29,6 +29,10 @@ OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_
 PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy"}
 )
+NUMPY_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 MAX_JSON_BYTES = 16 * 2**20
 MAX_HEADER_BYTES = 16 * 2**20
 
@@ -175,11 +179,12 @@ def weight_map(folder: Path) -> dict[str, str] | None:
 
 
 class Header(NamedTuple):
-    """What a safetensors header says of one tensor."""
+    """What a safetensors header says of one tensor; `start` counts bytes from the file's begin."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 class Weights:
@@ -194,6 +199,7 @@ class Weights:
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
         self._paths: dict[str, Path] = {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
 
     def __enter__(self) -> "Weights":
         files = weight_map(self.folder)
@@ -206,19 +212,25 @@ class Weights:
         self._paths.clear()
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor in the dtype it has on disk."""
+        """Return one tensor in the dtype it has on disk, a view of the file that is not a copy."""
         header = self.headers[name]
-        try:
-            # Opened for each: what a file that stays open has mapped counts as memory in use.
-            with safe_open(self._paths[header.file], framework="numpy") as file:
-                value = file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{self.folder / header.file}: {name} cannot be read") from error
-        if value.shape != header.shape:
+        path, where = self._paths[header.file], self.folder / header.file
+        if header.dtype not in NUMPY_NAMES:
             raise InputError(
-                f"{self.folder / header.file}: was changed while it was read: {name} had shape "
-                f"{list(header.shape)} and has {list(value.shape)}; read it again"
+                f"{where}: {name} has dtype {header.dtype}; expected one of "
+                f"{', '.join(NUMPY_NAMES)}"
             )
+        dtype = np.dtype(NUMPY_NAMES[header.dtype])
+        if 0 in header.shape:
+            return np.empty(header.shape, dtype)
+        try:
+            # Mapped for each: what stays mapped counts as memory in use.
+            value = np.asarray(np.memmap(path, dtype, "r", header.start, header.shape))
+            changed = _stamp(path) != self._stamps[header.file]
+        except (ValueError, OSError) as error:
+            raise InputError(f"{where}: {name} cannot be read ({error})") from error
+        if changed:
+            raise InputError(f"{where}: was changed while it was read; read it again")
         return value
 
     def _add(self, file: str) -> None:
@@ -227,11 +239,12 @@ class Weights:
         path = plain_file(self.folder, file)
         where = self.folder / file
         try:
-            _check_header(path, where)
+            self._stamps[file] = _stamp(path)
+            starts = _starts(path, where)
             with safe_open(path, framework="numpy") as opened:
                 parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
                 found = {
-                    name: Header(file, part.get_dtype(), tuple(part.get_shape()))
+                    name: Header(file, part.get_dtype(), tuple(part.get_shape()), starts[name])
                     for name, part in parts.items()
                 }
         except (SafetensorError, OSError) as error:
@@ -253,10 +266,16 @@ class Weights:
                 self.problems.append(f"{name}: is in {found}, though {INDEX} places it in {file}")
 
 
-def _check_header(path: Path, where: Path) -> None:
-    """Refuse a header longer than the file or than any real model's, before it is parsed.
+def _stamp(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
-    One that names a tensor twice is refused too: readers differ in which of the two they take.
+
+def _starts(path: Path, where: Path) -> dict[str, int]:
+    """Return the byte at which each tensor of a safetensors file starts.
+
+    Refuses a header longer than the file or than any real model's before it is parsed, and one that
+    names a tensor twice: readers differ in which of the two they take.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -272,18 +291,24 @@ def _check_header(path: Path, where: Path) -> None:
             f"{where}: has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}"
         )
     try:
-        json.loads(text, object_pairs_hook=_without_doubles)
-    except (ValueError, RecursionError) as error:
+        entries = json.loads(text, object_pairs_hook=_without_doubles)
+        return {
+            name: 8 + length + entry["data_offsets"][0]
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
         ) from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> None:
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = Counter(name for name, _ in pairs)
     doubled = [name for name, count in names.items() if count > 1]
     if doubled:
         raise ValueError(f"its header names {doubled[0]!r} twice")
+    return dict(pairs)
 
 
 def _no_weights(folder: Path) -> InputError:

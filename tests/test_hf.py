@@ -307,6 +307,34 @@ def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
 # --- the hub -----------------------------------------------------------------------------------
 
 
+def test_finite_values_may_have_a_sum_that_is_not(folder):
+    name = "model.layers.0.mlp.Wo.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = np.full_like(tensors[name], 3e38)
+    save_file(tensors, folder / "model.safetensors")
+    model, _ = load_pretrained(folder)
+    assert (hf.parameters(model)[name] == np.float32(3e38)).all()
+    tensors[name][0, 1] = np.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name}: 1 of "):
+        load_pretrained(folder)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder):
+    path = folder / "model.safetensors"
+    before = load_file(path)
+    with hub.Weights(folder) as weights:
+        for name, value in before.items():
+            np.testing.assert_array_equal(weights.read(name), value)
+        save_file({name: value + 1 for name, value in before.items()}, path)
+        with pytest.raises(InputError, match="was changed while it was read"):
+            weights.read(next(iter(before)))
+        path.write_bytes(path.read_bytes()[:-200])
+        last = max(before, key=lambda name: weights.headers[name].start)
+        with pytest.raises(InputError, match=f"{last} cannot be read"):
+            weights.read(last)
+
+
 def test_hub_cache_is_read_offline_with_links_to_blobs(source, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     repo = tmp_path / "models--some--model"

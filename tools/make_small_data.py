@@ -4,8 +4,10 @@
         single_token_instruct.jsonl.zst niv2_raw_0.parquet niv2_raw_1.parquet
 
 Keeps what a model that is given away may be trained on (below), leaves out rows that are marked as
-sharing a task or text with an evaluation set, answers of more than one token, and repetitions. Each
-object of the result has `prompt`, `answer` and `task`. The same input gives the same file.
+sharing a task or text with an evaluation set, machine translations, answers of more than one token,
+repetitions, and answers that do not stand in their prompt: what a small network can learn is to
+choose, not to know. Each object of the result has `prompt`, `answer` and `task`. The same input
+gives the same file.
 """
 
 import argparse
@@ -70,10 +72,8 @@ def examples(path: Path) -> Iterator[tuple[Example, str | None]]:
         for batch in pq.ParquetFile(path).iter_batches(columns=["inputs", "targets", "_task_name"]):
             for row in batch.to_pylist():
                 example = Example(row["inputs"].strip(), row["targets"].strip(), row["_task_name"])
-                yield (
-                    example,
-                    "not for shipped models" if NOT_SHIPPED.search(example.task) else None,
-                )
+                refusal = "not for shipped models" if NOT_SHIPPED.search(example.task) else None
+                yield example, "translated" if "-translated-" in example.task else refusal
         return
     with zstandard.open(path, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -105,6 +105,8 @@ def unusable(example: Example, tokenizer: Tokenizer, seen: set[bytes]) -> str | 
     """Return why an example cannot be trained on, None if it can; remember it in `seen`."""
     if not example.prompt or len(tokenizer.encode_plain(f" {example.answer}")) != 1:
         return "the answer is not one token"
+    if example.answer.lower() not in example.prompt.lower():
+        return "the answer does not stand in the prompt"
     known = hashlib.sha256("\0".join(example[:2]).encode()).digest()
     if known in seen:
         return "a repetition"
