@@ -42,10 +42,10 @@ class Engine:
     """Runs sequences of token ids through a model, a jitted `forward` of which says what is read.
 
     Sequences are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
-    many as fill a token budget; a sequence that comes alone is a batch of its own until that one is
-    compiled), cut over all local devices, so that there are at most two compilations per bucket. A
-    batch that the devices have no memory for is halved, and stays so; `forward` must give each row
-    a result that does not depend on the others.
+    many as fill a token budget; a sequence that comes alone is a batch of its own unless the full
+    one is compiled already), cut over all local devices, so that there are at most two compilations
+    per bucket. A batch that the devices have no memory for is halved, and stays so; `forward` must
+    give each row a result that does not depend on the others.
     """
 
     def __init__(

@@ -113,10 +113,10 @@ class RowScorer(ABC):
     """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
 
     Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
-    many as fill a token budget; a prompt that comes alone is a batch of its own until that one is
-    compiled), so that there are at most two compilations per bucket. Texts that make a prompt
-    longer than `max_length` (default: the model's `max_position_embeddings`) are shortened by the
-    template, and such rows are counted in `shortened`; `scored` counts all. Fields named in
+    many as fill a token budget; a prompt that comes alone is a batch of its own unless the full one
+    is compiled already), so that there are at most two compilations per bucket. Texts that make a
+    prompt longer than `max_length` (default: the model's `max_position_embeddings`) are shortened
+    by the template, and such rows are counted in `shortened`; `scored` counts all. Fields named in
     `optional` may be blank, others are refused then.
     """
 

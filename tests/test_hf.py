@@ -304,9 +304,6 @@ def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
         save_pretrained(model, tokenizer, tmp_path / "out", dtype="float8")
 
 
-# --- the hub -----------------------------------------------------------------------------------
-
-
 def test_finite_values_may_have_a_sum_that_is_not(folder):
     name = "model.layers.0.mlp.Wo.weight"
     tensors = load_file(folder / "model.safetensors")
@@ -333,6 +330,9 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder):
         last = max(before, key=lambda name: weights.headers[name].start)
         with pytest.raises(InputError, match=f"{last} cannot be read"):
             weights.read(last)
+
+
+# --- the hub -----------------------------------------------------------------------------------
 
 
 def test_hub_cache_is_read_offline_with_links_to_blobs(source, tmp_path, monkeypatch):
