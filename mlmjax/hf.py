@@ -74,7 +74,10 @@ def from_hf_tensors(abstract: Model, read: Callable[[str], np.ndarray]) -> Model
         value = from_hf_layout(name, read(name), leaf.shape).astype(leaf.dtype, copy=False)
         return jax.device_put(value, may_alias=False)
 
-    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params))
+    described, treedef = jax.tree_util.tree_flatten_with_path(params)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # what copies holds no lock of Python's
+        values = list(threads.map(lambda one: fill(*one), described))
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, values))
 
 
 def load_pretrained(
