@@ -6,13 +6,15 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from mlmjax.errors import RunError
 from mlmjax.hf import Model
-from mlmjax.partition import batch_sharding, make_mesh, place, replicated_sharding
+from mlmjax.layers import Linear
+from mlmjax.partition import batch_sharding, leaf_path, make_mesh, place, replicated_sharding
 
 log = logging.getLogger(__name__)
 
@@ -199,9 +201,24 @@ class Engine:
         leaves = jax.tree.leaves(state)
         known, placed = self._placed
         if len(leaves) != len(known) or any(a is not b for a, b in zip(leaves, known, strict=True)):
-            placed = place(state, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
+            rounded = _as_computed(self.model, state)
+            placed = place(rounded, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
             self._placed = leaves, placed
         return placed
+
+
+def _as_computed(model: Model, state: Any) -> Any:
+    """Round the weights of products once, as each product would round them for every batch."""
+    products = {
+        ".".join(map(str, (*path, "weight")))
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, Linear) and model.dtype != jnp.float32
+    }
+
+    def rounded(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(model.dtype) if leaf_path(path) in products else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, state)
 
 
 @lru_cache(maxsize=64)

@@ -19,6 +19,8 @@ import pytest
 
 from mlmjax import engine
 
+# As the commands do: looking for cycles among all that was compiled takes longer than most tests.
+gc.set_threshold(50_000, 10, 10)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Scoring cuts its batches over all devices, and eight that share two cores are slow; the tests of

@@ -11,6 +11,7 @@ from mlmjax import engine
 from mlmjax.classifier import Classifier
 from mlmjax.engine import Engine
 from mlmjax.errors import RunError
+from mlmjax.hf import parameters
 from mlmjax.modernbert import ModernBertForMaskedLM
 
 
@@ -150,3 +151,24 @@ def test_parameters_are_placed_again_only_when_they_are_others(model):
     engine.model = noisy(model)
     engine.run([[7, 9]], np.ones(1))
     assert engine._placed[1] is not placed
+
+
+def test_weights_of_products_are_rounded_once(model):
+    config = model.config
+    half = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    nnx.update(half, nnx.state(model))
+
+    def forward(model, ids, segment_ids):
+        kinds = {name: leaf.dtype for name, leaf in parameters(model).items()}
+        assert {name for name, kind in kinds.items() if kind == jnp.bfloat16} == {
+            f"model.layers.{n}.{part}.weight"
+            for n in range(config.num_hidden_layers)
+            for part in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+        } | {"head.dense.weight"}
+        return model(ids, segment_ids)
+
+    found = make(half, forward, batch_size=8).run([[7] * 32] * 3)
+    ids, segment_ids = np.full((8, 32), 7, np.int32), np.ones((8, 32), np.int32)
+    plain = nnx.jit(lambda model: model(ids, segment_ids))(half)
+    np.testing.assert_array_equal(found, plain[:3])
+    assert {leaf.dtype for leaf in parameters(half).values()} == {np.dtype(np.float32)}
