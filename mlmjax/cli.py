@@ -281,6 +281,7 @@ def classify(
     file: str,
 ) -> None:
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
+    gc.set_threshold(50_000, 10, 10)  # as `main` says, and seldom before the end too
     from mlmjax.log import say
     from mlmjax.predictor import Predictor
 
@@ -363,9 +364,8 @@ def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
 
 def main() -> None:
     """Entry point of the `mlmjax` command."""
-    # What is imported and compiled lives as long as the process: looking through all of it for
-    # cycles, now and then and once more at the end, took a quarter of a short command's time.
-    gc.set_threshold(50_000, 10, 10)
+    # What was imported and compiled lives to the end: looking through all of it for cycles once
+    # more took a sixth of a short command's time.
     atexit.register(gc.freeze)
     try:
         code = run(sys.argv[1:])

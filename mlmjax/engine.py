@@ -201,14 +201,17 @@ class Engine:
         leaves = jax.tree.leaves(state)
         known, placed = self._placed
         if len(leaves) != len(known) or any(a is not b for a, b in zip(leaves, known, strict=True)):
-            rounded = _as_computed(self.model, state)
+            rounded = as_computed(self.model, state)
             placed = place(rounded, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
             self._placed = leaves, placed
         return placed
 
 
-def _as_computed(model: Model, state: Any) -> Any:
-    """Round the weights of products once, as each product would round them for every batch."""
+def as_computed(model: Model, state: Any) -> Any:
+    """Round the weights of products once, as each product would round them for every batch.
+
+    `state` holds the model's parameters, or shapes in their place.
+    """
     products = {
         ".".join(map(str, (*path, "weight")))
         for path, module in nnx.iter_graph(model)

@@ -44,6 +44,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
+COPIES = min(4, os.cpu_count() or 1)  # tensors of a file that are in memory twice at a time
 EXPORT_FILES = frozenset(
     {hub.CONFIG, hub.INDEX, hub.CARD, hub.CLASSIFIER, hub.TRAINING}
     | {"generation_config.json", ".gitattributes"}
@@ -68,14 +69,18 @@ def from_hf_tensors(abstract: Model, read: Callable[[str], np.ndarray]) -> Model
     """Return the model with every parameter of an abstract one filled from `read(name)`."""
     graphdef, params = nnx.split(abstract)
 
+    # The caller may have set it for this thread alone.
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+
     def fill(path: Any, leaf: Any) -> jax.Array:
         name = leaf_path(path)
-        # A copy: an array that shared numpy's memory could not be donated to a step.
-        value = from_hf_layout(name, read(name), leaf.shape).astype(leaf.dtype, copy=False)
-        return jax.device_put(value, may_alias=False)
+        with jax.default_device(device):
+            value = from_hf_layout(name, read(name), leaf.shape).astype(leaf.dtype, copy=False)
+            # A copy: an array that shared numpy's memory could not be donated to a step.
+            return jax.device_put(value, may_alias=False)
 
     described, treedef = jax.tree_util.tree_flatten_with_path(params)
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # what copies holds no lock of Python's
+    with ThreadPoolExecutor(COPIES) as threads:  # what copies holds no lock of Python's
         values = list(threads.map(lambda one: fill(*one), described))
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, values))
 
@@ -241,6 +246,7 @@ def _fill(abstract: Model, weights: hub.Weights) -> Model:
 
     model = from_hf_tensors(abstract, read)
     if problems:
+        problems.sort()  # tensors are read by several threads
         raise InputError(
             f"{weights.folder}: the weights cannot be used: {problems[0]}", problems[1:]
         )

@@ -208,7 +208,9 @@ class Weights:
         self._check_index(files)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for file, path in self._paths.items() if kind is None else ():
+            self._check_unchanged(file, path)  # what was read is copied by now
         self._paths.clear()
 
     def read(self, name: str) -> np.ndarray:
@@ -226,12 +228,18 @@ class Weights:
         try:
             # Mapped for each: what stays mapped counts as memory in use.
             value = np.asarray(np.memmap(path, dtype, "r", header.start, header.shape))
-            changed = _stamp(path) != self._stamps[header.file]
         except (ValueError, OSError) as error:
             raise InputError(f"{where}: {name} cannot be read ({error})") from error
-        if changed:
-            raise InputError(f"{where}: was changed while it was read; read it again")
+        self._check_unchanged(header.file, path)
         return value
+
+    def _check_unchanged(self, file: str, path: Path) -> None:
+        try:
+            same = _stamp(path) == self._stamps[file]
+        except OSError:
+            same = False
+        if not same:
+            raise InputError(f"{self.folder / file}: was changed while it was read; read it again")
 
     def _add(self, file: str) -> None:
         if file == WEIGHTS and not os.path.lexists(self.folder / file):

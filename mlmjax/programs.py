@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.data.prepare import check_same
 from mlmjax.data.rows import MANIFEST, Manifest, read_manifest
 from mlmjax.data.schedule import row_schedule, target_width
-from mlmjax.engine import rows_of
+from mlmjax.engine import as_computed, rows_of
 from mlmjax.errors import InputError
 from mlmjax.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.optim import make_optimizer
@@ -166,7 +167,8 @@ def _scoring(
         scorer = Scorer(model, _tokenizer(config), Template("{text}"), letters)
         length = scorer.engine.buckets[-1]
         rows = rows_of(length, mesh.devices.flat[0].platform)
-        params = abstract_params(nnx.split(model)[1], mesh)
+        rounded = jax.eval_shape(partial(as_computed, model), nnx.split(model)[1])
+        params = abstract_params(rounded, mesh)
         whole = partition.replicated_sharding(mesh)
         arrays = [
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
@@ -176,7 +178,8 @@ def _scoring(
         helps = "give fewer rows at a time (batch_size; without it they are halved until they fit)"
         helps += ", or shorter prompts"
         assumptions.append(
-            f"scoring: one device, the longest prompts ({length} tokens), four labels"
+            f"scoring: one device, the longest prompts ({length} tokens), four labels; in bfloat16 "
+            "the model itself, in float32, is in memory beside what is counted"
         )
     found = _compile(program, mesh, *arguments)
     return {

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -320,7 +321,8 @@ def test_finite_values_may_have_a_sum_that_is_not(folder):
 def test_a_file_that_changes_while_it_is_read_is_refused(folder):
     path = folder / "model.safetensors"
     before = load_file(path)
-    with hub.Weights(folder) as weights:
+    changed = pytest.raises(InputError, match="was changed while it was read")
+    with changed, hub.Weights(folder) as weights:  # the end of it refuses it too
         for name, value in before.items():
             np.testing.assert_array_equal(weights.read(name), value)
         save_file({name: value + 1 for name, value in before.items()}, path)
@@ -330,6 +332,13 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder):
         last = max(before, key=lambda name: weights.headers[name].start)
         with pytest.raises(InputError, match=f"{last} cannot be read"):
             weights.read(last)
+
+
+def test_weights_go_to_the_device_the_caller_chose(folder):
+    other = jax.devices()[3]
+    with jax.default_device(other):
+        model, _ = load_pretrained(folder)
+    assert {leaf.device for leaf in hf.parameters(model).values()} == {other}
 
 
 # --- the hub -----------------------------------------------------------------------------------
