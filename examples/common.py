@@ -6,21 +6,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone, not installed
 
-from flax import nnx
-
-from mlmjax import InputError, ModelConfig, ModernBertForMaskedLM, Tokenizer, load_pretrained
+from mlmjax import InputError, ModernBertForMaskedLM, Tokenizer, load_pretrained
 
 HERE = Path(__file__).resolve().parent
 
 
 def load(source: str | None) -> tuple[ModernBertForMaskedLM, Tokenizer]:
-    """Load a folder or a hub id; without one, make a small new model that knows nothing yet."""
-    if source is None:
-        config = ModelConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2
-        )
-        return ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), Tokenizer.from_pretrained()
-    model, tokenizer = load_pretrained(source)
+    """Load a folder or a hub id; without one, the small model that is packaged."""
+    model, tokenizer = load_pretrained(source or "mlmjax-small")
     if not isinstance(model, ModernBertForMaskedLM):
         raise InputError(f"{source}: is a {type(model).__name__}; expected a masked language model")
     return model, tokenizer

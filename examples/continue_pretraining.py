@@ -24,7 +24,7 @@ def main() -> None:
     """Add the words, save the larger model, train it on the text, and show what became of it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default=HERE / "continue_pretraining.toml", type=Path)
-    parser.add_argument("--model", help="a folder or a hub id; by default a small new model")
+    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
     parser.add_argument("--text", default=str(HERE / "notes.jsonl"), help="a file or a glob")
     parser.add_argument("--words", default=HERE / "words.txt", type=Path, help="one per line")
     parser.add_argument("--out", default=Path("continued"), type=Path)

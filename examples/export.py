@@ -19,7 +19,7 @@ TEXT = "The model and its export give the same logits."
 def main() -> None:
     """Export, reload, and print the files and the largest difference of the logits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a folder or a hub id; by default a small new model")
+    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
     parser.add_argument("--out", type=Path, default=Path("my-model"))
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or source")
     parser.add_argument("--text", default=TEXT, help="what the two are compared on")

@@ -75,11 +75,11 @@ def main() -> None:
     """Train, print the loss now and then, and export."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=HERE / "reviews.csv", help="text, label")
-    parser.add_argument("--model", help="a folder or a hub id; by default a small new model")
+    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
     parser.add_argument("--out", type=Path, default=Path("own-objective"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--smoothing", type=float, default=0.1)
     arguments = parser.parse_args()
     rows = list(csv.DictReader(io.StringIO(read_text(arguments.data))))

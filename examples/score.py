@@ -17,7 +17,7 @@ def main() -> None:
     """Print one line per text: each option with its probability."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("texts", nargs="*", default=["A wonderful film.", "A wasted evening."])
-    parser.add_argument("--model", help="a folder or a hub id; by default a small new model")
+    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
     parser.add_argument("--prompt", default=PROMPT, help="with {text} and {options}")
     parser.add_argument("--options", default="positive,negative")
     arguments = parser.parse_args()

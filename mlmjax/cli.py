@@ -41,7 +41,7 @@ def cli() -> None:
 @cli.command()
 @click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
 def demo(out: str) -> None:
-    """Train, test, export and reload a small model on the bundled textbook passages, offline."""
+    """Ask, fine-tune, test and export the packaged model on bundled textbook passages, offline."""
     from mlmjax.demo import run_demo
 
     run_demo(Path(out))
@@ -121,9 +121,8 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 @click.option(
     "--model",
     "models",
-    required=True,
     multiple=True,
-    help="Folder or hub id of the model; with --suite several.",
+    help="Folder or hub id of the model (none: mlmjax-small, packaged); with --suite several.",
 )
 @click.option("--task", default=None, help="Name of a shipped task, or a task file (TOML).")
 @click.option("--suite", default=None, help="In place of a task: paper, or a suite file (TOML).")
@@ -185,6 +184,7 @@ def evaluate(
         if context.get_parameter_source("order_rows") is not ParameterSource.DEFAULT:
             raise click.UsageError("--order-rows is of a task; a suite asks in one order.")
         changes = [*overrides, *([f"limit={limit}"] if limit else [])]
+        from mlmjax.hub import PACKAGED
         from mlmjax.log import counting, say
         from mlmjax.suite import run_suite
         from mlmjax.suite_config import load_suite
@@ -192,7 +192,7 @@ def evaluate(
         try:
             run_suite(
                 *load_suite(suite, changes),
-                models,
+                models or [PACKAGED],
                 data=data,
                 out=out,
                 baselines=baselines,
@@ -205,21 +205,23 @@ def evaluate(
         except KeyboardInterrupt:
             say(f"stopped; what is done lies in {out}; the same command goes on")
             raise
+        _tell_packaged(not models)
         click.echo(f"report: {Path(out) / 'suite.md'}")
         return
     assert task is not None
     if len(models) > 1 or baselines or overrides:
         found = "several --model" if len(models) > 1 else "--baseline" if baselines else "KEY=VALUE"
         raise click.UsageError(f"{found}: is for --suite alone.")
-    (model,) = models
     from mlmjax.contamination import contamination, read_training_manifest
     from mlmjax.evaluate import load_task, run_evaluation
     from mlmjax.hf import load_pretrained
-    from mlmjax.hub import CLASSIFIER, fetch
+    from mlmjax.hub import CLASSIFIER, PACKAGED, fetch
     from mlmjax.log import counting, say
 
+    (model,) = models or [PACKAGED]
     definition = load_task(task)
     loaded, tokenizer = load_pretrained(model, revision=revision, dtype=dtype)
+    _tell_packaged(not models)
     folder = fetch(model, revision=revision, local_files_only=True)
     known = contamination(definition, data, read_training_manifest(folder))
     for line in known.lines:
@@ -261,7 +263,9 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("--model", required=True, help="Folder or hub id of the model.")
+@click.option(
+    "--model", default=None, help="Folder or hub id of the model (none: mlmjax-small, packaged)."
+)
 @click.option(
     "--labels",
     default=None,
@@ -273,7 +277,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), default=None)
 @click.argument("file", default="-")
 def classify(
-    model: str,
+    model: str | None,
     labels: str | None,
     revision: str | None,
     dtype: str,
@@ -282,6 +286,7 @@ def classify(
 ) -> None:
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
     gc.set_threshold(50_000, 10, 10)  # as `main` says, and seldom before the end too
+    from mlmjax.hub import PACKAGED
     from mlmjax.log import say
     from mlmjax.predictor import Predictor
 
@@ -290,14 +295,27 @@ def classify(
         for _ in read_lines(file):  # a bad line is refused before any answer is printed
             pass
     predictor = Predictor.from_pretrained(
-        model, names, revision=revision, dtype=dtype, batch_size=batch_size
+        PACKAGED if model is None else model,
+        names,
+        revision=revision,
+        dtype=dtype,
+        batch_size=batch_size,
     )
+    _tell_packaged(model is None)
     lines = read_lines(file)
     while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
         for answer in predictor.answers(chunk):
             click.echo(json.dumps(answer, ensure_ascii=False))
     if predictor.shortened:
         say(f"{predictor.shortened} of the texts did not fit the model; their ends were cut off")
+
+
+def _tell_packaged(is_used: bool) -> None:
+    from mlmjax.hub import PACKAGED
+    from mlmjax.log import say
+
+    if is_used:
+        say(f"no --model: the packaged {PACKAGED} answers, a small model for trying things out")
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

@@ -7,6 +7,7 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from mlmjax.errors import InputError, RunError, full_disk, write_advice
 
+PACKAGED = "mlmjax-small"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -54,9 +56,10 @@ def fetch(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Return the folder of a model: `source` itself, or the hub's snapshot of that id.
+    """Return the folder of a model: `source` itself, the packaged one, or the hub's of that id.
 
-    Only the configuration, tokenizer files, safetensors weights (unless `weights` is false) and
+    `mlmjax-small` is the packaged model; a folder of that name is `./mlmjax-small`. From the hub
+    only the configuration, tokenizer files, safetensors weights (unless `weights` is false) and
     what mlmjax adds are fetched.
     Raises `InputError` for a path that is no folder, an unknown id and an unreachable hub.
     """
@@ -68,13 +71,21 @@ def fetch(
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise InputError(f"{name[:200]!r}: is no usable path ({error}); give a folder") from error
-    if is_folder and revision is None:
-        return path
-    if is_folder:
+    own = packaged(name) if isinstance(source, str) else None
+    if own and is_folder:
         raise InputError(
-            f"{name}: is a folder, but revision {revision!r} names a version on the hub; "
+            f"{name}: is the packaged model, and a folder here; give ./{name} for the folder, or "
+            "rename it"
+        )
+    folder = path if is_folder else own
+    if folder is not None and revision is not None:
+        what = "is the packaged model" if own else "is a folder"
+        raise InputError(
+            f"{name}: {what}, but revision {revision!r} names a version on the hub; "
             "leave the revision out, or give a hub id"
         )
+    if folder is not None:
+        return folder
     if exists:
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
@@ -88,6 +99,15 @@ def fetch(
         # The snapshot's folder is named by its commit: both calls see the same version.
         folder = download(name, folder.name, local_files_only, files)
     return folder
+
+
+def packaged(name: str) -> Path | None:
+    """Return the folder inside this package of a model by its name; None for any other name.
+
+    >>> packaged("mlmjax-small").name
+    'small'
+    """
+    return Path(str(resources.files("mlmjax"))) / "assets" / "small" if name == PACKAGED else None
 
 
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:

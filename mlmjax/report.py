@@ -85,9 +85,8 @@ the target.</p>
 comes from a page that was trained on.</p>
 <h2>How it learned</h2>
 {_picture(curve_figure(report.curve), "loss and accuracy over the training updates")}
-<p class="note">The held-out texts come from pages of their own and choose nothing in this run. The
-size of the network and its training were once settled while looking at them, so expect a little
-less on other texts.</p>
+<p class="note">The held-out texts come from pages of their own, and choose nothing. But the model
+has read the rest of these books before, so expect a little less on texts from elsewhere.</p>
 <h2>What it mixes up</h2>
 {_picture(confusion_figure(report.labels, report.confusion), "confusion matrix")}
 <h2>Test paragraphs, one per subject</h2>

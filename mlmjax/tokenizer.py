@@ -95,7 +95,7 @@ class Tokenizer:
         50284
         """
         if path is None:
-            packaged = resources.files("mlmjax") / "assets" / "tokenizer"
+            packaged = resources.files("mlmjax") / "assets" / "small"
             names = [name for name in _MAX_BYTES if (packaged / name).is_file()]
             return cls({name: (packaged / name).read_bytes() for name in names})
         folder = Path(path)

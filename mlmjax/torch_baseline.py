@@ -43,6 +43,8 @@ def find_baseline(name: str) -> Path:
         )
     folder = Path(source).expanduser()
     if not folder.is_dir():
+        folder = hub.packaged(source) or folder
+    if not folder.is_dir():
         hub.fetch(source, weights=False)  # refuses what is neither a folder nor a hub id
         folder = hub.download(source, None, False, _FILES)
     if not (folder / hub.CONFIG).is_file() or not list(folder.glob("*.safetensors")):

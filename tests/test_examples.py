@@ -78,7 +78,7 @@ def test_pretraining_goes_on_with_the_new_words(run, tmp_path):
     model, tokenizer = load_pretrained(tmp_path / "continued" / "run" / "export")
     (token,) = tokenizer.encode_plain("angioplasty")
     before, after = (np.asarray(parameters(one)[EMBEDDING]) for one in (start, model))
-    assert before.shape == after.shape == (50432, 32)
+    assert before.shape == after.shape == (50432, 256)
     assert not np.allclose(before[token], after[token])
 
 

@@ -1,8 +1,6 @@
 """Pseudo-log-likelihood and filled masks equal brute force in torch, alone and in company."""
 
 import doctest
-import shutil
-from importlib import resources
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.hf import load_pretrained
 from mlmjax.modernbert import ModernBertForSequenceClassification
 from mlmjax.pll import MASKS_AT_ONCE, MaskFiller, TextScorer
+from mlmjax.tokenizer import Tokenizer
 
 LONGEST = 96
 TEXTS = [
@@ -35,8 +34,7 @@ def folder(tmp_path_factory):
     sizes = {f"{name}_token_id": token for name, token in tokens.items()}
     model = torch_model(vocab_size=50368, max_position_embeddings=LONGEST, **sizes)
     model.save_pretrained(folder)
-    for file in (resources.files("mlmjax") / "assets" / "tokenizer").iterdir():
-        shutil.copy(file, folder)
+    Tokenizer.from_pretrained().save(folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Build instruction data for a small model that may be given away, from one-token answers.
 
-    python tools/make_small_data.py --out instruct_small.jsonl.zst \\
+    python tools/make_small_data.py --out instruct_choose.jsonl.zst \\
         single_token_instruct.jsonl.zst niv2_raw_0.parquet niv2_raw_1.parquet
 
 Keeps what a model that is given away may be trained on (below), leaves out rows that are marked as
