@@ -74,8 +74,7 @@ def fetch(
     own = packaged(name) if isinstance(source, str) else None
     if own and is_folder:
         raise InputError(
-            f"{name}: is the packaged model, and a folder here; give ./{name} for the folder, or "
-            "rename it"
+            f"{name}: is the packaged model and a folder; give ./{name} for the folder"
         )
     folder = path if is_folder else own
     if folder is not None and revision is not None:

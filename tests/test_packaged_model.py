@@ -38,7 +38,7 @@ def test_is_found_by_its_name_and_computes_in_float32(loaded):
 def test_a_folder_of_that_name_is_another_one(tmp_path, monkeypatch):
     (tmp_path / "mlmjax-small").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="the packaged model, and a folder here"):
+    with pytest.raises(InputError, match="the packaged model and a folder"):
         hub.fetch("mlmjax-small")
     assert hub.fetch("./mlmjax-small") == hub.fetch(Path("mlmjax-small")) == Path("mlmjax-small")
 
