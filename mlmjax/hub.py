@@ -73,9 +73,7 @@ def fetch(
         raise InputError(f"{name[:200]!r}: is no usable path ({error}); give a folder") from error
     own = packaged(name) if isinstance(source, str) else None
     if own and is_folder:
-        raise InputError(
-            f"{name}: is the packaged model and a folder; give ./{name} for the folder"
-        )
+        raise InputError(f"{name}: is the packaged model and a folder; the folder is ./{name}")
     folder = path if is_folder else own
     if folder is not None and revision is not None:
         what = "is the packaged model" if own else "is a folder"
