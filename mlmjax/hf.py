@@ -95,6 +95,8 @@ def load_pretrained(
 ) -> tuple[Model, Tokenizer]:
     """Load a model and its tokenizer from a folder or a hub id; safetensors only, no code is run.
 
+    `mlmjax-small` is the packaged model.
+
     Parameters are float32; `dtype` ("float32" or "bfloat16") is what is computed in. `revision`
     and `local_files_only` are for hub ids. The class follows `architectures` in config.json; where
     that is missing, a `classifier.weight` makes it a classifier and `head.dense.weight` a masked
