@@ -1,8 +1,9 @@
 """Fine-tuning in memory: one prompt per row, its answer at the slot or by a classification head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +11,22 @@ import numpy as np
 import optax
 from flax import nnx
 
+from mlmjax.architecture import ModelConfig
 from mlmjax.config import OptimizerConfig, ScheduleConfig, decode
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
+from mlmjax.data.packing import pack
 from mlmjax.engine import local_mesh
 from mlmjax.errors import RunError
+from mlmjax.flops import forward_flops
 from mlmjax.heads import label_loss
 from mlmjax.hf import Model
 from mlmjax.modernbert import ModernBertForSequenceClassification
 from mlmjax.optim import decay_mask, make_schedule
 from mlmjax.prompts import Prompt
 from mlmjax.step import TrainState, create_train_state, make_train_step, masked_token_loss
+
+ROWS = (256, 512, 1024)
+"""Lengths of packed rows that are tried, in tokens."""
 
 
 def fine_tune(
@@ -40,11 +47,13 @@ def fine_tune(
 ) -> Model:
     """Return a copy of the model, trained to give `answers` to the prompts.
 
-    Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
-    slot, they are numbers of labels. Batches are cut over the local devices. AdamW under a linear
-    schedule; the order of epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model
-    so far (good until it returns) and the epoch's mean loss, and ends the training by returning
-    True. Raises `RunError` when the loss is no longer finite.
+    Answers are token ids at the prompts' slots, and prompts are packed into rows of one shape; of a
+    classification model, whose prompts have no slot, answers are numbers of labels, and each prompt
+    has a row of the smallest of `buckets` that holds its batch. Batches are cut over the local
+    devices. AdamW under a linear schedule; the order of epoch e is that of
+    `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it returns) and the
+    epoch's mean loss, and ends the training by returning True. Raises `RunError` when the loss is
+    no longer finite.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
@@ -57,20 +66,18 @@ def fine_tune(
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
     step = _step(graphdef, update, has_head)
-    layout = label_batch if has_head else answer_batch
+    cut = [_cut(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
+    if has_head:
+        layout: Any = partial(label_batch, rows=batch_size, buckets=buckets, pad_id=pad_id)
+    else:
+        lengths = [[len(prompts[i].ids) for i in members] for members in chain(*cut)]
+        shape = common_shape(lengths, model.config, mesh.size)
+        layout = partial(answer_batch, shape=shape, pad_id=pad_id)
     done = 0
     for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
         sums = []
-        for start in range(0, len(order), batch_size):
-            members = order[start : start + batch_size]
-            batch = layout(
-                [prompts[i] for i in members],
-                answers[members],
-                rows=batch_size,
-                buckets=buckets,
-                pad_id=pad_id,
-            )
+        for members in cut[epoch]:
+            batch = layout([prompts[i] for i in members], answers[members])
             rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
             state, metrics = step(_with_rates(state, rates), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
@@ -86,6 +93,12 @@ def fine_tune(
         if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
             break
     return nnx.merge(graphdef, state.params)
+
+
+def _cut(count: int, size: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Cut the numbers below `count`, in an order drawn by `seed`, into batches."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [order[start : start + size] for start in range(0, count, size)]
 
 
 @lru_cache(maxsize=8)
@@ -121,35 +134,54 @@ def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
     return state._replace(opt_state=state.opt_state._replace(hyperparams=values))
 
 
-def answer_batch(
-    prompts: Sequence[Prompt],
-    answers: Sequence[int] | np.ndarray,
-    *,
-    rows: int,
-    buckets: Sequence[int],
-    pad_id: int,
-) -> Batch:
-    """Lay out one prompt per row, its slot being the one target; rows left over are padding.
+class Shape(NamedTuple):
+    """The shape of packed batches: `rows` of `length` tokens with at most `slots` answers each."""
 
-    `answers` are token ids; the arrays are as long as the smallest bucket that holds all prompts.
+    rows: int
+    length: int
+    slots: int
+
+
+def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: int) -> Shape:
+    """Return the cheapest shape that every batch can be packed into, so that one program does.
+
+    `batches` are the lengths of their prompts; `parts` divides the rows. Rows are as long as the
+    longest prompt, or of 256, 512 or 1,024 tokens, whichever takes the fewest FLOPs: longer rows
+    are filled better, and cost more attention.
+
+    >>> common_shape([[100, 150, 60, 200], [180, 70]], ModelConfig(), 1)
+    Shape(rows=1, length=512, slots=4)
     """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = next(bucket for bucket in buckets if bucket >= longest)
-    batch = Batch(
-        input_ids=np.full((rows, length), pad_id, np.int32),
-        segment_ids=np.zeros((rows, length), np.int32),
-        position_ids=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
-        target_positions=np.full((rows, 1), UNUSED, np.int32),
-        target_ids=np.full((rows, 1), UNUSED, np.int32),
-        target_objective=np.full((rows, 1), UNUSED, np.int32),
-    )
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        batch.input_ids[row, : len(prompt.ids)] = prompt.ids
-        batch.segment_ids[row, : len(prompt.ids)] = 1
-        batch.target_positions[row] = prompt.slot
-        batch.target_ids[row] = answer
-        batch.target_objective[row] = ATP
-    return batch
+    longest = max(map(max, batches))
+    shapes = []
+    for length in sorted({longest, *(n for n in ROWS if n > longest)}):
+        packed = [pack([range(n) for n in lengths], length) for lengths in batches]
+        rows = -(-max(map(len, packed)) // parts) * parts
+        shapes.append(Shape(rows, length, max(len(row) for rows in packed for row in rows)))
+    return min(shapes, key=lambda one: one.rows * forward_flops(config, [one.length], 0, 0))
+
+
+def answer_batch(
+    prompts: Sequence[Prompt], answers: Sequence[int] | np.ndarray, *, shape: Shape, pad_id: int
+) -> Batch:
+    """Pack prompts into rows, the slot of each being a target; rows left over are padding.
+
+    `answers` are token ids. The loss over the targets is that of one prompt in each row.
+    """
+    ids, segments, positions = (np.zeros(shape[:2], np.int32) for _ in range(3))
+    ids[:] = pad_id
+    targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
+    for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
+        start = 0
+        for number, member in enumerate(members):
+            prompt = prompts[member]
+            stop = start + len(prompt.ids)
+            ids[row, start:stop] = prompt.ids
+            segments[row, start:stop] = number + 1
+            positions[row, start:stop] = np.arange(stop - start)
+            targets[:, row, number] = start + prompt.slot, answers[member], ATP
+            start = stop
+    return Batch(ids, segments, positions, *targets)
 
 
 def label_batch(
@@ -160,8 +192,16 @@ def label_batch(
     buckets: Sequence[int],
     pad_id: int,
 ) -> LabelBatch:
-    """Lay out one prompt per row and the number of its label; rows left over are padding."""
-    ids, segment_ids, *_ = answer_batch(prompts, answers, rows=rows, buckets=buckets, pad_id=pad_id)
+    """Lay out one prompt per row and the number of its label; rows left over are padding.
+
+    The rows are as long as the smallest bucket that holds all prompts.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    length = next(bucket for bucket in buckets if bucket >= longest)
+    ids, segments = np.full((rows, length), pad_id, np.int32), np.zeros((rows, length), np.int32)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt.ids)] = prompt.ids
+        segments[row, : len(prompt.ids)] = 1
     labels = np.full(rows, np.nan, np.float32)
     labels[: len(prompts)] = answers
-    return LabelBatch(ids, segment_ids, labels)
+    return LabelBatch(ids, segments, labels)
