@@ -153,17 +153,22 @@ def run(command: Sequence[str], work: Path) -> None:
 
 
 def write_tables(work: Path, out: Path) -> None:
-    """Write what was found: `results.json`, `tables.md` and `curves.png`."""
-    suites = {
-        name: json.loads((work / "results" / name / "suite.json").read_text())
-        for name in ("small_zero_shot", "small_fine_tune")
-        if (work / "results" / name / "suite.json").exists()
-    }
-    runs = ["small-mlm", "small-atp", *(f"small-{m}-{s}" for m, s in instructed())]
-    paths = {name: work / "runs" / name / "metrics.jsonl" for name in runs}
-    curves = {name: curve(path) for name, path in paths.items() if path.exists()}
-    found = {"curves": curves, "suites": suites}
-    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    """Write what was found: `results.json`, `tables.md` and `curves.png`.
+
+    Curves and suites that WORK does not hold stay as they are in `results.json`.
+    """
+    known = out / "results.json"
+    found = json.loads(known.read_text()) if known.exists() else {"curves": {}, "suites": {}}
+    curves, suites = found["curves"], found["suites"]
+    for name in ("small_zero_shot", "small_fine_tune"):
+        path = work / "results" / name / "suite.json"
+        if path.exists():
+            suites[name] = json.loads(path.read_text())
+    for name in ("small-mlm", "small-atp", *(f"small-{m}-{s}" for m, s in instructed())):
+        path = work / "runs" / name / "metrics.jsonl"
+        if path.exists():
+            curves[name] = curve(path)
+    known.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     parts = []
     if "small_zero_shot" in suites:
         parts.append(table_1(suites["small_zero_shot"]["lines"]))
