@@ -28,6 +28,7 @@ from mlmjax.blocks import (
 from mlmjax.config import RunConfig
 from mlmjax.errors import InputError
 from mlmjax.layers import align
+from mlmjax.partition import platform
 from mlmjax.product import product
 
 SPLASH_BLOCKS = RunConfig.model_fields["splash_blocks"].default
@@ -177,7 +178,7 @@ class ModernBertForMaskedLM(_ModernBert):
             hidden = self.head(hidden.astype(self.dtype))
             leading = "abcd"[: hidden.ndim - 1]
             logits = product(f"{leading}h,vh->{leading}v", hidden, words)
-            return logits if bias is None else logits + align(bias, logits)
+            return logits if bias is None else logits + _spread(bias, logits)
 
     def __call__(
         self,
@@ -224,6 +225,18 @@ def _apply_layer(
     segment_ids: jax.Array | None,
 ) -> jax.Array:
     return layer(hidden, rope, segment_ids, window, implementation, block)
+
+
+def _spread(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """Give a vector the shape of `x` or, off CPUs, the axes it lacks.
+
+    By a product with ones, whose gradient is a product too: the compiler for CPUs sums the columns
+    of `[128, 50368]` in 90 ms, and takes 1.5 ms for a product that gives the same.
+    """
+    if platform() != "cpu":
+        return align(vector, x)
+    leading = "abcd"[: x.ndim - 1]
+    return jnp.einsum(f"{leading},v->{leading}v", jnp.ones(x.shape[:-1], vector.dtype), vector)
 
 
 def _repetition(kinds: Sequence[str]) -> tuple[range, int]:
