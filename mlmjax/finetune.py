@@ -1,7 +1,7 @@
 """Fine-tuning in memory: one prompt per row, its answer at the slot or by a classification head."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -40,20 +40,18 @@ def fine_tune(
     weight_decay: float,
     warmup: float,
     seed: int,
-    buckets: Sequence[int],
     pad_id: int,
     after_epoch: Callable[[Model, float], bool | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Model:
     """Return a copy of the model, trained to give `answers` to the prompts.
 
-    Answers are token ids at the prompts' slots, and prompts are packed into rows of one shape; of a
-    classification model, whose prompts have no slot, answers are numbers of labels, and each prompt
-    has a row of the smallest of `buckets` that holds its batch. Batches are cut over the local
-    devices. AdamW under a linear schedule; the order of epoch e is that of
-    `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it returns) and the
-    epoch's mean loss, and ends the training by returning True. Raises `RunError` when the loss is
-    no longer finite.
+    Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
+    slot, they are numbers of labels. The prompts of a batch are packed into rows, of one shape for
+    all batches, which are cut over the local devices. AdamW under a linear schedule; the order of
+    epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it
+    returns) and the epoch's mean loss, and ends the training by returning True. Raises `RunError`
+    when the loss is no longer finite.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
@@ -67,17 +65,15 @@ def fine_tune(
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
     step = _step(graphdef, update, has_head)
     cut = [_cut(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
-    if has_head:
-        layout: Any = partial(label_batch, rows=batch_size, buckets=buckets, pad_id=pad_id)
-    else:
-        lengths = [[len(prompts[i].ids) for i in members] for members in chain(*cut)]
-        shape = common_shape(lengths, model.config, mesh.size)
-        layout = partial(answer_batch, shape=shape, pad_id=pad_id)
+    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*cut)]
+    shape = common_shape(lengths, model.config, mesh.size)
+    layout: Any = label_batch if has_head else answer_batch
     done = 0
     for epoch in range(epochs):
         sums = []
         for members in cut[epoch]:
-            batch = layout([prompts[i] for i in members], answers[members])
+            asked = [prompts[i] for i in members]
+            batch = layout(asked, answers[members], shape=shape, pad_id=pad_id)
             rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
             state, metrics = step(_with_rates(state, rates), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
@@ -171,37 +167,34 @@ def answer_batch(
     ids, segments, positions = (np.zeros(shape[:2], np.int32) for _ in range(3))
     ids[:] = pad_id
     targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
-    for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
-        start = 0
-        for number, member in enumerate(members):
-            prompt = prompts[member]
-            stop = start + len(prompt.ids)
-            ids[row, start:stop] = prompt.ids
-            segments[row, start:stop] = number + 1
-            positions[row, start:stop] = np.arange(stop - start)
-            targets[:, row, number] = start + prompt.slot, answers[member], ATP
-            start = stop
+    for row, number, start, member in _places(prompts, shape):
+        prompt = prompts[member]
+        stop = start + len(prompt.ids)
+        ids[row, start:stop] = prompt.ids
+        segments[row, start:stop] = number + 1
+        positions[row, start:stop] = np.arange(stop - start)
+        targets[:, row, number] = start + prompt.slot, answers[member], ATP
     return Batch(ids, segments, positions, *targets)
 
 
 def label_batch(
-    prompts: Sequence[Prompt],
-    answers: Sequence[int] | np.ndarray,
-    *,
-    rows: int,
-    buckets: Sequence[int],
-    pad_id: int,
+    prompts: Sequence[Prompt], answers: Sequence[float] | np.ndarray, *, shape: Shape, pad_id: int
 ) -> LabelBatch:
-    """Lay out one prompt per row and the number of its label; rows left over are padding.
-
-    The rows are as long as the smallest bucket that holds all prompts.
-    """
-    longest = max(len(prompt.ids) for prompt in prompts)
-    length = next(bucket for bucket in buckets if bucket >= longest)
-    ids, segments = np.full((rows, length), pad_id, np.int32), np.zeros((rows, length), np.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, : len(prompt.ids)] = prompt.ids
-        segments[row, : len(prompt.ids)] = 1
-    labels = np.full(rows, np.nan, np.float32)
-    labels[: len(prompts)] = answers
+    """Pack prompts into rows, each with the number of its label; rows left over are padding."""
+    ids, segments = np.full(shape[:2], pad_id, np.int32), np.zeros(shape[:2], np.int32)
+    labels = np.full((shape.rows, shape.slots), np.nan, np.float32)
+    for row, number, start, member in _places(prompts, shape):
+        stop = start + len(prompts[member].ids)
+        ids[row, start:stop] = prompts[member].ids
+        segments[row, start:stop] = number + 1
+        labels[row, number] = answers[member]
     return LabelBatch(ids, segments, labels)
+
+
+def _places(prompts: Sequence[Prompt], shape: Shape) -> Iterator[tuple[int, int, int, int]]:
+    """Yield `(row, number in the row, first token, prompt)` for each prompt."""
+    for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
+        start = 0
+        for number, member in enumerate(members):
+            yield row, number, start, member
+            start += len(prompts[member].ids)

@@ -69,21 +69,24 @@ def _listed(labels: Any) -> str:
 
 
 def label_loss(model: Any, batch: LabelBatch) -> tuple[jax.Array, Metrics]:
-    """Sum the loss of `label_evaluation` over the rows: `(loss_sum, metrics)`."""
+    """Sum the loss of `label_evaluation` over the texts: `(loss_sum, metrics)`."""
     metrics = label_evaluation(model, batch)
     del metrics["logits"]
     return metrics["loss_sum"], metrics
 
 
 def label_evaluation(model: Any, batch: LabelBatch) -> Metrics:
-    """Return `loss_sum` and `loss_count` over labelled rows, and `logits` `[batch, labels]`.
+    """Return `loss_sum` and `loss_count` over labelled texts, and `logits` `[texts, labels]`.
 
     Cross-entropy, with `label_count` and `label_correct`, where the model has several labels;
     squared error where it has one, as transformers computes them.
     """
-    logits = model(batch.input_ids, batch.segment_ids)
-    used = ~jnp.isnan(batch.labels)
-    labels = jnp.where(used, batch.labels, 0.0)
+    given = jnp.asarray(batch.labels)
+    segments = given.shape[1] if given.ndim == 2 else None
+    logits = model(batch.input_ids, batch.segment_ids, segments=segments)
+    logits, given = logits.reshape(given.size, logits.shape[-1]), given.reshape(-1)
+    used = ~jnp.isnan(given)
+    labels = jnp.where(used, given, 0.0)
     count = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
     more: Metrics = {}
     if logits.shape[1] == 1:

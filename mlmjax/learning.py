@@ -92,7 +92,6 @@ def learn(
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         seed=recipe.seed,
-        buckets=scorer.buckets,
         pad_id=scorer.tokenizer.pad_id,
         after_epoch=after_epoch,
         progress=progress,

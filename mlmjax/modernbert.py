@@ -191,28 +191,45 @@ class ModernBertForMaskedLM(_ModernBert):
 
 
 class ModernBertForSequenceClassification(_ModernBert):
-    """ModernBERT with one linear layer over the pooled sequence; one example per row."""
+    """ModernBERT with one linear layer over each pooled text."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any):
         super().__init__(config, rngs=rngs, **options)
         self.classifier = make_classifier(config, rngs)
 
-    def __call__(self, input_ids: ArrayLike, segment_ids: ArrayLike | None = None) -> jax.Array:
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        segment_ids: ArrayLike | None = None,
+        *,
+        segments: int | None = None,
+    ) -> jax.Array:
         """Map `[batch, seq]` to float32 logits `[batch, num_labels]`.
 
         Pooling is the first token of each row that is no padding, or the mean over those tokens,
-        by `config.classifier_pooling`.
+        by `config.classifier_pooling`. Rows of several packed texts, `segments` at most, give
+        `[batch, segments, num_labels]`: those of segments 1, 2, ... (unspecified where a row has
+        none of that number), each as if it stood alone.
         """
-        hidden = self.encode(input_ids, segment_ids)
-        real = jnp.asarray(jnp.ones(hidden.shape[:2]) if segment_ids is None else segment_ids) != 0
+        shape = jnp.shape(input_ids)
+        owner = jnp.ones(shape, jnp.int32) if segment_ids is None else jnp.asarray(segment_ids)
+        if segments is None:
+            members, positions = (owner != 0)[:, None], None
+        else:
+            members = owner[:, None] == jnp.arange(1, segments + 1, dtype=jnp.int32)[None, :, None]
+            start = jnp.sum(members * jnp.argmax(members, axis=2, keepdims=True), axis=1)
+            positions = jnp.arange(shape[1], dtype=jnp.int32)[None] - start
+        hidden = self.encode(input_ids, segment_ids, positions)
         with jax.named_scope("classifier"):
             if self.config.classifier_pooling == "cls":
-                pooled = hidden[jnp.arange(hidden.shape[0]), jnp.argmax(real, axis=1)]
+                first = jnp.argmax(members, axis=2)
+                pooled = jnp.take_along_axis(hidden, first[:, :, None], axis=1)
             else:
-                total = jnp.where(real[..., None], hidden, 0).sum(axis=1, dtype=jnp.float32)
-                count = real.sum(axis=1, keepdims=True)
+                total = product("bst,bth->bsh", members.astype(hidden.dtype), hidden)
+                count = members.sum(axis=2)[:, :, None]
                 pooled = (total / jnp.maximum(count, 1)).astype(self.dtype)
-            return self.classifier(self.head(pooled))
+            logits = self.classifier(self.head(pooled))
+            return logits[:, 0] if segments is None else logits
 
 
 def _apply_layer(

@@ -1,12 +1,10 @@
 """Fine-tuning one head on one task under one setting, and the choice among settings."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.engine import bucket_lengths
 from mlmjax.errors import InputError, RunError
 from mlmjax.finetune import fine_tune
 from mlmjax.heads import with_classifier
@@ -126,7 +124,6 @@ def answer_fine_tuned(
             weight_decay=sweep.weight_decay,
             warmup=sweep.warmup,
             seed=seed,
-            buckets=octaves(max(len(prompt.ids) for prompt in prompts)),
             pad_id=tokenizer.pad_id,
             after_epoch=keep,
             progress=progress,
@@ -184,13 +181,3 @@ def _scorer(
         batch_size=batch_size,
         max_length=max_length,
     )
-
-
-def octaves(longest: int) -> tuple[int, ...]:
-    """Return the lengths that training batches are padded to: few, because each is compiled anew.
-
-    >>> octaves(200)
-    (32, 64, 128, 200)
-    """
-    lengths = bucket_lengths(longest)[:-1]
-    return (*(length for length in lengths if math.log2(length).is_integer()), longest)

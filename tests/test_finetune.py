@@ -1,6 +1,7 @@
 """Prompts packed for fine-tuning: each is there once, and training is that of single rows."""
 
 import doctest
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ from test_score import noisy, small_config
 
 from mlmjax import finetune
 from mlmjax.architecture import ModelConfig
-from mlmjax.data.batch import ATP, UNUSED, Batch
+from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
+from mlmjax.data.packing import pack
 from mlmjax.finetune import Shape, answer_batch, common_shape, fine_tune, label_batch
 from mlmjax.flops import forward_flops
-from mlmjax.modernbert import ModernBertForMaskedLM
+from mlmjax.heads import label_loss, labelled_config
+from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.prompts import Prompt
 from mlmjax.step import masked_token_loss
 
@@ -115,7 +118,7 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
     answers = rng.integers(10, 60, 20)
     settings = {
         "epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "weight_decay": 0.01, "warmup": 0.1,
-        "seed": 0, "buckets": (64,), "pad_id": PAD,
+        "seed": 0, "pad_id": PAD,
     }  # fmt: skip
     losses = {}
 
@@ -152,9 +155,43 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
         assert np.abs(np.asarray(found) - np.asarray(known)).mean() <= 0.01 * moved
 
 
-def test_labels_have_a_row_each():
-    prompts = [Prompt([1, 2, 3], -1, {}), Prompt([4, 5, 6, 7, 8], -1, {})]
-    batch = label_batch(prompts, [1.0, 0.0], rows=3, buckets=(4, 6, 9), pad_id=PAD)
-    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 7, 7], [4, 5, 6, 7, 8, 7], [7] * 6]
-    assert batch.segment_ids.sum(axis=1).tolist() == [3, 5, 0]
-    np.testing.assert_array_equal(batch.labels, np.float32([1, 0, np.nan]))
+@pytest.mark.parametrize("labels", [["bad", "good", "fair"], []], ids=["classes", "regression"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_packed_texts_have_the_logits_loss_and_gradients_of_single_rows(model, labels, pooling):
+    config = replace(labelled_config(model.config, labels), classifier_pooling=pooling)
+    head = ModernBertForSequenceClassification(config, rngs=nnx.Rngs(3))
+    texts = drawn([9, 30, 14, 22, 5, 40, 17], vocabulary=config.vocab_size)
+    answers = np.arange(7) % 3 if labels else np.linspace(-1, 2, 7)
+    packed = label_batch(texts, answers, shape=Shape(4, 48, 3), pad_id=PAD)
+    assert packed.segment_ids.max() == 3
+    rows = single_rows(texts, answers, 7, 40)
+    single = LabelBatch(rows.input_ids, rows.segment_ids, np.float32(answers))
+    graphdef, params = nnx.split(head, nnx.Param)
+
+    @jax.jit
+    def losses(params, batch):
+        return jax.value_and_grad(
+            lambda params: label_loss(nnx.merge(graphdef, params), batch), has_aux=True
+        )(params)
+
+    (loss, metrics), gradient = losses(params, packed)
+    (expected, known_metrics), reference = losses(params, single)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics.keys() == known_metrics.keys()
+    assert metrics["loss_count"] == 7
+    for found, known in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(found, known, atol=2e-6 * max(1.0, np.abs(known).max()))
+
+    used = ~np.isnan(packed.labels)
+    logits = np.asarray(head(packed.input_ids, packed.segment_ids, segments=3))[used]
+    alone = np.asarray(head(single.input_ids, single.segment_ids))
+    order = [i for row in pack([text.ids for text in texts], 48) for i in row]
+    np.testing.assert_allclose(logits, alone[order], atol=2e-6)
+
+
+def test_a_packed_batch_of_texts_holds_each_with_its_label():
+    texts = [Prompt([1, 2, 3], -1, {}), Prompt([4, 5, 6, 7, 8], -1, {}), Prompt([9, 10], -1, {})]
+    batch = label_batch(texts, [1.0, 0.0, 2.0], shape=Shape(3, 6, 2), pad_id=PAD)
+    assert batch.input_ids.tolist() == [[4, 5, 6, 7, 8, PAD], [1, 2, 3, 9, 10, PAD], [PAD] * 6]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 2, 2, 0], [0] * 6]
+    np.testing.assert_array_equal(batch.labels, np.float32([[0, np.nan], [1, 2], [np.nan, np.nan]]))

@@ -57,10 +57,11 @@ class Batch(NamedTuple):
 
 
 class LabelBatch(NamedTuple):
-    """What one update of the classification head reads: one text per row, and its label.
+    """What one update of the classification head reads: texts and their labels.
 
-    `input_ids`, `segment_ids`: int32 `[batch, seq]`, segment 1 is text and 0 padding; `labels`:
-    float32 `[batch]`, the number of the class or the value to predict, NaN for a row of padding.
+    `input_ids`, `segment_ids`: int32 `[batch, seq]`, 0 is padding; `labels`: float32, the number of
+    the class or the value to predict, NaN for none: `[batch]` where each row is one text (segment
+    1), `[batch, segments]` where segments 1, 2, ... of a row are texts.
     """
 
     input_ids: Any
