@@ -142,19 +142,31 @@ def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: i
     """Return the cheapest shape that every batch can be packed into, so that one program does.
 
     `batches` are the lengths of their prompts; `parts` divides the rows. Rows are as long as the
-    longest prompt, or of 256, 512 or 1,024 tokens, whichever takes the fewest FLOPs: longer rows
-    are filled better, and cost more attention.
+    longest prompt (rounded up to 16, as accelerators like it), or of 256, 512 or 1,024 tokens,
+    whichever takes the fewest FLOPs: longer rows are filled better, and cost more attention.
+    Rows and slots are rounded up, so that another seed or setting mostly finds the same program.
 
     >>> common_shape([[100, 150, 60, 200], [180, 70]], ModelConfig(), 1)
     Shape(rows=1, length=512, slots=4)
     """
-    longest = max(map(max, batches))
+    longest = -(-max(map(max, batches)) // 16) * 16
     shapes = []
     for length in sorted({longest, *(n for n in ROWS if n > longest)}):
         packed = [pack([range(n) for n in lengths], length) for lengths in batches]
-        rows = -(-max(map(len, packed)) // parts) * parts
-        shapes.append(Shape(rows, length, max(len(row) for rows in packed for row in rows)))
+        rows = _rounded(-(-max(map(len, packed)) // parts)) * parts
+        slots = max(len(row) for rows in packed for row in rows)
+        shapes.append(Shape(rows, length, 1 << (slots - 1).bit_length()))
     return min(shapes, key=lambda one: one.rows * forward_flops(config, [one.length], 0, 0))
+
+
+def _rounded(count: int) -> int:
+    """Round a count up to one of four to a doubling.
+
+    >>> [_rounded(count) for count in (1, 7, 9, 18, 19, 33)]
+    [1, 7, 10, 20, 20, 40]
+    """
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
 
 
 def answer_batch(
