@@ -78,9 +78,7 @@ def test_a_packed_batch_holds_every_prompt_once(lengths, parts):
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=4), st.integers(1, 4))
-def test_one_shape_holds_all_and_costs_no_more_than_single_rows(
-    batches, parts
-):
+def test_one_shape_holds_all_and_costs_no_more_than_single_rows(batches, parts):
     config = ModelConfig()
     shape = common_shape(batches, config, parts)
     for lengths in batches:
