@@ -1,4 +1,4 @@
-"""Fine-tuning in memory: one prompt per row, its answer at the slot or by a classification head."""
+"""Fine-tuning in memory: packed prompts, answered at their slots or by a classification head."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -142,7 +142,7 @@ def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: i
     """Return the cheapest shape that every batch can be packed into, so that one program does.
 
     `batches` are the lengths of their prompts; `parts` divides the rows. Rows are as long as the
-    longest prompt (rounded up to 16, as accelerators like it), or of 256, 512 or 1,024 tokens,
+    longest prompt (rounded up to 16), or of 256, 512 or 1,024 tokens,
     whichever takes the fewest FLOPs: longer rows are filled better, and cost more attention.
     Rows and slots are rounded up, so that another seed or setting mostly finds the same program.
 
