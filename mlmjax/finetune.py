@@ -1,6 +1,6 @@
 """Fine-tuning in memory: packed prompts, answered at their slots or by a classification head."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -176,16 +176,10 @@ def answer_batch(
 
     `answers` are token ids. The loss over the targets is that of one prompt in each row.
     """
-    ids, segments, positions = (np.zeros(shape[:2], np.int32) for _ in range(3))
-    ids[:] = pad_id
     targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
-    for row, number, start, member in _places(prompts, shape):
-        prompt = prompts[member]
-        stop = start + len(prompt.ids)
-        ids[row, start:stop] = prompt.ids
-        segments[row, start:stop] = number + 1
-        positions[row, start:stop] = np.arange(stop - start)
-        targets[:, row, number] = start + prompt.slot, answers[member], ATP
+    ids, segments, positions, places = _packed(prompts, shape, pad_id)
+    for member, (row, number, start) in places:
+        targets[:, row, number] = start + prompts[member].slot, answers[member], ATP
     return Batch(ids, segments, positions, *targets)
 
 
@@ -193,20 +187,27 @@ def label_batch(
     prompts: Sequence[Prompt], answers: Sequence[float] | np.ndarray, *, shape: Shape, pad_id: int
 ) -> LabelBatch:
     """Pack prompts into rows, each with the number of its label; rows left over are padding."""
-    ids, segments = np.full(shape[:2], pad_id, np.int32), np.zeros(shape[:2], np.int32)
     labels = np.full((shape.rows, shape.slots), np.nan, np.float32)
-    for row, number, start, member in _places(prompts, shape):
-        stop = start + len(prompts[member].ids)
-        ids[row, start:stop] = prompts[member].ids
-        segments[row, start:stop] = number + 1
+    ids, segments, _, places = _packed(prompts, shape, pad_id)
+    for member, (row, number, _) in places:
         labels[row, number] = answers[member]
     return LabelBatch(ids, segments, labels)
 
 
-def _places(prompts: Sequence[Prompt], shape: Shape) -> Iterator[tuple[int, int, int, int]]:
-    """Yield `(row, number in the row, first token, prompt)` for each prompt."""
+def _packed(
+    prompts: Sequence[Prompt], shape: Shape, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int]]]]:
+    """Return ids, segments, positions, and each prompt's row, number in it and first token."""
+    ids = np.full(shape[:2], pad_id, np.int32)
+    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+    places = []
     for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
         start = 0
         for number, member in enumerate(members):
-            yield row, number, start, member
-            start += len(prompts[member].ids)
+            stop = start + len(prompts[member].ids)
+            ids[row, start:stop] = prompts[member].ids
+            segments[row, start:stop] = number + 1
+            positions[row, start:stop] = np.arange(stop - start)
+            places.append((member, (row, number, start)))
+            start = stop
+    return ids, segments, positions, places
