@@ -9,8 +9,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Neither reads nor fills the user's cache of compiled programs.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# As the command line sets it, so that what both compute is equal to the last bit.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_enable_concurrency_optimized_scheduler=false")
+# The first as the command line sets it, so that what both compute is equal to the last bit. The
+# second because compiling is most of the time of tests: machine code is made in half of the time,
+# and child processes inherit it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0",
+)
 
 from pathlib import Path
 

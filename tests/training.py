@@ -99,9 +99,8 @@ def make_config(folder, **changes):
 
 
 def compile_settings(folder):
-    """Compiling is most of the time of a short run: do it quickly, and once for all runs."""
+    """Compiling is most of the time of a short run: do it once for all runs."""
     return {
-        "jax_disable_most_optimizations": True,
         "jax_enable_compilation_cache": True,  # conftest keeps the user's own out of the tests
         "jax_compilation_cache_dir": str(folder / "cache"),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -117,9 +116,6 @@ def quick_compiles(folder):
     for name, value in settings.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    # What earlier tests compiled with other settings differs in the last bit from what the child
-    # processes of these tests compile.
-    jax.clear_caches()
     yield folder
     for name, value in before.items():
         jax.config.update(name, value)
