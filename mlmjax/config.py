@@ -174,7 +174,8 @@ class RunConfig(StrictTable):
 
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":
-        if (self.init_from is None) == (self.model is None):
+        # An empty [model] describes nothing: `model={}` is how an override takes the table away.
+        if self.model is None if self.init_from is None else self.model:
             raise ValueError(
                 "give exactly one of init_from (a folder or hub id) and [model] (HF config keys)"
             )

@@ -58,6 +58,12 @@ def test_overrides_are_toml_values(minimal):
     assert config.mesh.data == 2
 
 
+def test_an_empty_model_makes_way_for_a_start(minimal):
+    changes = ["model={hidden_size=4}", "init_from=start"]
+    table = load_config(minimal, [*changes, "model={}"])
+    assert (table.init_from, not table.model) == ("start", True)
+
+
 def test_override_reaches_into_lists(minimal):
     config = load_config(minimal, ["data.sources.0.path=y.jsonl"])
     assert config.data.sources[0].path == "y.jsonl"

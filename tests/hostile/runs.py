@@ -62,7 +62,7 @@ OVERRIDES = {
     "with the tokenizer elsewhere": (["tokenizer=absent"], "absent: has no tokenizer.json"),
     "with a start that is not there": (
         ["init_from=./absent", "model={}"],
-        "exactly one of init_from",
+        "./absent: there is no such folder",
     ),
     "with an override of nothing": (["=3"], "expected key=value"),
     "with an override into a value": (["steps.a=3"], "steps is a value, not a table"),
