@@ -58,8 +58,8 @@ def run_evaluation(
     check_order_rows(order_rows)
     has_head = isinstance(model, ModernBertForSequenceClassification)
     task = task.for_head() if has_head else task
-    folder = None if out is None else _result_folder(out)
     questions, left_out = read_questions(task, data, limit)
+    folder = None if out is None else _result_folder(out)
     make_scorer = _head_scorer if has_head else _slot_scorer
     scorer, columns = make_scorer(model, tokenizer, task, questions, batch_size)
     started = time.perf_counter()

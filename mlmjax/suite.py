@@ -115,16 +115,16 @@ def run_suite(
     folders = {name: find_baseline(name) for name in baselines}
     contenders = [Contender(name, revision, dtype, batch_size) for name in models]
     folder = None if data is None else Path(data)
+    present, missing = _look(suite, planned, folder)
+    missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
+    absent = [f"task {one['task']}: {one['reason']}" for one in missing]
+    if not present:
+        raise InputError(
+            f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
+            f"with its files: {absent[0]}",
+            absent[1:],
+        )
     with alone_in(Path(out)):
-        present, missing = _look(suite, planned, folder)
-        missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
-        absent = [f"task {one['task']}: {one['reason']}" for one in missing]
-        if not present:
-            raise InputError(
-                f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
-                f"with its files: {absent[0]}",
-                absent[1:],
-            )
         for line in absent:
             tell(printable(f"left out: {line}"))
         entrants = list(contestants(suite, contenders, folders))
