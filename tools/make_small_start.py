@@ -40,9 +40,8 @@ def main() -> None:
     sources = open_rows(chosen.rows, "train")
     if {source.tokenizer_sha256 for source in sources} != {tokenizer.sha256}:
         raise SystemExit(f"{chosen.rows}: was made with another tokenizer than {chosen.model}'s")
-    counts = neighbour_counts(
-        (block[:2] for source in sources for block in source.blocks()), model.config.vocab_size
-    )
+    blocks = ((tokens, lengths) for source in sources for tokens, lengths, *_ in source.blocks())
+    counts = neighbour_counts(blocks, model.config.vocab_size)
     ordinary = np.ones(model.config.vocab_size, np.float32)
     ordinary[list(tokenizer.special_ids)] = 0.0
     only = sparse.diags_array(ordinary, format="csr")
@@ -87,10 +86,10 @@ def joined(
     for block in blocks:
         held.append((block[0].astype(np.int32), block[1]))
         if sum(len(one) for one, _ in held) >= tokens:
-            yield tuple(np.concatenate(column) for column in zip(*held, strict=True))
+            yield np.concatenate([one for one, _ in held]), np.concatenate([one for _, one in held])
             held = []
     if held:
-        yield tuple(np.concatenate(column) for column in zip(*held, strict=True))
+        yield np.concatenate([one for one, _ in held]), np.concatenate([one for _, one in held])
 
 
 def positive_information(counts: sparse.csr_array) -> sparse.csr_array:

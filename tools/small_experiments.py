@@ -147,12 +147,7 @@ def run(command: Sequence[str], work: Path) -> None:
     """Print a command and run it in the working folder; stop where it fails."""
     print("$", " ".join(command), flush=True)
     own = {"PYTHONPATH": str(ROOT)}  # the package that the model is put into
-    # A device for each of two cores: half again as many tokens in a second as one device of both.
-    ways = {
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "JAX_NUM_CPU_DEVICES": "2",
-    }
-    environment = {**ways, **os.environ, **own}
+    environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ, **own}
     if code := subprocess.run(command, cwd=work, env=environment, check=False).returncode:
         raise SystemExit(code)
 
