@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_model_parity import build, config_of, loss_and_gradients, padded_batch
+from noisy_models import build, config_of, loss_and_gradients, padded_batch
 
 from mlmjax.architecture import GLOBAL, LOCAL
 from mlmjax.modernbert import ModernBertForMaskedLM, _repetition
