@@ -1,5 +1,7 @@
 """The engine: all local devices, batches that fit memory, and results in the order asked."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +81,18 @@ def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
     found, expected = (e.run([item], np.ones(1, np.float32)) for e in (engine, make(model)))
     assert len(engine._shapes) == 1
     np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_files_said_of_a_model_is_no_other_program(model):
+    config = replace(model.config, extra={"dtype": "bfloat16"})
+    same = ModernBertForMaskedLM(config, rngs=nnx.Rngs(1))
+    same.source_dtypes = (("decoder.bias", "bfloat16"),)
+    wider = ModernBertForMaskedLM(replace(config, local_attention=4), rngs=nnx.Rngs(1))
+    ours = make(model)
+    assert make(same).jitted is ours.jitted
+    assert make(wider).jitted is not ours.jitted
+    assert same.config.extra == {"dtype": "bfloat16"}
+    assert same.source_dtypes == (("decoder.bias", "bfloat16"),)
 
 
 class ScarceMemory:
