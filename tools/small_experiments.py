@@ -85,7 +85,7 @@ def commands(stage: str, data: Path, work: Path) -> Iterator[list[str]]:
             names = ("single_token_instruct.jsonl.zst", "niv2_raw_0.parquet", "niv2_raw_1.parquet")
             files = [str(data / "instruct" / name) for name in names]
             yield [sys.executable, tool, "--out", "instruct_choose.jsonl.zst", *files]
-        # Of the mixtures tried for 200 updates, the best on held-out answers.
+        # The best of the mixtures on held-out answers.
         yield [*MLMJAX, "train", "configs/small_atp.toml", *MIXTURES["atp"]]
     elif stage == "mix":
         for seed, mixture in product(SEEDS, MIXTURES):
@@ -250,21 +250,28 @@ def interval(line: dict[str, Any]) -> str:
 
 
 def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw the held-out losses: of pretraining, and of answers in each mixture."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Draw the held-out losses: of pretraining, of instruction, and of each mixture and seed."""
+    mixed = {export(*one).split("/")[1]: one[0] for one in product(MIXTURES, SEEDS)}
+    colours = dict(zip(MIXTURES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    pretraining, instruction, mixtures = figure.subplots(1, 3)
     for name, rows in curves.items():
-        held_out = [row for row in rows if row["split"] == "validation"]
         is_mlm = name.startswith("small-mlm")
         key = "loss_mlm" if is_mlm else "loss_atp"
-        points = [(row["step"], row[key]) for row in held_out if key in row]
-        axes = left if is_mlm else right
-        axes.plot(*zip(*points, strict=True), marker=".", label=name)
-    left.set(title="held-out MLM loss", xlabel="updates of 2,048 tokens")
-    right.set(title="held-out loss of answers", xlabel="updates of 4,096 tokens")
-    for axes in (left, right):
+        held_out = [row for row in rows if row["split"] == "validation" and key in row]
+        points = zip(*((row["step"], row[key]) for row in held_out), strict=True)
+        if mixture := mixed.get(name):
+            label = NAMES[mixture] if name.endswith("-0") else None
+            mixtures.plot(*points, marker=".", label=label, color=colours[mixture])
+        else:
+            axes = pretraining if is_mlm else instruction
+            axes.plot(*points, marker=".", label=name)
+    pretraining.set(title="held-out MLM loss", xlabel="updates of 2,048 tokens")
+    instruction.set(title="held-out loss of answers", xlabel="updates of 4,096 tokens")
+    mixtures.set(title="the same, three seeds a mixture", xlabel="updates of 4,096 tokens")
+    for axes in (pretraining, instruction, mixtures):
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
 if __name__ == "__main__":
