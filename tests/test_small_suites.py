@@ -19,3 +19,13 @@ def test_every_answer_is_one_token_of_its_own(suite, tokenizer):
         assert len(forms) == len(names)
         every = [token for ids in forms for token in ids]
         assert len(set(every)) == len(every)
+
+
+def test_the_network_from_scratch_is_fitted_as_the_trained_one_is():
+    """Both are lines of one table."""
+    trained, scratch = (
+        load_suite(str(next(path for path in SUITES if path.stem == name)), [])[0].model_dump()
+        for name in ("small_fine_tune", "small_from_scratch")
+    )
+    differing = {key for key in trained if trained[key] != scratch[key]}
+    assert differing == {"name", "description", "heads"}
