@@ -71,11 +71,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument(
+        "--few", type=int, help="questions where both are in bfloat16 (default: as many)"
+    )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder)
-        write_inputs(chosen.data, inputs, questions=chosen.questions)
+        few = chosen.questions if chosen.few is None else min(chosen.few, chosen.questions)
+        write_inputs(chosen.data, inputs, questions=chosen.questions, few=few)
         asked = read(inputs, "mmlu")
         (inputs / "text.txt").write_text(" ".join(asked["rows"][0]["question"].split()) + "\n")
         (inputs / "prompt.txt").write_text(asked["prompts"][0])
@@ -95,8 +99,11 @@ def main() -> None:
                 kept = {name: value for name, value in run.items() if name != "answers"}
                 print(json.dumps(kept), file=log, flush=True)
                 print(f"round {number + 1} {side} {function}", flush=True)
-    rows = [compare(name, CASES[name], runs) for name in chosen.only]
-    write_report(chosen.out, rows, runs, questions=chosen.questions)
+    rows = [
+        compare(name, CASES[name], runs, questions=chosen.questions, few=few)
+        for name in chosen.only
+    ]
+    write_report(chosen.out, rows, runs)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ CASES = {
         5.0,
     ),
     "bfloat16_both": Case(
-        "the same, both in bfloat16", "questions_bfloat16", "padded_bfloat16", 1.6, 2.0
+        "{few} of them, both in bfloat16", "few_bfloat16", "few_bfloat16", 1.6, 2.0
     ),
     "local_attention": Case(
         "local attention at 8192 vs torch sdpa with a mask",

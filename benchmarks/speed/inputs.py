@@ -20,8 +20,11 @@ TRAIN_ROWS, TRAIN_LENGTH, MASKED = 8, 128, 0.3
 DRAWN = 0.01
 
 
-def write_inputs(data: Path, folder: Path, *, questions: int, seed: int = 0) -> None:
-    """Write a model of base size with random weights, and all texts and token ids, to `folder`."""
+def write_inputs(data: Path, folder: Path, *, questions: int, few: int, seed: int = 0) -> None:
+    """Write a model of base size with random weights, and all texts and token ids, to `folder`.
+
+    `few` is how many of the questions make up the smaller set.
+    """
     rng = np.random.default_rng(seed)
     config = ModelConfig.from_hf(json.loads((data / "tokenizer" / "config_base.json").read_text()))
     tokenizer = Tokenizer.from_pretrained()
@@ -38,7 +41,9 @@ def write_inputs(data: Path, folder: Path, *, questions: int, seed: int = 0) -> 
         )
         for row in asked
     ]
-    write(folder, "mmlu", {"rows": asked, "prompts": prompts, "template": template})
+    for name, count in (("mmlu", questions), ("few", few)):
+        kept = {"rows": asked[:count], "prompts": prompts[:count], "template": template}
+        write(folder, name, kept)
     words = rng.integers(1000, 50000, LONG - 3).tolist()
     write(folder, "long", [tokenizer.cls_id, *words, tokenizer.mask_id, tokenizer.sep_id])
     write(folder, "train", masked_tokens(rng, tokenizer.mask_id))

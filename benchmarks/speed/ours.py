@@ -24,9 +24,11 @@ RATE = 1e-4
 STREAM = 10_000
 
 
-def questions(folder: Path, dtype: str = "float32", normalize: Any = "labels") -> Figures:
-    """Score all questions by a `Scorer`."""
-    content = read(folder, "mmlu")
+def questions(
+    folder: Path, dtype: str = "float32", normalize: Any = "labels", asked: str = "mmlu"
+) -> Figures:
+    """Score all questions of a set by a `Scorer`."""
+    content = read(folder, asked)
     model, tokenizer = load_pretrained(folder / "base", dtype=dtype)
     template = Template(content["template"])
     scorer = Scorer(model, tokenizer, template, Verbalizer.letters(LETTERS), normalize=normalize)
@@ -181,6 +183,7 @@ if __name__ == "__main__":
             "questions": questions,
             "questions_vocabulary": partial(questions, normalize="vocabulary"),
             "questions_bfloat16": partial(questions, dtype="bfloat16"),
+            "few_bfloat16": partial(questions, dtype="bfloat16", asked="few"),
             "local_attention": local_attention,
             "local_attention_512": partial(local_attention, length=512),
             "encode_long": encode_long,

@@ -18,8 +18,10 @@ CLOSE = 2e-5
 """The largest difference of a probability between the sides in float32."""
 
 
-def compare(name: str, case: Case, runs: list[Figures]) -> dict[str, Any]:
+def compare(name: str, case: Case, runs: list[Figures], **counts: int) -> dict[str, Any]:
     """Return the ratios of a case, round by round, and what else is known of both sides.
+
+    `counts` are those that titles name.
 
     Raises `SystemExit` where the sides do not give the same answers.
     """
@@ -39,7 +41,7 @@ def compare(name: str, case: Case, runs: list[Figures]) -> dict[str, Any]:
             raise SystemExit(f"{name}: the sides differ by {difference}")
     return {
         "case": name,
-        "title": case.title,
+        "title": case.title.format(**counts),
         "figure": case.figure,
         "ratio": statistics.median(ratios),
         "ratios": ratios,
@@ -78,13 +80,13 @@ COLUMNS = (
 )
 
 
-def table(rows: list[dict[str, Any]], questions: int) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """Return the Markdown table."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(row, questions) for row in rows)]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(cells(row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def cells(row: dict[str, Any], questions: int) -> tuple[str, ...]:
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """Return a line of the table."""
     unit = "MiB" if row["figure"] == "peak_mib" else "s"
 
@@ -93,7 +95,7 @@ def cells(row: dict[str, Any], questions: int) -> tuple[str, ...]:
         return " / ".join("-" if value is None else format(value, form) for value in values)
 
     return (
-        row["title"].format(questions=questions),
+        row["title"],
         f"{row['ours']:,.3g} {unit}",
         f"{row['theirs']:,.3g} {unit}",
         f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
@@ -124,9 +126,7 @@ def alone(runs: list[Figures]) -> list[str]:
     return lines
 
 
-def write_report(
-    out: Path, rows: list[dict[str, Any]], runs: list[Figures], *, questions: int
-) -> None:
+def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> None:
     """Write `speed.json`, `speed.md` and `speed.png` beside `runs.jsonl`; print the table."""
     about = {
         "date": datetime.now(UTC).date().isoformat(),
@@ -148,16 +148,16 @@ def write_report(
         [
             f"{versions}.",
             f"GFLOP/s of a float32 product of 1024 x 768 x 2304 in the same processes: {peak}.",
-            table(rows, questions),
+            table(rows),
             *alone(runs),
         ]
     )
     (out / "speed.md").write_text(text + "\n")
-    picture(rows, questions).savefig(out / "speed.png", dpi=120)
+    picture(rows).savefig(out / "speed.png", dpi=120)
     print(text)
 
 
-def picture(rows: list[dict[str, Any]], questions: int) -> Figure:
+def picture(rows: list[dict[str, Any]]) -> Figure:
     """Draw the ratios, round by round, beside the goals."""
     figure = Figure(figsize=(10, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
@@ -168,7 +168,7 @@ def picture(rows: list[dict[str, Any]], questions: int) -> Figure:
         axes.plot(row["goal"], place, "D", color="tab:orange")
         axes.plot(row["stretch"], place, "*", color="tab:green", markersize=10)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks(places, [row["title"].format(questions=questions) for row in rows])
+    axes.set_yticks(places, [row["title"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("ratio (of memory: ours / theirs); diamond goal, star stretch, bars rounds")
     return figure

@@ -24,10 +24,10 @@ def load(folder: Path, dtype: Any = torch.float32, **options: Any) -> Any:
 class Questions:
     """Asks questions batch by batch, as an array of probabilities `[questions, letters]`."""
 
-    def __init__(self, folder: Path, dtype: Any = torch.float32):
+    def __init__(self, folder: Path, dtype: Any = torch.float32, asked: str = "mmlu"):
         self.model = load(folder, dtype).eval()
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
-        self.prompts = read(folder, "mmlu")["prompts"]
+        self.prompts = read(folder, asked)["prompts"]
         ids = [self.tokenizer.encode(f" {x}", add_special_tokens=False) for x in LETTERS]
         self.letters = [one for (one,) in ids]
         self.lengths = [len(self.tokenizer.encode(prompt)) for prompt in self.prompts]
@@ -72,9 +72,9 @@ def eights(count: int) -> list[list[int]]:
     return [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
 
 
-def padded(folder: Path, dtype: Any = torch.float32) -> Figures:
+def padded(folder: Path, dtype: Any = torch.float32, asked: str = "mmlu") -> Figures:
     """Padded batches of 8 as they come."""
-    questions = Questions(folder, dtype)
+    questions = Questions(folder, dtype, asked)
     return questions.figures(eights(len(questions.prompts)))
 
 
@@ -193,7 +193,7 @@ if __name__ == "__main__":
     main(
         {
             "padded": padded,
-            "padded_bfloat16": partial(padded, dtype=torch.bfloat16),
+            "few_bfloat16": partial(padded, dtype=torch.bfloat16, asked="few"),
             "strongest": strongest,
             "one_by_one": one_by_one,
             "local_attention": local_attention,
