@@ -138,9 +138,19 @@ def table_1(lines: Sequence[dict[str, Any]]) -> str:
 def table_3(lines: Sequence[dict[str, Any]]) -> str:
     """Return the accuracy of every method fine-tuned on every task, mean and deviation of seeds."""
     names = {SHIPPED: "mlmjax-small", UNTRAINED: "from scratch"}
-    head = ["task", "method", "start", "trained on", "n", "accuracy (95 %)", "seeds ±", "chosen"]
+    head = [
+        "task",
+        "method",
+        "start",
+        "trained on",
+        "n",
+        "accuracy (95 %)",
+        "seeds ±",
+        "epochs x rate",
+    ]
     rows: list[list[str]] = []
-    for line in lines:
+    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    for line in sorted(lines, key=lambda line: tasks.index(line["task"])):
         if not line["model"] and [row for row in rows if row[:2] == [line["task"], line["method"]]]:
             continue  # TF-IDF needs no network, and is in both suites
         chosen = line["chosen"]
