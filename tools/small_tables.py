@@ -75,7 +75,7 @@ def curve(path: Path) -> list[dict[str, Any]]:
 
 
 def last_answers(path: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a run ended with on all held-out answers: `n`, `accuracy`, `loss_atp`, ....
+    """Return what a run ended with on all held-out answers: `n`, `accuracy`, `losses`, ....
 
     A curve has the loss of the examples that the objective left as they are; of a run with no other
     objective these are all of them.
