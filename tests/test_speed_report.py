@@ -38,19 +38,20 @@ def runs(ours, theirs, answers=((0.25, 0.75),), **more):
 
 
 def test_ratios_are_of_the_same_round(report):
-    row = report.compare("padded", report_case(report), runs([1.0, 2.0, 4.0], [2.0, 5.0, 4.0]))
+    found = runs([1.0, 2.0, 4.0], [2.0, 5.0, 4.0])
+    row = report.compare("padded", report_case(report), found, questions=8)
     assert row["ratios"] == [2.0, 2.5, 1.0]
     assert row["ratio"] == 2.0
     assert (row["ours"], row["theirs"]) == (2.0, 4.0)
     assert report.reached(row) == "goal"
-    (line,) = report.table([row], 8).splitlines()[2:]
+    (line,) = report.table([row]).splitlines()[2:]
     assert "2.00 (1.00 to 2.50)" in line
     assert "8 MMLU questions" in line
 
 
 def test_memory_should_be_the_smaller(report):
     case = report_case(report, figure="peak_mib", goal=0.5, stretch=0.25)
-    row = report.compare("memory", case, runs([1.0, 1.0], [4.0, 2.0]))
+    row = report.compare("memory", case, runs([1.0, 1.0], [4.0, 2.0]), questions=8)
     assert row["ratios"] == [0.25, 0.5]
     assert report.reached(row) == "goal"
     assert report.reached({**row, "ratio": 0.2}) == "stretch"
@@ -61,12 +62,12 @@ def test_no_table_where_the_sides_answer_differently(report):
     found = runs([1.0], [1.0])
     found[1]["answers"] = [[0.26, 0.74]]
     with pytest.raises(SystemExit, match=r"padded: the sides differ by 0\.01"):
-        report.compare("padded", report_case(report), found)
+        report.compare("padded", report_case(report), found, questions=8)
 
 
 def test_files_lie_beside_each_other(report, tmp_path, capsys):
-    row = report.compare("padded", report_case(report), runs([1.0], [2.0]))
-    report.write_report(tmp_path, [row], runs([1.0], [2.0]), questions=8)
+    row = report.compare("padded", report_case(report), runs([1.0], [2.0]), questions=8)
+    report.write_report(tmp_path, [row], runs([1.0], [2.0]))
     assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.png"}
     assert "**" not in capsys.readouterr().out
 
