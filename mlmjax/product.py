@@ -12,33 +12,30 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     `subscripts` name each axis, and each axis stands in two of the three terms, as in
     `"bqd,bkd->bqk"`. In bfloat16 and float16 the operands are rounded and the sums are float32; so
     are those of the gradients, which plain differentiation would compute from float32 operands.
+    Differentiation is in reverse mode only.
 
     >>> product("ij,jk->ik", jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
     dtype('float32')
     """
-    if x.dtype == y.dtype == jnp.float32:
-        return _einsum(subscripts, x, y)
-    return _rounded(subscripts, x, y)
-
-
-def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+    return _product(subscripts, x, y)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum(subscripts, x, y.astype(x.dtype))
 
 
 def _forward(
     subscripts: str, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _rounded(subscripts, x, y), (x, y)
+    return _product(subscripts, x, y), (x, y)
 
 
 def _backward(
     subscripts: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
+    # Each gradient is asked for with its axes in place. Plain differentiation gives that of a
+    # weight with its axes swapped, and on a CPU whatever reads it then goes against the grain.
     x, y = saved
     terms, out = subscripts.split("->")
     of_x, of_y = terms.split(",")
@@ -48,4 +45,8 @@ def _backward(
     return to_x.astype(x.dtype), to_y.astype(y.dtype)
 
 
-_rounded.defvjp(_forward, _backward)
+_product.defvjp(_forward, _backward)
+
+
+def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
