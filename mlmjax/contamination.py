@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlmjax import hub
-from mlmjax.config import Location, RunConfig
+from mlmjax.config import Location
 from mlmjax.data.exclude import file_sha256
 from mlmjax.data.rows import Manifest
 from mlmjax.data.sources import source_files
@@ -96,7 +96,7 @@ NOTHING_KNOWN = Contamination("unknown", [], ["the model folder has no training 
 
 
 def training_manifest(
-    config: RunConfig, rows: Manifest, before: TrainingManifest | None
+    init_from: str | None, rows: Manifest, before: TrainingManifest | None
 ) -> TrainingManifest:
     """Tell what a run trained on; `before` is what the model it started from tells.
 
@@ -127,7 +127,7 @@ def training_manifest(
         for one in rows.config.get("evaluation", [])
     ]
     run = TrainingRun(
-        init_from=config.init_from,
+        init_from=init_from,
         tasks=sorted({task for file in rows.splits["train"] for task in file.examples_per_task}),
         sources=sources,
         excluded_tasks=list(data.get("exclude", {}).get("tasks", [])),
@@ -184,7 +184,7 @@ def contamination(
         remarks.append(
             f"no file, dataset or task of the training manifest is that of {task.name}; examples "
             "that share text with it were "
-            + ("kept out, but those of other data or by some runs" if other else "not kept out")
+            + ("kept out of some runs, or those of other data" if other else "not kept out")
         )
     start = training.runs[0].init_from if training.runs else None
     if start is not None:

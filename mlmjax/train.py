@@ -266,7 +266,7 @@ def _finish(run: Run, graphdef: Any, params: Any, tokenizer: Tokenizer) -> None:
         if distributed.is_first():
             model = nnx.merge(graphdef, whole)
             card = hf.model_card(model) + training_card(config, run.loaders.manifest, report)
-            told = training_manifest(config, run.loaders.manifest, run.before).text()
+            told = training_manifest(config.init_from, run.loaders.manifest, run.before).text()
             files = {hub.TRAINING: told}
             hf.save_pretrained(model, tokenizer, out / "export", card=card, more_files=files)
             write_json(out / "validation.json", report)

@@ -7,7 +7,8 @@ among them), weighs the counts by positive pointwise mutual information, and tak
 factors of that matrix as embeddings (Levy, Goldberg and Dagan, "Improving Distributional Similarity
 with Lessons Learned from Word Embeddings", 2015). Ten million tokens are too few for millions of
 random embeddings, and the whole text can be counted in minutes. Tokens that the rows do not hold,
-and special ones, keep what the model has. The same input gives the same factors on one machine.
+and special ones, keep what the model has. `training_manifest.json` of the
+result names the files. The same input gives the same factors on one machine.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
 from mlmjax import load_pretrained, save_pretrained
-from mlmjax.data.rows import open_rows
+from mlmjax.contamination import training_manifest
+from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.hub import TRAINING
 
 WINDOW = 8
 """How many tokens to each side are neighbours."""
@@ -50,6 +53,8 @@ def main() -> None:
     table = model.model.embeddings.tok_embeddings.weight
     table[...] = jnp.asarray(embeddings(weighed, np.asarray(table[...])))
     save_pretrained(model, tokenizer, chosen.out)
+    told = training_manifest(None, read_manifest(chosen.rows), None)
+    (chosen.out / TRAINING).write_text(told.text(), encoding="utf-8")
 
 
 def neighbour_counts(

@@ -17,7 +17,7 @@ FITTED = ("small_fine_tune", "small_from_scratch")
 ABOUT = """# The small model in tables
 
 Accuracy in percent. Tasks are the files of their names in `mlmjax/tasks` and, those with `_words`,
-in `configs/tasks/words`."""
+in `configs/tasks/words`. After ±: the standard deviation over three seeds."""
 SHOWN = {
     name: network
     for part in ("small-mlm", "small-atp")

@@ -171,5 +171,8 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(places, [row["title"] for row in rows])
     axes.invert_yaxis()
     # Under the titles as well as the bars: it is wider than these.
-    figure.supxlabel("ratio (of memory: ours / theirs); diamond goal, star stretch, bars rounds")
+    figure.supxlabel(
+        "ratio, more is better (of memory: ours / theirs, less is);"
+        " diamond goal, star stretch, line the range of rounds"
+    )
     return figure
