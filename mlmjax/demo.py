@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
+from shlex import quote
 from string import Template
 from typing import Any
 
@@ -37,7 +38,7 @@ ATTRIBUTION = "ATTRIBUTION.md"
 TRAINED = 600  # paragraphs, of the 2,000 there are: about a minute on two cores
 WATCHED_AT_MOST = 80  # paragraphs after those trained on, for the curve of the held-out loss
 READ_BACK = 100  # paragraphs that the exported model is asked too
-OWN_FILES = ("data", "run.toml", "subjects.toml", "report.html")
+OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
 SENTENCES = (
     "The largest moons of Jupiter were first seen through a small telescope.",
@@ -180,6 +181,11 @@ def write_files(out: Path, limit: int | None = None) -> list[str]:
 
 def make_folder(out: Path) -> None:
     """Make the folder of the demo; raises `InputError` if it cannot be, or holds other's files."""
+    if out == Path(hub.PACKAGED):
+        raise InputError(
+            f"{out}: is the name of the packaged model, which a folder of that name would hide; "
+            "give another in --out"
+        )
     taken = [name for name in OWN_FILES if os.path.lexists(out / name)]
     if taken and not (out / "data" / ATTRIBUTION).is_file():
         raise InputError(
@@ -278,18 +284,19 @@ def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> di
 
 def commands(out: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
     """Return what a reader can do next, each with the command for it."""
+    model, task, run = (quote(str(out / name)) for name in ("model", "subjects.toml", "run.toml"))
     return [
         (
             "Ask the model about texts of your own, one per line:",
-            f'mlmjax classify --model {out / "model"} --labels "{",".join(labels)}" FILE',
+            f"mlmjax classify --model {model} --labels {quote(','.join(labels))} FILE",
         ),
         (
             "Repeat the test, with one line per paragraph in DIR/predictions.jsonl:",
-            f"mlmjax evaluate --model {out / 'model'} --task {out / 'subjects.toml'} --out DIR",
+            f"mlmjax evaluate --model {model} --task {task} --out DIR",
         ),
         (
             "Train again with other settings:",
-            f"mlmjax train {out / 'run.toml'} out=runs/mine seed=1",
+            f"mlmjax train {run} out=runs/mine seed=1",
         ),
     ]
 

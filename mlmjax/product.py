@@ -1,5 +1,6 @@
 """Matrix products that accumulate in float32, and do so backward too."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
@@ -17,7 +18,19 @@ def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     >>> product("ij,jk->ik", jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
     dtype('float32')
     """
-    return _product(subscripts, x, y)
+    return _product(subscripts, *_varying_alike(x, y))
+
+
+def _varying_alike(*arrays: jax.Array) -> Iterator[jax.Array]:
+    """Under `shard_map`, let arrays vary over the same axes.
+
+    The gradient of one that does not vary is then summed over devices, which a rule of one's own
+    for differentiation has to see to.
+    """
+    own = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    for array, axes in zip(arrays, own, strict=True):
+        missing = tuple(frozenset().union(*own) - axes)
+        yield jax.lax.pcast(array, missing, to="varying") if missing else array
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

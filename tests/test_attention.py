@@ -366,6 +366,21 @@ def test_low_precision_products_take_and_sum_as_promised():
     assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_of_what_all_devices_share_is_summed_over_them(dtype):
+    mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
+    x, y, weight = heads((8, 8))
+    x, y = jnp.round(x * 4).astype(dtype), jnp.round(y * 4)
+
+    def loss(x, y):
+        return jax.lax.psum((product("ij,jk->ik", x, y) * weight[:1]).sum(), "data")
+
+    shared = jax.shard_map(loss, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    expected = jax.grad(lambda x, y: (x @ y * weight[:1]).sum(), argnums=1)
+    found = jax.jit(jax.grad(shared, argnums=1))(x, y)
+    np.testing.assert_allclose(found, expected(x.astype("float32"), y), rtol=1e-2, atol=0.1)
+
+
 def test_low_precision_gradient_is_that_of_float32():
     x, y, weight = heads((8, 8))
 

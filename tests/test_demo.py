@@ -254,6 +254,21 @@ class TestRun:
         with pytest.raises(InputError, match="seed"):
             run(out, "seed=5")
 
+    @pytest.mark.parametrize("name", ["model", "run", "rows"])
+    def test_a_folder_of_another_program_is_left_alone(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("mine")
+        with pytest.raises(InputError, match="is in the demo's way and not of its making"):
+            run(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name / "README.md").read_text() == "mine"
+
+    def test_a_folder_that_would_hide_the_packaged_model_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="is the name of the packaged model"):
+            demo.run_demo(Path("mlmjax-small"))
+        assert not list(tmp_path.iterdir())
+
     def test_a_differing_export_is_an_error(self, tmp_path):
         before = np.array([[0.5, 0.5], [0.1, 0.9]])
         demo.check_same(tmp_path, before, before.copy())

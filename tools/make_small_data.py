@@ -12,15 +12,16 @@ gives the same file.
 
 import argparse
 import hashlib
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 
 from mlmjax import Tokenizer
 
@@ -52,16 +53,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("files", type=Path, nargs="+")
     chosen = parser.parse_args()
+    if chosen.out.resolve() in {path.resolve() for path in chosen.files}:
+        raise SystemExit(f"{chosen.out}: is among the files to read; give another in --out")
     tokenizer = Tokenizer.from_pretrained()
+    # Under its name a file is whole: what is stopped in between leaves none.
+    partial = chosen.out.with_name(f"{chosen.out.name}.partial")
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
-    with zstandard.open(chosen.out, "wt", encoding="utf-8") as out:
+    with compressed(partial, "w") as out:
         for path in chosen.files:
             for example, refusal in examples(path):
                 reason = refusal or unusable(example, tokenizer, seen)
                 counts[reason or "kept"] += 1
                 if reason is None:
                     out.write(json.dumps(example._asdict(), ensure_ascii=False) + "\n")
+    partial.replace(chosen.out)
     for reason, count in counts.most_common():
         print(f"{count:8,} {reason}")
 
@@ -75,7 +81,7 @@ def examples(path: Path) -> Iterator[tuple[Example, str | None]]:
                 refusal = "not for shipped models" if NOT_SHIPPED.search(example.task) else None
                 yield example, "translated" if "-translated-" in example.task else refusal
         return
-    with zstandard.open(path, "rt", encoding="utf-8") as lines:
+    with compressed(path, "r") as lines:
         for line in lines:
             row = json.loads(line)
             prompt = "\n".join(filter(None, (row["definition"].strip(), row["input"].strip())))
@@ -86,6 +92,12 @@ def examples(path: Path) -> Iterator[tuple[Example, str | None]]:
                 yield example, "not for shipped models"
             else:
                 yield example, None
+
+
+def compressed(path: Path, mode: Literal["r", "w"]) -> io.TextIOWrapper:
+    """Open a `.zst` file of lines; one that is cut short raises `OSError` at its end."""
+    open_stream = pa.input_stream if mode == "r" else pa.output_stream
+    return io.TextIOWrapper(open_stream(str(path), compression="zstd"), encoding="utf-8")
 
 
 def may_be_shipped(component: str, task: str) -> bool:

@@ -51,8 +51,10 @@ def main() -> None:
     places = {"corpus": data / "text", "eval": data / "eval", "configs": CONFIGS}
     places["mlmjax"] = ROOT / "mlmjax"
     for name, target in places.items():
-        if not (work / name).exists():
-            (work / name).symlink_to(target)
+        if not target.is_dir():
+            raise SystemExit(f"{target}: is no folder; see docs/experiments for what --data holds")
+        (work / name).unlink(missing_ok=True)
+        (work / name).symlink_to(target)
     for stage in (stage for stage in STAGES if stage in chosen.stages):
         if stage == "ship":
             ship(work / INSTRUCTED)

@@ -64,18 +64,29 @@ def plan(names: list[str]) -> list[tuple[str, str]]:
     return list(turns)
 
 
+def at_least_one(text: str) -> int:
+    """Read a number from the command line."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("has to be 1 or more")
+    return number
+
+
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--rounds", type=at_least_one, default=3)
+    parser.add_argument("--questions", type=at_least_one, default=200)
     parser.add_argument(
-        "--few", type=int, help="questions where both are in bfloat16 (default: as many)"
+        "--few", type=at_least_one, help="questions where both are in bfloat16 (default: as many)"
     )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     chosen = parser.parse_args()
+    if not (chosen.data / "tokenizer").is_dir():
+        parser.error(f"--data {chosen.data}: holds no folder tokenizer")
+    chosen.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         inputs = Path(folder)
         few = chosen.questions if chosen.few is None else min(chosen.few, chosen.questions)
@@ -87,7 +98,6 @@ def main() -> None:
         runs: list[Figures] = []
         if "fresh" in chosen.only:
             measure("ours", "fresh", inputs)  # fills the cache of compiled programs
-        chosen.out.mkdir(parents=True, exist_ok=True)
         turns = [(n, *turn) for n in range(chosen.rounds) for turn in plan(chosen.only)]
         if chosen.only == list(CASES):
             turns += [(0, "ours", GROWTH[1]), (0, "ours", STREAM)]
