@@ -73,10 +73,8 @@ def fetch(
         raise InputError(f"{name[:200]!r}: is no usable path ({error}); give a folder") from error
     own = packaged(name) if isinstance(source, str) else None
     if own and is_folder:
-        raise InputError(
-            f"{name}: is the packaged model and a folder here; ./{name} is the folder, and for the "
-            "packaged model go to another folder or rename this one"
-        )
+        told = f"is the packaged model and a folder; rename the folder, or give ./{name} for it"
+        raise InputError(f"{name}: {told}")
     folder = path if is_folder else own
     if folder is not None and revision is not None:
         what = "is the packaged model" if own else "is a folder"
