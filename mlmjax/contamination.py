@@ -184,7 +184,7 @@ def contamination(
         remarks.append(
             f"no file, dataset or task of the training manifest is that of {task.name}; examples "
             "that share text with it were "
-            + ("kept out of some runs, or those of other data" if other else "not kept out")
+            + ("kept out of some runs alone, or by another copy of it" if other else "not kept out")
         )
     start = training.runs[0].init_from if training.runs else None
     if start is not None:

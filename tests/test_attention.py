@@ -370,15 +370,24 @@ def test_low_precision_products_take_and_sum_as_promised():
 def test_gradient_of_what_all_devices_share_is_summed_over_them(dtype):
     mesh = jax.make_mesh((8,), ("data",), (jax.sharding.AxisType.Auto,))
     x, y, weight = heads((8, 8))
-    x, y = jnp.round(x * 4).astype(dtype), jnp.round(y * 4)
+    x, y, weight = (jnp.round(array * 4) for array in (x, y, weight[:1]))  # exact in either dtype
 
     def loss(x, y):
-        return jax.lax.psum((product("ij,jk->ik", x, y) * weight[:1]).sum(), "data")
+        return jax.lax.psum((product("ij,jk->ik", x, y) * weight).sum(), "data")
 
     shared = jax.shard_map(loss, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
-    expected = jax.grad(lambda x, y: (x @ y * weight[:1]).sum(), argnums=1)
-    found = jax.jit(jax.grad(shared, argnums=1))(x, y)
-    np.testing.assert_allclose(found, expected(x.astype("float32"), y), rtol=1e-2, atol=0.1)
+    expected = jax.grad(lambda x, y: (x @ y * weight).sum(), argnums=1)(x, y)
+    found = jax.jit(jax.grad(shared, argnums=1))(x.astype(dtype), y)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_gradient_of_a_weight_comes_with_its_axes_in_place():
+    """What reads it, as AdamW does, goes against the grain otherwise."""
+    x, weight = jnp.ones((2, 3, 4)), jnp.ones((4, 5, 6))
+    of_weight = jax.grad(lambda weight: product("abi,iwx->abwx", x, weight).sum())
+    *_, found = dots(jax.make_jaxpr(of_weight)(weight).jaxpr)
+    (out,) = found.outvars
+    assert out.aval.shape == weight.shape
 
 
 def test_low_precision_gradient_is_that_of_float32():

@@ -153,7 +153,7 @@ def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
     data.write_text('{"text": "other", "label": "a"}\n')
     known = look([kept_out], data)
     assert known.status == "none found"
-    assert "kept out of some runs, or those of other data" in known.remarks[0]
+    assert "kept out of some runs alone, or by another copy of it" in known.remarks[0]
     # A file or a task that was trained on is worse than what was kept out.
     assert look([kept_out, run_of(tasks=["a quiz"])], data).status == "found"
     assert look([run_of(init_from="org/base")], data).remarks[1] == (

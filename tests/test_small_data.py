@@ -52,9 +52,17 @@ def test_what_may_be_kept_is_written(source, tmp_path, monkeypatch, capsys):
 
 def test_a_file_that_is_cut_short_gives_none(source, tmp_path, monkeypatch):
     source.write_bytes(source.read_bytes()[:-100])
-    with pytest.raises(OSError, match=r"(?i)truncated"):
+    with pytest.raises(SystemExit, match=r"cannot be read after row .*(?i:truncated)"):
         make(monkeypatch, "--out", tmp_path / "out.jsonl.zst", source)
     assert not (tmp_path / "out.jsonl.zst").exists()
+
+
+def test_a_row_without_a_column_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl.zst"
+    with TOOL.compressed(path, "w") as file:
+        file.writelines(json.dumps(row(1) | kept) + "\n" for kept in ({}, {"target": None}))
+    with pytest.raises(SystemExit, match="after row 1 "):
+        make(monkeypatch, "--out", tmp_path / "out.jsonl.zst", path)
 
 
 def test_a_file_that_is_read_is_not_written(source, monkeypatch):

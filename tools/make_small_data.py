@@ -62,7 +62,7 @@ def main() -> None:
     counts: Counter[str] = Counter()
     with compressed(partial, "w") as out:
         for path in chosen.files:
-            for example, refusal in examples(path):
+            for example, refusal in readable(path):
                 reason = refusal or unusable(example, tokenizer, seen)
                 counts[reason or "kept"] += 1
                 if reason is None:
@@ -70,6 +70,19 @@ def main() -> None:
     partial.replace(chosen.out)
     for reason, count in counts.most_common():
         print(f"{count:8,} {reason}")
+
+
+def readable(path: Path) -> Iterator[tuple[Example, str | None]]:
+    """Yield what `examples` does; a file that cannot be read ends the program with a message."""
+    number = 0
+    try:
+        for number, found in enumerate(examples(path), start=1):  # noqa: B007
+            yield found
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SystemExit(
+            f"{path}: cannot be read after row {number} ({type(error).__name__}: {error}); "
+            "expected a whole .jsonl.zst or .parquet with the columns that this tool names"
+        ) from error
 
 
 def examples(path: Path) -> Iterator[tuple[Example, str | None]]:

@@ -7,8 +7,8 @@ among them), weighs the counts by positive pointwise mutual information, and tak
 factors of that matrix as embeddings (Levy, Goldberg and Dagan, "Improving Distributional Similarity
 with Lessons Learned from Word Embeddings", 2015). Ten million tokens are too few for millions of
 random embeddings, and the whole text can be counted in minutes. Tokens that the rows do not hold,
-and special ones, keep what the model has. `training_manifest.json` of the
-result names the files. The same input gives the same factors on one machine.
+and special ones, keep what the model has. `training_manifest.json` of the result names the files.
+The same input gives the same factors on one machine.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from sklearn.utils.extmath import randomized_svd
 from mlmjax import load_pretrained, save_pretrained
 from mlmjax.contamination import training_manifest
 from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.errors import InputError
 from mlmjax.hub import TRAINING
 
 WINDOW = 8
@@ -131,4 +132,7 @@ def embeddings(weighed: sparse.csr_array, before: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        raise SystemExit(str(error)) from None

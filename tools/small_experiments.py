@@ -53,8 +53,12 @@ def main() -> None:
     for name, target in places.items():
         if not target.is_dir():
             raise SystemExit(f"{target}: is no folder; see docs/experiments for what --data holds")
-        (work / name).unlink(missing_ok=True)
-        (work / name).symlink_to(target)
+        link = work / name
+        if link.is_symlink():
+            link.unlink()
+        elif link.exists():
+            raise SystemExit(f"{link}: is in the way of a link to {target}; give another --work")
+        link.symlink_to(target)
     for stage in (stage for stage in STAGES if stage in chosen.stages):
         if stage == "ship":
             ship(work / INSTRUCTED)

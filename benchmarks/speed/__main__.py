@@ -66,10 +66,9 @@ def plan(names: list[str]) -> list[tuple[str, str]]:
 
 def at_least_one(text: str) -> int:
     """Read a number from the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("has to be 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}; expected a whole number from 1 on")
+    return int(text)
 
 
 def main() -> None:
