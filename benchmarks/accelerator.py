@@ -24,15 +24,15 @@ import numpy as np
 from flax import nnx
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM
-from mlmjax.attention import attend, automatic
-from mlmjax.config import OptimizerConfig, ScheduleConfig
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.data.batch import MLM, UNUSED, Batch
 from mlmjax.errors import InputError
-from mlmjax.flops import forward_flops, peak_flops, training_flops
-from mlmjax.optim import make_optimizer
-from mlmjax.partition import platform
-from mlmjax.start import PUBLISHED
-from mlmjax.step import create_train_state, make_train_step
+from mlmjax.model.attention import attend, automatic
+from mlmjax.parallel.sharding import platform
+from mlmjax.training.flops import forward_flops, peak_flops, training_flops
+from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.run.initial_model import PUBLISHED
+from mlmjax.training.step import create_train_state, make_train_step
 
 LENGTHS = (512, 2048, 8192)
 SEGMENTS = 256

@@ -18,12 +18,13 @@ from around_the_classifier import commands, language, speed
 from sklearn.metrics import f1_score
 from study import ASKED, HEADER, TOPICS, Study, draw, line, picture
 
-from mlmjax import Classifier, conformal, load_pretrained
-from mlmjax.baselines import tfidf_regression
-from mlmjax.clean import newsgroup
+from mlmjax import Classifier, load_pretrained
+from mlmjax.config.clean import newsgroup
 from mlmjax.errors import InputError
-from mlmjax.orders import sensitivity, shifted
-from mlmjax.reliability import calibration, confidence, diagram
+from mlmjax.evaluation.suite.baselines import tfidf_regression
+from mlmjax.statistics import label_sets
+from mlmjax.statistics.option_orders import sensitivity, shifted
+from mlmjax.statistics.reliability import calibration, confidence, diagram
 
 DESCRIBED = {
     "World": "politics, war and people of the world",
@@ -119,9 +120,9 @@ def trust(s: Study) -> None:
         diagram(*confidence(scores, truth)).savefig(s.out / "reliability.png", dpi=120)
         held = np.log(both.predict_proba(dev[half:]))
         for method in ("lac", "aps"):
-            sets = conformal.fit(held, numbers(names[half:], TOPICS), method=method)
+            sets = label_sets.fit(held, numbers(names[half:], TOPICS), method=method)
             for share in (0.8, 0.9, 0.95):
-                found = conformal.coverage(sets.sets(scores, share), truth)
+                found = label_sets.coverage(sets.sets(scores, share), truth)
                 what = f"{name}, {method}, asked for {share}"
                 s.add(what, "coverage", found["coverage"], found["rows"])
                 s.rows[-1] |= {key: found[key] for key in ("mean_size", "empty", "single")}

@@ -52,7 +52,7 @@ def make(folder: Path, kept: Path, raw: list[Path], shards: int) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from mlmjax.tokenizer import Tokenizer
+    from mlmjax.text.tokenizer import Tokenizer
 
     schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     with io.BufferedReader(pa.input_stream(str(kept), compression="zstd"), 2**20) as lines:
@@ -115,8 +115,9 @@ def measure(shards: list[Path], workers: int, work: Path) -> list[str]:
         CONFIG.format(rows=json.dumps(str(rows)), workers=workers, sizes=sizes, paths=paths)
     )
     program = (
-        "import sys; from mlmjax.config import load_config; "
-        "from mlmjax.data.prepare import prepare; from mlmjax.tokenizer import Tokenizer; "
+        "import sys; from mlmjax.config.run import load_config; "
+        "from mlmjax.data.preparing.prepare import prepare; "
+        "from mlmjax.text.tokenizer import Tokenizer; "
         "prepare(load_config(sys.argv[1]).data, Tokenizer.from_pretrained())"
     )
     before, began = getrusage(RUSAGE_CHILDREN), time.perf_counter()

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from mlmjax import Classifier
-from mlmjax.metrics import wilson_interval
+from mlmjax.statistics.metrics import wilson_interval
 
 HEADER = """
 | part | what | measure | value | 95 % interval | n | |

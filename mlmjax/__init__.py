@@ -10,43 +10,43 @@ from mlmjax._version import __version__
 from mlmjax.errors import InputError, RunError
 
 if TYPE_CHECKING:
-    from mlmjax.architecture import ModelConfig
-    from mlmjax.classifier import Classifier
-    from mlmjax.config import RunConfig, load_config
+    from mlmjax.classification.classifier import Classifier
+    from mlmjax.config.run import RunConfig, load_config
     from mlmjax.data.batch import Batch
-    from mlmjax.evaluate import run_evaluation
-    from mlmjax.hf import load_pretrained, save_pretrained
-    from mlmjax.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
-    from mlmjax.pll import fill_mask, pseudo_log_likelihood
-    from mlmjax.prompts import Template, Verbalizer
-    from mlmjax.score import Scorer
-    from mlmjax.step import TrainState, create_train_state, make_train_step
-    from mlmjax.tokenizer import Tokenizer
-    from mlmjax.train import run_training
-    from mlmjax.vocabulary import resize_token_embeddings
+    from mlmjax.evaluation.evaluate import run_evaluation
+    from mlmjax.model.architecture import ModelConfig
+    from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+    from mlmjax.model.vocabulary import resize_token_embeddings
+    from mlmjax.scoring.likelihood import fill_mask, pseudo_log_likelihood
+    from mlmjax.scoring.scorers import Scorer
+    from mlmjax.text.prompts import Template, Verbalizer
+    from mlmjax.text.tokenizer import Tokenizer
+    from mlmjax.training.run.train import run_training
+    from mlmjax.training.step import TrainState, create_train_state, make_train_step
+    from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
 _HOMES = {
     "Batch": "data.batch",
-    "Classifier": "classifier",
-    "ModelConfig": "architecture",
-    "ModernBertForMaskedLM": "modernbert",
-    "ModernBertForSequenceClassification": "modernbert",
-    "RunConfig": "config",
-    "Scorer": "score",
-    "Template": "prompts",
-    "Tokenizer": "tokenizer",
-    "TrainState": "step",
-    "Verbalizer": "prompts",
-    "create_train_state": "step",
-    "fill_mask": "pll",
-    "load_config": "config",
-    "load_pretrained": "hf",
-    "make_train_step": "step",
-    "pseudo_log_likelihood": "pll",
-    "resize_token_embeddings": "vocabulary",
-    "run_evaluation": "evaluate",
-    "run_training": "train",
-    "save_pretrained": "hf",
+    "Classifier": "classification.classifier",
+    "ModelConfig": "model.architecture",
+    "ModernBertForMaskedLM": "model.modernbert",
+    "ModernBertForSequenceClassification": "model.modernbert",
+    "RunConfig": "config.run",
+    "Scorer": "scoring.scorers",
+    "Template": "text.prompts",
+    "Tokenizer": "text.tokenizer",
+    "TrainState": "training.step",
+    "Verbalizer": "text.prompts",
+    "create_train_state": "training.step",
+    "fill_mask": "scoring.likelihood",
+    "load_config": "config.run",
+    "load_pretrained": "weights.pretrained",
+    "make_train_step": "training.step",
+    "pseudo_log_likelihood": "scoring.likelihood",
+    "resize_token_embeddings": "model.vocabulary",
+    "run_evaluation": "evaluation.evaluate",
+    "run_training": "training.run.train",
+    "save_pretrained": "weights.pretrained",
 }
 
 __all__ = [

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mlmjax import engine
+from mlmjax.scoring import engine
 
 # As the commands do: looking for cycles among all that was compiled takes longer than most tests.
 gc.set_threshold(50_000, 10, 10)
@@ -71,7 +71,7 @@ def test_data() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer():
     """The packaged ModernBERT tokenizer."""
-    from mlmjax.tokenizer import Tokenizer
+    from mlmjax.text.tokenizer import Tokenizer
 
     return Tokenizer.from_pretrained()
 

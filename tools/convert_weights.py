@@ -22,8 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
 import click
 import numpy as np
 
-from mlmjax import checkpoint, cli, hf, hub
+from mlmjax.cli import commands
 from mlmjax.errors import InputError
+from mlmjax.weights import checkpoints, hub, pretrained
 
 MOST_LINES = 20
 
@@ -32,7 +33,7 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder of either kind by their Hugging Face names, read when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack):
-        saved = checkpoint.saved_tensors(folder)
+        saved = checkpoints.saved_tensors(folder)
         if saved is not None:
             self._read: Callable[[str], np.ndarray] = saved.__getitem__
             names = list(saved)
@@ -41,15 +42,17 @@ class Tensors(Mapping[str, np.ndarray]):
             if weights.problems:
                 raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
             self._read, names = weights.read, list(weights.headers)
-        self._names = [name for name in names if not hf.HARMLESS.fullmatch(name)]
+        self._names = [name for name in names if not pretrained.HARMLESS.fullmatch(name)]
 
     def __getitem__(self, name: str) -> np.ndarray:
         # A tied decoder may be stored or left out; either way it is the embedding.
-        is_left_out = name == hf.DECODER and name not in self._names
-        return self._read(hf.EMBEDDING if is_left_out else name)
+        is_left_out = name == pretrained.DECODER and name not in self._names
+        return self._read(pretrained.EMBEDDING if is_left_out else name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names or (name == hf.DECODER and hf.EMBEDDING in self._names)
+        return name in self._names or (
+            name == pretrained.DECODER and pretrained.EMBEDDING in self._names
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -69,11 +72,11 @@ def main() -> None:
 def to_jax(source: str, target: Path) -> None:
     """Write a Hugging Face folder (or hub id) as an Orbax checkpoint."""
     folder = hub.fetch(source)
-    if checkpoint.is_model(folder):
+    if checkpoints.is_model(folder):
         raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
-    model = hf.load_model(folder)
-    checkpoint.save_model(target, model, _tokenizer(folder, model))
-    click.echo(f"{target}: written, {len(hf.parameters(model))} parameters")
+    model = pretrained.load_model(folder)
+    checkpoints.save_model(target, model, _tokenizer(folder, model))
+    click.echo(f"{target}: written, {len(pretrained.parameters(model))} parameters")
 
 
 @main.command("to-hf")
@@ -81,14 +84,14 @@ def to_jax(source: str, target: Path) -> None:
 @click.argument("target", metavar="HF_FOLDER", type=click.Path(path_type=Path))
 def to_hf(source: Path, target: Path) -> None:
     """Write an Orbax checkpoint of a model as a Hugging Face folder."""
-    if not checkpoint.is_model(source):
+    if not checkpoints.is_model(source):
         raise InputError(
-            f"{source}: is no checkpoint that to-jax wrote (it has no {checkpoint.MODEL_RECORD}); "
+            f"{source}: is no checkpoint that to-jax wrote (it has no {checkpoints.MODEL_RECORD}); "
             "a training run exports its model itself, to export/"
         )
-    model, tokenizer = checkpoint.load_model(source)
-    hf.save_pretrained(model, tokenizer, target, dtype="source")
-    click.echo(f"{target}: written, {len(hf.parameters(model))} parameters")
+    model, tokenizer = checkpoints.load_model(source)
+    pretrained.save_pretrained(model, tokenizer, target, dtype="source")
+    click.echo(f"{target}: written, {len(pretrained.parameters(model))} parameters")
 
 
 @main.command("check")
@@ -145,11 +148,11 @@ def _largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[int,
     return float(gap[index]), tuple(int(i) for i in index)
 
 
-def _tokenizer(folder: Path, model: hf.Model) -> Any:
+def _tokenizer(folder: Path, model: pretrained.Model) -> Any:
     if not os.path.lexists(folder / hub.TOKENIZER_FILES[0]):
         return None
-    tokenizer = hf.load_tokenizer(folder)
-    hf.check_tokenizer(folder, hub.read_json(folder, hub.CONFIG), tokenizer)
+    tokenizer = pretrained.load_tokenizer(folder)
+    pretrained.check_tokenizer(folder, hub.read_json(folder, hub.CONFIG), tokenizer)
     return tokenizer
 
 
@@ -162,7 +165,7 @@ def _print(lines: Sequence[str], err: bool = False) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; errors are told as `mlmjax` tells them."""
-    return cli.run(arguments, main, "convert_weights.py")
+    return commands.run(arguments, main, "convert_weights.py")
 
 
 if __name__ == "__main__":

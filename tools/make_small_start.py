@@ -21,10 +21,10 @@ from scipy import sparse
 from sklearn.utils.extmath import randomized_svd
 
 from mlmjax import load_pretrained, save_pretrained
-from mlmjax.contamination import training_manifest
+from mlmjax.data.contamination import training_manifest
 from mlmjax.data.rows import open_rows, read_manifest
 from mlmjax.errors import InputError
-from mlmjax.hub import TRAINING
+from mlmjax.weights.hub import TRAINING
 
 WINDOW = 8
 """How many tokens to each side are neighbours."""

@@ -22,7 +22,7 @@ from flax import nnx
 from small_tables import PRETRAINED, SEEDS, SHIPPED, UNTRAINED, export, write_tables
 
 from mlmjax import ModernBertForMaskedLM, load_config, load_pretrained, save_pretrained
-from mlmjax.start import load_start
+from mlmjax.training.run.initial_model import load_start
 
 STAGES = ("start", "pretrain", "instruct", "ship", "mix", "ask", "fit", "tables")
 MIXTURES = {

@@ -12,9 +12,9 @@ from flax import nnx
 from measure import INSTRUCT_LENGTH, LONG, write
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, save_pretrained
+from mlmjax.config.task import load_task
 from mlmjax.data.packing import pack
-from mlmjax.prompts import Template, option_lines
-from mlmjax.task import load_task
+from mlmjax.text.prompts import Template, option_lines
 
 TRAIN_ROWS, TRAIN_LENGTH, MASKED = 8, 128, 0.3
 DRAWN = 0.01

@@ -12,13 +12,13 @@ from flax import nnx
 from measure import GEMM, INSTRUCT_LENGTH, LETTERS, LONG, Figures, gemm_gflops, main, read, timed
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, load_pretrained
-from mlmjax.attention import attend
-from mlmjax.config import OptimizerConfig, ScheduleConfig
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.data.batch import ATP, MLM, UNUSED, Batch
-from mlmjax.optim import make_optimizer
-from mlmjax.prompts import Template, Verbalizer
-from mlmjax.score import Scorer
-from mlmjax.step import create_train_state, make_train_step
+from mlmjax.model.attention import attend
+from mlmjax.scoring.scorers import Scorer
+from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.step import create_train_state, make_train_step
 
 RATE = 1e-4
 STREAM = 10_000

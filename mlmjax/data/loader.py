@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from mlmjax.config import ObjectiveConfig
+from mlmjax.config.run import ObjectiveConfig
 from mlmjax.data.batch import (
     ATP,
     DUMMY_MLM,
@@ -18,10 +18,10 @@ from mlmjax.data.batch import (
 )
 from mlmjax.data.masking import draw_positions, draw_words
 from mlmjax.data.order import RowNumbers, RowOrder
-from mlmjax.data.pieces import word_starts
 from mlmjax.data.rows import RowSource
 from mlmjax.data.schedule import RowSchedule, target_width
-from mlmjax.tokenizer import Tokenizer
+from mlmjax.text.pieces import word_starts
+from mlmjax.text.tokenizer import Tokenizer
 
 PREFETCH_THREADS = 2
 PREFETCH_BATCHES = 4

@@ -10,7 +10,7 @@ import numpy as np
 from mlmjax.data.rows import RowSource
 from mlmjax.data.schedule import RowSchedule
 from mlmjax.errors import InputError
-from mlmjax.tokenizer import Tokenizer
+from mlmjax.text.tokenizer import Tokenizer
 
 RowNumbers = slice | Sequence[int] | np.ndarray | None
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlmjax.config import DataConfig, ObjectiveConfig, updates_of
+from mlmjax.config.run import DataConfig, ObjectiveConfig, updates_of
 from mlmjax.errors import InputError
 
 

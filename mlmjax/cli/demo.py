@@ -1,0 +1,309 @@
+"""The main job from end to end, offline: ask, fine-tune, compare, export, reload, report."""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.resources import files
+from pathlib import Path
+from shlex import quote
+from string import Template
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from sklearn.metrics import confusion_matrix
+
+from mlmjax._version import __version__
+from mlmjax.classification.classifier import Classifier
+from mlmjax.cli.demo_report import Answer, Method, Report, write_report
+from mlmjax.config.run import RunConfig, load_config
+from mlmjax.data.rows import open_rows
+from mlmjax.errors import InputError, RunError
+from mlmjax.evaluation.suite.baselines import tfidf_regression
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.statistics.metrics import wilson_interval
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.run.log import METRICS, say
+from mlmjax.training.run.train import run_training
+from mlmjax.training.step import TrainState, split_parameters
+from mlmjax.weights import hub, pretrained
+
+TRAIN, WATCHED, TEST = "train.jsonl", "watched.jsonl", "test.jsonl"
+ATTRIBUTION = "ATTRIBUTION.md"
+TRAINED = 600  # paragraphs, of the 2,000 there are: about a minute on two cores
+WATCHED_AT_MOST = 80  # paragraphs after those trained on, for the curve of the held-out loss
+READ_BACK = 100  # paragraphs that the exported model is asked too
+OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
+PROMPT = "{text}\nSubject: [unused0] [MASK]"
+SENTENCES = (
+    "The largest moons of Jupiter were first seen through a small telescope.",
+    "When the price of bread rises, families buy less of it and bakers offer more.",
+    "Enzymes in the stomach break proteins into pieces that the blood can carry.",
+    "Multiply both sides of the equation by the denominator to get rid of the fraction.",
+    "The treaty ended the war, and the soldiers went home to their farms.",
+    "If every event has a cause, are we ever free to choose what we do?",
+)
+
+
+def run_demo(
+    out: Path, overrides: Sequence[str] = (), *, limit: int | None = None
+) -> dict[str, float]:
+    """Ask the packaged model, fine-tune it, test both; return the accuracy of each method.
+
+    The texts are the bundled textbook paragraphs. Results go to stdout, progress to stderr. `out`
+    gets `report.html`, the texts, the run's configuration, the task and the model in Hugging Face
+    format. In the same folder again, training goes on where it stopped (or is found complete) and
+    the rest is done anew. `overrides` are those of `load_config`; `limit` keeps the first
+    paragraphs of each file, for a quick look.
+
+    Raises `InputError` for a folder of another run, `RunError` when the exported model does not
+    answer exactly as the one it was written from.
+    """
+    started = time.perf_counter()
+    labels = write_files(out, limit)
+    config = load_config(out / "run.toml", overrides)
+    source = config.init_from or hub.PACKAGED
+    train, test = read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST)
+    texts, truth = [row["text"] for row in test], [row["label"] for row in test]
+
+    say(f"\n1/5  {source} as it is, asked about {len(test):,} paragraphs")
+    asked = Classifier(source, labels, template=PROMPT)
+    zero_shot = asked.predict(texts).tolist()
+
+    say(f"\n2/5  Fine-tuned by answer token prediction on {len(train):,} other paragraphs")
+    training = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        state = run_training(config)
+    seconds = time.perf_counter() - training
+    model, tokenizer = trained_model(config, state)
+    classifier = Classifier((model, tokenizer), labels, template=PROMPT)
+    probabilities = classifier.predict_proba(texts)
+    predicted = [labels[best] for best in probabilities.argmax(axis=1)]
+
+    say("\n3/5  The same network with a classification head, fine-tuned on as many paragraphs")
+    head = Classifier(source, labels, head="classification", **recipe(config, len(train)))
+    head.fit([row["text"] for row in train], [row["label"] for row in train])
+
+    say("\n4/5  TF-IDF and logistic regression")
+    commonest = Counter(truth).most_common(1)[0][1]
+    methods = [
+        Method("chance", 1 / len(labels)),
+        Method("always the commonest subject", commonest / len(truth)),
+        measured("this model as it is, zero-shot", zero_shot, truth),
+        measured("this model, fine-tuned by answer token prediction", predicted, truth, True),
+        measured("a classification head in its place", head.predict(texts).tolist(), truth),
+        measured("TF-IDF + logistic regression", tfidf_regression(train, test), truth),
+    ]
+
+    say("\n5/5  Export, reload, compare")
+    folder = out / "model"
+    classifier.save_pretrained(folder)
+    reloaded = Classifier.from_pretrained(folder)
+    shown = [*SENTENCES, *texts[:READ_BACK]]
+    again = reloaded.predict_proba(shown)
+    check_same(folder, classifier.predict_proba(shown), again)
+    sentences = answers_of(labels, SENTENCES, again[: len(SENTENCES)])
+
+    print_results(methods, sentences, folder, len(test), len(shown))
+    report = Report(
+        title="A masked language model that answers",
+        summary=(
+            f"{source}, a small ModernBERT, names the right one of {len(labels)} subjects for "
+            f"{methods[2].accuracy:.0%} of {len(test)} textbook paragraphs as it is, and for "
+            f"{methods[3].accuracy:.0%} after {seconds:.0f} seconds of training on "
+            f"{len(train):,} others."
+        ),
+        prompt=PROMPT,
+        methods=methods,
+        curve=read_jsonl(Path(config.out) / METRICS),
+        labels=labels,
+        confusion=confusion_matrix(truth, predicted, labels=labels),
+        answers=[
+            Answer(texts[i], dict(zip(labels, probabilities[i].tolist(), strict=True)), truth[i])
+            for i in (truth.index(label) for label in labels)
+        ],
+        sentences=sentences,
+        facts=facts(config, model, seconds),
+        commands=commands(out, labels),
+    )
+    write_report(report, out / "report.html")
+    print(f"\nreport: {out / 'report.html'}")
+    print(f"all of it took {time.perf_counter() - started:.0f} seconds")
+    return {method.name: method.accuracy for method in methods}
+
+
+def recipe(config: RunConfig, examples: int) -> dict[str, Any]:
+    """Return how a classification head is fine-tuned to be compared with a run."""
+    rows = sum(len(source) for source in open_rows(Path(config.data.rows), "train"))
+    return {
+        "epochs": max(1, round(config.steps * config.data.batch_size / rows)),
+        "train_batch_size": max(1, round(examples * config.data.batch_size / rows)),
+        "learning_rate": config.optimizer.learning_rate,
+        "weight_decay": config.optimizer.weight_decay,
+        "seed": config.seed,
+    }
+
+
+def write_files(out: Path, limit: int | None = None) -> list[str]:
+    """Write the texts, `run.toml` and `subjects.toml` into a folder; return the labels, sorted."""
+    source = files("mlmjax") / "assets" / "openstax"
+    make_folder(out)
+    (out / "data" / ATTRIBUTION).write_bytes((source / ATTRIBUTION).read_bytes())
+    pages = (source / TRAIN).read_bytes().splitlines(keepends=True)
+    test = (source / TEST).read_bytes().splitlines(keepends=True)
+    trained = limit or TRAINED
+    watched = trained + min(trained, WATCHED_AT_MOST)
+    parts = {TRAIN: pages[:trained], WATCHED: pages[trained:watched], TEST: test[:limit]}
+    for name, lines in parts.items():
+        (out / "data" / name).write_bytes(b"".join(lines))
+    labels = sorted({row["label"] for row in read_jsonl(out / "data" / TRAIN)})
+    values = {
+        "source": hub.PACKAGED,
+        "run": str(out / "run"),
+        "rows": str(out / "rows"),
+        "train": str(out / "data" / TRAIN),
+        "watched": str(out / "data" / WATCHED),
+        "prompt": PROMPT,
+        "labels": labels,
+    }
+    # A string or a list of strings is written alike in JSON and TOML.
+    written = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+    for name in ("run.toml", "subjects.toml"):
+        text = (source / name).read_text(encoding="utf-8")
+        (out / name).write_text(Template(text).substitute(written), encoding="utf-8")
+    return labels
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the demo; raises `InputError` if it cannot be, or holds other's files."""
+    if out == Path(hub.PACKAGED):
+        raise InputError(
+            f"{out}: is the name of the packaged model, which a folder of that name would hide; "
+            "give another in --out"
+        )
+    taken = [name for name in OWN_FILES if os.path.lexists(out / name)]
+    if taken and not (out / "data" / ATTRIBUTION).is_file():
+        raise InputError(
+            f"{out / taken[0]}: is in the demo's way and not of its making; give another folder "
+            "in --out"
+        )
+    try:
+        (out / "data").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{out}: cannot be a folder for the demo ({error.strerror}); give another in --out"
+        ) from error
+
+
+def trained_model(config: RunConfig, state: TrainState) -> tuple[ModernBertForMaskedLM, Tokenizer]:
+    """Return the model of a run's final state, its parameters on the host, and its tokenizer."""
+    model, tokenizer = pretrained.load_pretrained(
+        Path(config.out) / "export", local_files_only=True
+    )
+    graphdef, _ = split_parameters(model)
+    return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer
+
+
+def measured(
+    name: str, predicted: Sequence[str], truth: Sequence[str], is_ours: bool = False
+) -> Method:
+    """Return a method with its accuracy and the 95 % interval of that.
+
+    >>> measured("guess", ["a", "a", "b", "b"], ["a", "b", "b", "b"]).accuracy
+    0.75
+    """
+    correct = sum(map(str.__eq__, predicted, truth))
+    return Method(name, correct / len(truth), wilson_interval(correct, len(truth)), is_ours)
+
+
+def answers_of(
+    labels: Sequence[str], texts: Sequence[str], probabilities: np.ndarray
+) -> list[Answer]:
+    """Return each text with its row of probabilities `[texts, labels]`."""
+    return [
+        Answer(text, dict(zip(labels, row.tolist(), strict=True)))
+        for text, row in zip(texts, probabilities, strict=True)
+    ]
+
+
+def check_same(folder: Path, before: np.ndarray, after: np.ndarray) -> None:
+    """Raise `RunError` unless two tables of probabilities are the same, bit by bit."""
+    differing = int(np.any(before != after, axis=1).sum())
+    if differing:
+        raise RunError(
+            f"{folder}: the exported model gives other probabilities for {differing} of "
+            f"{len(before)} texts, by up to {np.abs(before - after).max():.1e}; expected the same"
+        )
+
+
+def print_results(
+    methods: Sequence[Method],
+    sentences: Sequence[Answer],
+    folder: Path,
+    tested: int,
+    compared: int,
+) -> None:
+    """Print the table of accuracies, the sentences with their answers, and the export check."""
+    width = max(len(method.name) for method in methods)
+    print(f"\n{f'accuracy on {tested} held-out paragraphs':{width}}           95 % interval")
+    for method in methods:
+        interval = ""
+        if method.interval:
+            interval = "   {:.1%} to {:.1%}".format(*method.interval)
+        print(f"{method.name:{width}}  {method.accuracy:6.1%}{interval}")
+    print("\nsentences of our own")
+    for answer in sentences:
+        ranked = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:3]
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in ranked)
+        print(f"  {answer.text}\n    {shares}")
+    print(
+        f"\nexport: {folder} (Hugging Face format); read back, it gives the same probabilities, "
+        f"bit by bit, for {compared} texts"
+    )
+
+
+def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> dict[str, str]:
+    """Return what the report says about the run."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    shape = model.config
+    return {
+        "network": f"{shape.num_hidden_layers} layers of {shape.hidden_size}, "
+        f"{shape.num_attention_heads} heads, {parameters:,} parameters, most of them the "
+        f"{shape.vocab_size:,} word vectors",
+        "training": f"{config.steps} updates of {config.data.batch_size} rows with "
+        f"{config.data.seq_length} tokens, {seconds:.0f} seconds, data preparation included",
+        "machine": f"{jax.default_backend().upper()}, {os.cpu_count()} cores",
+        "software": f"mlmjax {__version__}, jax {jax.__version__}",
+        "texts": "OpenStax textbooks, CC BY 4.0; every book is named in data/ATTRIBUTION.md",
+        "check": "the exported model, read back, gives the same probabilities, bit by bit",
+    }
+
+
+def commands(out: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
+    """Return what a reader can do next, each with the command for it."""
+    model, task, run = (quote(str(out / name)) for name in ("model", "subjects.toml", "run.toml"))
+    return [
+        (
+            "Ask the model about texts of your own, one per line:",
+            f"mlmjax classify --model {model} --labels {quote(','.join(labels))} FILE",
+        ),
+        (
+            "Repeat the test, with one line per paragraph in DIR/predictions.jsonl:",
+            f"mlmjax evaluate --model {model} --task {task} --out DIR",
+        ),
+        (
+            "Train again with other settings:",
+            f"mlmjax train {run} out=runs/mine seed=1",
+        ),
+    ]
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line that this package wrote."""
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]

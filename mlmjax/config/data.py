@@ -1,0 +1,235 @@
+"""The part of a run's configuration that says what is read, kept and packed."""
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from mlmjax.config.columns import Column, Pattern, pattern_parts
+from mlmjax.config.tables import StrictTable
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+# The largest numbers are those of float32, in which they are used.
+PositiveFloat = Annotated[float, Field(gt=0.0, le=3e38, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=3e38, allow_inf_nan=False)]
+ShortenSide = Literal["head", "tail", "middle"]
+AnswerRule = Literal["strip", "letter", "period", "lower"]
+
+
+def _filled(text: str) -> str:
+    if not text.strip():  # as a path it would silently mean the working directory
+        raise ValueError("is blank; give it a value, or leave the key out if it is optional")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path and no name can have")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_filled)]
+
+
+class Location(StrictTable):
+    """Where records are: local files, or a dataset of the hub.
+
+    Exactly one of `path` (a file or glob, or several: parquet, JSONL, CSV, each also `.zst`) and
+    `hub` (a dataset id). `columns` says which column a name stands for that is no column itself.
+    `limit` keeps the first records.
+    """
+
+    name: Name | None = None
+    path: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    hub: Name | None = None
+    subset: str | None = None
+    folder: Name | None = None
+    split: str = "train"
+    revision: Name | None = None
+    columns: Mapping[str, Column] = {}
+    limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "Location":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of path (local files) and hub (a dataset id)")
+        return self
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The files and globs of `path`, one or many."""
+        return (self.path,) if isinstance(self.path, str) else self.path or ()
+
+    @property
+    def title(self) -> str:
+        """What reports call it: its name, else its paths or its hub id and subset."""
+        place = ", ".join(self.paths) or "/".join(filter(None, [self.hub, self.subset]))
+        return self.name or place
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the records cannot change unseen: files are here, of a dataset a commit is."""
+        return self.hub is None or bool(re.fullmatch(r"[0-9a-f]{40}", self.revision or ""))
+
+
+class SourceConfig(Location):
+    """One source of training text: where it is, and how a record becomes a prompt and an answer.
+
+    Exactly one of `prompt` (an instruction or labelled example, with `answer`) and `text` (the
+    column of plain text, trained by MLM alone; `cut` says where a long one is cut). A field of the
+    prompt is the column of its name, or what `columns` says it is. `normalize` names rules that
+    answers are rewritten by, in their order (`data.answers.RULES`). `weight` is the share of the
+    rows drawn that come from this source; without any, every row of all sources comes once per
+    epoch. What cannot be read or used (`broken`) stops the run, or is skipped and counted.
+    """
+
+    prompt: str | None = None
+    answer: Pattern | None = None
+    labels: tuple[str, ...] | Mapping[str, str] | None = None
+    text: Pattern | None = None
+    cut: Literal["window", "sentence"] = "window"
+    task: Pattern | None = None
+    normalize: tuple[AnswerRule, ...] = ()
+    shorten: Mapping[str, ShortenSide] = {}
+    broken: Literal["stop", "skip"] = "stop"
+    weight: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "SourceConfig":
+        if (self.prompt is None) == (self.text is None):
+            raise ValueError(
+                "give exactly one of prompt (with answer) and text (a column of plain text)"
+            )
+        if (self.prompt is None) != (self.answer is None):
+            raise ValueError("prompt and answer go together: answer names the column of the answer")
+        if self.labels is not None and self.prompt is None:
+            raise ValueError("labels needs prompt and answer")
+        if self.cut != "window" and self.text is None:
+            raise ValueError("cut is for plain text (text); shorten says what a prompt may lose")
+        if self.normalize and self.prompt is None:
+            raise ValueError("normalize is for answers; it needs prompt and answer")
+        return self
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "SourceConfig":
+        if not self.is_pinned:
+            found = "no revision" if self.revision is None else f"revision {self.revision!r}"
+            raise ValueError(
+                f"hub dataset {self.hub} has {found}; write the commit it is to be read at, 40 "
+                'hexadecimal digits, as in revision = "0123...cdef" (the History of its files '
+                f"on the hub has it, and huggingface_hub.dataset_info({self.hub!r}).sha)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _columns_of_fields(self) -> "SourceConfig":
+        if not self.columns:
+            return self
+        if self.prompt is None:
+            raise ValueError('columns are for a prompt; text itself may be "{title} {body}"')
+        fields = {name for _, name in pattern_parts(self.prompt) if name}
+        fields -= {"options"} if self.labels is not None else set()
+        for name in self.columns:
+            if name not in fields:
+                known = ", ".join(sorted(fields)) or "none"
+                raise ValueError(
+                    f"columns: {name!r} is no field of the prompt; its fields: {known}"
+                )
+            if name in (self.answer, self.task):
+                raise ValueError(
+                    f"columns: {name!r} is also the column of answer or task; give the field of "
+                    "the prompt another name"
+                )
+        return self
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels in order; none for a source without labels."""
+        if isinstance(self.labels, Mapping):
+            return tuple(dict.fromkeys(self.labels.values()))
+        return self.labels or ()
+
+
+class EvaluationSet(StrictTable):
+    """An evaluation set: a shipped task or a task file, and a file to read in place of its own.
+
+    The name of the task alone stands for the table.
+    """
+
+    task: Name
+    data: Name | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"task": value} if isinstance(value, str) else value
+
+
+class ExcludeConfig(StrictTable):
+    """What no model may be trained on, so that it can be tested on it.
+
+    `tasks` are globs (`*`, `?`, `[...]`) on the task of a record, upper and lower case alike;
+    `overlap` are evaluation sets whose texts no record may share `ngram` words in a row with.
+    """
+
+    tasks: tuple[Name, ...] = ()
+    overlap: tuple[EvaluationSet, ...] = ()
+    ngram: Annotated[int, Field(ge=5, le=1000)] = 13
+
+
+class SelectConfig(StrictTable):
+    """Which examples with an answer are kept of many, chosen by hash.
+
+    `sizes` are nested sets, the smaller ones parts of the larger: the largest tasks are cut, down
+    to one common number of examples, until the set has that size. `per_task` is the most of any
+    task, `answer_share` the largest share of a task's examples that one answer may have.
+    """
+
+    sizes: tuple[PositiveInt, ...] = ()
+    per_task: PositiveInt | None = None
+    answer_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+
+    @model_validator(mode="after")
+    def _ascending(self) -> "SelectConfig":
+        if any(a >= b for a, b in pairwise(self.sizes)) or len(self.sizes) > 100:
+            raise ValueError(f"sizes are {list(self.sizes)}; expected at most 100, ascending")
+        return self
+
+
+class DataConfig(StrictTable):
+    """What is read, how it is packed, and how many rows make one update.
+
+    With `batch_start` the first update has that many rows, and `batch_size` is reached at update
+    `batch_warmup`, a fraction of the run (< 1) or a number of updates (>= 1).
+    """
+
+    rows: Name
+    seq_length: PositiveInt = 1024
+    batch_size: PositiveInt = 32
+    batch_start: PositiveInt | None = None
+    batch_warmup: NonNegativeFloat = 0.1
+    accumulate: PositiveInt = 1
+    pack: bool = True
+    validation_rows: Annotated[int, Field(ge=0)] = 0
+    sources: tuple[SourceConfig, ...] = ()
+    validation_sources: tuple[SourceConfig, ...] = ()
+    select: SelectConfig = SelectConfig()
+    subset: PositiveInt | None = None
+    workers: PositiveInt | None = None
+    exclude: ExcludeConfig = ExcludeConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataConfig":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        if self.validation_sources and self.validation_rows:
+            raise ValueError(
+                "give validation_rows (split off the sources) or validation_sources, not both"
+            )
+        if self.subset is not None and self.subset not in self.select.sizes:
+            raise ValueError(
+                f"subset {self.subset} is none of select.sizes {list(self.select.sizes)}"
+            )
+        return self

@@ -1,0 +1,242 @@
+"""The run configuration: one type for each table of a run file. Nothing here knows JAX."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlmjax.config.data import (
+    AnswerRule,
+    DataConfig,
+    EvaluationSet,
+    ExcludeConfig,
+    Location,
+    Name,
+    NonNegativeFloat,
+    OpenShare,
+    PositiveFloat,
+    PositiveInt,
+    SelectConfig,
+    Share,
+    ShortenSide,
+    SourceConfig,
+)
+from mlmjax.config.tables import StrictTable, decode, override, read_toml
+
+__all__ = [
+    "AnswerRule",
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "EvaluationSet",
+    "ExcludeConfig",
+    "Location",
+    "LogConfig",
+    "MeshConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SelectConfig",
+    "ShortenSide",
+    "SourceConfig",
+    "StrictTable",
+    "decode",
+    "load_config",
+    "parse_config",
+    "read_toml",
+    "updates_of",
+]
+
+# What the TPU kernels cut a sequence into.
+Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
+
+
+class ObjectiveConfig(StrictTable):
+    """Shares of the objectives, drawn per example; what is left of 1 is answer token prediction.
+
+    The share of tokens masked at random is `mlm_rate`, or goes from it at the first update to
+    `mlm_rate_end` at the last; `masking` says what is drawn until that share is reached.
+    """
+
+    dummy_mlm_share: Share = 0.0
+    mlm_share: Share = 0.0
+    masking: Literal["token", "whole_word", "span"] = "token"
+    mlm_rate: OpenShare = 0.3
+    mlm_rate_end: OpenShare | None = None
+
+    @model_validator(mode="after")
+    def _at_most_one(self) -> "ObjectiveConfig":
+        if self.dummy_mlm_share + self.mlm_share > 1.0:
+            raise ValueError(
+                f"dummy_mlm_share {self.dummy_mlm_share} + mlm_share {self.mlm_share} is above 1"
+            )
+        return self
+
+
+class OptimizerConfig(StrictTable):
+    """The optimizer; weight decay never touches norms, biases or other vectors.
+
+    `layer_decay` multiplies the learning rate once for each layer above a parameter (1: the same
+    for all). `ema` is the decay of the averaged parameters that are validated and exported (0: the
+    trained ones are). An update whose gradient norm is above `skip_spikes` times the usual one is
+    not made (None: every one is, and one that is not finite ends the run).
+    """
+
+    name: Literal["adamw", "stable_adamw"] = "adamw"
+    learning_rate: PositiveFloat = 3e-5
+    weight_decay: NonNegativeFloat = 0.01
+    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.98
+    eps: PositiveFloat = 1e-6
+    clip: NonNegativeFloat = 1.0
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    skip_spikes: Annotated[float, Field(gt=1.0, le=3e38)] | None = None
+
+
+class ScheduleConfig(StrictTable):
+    """Learning rate over the run; `warmup` and `decay` are fractions (< 1) or steps (>= 1)."""
+
+    name: Literal["wsd", "cosine", "linear"] = "wsd"
+    warmup: NonNegativeFloat = 0.05
+    decay: NonNegativeFloat = 0.1
+
+
+class CheckpointConfig(StrictTable):
+    """Where and how often a checkpoint is written and which are kept.
+
+    `path` is `checkpoints` in the run folder if left out; 0 for `every` means only at the end.
+    """
+
+    path: Name | None = None
+    every: Annotated[int, Field(ge=0)] = 500
+    keep_last: PositiveInt = 2
+    keep_best: Annotated[int, Field(ge=0)] = 1
+
+
+class EvaluationConfig(StrictTable):
+    """How often validation runs; 0 means only at the end."""
+
+    every: Annotated[int, Field(ge=0)] = 500
+
+
+class LogConfig(StrictTable):
+    """How often a line of metrics is written."""
+
+    every: PositiveInt = 10
+
+
+class MeshConfig(StrictTable):
+    """Devices along each mesh axis; `data = -1` takes all that remain."""
+
+    data: int = -1
+    fsdp: PositiveInt = 1
+    tensor: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _data_axis(self) -> "MeshConfig":
+        if self.data < 1 and self.data != -1:
+            raise ValueError(f"data is {self.data}; expected -1 (the remaining devices) or >= 1")
+        return self
+
+
+class RunConfig(StrictTable):
+    """One training run, decoded from one TOML file.
+
+    `head = "classification"` trains a linear layer over the pooled text in the place of the MLM
+    head: on the labels of the sources, or without labels on the answer as a number.
+    """
+
+    out: Name
+    steps: PositiveInt
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    init_from: Name | None = None
+    revision: Name | None = None
+    model: Mapping[str, Any] | None = None
+    tokenizer: Name | None = None
+    head: Literal["mlm", "classification"] = "mlm"
+    parallel: Literal["pjit", "pmap"] = "pjit"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attention: Literal["auto", "dense", "banded", "cudnn", "splash"] = "auto"
+    splash_blocks: tuple[Tiles, Tiles] = (512, 256)
+    remat: Literal["none", "dots", "layer"] = "none"
+    data: DataConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    log: LogConfig = LogConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "RunConfig":
+        # An empty [model] describes nothing: `model={}` is how an override takes the table away.
+        if self.model is None if self.init_from is None else self.model:
+            raise ValueError(
+                "give exactly one of init_from (a folder or hub id) and [model] (HF config keys)"
+            )
+        if self.head == "classification":
+            self._check_classification()
+        return self
+
+    def _check_classification(self) -> None:
+        sources = (*self.data.sources, *self.data.validation_sources)
+        if self.data.pack:
+            raise ValueError(
+                "head = 'classification' reads one text per row; set data.pack = false (the "
+                "default is true)"
+            )
+        taken = {"num_labels", "id2label", "label2id", "problem_type"} & set(self.model or {})
+        if taken:
+            raise ValueError(
+                f"[model] has {', '.join(sorted(taken))}, which follow from the labels of the "
+                "sources; leave them out"
+            )
+        if self.objective != ObjectiveConfig():
+            raise ValueError("[objective] is for the MLM head; leave it out for classification")
+        if any(source.text is not None for source in sources):
+            raise ValueError("head = 'classification' needs prompt and answer for every source")
+        if any(source.label_names != self.label_names for source in sources):
+            raise ValueError("every source has to have the same labels, in the same order")
+        names = self.label_names
+        if names and (len(set(names)) < max(len(names), 2) or not all(map(str.strip, names))):
+            raise ValueError(
+                f"labels are {', '.join(map(repr, names))}; expected two or more, distinct and not "
+                "blank (or none, to predict a number)"
+            )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The labels of a classification run, those of its first source."""
+        return self.data.sources[0].label_names if self.data.sources else ()
+
+
+def updates_of(amount: float, steps: int) -> int:
+    """Turn a duration into updates: below 1 it is a fraction of the run, else a number of them.
+
+    >>> updates_of(0.05, 200), updates_of(25, 200)
+    (10, 25)
+    """
+    return round(amount * steps) if amount < 1 else math.ceil(amount)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read one TOML file, apply `key=value` overrides, and check everything at once.
+
+    `overrides` are dotted keys with TOML values (`data.batch_size=64`, `out=runs/b`); a value that
+    is no TOML is taken as a string. Raises `InputError` that names the dotted key, what was found
+    and the nearest known key.
+    """
+    table = read_toml(path)
+    for change in overrides:
+        override(table, change)
+    return parse_config(table, where=str(path))
+
+
+def parse_config(table: Mapping[str, Any], where: str = "config") -> RunConfig:
+    """Decode a table of plain values into a `RunConfig`; `where` opens the error message."""
+    return decode(RunConfig, table, where)

@@ -1,0 +1,198 @@
+"""A suite as data: which tasks are evaluated and how, read strictly from TOML."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
+from mlmjax.config.tables import StrictTable, decode, override, read_toml
+from mlmjax.config.task import Task, load_task
+from mlmjax.errors import InputError
+from mlmjax.statistics.order_sensitivity import ORDER_ROWS
+
+Head = Literal["mlm", "classification"]
+HEADS: tuple[Head, ...] = ("mlm", "classification")
+Few = Annotated[int, Field(gt=0, le=1000)]
+
+
+class Part(StrictTable):
+    """One split of a task: patterns of its local file, and its place on the hub.
+
+    What of the hub is left out is as in the task; without `split` the hub does not have this part.
+    """
+
+    files: tuple[Name, ...] = ()
+    hub: Name | None = None
+    subset: str | None = None
+    folder: Name | None = None
+    split: Name | None = None
+    revision: Name | None = None
+
+    @model_validator(mode="after")
+    def _inside(self) -> "Part":
+        for pattern in self.files:
+            if ".." in pattern or pattern.startswith(("/", "~")) or "\\" in pattern:
+                raise ValueError(
+                    f"files: {pattern!r} leads out of the data folder; write a pattern of names "
+                    "in it, such as 'reviews*test*'"
+                )
+        if self.split is None and (self.hub or self.subset or self.folder or self.revision):
+            raise ValueError("names a place on the hub without its split; give split as well")
+        return self
+
+
+class Entry(StrictTable):
+    """One task of a suite: asked as it is, or fine-tuned on its training rows.
+
+    `tables` are the tables of the paper it stands in, and `published` its figures there, in per
+    cent, by method: `zero-shot`, or `mlm` and `classification`.
+    """
+
+    task: Name
+    kind: Literal["zero-shot", "fine-tune"]
+    protocol: Name = "default"
+    tables: tuple[PositiveInt, ...] = ()
+    train: Part | None = None
+    validation: Part | None = None
+    test: Part = Part()
+    published: Mapping[Literal["zero-shot", "mlm", "classification"], PositiveFloat] = {}
+
+    @model_validator(mode="after")
+    def _parts(self) -> "Entry":
+        if self.kind == "fine-tune" and self.train is None:
+            raise ValueError("a task that is fine-tuned needs train, the part it is trained on")
+        if self.kind == "zero-shot" and (self.train or self.validation):
+            raise ValueError("a zero-shot task reads no train and no validation; leave them out")
+        return self
+
+
+class Missing(StrictTable):
+    """A task that belongs to a suite but cannot be run by it, and why."""
+
+    task: Name
+    reason: Name
+    tables: tuple[PositiveInt, ...] = ()
+
+
+class Sweep(StrictTable):
+    """The settings that are tried, and what all of them share.
+
+    The defaults are those of arXiv 2502.03793, section 4. `held_out` is the share of the training
+    rows that settings are chosen on where a task has no validation rows of its own.
+    """
+
+    epochs: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 2, 3)
+    learning_rate: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (2e-5, 3e-5, 5e-5)
+    weight_decay: NonNegativeFloat = 0.01
+    warmup: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    batch_size: Annotated[int, Field(gt=0, le=65536)] = 32
+    max_length: Annotated[int, Field(gt=0, le=2**20)] = 512
+    held_out: OpenShare = 0.1
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Sweep":
+        for key in ("epochs", "learning_rate"):
+            values = getattr(self, key)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{key} holds a value twice; every setting is tried once")
+        return self
+
+
+class Suite(StrictTable):
+    """What is evaluated: entries, the sweep, and how many seeds of the chosen setting.
+
+    `limit` draws that many rows of every part; `tasks` keeps the entries of these tasks alone.
+    Answers by letters are asked again in other orders for `order_rows` of the test rows (0: none).
+    """
+
+    name: Name
+    description: str = ""
+    seeds: Few = 3
+    limit: PositiveInt | None = None
+    tasks: tuple[Name, ...] = ()
+    heads: Annotated[tuple[Head, ...], Field(min_length=1)] = HEADS
+    order_rows: Annotated[int, Field(ge=0)] = ORDER_ROWS
+    sweep: Sweep = Sweep()
+    entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    missing: tuple[Missing, ...] = ()
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "Suite":
+        if len(set(self.heads)) < len(self.heads):
+            raise ValueError("heads holds one twice")
+        seen = [(entry.task, entry.kind, entry.protocol) for entry in self.entries]
+        if twice := next((one for one in seen if seen.count(one) > 1), None):
+            raise ValueError(f"entries: {' '.join(twice)} stands there twice")
+        known = [entry.task for entry in self.entries] + [one.task for one in self.missing]
+        for name in self.tasks:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(
+                    f"tasks: {name!r} is no entry of the suite; {hint}"
+                    f"it has {', '.join(dict.fromkeys(known))}"
+                )
+        return self
+
+    def is_wanted(self, task: str) -> bool:
+        """Tell whether the entries of a task are to be run."""
+        return not self.tasks or task in self.tasks
+
+
+def suite_names() -> list[str]:
+    """Return the names of the shipped suites."""
+    shipped = files("mlmjax") / "assets" / "suites"
+    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+
+
+class Planned(NamedTuple):
+    """An entry that is to be run, and its task."""
+
+    entry: Entry
+    task: Task
+
+
+def load_suite(
+    name_or_path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Suite, list[Planned]]:
+    """Read a shipped suite by its name, or a suite file, and apply `key=value` overrides.
+
+    Task files of its entries are relative to the suite file. Raises `InputError` that lists
+    everything wrong with the file and the overrides, or with a task.
+
+    >>> suite, planned = load_suite("paper", ["sweep.epochs=[1]", 'tasks=["mmlu"]'])
+    >>> suite.sweep.epochs, [task.name for _, task in planned]
+    ((1,), ['mmlu'])
+    """
+    name = str(name_or_path)
+    if name in suite_names():
+        path = Path(str(files("mlmjax") / "assets" / "suites" / f"{name}.toml"))
+    elif Path(name).suffix == ".toml" or Path(name).is_file():
+        path = Path(name)
+    else:
+        raise InputError(
+            f"suite {name!r}: is neither a shipped suite nor a .toml file; shipped are "
+            f"{', '.join(suite_names())}"
+        )
+    table: dict[str, Any] = read_toml(path)
+    for change in overrides:
+        override(table, change)
+    suite = decode(Suite, table, where=str(path))
+    wanted = [entry for entry in suite.entries if suite.is_wanted(entry.task)]
+    return suite, [Planned(entry, _task_of(entry, path)) for entry in wanted]
+
+
+def _task_of(entry: Entry, suite: Path) -> Task:
+    """Load the task of an entry; refuse one that has no labels to be fine-tuned on."""
+    is_file = entry.task.endswith(".toml")
+    task = load_task(suite.parent / entry.task if is_file else entry.task).under(entry.protocol)
+    if entry.kind == "fine-tune" and not task.label_names:
+        raise InputError(
+            f"{suite}: {entry.task} has options of each row's own, which no classification head "
+            'can learn; give kind = "zero-shot", or a task with labels'
+        )
+    return task

@@ -1,0 +1,246 @@
+"""Task definitions: a labelled table and how it is asked, read strictly from TOML."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from mlmjax.config.clean import CLEANINGS, Cleaning
+from mlmjax.config.columns import Column, look_up
+from mlmjax.config.run import Location, Name, ShortenSide, StrictTable, decode, read_toml
+from mlmjax.errors import InputError
+from mlmjax.text.prompts import Template, Verbalizer, option_letters
+from mlmjax.text.tokenizer import check_text
+
+
+class Protocol(StrictTable):
+    """What a named protocol changes in its task; what it leaves out stays as the task has it."""
+
+    prompt: str | None = None
+    shorten: Mapping[str, ShortenSide] | None = None
+    verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] | None = None
+    bare: bool | None = None
+    normalize: Literal["labels", "vocabulary"] | None = None
+
+
+class Task(StrictTable):
+    """A labelled table and how it is asked: where it is, the prompt, the options or the labels.
+
+    `data` (a file, relative to the task file) or `hub` says where the rows are. `clean` names a
+    cleaning of a field (`config.clean`); rows it leaves blank are dropped and counted. `metric` is
+    the one of the results that the task is customarily compared by. `head_prompt` is what a
+    classification head reads in place of the prompt.
+
+    A task has either `options` (the column of each row's list, or one column per option) or
+    `labels`: a list, whose values in `answer` are names or indices, or a table from the column's
+    value to the label's name. For `options` the answer is an index, a letter, or one of the names
+    in `option_names`.
+    """
+
+    name: str
+    description: str = ""
+    licence: str = ""
+    data: Name | None = None
+    hub: Name | None = None
+    subset: str | None = None
+    folder: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    prompt: str
+    shorten: Mapping[str, ShortenSide] = {}
+    head_prompt: str | None = None
+    columns: Mapping[str, Column] = {}
+    clean: Mapping[str, Cleaning] = {}
+    strip: tuple[str, ...] = ()
+    options: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
+    option_names: str | None = None
+    answer: Column
+    labels: tuple[str, ...] | Mapping[str, str] | None = None
+    drop_labels: tuple[str, ...] = ()
+    group: Column | None = None
+    verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] = "letters"
+    bare: bool = False
+    normalize: Literal["labels", "vocabulary"] = "labels"
+    metric: Literal["accuracy", "macro_f1", "mcc"] = "accuracy"
+    protocols: Mapping[str, Protocol] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        if (self.options is None) == (self.labels is None):
+            raise ValueError(
+                "give exactly one of options (the column of the row's own) and labels (for all)"
+            )
+        if self.labels is not None and len(self.label_names) < 2:
+            raise ValueError("labels needs at least two distinct labels")
+        if isinstance(self.labels, tuple) and len(self.label_names) < len(self.labels):
+            raise ValueError("labels holds a label twice, so that an index would be in doubt")
+        if any(not name.strip() for name in self.label_names):
+            raise ValueError("labels holds a blank label")
+        for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):
+            if self.options is not None and verbalizer not in ("letters", None):
+                raise ValueError("a task with options is answered by letters")
+            if isinstance(verbalizer, Mapping) and set(verbalizer) != set(self.label_names):
+                raise ValueError(
+                    f"verbalizer names {', '.join(verbalizer)}; "
+                    f"expected the labels {', '.join(self.label_names)}"
+                )
+        self._check_prompts()
+        return self
+
+    def _check_prompts(self) -> None:
+        """Every prompt asks about the row, and no column is meant for a field that none has."""
+        fields: set[str] = set()
+        for protocol in (Protocol(), *self.protocols.values()):
+            prompt = self.prompt if protocol.prompt is None else protocol.prompt
+            shorten = self.shorten if protocol.shorten is None else protocol.shorten
+            named = set(Template(prompt, shorten=dict(shorten)).fields)
+            own = named - {"options"}
+            if not own and self.options is None:
+                raise ValueError("prompt names no field of the row, such as {text}")
+            verbalizer = protocol.verbalizer or self.verbalizer
+            if verbalizer == "letters" and "options" not in named:
+                self._check_spelled_out(prompt, own)
+            fields |= own
+        read = set(Template(self.head_prompt, slot=False).fields) if self.head_prompt else fields
+        if not read - {"options"} and self.options is None:
+            raise ValueError("head_prompt names no field of the row, such as {text}")
+        fields |= read
+        for name in (*self.columns, *self.clean, *self.strip):
+            if name not in fields:
+                known = ", ".join(sorted(fields)) or "none"
+                raise ValueError(f"{name!r} is no field of the prompt; its fields: {known}")
+
+    def _check_spelled_out(self, prompt: str, fields: set[str]) -> None:
+        """Without {options}, a prompt answered by letters has to show every option itself."""
+        if self.labels is not None:
+            literal = re.sub(r"\{[^{}]*\}", "", prompt)
+            shown = all(name in literal for name in self.label_names)
+        else:
+            columns = {self.columns.get(field, field) for field in fields}
+            shown = isinstance(self.options, tuple) and columns.issuperset(self.options)
+        if not shown:
+            raise ValueError(
+                "the prompt has no {options}, so nothing tells what each letter stands for; write "
+                '{options}, spell every option out, or set verbalizer = "words"'
+            )
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The distinct labels in order; empty for a task whose rows bring their own options."""
+        names = self.labels.values() if isinstance(self.labels, Mapping) else self.labels or ()
+        return tuple(dict.fromkeys(names))
+
+    def location(self, data: str | Path | None = None) -> Location:
+        """Say where the rows are: in `data`, else where the task says; `InputError` if nowhere."""
+        path = str(data) if data is not None else self.data
+        if path is None and self.hub is None:
+            raise InputError(
+                f"task {self.name}: has neither data nor hub; give the file of its rows (--data)"
+            )
+        hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
+        place = hub if path is None else {"path": path}
+        return decode(Location, {**place, "split": self.split}, where=f"task {self.name}")
+
+    def fields_of(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the fields of the prompt but for options; None where cleaning leaves one blank."""
+        row: dict[str, Any] = {}
+        for field in _row_fields(self.prompt):
+            value = look_up(record, self.columns.get(field, field))
+            if field in self.clean:
+                check_text(value, f"field {field!r}")
+                value = CLEANINGS[self.clean[field]](value)
+                if not value.strip():
+                    return None
+            row[field] = value.strip() if field in self.strip and isinstance(value, str) else value
+        return row
+
+    def options_of(self, record: Mapping[str, Any]) -> list[Any]:
+        """Return the options of a row: its own, or the labels."""
+        return list(self.label_names) if self.options is None else option_list(self.options, record)
+
+    def under(self, protocol: str) -> "Task":
+        """Return the task as the named protocol asks it; raises `InputError` if it has none."""
+        if protocol == "default":
+            return self
+        if protocol not in self.protocols:
+            known = ", ".join(["default", *self.protocols])
+            raise InputError(f"task {self.name}: has no protocol {protocol!r}; it has {known}")
+        return self.model_copy(update=self.protocols[protocol].model_dump(exclude_none=True))
+
+    def for_head(self) -> "Task":
+        """Return the task as a classification head reads it.
+
+        Its prompt is `head_prompt`, else the fields of the prompt but for options, each on a line;
+        of `shorten` what stands there remains.
+        """
+        prompt = self.head_prompt
+        if prompt is None:
+            prompt = "\n".join(f"{{{name}}}" for name in _row_fields(self.prompt))
+        fields = Template(prompt, slot=False).fields
+        shorten = {name: side for name, side in self.shorten.items() if name in fields}
+        return self.model_copy(update={"prompt": prompt, "shorten": shorten})
+
+    def head_template(self) -> Template:
+        """Return the template of a task that is `for_head`."""
+        return Template(self.prompt, shorten=dict(self.shorten), slot=False)
+
+    def verbalizer_for(self, label_count: int) -> Verbalizer:
+        """Return the verbalizer of the first `label_count` labels (or options)."""
+        labels = (self.label_names or option_letters(label_count))[:label_count]
+        if self.verbalizer == "letters":
+            return Verbalizer.letters(labels, bare=self.bare)
+        if self.verbalizer == "words":
+            return Verbalizer({n: [f" {n}", n] if self.bare else [f" {n}"] for n in labels})
+        assert isinstance(self.verbalizer, Mapping)
+        return Verbalizer({name: list(self.verbalizer[name]) for name in labels})
+
+
+@lru_cache(maxsize=32)
+def _row_fields(prompt: str) -> tuple[str, ...]:
+    return tuple(name for name in Template(prompt).fields if name != "options")
+
+
+def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:
+    """Return what a row has in a column that holds a list, or in several columns."""
+    if isinstance(options, tuple):
+        return [look_up(record, column) for column in options]
+    values = look_up(record, options)
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) < 2:
+        raise InputError(f"column {options!r} is {values!r:.60}; expected a list of two or more")
+    return list(values)
+
+
+def task_names() -> list[str]:
+    """Return the names of the shipped tasks."""
+    shipped = files("mlmjax") / "assets" / "tasks"
+    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+
+
+def load_task(name_or_path: str | Path) -> Task:
+    """Read a shipped task by its name, or a task file; a `data` file is relative to the task file.
+
+    Raises `InputError` for an unknown name (with the nearest one), and for every key and value the
+    file has wrong.
+    """
+    name = str(name_or_path)
+    if name in task_names():
+        path = Path(str(files("mlmjax") / "assets" / "tasks" / f"{name}.toml"))
+    elif Path(name).suffix == ".toml" or Path(name).is_file():
+        path = Path(name)
+    else:
+        near = difflib.get_close_matches(name, task_names(), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(
+            f"task {name!r}: is neither a shipped task nor a .toml file; {hint}"
+            f"shipped are {', '.join(task_names())}"
+        )
+    task = decode(Task, read_toml(path), where=str(path))
+    if task.data is not None:
+        task = task.model_copy(update={"data": str(path.parent / task.data)})
+    return task

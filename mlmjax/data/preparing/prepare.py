@@ -1,0 +1,225 @@
+"""From configured sources to packed rows on disk, once; running it again changes nothing."""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlmjax._version import __version__
+from mlmjax.config.run import DataConfig, SourceConfig
+from mlmjax.data.preparing.build import build_rows
+from mlmjax.data.preparing.staging import check_unchanged, report, sentence, stage
+from mlmjax.data.preparing.workers import describe_file
+from mlmjax.data.reading.answers import Head
+from mlmjax.data.reading.examples import source_name
+from mlmjax.data.reading.exclusion import evaluation_identity
+from mlmjax.data.reading.sources import source_files
+from mlmjax.data.rows import (
+    FORMAT,
+    MANIFEST,
+    SPLITS,
+    Manifest,
+    SelectionReport,
+    SourceReport,
+    read_manifest,
+)
+from mlmjax.errors import InputError, write_failed
+from mlmjax.storage import built_whole, clear_lock, is_there
+from mlmjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int], None]
+"""Called now and then with the name of the source being read and its records so far."""
+
+_NOT_ROWS = {"rows", "subset", "workers", "batch_size", "batch_start", "batch_warmup", "accumulate"}
+
+
+def prepare(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
+    *,
+    head: Head = "mlm",
+) -> Path:
+    """Tokenise and pack the sources into `config.rows`; give that folder.
+
+    The folder appears whole or not at all, and the same input gives the same bytes. When it is
+    there already, nothing is done if its manifest has this configuration (apart from `weight`,
+    the batch and `accumulate`), this tokenizer, and these source files: same names and sizes,
+    and same content where a file is newer than the manifest. Source files that are not on this
+    machine are not checked.
+
+    `validation_rows`: prompts (documents) whose hash falls below a threshold are held out, so that
+    equal prompts are on one side, from whatever source. The threshold is the lowest that gives
+    `validation_rows` rows' worth of tokens (of examples, without packing).
+
+    Rows are for one `head`: the classification head reads texts without a slot, and their labels.
+
+    Raises `InputError` for rows of other settings (what differs), for bad sources, and when a
+    source or the training split is left without an example; `RunError` when writing fails.
+    """
+    folder = Path(config.rows)
+    clear_lock(folder)
+    if not is_there(folder):
+        names = [source_name(s) for s in (*config.sources, *config.validation_sources)]
+        if not config.sources:
+            raise InputError(f"{folder}: is not there, and data.sources names nothing to read")
+        doubled = [name for name in names if names.count(name) > 1]
+        if doubled:
+            raise InputError(f"data.sources: two are called {doubled[0]!r}; give each a name")
+        with built_whole(folder) as partial:
+            if partial is not None:
+                try:
+                    _build(partial, config, tokenizer, head, progress or (lambda *told: None))
+                except OSError as error:
+                    raise write_failed(folder, error) from error
+    check_same(folder, config, tokenizer, head)
+    return folder
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """Say in lines what was read, kept, shortened and dropped, and what rows came of it."""
+    lines = [sentence(one) for one in (*manifest.sources, *manifest.validation_sources)]
+    if manifest.selection:
+        chosen = manifest.selection
+        short = [f" ({text})" if text else "" for text in shortages(chosen)]
+        sets = [
+            f"{one.examples} examples{text}, at most {one.per_task} a task"
+            for one, text in zip(chosen.sets, short, strict=True)
+        ]
+        left = f"left out: {chosen.unbalanced} by answer_share, {chosen.capped} by the caps"
+        alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
+        lines.append(f"selected: {'; '.join(sets)}; {left}{alike}")
+    for split, files in manifest.splits.items():
+        rows = sum(file.rows for file in files)
+        tokens = sum(file.tokens for file in files)
+        padding = 1 - tokens / (rows * manifest.seq_length) if rows else 0.0
+        lines.append(f"{split}: {rows} rows, {tokens} tokens, {padding:.2%} padding")
+    return lines
+
+
+def shortages(selection: SelectionReport) -> list[str]:
+    """Say of each nested set that it is smaller than was asked for; nothing where it is not.
+
+    >>> one = {"asked": 3000, "examples": 2734, "per_task": 80}
+    >>> shortages(SelectionReport(sets=[one], one_answer=0, unbalanced=0, capped=0))
+    ['asked 3000, found 2734: there are no more']
+    """
+    limited = " within the limits" if selection.unbalanced or selection.capped else ""
+    return [
+        f"asked {one.asked}, found {one.examples}: there are no more{limited}"
+        if one.asked is not None and one.examples < one.asked
+        else ""
+        for one in selection.sets
+    ]
+
+
+def _build(
+    folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head, progress: Progress
+) -> None:
+    """Stage the sources, write the rows, describe them; what is done already is not done again."""
+    staged = stage(folder, config, tokenizer, head, progress)
+    reports = {split: report(staged, config, split) for split in SPLITS}
+    splits, selection = build_rows(folder, staged, config, tokenizer)
+    check_unchanged(staged)
+    manifest = Manifest(
+        format=FORMAT,
+        version=__version__,
+        config=_identity(config, head) | {"evaluation": evaluation_identity(config.exclude)},
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        seq_length=config.seq_length,
+        tasks=list(staged.tasks),
+        sources=reports["train"],
+        validation_sources=reports["validation"],
+        selection=selection,
+        splits=splits,
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    for name in ("buckets", "packed", "stage"):
+        shutil.rmtree(folder / name)
+
+
+def _identity(config: DataConfig, head: Head) -> dict[str, Any]:
+    """Give what decides the rows: the configuration without what is settled while training."""
+    table = config.model_dump(mode="json", exclude=_NOT_ROWS)
+    for source in (*table["sources"], *table["validation_sources"]):
+        del source["weight"]
+    return {"head": head, "data": table}
+
+
+def check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> None:
+    """Raise `InputError` that lists how the rows that are there differ from what is asked for.
+
+    What is compared is said at `prepare`; it writes nothing.
+    """
+    manifest = read_manifest(folder)
+    identity, known = _identity(config, head), dict(manifest.config)
+    try:
+        identity["evaluation"] = evaluation_identity(config.exclude)
+    except InputError as error:
+        log.info("%s; so the rows are used unchecked against it", error.message)
+        known.pop("evaluation", None)
+    wanted, there = _flat(identity), _flat(known)
+    differences = [
+        f"{key} is {wanted.get(key)!r}, the rows have {there.get(key)!r}"
+        for key in sorted(wanted.keys() | there.keys())
+        if wanted.get(key) != there.get(key)
+    ]
+    if manifest.tokenizer_sha256 != tokenizer.sha256:
+        differences.append(
+            f"the tokenizer's sha256 is {tokenizer.sha256[:12]}..., the rows have "
+            f"{manifest.tokenizer_sha256[:12]}..."
+        )
+    if not differences:
+        written = (folder / MANIFEST).stat().st_mtime_ns
+        sources = (*config.sources, *config.validation_sources)
+        reports = (*manifest.sources, *manifest.validation_sources)
+        for source, report in zip(sources, reports, strict=True):
+            differences += _changed_files(source, report, written)
+    if differences:
+        raise InputError(
+            f"{folder}: holds rows made differently: {differences[0]}; delete the folder to "
+            "prepare again, or name another in data.rows",
+            differences[1:],
+        )
+
+
+def _changed_files(source: SourceConfig, report: SourceReport, written: int) -> list[str]:
+    try:
+        files = {str(path): path for path in source_files(source)}
+    except InputError:
+        log.info("%s: its files are not here, so the rows are used unchecked", report.name)
+        return []
+    known = {file.path: file for file in report.files}
+    changed = [f"{name} was not there" for name in files.keys() - known.keys()]
+    changed += [f"{name} is gone" for name in known.keys() - files.keys()]
+    for name in files.keys() & known.keys():
+        stat = files[name].stat()
+        if stat.st_size != known[name].bytes or (
+            max(stat.st_mtime_ns, stat.st_ctime_ns) > written
+            and describe_file(files[name])["sha256"] != known[name].sha256
+        ):
+            changed.append(f"{name} has changed since")
+    return sorted(changed)
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Flatten nested tables to dotted keys.
+
+    >>> _flat({"a": {"b": 1}, "c": [{"d": 2}]})
+    {'a.b': 1, 'c.0.d': 2}
+    """
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {key: value}
+    return {
+        name: inner
+        for part, item in items
+        for name, inner in _flat(item, f"{key}.{part}" if key else str(part)).items()
+    }

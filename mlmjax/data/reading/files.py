@@ -1,0 +1,362 @@
+"""Records of one data file, streamed: parquet, JSONL, CSV and plain text, from strangers."""
+
+import csv
+import difflib
+import io
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
+from mlmjax.errors import InputError
+
+MAX_LINE_BYTES = 32 * 2**20
+"""A longer line (or CSV field) is refused, so that one hostile line cannot fill the memory."""
+
+TEXT_BLOCK = 64 * 2**10
+"""Characters after which a document of a `.txt` file ends at the next blank line."""
+
+_READ_AHEAD = 2**14
+"""What is lost before the place where a compressed file is broken."""
+
+_COMPRESSION = {".zst": "zstd", ".gz": "gzip"}
+_PARQUET_BATCH = 512
+
+
+BROKEN_RECORD = "broken record"
+BROKEN_FILE = "rest of a broken file"
+
+Broken = Callable[[str, InputError], None]
+"""Told of something broken, and what it is: raises the error, or counts it for reading to go on."""
+
+
+def stop(what: str, error: InputError) -> None:
+    """Raise the error, whatever is broken."""
+    raise error
+
+
+class Record(NamedTuple):
+    """One row of a data file: its fields, and where it stands, to open an error message with."""
+
+    fields: dict[str, Any]
+    where: str
+
+
+def read_file(
+    path: str | Path,
+    columns: Collection[Column] | None = None,
+    *,
+    named: Collection[str] = (),
+    broken: Broken = stop,
+) -> Iterator[Record]:
+    """Stream the records of one file; the format follows from its name.
+
+    `.parquet`; `.jsonl`, `.ndjson`, `.json` (one object per line); `.csv`, `.tsv` (a header, then
+    rows); `.txt` (documents of at least `TEXT_BLOCK` characters that end at a blank line, field
+    `text`). All but parquet may be compressed: `.zst`, `.gz`. `columns` are those that are needed
+    (None: all); other columns may be left out of the records. Class numbers in the columns
+    `named` become names where a parquet file written by `datasets` stores them.
+
+    `broken` is told of a record that cannot be read, and of a file whose rest cannot be, and what
+    it does not raise is left out. A line of a CSV file may be part of several records, so that one
+    which is not text breaks the rest of its file.
+
+    Raises `InputError` that names the file and the line or row, for a file that cannot be read, is
+    empty, broken or cut short, has no such column, has a line above `MAX_LINE_BYTES`, or is not
+    UTF-8. A fault of the disk or the network is always raised.
+    """
+    path = Path(path)
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = _COMPRESSION.get(suffixes[-1]) if suffixes else None
+    kind = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
+    read = _READERS.get(kind)
+    if read is None or (compression and kind == ".parquet"):
+        raise InputError(
+            f"{path}: unknown kind of file; expected a name that ends in {', '.join(_READERS)}, "
+            "the text formats also with .zst or .gz"
+        )
+    try:
+        if path.stat().st_size == 0:
+            raise InputError(f"{path}: is empty; expected {kind[1:]} records")
+        if kind == ".parquet":
+            yield from _read_parquet(path, columns, named, broken)
+        else:
+            raw = pa.input_stream(str(path), compression=compression)
+            with io.BufferedReader(raw, _READ_AHEAD) as stream:
+                yield from read(stream, str(path), columns, broken)
+    except (OSError, pa.ArrowException) as error:
+        _leave(path, error, broken)
+    except _Damage as damage:
+        _leave(damage.where, damage.error, broken)
+    except InputError as error:
+        broken(BROKEN_FILE, error)
+
+
+class _Damage(Exception):  # noqa: N818 - carries an error to where it is told
+    """What a library raised in the middle of a file, and where that was."""
+
+    def __init__(self, where: str, error: Exception):
+        self.where, self.error = where, error
+
+
+def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
+    """Give up a file; a fault that has a number is the system's and not the file's."""
+    what = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    refusal = InputError(f"{where}: cannot be read: {what}")
+    if getattr(error, "errno", None) is not None:
+        raise refusal from error
+    broken(BROKEN_FILE, refusal)
+
+
+def require_columns(
+    where: str, columns: Collection[Column] | None, present: Collection[str]
+) -> list[str]:
+    """Return which of the columns that are there will be read, sorted.
+
+    Raises `InputError` when a needed column is not there, with what is and the nearest name.
+    """
+    read: set[str] = set()
+    for column in columns or ():
+        found = columns_read(column, present)
+        if found is None:
+            *others, last = alternatives_of(column)
+            missing = [n for n in names_in(last) if columns_read(n, present) is None]
+            expected = " or ".join(map(repr, [*others, last] if others else missing[:1]))
+            near = difflib.get_close_matches(missing[0], present, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise InputError(
+                f"{where}: has no column {expected}; {hint}columns: {', '.join(present) or 'none'}"
+            )
+        read.update(found)
+    return sorted(read)
+
+
+def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
+    """Decode line by line, numbered from 1; a byte order mark at the start is dropped."""
+    number = 0
+    while True:
+        number += 1
+        here = f"{where} line {number}"
+        try:
+            line = stream.readline(MAX_LINE_BYTES + 1)
+            is_long = len(line) > MAX_LINE_BYTES
+            rest = line
+            while is_long and rest and not rest.endswith(b"\n") and broken is not stop:
+                rest = stream.readline(MAX_LINE_BYTES)
+        except OSError as error:
+            raise _Damage(here, error) from error
+        if not line:
+            return
+        if is_long:
+            what = f"is longer than {MAX_LINE_BYTES >> 20} MiB; expected one record per line"
+        elif b"\0" in line:
+            what = "holds a NUL byte; expected UTF-8 text (is it binary, or UTF-16?)"
+        else:
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                continue
+            except UnicodeDecodeError as error:
+                what = (
+                    f"is not UTF-8 (byte {error.start + 1} of the line is "
+                    f"0x{line[error.start]:02x}); convert the file to UTF-8"
+                )
+        broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
+
+
+def _read_jsonl(
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+) -> Iterator[Record]:
+    for number, line in _lines(stream, where, broken):
+        if line.strip():
+            here = f"{where} line {number}"
+            try:
+                record = Record(_json_object(line, here), here)
+                require_columns(here, columns, record.fields)
+            except InputError as error:
+                broken(BROKEN_RECORD, error)
+                continue
+            yield record
+
+
+def _json_object(line: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(line, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{where}: is not valid JSON ({error}); expected one object per line"
+        ) from error
+    if not isinstance(fields, dict):
+        raise InputError(
+            f"{where}: is a JSON {type(fields).__name__}; expected one object per line"
+        )
+    return fields
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return table
+
+
+def _read_csv(
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+) -> Iterator[Record]:
+    # The limit is one of the csv module, not of one reader; raised only, never lowered.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
+    tabs = any(suffix.lower() == ".tsv" for suffix in Path(where).suffixes)
+    reader = csv.reader(
+        (line for _, line in _lines(stream, where, stop)),
+        delimiter="\t" if tabs else ",",
+        strict=True,
+    )
+    header: list[str] = []
+    line = 1
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{where} line {line}: is not valid CSV ({error}); expected fields with commas or "
+                "line ends to be quoted"
+            ) from error
+        here, line = f"{where} line {line}", reader.line_num + 1
+        if row is None:
+            break
+        if not header:
+            header = row
+            doubled = sorted({name for name in header if header.count(name) > 1})
+            if doubled:
+                raise InputError(f"{here}: the header has {doubled[0]!r} twice; rename one")
+            require_columns(here, columns, header)
+        elif row:
+            if len(row) != len(header):
+                what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
+                broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
+                continue
+            yield Record(dict(zip(header, row, strict=True)), here)
+
+
+def _read_text(
+    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+) -> Iterator[Record]:
+    require_columns(where, columns, ["text"])
+    block: list[str] = []
+    size, start = 0, 1
+    for number, line in _lines(stream, where, broken):
+        block.append(line)
+        size += len(line)
+        # A text without blank lines is cut at a line end, so that memory stays bounded.
+        if size >= TEXT_BLOCK and (not line.strip() or size >= 16 * TEXT_BLOCK):
+            yield Record({"text": "".join(block)}, f"{where} line {start}")
+            block, size, start = [], 0, number + 1
+    if block:
+        yield Record({"text": "".join(block)}, f"{where} line {start}")
+
+
+def _read_parquet(
+    path: Path, columns: Collection[Column] | None, named: Collection[str], broken: Broken
+) -> Iterator[Record]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        present = file.schema_arrow.names
+        doubled = sorted({name for name in present if present.count(name) > 1})
+        if doubled:
+            raise InputError(f"{path}: has the column {doubled[0]!r} twice; rename one")
+        needed = require_columns(str(path), columns, present)
+        wanted = None if columns is None else needed
+        known = class_names(file.schema_arrow.metadata)
+        names = {column: known[column] for column in known.keys() & set(named)}
+        row = 0
+        batches = file.iter_batches(_PARQUET_BATCH, columns=wanted)
+        while True:
+            try:
+                batch = next(batches, None)
+            except (OSError, pa.ArrowException) as error:
+                raise _Damage(f"{path} after row {row}", error) from error
+            if batch is None:
+                return
+            for i in range(batch.num_rows):
+                row += 1
+                here = f"{path} row {row}"
+                try:
+                    fields = {
+                        name: _value(column[i], f"{here}: column {name!r}")
+                        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+                    }
+                    record = Record(name_classes(fields, names, here), here)
+                except InputError as error:
+                    broken(BROKEN_RECORD, error)
+                    continue
+                yield record
+
+
+def _value(scalar: pa.Scalar, where: str) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: is not UTF-8; expected text") from error
+    except (ValueError, OverflowError, LookupError, pa.ArrowException) as error:
+        raise InputError(
+            f"{where}: is {scalar.type} and cannot be read ({error}); expected text, a number or "
+            "lists of them; convert the column"
+        ) from error
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
+    """Find the class names that `datasets` stores in a parquet schema, by column.
+
+    >>> class_names({b"huggingface": b'{"info": {"features": {"label": '
+    ...              b'{"names": ["bad", "good"], "_type": "ClassLabel"}}}}'})
+    {'label': ['bad', 'good']}
+    """
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        labelled = {
+            name: feature["names"]
+            for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return {}
+    return {
+        name: names
+        for name, names in labelled.items()
+        if isinstance(names, list) and all(isinstance(value, str) for value in names)
+    }
+
+
+def name_classes(
+    fields: dict[str, Any], names: Mapping[str, list[str]], where: str
+) -> dict[str, Any]:
+    """Replace class numbers by their names, for the columns that have names.
+
+    >>> name_classes({"label": 1, "text": "fine"}, {"label": ["bad", "good"]}, "row 1")
+    {'label': 'good', 'text': 'fine'}
+    """
+    for column in names.keys() & fields.keys():
+        number = fields[column]
+        if isinstance(number, int):
+            if not 0 <= number < len(names[column]):
+                raise InputError(
+                    f"{where}: column {column!r} is class {number}; expected 0 to "
+                    f"{len(names[column]) - 1} ({', '.join(names[column])})"
+                )
+            fields = {**fields, column: names[column][number]}
+    return fields
+
+
+_READERS: dict[str, Any] = {
+    ".parquet": _read_parquet,
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".txt": _read_text,
+}

@@ -1,0 +1,159 @@
+"""Records of a configured source: local files by glob, or a dataset of the hub."""
+
+import glob
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlmjax.config.columns import Column, look_up
+from mlmjax.config.run import Location
+from mlmjax.data.reading.files import (
+    BROKEN_RECORD,
+    Broken,
+    Record,
+    name_classes,
+    read_file,
+    require_columns,
+    stop,
+)
+from mlmjax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def source_files(source: Location) -> list[Path]:
+    """List the local files of a source, those of a glob in sorted order; none for a hub dataset.
+
+    A path is a file, or a glob in which `**` reaches into folders. Raises `InputError` when no
+    file matches, and for a file that two paths match.
+    """
+    files: list[Path] = []
+    for path in source.paths:
+        found = _matching(path)
+        doubled = [file for file in found if file in files]
+        if doubled:
+            raise InputError(
+                f"{path}: {doubled[0]} is read already for another path of the source; name every "
+                "file once"
+            )
+        files += found
+    return files
+
+
+def _matching(path: str) -> list[Path]:
+    if Path(path).is_file():
+        return [Path(path)]
+    found = sorted(Path(name) for name in glob.glob(path, recursive=True))
+    files = [path for path in found if path.is_file()]
+    if not files:
+        what = "is a folder" if Path(path).is_dir() else "no file matches"
+        raise InputError(
+            f"{path}: {what}; expected a file or a glob such as 'data/*.parquet' (relative to the "
+            "working directory)"
+        )
+    return files
+
+
+def read_source(
+    source: Location,
+    names: Collection[str] | None = None,
+    *,
+    named: Collection[str] = (),
+    broken: Broken = stop,
+) -> Iterator[Record]:
+    """Stream the first `limit` records of a source, file by file in sorted order.
+
+    The fields of a record are `names`, each with the value of the column that `source.columns`
+    gives for it, else of the column it is itself (`columns.look_up`); None: all columns as the
+    files hold them. Class numbers become names for those of the `names` that are `named`, where
+    the data bring them. Raises `InputError` that names file and line or row; for a hub dataset,
+    its id and row. `broken` as in `read_file`; what a hub dataset cannot give is always raised.
+    """
+    columns = None if names is None else {name: source.columns.get(name, name) for name in names}
+    wanted = None if columns is None else tuple(columns.values())
+    if source.hub is not None:
+        records = _read_hub(source, wanted, named)
+    else:
+        records = (
+            record
+            for path in source_files(source)
+            for record in read_file(path, wanted, named=named, broken=broken)
+        )
+    if columns is not None:
+        records = _renamed(records, columns, broken)
+    return islice(records, source.limit)
+
+
+def _renamed(
+    records: Iterable[Record], columns: Mapping[str, Column], broken: Broken
+) -> Iterator[Record]:
+    """Give records with the named columns."""
+    for record in records:
+        try:
+            fields = {name: look_up(record.fields, column) for name, column in columns.items()}
+        except InputError as error:
+            broken(BROKEN_RECORD, InputError(f"{record.where}: {error.message}", error.details))
+            continue
+        yield Record(fields, record.where)
+
+
+def _read_hub(
+    source: Location, columns: Collection[Column] | None, named: Collection[str]
+) -> Iterator[Record]:
+    # datasets imports jax when that is installed, and data modules must load without it.
+    import datasets
+
+    where = f"hub dataset {source.hub}"
+    if not source.is_pinned:
+        log.warning(
+            "%s: revision is %r and not a commit, so the rows may change between two runs",
+            where,
+            source.revision,
+        )
+    try:
+        stream = datasets.load_dataset(
+            source.hub,
+            source.subset,
+            data_dir=source.folder,
+            split=source.split,
+            revision=source.revision,
+            streaming=True,
+        )
+        features = stream.features or {}
+        if features:
+            needed = require_columns(where, columns, features)
+            if columns is not None:
+                stream = stream.select_columns(needed)
+        rows = iter(stream)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _unreadable(where, error) from error
+    names = {
+        column: feature.names
+        for column, feature in features.items()
+        if column in named and isinstance(feature, datasets.ClassLabel)
+    }
+    number = 0
+    while True:
+        number += 1
+        here = f"{where} {source.split} row {number}"
+        try:
+            fields: dict[str, Any] | None = next(rows, None)
+        except Exception as error:
+            raise _unreadable(here, error) from error
+        if fields is None:
+            return
+        require_columns(here, columns, fields)
+        yield Record(name_classes(fields, names, here), here)
+
+
+def _unreadable(where: str, error: Exception) -> InputError:
+    """Turn what `datasets` raises (of many types, from many libraries) into one line."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return InputError(
+        f"{where}: cannot be read: {reason}; check the id, subset, split and revision, and the "
+        "connection"
+    )

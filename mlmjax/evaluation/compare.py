@@ -1,0 +1,303 @@
+"""Two evaluations of the same rows: which answers better, and whether that may be chance."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from scipy.sparse import csr_array
+from scipy.stats import binom
+
+from mlmjax.errors import InputError, printable
+from mlmjax.statistics.metrics import macro_f1, percentile_bootstrap
+from mlmjax.weights import hub
+
+RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
+MAX_LINE_BYTES, MAX_LABELS = 1 << 20, 10_000
+LEVEL = 0.05
+"""Probability below which the verdict says that a difference is more than chance."""
+
+Read = TypeVar("Read", bound=BaseModel)
+
+
+class _Part(BaseModel):
+    # Further keys are the business of later versions.
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+def _whole(text: str) -> str:
+    """Refuse half characters, which `\\ud800` makes and nothing can print."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise ValueError("holds half a character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_whole)]
+
+
+class _Results(_Part):
+    task: _Text
+    protocol: _Text
+    n: Annotated[int, Field(ge=1)]
+
+
+class _Prediction(_Part):
+    index: Annotated[int, Field(ge=0)]
+    gold: str
+    prediction: str
+    probabilities: dict[str, FiniteFloat]
+
+
+class Evaluated(NamedTuple):
+    """What a result folder tells: the task, the protocol, and the answers by row index."""
+
+    folder: str
+    task: str
+    protocol: str
+    gold: dict[int, str]
+    predicted: dict[int, str]
+
+
+def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
+    """Compare two result folders of one task and the same rows.
+
+    Gives `a` and `b` (`folder, task, protocol, accuracy, macro_f1`), `n`, the counts of rows
+    `both_right, only_a, only_b, neither`, `accuracy_difference` and `macro_f1_difference` (A less
+    B) with 95 % percentile intervals of a bootstrap that draws rows with both of their answers
+    (`_ci95`), `mcnemar_p` (exact and two-sided), and `verdict`, in words.
+
+    Raises `InputError` for a folder whose files are missing, broken or of different rows.
+    """
+    first, second = read_results(a), read_results(b)
+    _check_same_rows(first, second)
+    rows = sorted(first.gold)
+    gold = [first.gold[row] for row in rows]
+    answers = [[one.predicted[row] for row in rows] for one in (first, second)]
+    right = np.array([[g == p for g, p in zip(gold, one, strict=True)] for one in answers])
+    only_a, only_b = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
+    figures = _bootstrap(gold, *answers)
+    accuracy, f1 = figures["accuracy"], figures["macro_f1"]
+    found: dict[str, Any] = {
+        side: {
+            "folder": one.folder,
+            "task": one.task,
+            "protocol": one.protocol,
+            "accuracy": float(right[i].mean()),
+            "macro_f1": f1.of[i],
+        }
+        for i, (side, one) in enumerate((("a", first), ("b", second)))
+    }
+    found |= {
+        "n": len(rows),
+        "both_right": int(right.all(axis=0).sum()),
+        "only_a": only_a,
+        "only_b": only_b,
+        "neither": int((~right).all(axis=0).sum()),
+        "accuracy_difference": accuracy.difference,
+        "accuracy_difference_ci95": list(accuracy.interval),
+        "macro_f1_difference": f1.difference,
+        "macro_f1_difference_ci95": list(f1.interval),
+        "mcnemar_p": mcnemar(only_a, only_b),
+    }
+    return found | {"verdict": verdict(found)}
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Return the two-sided exact p-value of the rows that one of two alone has right.
+
+    If both were equally good, such a row would be either's like the toss of a coin (McNemar 1947).
+
+    >>> mcnemar(0, 5), mcnemar(3, 3), mcnemar(0, 0)
+    (0.0625, 1.0, 1.0)
+    """
+    fewer = binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
+    return min(1.0, 2 * float(fewer))
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Say in words what a comparison tells, and what it does not."""
+    more, p, n = found["only_a"] - found["only_b"], found["mcnemar_p"], found["n"]
+    other = _by_macro_f1(found)
+    if not found["only_a"] and not found["only_b"]:
+        same = f"A and B are right on the very same of {n} rows"
+        return f"{same}.{other}" if other else f"{same}: nothing tells them apart."
+    low, high = (100 * bound for bound in found["accuracy_difference_ci95"])
+    if p >= LEVEL:
+        return (
+            f"These {n} rows do not tell which of the two is better (p = {p:.2g}): the accuracy of "
+            f"A may lie from {low:+.1f} to {high:+.1f} points from that of B.{other}"
+        )
+    better, worse = ("A", "B") if more > 0 else ("B", "A")
+    return (
+        f"{better} has {abs(more)} more of {n} rows right than {worse}, {_plain(abs(more) / n)} "
+        f"points. Were both equally good on such rows, so large a difference would come about with "
+        f"probability {p:.2g}. That is about these two models on rows like these: not about other "
+        "prompts, other data, or what training again would give."
+    )
+
+
+def _by_macro_f1(found: dict[str, Any]) -> str:
+    """Say that macro-F1 tells what accuracy does not, if its interval lies on one side of 0."""
+    low, high = found["macro_f1_difference_ci95"]
+    if low <= 0 <= high:
+        return ""
+    better, worse = ("A", "B") if low > 0 else ("B", "A")
+    low, high = sorted((abs(low), abs(high)))
+    return (
+        f" Accuracy does not tell them apart, but macro-F1 speaks for {better}: it is "
+        f"{_plain(low)} to {_plain(high)} points above that of {worse}, an interval that does not "
+        "contain 0. "
+        "They differ in how right answers and mistakes are spread over the labels."
+    )
+
+
+def _plain(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return a comparison as lines for people."""
+    sides = [
+        f"{side.upper()}: {printable(one['folder'])}: accuracy {one['accuracy']:.4f}, "
+        f"macro-F1 {one['macro_f1']:.4f} (protocol {printable(one['protocol'])})"
+        for side, one in ((side, found[side]) for side in ("a", "b"))
+    ]
+    differences = [
+        "{} A - B: {:+.4f}, 95 % interval {:+.4f} to {:+.4f}".format(
+            name, found[f"{key}_difference"], *found[f"{key}_difference_ci95"]
+        )
+        for name, key in (("accuracy", "accuracy"), ("macro-F1", "macro_f1"))
+    ]
+    return [
+        f"{found['n']} rows of {printable(found['a']['task'])}",
+        *sides,
+        f"right: both {found['both_right']}, only A {found['only_a']}, only B {found['only_b']}, "
+        f"neither {found['neither']}",
+        *differences,
+        f"exact McNemar test: p = {found['mcnemar_p']:.3g}",
+        found["verdict"],
+    ]
+
+
+def read_results(path: str | Path) -> Evaluated:
+    """Read a result folder, which may be a stranger's.
+
+    Raises `InputError` that names the file and line for JSON that is broken, keys that are missing
+    or wrong, an index that stands there twice, and rows other than `results.json` says.
+    """
+    folder = Path(path)
+    if missing := [name for name in (RESULTS, PREDICTIONS) if not (folder / name).is_file()]:
+        raise InputError(
+            f"{folder}: has no file {missing[0]}; give a folder that `mlmjax evaluate --out` has "
+            "written"
+        )
+    results = _decoded(_Results, hub.read_json(folder, RESULTS), f"{folder / RESULTS}")
+    file = hub.plain_file(folder, PREDICTIONS)
+    gold: dict[int, str] = {}
+    predicted: dict[int, str] = {}
+    try:
+        with file.open("rb") as stream:
+            number = 0
+            while line := stream.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                where = f"{folder / PREDICTIONS}, line {number}"
+                if len(line) > MAX_LINE_BYTES:
+                    raise InputError(f"{where}: is longer than {MAX_LINE_BYTES} bytes; {_AGAIN}")
+                one = _decoded(_Prediction, line, where)
+                if one.index in gold:
+                    raise InputError(f"{where}: index {one.index} stands there twice; {_AGAIN}")
+                gold[one.index], predicted[one.index] = one.gold, one.prediction
+    except OSError as error:
+        raise InputError(
+            f"{folder / PREDICTIONS}: cannot be read ({error.strerror}); {_AGAIN}"
+        ) from error
+    if len(gold) != results.n:
+        raise InputError(
+            f"{folder}: {RESULTS} tells of {results.n} rows and {PREDICTIONS} has {len(gold)}; "
+            f"{_AGAIN}"
+        )
+    labels = len({*gold.values(), *predicted.values()})
+    if labels > MAX_LABELS:
+        raise InputError(f"{folder}: has {labels} labels; expected at most {MAX_LABELS}")
+    return Evaluated(str(path), results.task, results.protocol, gold, predicted)
+
+
+_AGAIN = "run the evaluation again"
+
+
+def _decoded(kind: type[Read], values: Any, where: str) -> Read:
+    """Check the values of an object, or a line that holds one."""
+    try:
+        if isinstance(values, bytes):
+            return kind.model_validate_json(values)
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"]))
+        raise InputError(f"{where}: {at + ': ' if at else ''}{first['msg']}; {_AGAIN}") from error
+
+
+def _check_same_rows(a: Evaluated, b: Evaluated) -> None:
+    if a.task != b.task:
+        raise InputError(
+            f"{a.folder} is of the task {a.task} and {b.folder} of {b.task}; "
+            "give two evaluations of one task"
+        )
+    if alone := sorted(a.gold.keys() ^ b.gold.keys()):
+        where = a.folder if alone[0] in a.gold else b.folder
+        raise InputError(
+            f"{len(alone)} rows are in one of {a.folder} and {b.folder} alone, the first of index "
+            f"{alone[0]} (in {where}); evaluate both on the same rows, with the same limit"
+        )
+    if other := sorted(index for index in a.gold if a.gold[index] != b.gold[index]):
+        one, two = a.gold[other[0]], b.gold[other[0]]
+        raise InputError(
+            f"{len(other)} rows have another gold label in {a.folder} than in {b.folder}, the "
+            f"first of index {other[0]}: {one!r:.60} and {two!r:.60}; evaluate both on the same "
+            "file"
+        )
+
+
+class _Paired(NamedTuple):
+    """A figure of both sides, their difference, and its interval."""
+
+    of: tuple[float, float]
+    difference: float
+    interval: tuple[float, float]
+
+
+def _bootstrap(gold: Sequence[str], a: Sequence[str], b: Sequence[str]) -> dict[str, _Paired]:
+    """Bootstrap differences over rows drawn with both of their answers (Efron 1979)."""
+    labels = {name: i for i, name in enumerate(sorted({*gold, *a, *b}))}
+    cells = Counter(zip(gold, a, b, strict=True))
+    kinds = sorted(cells)
+    columns = np.array([[labels[name] for name in kind] for kind in kinds]).T
+    shape, at = (len(kinds), len(labels)), np.arange(len(kinds))
+
+    def one_hot(column: np.ndarray, keep: np.ndarray | bool = True) -> csr_array:
+        values = np.broadcast_to(keep, len(kinds)).astype(float)
+        return csr_array((values, (at, column)), shape=shape)
+
+    truth = one_hot(columns[0])
+    sides = [(one_hot(own, own == columns[0]), one_hot(own)) for own in columns[1:]]
+
+    def figures(counts: np.ndarray) -> list[np.ndarray]:
+        """[..., kinds] -> accuracy and macro-F1 of A, of B, and their differences [...]."""
+        flat = np.atleast_2d(counts).astype(float)
+        found = []
+        for correct, guessed in sides:
+            hits, rows = flat @ correct, flat @ truth
+            found.append(
+                (hits.sum(axis=-1) / flat.sum(axis=-1), macro_f1(hits, rows, flat @ guessed))
+            )
+        (accuracy_a, f1_a), (accuracy_b, f1_b) = found
+        both = [accuracy_a, accuracy_b, accuracy_a - accuracy_b, f1_a, f1_b, f1_a - f1_b]
+        return [one.reshape(counts.shape[:-1]) for one in both]
+
+    drawn = percentile_bootstrap(np.array([cells[kind] for kind in kinds]), figures)
+    return {
+        name: _Paired((drawn[i][0], drawn[i + 1][0]), *drawn[i + 2])
+        for i, name in ((0, "accuracy"), (3, "macro_f1"))
+    }

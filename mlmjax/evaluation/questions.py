@@ -1,0 +1,114 @@
+"""The rows of a task as questions: what is asked, and which answer is right."""
+
+import itertools
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlmjax.config.columns import look_up
+from mlmjax.config.task import Task, option_list
+from mlmjax.data.reading.sources import Record, read_source
+from mlmjax.errors import InputError
+from mlmjax.text.prompts import option_letters
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row to answer: its fields, the names of its labels, the gold one, and its group."""
+
+    index: int
+    where: str
+    row: Mapping[str, Any]
+    gold: int
+    group: str
+
+
+def read_questions(
+    task: Task, data: str | Path | None, limit: int | None
+) -> tuple[list[Question], Counter[str]]:
+    """Read the rows of a task as questions, and count those left out: `dropped` and `blank`.
+
+    `data` is read in the place of the task's own rows, `limit` keeps the first. Raises `InputError`
+    that names every row without a usable answer, and where no row is left.
+    """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected at least 1 row")
+    stop = None if limit is None else min(limit, sys.maxsize)
+    questions, left_out, problems = [], Counter[str](), []
+    records = read_source(task.location(data))
+    for index, record in enumerate(itertools.islice(records, stop)):
+        try:
+            question = _question(task, index, record)
+        except InputError as error:
+            problems.append(f"{record.where}: {error.message}")
+            continue
+        if isinstance(question, Question):
+            questions.append(question)
+        else:
+            left_out[question] += 1
+    if problems:
+        raise InputError(problems[0], problems[1:])
+    if not questions:
+        raise InputError(
+            f"{data or task.data or task.hub}: task {task.name}: no row is left to answer; "
+            f"{left_out['dropped']} were dropped by drop_labels, {left_out['blank']} were blank "
+            "after cleaning; give a file with more rows"
+        )
+    return questions, left_out
+
+
+def _question(task: Task, index: int, record: Record) -> Question | Literal["dropped", "blank"]:
+    """Turn a record into a question, or say why it is left out."""
+    answer = look_up(record.fields, task.answer)
+    if _key(answer) in task.drop_labels:
+        return "dropped"
+    row = task.fields_of(record.fields)
+    if row is None:
+        return "blank"
+    row["options"] = task.options_of(record.fields)
+    names: Sequence[str] = task.label_names
+    if task.options is not None:
+        names = option_letters(len(row["options"]))
+        if task.option_names is not None:
+            names = [_key(name) for name in option_list(task.option_names, record.fields)]
+            if len(names) != len(row["options"]):
+                raise InputError(
+                    f"column {task.option_names!r} has {len(names)} names for "
+                    f"{len(row['options'])} options; expected one for each"
+                )
+    gold = _gold(answer, names, task.labels)
+    group = None if task.group is None else look_up(record.fields, task.group)
+    if task.group is not None and group is None:
+        raise InputError(f"column {task.group!r}, the row's group, is null; expected a name")
+    return Question(index, record.where, row, gold, "" if group is None else _key(group))
+
+
+def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
+    """Find the answer among the names: by the labels' table, by name, or as an index."""
+    key = _key(answer)
+    if isinstance(labels, Mapping):
+        if key in labels:
+            return names.index(labels[key])
+        raise InputError(f"the answer {answer!r} is none of {', '.join(map(repr, labels))}")
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and len(key) < 10 and int(key) < len(names):
+        return int(key)
+    raise InputError(
+        f"the answer {answer!r} is none of {', '.join(map(repr, names))}, "
+        f"nor an index from 0 to {len(names) - 1}"
+    )
+
+
+def _key(value: Any) -> str:
+    """Write a cell as a task file names it: text as it is, `true`, `false`, whole numbers plain."""
+    if isinstance(value, bool | np.bool_):
+        return str(bool(value)).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

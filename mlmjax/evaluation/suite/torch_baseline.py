@@ -1,0 +1,194 @@
+"""A sequence classification model of transformers, fine-tuned in torch, as a baseline."""
+
+import hashlib
+import importlib.util
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig, decode
+from mlmjax.config.suite import Sweep
+from mlmjax.config.task import Task
+from mlmjax.data.reading.exclusion import file_sha256
+from mlmjax.errors import InputError
+from mlmjax.evaluation.questions import Question
+from mlmjax.evaluation.suite.sweep import Answers, DivergedError, Progress, Setting, read_texts
+from mlmjax.training.optimizer import make_schedule
+from mlmjax.weights import hub
+
+PREFIX = "transformers:"
+_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
+
+
+def find_baseline(name: str) -> Path:
+    """Return the folder of `transformers:FOLDER_OR_ID`; its weights have to be safetensors.
+
+    Raises `InputError` for another kind of baseline, a folder that is not there, and where torch
+    and transformers are not installed.
+    """
+    source = name.removeprefix(PREFIX)
+    if source == name or not source.strip():
+        raise InputError(
+            f"--baseline {name!r}: is unknown; expected {PREFIX}FOLDER_OR_ID, a model of "
+            "transformers (majority and TF-IDF stand in every table)"
+        )
+    if missing := [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]:
+        raise InputError(
+            f"--baseline {name}: needs {' and '.join(missing)}, which are not installed; "
+            "run pip install 'mlmjax[oracle]'"
+        )
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        folder = hub.packaged(source) or folder
+    if not folder.is_dir():
+        hub.fetch(source, weights=False)  # refuses what is neither a folder nor a hub id
+        folder = hub.download(source, None, False, _FILES)
+    if not (folder / hub.CONFIG).is_file() or not list(folder.glob("*.safetensors")):
+        raise InputError(
+            f"{source}: has no {hub.CONFIG} or no *.safetensors; give the folder of a model saved "
+            "by transformers (weights as pickles are not read)"
+        )
+    return folder
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the hash of everything in the folder that the model is made of."""
+    names = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
+    lines = [f"{path.name} {file_sha256(path)}" for path in names]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def answer_by_transformers(
+    folder: Path,
+    task: Task,
+    train: Sequence[Question],
+    asked: Sequence[Question],
+    setting: Setting,
+    sweep: Sweep,
+    *,
+    seed: int,
+    progress: Progress | None = None,
+) -> Answers:
+    """Fine-tune the model in torch on `train` under one setting, and let it answer `asked`.
+
+    The protocol is that of `sweep.answer_fine_tuned`: the same text, optimizer, clipping, schedule
+    and order of rows. The tokenizer cuts long texts at their end. No code of the folder is run.
+    Raises `DivergedError`, and `InputError` for what transformers cannot load.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    model, tokenizer = _load(folder, task)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
+    longest = min(
+        sweep.max_length,
+        tokenizer.model_max_length,
+        getattr(model.config, "max_position_embeddings", sweep.max_length),
+    )
+    lengths = [
+        len(tokenizer.encode(text, truncation=False, verbose=False))
+        for text in read_texts(task, asked)
+    ]
+    shortened = sum(length > longest for length in lengths)
+    updates = setting.epochs * -(-len(train) // sweep.batch_size)
+    shape = decode(ScheduleConfig, {"name": "linear", "warmup": sweep.warmup}, "sweep")
+    rates = np.asarray(make_schedule(shape, setting.learning_rate, updates)(np.arange(updates)))
+    ours = OptimizerConfig()
+    optimizer = torch.optim.AdamW(
+        _groups(model, sweep.weight_decay), betas=(ours.b1, ours.b2), eps=ours.eps
+    )
+
+    # What a tokenizer gives besides, such as token types, is not for every model.
+    known = inspect.signature(model.forward).parameters
+
+    def batch(questions: Sequence[Question]) -> dict[str, Any]:
+        fields = tokenizer(
+            read_texts(task, questions),
+            truncation=True,
+            max_length=longest,
+            padding=True,
+            return_tensors="pt",
+        ).to(device)
+        return {name: value for name, value in fields.items() if name in known}
+
+    model.train()
+    losses, done = [], 0
+    for epoch in range(setting.epochs):
+        sums = 0.0
+        for members in _batches(len(train), sweep.batch_size, [seed, epoch]):
+            chosen = [train[i] for i in members]
+            gold = torch.tensor([question.gold for question in chosen], device=device)
+            loss = torch.nn.functional.cross_entropy(model(**batch(chosen)).logits, gold)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), ours.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = float(rates[done])
+            optimizer.step()
+            sums += float(loss.detach()) * len(chosen)
+            done += 1
+            if progress:
+                progress(done, updates)
+        if not math.isfinite(sums):
+            raise DivergedError(f"the loss of epoch {epoch + 1} is not finite; give a lower rate")
+        losses.append(sums / len(train))
+    model.eval()
+    with torch.no_grad():
+        scores = [
+            torch.log_softmax(model(**batch(asked[start : start + sweep.batch_size])).logits, -1)
+            for start in range(0, len(asked), sweep.batch_size)
+        ]
+    return Answers(torch.cat(scores).float().cpu().numpy(), shortened, losses)
+
+
+def _load(folder: Path, task: Task) -> tuple[Any, Any]:
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # else it tells of the new head, every time
+    transformers.logging.disable_progress_bar()
+    names = dict(enumerate(task.label_names))
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            id2label=names,
+            label2id={name: number for number, name in names.items()},
+            ignore_mismatched_sizes=True,  # its own head may be one of other labels
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+    except Exception as error:  # whatever a stranger's folder makes transformers raise
+        first = next(iter(str(error).splitlines()), "")
+        raise InputError(
+            f"{folder}: transformers cannot load it as a sequence classification model "
+            f"({type(error).__name__}: {first:.200}); give another baseline"
+        ) from error
+    if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
+        raise InputError(
+            f"{folder}: its tokenizer or its configuration names no padding token, so that rows "
+            "cannot share a batch; set pad_token and pad_token_id, or give another baseline"
+        )
+    return model, tokenizer
+
+
+def _groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def _batches(count: int, size: int, seed: list[int]) -> Iterator[np.ndarray]:
+    order = np.random.default_rng(seed).permutation(count)
+    for start in range(0, count, size):
+        yield order[start : start + size]

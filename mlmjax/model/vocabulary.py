@@ -1,0 +1,155 @@
+"""A larger vocabulary: new words for the tokenizer, and rows for them in the embedding."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.parallel.sharding import leaf_path
+from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.words import add_words
+
+Model = TypeVar("Model", ModernBertForMaskedLM, ModernBertForSequenceClassification)
+
+# One entry per token; the decoder is tied to the embedding and has no matrix of its own.
+_PER_TOKEN = ("model.embeddings.tok_embeddings.weight", "decoder.bias")
+
+
+def resize_token_embeddings(
+    model: Model,
+    tokenizer: Tokenizer,
+    new_tokens: Sequence[str] | Mapping[str, str] = (),
+    *,
+    size: int | None = None,
+    multiple: int = 64,
+    start: Literal["pieces", "mean"] = "pieces",
+    whole_words: bool = True,
+) -> tuple[Model, Tokenizer]:
+    """Return a model and a tokenizer that know `new_tokens`; the given ones stay as they are.
+
+    Each new word is one token from now on, alone and after a space (see `words.add_words`,
+    also for `whole_words` and for the words that are refused). Its id is the next one after the
+    tokenizer's; rows of the embedding that no token uses yet are used first. ModernBERT's own
+    tokenizer leaves none: all 50,368 rows have a token.
+
+    Where the row (and the decoder bias) of a new word starts:
+
+    - `"pieces"`, the default: at the mean over the tokens that the tokenizer so far cuts
+      `" " + word` into. The model has read them for this word, so it begins near its meaning.
+    - a mapping `{word: text}`: at the mean over the tokens of that text, as it is written.
+    - `"mean"`: at the mean over all ordinary tokens (no special and no [unused*] ones).
+
+    The embedding `[vocab, hidden]` has `size` rows, or as many as are needed, in either case
+    rounded up to a multiple of `multiple`, so that meshes can cut it (`multiple=1`: exactly). It
+    shrinks for a `size` only, and never below the ids of the tokenizer. New rows that are left for
+    later hold the mean over all ordinary tokens: they take at most their share of the probability
+    (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). Old ids keep
+    their rows bit for bit, so their logits for text without new words are what they were.
+
+    Raises `InputError` for words that cannot be tokens, for a `size` below the ids in use, and for
+    a tokenizer that is not the model's.
+    """
+    old_rows = model.config.vocab_size
+    if tokenizer.vocab_size > old_rows:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {old_rows} rows; "
+            "give the tokenizer the model was trained with"
+        )
+    words, texts = _words(new_tokens)
+    larger = add_words(tokenizer, words, whole_words=whole_words)
+    rows = _rows(old_rows, larger.vocab_size, size, multiple)
+    ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
+    sources = _sources(tokenizer, words, texts, start)
+
+    def resized(table: np.ndarray) -> np.ndarray:
+        """Cut or extend `[vocab, ...]` and fill in the rows of the new words."""
+        mean: np.ndarray = _mean(table, ordinary)
+        spare = np.broadcast_to(mean, (max(rows - old_rows, 0), *mean.shape))
+        result = np.concatenate([table[:rows], spare])
+        for token, source in enumerate(sources, tokenizer.vocab_size):
+            result[token] = mean if source is None else _mean(table, source)
+        return result
+
+    config = dataclasses.replace(model.config, vocab_size=rows)
+    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat}
+    abstract = nnx.eval_shape(lambda: type(model)(config, rngs=nnx.Rngs(0), **options))
+    graphdef, params = nnx.split(abstract)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
+    old = {leaf_path(path): leaf for path, leaf in leaves}
+
+    def fill(path: Any, _: Any) -> jax.Array:
+        name = leaf_path(path)
+        # A copy: an array that shared numpy's memory could not be donated to a step.
+        return (
+            jnp.array(resized(np.asarray(old[name])), copy=True)
+            if name in _PER_TOKEN
+            else old[name]
+        )
+
+    resized_model: Any = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params))
+    if hasattr(model, "source_dtypes"):
+        resized_model.source_dtypes = model.source_dtypes
+    return resized_model, larger
+
+
+def _words(new_tokens: Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:
+    """Return the words and, of a mapping, the text that each starts from."""
+    if isinstance(new_tokens, str):
+        raise InputError(f"new_tokens: is the text {new_tokens!r:.60}; expected a list of words")
+    if not isinstance(new_tokens, Mapping | Sequence):
+        raise InputError(
+            f"new_tokens: is {type(new_tokens).__name__}; expected a list of words, or word -> text"
+        )
+    if not isinstance(new_tokens, Mapping):
+        return list(new_tokens), None
+    for word, text in new_tokens.items():
+        check_text(text, f"new word {word!r:.80}: its text")
+    return list(new_tokens), list(new_tokens.values())
+
+
+def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:
+    """Return how many rows there will be for `used` ids."""
+    for name, value in (("size", used if size is None else size), ("multiple", multiple)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name}: is {value!r}; expected a whole number above 0")
+    if size is None:
+        return old_rows if used <= old_rows else -(-used // multiple) * multiple
+    if size < used:
+        raise InputError(
+            f"size: {size} rows are too few for {used} ids of the tokenizer, new words included; "
+            f"give at least {used}"
+        )
+    return -(-size // multiple) * multiple
+
+
+def _sources(
+    tokenizer: Tokenizer, words: Sequence[str], texts: Sequence[str] | None, start: str
+) -> list[list[int] | None]:
+    """Return the ids whose mean each new word starts at; None: all ordinary ones."""
+    if start not in ("pieces", "mean"):
+        raise InputError(f"start: is {start!r}; expected 'pieces' or 'mean'")
+    if start == "mean" and texts is None:
+        return [None] * len(words)
+    texts = [f" {word}" for word in words] if texts is None else texts
+    encoded = tokenizer.encode_plain_batch(texts)
+    sources: list[list[int] | None] = []
+    for word, ids in zip(words, encoded, strict=True):
+        known = [i for i in ids if i not in tokenizer.special_ids]
+        if not known:
+            raise InputError(
+                f"new word {word!r:.80}: the tokenizer knows no part of the text it should start "
+                "from; give a text it knows, or start='mean'"
+            )
+        sources.append(known)
+    return sources
+
+
+def _mean(table: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """Return the mean of some rows, added up in float64."""
+    return table[np.array(ids)].mean(axis=0, dtype=np.float64).astype(table.dtype)

@@ -1,0 +1,271 @@
+"""Processes of a run that watch over each other: when one ends, all end, and say why."""
+
+import ctypes
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+
+from mlmjax.errors import InputError, RunError
+from mlmjax.parallel.peers import JOIN_SECONDS, Peers, find_peers
+from mlmjax.parallel.processes import (
+    client,
+    is_first,
+    part,
+    parted,
+    process_count,
+    process_index,
+    table,
+)
+from mlmjax.parallel.relay import Relay
+
+BEAT_SECONDS = 3.0
+SILENCE_SECONDS = 40.0
+"""After how long without a sign of life a process counts as dead."""
+LINGER_SECONDS = 15.0
+"""How long the first process stays, after a failure, for the others to read why."""
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+_LOST = re.compile(
+    r"gloo|nccl|socket|connection|peer|unavailable|deadline|barrier|timed.?out", re.I
+)
+"""What libraries say when a process at the other end is gone."""
+
+BEATS, ENDS = "mlmjax/beat/", "mlmjax/end/"
+
+
+@contextmanager
+def joined(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> Iterator[None]:
+    """Join the peers of this run while this lasts; does nothing where there are none.
+
+    Has to come before anything that starts a JAX backend. When one process dies or fails, the
+    others say which one and end within a minute, wherever they are. Raises `InputError` as
+    `find_peers`; when the others do not come, the process ends with exit code 1.
+    """
+    peers = find_peers(coordinator, processes, process)
+    if peers is None:
+        yield
+        return
+    with _own_output(), _connected(peers):
+        yield
+
+
+@contextmanager
+def _own_output() -> Iterator[None]:
+    """Keep standard output to ourselves: what libraries print on it goes to standard error.
+
+    Gloo prints a line whenever devices meet for the first time, also in the middle of a run.
+    """
+    try:
+        is_descriptor = sys.stdout.fileno() == 1
+    except (AttributeError, OSError, ValueError):
+        is_descriptor = False  # Somebody in this process keeps what is printed.
+    if not is_descriptor:
+        yield
+        return
+    theirs = sys.stdout
+    theirs.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(kept, "w", encoding=theirs.encoding, errors=theirs.errors, closefd=False) as ours:
+            sys.stdout = ours
+            yield
+    finally:
+        sys.stdout = theirs
+        with suppress(Exception):
+            ctypes.CDLL(None).fflush(None)  # Theirs, before the descriptor is ours again.
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _connected(peers: Peers) -> Iterator[None]:
+    relay = None
+    address = peers.coordinator
+    if peers.process:
+        # JAX kills a process at once, and with pages of C++, when it loses the first one.
+        relay = Relay(peers.coordinator)
+        address = relay.address
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Its handler would take SIGTERM from ours.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX's own time limit ends the process with pages of C++.
+    limit = threading.Timer(JOIN_SECONDS, _give_up, [peers])
+    limit.daemon = True
+    limit.start()
+    try:
+        jax.distributed.initialize(
+            address,
+            peers.processes,
+            peers.process,
+            peers.local_devices,
+            cluster_detection_method="deactivate",
+            initialization_timeout=10 * JOIN_SECONDS,
+        )
+    except Exception as error:
+        raise RunError(
+            f"process {peers.process} of {peers.processes}: cannot be reached or reach the others "
+            f"through {peers.coordinator} ({_first_line(error)}); give another HOST:PORT"
+        ) from error
+    finally:
+        limit.cancel()
+    watch = _Watch(relay)
+    try:
+        yield
+        _publish(0, "is done")
+        part("end")
+        jax.distributed.shutdown()
+    except BaseException as error:
+        # Most likely a peer is gone in the middle of something: the watch finds out which.
+        lost = _LOST.search(str(error)) and not parted.is_set()
+        if watch.stops.wait(SILENCE_SECONDS + 4 * BEAT_SECONDS if lost else 0):
+            time.sleep(LINGER_SECONDS)  # It ends this process.
+        _publish(*_verdict(error))
+        raise
+
+
+def _give_up(peers: Peers) -> None:
+    print(
+        f"mlmjax: process {peers.process} of {peers.processes}: not all of the others came to "
+        f"{peers.coordinator} within {JOIN_SECONDS} s; start the same command on every host, with "
+        "an address of the first one that all of them reach",
+        file=sys.stderr,
+    )
+    _exit(EXIT_FAILED)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else EXIT_FAILED
+        return code, "was asked to stop"
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_INTERRUPTED, "was interrupted"
+    code = EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    return code, f"failed: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def leave(code: int) -> None:
+    """End this process with an exit code; after a failure, without waiting for the others.
+
+    JAX would wait minutes for processes that are gone. The first process, which the others speak
+    through, stays until they know.
+    """
+    watch = _Watch.current
+    if watch is None or parted.is_set():
+        sys.exit(code)
+    parted.set()
+    if is_first():
+        until = time.monotonic() + LINGER_SECONDS
+        with suppress(Exception):
+            while time.monotonic() < until and len(table(ENDS)) < process_count():
+                time.sleep(0.2)
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+    with suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+class _Watch:
+    """Two threads: one tells that this process lives and reads of the others, one judges."""
+
+    current: "_Watch | None" = None
+
+    def __init__(self, relay: Relay | None):
+        self.stops = threading.Event()
+        """Set when this process is about to end because of another one."""
+        self._relay = relay
+        self._heard = dict.fromkeys(range(process_count()), ("", time.monotonic()))
+        self._ended: dict[int, dict[str, Any]] = {}
+        self._hosts: dict[int, str] = {}
+        _Watch.current = self
+        for work in (self._speak, self._judge):
+            threading.Thread(target=work, daemon=True, name=f"mlmjax{work.__name__}").start()
+
+    def _speak(self) -> None:
+        host, count = socket.gethostname(), 0
+        while not parted.is_set():
+            with suppress(Exception):
+                count += 1
+                client().key_value_set(
+                    f"{BEATS}{process_index()}", f"{count} {host}", allow_overwrite=True
+                )
+                for process, text in table(BEATS).items():
+                    self._hosts[process] = text.partition(" ")[2]
+                    if text != self._heard[process][0]:
+                        self._heard[process] = (text, time.monotonic())
+                self._ended |= {p: json.loads(text) for p, text in table(ENDS).items()}
+            parted.wait(BEAT_SECONDS)
+
+    def _judge(self) -> None:
+        while not parted.wait(BEAT_SECONDS / 4):
+            # A copy in one piece: the other thread adds to it.
+            for process, end in tuple(self._ended.items()):
+                if end["code"] and process != process_index():
+                    self._stop(end["cause"], end["message"], end["code"])
+            if self._relay is not None and self._relay.lost.is_set():
+                parted.wait(BEAT_SECONDS)  # It may have said why before.
+                if not any(end["code"] for end in tuple(self._ended.values())):
+                    self._stop(0, "has ended without a word", EXIT_FAILED)
+                continue
+            now = time.monotonic()
+            silent = [
+                process
+                for process, (_, since) in tuple(self._heard.items())
+                if now - since > SILENCE_SECONDS and process not in self._ended
+            ]
+            # When the first one is gone nobody is heard.
+            if silent:
+                what = f"has given no sign of life for {SILENCE_SECONDS:.0f} s"
+                self._stop(silent[0], what, EXIT_FAILED)
+
+    def _stop(self, process: int, what: str, code: int) -> None:
+        if parted.is_set():
+            return
+        self.stops.set()
+        parted.set()
+        host = self._hosts.get(process)
+        where = f" (on {host})" if host else ""
+        then = ". The same command on all hosts goes on from the newest checkpoint"
+        print(
+            f"mlmjax: process {process} of {process_count()}{where} {what}; process "
+            f"{process_index()} stops as well{then * (code == EXIT_FAILED)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        _publish(code, what, process)
+        if is_first():
+            time.sleep(2 * BEAT_SECONDS)  # The others read through this one.
+        _exit(code)
+
+
+def _publish(code: int, message: str, cause: int | None = None) -> None:
+    """Tell the others how this process ends, and because of which; wait little if nobody hears."""
+    cause = process_index() if cause is None else cause
+
+    def tell() -> None:
+        with suppress(Exception):
+            text = json.dumps({"code": code, "message": message, "cause": cause})
+            client().key_value_set(f"{ENDS}{process_index()}", text, allow_overwrite=True)
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    telling.join(BEAT_SECONDS)

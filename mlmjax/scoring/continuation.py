@@ -1,0 +1,109 @@
+"""Labels of several tokens, scored by their own pseudo-log-likelihood in the place of the slot."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.scoring.engine import Progress
+from mlmjax.scoring.likelihood import log_prob_of_target, word_ends
+from mlmjax.scoring.scorers import RowScorer
+from mlmjax.text.pieces import word_starts
+from mlmjax.text.prompts import Prompt, Template
+from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.weights.pretrained import Model
+
+BLOCK = 64
+"""Prompts whose sequences are held in memory at once."""
+
+
+class ContinuationScorer(RowScorer):
+    """The probability of every label for every row, each label standing where the slot is.
+
+    A label's score is the sum of the log probabilities of its tokens, each masked in turn together
+    with those that follow it in its word (Kauf and Ivanova 2023), under the softmax over the whole
+    vocabulary; scores are normalised over the labels. That takes one forward pass for each token of
+    each label. A longer label is less probable for its length alone, which calibration by a blank
+    text takes out.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        labels: Sequence[str],
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        optional: Sequence[str] = (),
+    ):
+        if not isinstance(model, ModernBertForMaskedLM):
+            raise InputError(
+                f"a {type(model).__name__} has no masked-language-model head to score with; "
+                "expected a ModernBertForMaskedLM"
+            )
+        for label in labels:
+            check_text(label, f"label {label!r}")
+        self._tokens = tokenizer.encode_plain_batch([f" {label}" for label in labels])
+        seen: dict[tuple[int, ...], str] = {}
+        for label, tokens in zip(labels, map(tuple, self._tokens), strict=True):
+            if tokens in seen:
+                raise InputError(
+                    f"labels {seen[tokens]!r:.60} and {label!r:.60} are the same tokens; expected "
+                    "labels that differ"
+                )
+            seen[tokens] = label
+        super().__init__(
+            model,
+            tokenizer,
+            template,
+            labels,
+            log_prob_of_target,
+            batch_size=batch_size,
+            max_length=max_length,
+            optional=optional,
+        )
+        longest = max(range(len(labels)), key=lambda i: len(self._tokens[i]))
+        self.max_length -= len(self._tokens[longest]) - 1
+        if self.max_length < 1:
+            raise InputError(
+                f"label {labels[longest]!r:.60}: has {len(self._tokens[longest])} tokens, more "
+                "than a prompt may have; give a shorter name"
+            )
+        starts = word_starts(tokenizer)
+        self._masks = [word_ends(starts(np.array(tokens))).tolist() for tokens in self._tokens]
+
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        results = []
+        for start in range(0, len(prompts), BLOCK):
+            block = prompts[start : start + BLOCK]
+            results.append(self._block(block))
+            if progress:
+                progress(len(block))
+        return np.concatenate(results)
+
+    def _block(self, prompts: Sequence[Prompt]) -> np.ndarray:
+        """[rows, labels] log probabilities of a few prompts."""
+        sequences, positions, targets = [], [], []
+        for prompt in prompts:
+            before, after = prompt.ids[: prompt.slot], prompt.ids[prompt.slot + 1 :]
+            for tokens, masks in zip(self._tokens, self._masks, strict=True):
+                for at, stop in enumerate(masks):
+                    hidden = [self.tokenizer.mask_id] * (stop - at)
+                    sequences.append([*before, *tokens[:at], *hidden, *tokens[stop:], *after])
+                    positions.append(len(before) + at)
+                    targets.append(tokens[at])
+        found = self.engine.run(
+            sequences, np.array(positions, np.int32), np.array(targets, np.int32)
+        ).reshape(len(prompts), -1)
+        ends = np.cumsum([len(tokens) for tokens in self._tokens])[:-1]
+        scores = np.stack([part.sum(axis=1) for part in np.split(found, ends, axis=1)], axis=1)
+        return np.asarray(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))

@@ -1,0 +1,277 @@
+"""One jitted function over token sequences of any length: buckets, batches, devices, memory."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from mlmjax.errors import RunError
+from mlmjax.model.layers import Linear
+from mlmjax.parallel.sharding import (
+    batch_sharding,
+    leaf_path,
+    make_mesh,
+    place,
+    replicated_sharding,
+)
+from mlmjax.weights.pretrained import Model
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int], None]
+Forward = Callable[..., Any]
+"""From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`.
+
+It has to be hashable; those that are equal share what is compiled.
+"""
+
+
+def bucket_lengths(max_length: int) -> tuple[int, ...]:
+    """Return the lengths that sequences are padded to: four to a doubling, ending at `max_length`.
+
+    >>> bucket_lengths(300)
+    (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
+    """
+    lengths = [32, 48]
+    octave = 64
+    while octave < max_length:
+        lengths += [octave + quarter * octave // 4 for quarter in range(4)]
+        octave *= 2
+    return (*(length for length in lengths if length < max_length), max_length)
+
+
+class Engine:
+    """Runs sequences of token ids through a model, a jitted `forward` of which says what is read.
+
+    Sequences are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
+    many as fill a token budget; a sequence that comes alone is a batch of its own unless the full
+    one is compiled already), cut over all local devices, so that there are at most two compilations
+    per bucket. A batch that the devices have no memory for is halved, and stays so; `forward` must
+    give each row a result that does not depend on the others.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        forward: Forward,
+        *,
+        pad_id: int,
+        max_length: int,
+        batch_size: int | None = None,
+    ):
+        self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
+        self.buckets = bucket_lengths(max_length)
+        self._shapes: set[tuple[int, int]] = set()
+        self.real_tokens = self.padded_tokens = 0
+        self.mesh = local_mesh(batch_size)
+        self._halvings = 0
+        self._placed: tuple[list[Any], Any] = ([], None)
+        self.jitted = _jitted(_computed_graph(model), forward)
+
+    @property
+    def compilations(self) -> int:
+        """How many shapes of batches there were so far, each a program of its own."""
+        return len(self._shapes)
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding among all tokens that went through the model so far."""
+        return 1.0 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
+
+    def run(
+        self,
+        sequences: Sequence[Sequence[int]],
+        *columns: np.ndarray,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Return what `forward` gives for each sequence, in their order: arrays `[sequences, ...]`.
+
+        `columns` are more arrays of one entry per sequence. There has to be a sequence. `progress`
+        is called with the number of sequences done since its last call. Raises `RunError` where
+        the devices' memory does not hold even one sequence each.
+        """
+        lengths = np.array([len(ids) for ids in sequences])
+        order = np.argsort(-lengths, kind="stable")
+        results: Any = None
+        done = 0
+        while done < len(order):
+            try:
+                for members, scored in self._in_flight(sequences, lengths, order[done:], columns):
+                    if results is None:
+                        results = jax.tree.map(
+                            lambda a: np.empty((len(order), *a.shape[1:]), a.dtype), scored
+                        )
+                    jax.tree.map(_put(members), results, scored)
+                    done += len(members)
+                    if progress:
+                        progress(len(members))
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                self._halve(int(lengths[order[done]]), len(sequences), error)
+        return results
+
+    def rows_of(self, length: int, sequences: int) -> int:
+        """Count the rows of a batch of this length, a multiple of the devices.
+
+        Who asks about one sequence waits for it, and would wait for rows of padding; unless the
+        batch is compiled already, since compiling takes longer than they do.
+        """
+        devices = self.mesh.size
+        rows = self.batch_size or rows_of(length) * devices
+        rows = -(-max(1, rows >> self._halvings) // devices) * devices
+        is_alone = sequences == 1 and self.batch_size is None
+        return devices if is_alone and (rows, length) not in self._shapes else rows
+
+    def _halve(self, length: int, sequences: int, error: Exception) -> None:
+        bucket = self._bucket(length)
+        rows = self.rows_of(bucket, sequences)
+        if rows == self.mesh.size:
+            raise RunError(
+                f"the memory of the devices does not hold one text of {length} tokens each; "
+                "give a smaller max_length, dtype bfloat16, or a device with more memory"
+            ) from error
+        self._halvings += 1
+        while self.rows_of(bucket, sequences) == rows:
+            self._halvings += 1
+        log.info(
+            "not enough memory for %d rows of %d tokens; going on with %d",
+            rows,
+            length,
+            self.rows_of(bucket, sequences),
+        )
+
+    def _bucket(self, length: int) -> int:
+        return self.buckets[np.searchsorted(self.buckets, length)]
+
+    def _in_flight(
+        self,
+        sequences: Sequence[Sequence[int]],
+        lengths: np.ndarray,
+        order: np.ndarray,
+        columns: Sequence[np.ndarray],
+    ) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yield `(indices, results)`; one batch is in flight while the next is laid out."""
+        state = self._state()
+        waiting = None
+        for members, arrays in self._batches(sequences, lengths, order, columns):
+            with jax.set_mesh(self.mesh):
+                scored = members, self.jitted(state, *arrays)
+            if waiting:
+                yield waiting[0], jax.device_get(waiting[1])
+            waiting = scored
+        if waiting:
+            yield waiting[0], jax.device_get(waiting[1])
+
+    def _batches(
+        self,
+        sequences: Sequence[Sequence[int]],
+        lengths: np.ndarray,
+        order: np.ndarray,
+        columns: Sequence[np.ndarray],
+    ) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
+        """Lay out sequences, longest first, as `(their indices, arrays of a bucket's shape)`.
+
+        A batch is filled with the next shorter ones even where these would fit a smaller bucket, so
+        that only the last batch of all has rows of padding.
+        """
+        start = 0
+        while start < len(order):
+            length = self._bucket(lengths[order[start]])
+            rows = self.rows_of(length, len(sequences))
+            members = order[start : start + rows]
+            ids = np.full((rows, length), self.pad_id, np.int32)
+            segment_ids = np.zeros((rows, length), np.int32)
+            for row, member in enumerate(members):
+                ids[row, : lengths[member]] = sequences[member]
+                segment_ids[row, : lengths[member]] = 1
+            # Rows left over repeat the first one's columns: results of theirs are dropped.
+            filled = np.resize(members, rows)
+            filled[len(members) :] = members[0]
+            self.real_tokens += int(lengths[members].sum())
+            self.padded_tokens += rows * length
+            self._shapes.add((rows, length))
+            arrays = (ids, segment_ids, *(column[filled] for column in columns))
+            yield members, jax.device_put(arrays, batch_sharding(self.mesh))
+            start += rows
+
+    def _state(self) -> Any:
+        """Return the model's parameters on all devices, placed again only when they are others."""
+        _, state = nnx.split(self.model)
+        leaves = jax.tree.leaves(state)
+        known, placed = self._placed
+        if len(leaves) != len(known) or any(a is not b for a, b in zip(leaves, known, strict=True)):
+            rounded = as_computed(self.model, state)
+            placed = place(rounded, jax.tree.map(lambda _: replicated_sharding(self.mesh), state))
+            self._placed = leaves, placed
+        return placed
+
+
+def as_computed(model: Model, state: Any) -> Any:
+    """Round the weights of products once, as each product would round them for every batch.
+
+    `state` holds the model's parameters, or shapes in their place.
+    """
+    products = {
+        ".".join(map(str, (*path, "weight")))
+        for path, module in nnx.iter_graph(model)
+        if isinstance(module, Linear) and model.dtype != jnp.float32
+    }
+
+    def rounded(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(model.dtype) if leaf_path(path) in products else leaf
+
+    return jax.tree_util.tree_map_with_path(rounded, state)
+
+
+def _computed_graph(model: Model) -> Any:
+    """Return the model's graph without what only its files said, which no forward pass reads."""
+    bare: Any = nnx.merge(*nnx.split(model))  # other modules with the same arrays
+    bare.source_dtypes = ()
+    for _, module in nnx.iter_graph(bare):
+        if hasattr(module, "config"):
+            module.config = replace(module.config, extra={})
+    return nnx.split(bare)[0]
+
+
+@lru_cache(maxsize=64)
+def _jitted(graphdef: Any, forward: Forward) -> Any:
+    """Return the jitted call; engines of like models that read the same share what is compiled."""
+    return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
+
+
+def local_mesh(batch_size: int | None = None) -> Mesh:
+    """Return a mesh of the local devices: as many as can have equal parts of a batch."""
+    devices = local_devices()
+    if batch_size:
+        used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
+        devices = devices[:used]
+    return make_mesh({"data": -1}, devices)
+
+
+def local_devices() -> list[jax.Device]:
+    """Return the devices that batches are cut over."""
+    return jax.local_devices()
+
+
+def _put(members: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
+    def put(into: np.ndarray, values: np.ndarray) -> None:
+        into[members] = values[: len(members)]
+
+    return put
+
+
+def rows_of(length: int, platform: str | None = None) -> int:
+    """Count the rows of one device's batch of sequences of this length, where nobody says.
+
+    A CPU's matrix products are at full speed from about 1024 tokens. `platform`: the one in use.
+    """
+    budget = 1024 if (platform or jax.default_backend()) == "cpu" else 65536
+    return max(1, budget // length)

@@ -1,0 +1,383 @@
+"""Label probabilities at the slot, by one forward pass for each row."""
+
+import itertools
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlmjax.errors import InputError, RunError
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.scoring.engine import Engine, Forward, Progress
+from mlmjax.text.prompts import Prompt, Template, Verbalizer
+from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.training.heads import SINGLE_LABEL
+from mlmjax.weights.pretrained import Model
+
+CHUNK_ROWS = 8192
+MOST_ROWS = 65536
+
+
+def check_row(
+    row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
+) -> None:
+    """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
+
+    Fields of `optional` may be blank.
+
+    >>> check_row({"text": " "}, ["text"], 2)
+    Traceback (most recent call last):
+    mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
+    for field in fields:
+        if field == "options":
+            continue
+        if field not in row:
+            known = ", ".join(map(repr, row)) or "none"
+            raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
+        if field in optional:
+            check_text(row[field], f"field {field!r}")
+        else:
+            check_filled(row[field], f"field {field!r}")
+    options = row.get("options")
+    if options is None:
+        if "options" in fields:
+            raise InputError("has no 'options', which the prompt names; give it a list of texts")
+        return
+    if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
+        raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
+    if len(options) > label_count:
+        raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
+    for number, option in enumerate(options, 1):
+        check_filled(option, f"option {number}")
+
+
+def check_filled(text: Any, what: str) -> None:
+    """Raise `InputError`, opened by `what`, for what is blank or no text."""
+    check_text(text, what)
+    if not text.strip():
+        raise InputError(f"{what}: is blank; give it some text or leave the row out")
+
+
+def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
+    """Return the name of each text in messages, the first being number `first`.
+
+    Raises `InputError` that names each one that is blank or no text.
+    """
+    names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
+    _for_each(names, texts, lambda text: check_filled(text, "field 'text'"))
+    return names
+
+
+def make_engine(
+    model: Model,
+    tokenizer: Tokenizer,
+    forward: Forward,
+    batch_size: int | None,
+    max_length: int | None,
+) -> Engine:
+    """Return the engine of a model and its tokenizer; raises `InputError` for what cannot be."""
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+            f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
+        )
+    if batch_size is not None and not (
+        isinstance(batch_size, numbers.Integral) and 1 <= batch_size <= MOST_ROWS
+    ):
+        raise InputError(
+            f"batch_size is {batch_size!r:.60}; expected at least 1, at most {MOST_ROWS}"
+        )
+    longest = model.config.max_position_embeddings
+    if max_length is not None and not 0 < max_length <= longest:
+        raise InputError(
+            f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
+        )
+    return Engine(
+        model,
+        forward,
+        pad_id=tokenizer.pad_id,
+        max_length=max_length or longest,
+        batch_size=batch_size,
+    )
+
+
+class RowScorer(ABC):
+    """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
+
+    Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
+    many as fill a token budget; a prompt that comes alone is a batch of its own unless the full one
+    is compiled already), so that there are at most two compilations per bucket. Texts that make a
+    prompt longer than `max_length` (default: the model's `max_position_embeddings`) are shortened
+    by the template, and such rows are counted in `shortened`; `scored` counts all. Fields named in
+    `optional` may be blank, others are refused then.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        labels: Sequence[str],
+        forward: Forward,
+        *,
+        batch_size: int | None,
+        max_length: int | None,
+        optional: Sequence[str] = (),
+    ):
+        self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
+        self.optional = tuple(optional)
+        self.scored = self.shortened = 0
+        self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
+        self.max_length = self.engine.buckets[-1]
+
+    @property
+    def model(self) -> Model:
+        """The model that answers; another one of the same shapes may be set."""
+        return self.engine.model
+
+    @model.setter
+    def model(self, model: Model) -> None:
+        self.engine.model = model
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """The lengths that prompts are padded to."""
+        return self.engine.buckets
+
+    @property
+    def compilations(self) -> int:
+        """How many shapes of batches there were so far, each a program of its own."""
+        return self.engine.compilations
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding among all tokens that went through the model so far."""
+        return self.engine.padding_share
+
+    def log_probs(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        where: Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Score rows of `{field: text}` and give log probabilities, float32 `[rows, labels]`.
+
+        A row may hold `"options"`, a list of texts; its columns past their number are -inf.
+        Any iterable will do: it is read in chunks. `where` names each row in messages (default:
+        its number); `progress` is called with the number of rows done since its last call.
+        Raises `InputError` naming each row that cannot be scored, `RunError` for scores that are
+        not finite.
+        """
+        if isinstance(rows, str | bytes | Mapping):
+            raise InputError(f"rows is one {type(rows).__name__}; expected a list of rows")
+        results = [np.zeros((0, len(self.labels)), np.float32)]
+        first, pending = 0, iter(rows)
+        while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
+            names = where[first : first + len(chunk)] if where else None
+            prompts = self.prompts(chunk, where=names, first=first)
+            results.append(self._score(chunk, prompts, progress))
+            first += len(chunk)
+            self.scored += len(chunk)
+        scores = np.concatenate(results)
+        if np.isnan(scores).any():
+            raise RunError("the model's scores are not finite; its weights are broken")
+        return scores
+
+    def prompts(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        where: Sequence[str] | None = None,
+        first: int = 0,
+    ) -> list[Prompt]:
+        """Check and tokenise rows (`first`: the index of the first of them), as `log_probs` does.
+
+        Raises `InputError` that lists each row refused, by its name in `where` or its number.
+        """
+        names = where or [f"row {i + 1} (index {i})" for i in range(first, first + len(rows))]
+        fields, count = self.template.fields, len(self.labels)
+        _for_each(names, rows, lambda row: check_row(row, fields, count, self.optional))
+        try:
+            prompts = self.template.render_batch(self.tokenizer, rows, self.max_length)
+        except InputError:
+            _for_each(
+                names, rows, lambda row: self.template.render(self.tokenizer, row, self.max_length)
+            )
+            raise
+        self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
+        return prompts
+
+    @abstractmethod
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        """Return the log probabilities of prompts, `[rows, labels]`."""
+
+
+class Scorer(RowScorer):
+    """The probability of every label for every row, by one forward pass per row.
+
+    The encoder runs in the model's compute dtype; the head runs at the slot alone, and the
+    log-softmax in float32. A row's result does not depend on its neighbours or its bucket.
+
+    `normalize="labels"` is the softmax over the verbalizer's own labels (over the row's first
+    `len(row["options"])` labels where it has options); the probabilities of a label's surface forms
+    are summed. `normalize="vocabulary"` is that sum under the softmax over the whole vocabulary,
+    which is how the published MMLU figures were made.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        verbalizer: Verbalizer,
+        *,
+        batch_size: int | None = None,
+        normalize: Literal["labels", "vocabulary"] = "labels",
+        max_length: int | None = None,
+        optional: Sequence[str] = (),
+    ):
+        if not isinstance(model, ModernBertForMaskedLM):
+            raise InputError(
+                f"a {type(model).__name__} has no masked-language-model head to score with; "
+                "expected a ModernBertForMaskedLM"
+            )
+        if normalize not in ("labels", "vocabulary"):
+            raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
+        self.verbalizer, self.normalize = verbalizer, normalize
+        super().__init__(
+            model,
+            tokenizer,
+            template,
+            verbalizer.labels,
+            _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary"),
+            batch_size=batch_size,
+            max_length=max_length,
+            optional=optional,
+        )
+
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        own = [row.get("options") for row in rows]
+        counts = np.array([len(self.labels if o is None else o) for o in own], np.int32)
+        slots = np.array([prompt.slot for prompt in prompts], np.int32)
+        ids = [prompt.ids for prompt in prompts]
+        return np.asarray(self.engine.run(ids, slots, counts, progress=progress))
+
+
+@dataclass(frozen=True)
+class _AtSlot:
+    """Reads the label log probabilities at the slots; `forms` are the tokens of each label."""
+
+    forms: tuple[tuple[int, ...], ...]
+    over_vocabulary: bool
+
+    def __call__(
+        self,
+        model: Any,
+        ids: jax.Array,
+        segment_ids: jax.Array,
+        slots: jax.Array,
+        own_labels: jax.Array,
+    ) -> jax.Array:
+        """[batch, seq] ids -> [batch, labels] log probabilities."""
+        widest = max(map(len, self.forms))
+        form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in self.forms])
+        is_form = np.array([[i < len(ids) for i in range(widest)] for ids in self.forms])
+        hidden = model.encode(ids, segment_ids)
+        at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
+        if self.over_vocabulary:
+            logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
+            logits = logits[:, form_ids]
+        else:
+            logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel())).astype(jnp.float32)
+            logits = logits.reshape(-1, *form_ids.shape)
+        logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
+        is_own = jnp.arange(len(self.forms))[None, :] < own_labels[:, None]
+        logits = jnp.where(is_own, logits, -jnp.inf)
+        return logits if self.over_vocabulary else jax.nn.log_softmax(logits)
+
+
+class HeadScorer(RowScorer):
+    """The probability of every label for every row, by a classification head.
+
+    `template` is made with `slot=False`; the labels are those of the model's own `id2label`. Raises
+    `InputError` for a model that has no such head, or whose head is not one of several classes.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: Template,
+        *,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ):
+        if not isinstance(model, ModernBertForSequenceClassification):
+            raise InputError(
+                f"a {type(model).__name__} has no classification head; "
+                "expected a ModernBertForSequenceClassification"
+            )
+        kind, count = model.config.problem_type or SINGLE_LABEL, model.config.num_labels
+        if kind != SINGLE_LABEL or count < 2:
+            raise InputError(
+                f"the head is one of {kind} with {count} outputs; expected one class of two or more"
+            )
+        super().__init__(
+            model,
+            tokenizer,
+            template,
+            self.labels_of(model),
+            _head_scores,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+
+    def _score(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        prompts: Sequence[Prompt],
+        progress: Progress | None,
+    ) -> np.ndarray:
+        ids = [prompt.ids for prompt in prompts]
+        return np.asarray(self.engine.run(ids, progress=progress))
+
+    @staticmethod
+    def labels_of(model: Model) -> list[str]:
+        """Return the names of a head's labels, in order."""
+        names = model.config.id2label or {}
+        return [names.get(i, f"LABEL_{i}") for i in range(model.config.num_labels)]
+
+
+def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    return jax.nn.log_softmax(model(ids, segment_ids).astype(jnp.float32))
+
+
+def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
+    """Act on every row; raise one `InputError` that lists, by name, each row that was refused."""
+    problems = []
+    for name, row in zip(names, rows, strict=True):
+        try:
+            act(row)
+        except InputError as error:
+            problems.append(f"{name}: {error.message}")
+    if problems := list(dict.fromkeys(problems)):
+        raise InputError(problems[0], problems[1:])

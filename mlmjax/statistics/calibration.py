@@ -1,0 +1,256 @@
+"""Calibration of label probabilities: a bias of each label taken off, and a temperature."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, FiniteFloat, model_validator
+
+from mlmjax.config.tables import StrictTable, decode
+from mlmjax.errors import InputError
+
+METHODS = ("batch", "null", "order", "temperature")
+COLDEST, HOTTEST = 1e-4, 1e4
+"""Temperatures are looked for between these."""
+
+
+class Calibration(StrictTable):
+    """What is done to log probabilities: `log_softmax((log_probs - bias) / temperature)`.
+
+    `method` names how it was found (several joined by `+`), `bias` has one number per label or is
+    None, and `rows` says from how many rows it was found.
+    """
+
+    method: str
+    bias: Annotated[tuple[FiniteFloat, ...], Field(min_length=1)] | None = None
+    temperature: Annotated[FiniteFloat, Field(ge=1e-8, le=1e8)] = 1.0
+    rows: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _known(self) -> "Calibration":
+        unknown = [name for name in self.method.split("+") if name not in METHODS]
+        if unknown:
+            raise ValueError(
+                f"method names {unknown[0]!r}; expected {', '.join(METHODS)}, or several joined "
+                "by +"
+            )
+        return self
+
+    def apply(self, log_probs: np.ndarray) -> np.ndarray:
+        """Return calibrated log probabilities, float64 `[rows, labels]`.
+
+        Each row sums to 1 over its finite entries; entries of -inf (a label the row does not have)
+        stay. Raises `InputError` for another number of labels than the bias has.
+
+        >>> halved = Calibration(method="batch", bias=(math.log(2), 0.0), rows=1)
+        >>> np.exp(halved.apply(np.log([[0.5, 0.5]]))).round(3).tolist()
+        [[0.333, 0.667]]
+        """
+        scores = checked(log_probs, ("rows", "labels"))
+        if self.bias is not None:
+            if len(self.bias) != scores.shape[1]:
+                raise InputError(
+                    f"log_probs has {scores.shape[1]} labels and the calibration {len(self.bias)}; "
+                    "calibrate again for these labels"
+                )
+            scores = scores - np.array(self.bias)
+        return np.asarray(log_softmax(scores / self.temperature))
+
+    def then(self, other: "Calibration") -> "Calibration":
+        """Return the calibration that does this one and then the other; `rows` is the fewer.
+
+        >>> cooled = Calibration(method="temperature", temperature=0.5, rows=9)
+        >>> cooled.then(Calibration(method="batch", bias=(2.0, 4.0), rows=7))
+        Calibration(method='temperature+batch', bias=(1.0, 2.0), temperature=0.5, rows=7)
+        """
+        bias = self.bias
+        if other.bias is not None:
+            # A row's normalisation shifts all of its labels alike, and the next one undoes it.
+            later = tuple(self.temperature * one for one in other.bias)
+            if bias is not None and len(bias) != len(later):
+                raise InputError(
+                    f"the calibrations have {len(bias)} and {len(later)} labels; expected the same"
+                )
+            bias = later if bias is None else tuple(np.add(bias, later).tolist())
+        return Calibration(
+            method=f"{self.method}+{other.method}",
+            bias=bias,
+            temperature=self.temperature * other.temperature,
+            rows=min(self.rows, other.rows),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the calibration as plain values, which `from_dict` takes."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "calibration") -> "Calibration":
+        """Read plain values strictly; raises `InputError` that names each one that is wrong."""
+        return decode(cls, values, where)
+
+
+def batch_calibration(log_probs: np.ndarray) -> Calibration:
+    """Take off what a model says of all rows alike, found without labels from `[rows, labels]`.
+
+    The bias is the log of each label's mean probability over the rows that have it, as in batch
+    calibration (Zhou et al. 2024, arXiv 2309.17249). It assumes that labels are about equally
+    frequent in the rows: where they are not, it takes off some of what is true.
+
+    >>> np.exp(batch_calibration(np.log([[0.8, 0.2], [0.6, 0.4]])).bias).round(3).tolist()
+    [0.7, 0.3]
+    """
+    scores = checked(log_probs, ("rows", "labels"))
+    return Calibration(method="batch", bias=_log_mean(scores), rows=len(scores))
+
+
+def null_calibration(null_log_probs: np.ndarray) -> Calibration:
+    """Take off what a model says of inputs without content, `[inputs, labels]`.
+
+    The bias is the log of each label's mean probability over the inputs: contextual calibration
+    for inputs such as `N/A` (Zhao et al. 2021, arXiv 2102.09690), and domain-conditional pointwise
+    mutual information for the prompt without the text (Holtzman et al. 2021, arXiv 2104.08315).
+    """
+    scores = checked(null_log_probs, ("inputs", "labels"))
+    return Calibration(method="null", bias=_log_mean(scores), rows=len(scores))
+
+
+def order_calibration(log_probs: np.ndarray) -> Calibration:
+    """Take off the preference for option names, found from cyclic shifts `[rows, shifts, labels]`.
+
+    Column j is the option *name* j (the letter), whatever option stands there under a shift, and
+    the calibration is for columns in that order. The prior of a row is the softmax of the mean log
+    probability over its shifts, and the bias the log of the mean prior (PriDe: Zheng et al. 2024,
+    arXiv 2309.03882). With all shifts each option stands at each name once, so that its content
+    cancels within a row; with fewer it does so roughly, over many rows. A shift that a row was not
+    asked under is -inf throughout.
+
+    >>> likes_a = np.log([[[0.6, 0.4], [0.6, 0.4]]])
+    >>> np.exp(order_calibration(likes_a).bias).round(3).tolist()
+    [0.6, 0.4]
+    """
+    scores = checked(log_probs, ("rows", "shifts", "labels"))
+    asked = np.isfinite(scores).any(axis=2, keepdims=True)
+    has = np.isfinite(scores).any(axis=1)
+    number = asked.sum(axis=1)
+    if (number < 2).any():
+        row = int(np.argmax(number[:, 0] < 2))
+        raise InputError(
+            f"row {row + 1} (index {row}) of log_probs has one shift; expected at least two, since "
+            "one order of the options tells nothing about their names"
+        )
+    # Each shift is normalised first, so that its level does not weigh in the mean.
+    mean = np.where(asked, _zeroed(scores), 0.0).sum(axis=1) / number
+    if (np.isfinite(scores) != (has[:, None] & asked)).any():
+        raise InputError("log_probs: a row has other option names under one shift than another")
+    priors = log_softmax(np.where(has, mean, -np.inf))
+    return Calibration(method="order", bias=_log_mean(priors), rows=len(scores))
+
+
+def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> Calibration:
+    """Find the temperature with the least negative log-likelihood of the gold labels, by index.
+
+    It changes no answer, only how sure it is (Guo et al. 2017, arXiv 1706.04599). Raises
+    `InputError` where there is none: every answer is right, so that one could never be too sure,
+    or the probabilities tell no more of the labels than a guess.
+    """
+    scores = checked(log_probs, ("rows", "labels"))
+    truth = checked_gold(gold, scores)
+    scores = _zeroed(log_softmax(scores), missing=-np.inf)
+    of_gold = scores[np.arange(len(scores)), truth]
+    values = np.where(np.isfinite(scores), scores, 0.0)
+
+    def slope(log_inverse: float) -> float:
+        """The likelihood's slope by 1 / temperature, which only rises: the likelihood is convex."""
+        weights = np.exp(log_softmax(math.exp(log_inverse) * scores))
+        return float(np.mean((weights * values).sum(axis=1) - of_gold))
+
+    low, high = -math.log(HOTTEST), -math.log(COLDEST)
+    if slope(low) >= 0:
+        raise InputError(
+            f"the probabilities of these {len(scores)} rows tell no more of their labels than a "
+            "guess, so that no temperature fits; check the labels and their order"
+        )
+    if slope(high) <= 0:
+        raise InputError(
+            f"the answers of all these {len(scores)} rows are right, so that no temperature fits; "
+            "give more rows, or rows that were not trained on"
+        )
+    from scipy.optimize import brentq  # takes longer to import than an answer
+
+    temperature = math.exp(-brentq(slope, low, high, xtol=1e-10))
+    return Calibration(method="temperature", temperature=temperature, rows=len(scores))
+
+
+def checked(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
+    """Return log probabilities as float64; raises `InputError` for what cannot be any.
+
+    They are finite, or -inf for a label that a row does not have; no row is without labels.
+    """
+    shape = f"[{', '.join(axes)}]"
+    try:
+        scores = np.asarray(log_probs, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"log_probs: are no numbers {shape} ({error})") from error
+    if scores.ndim != len(axes) or not scores.size:
+        raise InputError(f"log_probs has shape {list(scores.shape)}; expected {shape}, none of 0")
+    if np.isnan(scores).any() or np.isposinf(scores).any():
+        row = int(np.argwhere(np.isnan(scores) | np.isposinf(scores))[0][0])
+        raise InputError(f"log_probs: row {row + 1} (index {row}) holds what is no log probability")
+    empty = ~np.isfinite(scores).reshape(len(scores), -1).any(axis=1)
+    if empty.any():
+        row = int(np.argmax(empty))
+        raise InputError(f"log_probs: row {row + 1} (index {row}) has no label; expected one")
+    return scores
+
+
+def checked_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the index of each row's gold label, int `[rows]`, of log probabilities or sets.
+
+    Raises `InputError` for another number of them, and for a label that the row does not have.
+    """
+    truth, (rows, labels) = np.asarray(gold), scores.shape
+    if truth.shape != (rows,) or truth.dtype.kind not in "iu":
+        raise InputError(
+            f"gold has shape {list(truth.shape)} and dtype {truth.dtype}; expected the index of a "
+            f"label for each of {rows} rows"
+        )
+    wrong = (truth < 0) | (truth >= labels)
+    if scores.dtype != bool:
+        wrong |= np.isneginf(scores[np.arange(rows), np.where(wrong, 0, truth)])
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(
+            f"gold: row {row + 1} (index {row}) is {truth[row]}, a label that the row does not "
+            f"have; expected an index below {labels}"
+        )
+    return truth
+
+
+def _log_mean(scores: np.ndarray) -> tuple[float, ...]:
+    """[rows, labels] -> the log of each label's mean probability over the rows that have it."""
+    rows = np.isfinite(scores).sum(axis=0)
+    if not rows.all():
+        label = int(np.argmin(rows))
+        raise InputError(
+            f"log_probs: no row has label {label + 1} (index {label}), so that its bias cannot be "
+            "found; leave the label out, or give rows that have it"
+        )
+    normalised = log_softmax(scores)
+    return tuple((np.logaddexp.reduce(normalised, axis=0) - np.log(rows)).tolist())
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """Return the logarithms of the softmax over the last axis; -inf stays -inf.
+
+    >>> np.exp(log_softmax(np.log([[1.0, 3.0]]))).round(3).tolist()
+    [[0.25, 0.75]]
+    """
+    # scipy.special has this function too, and takes longer to import than an answer takes.
+    return np.asarray(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
+
+
+def _zeroed(scores: np.ndarray, missing: float = 0.0) -> np.ndarray:
+    """Shift scores so that the largest of the last axis is 0; what is -inf becomes `missing`."""
+    top = scores.max(axis=-1, keepdims=True)
+    return np.where(np.isfinite(scores), scores - np.where(np.isfinite(top), top, 0.0), missing)

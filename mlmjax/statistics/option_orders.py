@@ -1,0 +1,124 @@
+"""Orders of options: cyclic shifts, their answers in one order again, and what order changes."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mlmjax.errors import InputError
+from mlmjax.statistics.calibration import checked, checked_gold
+from mlmjax.statistics.metrics import wilson_interval
+
+T = TypeVar("T")
+
+
+def shifts(options: int, count: int | None = None) -> list[int]:
+    """Return `count` evenly spaced cyclic shifts of `options` options, 0 first; None means all.
+
+    There are no more of them than options. Raises `InputError` for numbers below 1.
+
+    >>> shifts(4), shifts(10, 4), shifts(2, 4)
+    ([0, 1, 2, 3], [0, 2, 5, 7], [0, 1])
+    """
+    if options < 1 or (count is not None and count < 1):
+        raise InputError(f"shifts: {options} options, count {count}; expected 1 or more of each")
+    count = options if count is None else min(count, options)
+    return [i * options // count for i in range(count)]
+
+
+def shifted(options: Sequence[T], shift: int) -> list[T]:
+    """Return the options from number `shift` on, and then those before it.
+
+    >>> shifted(["x", "y", "z"], 1)
+    ['y', 'z', 'x']
+    """
+    return [options[(j + shift) % len(options)] for j in range(len(options))]
+
+
+def unshifted(log_probs: np.ndarray, shift: int, options: int) -> np.ndarray:
+    """Return the answer to a shifted prompt with its columns in the given order, `[labels]`.
+
+    Column j of a shifted prompt is option `(j + shift) % options`; columns past the row's own
+    number of options stay where they are. Raises `InputError` for fewer columns than options.
+
+    >>> unshifted(np.array([0.7, 0.2, 0.1, -np.inf]), 1, 3).tolist()
+    [0.1, 0.7, 0.2, -inf]
+    """
+    columns = np.array(log_probs)
+    if columns.ndim != 1 or not 1 <= options <= len(columns):
+        raise InputError(
+            f"unshifted: {options} options and columns {list(columns.shape)}; expected one axis "
+            "with a column for each option"
+        )
+    columns[:options] = np.roll(columns[:options], shift)
+    return columns
+
+
+def pooled(log_probs: np.ndarray) -> np.ndarray:
+    """Return the log of the mean probability over shifts: `[..., shifts, labels] -> [..., labels]`.
+
+    A shift that was not asked is -inf throughout, and does not count.
+
+    >>> np.exp(pooled(np.log([[0.8, 0.2], [0.4, 0.6]]))).round(3).tolist()
+    [0.6, 0.4]
+    """
+    scores = np.asarray(log_probs, dtype=np.float64)
+    asked = np.isfinite(scores).any(axis=-1).sum(axis=-1)
+    if scores.ndim < 2 or not np.all(asked):
+        raise InputError("pooled: nothing was asked; expected log probabilities [shifts, labels]")
+    return np.asarray(np.logaddexp.reduce(scores, axis=-2) - np.log(asked)[..., None])
+
+
+def sensitivity(
+    log_probs: np.ndarray, gold: Sequence[int] | np.ndarray | None = None
+) -> dict[str, Any]:
+    """Tell how answers depend on the order of the options, `[rows, shifts, labels]`.
+
+    Columns are in the given order (`unshifted`); a row was asked under the first of
+    `shifts(its options, number of them)`, and shifts it was not asked under are -inf throughout.
+    A row changes when its most probable option is not the same under all of its shifts.
+
+    Gives `rows`, `shifts` (the most of any row), `changed` (a share) and `changed_ci95` (Wilson).
+    With `gold` (an index per row) also `accuracy_by_shift` and `accuracy_by_position` (where the
+    gold option stood: 0 is the first), each a list of `{"rows", "accuracy"}` (None for none),
+    `position_spread` (the largest less the smallest of the latter), and `pooled_accuracy`, of the
+    probabilities averaged over shifts.
+    """
+    scores = checked(log_probs, ("rows", "shifts", "labels"))
+    asked = np.isfinite(scores).any(axis=2)
+    number = asked.sum(axis=1)
+    if not all(row[:n].all() for row, n in zip(asked, number, strict=True)):
+        raise InputError("log_probs: a row was not asked under a shift but under a later one")
+    answers = scores.argmax(axis=2)
+    changed = int(((answers != answers[:, :1]) & asked).any(axis=1).sum())
+    found = {
+        "rows": len(scores),
+        "shifts": int(number.max()),
+        "changed": changed / len(scores),
+        "changed_ci95": list(wilson_interval(changed, len(scores))),
+    }
+    if gold is None:
+        return found
+    truth = checked_gold(gold, scores[:, 0])
+    right = answers == truth[:, None]
+    options = np.isfinite(scores[:, 0]).sum(axis=1)
+    moved = [
+        shifts(n, k) + [0] * (scores.shape[1] - k) for n, k in zip(options, number, strict=True)
+    ]
+    position = (truth[:, None] - np.array(moved)) % options[:, None]
+    by_position = [
+        _share(right[asked & (position == place)]) for place in range(int(options.max()))
+    ]
+    known = [one["accuracy"] for one in by_position if one["accuracy"] is not None]
+    return found | {
+        "accuracy_by_shift": [
+            _share(right[row, i]) for i, row in enumerate(asked.T[: number.max()])
+        ],
+        "accuracy_by_position": by_position,
+        "position_spread": max(known) - min(known),
+        "pooled_accuracy": float(np.mean(pooled(scores).argmax(axis=1) == truth)),
+    }
+
+
+def _share(right: np.ndarray) -> dict[str, Any]:
+    return {"rows": right.size, "accuracy": float(right.mean()) if right.size else None}

@@ -1,0 +1,169 @@
+"""Whether probabilities mean what they say: losses, calibration errors, a reliability diagram."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from mlmjax.cli.demo_report import ACCENT, FAINT, INK, OTHER, WARN, WIDTH, plain
+from mlmjax.errors import InputError
+from mlmjax.statistics.calibration import checked, checked_gold, log_softmax
+from mlmjax.statistics.metrics import wilson_interval
+
+BINS = 15
+
+
+class Bin(NamedTuple):
+    """Rows whose confidence is in `(low, high]`: their number, mean confidence, and accuracy.
+
+    `confidence` and `accuracy` are None for a bin without rows.
+    """
+
+    low: float
+    high: float
+    rows: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def confidence(
+    log_probs: np.ndarray, gold: Sequence[int] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the probability of each row's answer and whether it is right, both `[rows]`.
+
+    Probabilities are over the labels that the row has, and sum to 1.
+    """
+    scores = checked(log_probs, ("rows", "labels"))
+    truth = checked_gold(gold, scores)
+    return np.exp(log_softmax(scores).max(axis=1)), scores.argmax(axis=1) == truth
+
+
+def equal_width(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """Sort rows by confidence into bins of one width; a bin has its upper edge and not its lower.
+
+    >>> [b.rows for b in equal_width(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 2)]
+    [2, 1]
+    """
+    if bins < 1:
+        raise InputError(f"bins is {bins}; expected 1 or more")
+    return _binned(sure, right, np.arange(bins + 1) / bins)
+
+
+def equal_mass(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
+    """Sort rows by confidence into bins of as equal numbers of rows as equal confidences allow.
+
+    >>> [b.rows for b in equal_mass(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 3)]
+    [1, 1, 1]
+    """
+    if bins < 1:
+        raise InputError(f"bins is {bins}; expected 1 or more")
+    edges = np.quantile(sure, np.arange(1, bins) / bins, method="inverted_cdf")
+    return _binned(sure, right, np.unique([0.0, *edges, 1.0]))
+
+
+def _binned(sure: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bin]:
+    # Rounding may put a probability a little above 1.
+    place = np.clip(np.searchsorted(edges, sure, side="left") - 1, 0, len(edges) - 2)
+    rows = np.bincount(place, minlength=len(edges) - 1)
+    sums = [np.bincount(place, values, minlength=len(rows)) for values in (sure, right)]
+    return [
+        Bin(
+            float(edges[i]),
+            float(edges[i + 1]),
+            int(n),
+            *(float(total[i] / n) if n else None for total in sums),
+        )
+        for i, n in enumerate(rows)
+    ]
+
+
+def expected_error(bins: Sequence[Bin]) -> float:
+    """Return the mean over rows of the distance between their bin's confidence and accuracy.
+
+    >>> expected_error([Bin(0.0, 0.5, 1, 0.5, 1.0), Bin(0.5, 1.0, 3, 0.9, 0.9)])
+    0.125
+    """
+    total = sum(one.rows for one in bins)
+    parts = (
+        one.rows * abs(one.confidence - one.accuracy)
+        for one in bins
+        if one.confidence is not None and one.accuracy is not None
+    )
+    return sum(parts) / total
+
+
+def calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, float]:
+    """Return how well probabilities `[rows, labels]` fit the gold labels, an index per row.
+
+    `nll`: the mean negative log-likelihood of the gold label, in nats. `brier`: the mean squared
+    distance to the gold label, summed over labels, 0 to 2 (Brier 1950). `ece`: the expected
+    calibration error of the answers over 15 bins of equal width (Guo et al. 2017, arXiv
+    1706.04599), and `ece_equal_mass` over 15 bins of equal numbers of rows (Nixon et al. 2019,
+    arXiv 1904.01685). `confidence`: the mean probability of the answers; above the accuracy, the
+    model is too sure.
+
+    >>> found = calibration(np.log([[0.8, 0.2], [0.6, 0.4]]), [0, 0])
+    >>> {name: round(value, 3) for name, value in found.items()}
+    {'nll': 0.367, 'brier': 0.2, 'ece': 0.3, 'ece_equal_mass': 0.3, 'confidence': 0.7}
+    """
+    scores = checked(log_probs, ("rows", "labels"))
+    truth = checked_gold(gold, scores)
+    scores = log_softmax(scores)
+    sure, right = confidence(scores, truth)
+    rows = np.arange(len(scores))
+    squares = np.exp(scores)
+    squares[rows, truth] -= 1
+    return {
+        "nll": float(-scores[rows, truth].mean()),
+        "brier": float((squares**2).sum(axis=1).mean()),
+        "ece": expected_error(equal_width(sure, right)),
+        "ece_equal_mass": expected_error(equal_mass(sure, right)),
+        "confidence": float(sure.mean()),
+    }
+
+
+def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
+    """Draw accuracy by confidence over bins of equal width, and how many rows each bin has.
+
+    Calibrated answers lie on the dashed line; below it a model is too sure. Lines are 95 % Wilson
+    intervals of the accuracy.
+    """
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    top, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    found = equal_width(sure, right, bins)
+    top.plot([0, 1], [0, 1], color=OTHER, linestyle="--", linewidth=1.2, label="calibrated")
+    width = 0.92 / bins
+    for one in found:
+        if one.confidence is None or one.accuracy is None:
+            continue
+        middle = (one.low + one.high) / 2
+        top.bar(middle, one.accuracy, width=width, color=ACCENT, alpha=0.3)
+        low, high = wilson_interval(round(one.accuracy * one.rows), one.rows)
+        top.plot([one.confidence] * 2, [low, high], color=ACCENT, linewidth=1.4)
+        top.plot(one.confidence, one.accuracy, color=ACCENT, marker="o", markersize=5)
+    ticks = np.linspace(0, 1, 6)
+    top.set_ylim(0, 1.02)
+    top.set_yticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    top.set_ylabel("answers right", color=INK)
+    top.set_title(f"Reliability of {len(sure):,} answers", loc="left", fontsize=10, color=INK)
+    top.legend(frameon=False, fontsize=9, loc="upper left")
+    middles = [(one.low + one.high) / 2 for one in found]
+    below.bar(middles, [one.rows for one in found], width=width, color=ACCENT, alpha=0.3)
+    for value, style in (
+        (sure, {"color": INK, "label": "mean probability"}),
+        (right, {"color": WARN, "label": "accuracy", "linestyle": "--"}),
+    ):
+        below.axvline(float(value.mean()), linewidth=1.6, **style)
+    below.legend(frameon=False, fontsize=9, loc="upper left")
+    below.set_xlim(0, 1)
+    below.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    below.set_ylabel("rows", color=INK)
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    below.set_xlabel("probability of the answer", color=INK)
+    below.yaxis.get_major_locator().set_params(integer=True)
+    for axes in (top, below):
+        plain(axes)
+        axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
+        axes.set_axisbelow(True)
+    return figure

@@ -1,0 +1,376 @@
+"""Prompts: a template that no text can break, and the verbalizer of its labels."""
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+from mlmjax.errors import InputError
+from mlmjax.text.tokenizer import ANCHOR, Tokenizer, check_text
+from mlmjax.text.verbalizer import OptionNames, Verbalizer, option_letters, option_names
+
+__all__ = ["Prompt", "Template", "Verbalizer", "option_letters"]
+
+# Unicode's White_Space, which is what a token with lstrip or rstrip swallows (str.isspace differs).
+WHITE_SPACE = (
+    "".join(
+        map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029])
+    )
+    + "\u202f\u205f\u3000"
+)
+MASK = "[MASK]"
+_TOKENS = {"[CLS]": "cls_id", "[SEP]": "sep_id", MASK: "mask_id", ANCHOR: "anchor_id"}
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_SPECIAL = re.compile("(" + "|".join(re.escape(name) for name in _TOKENS) + ")")
+_SIDES = ("head", "tail", "middle")
+_OPTIONS = "options"
+
+
+class Prompt(NamedTuple):
+    """One tokenised prompt: ids, the position of `[MASK]` (-1: none), tokens cut per field."""
+
+    ids: list[int]
+    slot: int
+    shortened: dict[str, int]
+
+
+class _Field(NamedTuple):
+    name: str
+
+
+class _Token(NamedTuple):
+    name: str
+
+
+_Part: TypeAlias = str | _Field | _Token
+
+
+@dataclass(frozen=True)
+class Template:
+    """The text around a row's fields: `{field}`, `{options}`, `{{` and `}}` for braces.
+
+    `[MASK]`, `[unused0]`, `[SEP]` and `[CLS]` written in the template are its own tokens; in a
+    field they are ordinary text. A template without `[MASK]` gets ` [unused0] [MASK]` at its end.
+    [CLS] and a last [SEP] are added around the prompt.
+
+    `shorten` names the part that a field loses when the prompt is too long: `"head"`, `"tail"` or
+    `"middle"`, whose two sides are then joined. Of several such fields the longest are cut first,
+    down to one common number of tokens. Nothing else of a prompt is ever cut.
+
+    The prompt is one string cut at the template's own tokens; each stretch is encoded as a whole,
+    so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
+    option (`- 1: text` with `names="numbers"`), last newline included; lines inside a field or an
+    option, also ones that look like an option, stay the text they are. One field may be blank, not
+    all of them.
+
+    With `slot=False` a prompt is only read, as the classification head does: it has no `[MASK]` and
+    no anchor, and its slot is -1.
+
+    Raises `InputError` for a malformed template.
+    """
+
+    text: str
+    shorten: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    slot: bool = field(default=True, kw_only=True)
+    names: OptionNames = field(default="letters", kw_only=True)
+    fields: tuple[str, ...] = field(init=False, compare=False)
+    _parts: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_text(self.text, "template")
+        if not isinstance(self.shorten, Mapping):
+            raise InputError(f"shorten: is {self.shorten!r:.60}; expected field -> side")
+        own = list(_parse(self.text))
+        parts = _with_slot(own) if self.slot else _without_slot(own)
+        names = tuple(dict.fromkeys(part.name for part in parts if isinstance(part, _Field)))
+        for name, side in self.shorten.items():
+            if name == _OPTIONS or name not in names:
+                known = ", ".join(n for n in names if n != _OPTIONS) or "none"
+                raise InputError(f"shorten: {name!r} cannot be shortened; fields here: {known}")
+            if side not in _SIDES:
+                raise InputError(f"shorten: {name} is {side!r}; expected {', '.join(_SIDES)}")
+        object.__setattr__(self, "shorten", dict(self.shorten))
+        object.__setattr__(self, "fields", names)
+        object.__setattr__(self, "_parts", parts)
+
+    def uses(self, name: str) -> int:
+        """Return how often a field stands in the template."""
+        return sum(part == _Field(name) for part in self._parts)
+
+    def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
+        """Return the tokens of a row's prompt before anything is cut; a field may be blank."""
+        texts = {name: row.get(name) or "" for name in self.fields}
+        if _OPTIONS in self.fields:
+            texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names)
+        return len(self._assemble(tokenizer, [texts])[0])
+
+    def encode(
+        self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int
+    ) -> tuple[list[int], int]:
+        """Return `(ids, slot)` of a row; see `render`."""
+        prompt = self.render(tokenizer, row, max_length)
+        return prompt.ids, prompt.slot
+
+    def render(self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int) -> Prompt:
+        """Return the prompt of a row, at most `max_length` tokens.
+
+        Raises `InputError` that names the field for one that is missing or no text, for a row
+        whose fields are all blank, and for a prompt that shortening cannot make fit.
+        """
+        texts = self._texts(row)
+        return self._fit(tokenizer, texts, self._assemble(tokenizer, [texts])[0], max_length)
+
+    def render_batch(
+        self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], max_length: int
+    ) -> list[Prompt]:
+        """Return the prompts of many rows, encoded together; the same as one by one.
+
+        Raises `InputError` that names every row that `render` refuses, counted from 1.
+        """
+        texts = _for_each(self._texts, rows)
+        encoded = self._assemble(tokenizer, texts)
+        return _for_each(
+            lambda text, ids: self._fit(tokenizer, text, ids, max_length), texts, encoded
+        )
+
+    def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Return the text of every field of the template, options as their lines."""
+        if not isinstance(row, Mapping):
+            raise InputError(f"row is {type(row).__name__}; expected an object of field -> text")
+        for name in self.fields:
+            if row.get(name) is None:
+                raise InputError(
+                    f"field {name!r} is {'None' if name in row else 'missing'}; the template "
+                    f"needs {', '.join(self.fields)}; the row has {', '.join(map(repr, row)):.200}"
+                )
+            if name == _OPTIONS:
+                _check_options(row[name])
+            else:
+                check_text(row[name], f"field {name!r}")
+        given = [row[name] if name != _OPTIONS else "".join(row[name]) for name in self.fields]
+        if given and not any(text.strip() for text in given):
+            raise InputError(f"field {', '.join(map(repr, self.fields))} is blank; expected text")
+        return {
+            name: option_lines(row[name], self.names) if name == _OPTIONS else row[name]
+            for name in self.fields
+        }
+
+    def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """Return the ids of many rows, whatever their length, `[CLS]` and last `[SEP]` included."""
+        own = [getattr(tokenizer, _TOKENS[p.name]) for p in self._parts if isinstance(p, _Token)]
+        texts = [stretch for row in rows for stretch in self._stretches(row, own, tokenizer)]
+        encoded = iter(tokenizer.encode_plain_batch(texts))
+        result = []
+        for _ in rows:
+            ids = [tokenizer.cls_id]
+            for token in [*own, tokenizer.sep_id]:
+                ids += [*next(encoded), token]
+            result.append(ids)
+        return result
+
+    def _stretches(
+        self, texts: Mapping[str, str], own: Sequence[int], tokenizer: Tokenizer
+    ) -> list[str]:
+        """Return the text before, between and after the template's own tokens.
+
+        White space beside a token that swallows it is taken off, as in a whole string.
+        """
+        stretches = [""]
+        for part in self._parts:
+            if isinstance(part, _Token):
+                stretches.append("")
+            else:
+                stretches[-1] += texts[part.name] if isinstance(part, _Field) else part
+        for at, token in enumerate(own):
+            if token in tokenizer.lstrip_ids:
+                stretches[at] = stretches[at].rstrip(WHITE_SPACE)
+            if token in tokenizer.rstrip_ids:
+                stretches[at + 1] = stretches[at + 1].lstrip(WHITE_SPACE)
+        return stretches
+
+    def _fit(
+        self, tokenizer: Tokenizer, texts: dict[str, str], ids: list[int], max_length: int
+    ) -> Prompt:
+        """Shorten the fields until the prompt fits, and check what every prompt must be."""
+        shortened: dict[str, int] = {}
+        if len(ids) > max_length:
+            ids, shortened = self._shortened(tokenizer, texts, len(ids), max_length)
+        slot = ids.index(tokenizer.mask_id) if self.slot else -1
+        assert ids.count(tokenizer.mask_id) == self.slot
+        assert not self.slot or ids[slot - 1] == tokenizer.anchor_id
+        assert ids[0] == tokenizer.cls_id
+        assert ids[-1] == tokenizer.sep_id
+        assert len(ids) <= max_length
+        return Prompt(ids, slot, shortened)
+
+    def _shortened(
+        self, tokenizer: Tokenizer, texts: dict[str, str], length: int, max_length: int
+    ) -> tuple[list[int], dict[str, int]]:
+        """Cut the shortenable fields, the longest first down to one level, until the rest fits.
+
+        Each field is encoded once for its offsets; after that only what is kept is encoded again.
+        """
+        if not self.shorten:
+            raise InputError(
+                f"the prompt has {length} tokens and at most {max_length} fit; "
+                "name the fields that may be cut in shorten, or shorten the text"
+            )
+        spans = {name: tokenizer.plain_offsets(texts[name]) for name in self.shorten}
+        uses = {name: self.uses(name) for name in spans}
+        fixed = len(self._assemble(tokenizer, [texts | dict.fromkeys(spans, "")])[0])
+        budget = max_length - fixed
+        while budget > 0:
+            kept = _level({name: len(span) for name, span in spans.items()}, uses, budget)
+            cuts = {
+                name: _cut(texts[name], span, kept[name], self.shorten[name])
+                for name, span in spans.items()
+            }
+            left = {name: text for name, (text, _) in cuts.items()}
+            if not any(left.values()):
+                break
+            ids = self._assemble(tokenizer, [texts | left])[0]
+            if len(ids) <= max_length:
+                return ids, {name: lost for name, (_, lost) in cuts.items() if lost}
+            budget -= len(ids) - max_length
+        raise InputError(
+            f"the prompt has {fixed} tokens without {', '.join(spans)} and at most {max_length} "
+            "fit, which leaves no room; shorten the rest of the prompt or allow more tokens"
+        )
+
+
+def _for_each(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
+    """Apply a function to each row; one error names all the rows it refused, counted from 1."""
+    results, problems = [], []
+    for number, items in enumerate(zip(*columns, strict=True), 1):
+        try:
+            results.append(function(*items))
+        except InputError as error:
+            problems.append(f"row {number}: {error.message}")
+    if problems:
+        raise InputError(problems[0], problems[1:])
+    return results
+
+
+def _parse(text: str) -> Iterator[_Part]:
+    """Yield the template's literal texts, fields and own tokens, in order."""
+    literal, end = "", 0
+    for match in _BRACES.finditer(text):
+        literal += text[end : match.start()]
+        end = match.end()
+        if match[0] in ("{{", "}}"):
+            literal += match[0][0]
+            continue
+        name = match[1]
+        if name is None:
+            raise InputError(
+                f"template: single {match[0]!r} at character {match.start() + 1}; "
+                "write {field} for a field, {{ or }} for the brace itself"
+            )
+        if not name.strip() or ":" in name or "!" in name:
+            raise InputError(
+                f"template: {match[0]!r} at character {match.start() + 1} is no field; "
+                "expected a plain name, as in {text}"
+            )
+        yield from _literals(literal)
+        yield _Field(name)
+        literal = ""
+    yield from _literals(literal + text[end:])
+
+
+def _literals(text: str) -> Iterator[str | _Token]:
+    for piece in _SPECIAL.split(text):
+        if piece:
+            yield _Token(piece) if piece in _TOKENS else piece
+
+
+def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
+    """Make the parts end in anchor and mask where there is no mask, and check the pair."""
+    anchor, mask = _Token(ANCHOR), _Token(MASK)
+    if mask in parts:
+        if parts.count(mask) > 1:
+            raise InputError(
+                f"template: has {parts.count(mask)} {MASK}; expected one, directly after {ANCHOR}"
+            )
+        slot = parts.index(mask)
+        before, after = parts[:slot], parts[slot:]
+    else:
+        before, after = parts, [mask]
+        if anchor not in _without_space(parts)[-1:]:
+            spaced = not parts or (isinstance(parts[-1], str) and parts[-1][-1] in WHITE_SPACE)
+            before = [*parts, *([] if spaced else [" "]), anchor]
+    before = _without_space(before)
+    if anchor not in before[-1:]:
+        raise InputError(
+            f"template: {MASK} does not stand directly after {ANCHOR}; "
+            f"write {ANCHOR} {MASK}, or leave both out to have them at the end"
+        )
+    return (*before, *after)
+
+
+def _without_slot(parts: list[_Part]) -> tuple[_Part, ...]:
+    """Refuse parts that ask for an answer where none is read."""
+    for token in (MASK, ANCHOR):
+        if _Token(token) in parts:
+            raise InputError(
+                f"template: has {token}, but a classification head reads no slot; leave it out"
+            )
+    return tuple(parts)
+
+
+def _without_space(parts: list[_Part]) -> list[_Part]:
+    """Return the parts without a last one that is white space alone."""
+    last = parts[-1] if parts else None
+    return parts[:-1] if isinstance(last, str) and not last.strip(WHITE_SPACE) else parts
+
+
+def _check_options(options: Any) -> None:
+    if isinstance(options, str | bytes | Mapping | Set) or not isinstance(options, Collection):
+        raise InputError(f"field 'options' is {type(options).__name__}; expected a list of texts")
+    if not len(options):
+        raise InputError("field 'options' has no option; expected a list of texts")
+    for number, text in enumerate(options, 1):
+        check_text(text, f"option {number}")
+
+
+def option_lines(options: Collection[str], names: OptionNames = "letters") -> str:
+    r"""Return what `{options}` becomes.
+
+    >>> option_lines(["sports", "world"])
+    '- A: sports\n- B: world\n'
+    """
+    chosen = option_names(len(options), names)
+    return "".join(f"- {name}: {text}\n" for name, text in zip(chosen, options, strict=True))
+
+
+def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> dict[str, int]:
+    """Return how many tokens each field keeps: short fields whole, long ones one common length.
+
+    >>> _level({"a": 10, "b": 900, "c": 500}, {"a": 1, "b": 1, "c": 1}, 210)
+    {'a': 10, 'b': 100, 'c': 100}
+    """
+    kept = {}
+    ascending = sorted(lengths, key=lambda name: lengths[name])
+    for at, name in enumerate(ascending):
+        share = budget // sum(uses[other] for other in ascending[at:])
+        kept[name] = min(lengths[name], share)
+        budget -= kept[name] * uses[name]
+    return {name: kept[name] for name in lengths}
+
+
+def _cut(text: str, spans: Sequence[tuple[int, int]], kept: int, side: str) -> tuple[str, int]:
+    """Return the text of at most `kept` of its tokens, and how many were cut.
+
+    `spans` is where each token stands in the text. The parts that are kept begin and end between
+    characters: tokens that share a character go together.
+    """
+    if kept >= len(spans):
+        return text, 0
+    stop = {"head": 0, "tail": kept, "middle": (kept + 1) // 2}[side]
+    start = len(spans) - (kept - stop)
+    while stop > 0 and spans[stop - 1][1] > spans[stop][0]:
+        stop -= 1
+    while start < len(spans) and spans[start - 1][1] > spans[start][0]:
+        start += 1
+    first = text[: spans[stop][0]] if stop else ""
+    last = text[spans[start][0] :] if start < len(spans) else ""
+    return first + last, start - stop

@@ -1,0 +1,187 @@
+"""The map from each label to the one token that stands for it at the slot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product, takewhile
+from string import ascii_uppercase
+from typing import Literal
+
+from mlmjax.errors import InputError
+from mlmjax.text.tokenizer import Tokenizer, check_text
+
+OptionNames = Literal["letters", "numbers"]
+_NUMBERS = 9999  # tokenizers have one token for the first few hundred
+
+
+def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Return the first `n` option names that are one token after a space: A..Z, then AA..
+
+    `tokenizer` None means the packaged one. Raises `InputError` when there are not that many.
+
+    >>> option_letters(4)
+    ['A', 'B', 'C', 'D']
+    """
+    return option_names(n, "letters", tokenizer)
+
+
+def option_names(n: int, kind: OptionNames, tokenizer: Tokenizer | None = None) -> list[str]:
+    """Return the first `n` letters, as `option_letters`, or the numbers from 1 on.
+
+    Numbers end at the first that is not one token after a space: 557 is the last of ModernBERT's.
+
+    >>> option_names(3, "numbers")
+    ['1', '2', '3']
+    """
+    if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
+        return list(ascii_uppercase[:n])
+    names = all_option_names(kind, tokenizer)
+    if n > len(names):
+        raise InputError(
+            f"{n} options: this tokenizer has {len(names)} option names of one token ({kind}); "
+            f"give at most {len(names)} options"
+        )
+    return list(names[:n])
+
+
+def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> tuple[str, ...]:
+    """Return every option name of a kind that the tokenizer has, in order."""
+    if tokenizer is None:
+        return _packaged_names(kind)
+    return (_letters if kind == "letters" else _numbers)(tokenizer)
+
+
+def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> tuple[str, ...]:
+    """Return the names of at most `most` options, up to the first that is not one token.
+
+    Prompts name their options by the packaged tokenizer's names, whatever tokenizer reads them.
+    """
+    few = kind == "letters" and most <= len(ascii_uppercase)  # the packaged one is not needed
+    names = ascii_uppercase[:most] if few else all_option_names(kind)[:most]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
+    return tuple(name for name, _ in whole)
+
+
+@dataclass(frozen=True)
+class Verbalizer:
+    """The surface forms of each label, each of which must be exactly one token.
+
+    `forms` maps a label to its forms, a list or one string, the leading space included: `" A"` is
+    what follows the anchor in training, `"A"` is another token. The probability of a label is the
+    sum over its forms. Raises `InputError` for fewer than two labels and for blank ones.
+
+    >>> Verbalizer({"yes": [" yes"], "no": " no"}).labels
+    ('yes', 'no')
+    """
+
+    forms: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.forms, Mapping):
+            raise InputError(
+                f"verbalizer: is {type(self.forms).__name__}; expected label -> list of forms"
+            )
+        forms = {}
+        for label, given in self.forms.items():
+            check_text(label, f"label {label!r}")
+            if not label.strip():
+                raise InputError(f"label {label!r}: is blank; expected some text")
+            if not isinstance(given, str | list | tuple) or not given:
+                raise InputError(f"label {label!r}: has no forms; expected a list such as [' yes']")
+            forms[label] = (given,) if isinstance(given, str) else tuple(given)
+            for form in forms[label]:
+                check_text(form, f"label {label!r}: form {form!r}")
+                if not form.strip():
+                    raise InputError(f"label {label!r}: form {form!r} is blank; expected some text")
+        if len(forms) < 2:
+            raise InputError(f"verbalizer: has {len(forms)} labels; expected at least two")
+        object.__setattr__(self, "forms", forms)
+
+    @classmethod
+    def letters(
+        cls, labels: Sequence[str], bare: bool = False, names: OptionNames = "letters"
+    ) -> "Verbalizer":
+        """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU.
+
+        With `names="numbers"` they are " 1", " 2", ...
+        """
+        _check_distinct(labels)
+        chosen = option_names(len(labels), names)
+        return cls(
+            {
+                label: (f" {name}", name) if bare else (f" {name}",)
+                for label, name in zip(labels, chosen, strict=True)
+            }
+        )
+
+    @classmethod
+    def words(cls, labels: Sequence[str]) -> "Verbalizer":
+        """Let each label be named by itself, after a space."""
+        _check_distinct(labels)
+        return cls({label: (f" {label}",) for label in labels})
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The labels in the order given."""
+        return tuple(self.forms)
+
+    def ids(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+        """Return the token of every form, label by label.
+
+        Raises `InputError` that shows the pieces of a form that is not exactly one token, and for
+        a token that two forms share.
+        """
+        pairs = [(label, form) for label, forms in self.forms.items() for form in forms]
+        encoded = tokenizer.encode_plain_batch([form for _, form in pairs])
+        owners: dict[int, str] = {}
+        result: dict[str, tuple[int, ...]] = dict.fromkeys(self.forms, ())
+        for (label, form), ids in zip(pairs, encoded, strict=True):
+            where = f"label {label!r}: form {form!r}"
+            if len(ids) != 1:
+                pieces = " + ".join(repr(tokenizer.decode([i])) for i in ids)
+                raise InputError(
+                    f"{where} is {len(ids)} tokens ({pieces}); each form must be one token: "
+                    "choose another word, or name the labels by letters"
+                )
+            if ids[0] in tokenizer.special_ids:
+                raise InputError(
+                    f"{where} is the special token {tokenizer.decode(ids)}; "
+                    "choose a word the tokenizer knows"
+                )
+            if ids[0] in owners:
+                raise InputError(
+                    f"{where} is the same token as a form of label {owners[ids[0]]!r}; "
+                    "each form must be a token of its own"
+                )
+            owners[ids[0]] = label
+            result[label] += (ids[0],)
+        return list(result.values())
+
+
+def _check_distinct(labels: Sequence[str]) -> None:
+    if isinstance(labels, str):
+        raise InputError(f"labels: is the text {labels!r:.60}; expected a list of labels")
+    for number, label in enumerate(labels, 1):
+        check_text(label, f"label {number}")
+    if len(set(labels)) < len(labels):
+        label = next(label for at, label in enumerate(labels) if label in labels[:at])
+        raise InputError(f"label {label!r}: stands twice; expected every label once")
+
+
+@cache
+def _packaged_names(kind: OptionNames) -> tuple[str, ...]:
+    return all_option_names(kind, Tokenizer.from_pretrained())
+
+
+def _letters(tokenizer: Tokenizer) -> tuple[str, ...]:
+    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    return tuple(name for name, ids in zip(names, encoded, strict=True) if len(ids) == 1)
+
+
+def _numbers(tokenizer: Tokenizer) -> tuple[str, ...]:
+    names = [str(number) for number in range(1, _NUMBERS + 1)]
+    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
+    return tuple(name for name, _ in whole)

@@ -1,0 +1,213 @@
+"""Fine-tuning in memory: packed prompts, answered at their slots or by a classification head."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig, decode
+from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
+from mlmjax.data.packing import pack
+from mlmjax.errors import RunError
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.scoring.engine import local_mesh
+from mlmjax.text.prompts import Prompt
+from mlmjax.training.flops import forward_flops
+from mlmjax.training.heads import label_loss
+from mlmjax.training.optimizer import decay_mask, make_schedule
+from mlmjax.training.step import TrainState, create_train_state, make_train_step, masked_token_loss
+from mlmjax.weights.pretrained import Model
+
+ROWS = (256, 512, 1024)
+"""Lengths of packed rows that are tried, in tokens."""
+
+
+def fine_tune(
+    model: Model,
+    prompts: Sequence[Prompt],
+    answers: np.ndarray,
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    weight_decay: float,
+    warmup: float,
+    seed: int,
+    pad_id: int,
+    after_epoch: Callable[[Model, float], bool | None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Model:
+    """Return a copy of the model, trained to give `answers` to the prompts.
+
+    Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
+    slot, they are numbers of labels. The prompts of a batch are packed into rows, of one shape for
+    all batches, which are cut over the local devices. AdamW under a linear schedule; the order of
+    epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it
+    returns) and the epoch's mean loss, and ends the training by returning True. Raises `RunError`
+    when the loss is no longer finite.
+    """
+    has_head = isinstance(model, ModernBertForSequenceClassification)
+    updates = epochs * -(-len(prompts) // batch_size)
+    optimizer = decode(
+        OptimizerConfig, {"learning_rate": learning_rate, "weight_decay": weight_decay}, "fit"
+    )
+    schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
+    rate = make_schedule(schedule, learning_rate, updates)
+    update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
+    mesh = local_mesh(batch_size)
+    graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
+    step = _step(graphdef, update, has_head)
+    cut = [_cut(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
+    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*cut)]
+    shape = common_shape(lengths, model.config, mesh.size)
+    layout: Any = label_batch if has_head else answer_batch
+    done = 0
+    for epoch in range(epochs):
+        sums = []
+        for members in cut[epoch]:
+            asked = [prompts[i] for i in members]
+            batch = layout(asked, answers[members], shape=shape, pad_id=pad_id)
+            rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
+            state, metrics = step(_with_rates(state, rates), batch)
+            sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
+            done += 1
+            if progress:
+                progress(done, updates)
+        loss_sum, count, moved = np.sum(jax.device_get(sums), axis=0)
+        # The last update shows in no loss, but in its own size.
+        if not np.isfinite(loss_sum + moved):
+            raise RunError(
+                f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
+            )
+        if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
+            break
+    return nnx.merge(graphdef, state.params)
+
+
+def _cut(count: int, size: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Cut the numbers below `count`, in an order drawn by `seed`, into batches."""
+    order = np.random.default_rng(seed).permutation(count)
+    return [order[start : start + size] for start in range(0, count, size)]
+
+
+@lru_cache(maxsize=8)
+def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+    """Return the optimizer, its rates in its state: other rates are no other program."""
+
+    def make(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(optimizer.clip),
+            optax.adamw(
+                learning_rate,
+                b1=optimizer.b1,
+                b2=optimizer.b2,
+                eps=optimizer.eps,
+                weight_decay=weight_decay,
+                mask=decay_mask,
+            ),
+        )
+
+    made = optax.inject_hyperparams(make)(learning_rate=0.0, weight_decay=0.0)
+    assert isinstance(made, optax.GradientTransformation)
+    return made
+
+
+@lru_cache(maxsize=8)
+def _step(graphdef: Any, update: optax.GradientTransformation, has_head: bool) -> Any:
+    """Return the training step; runs of like models share what is compiled."""
+    return make_train_step(graphdef, update, loss=label_loss if has_head else masked_token_loss)
+
+
+def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
+    values = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
+    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))
+
+
+class Shape(NamedTuple):
+    """The shape of packed batches: `rows` of `length` tokens with at most `slots` answers each."""
+
+    rows: int
+    length: int
+    slots: int
+
+
+def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: int) -> Shape:
+    """Return the cheapest shape that every batch can be packed into, so that one program does.
+
+    `batches` are the lengths of their prompts; `parts` divides the rows. Rows are as long as the
+    longest prompt (rounded up to 16), or of 256, 512 or 1,024 tokens,
+    whichever takes the fewest FLOPs: longer rows are filled better, and cost more attention.
+    Rows and slots are rounded up, so that another seed or setting mostly finds the same program.
+
+    >>> common_shape([[100, 150, 60, 200], [180, 70]], ModelConfig(), 1)
+    Shape(rows=1, length=512, slots=4)
+    """
+    longest = -(-max(map(max, batches)) // 16) * 16
+    shapes = []
+    for length in sorted({longest, *(n for n in ROWS if n > longest)}):
+        packed = [pack([range(n) for n in lengths], length) for lengths in batches]
+        rows = _rounded(-(-max(map(len, packed)) // parts)) * parts
+        slots = max(len(row) for rows in packed for row in rows)
+        shapes.append(Shape(rows, length, 1 << (slots - 1).bit_length()))
+    return min(shapes, key=lambda one: one.rows * forward_flops(config, [one.length], 0, 0))
+
+
+def _rounded(count: int) -> int:
+    """Round a count up to one of four to a doubling.
+
+    >>> [_rounded(count) for count in (1, 7, 9, 18, 19, 33)]
+    [1, 7, 10, 20, 20, 40]
+    """
+    step = 1 << max(0, count.bit_length() - 3)
+    return -(-count // step) * step
+
+
+def answer_batch(
+    prompts: Sequence[Prompt], answers: Sequence[int] | np.ndarray, *, shape: Shape, pad_id: int
+) -> Batch:
+    """Pack prompts into rows, the slot of each being a target; rows left over are padding.
+
+    `answers` are token ids. The loss over the targets is that of one prompt in each row.
+    """
+    targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
+    ids, segments, positions, places = _packed(prompts, shape, pad_id)
+    for member, (row, number, start) in places:
+        targets[:, row, number] = start + prompts[member].slot, answers[member], ATP
+    return Batch(ids, segments, positions, *targets)
+
+
+def label_batch(
+    prompts: Sequence[Prompt], answers: Sequence[float] | np.ndarray, *, shape: Shape, pad_id: int
+) -> LabelBatch:
+    """Pack prompts into rows, each with the number of its label; rows left over are padding."""
+    labels = np.full((shape.rows, shape.slots), np.nan, np.float32)
+    ids, segments, _, places = _packed(prompts, shape, pad_id)
+    for member, (row, number, _) in places:
+        labels[row, number] = answers[member]
+    return LabelBatch(ids, segments, labels)
+
+
+def _packed(
+    prompts: Sequence[Prompt], shape: Shape, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int]]]]:
+    """Return ids, segments, positions, and each prompt's row, number in it and first token."""
+    ids = np.full(shape[:2], pad_id, np.int32)
+    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+    places = []
+    for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
+        start = 0
+        for number, member in enumerate(members):
+            stop = start + len(prompts[member].ids)
+            ids[row, start:stop] = prompts[member].ids
+            segments[row, start:stop] = number + 1
+            positions[row, start:stop] = np.arange(stop - start)
+            places.append((member, (row, number, start)))
+            start = stop
+    return ids, segments, positions, places

@@ -1,0 +1,188 @@
+"""Cross-entropy over target positions as a pair (sum, count): the head runs on targets only."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch
+from mlmjax.parallel.sharding import batch_shards, constrain, mesh_sizes, platform
+
+# Targets whose logits exist at one time (on each device). On a CPU the buffers of a small chunk are
+# reused, those of a large one given back to the system and asked for again: 1.5 times slower. An
+# accelerator wants fewer, larger products; 1024 x 50368 float32 logits are 206 MB.
+CHUNK = {"cpu": 128}
+CHUNK_ACCELERATOR = 1024
+
+Metrics = dict[str, jax.Array]
+Logits = Callable[..., jax.Array]
+
+
+def token_loss(model: Any, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Sum the cross-entropy over all targets of a batch, and count.
+
+    `hidden` is `[batch, seq, hidden]` from `model.encode`; `model.mlm_logits` maps its last axis to
+    the vocabulary. Returns the float32 sum and the metrics `loss_sum`, `loss_count` and, for each
+    of `atp`, `dummy`, `mlm`, `_loss_sum`, `_count`, `_correct` (the target has the largest logit
+    of the whole vocabulary). Without targets everything is 0, and so is the gradient.
+    """
+    loss_sum, losses, correct = target_losses(model, hidden, batch)
+    return loss_sum, summarize(loss_sum, losses, correct, batch)
+
+
+def summarize(loss_sum: jax.Array, losses: jax.Array, correct: jax.Array, batch: Batch) -> Metrics:
+    """Return sums, counts and correct answers over all targets and per objective."""
+    is_target = batch.target_ids >= 0
+    metrics = {"loss_sum": loss_sum, "loss_count": _count(is_target)}
+    for number, name in enumerate(OBJECTIVES):
+        mine = is_target & (batch.target_objective == number)
+        metrics[f"{name}_loss_sum"] = jnp.sum(jnp.where(mine, losses, 0.0))
+        metrics[f"{name}_count"] = _count(mine)
+        metrics[f"{name}_correct"] = _count(mine & correct)
+    return metrics
+
+
+def target_losses(
+    model: Any, hidden: jax.Array, batch: Batch
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the loss sum, and for each target its loss and whether it was predicted.
+
+    Shapes: `[]`, `[batch, targets]` float32 (0 where unused), `[batch, targets]` bool. Gradients
+    flow through the sum alone.
+
+    The targets of the rows on one device are moved to the front, so the head runs over as many
+    chunks as there are targets, not over the width that could be needed; nothing is dropped.
+    """
+    groups = batch_shards(mesh_sizes())
+    rows, seq, size = hidden.shape
+    width = batch.target_ids.shape[1]
+    length = rows // groups * width
+    chunk = min(CHUNK.get(platform(), CHUNK_ACCELERATOR), length)
+
+    row = jnp.arange(rows, dtype=jnp.int32).reshape(groups, rows // groups, 1) % (rows // groups)
+    places = row * seq + batch.target_positions.reshape(groups, rows // groups, width)
+    is_target = batch.target_ids.reshape(groups, length) >= 0
+    # Each target's place among those of its group; counting compiles far faster than sorting.
+    rank = jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1
+    full = length + -length % chunk
+    slot = jnp.where(is_target, rank, full)
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+
+    def to_front(values: jax.Array, unused: int) -> jax.Array:
+        empty = jnp.full((groups, full), unused, jnp.int32)
+        return empty.at[group, slot].set(values.reshape(groups, length), mode="drop")
+
+    ids = to_front(batch.target_ids, UNUSED)
+    flat = constrain(hidden.reshape(groups, -1, size), "batch", None, None)
+    gathered = jnp.take_along_axis(flat, to_front(places, 0)[:, :, None], axis=1)
+
+    example = jax.ShapeDtypeStruct((groups, chunk, size), gathered.dtype)
+    logits_of, consts = jax.closure_convert(model.mlm_logits, example)
+    loss_sum, losses, correct = _sum_over_chunks(logits_of, chunk, consts, gathered, ids)
+
+    losses, correct = (
+        (is_target * jnp.take_along_axis(values, jnp.maximum(rank, 0), axis=1)).reshape(rows, width)
+        for values in (losses, correct)
+    )
+    return loss_sum, jax.lax.stop_gradient(losses), correct
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum_over_chunks(
+    logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss of each target, chunk by chunk; `hidden` is `[groups, length, hidden]`."""
+
+    def body(index: jax.Array, carry: Any) -> Any:
+        h, target = _chunk_at(index, chunk, hidden, ids)
+        loss, correct, _ = _cross_entropy(logits_of(h, *consts), target)
+        return _put(carry, (loss, correct), index, chunk)
+
+    losses, correct = jax.lax.fori_loop(0, _used_chunks(ids, chunk), body, _empty(ids))
+    return jnp.sum(losses), losses, correct
+
+
+def _forward(
+    logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
+) -> tuple[Any, Any]:
+    # The sum's gradient is known up to one factor as soon as a chunk's logits are there, so both
+    # products of the backward pass are taken here and the logits are computed once.
+    def body(index: jax.Array, carry: Any) -> Any:
+        values, grad_consts, grad_hidden = carry
+        h, target = _chunk_at(index, chunk, hidden, ids)
+        logits, pull_back = jax.vjp(lambda *inputs: logits_of(inputs[0], *inputs[1:]), h, *consts)
+        loss, correct, grad_logits = _cross_entropy(logits, target)
+        grad_h, *grads = pull_back(grad_logits.astype(logits.dtype))
+        return (
+            _put(values, (loss, correct), index, chunk),
+            [total + grad for total, grad in zip(grad_consts, grads, strict=True)],
+            jax.lax.dynamic_update_slice_in_dim(grad_hidden, grad_h, index * chunk, axis=1),
+        )
+
+    start = (_empty(ids), [jnp.zeros_like(c) for c in consts], jnp.zeros_like(hidden))
+    (losses, correct), grad_consts, grad_hidden = jax.lax.fori_loop(
+        0, _used_chunks(ids, chunk), body, start
+    )
+    return (jnp.sum(losses), losses, correct), (grad_consts, grad_hidden)
+
+
+def _backward(logits_of: Logits, chunk: int, residuals: Any, cotangents: Any) -> Any:
+    scale = cotangents[0]
+    grad_consts, grad_hidden = jax.tree.map(lambda g: g * scale.astype(g.dtype), residuals)
+    return grad_consts, grad_hidden, None
+
+
+_sum_over_chunks.defvjp(_forward, _backward)
+
+
+def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Loss, whether the target has the largest logit, and the gradient with respect to the logits.
+
+    `logits` is `[groups, chunk, vocab]`, `target` `[groups, chunk]` (negative: unused, all zero).
+    Everything is float32. Among equal logits the smallest id is the prediction, as in argmax.
+    """
+    logits = constrain(logits.astype(jnp.float32), "batch", None, "tensor")
+    used = target >= 0
+    vocabulary = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    at_target = vocabulary == target[:, :, None]
+    chosen = jnp.sum(jnp.where(at_target, logits, 0.0), axis=2)
+    largest = jnp.max(logits, axis=2)
+    normalizer = largest + jnp.log(jnp.sum(jnp.exp(logits - largest[:, :, None]), axis=2))
+    loss = jnp.where(used, normalizer - chosen, 0.0)
+    ahead = (logits > chosen[:, :, None]) | (
+        (logits == chosen[:, :, None]) & (vocabulary < target[:, :, None])
+    )
+    correct = used & jnp.isfinite(loss) & ~jnp.any(ahead, axis=2)
+    gradient = jnp.exp(logits - normalizer[:, :, None]) - at_target.astype(jnp.float32)
+    return loss, correct, jnp.where(used[:, :, None], gradient, 0.0)
+
+
+def _used_chunks(ids: jax.Array, chunk: int) -> jax.Array:
+    most = jnp.max(jnp.sum(ids >= 0, axis=1))
+    return (most + chunk - 1) // chunk
+
+
+def _chunk_at(
+    index: jax.Array, chunk: int, hidden: jax.Array, ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return tuple(  # type: ignore[return-value]
+        jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1) for array in (hidden, ids)
+    )
+
+
+def _empty(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(ids.shape, jnp.float32), jnp.zeros(ids.shape, bool)
+
+
+def _put(carry: Any, values: Any, index: jax.Array, chunk: int) -> Any:
+    return tuple(
+        jax.lax.dynamic_update_slice_in_dim(all_, value, index * chunk, axis=1)
+        for all_, value in zip(carry, values, strict=True)
+    )
+
+
+def _count(mask: jax.Array) -> jax.Array:
+    # Counted in integers: float32 sums are exact only while partial sums stay below 2**24.
+    return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)

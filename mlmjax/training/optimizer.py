@@ -1,0 +1,260 @@
+"""Optimizers and learning-rate schedules, built from the run configuration."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig, updates_of
+from mlmjax.errors import InputError
+from mlmjax.parallel.sharding import leaf_path
+
+_NO_DECAY = re.compile(r"(^|\.)(\w*norm\.\w+|\w*bias)$")
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+SPIKE_WARMUP = 10
+"""Updates before which no gradient norm is usual or unusual."""
+
+_EMBEDDINGS = re.compile(r"(?:^|\.)embeddings\.")
+
+
+def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> optax.Schedule:
+    """Return the learning rate as a function of the number of updates done before (0 at first).
+
+    Warm-up is linear and already gives `learning_rate / warmup` to the first update, the full rate
+    to update number `warmup`. Then `wsd` is constant until the last `decay` updates, which follow
+    1 - sqrt (Hägele et al. 2024, arXiv 2405.18392); `cosine` and `linear` fall over all that
+    remains and do not use `decay`. The first update of a decline has the full rate, the last one a
+    rate above zero: no update is wasted. `warmup` and `decay` below 1 are fractions of `steps`.
+
+    Raises `InputError` where warm-up and decay together are longer than the run.
+    """
+    warmup = updates_of(config.warmup, steps)
+    decay = updates_of(config.decay, steps) if config.name == "wsd" else steps - warmup
+    if warmup + decay > steps or decay < 0:
+        raise InputError(
+            f"schedule: warmup {warmup} + decay {max(decay, 0)} updates is more than steps {steps};"
+            f" make one of them shorter"
+        )
+    shapes = {
+        "wsd": lambda done: 1.0 - jnp.sqrt(done),
+        "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
+        "linear": lambda done: 1.0 - done,
+    }
+    shape = shapes[config.name]
+
+    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+        count = jnp.asarray(count, jnp.float32)
+        rising = jnp.minimum(1.0, (count + 1.0) / max(warmup, 1))
+        done = jnp.clip((count - (steps - decay)) / max(decay, 1), 0.0, 1.0)
+        return learning_rate * rising * shape(done)
+
+    return schedule
+
+
+def make_optimizer(
+    optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
+) -> optax.GradientTransformation:
+    """Return clipping by the global norm (`clip = 0`: none), then AdamW or StableAdamW.
+
+    Weight decay is multiplied by the learning rate, and leaves norms and biases alone. ModernBERT
+    quotes decay without that factor: its 1e-5 at a learning rate of 5e-4 is 0.02 here. With
+    `layer_decay` the rate falls towards the embeddings, as `scale_by_depth`; with `ema` the state
+    also carries the averaged parameters, as `with_average`; with `skip_spikes` some updates are
+    not made, as `skip_spikes`.
+    """
+    rate = make_schedule(schedule, optimizer.learning_rate, steps)
+    settings = {
+        "b1": optimizer.b1,
+        "b2": optimizer.b2,
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "mask": decay_mask,
+    }
+    parts = [{"adamw": optax.adamw, "stable_adamw": stable_adamw}[optimizer.name](rate, **settings)]
+    if optimizer.clip:
+        parts.insert(0, optax.clip_by_global_norm(optimizer.clip))
+    if optimizer.layer_decay != 1:
+        parts.append(scale_by_depth(optimizer.layer_decay))
+    update = optax.chain(*parts) if len(parts) > 1 else parts[0]
+    if optimizer.ema:
+        update = with_average(update, optimizer.ema)
+    return skip_spikes(update, optimizer.skip_spikes) if optimizer.skip_spikes else update
+
+
+def decay_mask(params: Any) -> Any:
+    """Return which parameters weight decay touches: all but norms and biases, by their path.
+
+    The shape does not tell: the bias of `Wqkv` is `[3, heads, head_dim]`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not _NO_DECAY.search(leaf_path(path)), params
+    )
+
+
+def scale_by_depth(layer_decay: float) -> optax.GradientTransformation:
+    """Multiply the update of a parameter by `layer_decay` for each layer above it.
+
+    Layer-wise learning-rate decay (ELECTRA, arXiv 2003.10555): the heads and the final norm keep
+    the full rate, the last layer has `layer_decay` of it, the embeddings, which the tied decoder
+    reads too, `layer_decay ** (layers + 1)`.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
+        paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
+        layers = 1 + max((int(found[1]) for found in map(_LAYER.search, paths) if found), default=0)
+
+        def scale(path: Any, change: jax.Array) -> jax.Array:
+            name = leaf_path(path)
+            layer = _LAYER.search(name)
+            above = (
+                layers - int(layer[1]) if layer else (layers + 1) * bool(_EMBEDDINGS.search(name))
+            )
+            return change * layer_decay**above
+
+        return jax.tree_util.tree_map_with_path(scale, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class AverageState(NamedTuple):
+    """Number of updates done, the averaged parameters, and the state of the optimizer inside."""
+
+    step: jax.Array
+    average: Any
+    inner: Any
+
+
+def with_average(
+    optimizer: optax.GradientTransformation, decay: float
+) -> optax.GradientTransformation:
+    """Carry an exponential moving average of the parameters after each update.
+
+    average = d average + (1 - d) parameters, with d = min(decay, (1 + t) / (10 + t)) at update t,
+    so that the first parameters do not weigh on a short run.
+    """
+
+    def init(params: Any) -> AverageState:
+        average = jax.tree.map(jnp.copy, params)
+        return AverageState(jnp.zeros([], jnp.int32), average, optimizer.init(params))
+
+    def update(grads: Any, state: AverageState, params: Any = None) -> Any:
+        updates, inner = optimizer.update(grads, state.inner, params)
+        count = state.step + 1
+        slow = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+        average = jax.tree.map(
+            lambda old, theta, change: slow * old + (1.0 - slow) * (theta + change),
+            state.average,
+            params,
+            updates,
+        )
+        return updates, AverageState(count, average, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def averaged_parameters(params: Any, opt_state: Any) -> Any:
+    """Return the averaged parameters where the optimizer keeps them, else the parameters."""
+    if isinstance(opt_state, SpikeState):
+        opt_state = opt_state.inner
+    return opt_state.average if isinstance(opt_state, AverageState) else params
+
+
+class SpikeState(NamedTuple):
+    """Mean gradient norm of the updates made, their number, those skipped, and the state inside."""
+
+    mean: jax.Array
+    made: jax.Array
+    skipped: jax.Array
+    inner: Any
+
+
+def skip_spikes(
+    optimizer: optax.GradientTransformation, factor: float
+) -> optax.GradientTransformation:
+    """Make no update of a gradient whose norm is above `factor` times the usual, or not finite.
+
+    Usual is the exponential mean of the global norms of the updates made before: the first of them,
+    then with decay min(0.99, (1 + t) / (10 + t)) after t of them. The first `SPIKE_WARMUP` are
+    skipped only where they are not finite. A skipped update leaves parameters and the state inside
+    as they are. All of it is part of the state: a run that goes on skips what it would have.
+    """
+
+    def init(params: Any) -> SpikeState:
+        zero = jnp.zeros([], jnp.int32)
+        return SpikeState(jnp.zeros([]), zero, jnp.copy(zero), optimizer.init(params))
+
+    def update(grads: Any, state: SpikeState, params: Any = None) -> Any:
+        norm = optax.tree.norm(grads)
+        usual = (state.made < SPIKE_WARMUP) | (norm <= factor * state.mean)
+        makes = jnp.isfinite(norm) & usual
+        updates, inner = optimizer.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(makes, u, jnp.zeros_like(u)), updates)
+        inner = jax.tree.map(lambda new, old: jnp.where(makes, new, old), inner, state.inner)
+        t = state.made.astype(jnp.float32)
+        decay = jnp.where(state.made == 0, 0.0, jnp.minimum(0.99, (1.0 + t) / (10.0 + t)))
+        mean = jnp.where(makes, decay * state.mean + (1.0 - decay) * norm, state.mean)
+        made = state.made + makes
+        return updates, SpikeState(mean, made, state.skipped + ~makes, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def skipped_updates(opt_state: Any) -> jax.Array:
+    """Return how many updates were skipped as spikes, int32 `[]`; 0 where none ever are."""
+    return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros([], jnp.int32)
+
+
+class StableAdamWState(NamedTuple):
+    """Number of updates done, and the debiased moments, shaped like the parameters."""
+
+    step: jax.Array
+    mu: Any
+    nu: Any
+
+
+def stable_adamw(
+    learning_rate: optax.Schedule,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-6,
+    weight_decay: float = 0.01,
+    mask: Any = None,
+) -> optax.GradientTransformation:
+    """AdamW whose learning rate is lowered, tensor by tensor, where the second moment is outdated.
+
+    Algorithm 2 of Wortsman et al. 2023 (arXiv 2304.13013), with update clipping from Adafactor
+    (Shazeer and Stern 2018). For update t with gradient g and learning rate a:
+    beta_t = beta (1 - beta^(t-1)) / (1 - beta^t) for both moments, so they need no other debiasing;
+    v = beta1_t v + (1 - beta1_t) g, u = beta2_t u + (1 - beta2_t) g^2;
+    RMS = sqrt(mean(g^2 / max(u, eps^2))), eta = a / max(1, RMS);
+    theta = theta - eta (weight_decay theta + v / (sqrt(u) + eps)).
+    """
+
+    def init(params: Any) -> StableAdamWState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return StableAdamWState(jnp.zeros([], jnp.int32), zeros, jax.tree.map(jnp.copy, zeros))
+
+    def update(grads: Any, state: StableAdamWState, params: Any = None) -> Any:
+        count = state.step + 1
+        beta1, beta2 = _debiased(b1, count), _debiased(b2, count)
+        mu = jax.tree.map(lambda v, g: beta1 * v + (1 - beta1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda u, g: beta2 * u + (1 - beta2) * g * g, state.nu, grads)
+        decays = mask(params) if mask else jax.tree.map(lambda _: True, params)
+        rate = learning_rate(state.step)
+
+        def change(g: jax.Array, v: jax.Array, u: jax.Array, theta: jax.Array, d: bool) -> Any:
+            rms = jnp.sqrt(jnp.mean(g * g / jnp.maximum(u, eps**2)))
+            decay = weight_decay * theta if d else 0.0
+            return -rate / jnp.maximum(1.0, rms) * (decay + v / (jnp.sqrt(u) + eps))
+
+        changes = jax.tree.map(change, grads, mu, nu, params, decays)
+        return changes, StableAdamWState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _debiased(beta: float, count: jax.Array) -> jax.Array:
+    power = jnp.power(beta, count.astype(jnp.float32))
+    return (beta - power) / (1.0 - power)

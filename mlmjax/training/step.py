@@ -1,0 +1,269 @@
+"""The train state and the jitted steps: pure functions over (state, batch)."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from mlmjax.data.batch import Batch, LabelBatch
+from mlmjax.errors import InputError
+from mlmjax.parallel import sharding as partition
+from mlmjax.training.loss import Metrics, summarize, target_losses, token_loss
+from mlmjax.training.optimizer import skipped_updates
+
+AnyBatch = Batch | LabelBatch
+Loss = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+"""From a model and a batch to a loss sum and metrics that hold `loss_sum` and `loss_count`."""
+
+
+class TrainState(NamedTuple):
+    """Everything a run carries from update to update: `step` counts updates done, int32 `[]`."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def create_train_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
+) -> tuple[Any, TrainState]:
+    """Split a model into `(graphdef, TrainState)`; the model itself stays usable.
+
+    With a mesh every parameter is cut by the rules of `partition`, and the optimizer state is made
+    in pieces, so no device holds a whole copy. Raises `InputError` as `parameter_sharding`.
+    """
+    graphdef, params = split_parameters(model)
+    # The step donates its state: sharing buffers would take the weights away from `model`. Copied
+    # leaf by leaf, because `device_put` may keep the piece that already lies on its device.
+    params = jax.tree.map(
+        lambda x, sharding: jax.device_put(jnp.copy(x), sharding),
+        params,
+        parameter_sharding(mesh, params),
+    )
+    return graphdef, start_state(params, optimizer, mesh)
+
+
+def start_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState:
+    """Return the state at step 0 for parameters that already lie on their devices."""
+    abstract = abstract_train_state(params, optimizer, mesh)
+    make = jax.jit(
+        lambda params: (jnp.zeros([], jnp.int32), optimizer.init(params)),
+        out_shardings=jax.tree.map(lambda x: x.sharding, (abstract.step, abstract.opt_state)),
+    )
+    step, opt_state = make(params)
+    return TrainState(step, params, opt_state)
+
+
+def abstract_train_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> TrainState:
+    """Return shapes, dtypes and shardings of the state of these (abstract) parameters."""
+    state = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.eval_shape(lambda p: p, params),
+        jax.eval_shape(optimizer.init, params),
+    )
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.tree.map(lambda _: device, state)
+    else:
+        sharding = partition.state_sharding(mesh, state.params, state)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding
+    )
+
+
+def parameter_sharding(mesh: Mesh | None, params: Any) -> Any:
+    """Return the sharding of every parameter; the first device where there is no mesh."""
+    if mesh is None:
+        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
+    return partition.parameter_sharding(mesh, params)
+
+
+def split_parameters(model: nnx.Module) -> tuple[Any, Any]:
+    """Split a model into its graph and its parameters; raises `InputError` for other state."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
+    if jax.tree.leaves(rest):
+        names = [partition.leaf_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(rest)]
+        raise InputError(
+            f"model: holds state that is no parameter ({names[0]}); training needs a model without "
+            f"dropout and other state: set the dropout rates to 0"
+        )
+    return graphdef, params
+
+
+def masked_token_loss(model: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+    """Encode the rows and sum the cross-entropy over their targets, as `loss.token_loss`."""
+    hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
+    return token_loss(model, hidden, batch)
+
+
+def make_train_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    loss: Loss = masked_token_loss,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Return the jitted update `(TrainState, Batch) -> (TrainState, metrics)`, its state donated.
+
+    `accumulate` cuts the first axis of every array of the batch into that many micro-batches (one
+    after another in memory); sums and counts are added up and divided once, so the update is that
+    of the large batch. A batch without any target leaves parameters and optimizer state as they
+    are; `step` advances. `loss` maps `(model, batch)` to a loss sum and metrics that hold
+    `loss_sum` and `loss_count`; metrics are summed over micro-batches. `grad_norm` (of the mean
+    loss, before clipping), `update_norm` (what is added to the parameters) and `skipped` (1 for an
+    update that was not made, as `optim.skip_spikes`) are added.
+
+    Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
+    """
+    jitted = jax.jit(
+        train_update(graphdef, optimizer, accumulate=accumulate, loss=loss), donate_argnums=0
+    )
+
+    @wraps(jitted)
+    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+        with _mesh_of(state.step) as mesh:
+            return jitted(state, place_batch(batch, mesh, accumulate))
+
+    return step
+
+
+def train_update(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int,
+    loss: Loss,
+    reduce: Callable[[Any], Any] = lambda sums: sums,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Return the update of `make_train_step` as a pure function, not yet compiled.
+
+    `reduce` adds up the sums (metrics and gradients) of several devices, each with its own part of
+    the batch; under one program for all devices there is nothing to add.
+    """
+
+    def value(params: Any, batch: Any) -> tuple[jax.Array, Metrics]:
+        return loss(nnx.merge(graphdef, params), batch)
+
+    def gradient(params: Any, batch: Any) -> tuple[Metrics, Any]:
+        (_, metrics), grads = jax.value_and_grad(value, has_aux=True)(params, batch)
+        return metrics, grads
+
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        if accumulate == 1:
+            metrics, grads = gradient(state.params, batch)
+        else:
+            micro = cut_batch(batch, accumulate)
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype),
+                jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro)),
+            )
+
+            def add(total: Any, part: Batch) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+
+            (metrics, grads), _ = jax.lax.scan(add, zeros, micro)
+
+        metrics, grads = reduce((metrics, grads))
+        count = metrics["loss_count"]
+        scale = 1.0 / jnp.maximum(count, 1.0)
+        grads = _keep_sharding(state.params, jax.tree.map(lambda g: g * scale, grads))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(count > 0, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
+        new_state = _keep_sharding(state.params, TrainState(state.step + 1, params, opt_state))
+        skipped = skipped_updates(opt_state) - skipped_updates(state.opt_state)
+        return new_state, {
+            **metrics,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": jnp.where(count > 0, optax.tree.norm(updates), 0.0),
+            "skipped": skipped.astype(jnp.float32),
+        }
+
+    return train_step
+
+
+def target_evaluation(model: Any, batch: Batch) -> Metrics:
+    """Return the metrics of `loss.token_loss`, and for each target `loss` and `correct`.
+
+    The last two are float32 and bool `[batch, targets]`, and 0 where unused.
+    """
+    hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
+    loss_sum, losses, correct = target_losses(model, hidden, batch)
+    metrics = summarize(loss_sum, losses, correct, batch)
+    return {**metrics, "loss": losses, "correct": correct}
+
+
+def make_eval_step(
+    graphdef: Any, evaluate: Callable[[Any, Any], Metrics] = target_evaluation
+) -> Callable[[Any, Any], Metrics]:
+    """Return the jitted function `(params, batch) -> evaluate(model, batch)` for validation."""
+
+    def eval_step(params: Any, batch: Any) -> Metrics:
+        return evaluate(nnx.merge(graphdef, params), batch)
+
+    jitted = jax.jit(eval_step)
+
+    @cache
+    def over_processes(mesh: Mesh) -> Any:
+        # What lies on another process cannot be read: everything is given to all of them.
+        return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    @wraps(eval_step)
+    def step(params: Any, batch: Any) -> Metrics:
+        with _mesh_of(jax.tree.leaves(params)[0]) as mesh:
+            run = over_processes(mesh) if mesh is not None and mesh.is_multi_process else jitted
+            return run(params, place_batch(batch, mesh))
+
+    return step
+
+
+def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
+    """Put a batch on the devices, rows over `data` and `fsdp`; raises `InputError` on misfit."""
+    partition.check_rows(mesh.shape if mesh else {}, batch.input_ids.shape[0], accumulate)
+    if mesh is None:
+        return batch
+    sharding = partition.batch_sharding(mesh)
+    return partition.place(batch, jax.tree.map(lambda _: sharding, batch))
+
+
+def cut_batch(batch: Any, parts: int) -> Batch:
+    """Cut the first axis of every array into `parts` micro-batches: `[parts, batch / parts, ...]`.
+
+    Rows are dealt out in turn, so each device finds rows of every micro-batch among its own.
+    """
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
+
+
+@contextmanager
+def _mesh_of(array: Any) -> Iterator[Mesh | None]:
+    """Set the mesh an array lies on, for `partition.constrain`, and give it back."""
+    mesh = None if isinstance(array, jax.core.Tracer) else partition.mesh_of(array)
+    if mesh is None:
+        yield None
+        return
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+def _keep_sharding(params: Any, tree: Any) -> Any:
+    """Ask for the sharding of the rules, so that an update returns its state as it took it."""
+    sizes = partition.mesh_sizes()
+    if not sizes:
+        return tree
+    return partition.constrain_tree(tree, partition.state_specs(sizes, params, tree))

@@ -1,0 +1,277 @@
+"""The classifier: learns, repeats itself, saves and restores, and behaves like an estimator."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from labelled_texts import FAST, WORDS, examples
+from sklearn.base import clone
+from sklearn.model_selection import ShuffleSplit, cross_val_score
+from sklearn.pipeline import Pipeline
+from small_models import small_config
+
+from mlmjax.classification.classifier import Classifier
+from mlmjax.errors import InputError, RunError
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.text.prompts import Template
+from mlmjax.weights import hub
+from mlmjax.weights.pretrained import save_pretrained
+
+SHORT = "{text}\n{options}[unused0] [MASK]"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def pair(model, tokenizer):
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(pair, tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier") / "model"
+    save_pretrained(*pair, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(folder):
+    texts, labels = examples(96)
+    classifier = Classifier(folder, list(WORDS), template=SHORT)
+    return classifier.fit(texts, labels, validation=examples(20, seed=1), **FAST)
+
+
+def weights(classifier):
+    return [
+        np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(classifier.asking_.scorer.model))
+    ]
+
+
+def test_zero_shot_answers_have_the_shapes_of_an_estimator(folder):
+    classifier = Classifier(folder, ["b", "a", "c"])
+    texts = np.array(["one text", "another text"])
+    probabilities = classifier.predict_proba(texts)
+    assert list(classifier.classes_) == ["b", "a", "c"]
+    assert probabilities.shape == (2, 3)
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    predicted = classifier.predict(texts)
+    assert predicted.dtype.kind == "U"
+    assert list(predicted) == [classifier.classes_[i] for i in probabilities.argmax(axis=1)]
+    assert classifier.predict([]).shape == (0,)
+
+
+def test_nothing_is_read_before_it_is_needed():
+    classifier = Classifier("/no/such/folder", ["a", "b"])
+    assert not hasattr(classifier, "classes_")
+    with pytest.raises(InputError, match="no such folder"):
+        classifier.predict(["text"])
+    with pytest.raises(InputError, match="no such folder"):
+        Classifier.from_pretrained("/no/such/folder", ["a", "b"])
+
+
+def test_fit_learns_and_reports(fitted):
+    texts, labels = examples(60, seed=2)
+    assert fitted.score(texts, labels) > 0.95
+    assert [entry["epoch"] for entry in fitted.history_] == list(range(1, 13))
+    assert fitted.history_[-1]["loss"] < fitted.history_[0]["loss"]
+    assert fitted.history_[-1]["validation_accuracy"] > 0.9
+    assert list(fitted.classes_) == ["sports", "money"]
+
+
+def test_the_same_seed_gives_the_same_weights_and_a_refit_starts_anew(fitted):
+    texts, labels = examples(96)
+    other = clone(fitted).fit(texts, labels, **FAST, seed=1)
+    pairs = list(zip(weights(fitted), weights(other), strict=True))
+    assert any((left != right).any() for left, right in pairs)
+    again = other.fit(texts, labels, **FAST)
+    for left, right in zip(weights(fitted), weights(again), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_the_source_pair_is_never_changed(pair):
+    before = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(pair[0]))]
+    texts, labels = examples(16)
+    classifier = Classifier(pair, template=SHORT)
+    classifier.fit(texts, labels, validation=(texts, labels), **{**FAST, "epochs": 1})
+    assert list(classifier.classes_) == ["money", "sports"]
+    after = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(pair[0]))]
+    for left, right in zip(before, after, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_what_is_saved_comes_back(fitted, tmp_path):
+    texts, _ = examples(20, seed=3)
+    fitted.save_pretrained(tmp_path / "saved")
+    fitted.save_pretrained(tmp_path / "saved")
+    restored = Classifier.from_pretrained(tmp_path / "saved")
+    assert list(restored.classes_) == list(fitted.classes_)
+    np.testing.assert_array_equal(restored.predict_proba(texts), fitted.predict_proba(texts))
+    renamed = Classifier.from_pretrained(tmp_path / "saved", ["x", "y", "z"])
+    assert list(renamed.classes_) == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": {"a": ""}}, "expected at least two distinct names"),
+        ({"label": {}}, "label: unknown key; did you mean 'labels'"),
+        ({"format": 2}, "format: found 2"),
+        ({"template": "{other} {options}", "shorten": {}}, "its fields are other, options"),
+        ({"max_length": -1}, "max_length: found -1"),
+    ],
+)
+def test_broken_settings_are_refused(fitted, tmp_path, change, message):
+    fitted.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "mlmjax_classifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=message):
+        Classifier.from_pretrained(tmp_path / "saved")
+
+
+def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_path):
+    hostile = {
+        "sports": "games",
+        "```\n# Owned <img src=x>": "$name ${prompt}",
+        "a\x1b[2J\u202eb": "",
+    }
+    template = SHORT.replace("{text}", "~~~\n````\n## A prompt $labels\n{text}")
+    Classifier(pair, hostile, template=template).save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert 'Classifier.from_pretrained("PATH_OF_THIS_FOLDER")' in card
+    assert "AutoModel" not in card
+    assert "\nsports: games\n```⟨U+000A⟩# Owned <img src=x>: $name ${prompt}\n" in card
+    assert not {"\x1b", "\u202e"} & set(card)
+    fence, outside = None, []
+    for line in card.splitlines():  # as CommonMark reads fences
+        ticks = len(line) - len(line.lstrip("`"))
+        if fence is None and ticks >= 3 and "`" not in line[ticks:]:
+            fence = ticks
+        elif fence is not None and ticks >= fence and not line.strip("`"):
+            fence = None
+        elif fence is None:
+            outside.append(line)
+    assert fence is None
+    assert [line for line in outside if line.startswith("#")] == [
+        "# Text classifier",
+        "## Labels",
+        "## Prompt",
+    ]
+    assert not any("Owned" in line or "A prompt" in line for line in outside)
+    assert SHORT.splitlines()[1] in card
+
+
+def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    (source / hub.TRAINING).write_text('{"format": 1, "runs": []}')
+    classifier = Classifier(source, list(WORDS), template=SHORT)
+    classifier.save_pretrained(tmp_path / "asked")
+    assert (tmp_path / "asked" / hub.TRAINING).read_text() == '{"format": 1, "runs": []}'
+    classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
+    assert not (tmp_path / "fitted" / hub.TRAINING).exists()
+
+
+def test_descriptions_stand_in_the_prompt_and_change_the_answer(pair):
+    plain = Classifier(pair, ["sports", "money"]).predict_proba(["a new goal"])
+    labels = {"sports": "games, teams and players", "money": ""}
+    described = Classifier(pair, labels)
+    assert np.abs(described.predict_proba(["a new goal"]) - plain).max() > 1e-7
+    assert list(described.classes_) == ["sports", "money"]
+    assert described.settings_.shown == ("sports: games, teams and players", "money")
+
+
+def test_long_texts_are_shortened_and_counted(pair):
+    classifier = Classifier(pair, ["a", "b"], max_length=128)
+    short, long = classifier.predict_proba(["goal", "goal " * 5000])
+    assert classifier.shortened == 1
+    assert np.isfinite([short, long]).all()
+
+
+def test_it_works_inside_scikit_learn(pair):
+    texts, labels = examples(24)
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT)
+    assert classifier.get_params()["labels"] == ["sports", "money"]
+    assert clone(classifier).get_params().keys() == classifier.get_params().keys()
+    pipeline = Pipeline([("classify", classifier)])
+    options = {f"classify__{name}": value for name, value in {**FAST, "epochs": 1}.items()}
+    split = ShuffleSplit(1, test_size=8, random_state=0)
+    assert cross_val_score(pipeline, texts, labels, cv=split, params=options).shape == (1,)
+    assert set(classifier.predict(texts)) <= {"sports", "money"}
+    classifier.set_params(labels=["x", "y", "z"])
+    assert classifier.predict_proba(texts[:1]).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["one"], "found one; expected at least two"),
+        ([], "found none"),
+        (["a", "a"], "'a' stands there twice"),
+        (["a", " "], "' ' is blank"),
+        (["a", 1], "is int"),
+        ("ab", "labels: is one str"),
+        ({"a": "x"}, "found a; expected at least two"),
+        ({"a": "x", "b": None}, "the description of 'b': is NoneType"),
+        (None, "has no labels"),
+    ],
+)
+def test_bad_labels_are_refused(pair, labels, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(pair, labels).predict(["text"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("one text", "texts: is one str; expected a list"),
+        (["a", " "], r"row 2 \(index 1\): field 'text': is blank"),
+        (["a", None], r"row 2 \(index 1\): field 'text': is NoneType"),
+        ([1.5], r"row 1 \(index 0\): field 'text': is float"),
+        (np.array([["a"], ["b"]]), "texts: is a table"),
+        (3, "texts: is one int"),
+    ],
+)
+def test_bad_texts_are_refused(fitted, texts, message):
+    with pytest.raises(InputError, match=message):
+        fitted.predict(texts)
+
+
+@pytest.mark.parametrize(
+    ("texts", "labels", "options", "message"),
+    [
+        (["a", "b"], ["sports"], {}, "fit: the distinct labels are 'sports'"),
+        (["a"], ["sports", "money"], {}, "1 texts and 2 labels"),
+        (["a", "b"], ["sports", "mony"], {}, r"row 2 \(index 1\): label 'mony' is none of"),
+        (["a", "b"], ["sports", 1], {}, r"row 2 \(index 1\): label: is int"),
+        (["a", ""], ["sports", "money"], {}, r"row 2 \(index 1\): field 'text': is blank"),
+        (["a", "b"], ["sports", "money"], {"epochs": 0}, "epochs: found 0"),
+        (["a", "b"], ["sports", "money"], {"learning_rate": -1.0}, "learning_rate: found -1"),
+    ],
+)
+def test_bad_training_data_is_refused(pair, texts, labels, options, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(pair, ["sports", "money"]).fit(texts, labels, **options)
+
+
+def test_a_loss_that_is_not_finite_stops_the_fit(pair):
+    texts, labels = examples(32)
+    classifier = Classifier(pair, template=SHORT)
+    with pytest.raises(RunError, match=r"loss of epoch \d is not finite"):
+        classifier.fit(texts, labels, **{**FAST, "learning_rate": 1e30})
+    assert not hasattr(classifier, "asking_")
+
+
+def test_other_models_and_templates_are_refused(tokenizer, pair):
+    other = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="the classification head has 'LABEL_0', 'LABEL_1'"):
+        Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
+    with pytest.raises(InputError, match="has no masked-language-model head"):
+        Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])
+    with pytest.raises(InputError, match="its fields are title"):
+        Classifier(pair, ["a", "b"], template=Template("{title}")).predict(["text"])

@@ -1,0 +1,396 @@
+"""Questions: orders, rounds, windows, few-shot examples, several labels, labels of many tokens."""
+
+import doctest
+from string import ascii_uppercase
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_models import noisy, small_config
+from training import write_tokenizer
+
+from mlmjax.classification import context, fewshot, fitting, rounds
+from mlmjax.classification import labels as truth
+from mlmjax.classification.classifier import Classifier
+from mlmjax.classification.context import windows_of
+from mlmjax.classification.fewshot import Shot, Shots
+from mlmjax.classification.rounds import in_rounds
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.scoring import continuation
+from mlmjax.scoring.scorers import Scorer
+from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import all_option_names, option_names, usable_option_names
+
+SHORT = "{text}\n{options}[unused0] [MASK]"
+TOKENIZER = Tokenizer.from_pretrained()
+TEXTS = ["a new goal", "the bank fell", "an old match of the team"]
+
+
+@pytest.fixture(scope="module")
+def pair(tokenizer):
+    config = small_config(max_position_embeddings=512, num_hidden_layers=1)
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))), tokenizer
+
+
+def scored(pair, template, rows, labels):
+    """Score prompts one by one, by the scorer alone."""
+    letters = option_names(labels, Template(template).names)
+    scorer = Scorer(*pair, Template(template), Verbalizer({n: [f" {n}"] for n in letters}))
+    return np.exp(scorer.log_probs(rows).astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    "module", [context, fewshot, rounds, truth, fitting, continuation], ids=str
+)
+def test_docstring_examples(module):
+    assert doctest.testmod(module, extraglobs={"Tokenizer": Tokenizer}).failed == 0
+
+
+def test_options_are_named_by_457_letters_or_557_numbers():
+    assert len(all_option_names("letters")) == 457
+    assert all_option_names("numbers") == tuple(map(str, range(1, 558)))
+
+
+@pytest.mark.parametrize(("count", "names"), [(26, "letters"), (457, "letters"), (557, "numbers")])
+def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
+    config = small_config(max_position_embeddings=8192, num_hidden_layers=1, hidden_size=16)
+    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    labels = [f"topic {i}" for i in range(count)]
+    classifier = Classifier((model, tokenizer), labels, batch_size=1)
+    probabilities = classifier.predict_proba(["which topic is this?"])
+    assert (classifier.prompts, classifier.settings_.names) == (1, names)
+    assert probabilities.shape == (1, count)
+    assert (probabilities > 0).all()
+    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-6)
+
+
+def test_more_labels_than_fit_are_asked_in_rounds(pair):
+    labels = [f"label number {i}" for i in range(90)]
+    classifier = Classifier(pair, labels, template=SHORT)
+    probabilities = classifier.predict_proba(TEXTS)
+    size = classifier._size()
+    assert 2 < size < 90
+    assert classifier.prompts == len(TEXTS) * (-(-90 // size) + 1)
+    assert (probabilities > 0).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    alone = Classifier(pair, labels, template=SHORT, batch_size=1).predict_proba(TEXTS[1:2])
+    np.testing.assert_allclose(alone[0], probabilities[1], atol=1e-5)
+
+
+def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", ascii_uppercase)
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    config = small_config(num_hidden_layers=1, max_position_embeddings=512)
+    model = noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    assert len(usable_option_names("letters", tokenizer, 60)) == 26
+    classifier = Classifier((model, tokenizer), [str(i) for i in range(60)], template=SHORT)
+    probabilities = classifier.predict_proba(TEXTS)
+    assert classifier._size() <= 26
+    assert classifier.settings_.names == "letters"
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
+def test_a_tokenizer_without_option_names_is_refused(tmp_path):
+    write_tokenizer(tmp_path / "tokenizer", ["sun", "moon"])
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    model = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0))
+    with pytest.raises(InputError, match="no two option names of one token"):
+        Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
+
+
+def test_labels_that_cannot_fit_are_refused(pair):
+    with pytest.raises(InputError, match="no two of the 600 labels fit"):
+        Classifier(pair, [f"{i} " + "word " * 300 for i in range(600)]).predict(["text"])
+
+
+@settings(deadline=None)
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(0, 99))
+def test_rounds_are_a_distribution_that_follows_scores(labels, size, seed):
+    """With a model whose odds never depend on the other options, rounds find the best option."""
+    truth = np.random.default_rng(seed).normal(size=labels) * 3
+    asked = []
+
+    def ask(questions, where):
+        asked.extend(len(question.choice) for question in questions)
+        scores = [truth[list(question.choice)] for question in questions]
+        return [score - np.logaddexp.reduce(score) for score in scores]
+
+    question = rounds.Question("text", tuple(range(labels)))
+    [found] = in_rounds(ask, [question], ["row 1"], size)
+    assert max(asked) <= size
+    np.testing.assert_allclose(np.exp(found).sum(), 1)
+    assert (np.exp(found) > 0).all()
+    if labels <= size:
+        np.testing.assert_allclose(found, truth - np.logaddexp.reduce(truth))
+    groups = rounds._cut(question.choice, size)
+    for group in groups:  # inside a group that had one round alone, odds are the model's
+        pairs = [(i, j) for i in group for j in group if truth[i] > truth[j]]
+        assert all(found[i] > found[j] for i, j in pairs)
+
+
+def test_orders_are_averaged_over_cyclic_shifts(pair):
+    labels = ["sports", "money", "rain"]
+    plain = Classifier(pair, labels, template=SHORT).predict_proba(TEXTS)
+    every = Classifier(pair, labels, template=SHORT, orders="all")
+    expected = np.zeros_like(plain)
+    for shift in range(3):
+        order = [(j + shift) % 3 for j in range(3)]
+        rows = [{"text": t, "options": [labels[i] for i in order]} for t in TEXTS]
+        expected[:, order] += scored(pair, SHORT, rows, 3) / 3
+    np.testing.assert_allclose(every.predict_proba(TEXTS), expected, atol=1e-5)
+    assert every.prompts == 9
+    assert np.abs(plain - expected).max() > 1e-3
+    # Averaged over all orders, only names that an option never had could tell the given one.
+    moved = Classifier(pair, labels[1:] + labels[:1], template=SHORT, orders="all")
+    np.testing.assert_allclose(
+        moved.predict_proba(TEXTS), every.predict_proba(TEXTS)[:, [1, 2, 0]], atol=1e-5
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(min_size=1, max_size=400), st.integers(2, 40))
+@example("0" * 25, 2)
+def test_windows_hold_the_whole_text_and_fit(text, room):
+    windows = windows_of(TOKENIZER, text, room)
+    end = 0  # of the text held so far, white space after it included
+    for window in windows:
+        end += len(text[end:]) - len(text[end:].lstrip())
+        # Equal windows of a text that repeats itself: the last place that leaves nothing out.
+        start = text.rfind(window, 0, end + len(window))
+        assert start >= 0
+        end = max(end, start + len(window))
+    assert not text[end:].strip()
+    # One character can be several tokens, and is never cut.
+    assert all(
+        len(TOKENIZER.encode_plain(window)) <= room or len(window) <= 2 for window in windows
+    )
+
+
+def test_windows_cover_every_token_and_overlap():
+    tokenizer = Tokenizer.from_pretrained()
+    text = " ".join(f"word{i}" for i in range(300))
+    windows = windows_of(tokenizer, text, 40)
+    joined, place = "", 0
+    for window in windows:
+        start = text.index(window)
+        assert start <= place
+        joined, place = text[: start + len(window)], start + len(window)
+    assert joined == text
+    assert min(len(tokenizer.encode_plain(window)) for window in windows) > 30
+
+
+def test_windows_that_are_blank_or_of_a_field_that_stands_twice(pair):
+    options = {"long_text": "mean", "max_length": 60}
+    classifier = Classifier(pair, ["a", "b", "c"], template="{text} {options}", **options)
+    assert classifier.predict_proba(["goal" + " " * 4000 + "won"]).shape == (1, 3)
+    twice = Classifier(pair, ["a", "b", "c"], template="{text}{text}{options}", **options)
+    twice.predict_proba(["goal", "rain " * 500])
+    assert twice.shortened == 0
+
+
+def test_three_labels_of_which_two_fit_are_asked_in_rounds(pair):
+    labels = [f"{name} " + "word " * 45 for name in "abc"]
+    classifier = Classifier(pair, labels, template=SHORT, max_length=160)
+    np.testing.assert_allclose(classifier.predict_proba(["goal"]).sum(), 1, atol=1e-6)
+    assert classifier.prompts == 3  # of two labels, of one, and of the better two
+
+
+@pytest.mark.parametrize("rule", ["mean", "max"])
+def test_long_texts_are_asked_in_windows(pair, rule):
+    text = " ".join(f"goal {i} match" for i in range(300))
+    labels = ["sports", "money"]
+    classifier = Classifier(pair, labels, template=SHORT, long_text=rule, max_length=128)
+    found = classifier.predict_proba([text, "goal"])
+    windows = windows_of(
+        pair[1],
+        text,
+        128
+        - 2
+        - classifier.asking_.scorer.template.length(pair[1], {"text": "", "options": labels}),
+    )
+    assert classifier.prompts == len(windows) + 1 > 5
+    assert classifier.shortened == 0
+    each = scored(pair, SHORT, [{"text": w, "options": labels} for w in windows], 2)
+    pooled = each.mean(axis=0) if rule == "mean" else each.max(axis=0)
+    np.testing.assert_allclose(found[0], pooled / pooled.sum(), atol=1e-5)
+    alone = Classifier(pair, labels, template=SHORT).predict_proba(["goal"])
+    np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
+
+
+def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
+    pool = [
+        ("goal one", "sports"),
+        ("goal two", "sports"),
+        ("bank one", "money"),
+        ("x " * 400, "money"),
+    ]
+    labels = ["money", "sports"]
+    classifier = Classifier(pair, labels, examples=pool, max_length=160, orders="all")
+    probabilities = classifier.predict_proba(["a match"])
+    assert classifier.examples_shown == {3: 2}
+    rows = [row for _, row in classifier.asking_.rows(classifier._questions("a match")[0])]
+    blocks = "".join(
+        f"TEXT:\n{text}\nAnswer: {{{letter}}}\n\n"
+        for text, letter in (("goal one", 0), ("bank one", 1), ("goal two", 0))
+    )
+    # The letters in the examples are those of the order that is asked.
+    assert [row["examples"] for row in rows] == [blocks.format("B", "A"), blocks.format("A", "B")]
+    template = classifier.asking_.scorer.template
+    assert template.text.index("{options}") < template.text.index("{examples}")
+    expected = scored(pair, template.text, rows, 2)
+    np.testing.assert_allclose(probabilities[0], (expected[0] + expected[1][::-1]) / 2, atol=1e-5)
+
+
+def test_a_long_text_comes_before_examples(pair):
+    pool = [("goal one", "sports"), ("bank one", "money")]
+    classifier = Classifier(pair, ["money", "sports"], examples=pool, max_length=128)
+    classifier.predict_proba(["word " * 30, "word " * 500])
+    assert classifier.examples_shown[0] >= 1
+    assert classifier.shortened == 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(st.text(min_size=1, max_size=30), st.sampled_from("abc"))),
+    st.integers(0, 120),
+)
+def test_examples_never_take_more_than_their_room(pool, room):
+    shots = Shots([Shot(text, (label,)) for text, label in pool], TOKENIZER)
+    text = shots.fill(room, lambda shot: shot.labels[0])
+    assert not text or len(TOKENIZER.encode_plain(text)) <= room
+
+
+def test_several_labels_are_questions_of_yes_or_no(pair):
+    labels = {"sports": "games", "money": "", "rain": ""}
+    classifier = Classifier(pair, labels, multi_label=True, orders="all")
+    found = classifier.predict_proba(TEXTS)
+    assert found.shape == (3, 3)
+    assert classifier.prompts == 3 * 3 * 2
+    template = classifier.settings_.template
+    for column, shown in enumerate(["sports: games", "money", "rain"]):
+        rows = [{"text": t, "label": shown, "options": ["yes", "no"]} for t in TEXTS]
+        turned = [row | {"options": ["no", "yes"]} for row in rows]
+        expected = scored(pair, template, rows, 2)[:, 0] + scored(pair, template, turned, 2)[:, 1]
+        np.testing.assert_allclose(found[:, column], expected / 2, atol=1e-5)
+    assert classifier.predict(TEXTS).tolist() == (found >= 0.5).astype(int).tolist()
+
+
+def test_answers_are_objects_that_say_when_nothing_is_sure(pair):
+    plain = Classifier(pair, ["sports", "money"], template=SHORT)
+    probabilities = plain.predict_proba(TEXTS)
+    for answer, row in zip(plain.answers(iter(TEXTS)), probabilities, strict=True):
+        assert list(answer) == ["label", "probability", "probabilities"]
+        assert answer["label"] == ["sports", "money"][row.argmax()]
+        np.testing.assert_allclose(list(answer["probabilities"].values()), row, atol=1e-6)
+    limit = float(np.sort(probabilities.max(axis=1))[1])
+    unsure = Classifier(pair, ["sports", "money"], template=SHORT, abstain_below=limit)
+    assert [answer["label"] is None for answer in unsure.answers(TEXTS)].count(True) == 1
+    several = Classifier(pair, ["sports", "money"], multi_label=True)
+    for answer, row in zip(several.answers(TEXTS), several.predict(TEXTS), strict=True):
+        assert answer["labels"] == [n for n, on in zip(["sports", "money"], row, strict=True) if on]
+
+
+def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer):
+    truth, texts = [["money"], [], ["money", "sports"]], ["the bank", "the old", "goal bank"]
+    classifier = Classifier(pair, ["sports", "money"], multi_label=True, orders=2)
+    classifier._ready()
+    flags = [(False, True), (False, False), (True, True)]
+    prompts, columns = classifier._examples(range(3), texts, flags, seed=0)
+    found = []
+    for prompt, column in zip(prompts, columns, strict=True):
+        lines = tokenizer.decode(prompt.ids).splitlines()
+        answer = next(line for line in lines if line.startswith(f"- {'AB'[column]}: "))
+        label, text = (lines[lines.index(name) + 1] for name in ("LABEL:", "TEXT:"))
+        found.append((text, label, answer[5:]))
+    expected = [
+        (text, name, "yes" if name in row else "no")
+        for text, row in zip(texts, truth, strict=True)
+        for name in ("sports", "money")
+    ]
+    assert found == expected
+    yes = [column for column, (_, _, answer) in zip(columns, found, strict=True) if answer == "yes"]
+    assert set(yes) == {0, 1}  # both orders of the options are trained on
+    before = classifier.predict_proba(texts)
+    classifier.fit(texts * 8, truth * 8, epochs=2, learning_rate=1e-2)
+    assert np.abs(classifier.predict_proba(texts) - before).max() > 1e-3
+    assert classifier.history_[1]["loss"] < classifier.history_[0]["loss"]
+    assert classifier.score(texts, truth) == classifier.score(texts, np.array(flags))
+
+
+def test_labels_of_many_tokens_by_pseudo_log_likelihood(pair, tokenizer):
+    """Equal to masking and summing by hand."""
+    labels = ["sports", "untokenizable weather reports", "rain fall"]
+    template = "{text} is about [unused0] [MASK] ."
+    classifier = Classifier(pair, labels, answer="continuation", template=template)
+    found = classifier.predict_proba(TEXTS[:2])
+    call = jax.jit(pair[0].__call__)
+    for row, text in zip(found, TEXTS, strict=False):
+        ids, slot = Template(template).encode(tokenizer, {"text": text}, 500)
+        scores = []
+        for label in labels:
+            tokens = tokenizer.encode_plain(f" {label}")
+            words = label.split()
+            ends = np.cumsum([len(tokenizer.encode_plain(f" {word}")) for word in words])
+            assert ends[-1] == len(tokens)
+            total = 0.0
+            for at, token in enumerate(tokens):
+                stop = next(end for end in ends if end > at)
+                masked = [*tokens[:at], *[tokenizer.mask_id] * (stop - at), *tokens[stop:]]
+                whole = [*ids[:slot], *masked, *ids[slot + 1 :]]
+                padded = np.array([whole + [tokenizer.pad_id] * (48 - len(whole))])
+                logits = call(padded, np.arange(48)[None] < len(whole))[0, slot + at]
+                logits = np.asarray(logits, np.float64)
+                total += logits[token] - np.logaddexp.reduce(logits)
+            scores.append(total)
+        np.testing.assert_allclose(row, np.exp(scores - np.logaddexp.reduce(scores)), atol=1e-5)
+
+
+def test_a_continuation_leaves_room_for_its_longest_label(pair):
+    labels = ["a", "many words " * 20]
+    classifier = Classifier(pair, labels, answer="continuation", max_length=96)
+    assert np.isfinite(classifier.predict_proba(["goal " * 400])).all()
+    assert classifier.shortened == 1
+    with pytest.raises(InputError, match="has 201 tokens"):
+        Classifier(pair, ["a", "w " * 200], answer="continuation", max_length=64).predict(["x"])
+    with pytest.raises(InputError, match="fit with answer='letters'"):
+        classifier.fit(["x", "y"], ["a", "many words " * 20])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"examples": [("x", "c")]}, "example 1: label 'c' is none of a, b"),
+        ({"examples": ["x"]}, "example 1 is 'x'; expected a pair"),
+        ({"examples": [(" ", "a")]}, "its text is blank"),
+        ({"examples": [("x", "a")], "template": SHORT}, "has no {examples}"),
+        ({"orders": 0}, "orders"),
+        ({"orders": 2, "answer": "words"}, "no letters of options"),
+        ({"long_text": "first"}, "long_text"),
+        ({"instruction": "Say.", "template": SHORT}, "write the instruction into it"),
+        ({"multi_label": True, "head": "classification"}, "leave out answer and head"),
+        ({"multi_label": True, "template": SHORT}, "its fields are text, options"),
+        ({"head": "classification"}, "call fit"),
+        ({"abstain_below": 2.0}, "abstain_below"),
+        ({"answer": "phrase"}, "answer"),
+        ({"batch_size": 1.5}, r"batch_size is 1\.5"),
+        ({"batch_size": 10**9}, "at most 65536"),
+        ({"examples": 5}, "examples: is one int"),
+        ({"labels": {"a", "b"}}, "is a set, which has no order"),
+        ({"labels": ["\u00e9", "e\u0301"], "answer": "continuation"}, "are the same tokens"),
+        ({"source": 5}, "expected a folder, a hub id, or a pair"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(pair, options, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(**{"source": pair, "labels": ["a", "b"]} | options).predict(["text"])
+
+
+def test_an_instruction_may_hold_braces(pair):
+    classifier = Classifier(pair, ["a", "b"], instruction="Use {curly} [MASK-free] words.")
+    assert classifier.predict_proba(["x"]).shape == (1, 2)
+    assert "{{curly}}" in classifier.settings_.template

@@ -1,0 +1,141 @@
+"""The command line: exit codes, first lines, no traceback, results on stdout alone."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mlmjax.cli import commands
+from mlmjax.errors import InputError, RunError
+
+
+def fails(capsys, code, *arguments):
+    """Run a command that must fail with `code`; return the first line it prints."""
+    assert commands.run(arguments) == code
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    return err.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.toml"], "absent.toml: cannot be read"),
+        (["prepare", "absent.toml"], "absent.toml: cannot be read"),
+        (["train"], "Missing argument 'CONFIG'"),
+        (["trian", "x.toml"], "No such command 'trian'"),
+        (["evaluate", "--model", "absent", "--task", "mmul"], "mmlu"),
+        (["evaluate", "--model", "m", "--task", "mmlu", "--protocol", "other"], "'other'"),
+        (["evaluate", "--model", "m", "--task", "mmlu", "--limit", "0"], "--limit"),
+        (["classify", "--model", "m", "--labels", "one"], "at least two labels"),
+        (
+            ["classify", "--model", "m", "--labels", "a,b", "absent.txt"],
+            "absent.txt: cannot be read",
+        ),
+    ],
+)
+def test_bad_input_exits_2_with_one_clear_line(capsys, arguments, message):
+    assert message in fails(capsys, 2, *arguments)
+
+
+def test_blank_line_is_named(capsys, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("first\n   \nthird\n")
+    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
+    assert "line 2: the text is blank" in line
+
+
+def test_broken_utf8_is_named(capsys, tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"first\n\xff\xfe\n")
+    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
+    assert "line 2: is not UTF-8" in line
+
+
+def test_labels_from_a_file(tmp_path):
+    path = tmp_path / "labels.txt"
+    path.write_text("sports\tgames and athletes\nworld\n\n")
+    assert commands.read_labels(str(path)) == {"sports": "games and athletes", "world": ""}
+    path.write_text("a\nb\n")
+    assert commands.read_labels(str(path)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["a\na\n", "\tdescription\nb\n"])
+def test_bad_label_files(tmp_path, content):
+    path = tmp_path / "labels.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match="line"):
+        commands.read_labels(str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "first"),
+    [
+        (InputError("bad", [f"line {i}" for i in range(50)]), 2, "mlmjax: bad"),
+        (RunError("loss is nan at step 3"), 1, "mlmjax: loss is nan at step 3"),
+        (OSError(28, "No space left on device"), 1, "mlmjax: [Errno 28] No space left on device"),
+        (KeyError("x"), 1, "mlmjax: internal error: KeyError: 'x'"),
+    ],
+)
+def test_errors_become_exit_codes(capsys, monkeypatch, error, code, first):
+    def raises(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(commands.cli, "main", raises)
+    assert commands.run(["train"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(first)
+    assert len(lines) <= 22
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert commands.run(["train", "absent.toml", "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_and_version_need_no_jax():
+    code = "import sys; from mlmjax.cli.commands import run; run(['--help']); run(['--version']); "
+    code += "sys.exit('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "classify" in done.stdout
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):
+        monkeypatch.setenv(name, "")  # so that what the code sets is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_compiled_programs_are_kept_for_the_next_command(cache_home):
+    code = (
+        "from mlmjax import cli; cli.keep_compiled(); import jax\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))))"
+    )
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert (done.stdout, done.stderr) == ("262144.0\n", "")
+    kept = [file for file in (cache_home / "mlmjax" / "xla").rglob("*-cache") if file.is_file()]
+    assert kept
+    assert not any(file.stat().st_mode & 0o002 for file in kept)
+
+
+def test_the_folder_of_compiled_programs_is_the_users_choice(cache_home, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    commands.keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
+    commands.keep_compiled()
+    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
+    (cache_home / "mlmjax").write_text("no folder can be made here")
+    commands.keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

@@ -1,0 +1,277 @@
+"""The demo: its data are what they claim, its report shows what it is given, and it runs."""
+
+import re
+import runpy
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mlmjax
+from mlmjax.cli import demo
+from mlmjax.cli.demo_report import Answer, Method, Report, render, write_report
+from mlmjax.errors import InputError, RunError
+from mlmjax.evaluation.suite import baselines
+
+ASSETS = Path(mlmjax.__file__).parent / "assets" / "openstax"
+TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
+TINY = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+TINY |= {"num_hidden_layers": 1, "vocab_size": 50368}
+
+
+@pytest.fixture(scope="module")
+def train():
+    return demo.read_jsonl(ASSETS / "train.jsonl")
+
+
+@pytest.fixture(scope="module")
+def test():
+    return demo.read_jsonl(ASSETS / "test.jsonl")
+
+
+class TestData:
+    def test_is_balanced(self, train, test):
+        assert set(Counter(row["label"] for row in train).values()) == {250}
+        assert set(Counter(row["label"] for row in test).values()) == {63}
+        assert 8 <= len({row["label"] for row in train}) <= 12
+
+    def test_is_split_by_module(self, train, test):
+        assert not {row["module"] for row in train} & {row["module"] for row in test}
+
+    def test_no_ten_words_stand_twice(self, train, test):
+        runs = Counter()
+        for row in train + test:
+            words = re.findall(r"\w+", row["text"].lower())
+            runs.update({" ".join(words[i : i + 10]) for i in range(len(words) - 9)})
+        assert max(runs.values()) == 1
+
+    def test_holds_prose_alone(self, train, test):
+        for row in train + test:
+            assert list(row) == ["text", "label", "book", "module"]
+            assert 40 <= len(row["text"].split()) <= 150
+            assert row["text"] == " ".join(row["text"].split())
+            assert not re.search(r"OpenStax|https?:|Figure| ,|\[|Learning Objectives", row["text"])
+
+    def test_every_label_is_one_token(self, train, tokenizer):
+        labels = sorted({row["label"] for row in train})
+        assert all(len(tokenizer.encode_plain(f" {label}")) == 1 for label in labels)
+
+    def test_is_small(self):
+        assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 2_000_000
+
+    def test_attribution_names_every_book_its_number_and_the_licence(self, train, test):
+        text = (ASSETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
+        for book, number in Counter(row["book"] for row in train + test).items():
+            line = next(line for line in text.splitlines() if f"[{book}]" in line)
+            assert f"| {number} |" in line
+            assert f"https://github.com/openstax/{book}" in line
+        for needed in ("CC BY 4.0", "creativecommons.org/licenses/by/4.0/", "## Changes"):
+            assert needed in text
+
+    @pytest.mark.data
+    def test_the_tool_makes_the_same_files_again(self, test_data, tmp_path):
+        main = runpy.run_path(str(TOOL))["main"]
+        main(str(test_data / "text" / "openstax_ccby.jsonl.zst"), str(tmp_path))
+        for name in ("train.jsonl", "test.jsonl", "ATTRIBUTION.md"):
+            assert (tmp_path / name).read_bytes() == (ASSETS / name).read_bytes()
+
+
+class TestTool:
+    tool = runpy.run_path(str(TOOL))
+
+    def test_cleaning_keeps_prose_and_drops_the_rest(self):
+        prose = "Cells divide, and then they grow again. " * 8
+        kept = self.tool["clean"](
+            [
+                f"  {prose}\t",
+                "Too short to keep.",
+                prose + "as shown in .",
+                prose + "See Figure 3.",
+                prose.removesuffix(". "),
+                "- " + prose,
+                prose + "2x + 3y = 4, 5x = 6, 7 = 8y, 9x = 1, 2x - 3y = 4, 5x = 6 + 78y.",
+            ]
+        )
+        assert list(kept) == [prose.strip()]
+
+    def test_dealing_takes_modules_in_turn_and_no_text_twice(self):
+        decks = [(("book", "m1"), ["d e f", "a b c"]), (("book", "m2"), ["x", "A, b. C!"])]
+        rows = self.tool["deal"]("physics", decks, 3, set())
+        assert [(row["module"], row["text"]) for row in rows] == [
+            ("m1", "a b c"),
+            ("m1", "d e f"),
+            ("m2", "x"),
+        ]
+
+    def test_dealing_says_what_there_is_too_little_of(self):
+        with pytest.raises(SystemExit, match="physics: only 1 paragraphs; 2 are needed"):
+            self.tool["deal"]("physics", [(("book", "m1"), ["a b c"])], 2, set())
+
+
+LABELS = ["art", "law", "war"]
+REPORT = Report(
+    title="Title",
+    summary="Summary",
+    prompt="{text}\nSubject: [unused0] [MASK]",
+    methods=[Method("chance", 1 / 3), Method("ours", 0.7, (0.6, 0.8), is_ours=True)],
+    curve=[
+        {"step": 1, "split": "train", "loss_atp": 2.0, "answer_accuracy": 0.1},
+        {"step": 2, "split": "train", "loss_atp": 1.0, "answer_accuracy": None},
+        {"step": 2, "split": "validation", "loss_atp": 1.5, "answer_accuracy": 0.4},
+    ],
+    labels=LABELS,
+    confusion=np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]),
+    answers=[
+        Answer("<script>a & b</script>", {"art": 0.2, "law": 0.7, "war": 0.1}, "law"),
+        Answer("plain", {"art": 0.8, "law": 0.1, "war": 0.1}, "war"),
+    ],
+    sentences=[Answer("ours", {"art": 0.3, "law": 0.4, "war": 0.3})],
+    facts={"machine": "2 cores"},
+    commands=[("Ask:", "mlmjax classify < FILE")],
+)
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+class TestReport:
+    def test_needs_nothing_outside_itself(self):
+        tags = Page(render(REPORT)).tags
+        pictures = [attrs["src"] for tag, attrs in tags if tag == "img"]
+        assert len(pictures) == 3
+        assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
+        assert not [tag for tag, _ in tags if tag in {"script", "link", "iframe"}]
+        assert not [attrs for _, attrs in tags if "http" in str(attrs)]
+
+    def test_shows_texts_as_they_are(self):
+        page = Page(render(REPORT))
+        for text in ("<script>a & b</script>", "mlmjax classify < FILE", "2 cores", "[unused0]"):
+            assert text in page.text
+
+    def test_says_what_was_right_and_wrong(self):
+        text = Page(render(REPORT)).text
+        assert text.count("✓ right: law") == 1
+        assert text.count("✗ the book says: war") == 1
+        assert text.count("70%") == 1  # the bar of the right answer
+
+    def test_is_written_as_utf8(self, tmp_path):
+        write_report(REPORT, tmp_path / "report.html")
+        assert "✓" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+class TestBaselines:
+    def test_tfidf_learns_words(self):
+        rows = [
+            {"text": f"{word} x{i}", "label": word} for i in range(9) for word in ("art", "law")
+        ]
+        assert baselines.tfidf_regression(rows, [{"text": "law y"}, {"text": "art z"}]) == [
+            "law",
+            "art",
+        ]
+
+
+def run(out, *overrides):
+    """Run the demo with a network of one layer in the place of the packaged one."""
+    start = out.parent / "start"
+    if not start.exists():
+        model = mlmjax.ModernBertForMaskedLM(mlmjax.ModelConfig.from_hf(TINY), rngs=nnx.Rngs(0))
+        mlmjax.save_pretrained(model, mlmjax.Tokenizer.from_pretrained(), start)
+    few = ["steps=2", "evaluation.every=0", f"init_from={start}"]
+    return demo.run_demo(out, [*few, *overrides], limit=60)
+
+
+def show(out, capfd):
+    return run(out), *capfd.readouterr()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of one demo, whose second run finds everything compiled."""
+    names = (
+        "jax_enable_compilation_cache",
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+    )
+    before = [getattr(jax.config, name) for name in names]
+    values = [True, str(tmp_path_factory.mktemp("compiled")), 0.0]
+    for name, value in zip(names, values, strict=True):
+        jax.config.update(name, value)
+    yield tmp_path_factory.mktemp("demo") / "out"
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+
+
+class TestRun:
+    def test_leaves_what_it_promises_and_prints_results_alone(self, out, capfd):
+        accuracies, printed, said = show(out, capfd)
+        assert accuracies["chance"] == 1 / 8
+        assert accuracies["TF-IDF + logistic regression"] > 0.25
+        lines = printed.splitlines()
+        for name, accuracy in accuracies.items():
+            line = next(line for line in lines if line.startswith(name))
+            assert f" {accuracy:.1%}" in line
+        assert all(sentence in printed for sentence in demo.SENTENCES)
+        assert f"report: {out / 'report.html'}" in lines
+        assert "step 2/2" in said
+        assert "step" not in printed
+        page = Page((out / "report.html").read_text(encoding="utf-8"))
+        assert "astronomy" in page.text
+        assert (out / "data" / "ATTRIBUTION.md").read_bytes() == (
+            ASSETS / "ATTRIBUTION.md"
+        ).read_bytes()
+
+    def test_the_export_is_a_classifier_that_agrees_with_the_evaluation(self, out):
+        test = demo.read_jsonl(out / "data" / "test.jsonl")
+        classifier = mlmjax.Classifier.from_pretrained(out / "model")
+        chosen = classifier.predict([row["text"] for row in test])
+        model, tokenizer = mlmjax.load_pretrained(out / "run" / "export")
+        results = mlmjax.run_evaluation(model, tokenizer, out / "subjects.toml")
+        assert results["n"] == 60
+        assert results["accuracy"] == np.mean(chosen == [row["label"] for row in test])
+
+    def test_again_in_the_same_folder_finds_the_run_complete(self, out, capfd):
+        before = (out / "model" / "model.safetensors").read_bytes()
+        _, _, said = show(out, capfd)
+        assert "complete at step 2" in said
+        assert "step 2/2  validation" not in said
+        assert (out / "model" / "model.safetensors").read_bytes() == before
+
+    def test_another_run_in_the_same_folder_is_refused(self, out):
+        with pytest.raises(InputError, match="seed"):
+            run(out, "seed=5")
+
+    @pytest.mark.parametrize("name", ["model", "run", "rows"])
+    def test_a_folder_of_another_program_is_left_alone(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text("mine")
+        with pytest.raises(InputError, match="is in the demo's way and not of its making"):
+            run(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        assert (tmp_path / name / "README.md").read_text() == "mine"
+
+    def test_a_folder_that_would_hide_the_packaged_model_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="is the name of the packaged model"):
+            demo.run_demo(Path("mlmjax-small"))
+        assert not list(tmp_path.iterdir())
+
+    def test_a_differing_export_is_an_error(self, tmp_path):
+        before = np.array([[0.5, 0.5], [0.1, 0.9]])
+        demo.check_same(tmp_path, before, before.copy())
+        with pytest.raises(RunError, match="1 of 2 texts"):
+            demo.check_same(tmp_path, before, before + np.array([[0, 1e-17], [0, 1e-15]]))

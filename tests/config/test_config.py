@@ -1,0 +1,135 @@
+"""The run configuration: strict, complete, and every shipped file parses."""
+
+from pathlib import Path
+
+import pytest
+
+from mlmjax.config.run import RunConfig, load_config
+from mlmjax.errors import InputError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+MINIMAL = """
+out = "runs/x"
+steps = 20_000
+init_from = "some/model"
+[data]
+rows = "rows/x"
+[[data.sources]]
+path = "x.parquet"
+prompt = "{inputs}"
+answer = "targets"
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_config_parses(path):
+    config = load_config(path)
+    assert isinstance(config, RunConfig)
+    assert config.data.sources
+
+
+def test_shipped_configs_cover_the_ways_of_training():
+    assert {path.stem for path in CONFIGS.glob("*.toml")} >= {
+        "atp_tiny",
+        "atp_base",
+        "atp_large",
+        "finetune",
+        "mlm_pretrain",
+        "continue_mlm",
+    }
+
+
+def test_overrides_are_toml_values(minimal):
+    config = load_config(
+        minimal,
+        ["data.batch_size=64", "out=runs/b", "optimizer.learning_rate=1e-5", "mesh.data=2"],
+    )
+    assert config.data.batch_size == 64
+    assert config.out == "runs/b"
+    assert config.optimizer.learning_rate == 1e-5
+    assert config.mesh.data == 2
+
+
+def test_an_empty_model_makes_way_for_a_start(minimal):
+    changes = ["model={hidden_size=4}", "init_from=start"]
+    table = load_config(minimal, [*changes, "model={}"])
+    assert (table.init_from, not table.model) == ("start", True)
+
+
+def test_override_reaches_into_lists(minimal):
+    config = load_config(minimal, ["data.sources.0.path=y.jsonl"])
+    assert config.data.sources[0].path == "y.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_siz=4", r"data\.batch_siz: unknown key; did you mean 'batch_size'"),
+        ("optimizer.lr=1e-3", r"optimizer\.lr: unknown key; known here: name, learning_rate"),
+        ("stepz=4", r"stepz: unknown key; did you mean 'steps'"),
+        (
+            "data.sources.0.promt='x'",
+            r"data\.sources\.0\.promt: unknown key; did you mean",
+        ),
+        ("steps='many'", r"steps: found 'many' \(str\)"),
+        ("steps=1.5", r"steps: found 1\.5 \(float\)"),
+        ("steps=true", r"steps: found True \(bool\)"),
+        ("steps=0", r"steps: found 0 \(int\).*greater than 0"),
+        ("optimizer.learning_rate=nan", r"optimizer\.learning_rate: found nan"),
+        ("schedule.name='constant'", r"schedule\.name: found 'constant'"),
+        ("objective.mlm_rate=1.0", r"objective\.mlm_rate: found 1\.0"),
+        ("data.accumulate=3", r"data: batch_size 32 is not a multiple of accumulate 3"),
+        ("mesh.data=0", r"mesh: data is 0"),
+        ("model={hidden_size=4}", r"give exactly one of init_from .* and \[model\]"),
+        ("data.sources.0.hub='a/b'", r"data\.sources\.0: give exactly one of path"),
+        (
+            "data.sources.0.shorten={inputs='end'}",
+            r"0\.shorten\.inputs: found 'end'",
+        ),
+        ("noequals", r"expected key=value"),
+        ("out.x=3", r"out is a value, not a table"),
+        ("data.sources.x.path=3", "the list has 1 elements.*found 'x'"),
+        ("data.sources.7.path=3", "the list has 1 elements.*found '7'"),
+        ("data.sources.0=3", r"data\.sources\.0"),
+    ],
+)
+def test_refusals_name_the_key(minimal, override, message):
+    with pytest.raises(InputError, match=message):
+        load_config(minimal, [override])
+
+
+def test_all_problems_are_listed(minimal):
+    with pytest.raises(InputError) as caught:
+        load_config(minimal, ["steps=0", "data.batch_siz=4", "seed='a'"])
+    text = str(caught.value)
+    assert "steps" in text
+    assert "batch_siz" in text
+    assert "seed" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"out = ", "is not valid TOML"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"steps = 3", "out: is missing"),
+    ],
+)
+def test_broken_files(tmp_path, content, message):
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / "absent.toml")

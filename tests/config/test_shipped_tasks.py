@@ -1,0 +1,93 @@
+"""The tasks that come with the package: sound, and each reads its public file whole."""
+
+import re
+from collections import Counter
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from task_files import write_csv
+
+from mlmjax.config.task import task_names
+from mlmjax.evaluation import evaluate
+from mlmjax.evaluation.evaluate import load_task
+from mlmjax.evaluation.questions import read_questions
+from mlmjax.scoring.scorers import check_row
+
+
+def test_every_shipped_task_is_sound():
+    names = task_names()
+    assert {"mmlu", "mmlu_pro", "ag_news"} <= set(names)
+    for name in names:
+        shipped = load_task(name)
+        assert shipped.name == name
+        assert shipped.description
+        assert shipped.licence
+        assert shipped.hub is None or re.fullmatch("[0-9a-f]{40}", shipped.revision)
+        for protocol in ("default", *shipped.protocols):
+            asked = shipped.under(protocol)
+            prompt = evaluate.Template(asked.prompt, shorten=dict(asked.shorten))
+            assert "options" in prompt.fields
+            assert prompt.shorten
+            assert asked.verbalizer_for(4).labels
+
+
+FILES = {
+    "mmlu": "mmlu_test",
+    "mmlu_pro": "mmlu_pro_test",
+    "ag_news": "ag_news_test",
+    "arc_easy": "ai2_arc__ARC-Easy__validation",
+    "arc_challenge": "ai2_arc__ARC-Challenge__validation",
+    "boolq": "boolq__none__validation",
+    "sst2": "sst2_test",
+    "sst5": "sst5_test",
+    "trec": "trec_test",
+    "20newsgroups": "20newsgroups_bydate_test",
+    "20newsgroups_raw": "20newsgroups_bydate_test",
+    "rte": "glue__rte__validation",
+    "cola": "cola_in_domain_dev",
+    "mnli": "mnli_dev_olora",
+}
+FILES = {name: f"eval/{file}.parquet" for name, file in FILES.items()} | {
+    name: f"raft/{name}__train.csv"
+    for name in ("ade_corpus_v2", "neurips_impact_statement_risks", "one_stop_english")
+}
+LEFT_OUT = {"mnli": {"dropped": 131}, "20newsgroups": {"blank": 215}}
+
+
+def test_no_shipped_task_goes_unread():
+    assert set(FILES) == set(task_names())
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_every_shipped_task_reads_its_file(test_data, name):
+    shipped = load_task(name)
+    questions, left_out = read_questions(shipped, test_data / FILES[name], None)
+    assert left_out == LEFT_OUT.get(name, {})
+    for question in questions:
+        check_row(question.row, ["options"], 20)
+        assert all(question.row[field].strip() for field in question.row if field != "options")
+        assert 0 <= question.gold < len(question.row["options"])
+    golds = {question.gold for question in questions}
+    assert len(golds) == (len(shipped.label_names) or max(golds) + 1)
+
+
+def test_labels_of_raft_are_names_or_the_class_numbers_of_the_hub(tmp_path):
+    """Class 0 is for rows without a label; the folder is laid out as the hub's parquet branch."""
+    shipped = load_task("one_stop_english")
+    names = ["Unlabeled", "advanced", "elementary", "intermediate"]
+    schema = pa.schema([("Article", pa.string()), ("Label", pa.int64())])
+    for folder, numbers in (("one_stop_english", [3, 0, 2, 1]), ("other", [9])):
+        path = tmp_path / folder / "train"
+        path.mkdir(parents=True)
+        table = pa.table([["a b"] * len(numbers), numbers], schema=schema)
+        pq.write_table(table, path / "0000.parquet")
+    write_csv(tmp_path / "named.csv", [{"Article": "a b", "Label": names[n]} for n in (3, 0, 2, 1)])
+    local = shipped.model_copy(update={"hub": str(tmp_path)})
+    for source, data in ((local, None), (shipped, tmp_path / "named.csv")):
+        questions, left_out = read_questions(source, data, None)
+        assert [names[1:][question.gold] for question in questions] == [
+            "intermediate", "elementary", "advanced"
+        ]  # fmt: skip
+        assert left_out == Counter(dropped=1)

@@ -1,0 +1,310 @@
+"""Preparing: nothing lost, nothing doubled, sets within sets, and no damaged rows are read."""
+
+import json
+import os
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from row_files import change, change_source, content, make_rows, two_sources, write_table
+
+from mlmjax import InputError
+from mlmjax.config.run import DataConfig, SourceConfig
+from mlmjax.data.preparing.prepare import prepare, summary
+from mlmjax.data.reading.examples import Counts, read_examples
+from mlmjax.data.rows import open_rows, read_manifest
+
+
+@pytest.fixture
+def config(tmp_path):
+    return two_sources(tmp_path)
+
+
+def examples_on_disk(folder, split):
+    return [
+        (source.name, tuple(example.ids.tolist()), example.answer_position, example.task)
+        for source in open_rows(folder, split)
+        for row in range(len(source))
+        for example in source[row]
+    ]
+
+
+def test_every_example_is_on_disk_once_in_one_split(config, tokenizer):
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    expected = Counter()
+    keys = {}
+    for source in config.sources:
+        for one in read_examples(source, tokenizer, config.seq_length, Counts()):
+            task = manifest.tasks.index(one.task)
+            example = (source.name, tuple(one.ids.tolist()), one.answer_position, task)
+            expected[example] += 1
+            keys[example] = one.key
+    train = examples_on_disk(folder, "train")
+    validation = examples_on_disk(folder, "validation")
+    assert Counter(train) + Counter(validation) == expected
+    # Equal prompts (and the windows of one document) are on one side.
+    assert not {keys[e] for e in train} & {keys[e] for e in validation}
+    assert len({keys[e] for e in train}) < len(train)
+
+    rows = {split: sum(map(len, open_rows(folder, split))) for split in manifest.splits}
+    assert 8 <= rows["validation"] <= 16
+    assert rows["train"] > 60
+
+
+def test_the_manifest_counts_what_is_there(config, tokenizer):
+    calls = []
+    folder = prepare(config, tokenizer, lambda name, records: calls.append((name, records)))
+    assert calls[-2:] == [("qa", 300), ("text", 20)]
+    manifest = read_manifest(folder)
+    qa, text = manifest.sources
+    assert (qa.records, qa.examples) == (300, 180)
+    assert qa.dropped == {"answer is not one token": 60, "blank answer": 60}
+    assert qa.files[0].bytes == os.path.getsize(config.sources[0].path)
+    assert manifest.tasks == ["task0", "task1", "task2", "text"]
+    assert (text.records, text.dropped) == (20, {})
+    for split, files in manifest.splits.items():
+        for file, source in zip(files, open_rows(folder, split), strict=True):
+            rows = [source[i] for i in range(len(source))]
+            lengths = [[len(example) for example in row] for row in rows]
+            assert file.rows == len(rows)
+            assert file.examples == sum(map(len, rows)) == sum(file.examples_per_task.values())
+            assert file.tokens == sum(map(sum, lengths))
+            assert file.padding_share == pytest.approx(1 - file.tokens / (64 * len(rows)))
+            assert file.max_examples_per_row == max(map(len, rows)) == source.max_examples_per_row
+            assert max(map(sum, lengths)) <= 64
+            assert source.text == (file.name == "text")
+    indices = [e.index for s in open_rows(folder, "train") for i in range(len(s)) for e in s[i]]
+    assert sorted(indices) == list(range(len(indices)))
+    lines = summary(manifest)
+    assert "qa: 300 records, 180 examples, 60 dropped (answer is not one token)" in lines[0]
+    assert lines[-1].startswith("validation: ")
+
+
+@settings(
+    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    words=st.lists(
+        st.text("ab \n[MASK]", min_size=1, max_size=30).filter(str.strip), min_size=1, max_size=40
+    ),
+    seq_length=st.sampled_from([24, 40]),
+    pack=st.booleans(),
+)
+def test_no_token_is_lost_doubled_or_moved(tmp_path_factory, tokenizer, words, seq_length, pack):
+    folder = tmp_path_factory.mktemp("property")
+    path = write_table(folder / "t.jsonl", [{"text": text} for text in words])
+    source = SourceConfig(path=path, text="text", name="t")
+    config = DataConfig(
+        rows=str(folder / "rows"), seq_length=seq_length, pack=pack, sources=(source,)
+    )
+    rows = prepare(config, tokenizer)
+    found = Counter(ids for _, ids, _, _ in examples_on_disk(rows, "train"))
+    expected = Counter(
+        tuple(one.ids.tolist()) for one in read_examples(source, tokenizer, seq_length, Counts())
+    )
+    assert found == expected
+    if not pack:
+        (only,) = open_rows(rows, "train")
+        assert len(only) == expected.total()
+        assert only.max_examples_per_row == 1
+
+
+def test_the_same_input_gives_the_same_bytes(config, tokenizer, tmp_path):
+    first = content(prepare(config, tokenizer))
+    second = content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+    assert first == second
+    assert set(first) == {
+        "manifest.json",
+        *(f"{split}/{n}.arrow" for split in ("train", "validation") for n in (0, 1)),
+    }
+    assert str(tmp_path / "rows") not in first["manifest.json"].decode()
+
+
+def test_validation_sources_are_packed_by_themselves(config, tokenizer, tmp_path):
+    path = write_table(tmp_path / "v.jsonl", make_rows(50, salt=9))
+    held = SourceConfig(path=path, prompt="{input}", answer="answer", name="held")
+    config = change(config, validation_rows=0, validation_sources=(held,))
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert [file.name for file in manifest.splits["validation"]] == ["held"]
+    assert [report.examples for report in manifest.validation_sources] == [30]
+    assert len(examples_on_disk(folder, "validation")) == 30
+    assert len(examples_on_disk(folder, "train")) == sum(r.examples for r in manifest.sources)
+
+
+def test_without_packing_a_row_is_an_example(config, tokenizer):
+    folder = prepare(change(config, pack=False), tokenizer)
+    manifest = read_manifest(folder)
+    for file in [*manifest.splits["train"], *manifest.splits["validation"]]:
+        assert file.rows == file.examples
+    held_out = sum(file.rows for file in manifest.splits["validation"])
+    # A few more than 8, because equal prompts and the windows of a document go together.
+    assert 8 <= held_out <= 20
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"validation_rows": 10_000}, "leaves nothing to train on"),
+        ({"sources": ()}, "data.sources names nothing to read"),
+    ],
+)
+def test_a_configuration_that_leaves_nothing_is_refused(
+    config, tokenizer, tmp_path, update, message
+):
+    with pytest.raises(InputError, match=message):
+        prepare(change(config, **update), tokenizer)
+    # What was read is kept for the next try.
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.jsonl", "b.jsonl", "rows.partial"}
+    assert not (tmp_path / "rows").exists()
+
+
+def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path):
+    write_table(tmp_path / "a.jsonl", [{"input": "x", "answer": "entailment", "task": "t"}] * 3)
+    with pytest.raises(
+        InputError, match=r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
+    ):
+        prepare(config, tokenizer)
+    assert not (tmp_path / "rows").exists()
+
+
+def test_two_sources_of_one_name_are_refused(config, tokenizer):
+    with pytest.raises(InputError, match="two are called 'text'"):
+        prepare(change_source(config, name="text"), tokenizer)
+
+
+def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
+    bad = SourceConfig(path="nowhere*.csv", text="text")
+    calls = []
+    with pytest.raises(InputError, match="no file matches"):
+        prepare(
+            change(config, sources=(*config.sources, bad)), tokenizer, lambda *a: calls.append(a)
+        )
+    assert calls == []
+
+
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "cut":
+        del data[-100:]
+    elif how == "flipped":
+        # Tokens are most of the file, so the middle is among them.
+        data[len(data) // 2] ^= 0xFF
+    elif how == "rubbish":
+        data[:] = b"x" * len(data)
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("cut", "bytes, the manifest says"), ("flipped", "checksum"), ("rubbish", "damaged")],
+)
+def test_damaged_row_files_are_refused(config, tokenizer, how, message):
+    folder = prepare(config, tokenizer)
+    path = folder / "train" / "0.arrow"
+    damage(path, how)
+    with pytest.raises(InputError, match=message) as caught:
+        examples_on_disk(folder, "train")
+    assert str(path) in str(caught.value)
+    assert "prepare again" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table.update(format=99), "rows of format 99, expected 3"),
+        (lambda table: table.pop("tasks"), "is not a manifest of rows: tasks"),
+        (
+            lambda table: table["splits"]["train"][0].update(rows=7),
+            "not the 7 rows of the manifest",
+        ),
+        (lambda table: table.update(vocab_size=100), "damaged: row 0 holds"),
+        (lambda table: table.update(seq_length=10), "damaged: row 0 holds"),
+        (
+            lambda table: table["splits"]["train"][0].update(file="../../x"),
+            "leads out of the rows folder",
+        ),
+    ],
+)
+def test_a_manifest_that_does_not_fit_its_rows_is_refused(config, tokenizer, edit, message):
+    folder = prepare(config, tokenizer)
+    table = json.loads((folder / "manifest.json").read_text())
+    edit(table)
+    (folder / "manifest.json").write_text(json.dumps(table))
+    with pytest.raises(InputError, match=message):
+        open_rows(folder, "train")[0][0]
+
+
+def test_a_split_that_is_not_there_is_refused(config, tokenizer):
+    folder = prepare(change(config, validation_rows=0), tokenizer)
+    with pytest.raises(InputError, match="has no split 'validation'; there are: train"):
+        open_rows(folder, "validation")
+
+
+def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, tokenizer):
+    config = change(config, validation_rows=2, select={"sizes": (60, 120), "answer_share": 0.5})
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert manifest.selection is not None
+    assert [one.asked for one in manifest.selection.sets] == [60, 120]
+    held_out = sum(f.examples for f in manifest.splits["validation"] if not f.text)
+    sizes = []
+    for level, one in enumerate(manifest.selection.sets):
+        rows = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
+        examples = [example for source in rows for i in range(len(source)) for example in source[i]]
+        sizes.append(len(examples))
+        assert one.asked <= one.examples <= one.asked + 10
+        assert one.examples - held_out <= len(examples) <= one.examples
+        tasks = Counter(example.task for example in examples)
+        assert max(tasks.values()) <= one.per_task + 5
+    assert sizes[0] < sizes[1]
+    asked = manifest.sources[0].examples
+    left_out = manifest.selection.unbalanced + manifest.selection.capped
+    assert asked - left_out == manifest.selection.sets[-1].examples
+    assert "selected: " in "\n".join(summary(manifest))
+
+
+def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer, tmp_path):
+    rows = [{"input": "the same", "answer": "yes" if i % 10 else "no"} for i in range(600)]
+    rows += [{"input": f"another {i}", "answer": "yes"} for i in range(300)]
+    tasks = ["same"] * 600 + ["other"] * 300
+    rows = [{**row, "task": task} for row, task in zip(rows, tasks, strict=True)]
+    path = write_table(tmp_path / "equal.jsonl", rows)
+    select = {"sizes": (40, 70), "per_task": 50, "answer_share": 0.6}
+    config = change(change_source(config, path=path), validation_rows=0, select=select)
+    folder = prepare(config, tokenizer)
+    manifest = read_manifest(folder)
+    assert manifest.selection is not None
+    told = [(one.examples, one.per_task) for one in manifest.selection.sets]
+    assert told == [(40, 20), (70, 35)]
+    for level, cap in ((0, 20), (1, 35)):
+        asked = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
+        tasks = Counter(e.task for s in asked for i in range(len(s)) for e in s[i])
+        assert set(tasks.values()) == {cap}
+    assert (manifest.selection.unbalanced, manifest.selection.capped) == (450, 380)
+
+
+def test_classes_and_values_are_selected_too(config, tokenizer, tmp_path):
+    rows = [{"input": f"text {i}", "answer": str(int(i % 10 == 0))} for i in range(200)]
+    path = write_table(tmp_path / "classes.jsonl", rows)
+    for labels, count in ((("0", "1"), 50), (None, 60)):
+        source = SourceConfig(
+            path=path,
+            prompt="{input}",
+            answer="answer",
+            labels=labels and {"0": "zero", "1": "one"},
+        )
+        one = change(
+            config,
+            rows=str(tmp_path / f"rows-{count}"),
+            sources=(source,),
+            pack=False,
+            validation_rows=0,
+            select={"per_task": 60, "answer_share": 0.6},
+        )
+        manifest = read_manifest(prepare(one, tokenizer, head="classification"))
+        assert manifest.splits["train"][0].examples == count
+        assert manifest.selection is not None
+        assert manifest.selection.sets[0].examples == count

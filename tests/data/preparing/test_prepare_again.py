@@ -1,0 +1,299 @@
+"""Preparing again, after a kill or by several: the same bytes, and no rows made otherwise used."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+
+import pytest
+from row_files import change, change_source, content, make_rows, two_sources, write_table
+
+from mlmjax import InputError
+from mlmjax.data import prepare as prepare_module
+from mlmjax.data import work
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.errors import RunError
+from mlmjax.storage import built_whole
+
+
+@pytest.fixture
+def config(tmp_path):
+    return two_sources(tmp_path)
+
+
+def test_again_is_a_no_op(config, tokenizer, monkeypatch):
+    folder = prepare(config, tokenizer)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    monkeypatch.setattr(prepare_module, "_build", None)
+    # What is settled while training may change without preparing again.
+    assert prepare(change(config, batch_size=7), tokenizer) == folder
+    assert prepare(change_source(config, weight=3.0), tokenizer) == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("update", "message"),
+    [
+        ({"seq_length": 128}, "data.seq_length is 128, the rows have 64"),
+        ({"pack": False}, "data.pack is False, the rows have True"),
+        ({"prompt": "{input}?"}, "data.sources.0.prompt is '{input}.', the rows have '{input}'"),
+        ({"limit": 5}, "data.sources.0.limit is 5, the rows have None"),
+    ],
+)
+def test_rows_of_another_configuration_are_refused(config, tokenizer, update, message):
+    folder = prepare(config, tokenizer)
+    before = content(folder)
+    changed = change if set(update) <= {"seq_length", "pack"} else change_source
+    with pytest.raises(InputError, match=message) as caught:
+        prepare(changed(config, **update), tokenizer)
+    assert "delete the folder to prepare again, or name another in data.rows" in str(caught.value)
+    assert content(folder) == before
+
+
+def test_rows_of_another_tokenizer_are_refused(config, tokenizer):
+    prepare(config, tokenizer)
+    other = type(tokenizer)(tokenizer.files)
+    other.sha256 = "0" * 64
+    with pytest.raises(InputError, match="the tokenizer's sha256 is 000000000000"):
+        prepare(config, other)
+
+
+def test_changed_source_files_are_refused_and_absent_ones_are_not(config, tokenizer, tmp_path):
+    folder = prepare(config, tokenizer)
+    path = tmp_path / "a.jsonl"
+    original = path.read_bytes()
+    later = (folder / "manifest.json").stat().st_mtime_ns + 10**9
+    os.utime(path, ns=(later, later))
+    assert prepare(config, tokenizer) == folder
+
+    path.write_bytes(original.replace(b"Question", b"question"))
+    os.utime(path, ns=(later, later))
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    path.write_bytes(original + original)
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    path.unlink()
+    assert prepare(config, tokenizer) == folder
+
+
+def test_a_folder_of_something_else_is_left_alone(config, tokenizer, tmp_path):
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
+        prepare(config, tokenizer)
+    (tmp_path / "rows").rename(tmp_path / "rows.partial")
+    with pytest.raises(InputError, match="in the way and not ours to delete"):
+        prepare(config, tokenizer)
+    assert (tmp_path / "rows.partial" / "thesis.tex").read_text() == "precious"
+
+
+def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
+    (tmp_path / "rows").mkdir()
+    assert len(open_rows(prepare(config, tokenizer), "train")) == 2
+
+
+CHILD = """
+import os, signal, sys
+from mlmjax.config.run import DataConfig
+from mlmjax.data import work
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.text.tokenizer import Tokenizer
+done, left = work._do_one, int(sys.argv[2])
+def do_one(*args):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    return done(*args)
+work._do_one = do_one
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+prepare(config, Tokenizer.from_pretrained())
+"""
+
+
+@pytest.mark.parametrize("jobs", [0, 1, 2, 4])
+def test_a_killed_run_goes_on_and_gives_the_same_bytes(config, tokenizer, tmp_path, jobs):
+    expected = content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+    arguments = [sys.executable, "-c", CHILD, config.model_dump_json(), str(jobs)]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    partial = tmp_path / "rows.partial"
+    assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
+    assert not (tmp_path / "rows").exists()
+    calls = []
+    after_kill = content(prepare(config, tokenizer, lambda *told: calls.append(told)))
+    assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
+    assert not partial.exists()
+    assert after_kill == expected
+
+
+def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path):
+    with pytest.raises(InputError, match="leaves nothing to train on"):
+        prepare(change(config, validation_rows=10_000), tokenizer)
+    write_table(tmp_path / "a.jsonl", make_rows(200, salt=5))
+    rows = prepare(config, tokenizer)
+    assert read_manifest(rows).sources[0].records == 200
+    assert content(rows) == content(
+        prepare(change(config, rows=str(tmp_path / "other")), tokenizer)
+    )
+
+
+def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
+    for part in range(3):
+        write_table(tmp_path / f"p{part}.jsonl", make_rows(90, salt=part))
+    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
+    calls = []
+    many = change(config, rows=str(tmp_path / "many"), workers=2)
+    assert content(prepare(config, tokenizer)) == content(
+        prepare(many, tokenizer, lambda *told: calls.append(told))
+    )
+    assert ("qa", 270) in calls
+    (tmp_path / "p2.jsonl").write_text('{"input": "x", "answer": 7, "task": "t"}\n')
+    again = change(many, rows=str(tmp_path / "again"))
+    with pytest.raises(InputError, match=r"p2\.jsonl line 1: column 'answer' is int"):
+        prepare(again, tokenizer)
+
+
+@pytest.mark.parametrize("when", ["at once", "later"])
+def test_a_process_that_dies_fails_the_run(config, tokenizer, tmp_path, monkeypatch, when):
+    write_table(tmp_path / "c.jsonl", make_rows(30))
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\n" + ("read line\n" * 2 if when == "later" else "") + "exit 9\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(work, "sys", SimpleNamespace(executable=str(program)))
+    config = change_source(config, path=str(tmp_path / "[ac].jsonl"))
+    with pytest.raises(RunError, match="died"):
+        prepare(change(config, workers=2), tokenizer)
+
+
+def test_two_at_once_build_one_folder(tmp_path):
+    target = tmp_path / "made"
+    code = (
+        "import sys, time, pathlib\n"
+        "from mlmjax.storage import built_whole\n"
+        "with built_whole(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    print('builds' if partial else 'finds', flush=True)\n"
+        "    if partial:\n"
+        "        (partial / 'x').write_text('x')\n"
+        "        time.sleep(0.5)\n"
+    )
+    start = [
+        subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
+        for _ in range(5)
+    ]
+    said = sorted(child.communicate()[0] for child in start)
+    assert said == [b"builds\n", *[b"finds\n"] * 4]
+    assert [path.name for path in target.iterdir()] == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), built_whole(tmp_path / "file" / "x"):
+        pass
+
+
+PREPARE = """
+import sys, time
+from mlmjax.config.run import DataConfig
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.text.tokenizer import Tokenizer
+config = DataConfig.model_validate_json(sys.argv[1], strict=False)
+tokenizer = Tokenizer.from_pretrained()
+print("begins", flush=True)
+prepare(config, tokenizer)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_ten_random_moments_it_gives_the_same_bytes(config, tokenizer, tmp_path, workers):
+    """Only the first process is killed: those it started have to see to it that they end."""
+    for part in range(12):
+        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(1500, salt=part))
+    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
+    config = change(config, select={"sizes": (2000, 5000)}, workers=workers)
+    expected = content(prepare(change(config, rows=str(tmp_path / "other"), workers=1), tokenizer))
+    rng = random.Random(workers)
+    rows, kills = tmp_path / "rows", 0
+    while kills < 10 or not rows.exists():
+        if rows.exists():
+            assert content(rows) == expected
+            shutil.rmtree(rows)
+        run = subprocess.Popen(
+            [sys.executable, "-c", PREPARE, config.model_dump_json()], stdout=subprocess.PIPE
+        )
+        assert run.stdout is not None
+        with run.stdout, suppress(subprocess.TimeoutExpired):
+            assert run.stdout.readline() == b"begins\n"
+            run.wait(None if kills >= 10 else rng.uniform(0, 0.6 if workers == 1 else 1.5))
+        run.kill()
+        assert run.wait() in (0, -signal.SIGKILL)
+        kills += run.returncode != 0
+    assert content(rows) == expected
+    assert not (tmp_path / "rows.partial").exists()
+
+
+def test_a_file_changed_in_secret_is_found(config, tokenizer, tmp_path):
+    folder = prepare(config, tokenizer)
+    path = tmp_path / "a.jsonl"
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b"Question", b"Answered"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+        prepare(config, tokenizer)
+    assert folder.exists()
+
+
+def test_a_file_changed_while_it_is_read_is_refused(config, tokenizer, tmp_path):
+    def touch(name, records):
+        if name == "text":
+            (tmp_path / "a.jsonl").touch()
+
+    with pytest.raises(InputError, match=r"a\.jsonl: has changed while it was read"):
+        prepare(config, tokenizer, touch)
+    assert not (tmp_path / "rows").exists()
+    again = content(prepare(config, tokenizer))
+    assert again == content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
+
+
+def test_rows_packed_before_a_kill_are_used_unless_they_are_of_another_choice(
+    config, tokenizer, tmp_path, monkeypatch
+):
+    packed = []
+
+    def fail_at(limit):
+        def pack(*args, **arguments):
+            if len(packed) == limit:
+                raise KeyboardInterrupt
+            packed.append(arguments["out"])
+            return work.pack_bucket(*args, **arguments)
+
+        monkeypatch.setitem(work.KINDS, "pack", pack)
+
+    fail_at(2)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer)
+    fail_at(-1)
+    other = change(config, validation_rows=4)
+    expected = content(prepare(change(other, rows=str(tmp_path / "other")), tokenizer))
+    files = len(packed) - 2
+    fail_at(len(packed) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer)
+    assert len(packed) == 2 + files + 1  # The two of before, then the one of this time.
+    fail_at(-1)
+    assert content(prepare(other, tokenizer)) == expected
+    assert len(packed) == 2 + files + 1 + files
+
+
+def test_a_lock_that_was_left_is_removed(config, tokenizer):
+    folder = prepare(config, tokenizer)
+    expected = content(folder)
+    (folder / ".building").touch()
+    prepare(config, tokenizer)
+    assert content(folder) == expected

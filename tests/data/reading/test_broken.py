@@ -1,0 +1,247 @@
+"""Broken shards: a line that names file and row, or skipped and counted, and nothing else lost."""
+
+import doctest
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlmjax import InputError, errors
+from mlmjax.config.run import SourceConfig
+from mlmjax.data import files
+from mlmjax.data.preparing.staging import hash_of
+from mlmjax.data.reading.examples import BROKEN_SHOWN, Counts, read_examples
+from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
+
+GOOD = [{"input": f"Is {i} odd?", "answer": ["no", "yes"][i % 2], "task": "t"} for i in range(40)]
+
+
+def lines(rows=GOOD):
+    return [json.dumps(row).encode() + b"\n" for row in rows]
+
+
+def source(path, **settings):
+    return SourceConfig(
+        path=str(path), prompt="{input}", answer="answer", task="task", name="s", **settings
+    )
+
+
+def read(source, tokenizer):
+    counts = Counts()
+    examples = [one.ids.tolist() for one in read_examples(source, tokenizer, 64, counts)]
+    return examples, counts
+
+
+def changed(**fields):
+    return json.dumps({**GOOD[0], **fields}).encode() + b"\n"
+
+
+BROKEN_LINES = {
+    "not JSON": b'{"input": "x"\n',
+    "not an object": b"[1]\n",
+    "deep": b"[" * 5000 + b"\n",
+    "not UTF-8": b'{"input": "\xff", "answer": "yes", "task": "t"}\n',
+    "NUL": b'{"input": "\0", "answer": "yes", "task": "t"}\n',
+    "too long": b'{"input": "' + b"a" * 20000 + b'"}\n',
+    "no column": b'{"input": "x", "task": "t"}\n',
+    "null": changed(input=None),
+    "a number": changed(input=3),
+    "nested": changed(input=[[None, "x"], None]),
+    "answer is null": changed(answer=None),
+    "answer is a list": changed(answer=["yes", None]),
+    "task is null": changed(task=None),
+    "task is blank": changed(task=" "),
+    "half a character": changed(input="\ud800"),
+    "half a character in the task": changed(task="\udfff"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_LINES)
+def test_a_broken_line_stops_or_is_skipped(what, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10_000)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(lines()))
+    expected, _ = read(source(path), tokenizer)
+    mixed = lines()
+    for at in (0, 17, 17, 43):
+        mixed.insert(at, BROKEN_LINES[what])
+    path.write_bytes(b"".join(mixed))
+    with pytest.raises(InputError, match=r"a\.jsonl line 1: ") as caught:
+        read(source(path), tokenizer)
+    assert "\n" not in caught.value.message
+    examples, counts = read(source(path, broken="skip"), tokenizer)
+    assert examples == expected
+    assert counts.dropped == {BROKEN_RECORD: 4}
+    assert counts.records == len(GOOD) + 4
+    assert [where.split(":")[0].split()[-1] for where in counts.broken] == ["1", "18", "19", "44"]
+
+
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_mixture_of_broken_lines_leaves_the_rest(tmp_path_factory, tokenizer, data):
+    """What is sound comes out whatever stands between; nothing is counted twice."""
+    kinds = sorted(BROKEN_LINES.keys() - {"too long", "deep"})
+    drawn = data.draw(st.lists(st.sampled_from(["good", *kinds]), min_size=1, max_size=60))
+    good = iter(lines() * 2)
+    written = [next(good) if kind == "good" else BROKEN_LINES[kind] for kind in drawn]
+    path = tmp_path_factory.mktemp("mixture") / "a.jsonl"
+    path.write_bytes(b"".join(written))
+    examples, counts = read(source(path, broken="skip"), tokenizer)
+    assert len(examples) == drawn.count("good")
+    assert counts.records == len(drawn)
+    assert counts.dropped.get(BROKEN_RECORD, 0) == len(drawn) - len(examples)
+    assert len(counts.broken) == min(len(drawn) - len(examples), BROKEN_SHOWN)
+
+
+def parquet(path, rows=GOOD, **options):
+    pq.write_table(pa.Table.from_pylist(rows), path, **options)
+    return path.read_bytes()
+
+
+def damaged(data):
+    """Change bytes within the pages of the last row group."""
+    at = len(data) * 2 // 3
+    return data[:at] + bytes(byte ^ 0x55 for byte in data[at : at + 400]) + data[at + 400 :]
+
+
+def shard(kind, folder):
+    """Write a shard that breaks off, or that is none at all; give how many records it still has."""
+    good = b"".join(lines())
+    path = folder / "b"
+    many = [{**GOOD[0], "input": f"{hash_of(i)} {hash_of(-i)}"} for i in range(2000)]
+    if kind == "truncated":
+        path = folder / "b.jsonl.gz"
+        path.write_bytes(gzip.compress(good)[:-9])
+        return 0
+    if kind == "empty":
+        (folder / "b.jsonl").write_bytes(b"")
+        return 0
+    if kind == "no parquet":
+        (folder / "b.parquet").write_bytes(b"PAR1 and so on PAR1")
+        return 0
+    if kind == "cut parquet":
+        path = folder / "b.parquet"
+        path.write_bytes(parquet(path)[:-30])
+        return 0
+    if kind == "wrong columns":
+        parquet(folder / "b.parquet", [{"inputs": "x", "targets": "yes"}])
+        return 0
+    if kind == "damaged parquet":
+        path = folder / "b.parquet"
+        path.write_bytes(damaged(parquet(path, many, row_group_size=500, write_page_checksum=True)))
+        return None
+    if kind == "csv quote":
+        (folder / "b.csv").write_bytes(b'input,answer,task\nIs 3 odd?,yes,t\n"x,yes,t\n')
+        return 1
+    (folder / "b.csv").write_bytes(b"input,answer,task\nIs 3 odd?,yes,t\nx\xff,yes,t\ny,yes,t\n")
+    return 1
+
+
+KINDS = ("truncated", "empty", "no parquet", "cut parquet", "wrong columns", "damaged parquet")
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "csv quote", "csv UTF-8"])
+def test_a_broken_file_stops_or_is_left_where_it_breaks(kind, tokenizer, tmp_path):
+    for name in ("a.jsonl", "c.jsonl"):
+        (tmp_path / name).write_bytes(b"".join(lines()))
+    there = shard(kind, tmp_path)
+    with pytest.raises(InputError, match=r"[/\\]b\.") as caught:
+        read(source(tmp_path / "*"), tokenizer)
+    assert "\n" not in caught.value.message
+    examples, counts = read(source(tmp_path / "*", broken="skip"), tokenizer)
+    assert counts.dropped == {BROKEN_FILE: 1}
+    if there is None:
+        assert 0 < len(examples) - 2 * len(GOOD) < 2000
+        assert "after row" in counts.broken_files[0]
+    else:
+        assert len(examples) == 2 * len(GOOD) + there
+    assert (counts.broken_files, counts.broken) == ([caught.value.message], [])
+
+
+def test_a_row_of_a_parquet_file_is_skipped_alone(tokenizer, tmp_path):
+    path = tmp_path / "a.parquet"
+    raw = pa.array([b"Is 1 odd?", b"\xff\xfe", b"Is 3 odd?"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
+    rest = pa.array(["yes", "yes", None]), pa.array(["t", "t", "t"])
+    pq.write_table(pa.table({"input": text, "answer": rest[0], "task": rest[1]}), path)
+    examples, counts = read(source(path, broken="skip"), tokenizer)
+    assert len(examples) == 1
+    assert counts.dropped == {BROKEN_RECORD: 2}
+    assert [where.split(":")[0].split()[-1] for where in counts.broken] == ["2", "3"]
+
+
+def test_options_that_are_nested_or_null_are_named(tokenizer, tmp_path):
+    path = tmp_path / "a.parquet"
+    options = [["no", "yes"], ["no", None], None, ["no", "yes"]]
+    rows = [{"q": f"Is {i} odd?", "options": o, "answer": "A"} for i, o in enumerate(options)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    one = SourceConfig(path=str(path), prompt="{q}\n{options}", answer="answer", name="s")
+    with pytest.raises(InputError, match=r"a\.parquet row 2"):
+        read(one, tokenizer)
+    skipping = one.model_copy(update={"broken": "skip"})
+    examples, counts = read(skipping, tokenizer)
+    assert (len(examples), counts.dropped) == (2, {BROKEN_RECORD: 2})
+
+
+def test_plain_text_is_skipped_by_record(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"text": " "}\n{"text": "two"}\n')
+    text = SourceConfig(path=str(path), text="text", name="s", broken="skip")
+    examples, counts = read(text, tokenizer)
+    assert (len(examples), counts.records) == (2, 4)
+    assert counts.dropped == {BROKEN_RECORD: 1, "blank text": 1}
+
+
+def test_a_huge_line_costs_no_memory(tmp_path):
+    """A line of 300 MB is refused, or passed over, in pieces."""
+    import tracemalloc
+
+    path = tmp_path / "a.jsonl.zst"
+    huge = pa.Codec("zstd").compress(b'{"input": "' + b"a" * 300_000_000 + b'"}\n', asbytes=True)
+    small = pa.Codec("zstd").compress(b"".join(lines()), asbytes=True)
+    path.write_bytes(small + huge + small)
+    with pytest.raises(InputError, match="line 41: is longer than 32 MiB"):
+        list(read_file(path))
+    told = []
+    tracemalloc.start()
+    records = list(read_file(path, broken=lambda what, error: told.append(what)))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (len(records), told) == (80, [BROKEN_RECORD])
+    assert records[-1].where.endswith("line 81")
+    assert peak < 160e6
+
+
+def test_a_fault_of_the_system_is_never_skipped(tmp_path):
+    """What is not in the file may be there at the next try."""
+    path = tmp_path / "a.jsonl"
+    path.symlink_to(path)
+    with pytest.raises(InputError, match="cannot be read: Too many levels of symbolic links"):
+        list(read_file(path, broken=lambda what, error: None))
+
+
+def test_messages_do_nothing_to_a_terminal_or_a_file(tokenizer, tmp_path):
+    assert doctest.testmod(errors).failed == 0
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a\\nfake: \\u001b[2J": 1}\n{"\\ud800": 1}\n' + b"".join(lines()))
+    with pytest.raises(InputError, match=r"columns: a\\nfake: \\x1b\[2J"):
+        read(source(path), tokenizer)
+    _, counts = read(source(path, broken="skip"), tokenizer)
+    assert len(counts.broken) == 2
+    "\n".join(counts.broken).encode()
+
+
+def test_what_decodes_before_a_cut_is_kept(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    many = [{**GOOD[0], "input": f"{hash_of(i)} {hash_of(-i)}"} for i in range(3000)]
+    data = gzip.compress(b"".join(lines(many)))
+    path.write_bytes(data[: len(data) * 9 // 10])
+    examples, counts = read(source(path, broken="skip"), tokenizer)
+    assert 2400 < len(examples) < 2800
+    assert f"line {len(examples) + 1}: cannot be read" in counts.broken_files[0]

@@ -1,0 +1,253 @@
+"""Examples: the prompt that scoring sees with its answer in place; what is dropped is counted."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mlmjax import InputError
+from mlmjax.config.run import SourceConfig
+from mlmjax.data.reading.examples import Counts, read_examples
+from mlmjax.text.prompts import Template
+from mlmjax.text.verbalizer import Verbalizer
+
+
+@pytest.fixture
+def table(tmp_path):
+    def write(rows):
+        path = tmp_path / "table.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def read(source, tokenizer, seq_length=64):
+    counts = Counts()
+    return list(read_examples(source, tokenizer, seq_length, counts)), counts
+
+
+def test_an_instruction_is_the_scored_prompt_with_its_answer(table, tokenizer):
+    rows = [
+        {"definition": "", "input": "Is [CLS] the sky blue? [SEP]", "answer": " yes\n"},
+        {"definition": "Add.", "input": "[unused0] 2+2", "answer": "4"},
+    ]
+    source = SourceConfig(
+        path=table(rows), prompt="{definition}\n{input}\nAnswer:", answer="answer", task="answer"
+    )
+    examples, counts = read(source, tokenizer)
+    for row, example in zip(rows, examples, strict=True):
+        ids, slot = Template(source.prompt).encode(tokenizer, row, 64)
+        (answer,) = tokenizer.encode_plain(" " + row["answer"].strip())
+        ids[slot] = answer
+        assert example.ids.tolist() == ids
+        assert example.answer_position == slot
+        assert tokenizer.mask_id not in example.ids
+        assert example.task == row["answer"]
+    assert (counts.records, counts.dropped, counts.shortened) == (2, {}, {})
+
+
+def test_what_cannot_be_used_is_dropped_and_counted(table, tokenizer):
+    rows = [
+        {"input": "fine", "answer": "yes"},
+        {"input": "fine", "answer": "entailment"},
+        {"input": "fine", "answer": "[SEP]"},
+        {"input": "fine", "answer": "a [MASK]"},
+        {"input": "Fill the [MASK] in", "answer": "yes"},
+        {"input": "fine", "answer": " \n"},
+        {"input": "\n ", "answer": "yes"},
+        {"input": "word " * 100, "answer": "yes"},
+    ]
+    source = SourceConfig(path=table(rows), prompt="Q: {input}", answer="answer")
+    examples, counts = read(source, tokenizer)
+    assert len(examples) == 1
+    assert counts.records == 8
+    assert counts.dropped == {
+        "answer is not one token": 2,
+        "blank answer": 1,
+        "blank prompt": 1,
+        "holds [MASK]": 2,
+        "prompt too long": 1,
+    }
+
+
+def test_a_field_named_in_shorten_is_cut_and_counted(table, tokenizer):
+    rows = [{"input": "start " + "word " * 100 + "end", "answer": "yes"}] * 2
+    rows += [{"input": "short", "answer": "yes"}]
+    source = SourceConfig(
+        path=table(rows), prompt="Q: {input}", answer="answer", shorten={"input": "middle"}
+    )
+    examples, counts = read(source, tokenizer)
+    template = Template(source.prompt, shorten={"input": "middle"})
+    for row, example in zip(rows, examples, strict=True):
+        ids, slot = template.encode(tokenizer, row, 64)
+        assert example.ids.tolist() == [
+            *ids[:slot],
+            tokenizer.encode_plain(" yes")[0],
+            *ids[slot + 1 :],
+        ]
+    assert (counts.dropped, counts.shortened) == ({}, {"input": 2})
+    # Equal prompts have equal keys, whatever stands around them in the file.
+    assert examples[0].key == examples[1].key != examples[2].key
+
+
+def test_shortening_that_is_not_enough_drops(table, tokenizer):
+    rows = [{"a": "word " * 100, "b": "word", "answer": "yes"}]
+    source = SourceConfig(
+        path=table(rows), prompt="{a} {b}", answer="answer", shorten={"b": "tail"}
+    )
+    examples, counts = read(source, tokenizer)
+    assert (examples, counts.dropped) == ([], {"prompt too long": 1})
+
+
+PROMPT = "{text}\n{options}Answer:"
+LABELS = ("World news", "Sport", "Business")
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "expected"),
+    [
+        (LABELS, ["Sport", " World news ", 2, "2", 0, 1.0], [1, 0, 2, 2, 0, 1]),
+        ({"w": "World", "s": "Sport"}, ["s", "w "], [1, 0]),
+        ({"1": "bad", "2": "good", "3": "good"}, [1, "2", 3.0], [0, 1, 1]),
+        ({"false": "no", "true": "yes"}, [True, False], [1, 0]),
+        (("1", "2"), ["1", "2"], [0, 1]),
+    ],
+)
+def test_a_labelled_row_is_answered_by_its_letter(table, tokenizer, labels, values, expected):
+    rows = [{"text": f"row {i}", "label": value} for i, value in enumerate(values)]
+    source = SourceConfig(path=table(rows), prompt=PROMPT, answer="label", labels=labels)
+    examples, _ = read(source, tokenizer)
+    names = list(dict.fromkeys(labels.values() if isinstance(labels, dict) else labels))
+    letters = Verbalizer.letters(names).ids(tokenizer)
+    found = [letters.index((example.ids[example.answer_position],)) for example in examples]
+    assert found == expected
+    ids, slot = Template(PROMPT).encode(tokenizer, {**rows[0], "options": names}, 64)
+    assert examples[0].ids.tolist()[:slot] == ids[:slot]
+
+
+def test_without_options_the_label_is_its_own_answer(table, tokenizer):
+    rows = [{"text": "fine", "label": 1}, {"text": "fine", "label": "negative"}]
+    source = SourceConfig(
+        path=table(rows), prompt="{text} It is", answer="label", labels=("negative", "positive")
+    )
+    examples, _ = read(source, tokenizer)
+    answers = [tokenizer.decode([e.ids[e.answer_position]]) for e in examples]
+    assert answers == [" positive", " negative"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "prompt", "message"),
+    [
+        (("yes", "entailment"), "{text}", r"labels: label 'entailment'.*' entail' \+ 'ment'"),
+        (("yes",), "{text}", "at least two"),
+        (("yes", "yes"), PROMPT, "labels: label 'yes': stands twice"),
+        (("yes", " "), PROMPT, "blank"),
+        ({"0": "yes", "1": "yes"}, PROMPT, "at least two"),
+        (("yes", "no"), "{text", "prompt: template"),
+        (("yes", "no"), "{text} [MASK] [MASK]", r"prompt: template"),
+    ],
+)
+def test_labels_and_prompts_are_checked_before_anything_is_read(
+    tmp_path, tokenizer, labels, prompt, message
+):
+    path = tmp_path / "broken.jsonl"
+    path.write_text("not JSON")
+    source = SourceConfig(path=str(path), prompt=prompt, answer="label", labels=labels, name="mine")
+    with pytest.raises(InputError, match=r"source mine: .*" + message):
+        read_examples(source, tokenizer, 64, Counts())
+
+
+@pytest.mark.parametrize(
+    ("row", "labels", "message"),
+    [
+        (
+            {"text": "x", "label": "Sports"},
+            LABELS,
+            "line 2: column 'label' is 'Sports'; expected one of 'World news'",
+        ),
+        ({"text": "x", "label": 3}, LABELS, "line 2: column 'label' is 3; expected one of"),
+        ({"text": "x", "label": -1}, LABELS, "line 2: column 'label' is -1; expected"),
+        ({"text": "x", "label": None}, LABELS, "line 2: column 'label' is null; expected"),
+        ({"text": "x", "label": [1]}, LABELS, "line 2: column 'label' is .1.; expected"),
+        (
+            {"text": "x", "label": "z"},
+            {"w": "World", "s": "Sport"},
+            "is 'z', which labels does not list; expected one of 'w', 's'",
+        ),
+        ({"text": "x", "label": 1}, ("1", "2"), "line 2: column 'label' is 1, and it is not clear"),
+        ({"text": " \n", "label": 1}, LABELS, "line 2: text is blank; expected some text"),
+        ({"text": None, "label": 1}, LABELS, "line 2: column 'text' is null; expected text"),
+        ({"text": 7, "label": 1}, None, "line 2: column 'text' is int .7.; expected text"),
+        (
+            {"text": "x", "label": 1},
+            None,
+            "line 2: column 'label' is int .1.; expected text; give labels",
+        ),
+        ({"text": "x", "label": None}, None, "line 2: column 'label' is null"),
+        ({"text": "\ud800", "label": "yes"}, None, "line 2: column 'text': holds half a character"),
+        ({"label": "yes"}, None, "line 2: has no column 'text'; columns: label"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(table, tokenizer, row, labels, message):
+    first = {
+        "text": "fine",
+        "label": "yes"
+        if labels is None
+        else "1"
+        if labels == ("1", "2")
+        else "w"
+        if isinstance(labels, dict)
+        else "Sport",
+    }
+    source = SourceConfig(
+        path=table([first, row]),
+        prompt="{text}" if labels is None else PROMPT,
+        answer="label",
+        labels=labels,
+    )
+    with pytest.raises(InputError, match=message) as caught:
+        read(source, tokenizer)
+    assert "table.jsonl" in caught.value.message
+
+
+def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):
+    rows = [{"question": "2+2?", "options": ["3", "4"], "answer": "B"}]
+    source = SourceConfig(path=table(rows), prompt="{question}\n{options}", answer="answer")
+    (example,), _ = read(source, tokenizer)
+    assert tokenizer.decode([example.ids[example.answer_position]]) == " B"
+    with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options' is str"):
+        read(source.model_copy(update={"path": table([{**rows[0], "options": "3, 4"}])}), tokenizer)
+
+
+def test_plain_text_is_cut_into_windows_that_lose_nothing(table, tokenizer):
+    texts = ["word " * 100, " ", "short", "[MASK] [SEP] " * 30]
+    source = SourceConfig(path=table([{"body": text} for text in texts]), text="body", name="mine")
+    examples, counts = read(source, tokenizer, 32)
+    assert counts.dropped == {"blank text": 1}
+    by_document = {}
+    for example in examples:
+        assert example.answer_position == -1
+        assert example.task == "mine"
+        assert len(example.ids) <= 32
+        assert (example.ids[0], example.ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
+        assert not tokenizer.special_ids & set(example.ids[1:-1].tolist())
+        by_document.setdefault(example.key, []).append(example.ids[1:-1])
+    documents = [np.concatenate(parts).tolist() for parts in by_document.values()]
+    assert documents == [tokenizer.encode_plain(text) for text in texts if text.strip()]
+
+
+@pytest.mark.data
+def test_the_filter_agrees_with_known_answer_tokens(test_data, tokenizer):
+    path = test_data / "instruct" / "single_token_instruct.jsonl.zst"
+    source = SourceConfig(
+        path=str(path),
+        prompt="{definition}\n{input}",
+        answer="target",
+        task="target_id",
+        limit=3000,
+    )
+    examples, counts = read(source, tokenizer, 4096)
+    assert counts.records == len(examples) == 3000
+    for example in examples:
+        assert example.ids[example.answer_position] == int(example.task)

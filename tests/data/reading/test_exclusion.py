@@ -1,0 +1,213 @@
+"""Kept out of training: tasks by their name, texts of evaluation sets; everything counted."""
+
+import doctest
+import json
+
+import pytest
+
+from mlmjax.config.run import ExcludeConfig, SourceConfig, decode
+from mlmjax.data import answers, exclude
+from mlmjax.data.reading.examples import HITS_SHOWN, Counts, read_examples
+from mlmjax.data.reading.exclusion import Exclusion, evaluation_identity
+from mlmjax.errors import InputError
+
+QUESTION = "Which of the two rivers that meet in the old town is the longer one of the pair"
+TASK = """
+name = "rivers"
+data = "rivers.jsonl"
+prompt = "You will be given a question. Read it carefully, then select.\\n{q}\\n{options}"
+columns = { q = "meta.question" }
+options = "choices"
+answer = "answer"
+"""
+
+
+def config(**keys):
+    return decode(ExcludeConfig, keys, "data.exclude")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def rivers(tmp_path):
+    """Write a task file with its data; give its path."""
+    choices = ["It is the Danube, which is also the longest river of the whole union", "none"]
+    row = {"meta": {"question": QUESTION}, "choices": choices, "answer": 0}
+    write(tmp_path / "rivers.jsonl", [row])
+    (tmp_path / "rivers.toml").write_text(TASK)
+    return str(tmp_path / "rivers.toml")
+
+
+def read(source, tokenizer, exclusion, head="mlm"):
+    counts = Counts()
+    return list(read_examples(source, tokenizer, 128, counts, head, exclusion)), counts
+
+
+def test_examples_in_the_docstrings():
+    for module in (exclude, answers):
+        assert doctest.testmod(module).attempted
+        assert not doctest.testmod(module).failed
+
+
+def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):
+    rows = [
+        {"text": "The sky?", "answer": "blue", "task": "plain"},
+        {"text": "The sky?", "answer": "blue", "task": "my_MMLU_aux:1.0.0"},
+        {"text": f"Q: {QUESTION.lower()}, in town?", "answer": "yes", "task": "plain"},
+        {"text": f"Q: {QUESTION}?", "answer": "not one token", "task": "plain"},
+        {"text": "You will be given a question. Read it carefully, then select.", "answer": "yes"},
+        {"text": "it is the danube which is also the longest river of the whole union"},
+    ]
+    rows = [{"answer": "no", "task": "plain", **row} for row in rows]
+    path = write(tmp_path / "train.jsonl", rows)
+    source = SourceConfig(path=path, prompt="Say. {text}", answer="answer", task="task")
+    kept, counts = read(source, tokenizer, Exclusion(config(tasks=["*mmlu*"], overlap=[rivers])))
+    assert len(kept) == 2
+    assert counts.records == 6
+    assert counts.dropped == {
+        "task excluded by '*mmlu*'": 1,
+        "overlaps rivers": 2,
+        "answer is not one token": 1,
+    }
+    assert [hit.where for hit in counts.hits["rivers"]] == [f"{path} line 3", f"{path} line 6"]
+    assert counts.hits["rivers"][0].words == " ".join(QUESTION.lower().split()[:13])
+    assert len(read(source, tokenizer, None)[0]) == 5
+
+
+def test_a_short_option_is_a_phrase_that_stands_anywhere(rivers, tmp_path):
+    choices = ["the president of the united states", "none"]
+    row = {"meta": {"question": "who is it that lives there"}, "choices": choices, "answer": 0}
+    write(tmp_path / "rivers.jsonl", [row])
+    exclusion = Exclusion(config(overlap=[rivers]))
+    assert exclusion.overlap("Who is it that lives there?").name == "rivers"
+    assert exclusion.overlap("Lincoln was the president of the United States.") is None
+
+
+def test_plain_text_and_sources_without_a_task_column(rivers, tmp_path, tokenizer):
+    path = write(tmp_path / "texts.jsonl", [{"body": f"Of old. {QUESTION}."}, {"body": "Free."}])
+    source = SourceConfig(path=path, text="body", name="books")
+    kept, counts = read(source, tokenizer, Exclusion(config(overlap=[rivers])))
+    assert len(kept) == 1
+    assert counts.dropped == {"overlaps rivers": 1}
+    kept, counts = read(source, tokenizer, Exclusion(config(tasks=["BOOK?"])))
+    assert (kept, counts.dropped) == ([], {"task excluded by 'BOOK?'": 2})
+
+
+def test_the_report_names_a_bounded_number_of_records(rivers, tmp_path, tokenizer):
+    rows = [{"text": f"{QUESTION} {i}", "label": i % 2} for i in range(HITS_SHOWN + 5)]
+    rows.append({"text": "fine", "label": 1})
+    source = SourceConfig(
+        path=write(tmp_path / "train.jsonl", rows),
+        prompt="{text}",
+        answer="label",
+        labels=("no", "yes"),
+    )
+    for head in ("mlm", "classification"):
+        kept, counts = read(source, tokenizer, Exclusion(config(overlap=[rivers])), head)
+        assert len(kept) == 1
+        assert counts.dropped == {"overlaps rivers": HITS_SHOWN + 5}
+        assert len(counts.hits["rivers"]) == HITS_SHOWN
+
+
+def test_a_set_may_have_files_of_its_own(rivers, tmp_path):
+    other = write(
+        tmp_path / "other.jsonl",
+        [{"meta": {"question": "a b c d e f"}, "choices": ["a", "b"], "answer": 0}],
+    )
+    wanted = config(overlap=[rivers, {"task": rivers, "data": other}], ngram=7)
+    exclusion = Exclusion(wanted)
+    assert exclusion.overlap("A, b, c, d, e, f!").name == "rivers"
+    assert exclusion.overlap(" ".join(QUESTION.split()[:7])).name == "rivers"
+    first, second = evaluation_identity(wanted)
+    assert first["texts"] == second["texts"]
+    assert list(second["files"]) == [other]
+    assert evaluation_identity(wanted) == [first, second]
+    (tmp_path / "other.jsonl").write_text("{}")
+    assert evaluation_identity(wanted)[1] != second
+    with open(rivers, "a") as file:
+        file.write('strip = ["q"]\n')
+    assert evaluation_identity(wanted)[0]["texts"] != first["texts"]
+
+
+def test_a_set_of_the_hub_is_told_by_its_commit():
+    (told,) = evaluation_identity(config(overlap=["mmlu"]))
+    assert told["hub"] == "cais/mmlu"
+    assert len(told["revision"]) == 40
+    assert told["split"] == "test"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("mmlu-pro", r"overlap: mmlu-pro: task 'mmlu-pro': is neither.*did you mean 'mmlu_pro'"),
+        ("20newsgroups_raw", r"has neither data nor hub.*data = \"FILE\""),
+        ({"task": "mmlu", "data": "nowhere.parquet"}, "overlap: mmlu: nowhere.parquet: no file"),
+    ],
+)
+def test_a_set_that_cannot_be_read_is_refused(entry, message):
+    with pytest.raises(InputError, match=message):
+        Exclusion(config(overlap=[entry]))
+
+
+def test_rows_and_revisions_of_a_set_are_checked(rivers, tmp_path):
+    broken = write(tmp_path / "broken.jsonl", [{"meta": {"question": 5}, "choices": ["a", "b"]}])
+    with pytest.raises(InputError, match=r"broken.jsonl line 1: task rivers: has 5 where text"):
+        Exclusion(config(overlap=[{"task": rivers, "data": broken}]))
+    write(tmp_path / "broken.jsonl", [{"meta": {}, "choices": ["a", "b"]}])
+    with pytest.raises(InputError, match=r"broken.jsonl line 1: has no column 'meta.question'"):
+        Exclusion(config(overlap=[{"task": rivers, "data": broken}]))
+    (tmp_path / "loose.toml").write_text(TASK.replace('data = "rivers.jsonl"', 'hub = "a/b"'))
+    with pytest.raises(InputError, match=r"hub dataset a/b has no commit"):
+        Exclusion(config(overlap=[str(tmp_path / "loose.toml")]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"tasks": [" "]}, r"tasks.0: is blank"),
+        ({"overlap": [{"tusk": "mmlu"}]}, r"overlap.0.t.sk: "),
+        ({"overlap": [5]}, r"overlap.0: found 5"),
+        ({"ngram": 0}, r"ngram: found 0"),
+        ({"task": ["x"]}, r"task: unknown key; did you mean 'tasks'"),
+    ],
+)
+def test_the_table_is_strict(keys, message):
+    with pytest.raises(InputError, match=message):
+        config(**keys)
+
+
+def test_answers_are_normalised_and_counted(tmp_path, tokenizer):
+    values = ["(A)", " B. ", "C", "Yes.", "(D) .", "no"]
+    path = write(tmp_path / "train.jsonl", [{"text": "Say", "answer": value} for value in values])
+    source = SourceConfig(path=path, prompt="{text}", answer="answer")
+    kept, counts = read(source, tokenizer, None)
+    assert [tokenizer.decode([e.ids[e.answer_position]]) for e in kept] == [" C", " no"]
+    assert not counts.normalized
+    rules = ("strip", "letter", "period", "letter", "lower")
+    kept, counts = read(source.model_copy(update={"normalize": rules}), tokenizer, None)
+    found = [tokenizer.decode([e.ids[e.answer_position]]).strip() for e in kept]
+    assert found == ["a", "b", "c", "yes", "d", "no"]
+    assert counts.normalized == {"strip": 1, "letter": 3, "period": 2, "lower": 5}
+    assert not counts.dropped
+
+
+def test_labels_are_found_after_normalising(tmp_path, tokenizer):
+    rows = [{"text": "Say", "label": value} for value in ("(a)", "B.", "a")]
+    source = SourceConfig(
+        path=write(tmp_path / "train.jsonl", rows),
+        prompt="{text} {options}",
+        answer="label",
+        labels={"a": "good", "b": "bad"},
+        normalize=("letter", "lower"),
+    )
+    kept, counts = read(source, tokenizer, None)
+    letters = [tokenizer.decode([e.ids[e.answer_position]]) for e in kept]
+    assert letters == [" A", " B", " A"]
+    assert counts.normalized == {"letter": 2, "lower": 1}
+    with pytest.raises(InputError, match=r"line 1: column 'label' is '\(a\)'"):
+        read(source.model_copy(update={"normalize": ()}), tokenizer, None)
+    with pytest.raises(InputError, match="normalize is for answers"):
+        decode(SourceConfig, {"path": "x", "text": "body", "normalize": ["lower"]}, "source")

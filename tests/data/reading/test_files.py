@@ -1,0 +1,472 @@
+"""Data files: every format read alike; every kind of damage refused with file and line."""
+
+import doctest
+import gzip
+import json
+import subprocess
+import sys
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mlmjax import InputError
+from mlmjax.config import columns
+from mlmjax.config.run import DataConfig, Location, SourceConfig, decode
+from mlmjax.data import files
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.reading.files import Record, read_file
+from mlmjax.data.reading.sources import read_source, source_files
+from mlmjax.data.rows import open_rows
+
+ROWS = [
+    {"text": "one, two", "label": "a"},
+    {"text": 'say "yes"\nand go', "label": "b"},
+    {"text": "naïve 日本", "label": "a"},
+]
+
+
+def test_examples_in_the_documentation():
+    assert doctest.testmod(files).failed == doctest.testmod(columns).failed == 0
+
+
+def test_importing_the_package_does_not_import_jax():
+    modules = "mlmjax.data.preparing.prepare, mlmjax.data.loader"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def zstd(data):
+    return pa.Codec("zstd").compress(data, asbytes=True)
+
+
+def gzipped(data):
+    # Without the time of day: tests are named after their parameters, alike in every process.
+    return gzip.compress(data, mtime=0)
+
+
+def jsonl(rows=ROWS):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+CSV = 'text,label\n"one, two",a\n"say ""yes""\nand go",b\nnaïve 日本,a\n'.encode()
+TSV = 'text\tlabel\none, two\ta\n"say ""yes""\nand go"\tb\nnaïve 日本\ta\n'.encode()
+
+
+def write(folder, name, data):
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.jsonl", jsonl()),
+        ("a.ndjson", b"\xef\xbb\xbf" + jsonl().replace(b"\n", b"\r\n\n")),
+        ("a.jsonl.zst", zstd(jsonl()[:40]) + zstd(jsonl()[40:])),
+        ("a.JSON.gz", gzipped(jsonl()[:40]) + gzipped(jsonl()[40:])),
+        ("a.csv", CSV),
+        ("b.v2.csv", b"\xef\xbb\xbf" + CSV),
+        ("a.csv.zst", zstd(CSV)),
+        ("a.tsv", TSV),
+    ],
+)
+def test_text_formats_agree(tmp_path, name, data):
+    records = list(read_file(write(tmp_path, name, data), ["text", "label"]))
+    assert [record.fields for record in records] == ROWS
+    assert f"{tmp_path / name} line " in records[0].where
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path):
+    path = write(tmp_path, "a.csv", CSV)
+    assert [record.where.split()[-1] for record in read_file(path)] == ["2", "3", "5"]
+    path = write(tmp_path, "a.jsonl", b"\n" + jsonl())
+    assert [record.where.split()[-1] for record in read_file(path)] == ["2", "3", "4"]
+
+
+def test_parquet_gives_needed_columns_and_class_names(tmp_path):
+    path = tmp_path / "a.parquet"
+    schema = pa.schema(
+        [("text", pa.large_string()), ("label", pa.int64()), ("other", pa.list_(pa.int8()))],
+        metadata={
+            "huggingface": json.dumps(
+                {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+            )
+        },
+    )
+    pq.write_table(pa.table([["x", "y"], [1, 0], [[], [3]]], schema=schema), path)
+    assert list(read_file(path, ["text", "label"])) == [
+        Record({"label": 1, "text": "x"}, f"{path} row 1"),
+        Record({"label": 0, "text": "y"}, f"{path} row 2"),
+    ]
+    assert [r.fields for r in read_file(path, ["label"], named=["label"])] == [
+        {"label": "yes"},
+        {"label": "no"},
+    ]
+    assert next(iter(read_file(path))).fields == {"text": "x", "label": 1, "other": []}
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
+    paragraphs = ["".join(f"line {i} of {p}.\n" for i in range(300)) + "\n" for p in range(60)]
+    text = "".join(paragraphs)
+    records = list(read_file(write(tmp_path, "a.txt", text.encode()), ["text"]))
+    assert "".join(record.fields["text"] for record in records) == text
+    assert len(records) > 2
+    for record in records[:-1]:
+        assert len(record.fields["text"]) >= files.TEXT_BLOCK
+        assert record.fields["text"].endswith("\n\n")
+    assert records[1].where.endswith(f"line {records[0].fields['text'].count(chr(10)) + 1}")
+
+
+LONG = b'{"text": "' + b"a" * 2000 + b'"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b"", "a.jsonl: is empty"),
+        ("a.jsonl", jsonl() + b'{"text": "x"', "a.jsonl line 4: is not valid JSON"),
+        ("a.jsonl", b"[1, 2]\n", "a.jsonl line 1: is a JSON list; expected one object per line"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "text": "y"}',
+            "line 1: is not valid JSON .key .text. stands twice",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x", "labels": "a"}\n',
+            "line 1: has no column 'label'; did you mean 'labels'?",
+        ),
+        (
+            "a.jsonl",
+            jsonl() + b'{"text": "\xff"}\n',
+            "a.jsonl line 4: is not UTF-8 .byte 11 of the line is 0xff",
+        ),
+        ("a.jsonl", jsonl() + b"\0\0", "a.jsonl line 4: holds a NUL byte"),
+        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl line 1: holds a NUL byte"),
+        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: is longer than"),
+        ("a.jsonl", b"[" * 900, "a.jsonl line 1: is not valid JSON"),
+        ("a.jsonl", LONG, "a.jsonl line 1: is longer than"),
+        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl line 1: is longer than"),
+        ("a.jsonl.zst", zstd(jsonl())[:-2], "line 1: cannot be read: Truncated"),
+        (
+            "a.jsonl.gz",
+            gzipped(jsonl())[:-9],
+            "line 1: cannot be read: Truncated",
+        ),
+        ("a.jsonl.zst", jsonl(), "a.jsonl.zst line 1: cannot be read"),
+        ("a.csv", b"text,label,text\n", "a.csv line 1: the header has 'text' twice"),
+        ("a.csv", b"text,lable\n", "a.csv line 1: has no column 'label'; did you mean 'lable'"),
+        ("a.csv", CSV + b"x\n", "a.csv line 6: has 1 fields, the header has 2: text, label"),
+        ("a.csv", CSV + b'"x,a\n', "a.csv line 6: is not valid CSV"),
+        ("a.csv", CSV + b"\xe9,a\n", "a.csv line 6: is not UTF-8"),
+        ("a.txt", b"text", "a.txt: has no column 'label'"),
+        ("a.parquet", b"PAR1 and so on PAR1", "a.parquet: cannot be read"),
+        ("a.xlsx", b"x", "a.xlsx: unknown kind of file; expected a name that ends in .parquet"),
+        ("a.parquet.zst", b"x", "unknown kind of file"),
+        ("noname", b"x", "unknown kind of file"),
+    ],
+)
+def test_damage_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data, message):
+    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+    with pytest.raises(InputError, match=message) as caught:
+        list(read_file(write(tmp_path, name, data), ["text", "label"]))
+    assert "\n" not in caught.value.message
+
+
+def test_records_before_the_damage_were_already_given(tmp_path):
+    stream = read_file(write(tmp_path, "a.jsonl", jsonl() + b"x"))
+    assert [next(stream).fields for _ in range(3)] == ROWS
+    with pytest.raises(InputError, match="line 4"):
+        next(stream)
+
+
+def test_parquet_text_that_is_not_utf8_names_the_row(tmp_path):
+    path = tmp_path / "a.parquet"
+    raw = pa.array([b"fine", b"\xff\xfe"], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    pq.write_table(pa.table({"text": text}), path)
+    with pytest.raises(InputError, match="row 2: column 'text': is not UTF-8"):
+        list(read_file(path))
+
+
+def test_a_truncated_parquet_file_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": [str(i) for i in range(1000)]}), path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(InputError, match=r"a\.parquet: cannot be read"):
+        list(read_file(path))
+
+
+def source(path, **settings):
+    return SourceConfig(path=str(path), prompt="{text}", answer="label", **settings)
+
+
+def test_a_glob_reads_files_in_sorted_order_up_to_the_limit(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.jsonl"):
+        write(tmp_path, name, jsonl([{"text": f"{name}{i}", "label": "x"} for i in range(2)]))
+    (tmp_path / "folder.jsonl").mkdir()
+    found = source_files(source(tmp_path / "*.jsonl"))
+    assert [path.name for path in found] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    texts = [r.fields["text"] for r in read_source(source(tmp_path / "*.jsonl", limit=3))]
+    assert texts == ["a.jsonl0", "a.jsonl1", "b.jsonl0"]
+
+
+def test_a_name_with_glob_characters_is_taken_as_it_is(tmp_path):
+    path = write(tmp_path, "data[1].jsonl", jsonl())
+    assert source_files(source(path)) == [path]
+
+
+@pytest.mark.parametrize(("name", "message"), [("no*.csv", "no file matches"), ("", "is a folder")])
+def test_a_path_without_files_is_refused(tmp_path, name, message):
+    with pytest.raises(InputError, match=message):
+        source_files(source(tmp_path / name))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder that `datasets` reads as it reads a dataset of the hub."""
+    schema = pa.schema([("text", pa.string()), ("label", pa.int64())])
+    folder = tmp_path / "dataset"
+    (folder / "data").mkdir(parents=True)
+    pq.write_table(pa.table([["x", "y"], [1, 0]], schema=schema), folder / "data/train-0.parquet")
+    readme = (
+        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
+        "    dtype:\n      class_label:\n        names:\n          '0': bad\n          '1': good\n"
+        "---\n"
+    )
+    (folder / "README.md").write_text(readme)
+    return folder
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_source(hub, **settings):
+    recipe = {"prompt": "{text}", "answer": "label"}
+    return SourceConfig(hub=str(hub), **({"revision": COMMIT} | recipe | settings))
+
+
+def test_a_hub_dataset_is_streamed(hub, caplog):
+    records = list(read_source(hub_source(hub), ["text", "label"], named=["label"]))
+    assert [r.fields for r in records] == [
+        {"text": "x", "label": "good"},
+        {"text": "y", "label": "bad"},
+    ]
+    assert records[1].where.endswith("train row 2")
+    assert [r.fields["label"] for r in read_source(hub_source(hub, limit=1))] == [1]
+    assert not caplog.text
+
+
+@pytest.fixture
+def asked(monkeypatch, hub):
+    """What `load_dataset` was asked for; it reads the local folder whatever the id."""
+    calls = []
+    load_dataset = datasets.load_dataset
+
+    def load(name, *arguments, **options):
+        calls.append((name, *arguments, options))
+        return load_dataset(str(hub), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return calls
+
+
+def test_a_hub_dataset_is_read_at_its_commit(asked):
+    source = hub_source("some/one", columns={"text": ("sentence", "text")}, limit=1)
+    (record,) = read_source(source, ["text", "label"], named=["label"])
+    assert record.fields == {"text": "x", "label": "good"}
+    ((name, subset, options),) = asked
+    assert (name, subset) == ("some/one", None)
+    assert options["revision"] == COMMIT
+    assert options["streaming"] is True
+
+
+@pytest.mark.parametrize(
+    "revision", [None, "main", "v1.0", COMMIT[:12], COMMIT.upper(), COMMIT + "0"]
+)
+def test_a_hub_source_without_a_commit_is_refused(revision):
+    table = {"hub": "some/one", "prompt": "{text}", "answer": "label"}
+    table |= {"revision": revision} if revision else {}
+    with pytest.raises(
+        InputError, match=r"hub dataset some/one has .*; write the commit"
+    ) as caught:
+        decode(SourceConfig, table, "run.toml: data.sources.0")
+    assert "40 hexadecimal digits" in caught.value.message
+    assert "revision" in caught.value.message
+
+
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_location_without_a_commit_is_read_with_a_warning(asked, caplog, revision):
+    records = list(read_source(Location(hub="some/one", revision=revision)))
+    assert [r.fields for r in records] == [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
+    assert f"revision is {revision!r} and not a commit" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "message"),
+    [
+        ({}, ["texts"], "has no column 'texts'; did you mean 'text'"),
+        ({"columns": {"text": "txt"}}, ["text"], "has no column 'txt'; did you mean 'text'"),
+        ({"split": "no"}, None, "cannot be read"),
+        ({"subset": "no"}, None, "cannot be read"),
+    ],
+)
+def test_a_hub_dataset_that_does_not_fit_is_refused(hub, settings, names, message):
+    with pytest.raises(InputError, match=message):
+        list(read_source(hub_source(hub, **settings), names))
+
+
+def test_a_hub_dataset_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match="hub dataset nobody/nothing: cannot be read"):
+        list(read_source(hub_source("nobody/nothing")))
+
+
+# --- columns of other names ----------------------------------------------------------------------
+
+WIDE = [
+    {"sentence": "It rains.", "title": "Rain", "meta": {"topic": "weather"}, "label": "a"},
+    {"sentence": "It snows.", "title": "Snow", "meta": {"topic": "weather"}, "label": "b"},
+]
+
+
+@pytest.mark.parametrize(
+    ("column", "expected"),
+    [
+        ("sentence", "It rains."),
+        ("{title}: {sentence}", "Rain: It rains."),
+        ("{title} ({meta.topic})", "Rain (weather)"),
+        ("meta.topic", "weather"),
+        (("text", "{body}", "sentence"), "It rains."),
+        (("{title} {body}", "{title}"), "Rain"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_field_is_read_from_what_columns_says(tmp_path, kind, column, expected):
+    if kind == "jsonl":
+        write(tmp_path, "a.jsonl", jsonl(WIDE))
+    else:
+        pq.write_table(pa.Table.from_pylist(WIDE), tmp_path / "a.parquet")
+    first, _ = read_source(
+        source(tmp_path / f"a.{kind}", columns={"text": column}), ["text", "label"]
+    )
+    assert first.fields == {"text": expected, "label": "a"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("sentense", "has no column 'sentense'; did you mean 'sentence'? columns: .*sentence"),
+        ("{title}: {body}", "has no column 'body'; columns: .*sentence"),
+        (("text", "{title} {body}"), "has no column 'text' or '{title} {body}'; columns: .*title"),
+    ],
+)
+def test_a_column_that_is_not_there_lists_those_that_are(tmp_path, kind, column, message):
+    rows = [{name: row[name] for name in ("sentence", "title", "label")} for row in WIDE]
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    else:
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        data = jsonl(rows) if kind == "jsonl" else "\n".join(lines).encode()
+        write(tmp_path, f"a.{kind}", data)
+    described = source(tmp_path / f"a.{kind}", columns={"text": column})
+    with pytest.raises(InputError, match=message.replace("?", r"\?")) as caught:
+        list(read_source(described, ["text", "label"]))
+    assert caught.value.message.startswith(str(tmp_path))
+
+
+def test_what_a_struct_lacks_names_the_row(tmp_path):
+    write(tmp_path, "a.jsonl", jsonl([*WIDE, {"meta": {}, "label": "a"}]))
+    described = source(tmp_path / "a.jsonl", columns={"text": "meta.topic"})
+    with pytest.raises(InputError, match=r"a.jsonl line 3: has no column 'meta.topic'"):
+        list(read_source(described, ["text", "label"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"columns": {"txt": "sentence"}}, "'txt' is no field of the prompt; its fields: text"),
+        ({"columns": {"text": "{title"}}, "unpaired braces"),
+        ({"columns": {"text": "{}"}}, "braces without a plain column name"),
+        ({"columns": {"text": []}}, "at least 1 item"),
+        ({"columns": {"text": "a"}, "answer": "text"}, "is also the column of answer or task"),
+        ({"columns": {"text": "a"}, "task": "text"}, "is also the column of answer or task"),
+        (
+            {"prompt": "{text} {options}", "labels": ["a", "b"], "columns": {"options": "o"}},
+            "'options' is no field",
+        ),
+        (
+            {"prompt": None, "answer": None, "text": "text", "columns": {"text": "body"}},
+            "columns are for a prompt",
+        ),
+        ({"answer": "{label"}, "unpaired braces"),
+    ],
+)
+def test_columns_that_cannot_be_meant_are_refused(settings, message):
+    table = {"path": "a.csv", "prompt": "{text}", "answer": "label"} | settings
+    with pytest.raises(InputError, match=message):
+        decode(SourceConfig, {k: v for k, v in table.items() if v is not None}, "run.toml")
+
+
+def test_paths_may_be_many(tmp_path):
+    for name in ("b.jsonl", "a.jsonl", "c.csv"):
+        rows = [{"text": name, "label": "x"}]
+        write(
+            tmp_path, name, jsonl(rows) if name != "c.csv" else f"text,label\n{name},x\n".encode()
+        )
+    paths = [str(tmp_path / "c.csv"), str(tmp_path / "*.jsonl")]
+    table = {"path": paths, "prompt": "{text}", "answer": "label"}
+    many = decode(SourceConfig, table, "run.toml")
+    assert [r.fields["text"] for r in read_source(many)] == ["c.csv", "a.jsonl", "b.jsonl"]
+    assert many.title == ", ".join(paths)
+    twice = decode(SourceConfig, table | {"path": [*paths, str(tmp_path / "a.jsonl")]}, "run.toml")
+    with pytest.raises(InputError, match=r"a\.jsonl is read already for another path"):
+        source_files(twice)
+    with pytest.raises(InputError, match="at least 1 item"):
+        decode(SourceConfig, table | {"path": []}, "run.toml")
+
+
+def test_sources_of_other_columns_become_the_same_rows(tmp_path, hub, asked, tokenizer):
+    """From the run file to the rows: local files, and a streamed dataset with class names."""
+    rows = [{"sentence": f"It is {w}.", "meta": {"gold": w}} for w in ("good", "bad") * 20]
+    write(tmp_path, "mapped.jsonl", jsonl(rows))
+    plain = [{"text": row["sentence"], "label": row["meta"]["gold"]} for row in rows]
+    write(tmp_path, "plain.jsonl", jsonl(plain))
+    sources = {
+        "plain": {"path": str(tmp_path / "plain.jsonl"), "prompt": "{text}", "answer": "label"},
+        "mapped": {
+            "path": [str(tmp_path / "mapped.jsonl")],
+            "prompt": "{text}",
+            "answer": "meta.gold",
+            "columns": {"text": ["content", "sentence"]},
+        },
+        "hub": {
+            "hub": "some/one",
+            "revision": COMMIT,
+            "prompt": "{sentence}",
+            "answer": "label",
+            "columns": {"sentence": "It is {text}."},
+        },
+        "prose": {"path": str(tmp_path / "mapped.jsonl"), "text": "{sentence} Is it {meta.gold}?"},
+    }
+    found = {}
+    for name, table in sources.items():
+        config = {"rows": str(tmp_path / f"rows-{name}"), "seq_length": 32, "sources": [table]}
+        folder = prepare(decode(DataConfig, config, "run.toml"), tokenizer)
+        assert prepare(decode(DataConfig, config, "run.toml"), tokenizer) == folder
+        (opened,) = open_rows(folder, "train")
+        examples = sorted((one for row in opened for one in row), key=lambda one: one.index)
+        found[name] = [(tokenizer.decode(one.ids), one.answer_position) for one in examples]
+    assert found["plain"] == found["mapped"]
+    assert len(found["plain"]) == 40
+    assert [text for text, _ in found["hub"]] == [
+        "[CLS]It is x. [unused0] good[SEP]",
+        "[CLS]It is y. [unused0] bad[SEP]",
+    ]
+    assert found["prose"][1] == ("[CLS]It is bad. Is it bad?[SEP]", -1)
+    config["sources"] = [sources["mapped"] | {"columns": {"text": "content"}}]
+    with pytest.raises(InputError, match=r"line 1: has no column 'content'; .*columns: sentence"):
+        prepare(decode(DataConfig, config | {"rows": str(tmp_path / "no")}, "run.toml"), tokenizer)

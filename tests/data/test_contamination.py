@@ -1,0 +1,197 @@
+"""What an export tells of its training, and what an evaluation makes of it."""
+
+import doctest
+import json
+
+import pytest
+from training import make_config, quick_compiles
+
+from mlmjax import InputError
+from mlmjax.cli import commands
+from mlmjax.config.task import Task
+from mlmjax.data import contamination
+from mlmjax.data.contamination import (
+    ExcludedSet,
+    TrainingFile,
+    TrainingManifest,
+    TrainingRun,
+    TrainingSource,
+    read_training_manifest,
+)
+from mlmjax.data.reading.exclusion import file_sha256
+from mlmjax.training.run.train import run_training
+from mlmjax.weights import hub
+
+LABELS = ["red", "blue", "green", "cat", "dog"]
+TASK = f"""
+name = "NAME"
+prompt = "{{prompt}} [unused0] [MASK]"
+answer = "answer"
+labels = {json.dumps(LABELS)}
+verbalizer = "words"
+"""
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(contamination).attempted
+    assert not doctest.testmod(contamination).failed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on records of the tasks color and animal, and a run that started from its export."""
+    folder = tmp_path_factory.mktemp("runs")
+    with quick_compiles(folder):
+        first = make_config(folder, steps=4)
+        run_training(first)
+        (folder / "other.jsonl").write_text('{"body": "the sun and the moon"}\n')
+        source = {"path": str(folder / "other.jsonl"), "text": "body", "name": "books"}
+        second = make_config(
+            folder,
+            out=str(folder / "second"),
+            steps=4,
+            model=None,
+            tokenizer=None,
+            init_from=str(folder / "out" / "export"),
+            data__rows=str(folder / "more"),
+            data__validation_rows=0,
+            data__sources=[source],
+        )
+        run_training(second)
+        yield folder
+
+
+def evaluate(folder, name, data, capsys, model="out"):
+    (folder / "task.toml").write_text(TASK.replace("NAME", name))
+    model = str(folder / model / "export")
+    arguments = ["evaluate", "--model", model, "--task", str(folder / "task.toml")]
+    assert commands.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
+    out, err = capsys.readouterr()
+    results = json.loads((folder / "results" / "results.json").read_text())
+    assert results == json.loads(out)
+    return results["contamination"], results["trained_on"], err
+
+
+def fresh(folder):
+    path = folder / "fresh.jsonl"
+    path.write_text('{"prompt": "the color: red house", "answer": "red"}\n')
+    return path
+
+
+def test_the_export_tells_what_it_was_trained_on(trained):
+    told = json.loads((trained / "out" / "export" / hub.TRAINING).read_text())
+    (run,) = told["runs"]
+    assert run["tasks"] == ["animal", "color"]
+    digest = file_sha256(trained / "records.jsonl")
+    assert run["sources"][0]["files"] == [{"name": "records.jsonl", "sha256": digest}]
+    later = read_training_manifest(trained / "second" / "export")
+    assert later.runs[0] == read_training_manifest(trained / "out" / "export").runs[0]
+    assert [later.runs[1].tasks, later.runs[1].sources[0].name] == [["books"], "books"]
+
+
+@pytest.mark.parametrize("model", ["out", "second"])
+def test_the_very_file_is_found_whatever_it_is_called(trained, capsys, model):
+    copy = trained / "copy.jsonl"
+    copy.write_bytes((trained / "records.jsonl").read_bytes())
+    status, found, err = evaluate(trained, "quiz", copy, capsys, model)
+    assert status == "found"
+    (line,) = found
+    assert "trained on the very file of this evaluation: copy.jsonl" in line
+    assert f"not zero-shot: the model was {line}" in err
+
+
+def test_a_task_of_the_same_name_is_found(trained, capsys):
+    status, found, err = evaluate(trained, "Colo_r", fresh(trained), capsys)
+    assert status == "found"
+    assert found == ["trained on what is named like this evaluation, Colo_r: 'color'"]
+    assert found[0] in err
+
+
+def test_nothing_known_is_told_apart_from_nothing_found(trained, capsys):
+    status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
+    assert (status, found) == ("none found", [])
+    assert "share text with it were not kept out" in err
+    manifest = trained / "out" / "export" / hub.TRAINING
+    text = manifest.read_text()
+    manifest.unlink()
+    try:
+        status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
+    finally:
+        manifest.write_text(text)
+    assert (status, found) == ("unknown", [])
+    assert "contamination: unknown: the model folder has no training manifest" in err
+
+
+def run_of(**parts):
+    empty = {"init_from": None, "tasks": [], "sources": [], "excluded_tasks": [], "excluded": []}
+    return TrainingRun(**{**empty, **parts})
+
+
+def look(runs, data=None, **keys):
+    task = Task(
+        **{
+            "name": "quiz",
+            "prompt": "{text} {options}",
+            "answer": "label",
+            "labels": ("a", "b"),
+            **keys,
+        }
+    )
+    return contamination.contamination(task, data, TrainingManifest(format=1, runs=runs))
+
+
+def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
+    data = fresh(tmp_path)
+    file = TrainingFile(name="any.jsonl", sha256=file_sha256(data))
+    kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=13, files=[file])])
+    known = look([kept_out], data)
+    assert known.status == "excluded"
+    assert known.lines == [
+        "contamination: excluded: examples that share 13 words in a row with quiz were kept out of "
+        "training"
+    ]
+    assert look([kept_out, kept_out], data).status == "excluded"
+    assert look([kept_out, run_of()], data).status == "none found"
+    assert look([kept_out], data, name="test").status == "none found"
+    data.write_text('{"text": "other", "label": "a"}\n')
+    known = look([kept_out], data)
+    assert known.status == "none found"
+    assert "kept out of some runs alone, or by another copy of it" in known.remarks[0]
+    # A file or a task that was trained on is worse than what was kept out.
+    assert look([kept_out, run_of(tasks=["a quiz"])], data).status == "found"
+    assert look([run_of(init_from="org/base")], data).remarks[1] == (
+        "what org/base was trained on is not known"
+    )
+
+
+def test_datasets_of_the_hub_are_told_by_their_id():
+    place = {"hub": "org/sets", "subset": "quiz", "split": "test", "revision": "0" * 40}
+    kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=8, **place)])
+    assert look([kept_out], **place).status == "excluded"
+    assert look([kept_out], **{**place, "revision": "1" * 40}).status == "none found"
+    trained_on = run_of(sources=[TrainingSource(name="mine", **{**place, "split": "train"})])
+    known = look([kept_out, trained_on], **place)
+    assert known.status == "found"
+    assert known.trained_on == ["trained on the dataset mine of this evaluation, split train"]
+    assert look([trained_on], **{**place, "subset": "other"}, name="x").status == "none found"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "expected an object"),
+        ('{"format": 2, "runs": []}', "no training manifest of format 1: format"),
+        ('{"format": 1, "runs": [{"tasks": 5}]}', r"runs\.0\.init_from"),
+        ("[" * 10**5, "is not valid JSON"),
+    ],
+)
+def test_a_broken_manifest_is_refused(tmp_path, text, message):
+    (tmp_path / hub.TRAINING).write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_training_manifest(tmp_path)
+
+
+def test_many_tasks_are_counted(tmp_path):
+    known = look([run_of(tasks=[f"quiz_{i}" for i in range(9)])], fresh(tmp_path))
+    assert known.trained_on[0].endswith("'quiz_4' and 4 more")

@@ -1,0 +1,348 @@
+"""The loader: a batch follows from seed and step alone, and masks as the recipe says."""
+
+import itertools
+import json
+import math
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mlmjax import InputError
+from mlmjax.config.run import DataConfig, ObjectiveConfig, SourceConfig
+from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED
+from mlmjax.data.loader import Loader
+from mlmjax.data.masking import mask_answer, mask_dummy, mask_random
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.schedule import RowSchedule, mask_rate
+from mlmjax.text.pieces import word_starts
+
+SEQ = 64
+MIXED = ObjectiveConfig(dummy_mlm_share=0.3, mlm_share=0.2, mlm_rate=0.3)
+ATP_ONLY = ObjectiveConfig()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """Rows of two sources: questions with answers, and plain text."""
+    place = tmp_path_factory.mktemp("loader")
+    questions = [
+        {"input": f"Question {i}: " + "word " * (i * 7 % 40), "answer": "yes", "task": f"t{i % 3}"}
+        for i in range(400)
+    ]
+    texts = [{"text": f"Document {i} tells. " * (1 + i % 30)} for i in range(60)]
+    for name, rows in (("a", questions), ("b", texts)):
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    qa = SourceConfig(
+        path=str(place / "a.jsonl"), prompt="{input}", answer="answer", task="task", name="qa"
+    )
+    text = SourceConfig(path=str(place / "b.jsonl"), text="text", name="text")
+    config = DataConfig(
+        rows=str(place / "rows"), seq_length=SEQ, validation_rows=21, sources=(qa, text)
+    )
+    return prepare(config, tokenizer)
+
+
+@pytest.fixture
+def make(folder, tokenizer):
+    def loader(split="train", objective=MIXED, only=None, weights=None, **settings):
+        sources = open_rows(folder, split, weights)
+        sources = [source for source in sources if only in (None, source.name)]
+        settings = {"seed": 3, "batch_size": 8, "seq_length": SEQ} | settings
+        return Loader(sources, objective=objective, tokenizer=tokenizer, **settings)
+
+    return loader
+
+
+def rows_by_index(folder, split, name=None):
+    """Every row's examples, by the index of its first example."""
+    return {
+        source[i][0].index: source[i]
+        for source in open_rows(folder, split)
+        if name in (None, source.name)
+        for i in range(len(source))
+    }
+
+
+def assert_equal(one, other):
+    for left, right in zip(one, other, strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.mark.parametrize(
+    ("split", "masking"),
+    [("train", "token"), ("validation", "token"), ("train", "whole_word"), ("train", "span")],
+)
+def test_a_batch_is_its_examples_masked_by_their_own_draws(make, folder, tokenizer, split, masking):
+    loader = make(split, MIXED.model_copy(update={"masking": masking}))
+    starts = word_starts(tokenizer)
+    rows = rows_by_index(folder, split)
+    seen = Counter()
+    for step in range(8):
+        batch = loader.batch(step)
+        tasks = loader.tasks(step)
+        for r, indices in enumerate(loader.example_indices(step)):
+            if not len(indices):
+                continue
+            examples = rows[indices[0]]
+            assert [example.index for example in examples] == indices.tolist()
+            start, targets = 0, []
+            for segment, example in enumerate(examples, 1):
+                here = slice(start, start + len(example))
+                rng = np.random.default_rng([3, 0, example.index])
+                if example.answer_position < 0:
+                    objective = MLM
+                else:
+                    draw = rng.random()
+                    objective = DUMMY_MLM if draw < 0.3 else MLM if draw < 0.5 else ATP
+                if objective == ATP:
+                    masked = mask_answer(
+                        example.ids, example.answer_position, mask_id=tokenizer.mask_id
+                    )
+                else:
+                    masked = (mask_dummy if objective == DUMMY_MLM else mask_random)(
+                        example.ids,
+                        0.3,
+                        rng,
+                        special_ids=tokenizer.special_ids,
+                        mask_id=tokenizer.mask_id,
+                        masking=masking,
+                        word_starts=starts(example.ids),
+                    )
+                seen[objective] += 1
+                np.testing.assert_array_equal(batch.input_ids[r, here], masked[0])
+                assert set(batch.segment_ids[r, here]) == {segment}
+                np.testing.assert_array_equal(batch.position_ids[r, here], range(len(example)))
+                targets += [
+                    (start + position, target, objective, example.task)
+                    for position, target in zip(*masked[1:], strict=True)
+                ]
+                start += len(example)
+            assert (batch.input_ids[r, start:] == tokenizer.pad_id).all()
+            assert not batch.segment_ids[r, start:].any()
+            assert not batch.position_ids[r, start:].any()
+            columns = (batch.target_positions, batch.target_ids, batch.target_objective, tasks)
+            found = list(zip(*(column[r] for column in columns), strict=True))
+            assert found[: len(targets)] == targets == sorted(targets)
+            assert set(found[len(targets) :]) <= {(UNUSED,) * 4}
+    assert set(seen) == {ATP, DUMMY_MLM, MLM}
+    assert {array.dtype for array in (*batch, tasks)} == {np.dtype(np.int32)}
+
+
+def test_the_same_seed_and_step_give_the_same_batch(make):
+    for step in (0, 7, 1000):
+        assert_equal(make().batch(step), make().batch(step))
+    assert (make().batch(5).input_ids != make(seed=4).batch(5).input_ids).any()
+    assert (make().batch(5).input_ids != make().batch(6).input_ids).any()
+    orders = [make(seed=seed).example_indices(0) for seed in range(3)]
+    assert len({np.concatenate(order).tobytes() for order in orders}) == 3
+
+
+def test_the_global_batch_does_not_depend_on_who_reads_it(make):
+    loader = make()
+    whole = loader.batch(11)
+    for hosts in (1, 2, 8):
+        parts = [
+            make().batch(11, slice(h * 8 // hosts, (h + 1) * 8 // hosts)) for h in range(hosts)
+        ]
+        assert_equal(whole, [np.concatenate(arrays) for arrays in zip(*parts, strict=True)])
+    scattered = np.array([6, 1, 3])
+    assert_equal([array[scattered] for array in whole], loader.batch(11, scattered))
+    np.testing.assert_array_equal(loader.tasks(11)[scattered], loader.tasks(11, scattered))
+
+
+def test_an_epoch_is_every_row_once_in_another_order_each_time(make, folder):
+    expected = sorted(rows_by_index(folder, "train"))
+    loader = make(batch_size=1)
+    assert loader.epoch_steps() == len(expected)
+
+    def order(epoch):
+        steps = range(epoch * len(expected), (epoch + 1) * len(expected))
+        return [loader.example_indices(step)[0][0] for step in steps]
+
+    first, second = order(0), order(1)
+    assert sorted(first) == sorted(second) == expected
+    assert first != second
+    assert first != expected
+
+
+@pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
+def test_masks_change_from_epoch_to_epoch(make, folder, masking):
+    loader = make("train", MIXED.model_copy(update={"masking": masking}), "text", batch_size=1)
+    (first, *_) = sorted(rows_by_index(folder, "train", "text"))
+    steps = [s for s in range(3 * loader.epoch_steps()) if loader.example_indices(s)[0][0] == first]
+    masks = {loader.batch(step).target_positions.tobytes() for step in steps}
+    assert len(steps) == len(masks) == 3
+
+
+def test_a_batch_larger_than_the_rows_repeats_them(make, folder):
+    rows = len(rows_by_index(folder, "train", "text"))
+    loader = make(only="text", batch_size=2 * rows)
+    firsts = Counter(indices[0] for indices in loader.example_indices(0))
+    assert set(firsts.values()) == {2}
+    assert len(firsts) == rows
+
+
+def test_weights_are_shares_of_the_rows(make, folder):
+    texts = set(rows_by_index(folder, "train", "text"))
+    loader = make(weights={"qa": 3.0, "text": 1.0}, batch_size=40)
+    firsts = [i[0] for step in range(10) for i in loader.example_indices(step)]
+    assert sum(first in texts for first in firsts) == 100
+    # Each source goes round by itself, every row once before any comes again.
+    drawn = [first for first in firsts if first in texts]
+    assert set(drawn[: len(texts)]) == texts
+    qa_only = make(weights={"qa": 1.0, "text": None}, only="qa")
+    assert_equal(qa_only.batch(2), make(only="qa", weights={"qa": 5.0}).batch(2))
+
+
+def test_a_weight_for_some_sources_only_is_refused(make):
+    with pytest.raises(InputError, match="text has no weight while others have"):
+        make(weights={"qa": 3.0})
+
+
+def test_validation_is_every_row_once_then_padding(make, folder):
+    expected = list(rows_by_index(folder, "validation"))
+    size = len(expected) // 3 - 1
+    loader = make("validation", batch_size=size)
+    steps = loader.epoch_steps()
+    assert steps == math.ceil(len(expected) / size)
+    indices = list(itertools.chain(*(loader.example_indices(step) for step in range(steps))))
+    assert [i[0] for i in indices if len(i)] == expected
+    batch = loader.batch(steps - 1)
+    padding = len(expected) % size
+    assert padding
+    assert batch.segment_ids[:padding].any(axis=1).all()
+    assert not batch.segment_ids[padding:].any()
+    assert (batch.target_ids[padding:] == UNUSED).all()
+    assert (loader.tasks(steps - 1)[padding:] == UNUSED).all()
+
+
+def test_answers_alone_need_no_width_for_masks(make, folder):
+    most = max(len(row) for row in rows_by_index(folder, "train", "qa").values())
+    loader = make(objective=ATP_ONLY, only="qa")
+    assert loader.target_width == most
+    batch = loader.batch(0)
+    assert set(np.unique(batch.target_objective)) == {UNUSED, ATP}
+    examples = sum(len(indices) for indices in loader.example_indices(0))
+    assert (batch.target_objective == ATP).sum() == examples
+    names = read_manifest(folder).tasks
+    tasks = loader.tasks(0)
+    assert {names[t] for t in np.unique(tasks[tasks >= 0])} == {"t0", "t1", "t2"}
+
+
+def test_plain_text_is_masked_whatever_the_shares(make):
+    loader = make(objective=ATP_ONLY, only="text")
+    batch = loader.batch(0)
+    assert set(np.unique(batch.target_objective)) == {UNUSED, MLM}
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.95])
+@pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
+def test_the_width_is_never_too_small(make, rate, masking):
+    objective = ObjectiveConfig(mlm_share=1.0, mlm_rate=rate, masking=masking)
+    loader = make(objective=objective, batch_size=64)
+    most = max(
+        (loader.batch(step).target_positions != UNUSED).sum(axis=1).max() for step in range(4)
+    )
+    assert most <= loader.target_width
+
+
+def test_shares_are_kept(make):
+    loader = make(objective=ObjectiveConfig(dummy_mlm_share=0.2), only="qa", batch_size=64)
+    drawn = Counter()
+    for step in range(20):
+        batch = loader.batch(step)
+        for row in range(64):
+            used = batch.target_positions[row] != UNUSED
+            segments = batch.segment_ids[row, batch.target_positions[row, used]]
+            objectives = batch.target_objective[row, used]
+            drawn.update(dict(zip(segments, objectives, strict=True)).values())
+    # Some 4000 draws: standard deviation 0.006.
+    assert drawn[DUMMY_MLM] / drawn.total() == pytest.approx(0.2, abs=0.03)
+    assert drawn[MLM] == 0
+
+
+def test_batches_reads_ahead_in_order_and_stops(make):
+    loader = make()
+    before = set(threading.enumerate())
+    found = list(loader.batches(3, 9, slice(2, 5)))
+    assert [step for step, _ in found] == list(range(3, 9))
+    for step, batch in found:
+        assert_equal(batch, loader.batch(step, slice(2, 5)))
+    assert list(loader.batches(5, 5)) == []
+    endless = loader.batches(0, 10**9)
+    assert next(endless)[0] == 0
+    endless.close()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+def test_an_error_while_reading_ahead_reaches_the_reader(make):
+    loader = make()
+    good = loader.batch
+
+    def batch(step, rows=None):
+        if step == 3:
+            raise InputError("row 3 is damaged")
+        return good(step, rows)
+
+    loader.batch = batch
+    steps = []
+    batches = loader.batches(0, 10)
+    with pytest.raises(InputError, match="row 3 is damaged"):
+        steps.extend(step for step, _ in batches)
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"only": "nobody"}, "no rows to read"),
+        ({"seq_length": 128}, "rows of 64 tokens, but seq_length is 128"),
+        ({"batch_size": 0}, "batch_size 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, settings, message):
+    with pytest.raises(InputError, match=message):
+        make(**settings)
+
+
+def test_rows_of_another_tokenizer_are_refused(folder, tokenizer):
+    other = type(tokenizer)(tokenizer.files)
+    other.sha256 = "0" * 64
+    with pytest.raises(InputError, match="another tokenizer"):
+        Loader(
+            open_rows(folder, "train"),
+            seed=0,
+            batch_size=1,
+            seq_length=SEQ,
+            objective=MIXED,
+            tokenizer=other,
+        )
+
+
+def test_a_growing_batch_reads_the_same_rows_in_the_same_order(make):
+    """The first rows of a run do not depend on how they are dealt out to updates."""
+    grown, whole = make(batch_size=RowSchedule(2, 8, 6)), make(batch_size=8)
+    sizes = [len(grown.batch(step).input_ids) for step in range(9)]
+    assert sizes == [2, 2, 4, 4, 6, 6, 8, 8, 8] == [grown.rows(step) for step in range(9)]
+    rows = np.concatenate([grown.batch(step).input_ids for step in range(9)])
+    expected = np.concatenate([whole.batch(step).input_ids for step in range(6)])
+    np.testing.assert_array_equal(rows, expected)
+    assert len(grown.batch(7, slice(2, 5)).input_ids) == 3
+
+
+def test_the_mask_rate_follows_the_step(make, folder):
+    objective = ObjectiveConfig(mlm_share=1.0, mlm_rate=0.1, mlm_rate_end=0.6)
+    loader = make(objective=objective, mask_rate=mask_rate(objective, 11))
+    assert loader.target_width >= math.ceil(0.6 * SEQ)
+    shares = []
+    for step in (0, 5, 10):
+        batch = loader.batch(step)
+        shares.append((batch.target_ids >= 0).sum() / (batch.segment_ids > 0).sum())
+    assert shares[0] < 0.15
+    assert 0.25 < shares[1] < 0.45
+    assert 0.45 < shares[2] < 0.65

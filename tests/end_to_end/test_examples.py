@@ -1,0 +1,109 @@
+"""The examples run as they stand, and do what they say."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlmjax import load_pretrained
+from mlmjax.weights.pretrained import EMBEDDING, parameters
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run a script in a folder of its own, as `python SCRIPT ARGUMENTS` does; give what it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def probabilities(line):
+    return [float(number) for number in re.findall(r"\d\.\d{4}", line)]
+
+
+def test_a_script_runs_from_anywhere(tmp_path):
+    """Not installed, by its path alone."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "score.py", "--options", "good,bad,mixed", "Fine."],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = done.stdout.splitlines()
+    assert line.endswith(": Fine.")
+    np.testing.assert_allclose(sum(probabilities(line)), 1, atol=2e-4)
+
+
+def test_the_objective_is_learned_and_its_export_scores(run, tmp_path):
+    lines = run("own_objective.py", "--steps", 40)
+    losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines[:-1]]
+    assert losses[-1] < 0.6 * losses[0]
+    assert lines[-1] == "own-objective: answers 100% of what it was trained on"
+    prompt = "REVIEW: {text}\nCHOICES:\n{options}ANSWER:"
+    told = run(
+        *("score.py", "--model", tmp_path / "own-objective", "--prompt", prompt),
+        *("--options", "negative,positive", "The music alone is worth the ticket."),
+    )
+    negative, positive = probabilities(told[0])
+    assert positive > 0.7
+    np.testing.assert_allclose(negative + positive, 1, atol=2e-4)
+
+
+def test_the_export_is_the_same_model(run):
+    lines = run("export.py", "--dtype", "source")
+    assert lines[-1] == "largest difference of a logit: 0"
+    assert any(line.startswith("my-model/model.safetensors: ") for line in lines)
+
+
+def test_pretraining_goes_on_with_the_new_words(run, tmp_path):
+    lines = run("continue_pretraining.py", "steps=4", "mesh.data=1")
+    assert lines[0] == "continued/start: 6 new words, which were 17 tokens"
+    assert lines[-1].endswith("['a', ' case', ' of', ' angioplasty']")
+    start, _ = load_pretrained(tmp_path / "continued" / "start")
+    model, tokenizer = load_pretrained(tmp_path / "continued" / "run" / "export")
+    (token,) = tokenizer.encode_plain("angioplasty")
+    before, after = (np.asarray(parameters(one)[EMBEDDING]) for one in (start, model))
+    assert before.shape == after.shape == (50432, 256)
+    assert not np.allclose(before[token], after[token])
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "text", "message"),
+    [
+        ("continue_pretraining.py", "--words", "the\n", "new word 'the': is one token already"),
+        ("continue_pretraining.py", "--words", None, "cannot be read"),
+        ("own_objective.py", "--data", "text,lable\na,b\n", "expected a CSV with text and label"),
+        ("score.py", "--prompt", "{text", "template: single '{'"),
+        ("export.py", "--model", "", "bad/config.json: is missing"),
+    ],
+)
+def test_bad_input_ends_in_one_line(run, tmp_path, capsys, script, option, text, message):
+    if option == "--model":
+        (tmp_path / "bad").mkdir()
+    elif text is not None:
+        (tmp_path / "bad").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        run(script, option, text if option == "--prompt" else tmp_path / "bad")
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_script_is_named_in_the_readme():
+    text = (EXAMPLES / "README.md").read_text()
+    assert [name for name in SCRIPTS if f"({name})" not in text] == []
+    assert len(SCRIPTS) == 4

@@ -1,0 +1,166 @@
+"""Hostile texts and label lists through the Python API: answered as alone, or refused by row."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from hostile import api
+from small_models import noisy, small_config
+
+from mlmjax import Classifier, ModernBertForMaskedLM, Scorer, Template, Verbalizer
+from mlmjax.errors import InputError
+from mlmjax.scoring.likelihood import MaskFiller, TextScorer
+
+LENGTH = 96
+TEXTS = api.texts()
+REFUSED = api.refused()
+LISTS = api.option_lists(4)
+TOPIC = Template("{text}\n{options}Answer: [unused0] [MASK]", shorten={"text": "tail"})
+LETTERS = Verbalizer.letters(["a", "b", "c", "d"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = small_config(max_position_embeddings=LENGTH, num_hidden_layers=1)
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer):
+    """How many tokens each text has."""
+    return [len(ids) for ids in tokenizer.encode_plain_batch(TEXTS)]
+
+
+def rows():
+    return [{"text": text, "options": LISTS[i % len(LISTS)]} for i, text in enumerate(TEXTS)]
+
+
+def all_named(error, count):
+    """Every one of the rows is named, in order, and the message can be printed."""
+    lines = [error.message, *error.details]
+    assert [line.split(":")[0] for line in lines] == [
+        f"row {i + 1} (index {i})" for i in range(count)
+    ]
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+
+
+def test_there_are_enough():
+    assert len(TEXTS) + len(REFUSED) + len(LISTS) + len(api.LABELS_REFUSED) > 600
+    assert len(set(TEXTS)) > 500
+
+
+def test_every_row_is_scored_as_alone(model, tokenizer):
+    fitting = []
+    scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
+    for row in rows():
+        try:
+            (prompt,) = scorer.prompts([row])
+        except InputError:  # its options alone are more than the model reads
+            with pytest.raises(InputError, match="leaves no room"):
+                scorer.prompts([row])
+            continue
+        assert prompt.ids.count(tokenizer.mask_id) == 1
+        assert prompt.ids[prompt.slot - 1 : prompt.slot + 1] == [
+            tokenizer.anchor_id,
+            tokenizer.mask_id,
+        ]
+        assert prompt.slot == len(prompt.ids) - 2
+        assert tokenizer.special_ids.isdisjoint(prompt.ids[1 : prompt.slot - 1])
+        fitting.append(row)
+    assert len(fitting) > 480
+    found = scorer.log_probs(fitting)
+    for row, values in zip(fitting, np.exp(found.astype(np.float64)), strict=True):
+        assert np.count_nonzero(values) == len(row["options"])
+        assert values.sum() == pytest.approx(1, abs=1e-5)
+    alone = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=1)
+    alone = np.concatenate([alone.log_probs([row]) for row in fitting[::8]])
+    np.testing.assert_allclose(np.exp(alone), np.exp(found[::8]), atol=1e-5)
+
+
+def test_every_text_is_classified_as_alone(model, tokenizer):
+    short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
+    options = {"template": short, "batch_size": 8}
+    for labels in api.LABELS.values():
+        classifier = Classifier.from_pretrained((model, tokenizer), labels, **options)
+        assert list(classifier.classes_) == list(labels)
+        texts = TEXTS[::3] if labels is api.LABELS["odd"] else TEXTS[:60:7]
+        found = classifier.predict_proba(texts)
+        assert found.shape == (len(texts), len(labels))
+        assert np.isfinite(found).all()
+        np.testing.assert_allclose(found.sum(axis=1), 1, atol=1e-5)
+        for i in range(0, len(texts), 8):
+            alone = classifier.predict_proba([texts[i]])
+            np.testing.assert_allclose(alone[0], found[i], atol=1e-5)
+
+
+def test_every_text_that_fits_has_its_likelihood(model, tokenizer, tokens):
+    scorer = TextScorer(model, tokenizer)
+    short = [(text, n) for text, n in zip(TEXTS, tokens, strict=True) if n <= 24]
+    assert len(short) > 250
+    found = scorer.score([text for text, _ in short])
+    for (_, count), score in zip(short, found, strict=True):
+        assert len(score.tokens) == count
+        assert -np.inf < score.total < 0
+        assert not tokenizer.special_ids & {token.id for token in score.tokens}
+    alone = TextScorer(model, tokenizer, batch_size=1)
+    for i in range(0, len(short), 16):
+        (score,) = alone.score([short[i][0]])
+        assert score.tokens == tuple(
+            token._replace(log_prob=pytest.approx(token.log_prob, abs=1e-4))
+            for token in found[i].tokens
+        )
+    for text, n in zip(TEXTS, tokens, strict=True):
+        if n > LENGTH - 2:
+            with pytest.raises(InputError, match=rf"^row 2 .*: has {n} tokens and at most 94 fit"):
+                scorer.score(["goal", text])
+
+
+def test_every_mask_is_filled(model, tokenizer, tokens):
+    filler = MaskFiller(model, tokenizer, top_k=3, batch_size=32)
+    texts = [f"{text} [MASK]" for text, n in zip(TEXTS, tokens, strict=True) if n <= 60]
+    assert len(texts) > 400
+    found = filler.fill(texts)
+    for text, masks in zip(texts, found, strict=True):
+        assert len(masks) == text.count("[MASK]")
+        for answers in masks:
+            shares = [answer.probability for answer in answers]
+            assert shares == sorted(shares, reverse=True)
+            assert len(shares) == 3
+            assert 0 < sum(shares) < 1
+            assert not tokenizer.special_ids & {answer.id for answer in answers}
+    single = MaskFiller(model, tokenizer, top_k=3, batch_size=1)
+    for i in range(0, len(texts), 16):
+        (alone,) = single.fill([texts[i]])
+        for one, other in zip(alone, found[i], strict=True):
+            np.testing.assert_allclose(
+                [answer.probability for answer in one],
+                [answer.probability for answer in other],
+                rtol=1e-3,
+            )
+
+
+def test_what_is_blank_or_no_text_is_refused_by_row(model, tokenizer):
+    scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
+    classifier = Classifier.from_pretrained(
+        (model, tokenizer), ["a", "b"], template="{text}{options}"
+    )
+    for act in (
+        lambda texts: scorer.log_probs([{"text": text, "options": ["a"]} for text in texts]),
+        classifier.predict_proba,
+        TextScorer(model, tokenizer).score,
+        MaskFiller(model, tokenizer).fill,
+    ):
+        with pytest.raises(InputError) as caught:
+            act(REFUSED)
+        all_named(caught.value, len(REFUSED))
+    with pytest.raises(InputError) as caught:
+        scorer.log_probs([{"text": "goal", "options": [text]} for text in REFUSED])
+    all_named(caught.value, len(REFUSED))
+
+
+@pytest.mark.parametrize("name", api.LABELS_REFUSED)
+def test_label_lists_that_cannot_be_are_refused(model, tokenizer, name):
+    short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
+    with pytest.raises(InputError) as caught:
+        Classifier((model, tokenizer), api.LABELS_REFUSED[name], template=short).predict(["goal"])
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 600

@@ -1,0 +1,252 @@
+"""The corpus of hostile inputs: every command ends as declared, says so, and harms nothing."""
+
+import hashlib
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from fnmatch import fnmatch
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hostile.data import INJECTED
+from hostile.generate import all_cases
+from hostile.texts import ODD
+from hostile.weights import NORM
+from safetensors.numpy import load_file, save_file
+
+from mlmjax import Tokenizer
+from mlmjax.cli import commands
+from mlmjax.data.rows import open_rows
+from mlmjax.errors import InputError
+from mlmjax.weights import hub
+from mlmjax.weights.pretrained import load_pretrained
+
+ROOT = Path(__file__).parents[2]
+SPEC = spec_from_file_location("convert_weights", ROOT / "tools" / "convert_weights.py")
+TOOL = module_from_spec(SPEC)
+SPEC.loader.exec_module(TOOL)
+
+CASES = all_cases()
+PROGRAMS = {"mlmjax": commands.run, "convert_weights.py": TOOL.run}
+MOST_MEMORY = 300 * 1024  # KiB that a refusal may take, a step compiled before it included
+MOST_LINES = 22  # the first, 20 details, and how many more there are
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Everything that the script writes."""
+    folder = tmp_path_factory.mktemp("hostile") / "corpus"
+    script = ROOT / "tests" / "hostile" / "generate.py"
+    subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def good(corpus):
+    return corpus / "good"
+
+
+@pytest.fixture(scope="module")
+def _used(good, tmp_path_factory):
+    """What any command takes once, imports and compilations, is not taken by a refusal."""
+    folder = tmp_path_factory.mktemp("used") / "good"
+    shutil.copytree(good, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert commands.run(["train", "run.toml"]) == 0
+
+
+@pytest.fixture
+def perform(_used, good, tmp_path, monkeypatch, capsys):
+    """Lay out a case and run its command; gives its folder, exit code, stdout and stderr."""
+
+    def run(case):
+        folder = tmp_path / "case"
+        case.write(good, folder)
+        monkeypatch.chdir(folder)
+        stdin = io.BytesIO(case.stdin.encode())
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
+        before = contents(folder)
+        program, *arguments = case.command
+        code = PROGRAMS[program](arguments)
+        check_harmless(case, before, contents(folder))
+        return folder, code, *capsys.readouterr()
+
+    return run
+
+
+def contents(folder):
+    """Every name below a folder, with the hash of what it holds or where it leads."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            found[name] = f"link to {os.readlink(path)}"
+        elif path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        else:
+            found[name] = "folder" if path.is_dir() else "other"
+    return found
+
+
+def check_harmless(case, before, after):
+    """Nothing is changed or left behind but what the case says that the command writes."""
+
+    # Of several sources, what was read before the refusal is kept for the next try.
+    kept = ["rows.partial"] if any(fnmatch(n, "rows.partial/stage/*.json") for n in after) else []
+
+    def is_ours(name):
+        return any(fnmatch(name, own) or fnmatch(name, f"{own}/*") for own in (*case.writes, *kept))
+
+    assert [n for n in before if before[n] != after.get(n) and not is_ours(n)] == []
+    assert [n for n in after if n not in before and not is_ours(n)] == []
+
+
+def check_said(case, code, out, err):
+    assert "Traceback" not in err
+    assert "internal error" not in err
+    assert code == case.exit, err
+    if code == 0:
+        assert case.says in out + err
+        return
+    lines = err.splitlines()
+    start = f"{case.command[0]}: "
+    first = next((i for i, line in enumerate(lines) if line.startswith(start)), None)
+    assert first is not None, err
+    assert case.says in lines[first]
+    assert len(lines[first]) < 1000
+    assert len(lines) - first <= MOST_LINES
+    assert out == ""
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name, perform, request):
+    if name.startswith(("checkpoint", "conversion")):
+        request.getfixturevalue("orbax_leftovers")
+    case = CASES[name]
+    limit = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MOST_MEMORY
+    _, code, out, err = perform(case)
+    check_said(case, code, out, err)
+    assert code == 0 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit
+
+
+def test_the_corpus_is_large_and_not_only_refused():
+    assert len(CASES) >= 150
+    assert sum(case.exit == 0 for case in CASES.values()) >= 20
+
+
+@pytest.mark.parametrize("name", ["weights-NaN", "checkpoint-with-bits-flipped"])
+def test_the_command_itself(name, good, tmp_path):
+    case = CASES[name]
+    case.write(good, tmp_path / "case")
+    ended = subprocess.run(
+        [sys.executable, "-m", *case.command],
+        cwd=tmp_path / "case",
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    check_said(case, ended.returncode, ended.stdout, ended.stderr)
+
+
+# --- what an exit code does not tell ---------------------------------------------------------
+
+
+def test_prompts_that_imitate_the_template_have_one_slot(perform):
+    folder, code, _, _ = perform(CASES["data-with-prompts-that-imitate-the-template"])
+    assert code == 0
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    (rows,) = open_rows(folder / "rows", "train")
+    examples = [example for row in range(len(rows)) for example in rows[row]]
+    assert len(examples) == 8
+    prompts = set()
+    for example in examples:
+        ids, slot = example.ids.tolist(), example.answer_position
+        special = [i for i, token in enumerate(ids) if token in tokenizer.special_ids]
+        assert special == [0, slot - 1, len(ids) - 1]
+        assert ids[slot - 1] == tokenizer.anchor_id
+        assert tokenizer.decode([ids[slot]]) == " red"
+        prompts.add(tokenizer.decode(ids[1 : slot - 1]).rstrip())
+    assert prompts == {prompt.rstrip() for prompt in INJECTED}
+
+
+def test_odd_texts_are_answered_one_line_each(perform):
+    _, code, out, err = perform(CASES["texts-odd"])
+    assert code == 0
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert len(answers) == len(ODD) + 1
+    assert all(sum(a["probabilities"].values()) == pytest.approx(1.0) for a in answers)
+    assert err == "1 of the texts did not fit the model; their ends were cut off\n"
+
+
+def test_marks_of_windows_are_no_text(good, perform, monkeypatch, capsys):
+    _, _, marked, _ = perform(CASES["texts-of-Windows"])
+    Path("labels").write_text("red\ta warm one\nblue\n")
+    shutil.copy(good / "texts.txt", "texts.txt")
+    commands.run(CASES["texts-of-Windows"].command[1:])
+    assert capsys.readouterr().out == marked
+    assert [json.loads(line)["label"] in ("red", "blue") for line in marked.splitlines()]
+
+
+@pytest.fixture
+def model(good, tmp_path):
+    """A good model of its own for a test to spoil."""
+    return Path(shutil.copytree(good / "model", tmp_path / "model"))
+
+
+def test_all_problems_of_the_weights_are_listed_at_once(model):
+    tensors = load_file(model / hub.WEIGHTS)
+    del tensors[NORM]
+    tensors["extra.weight"] = np.ones(2, np.float32)
+    tensors["head.norm.weight"] = np.ones(3, np.int32)
+    save_file(tensors, model / hub.WEIGHTS)
+    with pytest.raises(InputError) as caught:
+        load_pretrained(model)
+    lines = [caught.value.message, *caught.value.details]
+    for expected in (
+        f"{NORM}: is missing",
+        "extra.weight: is unexpected",
+        "head.norm.weight: has shape [3]; expected [16]",
+        "head.norm.weight: has dtype I32",
+    ):
+        assert sum(expected in line for line in lines) == 1
+
+
+def test_weights_cut_anywhere_are_refused(model):
+    data = (model / hub.WEIGHTS).read_bytes()
+    for length in np.random.default_rng(0).integers(0, len(data), 40):
+        (model / hub.WEIGHTS).write_bytes(data[:length])
+        with pytest.raises(InputError):
+            load_pretrained(model)
+
+
+def test_code_of_a_stranger_is_told_of(perform, caplog):
+    perform(CASES["config-with-code-that-is-not-run"])
+    assert "auto_map" in caplog.text
+
+
+def test_an_older_run_without_checkpoints_does_not_pass_for_this_one(good, tmp_path, monkeypatch):
+    shutil.copytree(good, tmp_path / "run")
+    monkeypatch.chdir(tmp_path / "run")
+    weights = Path("out/export/model.safetensors")
+    before = weights.read_bytes()
+    shutil.rmtree("out/checkpoints")
+    assert commands.run(["train", "run.toml", "seed=1"]) == 0
+    assert weights.read_bytes() != before
+
+
+def test_the_script_writes_every_case(corpus, good, tmp_path):
+    table = json.loads((corpus / "cases.json").read_text())
+    assert [case["folder"] for case in table] == list(CASES)
+    assert {case["exit"] for case in table} == {0, 2}
+    for name in (case["folder"] for case in table[::20]):
+        CASES[name].write(good, tmp_path / name)
+        assert contents(tmp_path / name) == contents(corpus / name)

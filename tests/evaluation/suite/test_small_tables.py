@@ -1,0 +1,30 @@
+"""The tables of the small model's experiments are those of the figures kept beside them."""
+
+import shutil
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+EXPERIMENTS = ROOT / "docs" / "experiments"
+SPEC = spec_from_file_location("small_tables", ROOT / "tools" / "small_tables.py")
+small_tables = module_from_spec(SPEC)
+SPEC.loader.exec_module(small_tables)
+
+
+def test_the_tables_are_made_of_the_kept_results(tmp_path):
+    shutil.copy(EXPERIMENTS / "results.json", tmp_path)
+    small_tables.write_tables(tmp_path / "no work", tmp_path)
+    for name in ("results.json", "tables.md"):
+        assert (tmp_path / name).read_bytes() == (EXPERIMENTS / name).read_bytes()
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_a_mixture_is_summed_up_over_its_seeds():
+    right, losses = (0.2, 0.25, 0.3), (4.0, 3.0, 2.0)
+    ends = {
+        f"small-atp-{seed}": {"n": 1_000, "accuracy": a, "losses": {"all": {"loss_atp": b}}}
+        for seed, (a, b) in enumerate(zip(right, losses, strict=True))
+    }
+    others = {run: ends["small-atp-0"] for run in small_tables.mixed_runs() if run not in ends}
+    _, _, first, *_ = small_tables.table_of_mixtures({**ends, **others}).splitlines()
+    assert first == "| ATP alone | 1,000 | 3.00 (2.00 to 4.00) | 25.0 (20.0 to 30.0) |"

@@ -1,0 +1,454 @@
+"""Suites: cells that are found again, a choice by validation rows, and what is not there."""
+
+import csv
+import doctest
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from suite_files import files_of, run_small, write_model, write_rows, write_suite
+
+from mlmjax.cli import commands
+from mlmjax.config import suite as suite_config
+from mlmjax.config.suite import load_suite
+from mlmjax.errors import InputError
+from mlmjax.evaluation.suite import results as cells_module
+from mlmjax.evaluation.suite import rows as suite_data
+from mlmjax.evaluation.suite.rows import NoDataError, find_file, read_rows
+
+TESTS = Path(__file__).parents[2]
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import conftest  # the devices of the tests
+from mlmjax import cells
+from suite_files import run_small
+
+whole, written = Path.replace, []
+
+def replace(self, target):
+    written.append(target)
+    if len(written) == 4:  # with what it wrote still under its partial name
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(self, target)
+
+Path.replace = replace
+run_small(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("suite")
+    write_suite(folder)
+    write_model(folder / "model", tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(folder):
+    """A run from beginning to end: the folder of its results, and what it told."""
+    out = folder / "out"
+    results, told = run_small(folder, out)
+    return out, results, told
+
+
+def lines_of(results, method):
+    return [line for line in results["lines"] if line["method"] == method]
+
+
+def test_every_method_stands_in_the_results_and_on_the_page(done):
+    out, results, told = done
+    assert json.loads((out / "suite.json").read_text()) == json.loads(json.dumps(results))
+    methods = [(line["kind"], line["method"]) for line in results["lines"]]
+    assert methods == [
+        ("zero-shot", "zero-shot"),
+        ("fine-tune", "TF-IDF + logistic regression"),
+        ("fine-tune", "MLM head"),
+        ("fine-tune", "classification head"),
+    ]
+    for line in results["lines"]:
+        assert (line["n"], line["chance"], line["majority"]) == (12, 0.5, 0.5)
+        low, high = line["ci95"]
+        assert low <= line["score"] <= high
+    assert lines_of(results, "TF-IDF + logistic regression")[0]["score"] == 1.0
+    # What gives labels alone has no calibration, and only what reads options has an order of them.
+    assert [line["ece"] is None for line in results["lines"]] == [False, True, False, False]
+    changed = [line["order_changed"] for line in results["lines"]]
+    assert [share is None for share in changed] == [False, True, False, True]
+    assert all(0 <= share <= 1 for share in changed if share is not None)
+    page = (out / "suite.md").read_text()
+    assert "12.50" in page
+    assert "`nobody has written them down`" in page
+    assert "test rows of ag_news: no file of" in page
+    assert "24\\*" in page  # 32 training rows less the 8 that were held out
+    assert (out / "suite.png").read_bytes().startswith(b"\x89PNG")
+    # One zero-shot, one TF-IDF, and for each head two settings and one seed.
+    assert len(told.cells) == len(list((out / "cells").iterdir())) == 8
+    assert told.lines[-1].startswith("[8/8] ")
+    assert [line[:30] for line in told.lines[:2]] == [
+        "left out: task ag_news: test r",
+        "left out: task dreams: nobody ",
+    ]
+
+
+def test_a_cell_holds_its_predictions_and_what_it_is_made_of(done):
+    out, _, _ = done
+    cells = [json.loads(path.read_text()) for path in sorted((out / "cells").iterdir())]
+    tests = [cell for cell in cells if cell["identity"].get("part") == "test"]
+    assert {cell["identity"]["method"] for cell in tests} == {"mlm", "classification"}
+    for cell in tests:
+        assert cell["identity"]["seed"] == 1
+        gold = [row["gold"] for row in cell["predictions"]]
+        assert gold == ["bad", "good"] * 6
+        for row in cell["predictions"]:
+            assert sum(row["probabilities"].values()) == pytest.approx(1.0, abs=1e-6)
+            assert row["prediction"] == max(row["probabilities"], key=row["probabilities"].get)
+        right = sum(row["gold"] == row["prediction"] for row in cell["predictions"])
+        assert cell["metrics"]["accuracy"] == right / 12
+    sweep = [cell for cell in cells if cell["identity"].get("part") == "validation"]
+    assert {(c["identity"]["seed"], len(c["predictions"])) for c in sweep} == {(0, 8)}
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(folder, done, tmp_path):
+    one_head = 'heads=["mlm"]'
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    shutil.copytree(done[0], undisturbed)
+    assert run_small(folder, undisturbed, one_head)[1].computed == []
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder), str(stopped), one_head],
+        cwd=TESTS / "helpers",
+        env={**os.environ, "PYTHONPATH": f"{TESTS / 'helpers'}:{TESTS.parent}"},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -9, killed.stderr.decode()[-2000:]
+    left = [path.name for path in (stopped / "cells").iterdir()]
+    assert len(left) == 4
+    assert sum(name.endswith(".partial") for name in left) == 1
+    _, told = run_small(folder, stopped, one_head)
+    assert len(told.computed) == 2
+    found, whole = files_of(stopped), files_of(undisturbed)
+    assert found == {name: content for name, content in whole.items() if "classif" not in name}
+
+
+def test_what_is_done_is_not_done_again(folder, done):
+    out, _, _ = done
+    before = files_of(out)
+    _, told = run_small(folder, out)
+    assert told.computed == []
+    assert files_of(out) == before
+
+
+def test_a_change_is_another_cell(folder, done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    results, told = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
+    assert len(told.computed) == 1  # the second seed
+    (line,) = lines_of(results, "MLM head")
+    assert len(line["scores"]) == 2
+    assert line["spread"] is not None
+    results, told = run_small(
+        folder, out, 'heads=["mlm"]', "sweep.weight_decay=0.5", "sweep.learning_rate=[3e-3]"
+    )
+    assert len(told.computed) == 1  # one setting needs no choice
+    assert lines_of(results, "MLM head")[0]["tried"] == []
+
+
+def test_the_choice_does_not_see_the_test_rows(folder, done, tmp_path):
+    """With other test labels the same cells of the sweep are taken, and the same setting."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    shutil.copytree(done[0], out)
+    shutil.copytree(folder / "data", other)
+    with (other / "my-reviews.test.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows):
+        row["label"] = ("good", "bad", "bad")[number % 3]
+    write_rows(other / "my-reviews.test.csv", rows)
+    results, told = run_small(folder, out, 'heads=["mlm"]', data=other)
+    assert [line for line in told.computed if "validation" in line] == []
+    assert len(told.computed) == 3  # zero-shot, TF-IDF, and the seed of the chosen setting
+    before, after = lines_of(done[1], "MLM head")[0], lines_of(results, "MLM head")[0]
+    assert (after["chosen"], after["tried"]) == (before["chosen"], before["tried"])
+    assert after["scores"] != before["scores"]
+
+
+def test_several_models_stand_side_by_side(folder, tokenizer, tmp_path):
+    write_model(folder / "second", tokenizer, seed=1)
+    shutil.copytree(folder / "model", folder / "copy", dirs_exist_ok=True)
+    suite = (folder / "small.toml").read_text()
+    until = suite.index("[[entries]]", suite.index("[[entries]]") + 1)
+    (tmp_path / "small.toml").write_text(suite[:until])  # the zero-shot entry alone
+    shutil.copy(folder / "reviews.toml", tmp_path)
+    for name in ("model", "second", "copy"):
+        (tmp_path / name).symlink_to(folder / name)
+    results, told = run_small(
+        tmp_path, tmp_path / "out", models=("model", "second", "copy"), data=folder / "data"
+    )
+    assert [Path(line["model"]).name for line in results["lines"]] == ["model", "second", "copy"]
+    first, _, copy = (line["scores"] for line in results["lines"])
+    assert copy == first
+    assert len(told.computed) == 2  # a copy of a model is the same model
+    page = (tmp_path / "out" / "suite.md").read_text()
+    assert all(f"/{name}`" in page for name in ("model", "second", "copy"))
+    with pytest.raises(InputError, match="named twice"):
+        run_small(tmp_path, tmp_path / "out", models=("model", "model"), data=folder / "data")
+
+
+def test_a_model_of_transformers_is_a_baseline(folder, tmp_path, tokenizer):
+    tiny = pytest.importorskip("tiny_models")
+    tiny.torch.set_num_threads(1)
+    tiny.write_model(
+        tmp_path / "tiny", "ModernBertForSequenceClassification", vocab_size=50368,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep")},
+    )  # fmt: skip
+    tokenizer.save(tmp_path / "tiny")
+    name = f"transformers:{tmp_path / 'tiny'}"
+    few = 'heads=["mlm"]', "sweep.learning_rate=[3e-3]", "sweep.epochs=[6]", "seeds=1"
+    results, _ = run_small(folder, tmp_path / "a", *few, baselines=[name])
+    (line,) = lines_of(results, "transformers")
+    assert (line["n"], line["model"], len(line["scores"])) == (12, name, 1)
+    assert line["score"] > 0.8
+
+
+def test_a_baseline_that_cannot_be_is_refused(folder, tmp_path, monkeypatch):
+    def refused(name):
+        with pytest.raises(InputError) as caught:
+            run_small(folder, tmp_path / "out", baselines=[name])
+        return caught.value.message
+
+    assert "expected transformers:FOLDER_OR_ID" in refused("bert-base")
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80")
+    assert "no *.safetensors" in refused(f"transformers:{tmp_path / 'pickled'}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install 'mlmjax[oracle]'" in refused(f"transformers:{tmp_path / 'pickled'}")
+
+
+def test_a_cell_that_is_none_is_refused(folder, done, tmp_path):
+    for number, content in enumerate((b"", b"[1]", b'{"identity": 1}', b"{" * 100_000, b"\xff")):
+        out = tmp_path / str(number)
+        shutil.copytree(done[0], out)
+        cell = sorted((out / "cells").iterdir())[0]
+        cell.write_bytes(content)
+        with pytest.raises(InputError, match="take the file away"):
+            run_small(folder, out)
+        assert cell.read_bytes() == content
+    cell.write_text("[]")
+    with pytest.raises(InputError, match="it holds a list; expected an object"):
+        run_small(folder, out)
+    wrong = json.loads(sorted((done[0] / "cells").iterdir())[0].read_text())
+    wrong["predictions"][0]["gold"] = 5
+    cell.write_text(json.dumps(wrong))
+    with pytest.raises(InputError, match=r"predictions\.0\.gold"):
+        run_small(folder, out)
+
+
+def row_of(cell, **changes):
+    cell["predictions"][3].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda cell: cell.update(metrics={}), "metrics.n: is missing"),
+        (lambda cell: cell["metrics"].pop("mcc_ci95"), "metrics.mcc_ci95: is missing"),
+        (lambda cell: cell["metrics"].update(accuracy=float("nan")), "NaN is no number"),
+        (lambda cell: cell["metrics"].update(accuracy="x"), "metrics.accuracy: is 'x'"),
+        (lambda cell: cell["metrics"].update(accuracy=0.123), "its predictions give"),
+        (lambda cell: cell["metrics"].update(macro_f1=True), "metrics.macro_f1: is True"),
+        (lambda cell: cell["metrics"].update(calibration={"ece": "x"}), "metrics.calibration"),
+        (lambda cell: cell["metrics"].update(calibration=None), "metrics.calibration"),
+        (lambda cell: cell.pop("predictions"), "predictions: are 0; expected 12"),
+        (lambda cell: cell["predictions"].pop(), "predictions: are 11; expected 12"),
+        (lambda cell: cell.update(diverged="so"), "diverged, and yet"),
+        (lambda cell: cell.update(losses=[float("inf")]), "Infinity is no number"),
+        (lambda cell: cell.update(order={}), "order.changed"),
+        (lambda cell: row_of(cell, index=7), "predictions.3: is index 7"),
+        (lambda cell: row_of(cell, gold="bad"), "expected index 3, gold 'good'"),
+        (lambda cell: row_of(cell, prediction="fair"), "predictions.3: 'fair' is not its most"),
+        (lambda cell: row_of(cell, probabilities={"fair": 1.0}), "has labels that the task"),
+        (lambda cell: row_of(cell, probabilities={}), "is not its most probable"),
+        (lambda cell: cell.pop("identity"), "identity: is missing"),
+    ],
+)
+def test_a_cell_that_was_changed_by_hand_is_refused(folder, done, tmp_path, change, said):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    (path,) = (out / "cells").glob("*-zero-shot-*.json")
+    cell = json.loads(path.read_text())
+    change(cell)
+    path.write_text(json.dumps(cell))
+    with pytest.raises(InputError) as caught:
+        run_small(folder, out)
+    assert caught.value.message.startswith(f"{path}: is no cell of this suite (")
+    assert said in caught.value.message
+
+
+def test_a_bootstrapped_interval_is_taken_anew(folder, done, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    for path in (out / "cells").iterdir():
+        cell = json.loads(path.read_text())
+        cell["metrics"]["accuracy_ci95"] = cell["metrics"]["macro_f1_ci95"] = "x"
+        path.write_text(json.dumps(cell))
+    assert run_small(folder, out)[0]["lines"] == done[1]["lines"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("sweep.epochs=[0]", "sweep.epochs"),
+        ("sweep.epochs=[]", "sweep.epochs"),
+        ("sweep.epochs=[1, 1]", "a value twice"),
+        ("sweep.learning_rate=[nan]", "sweep.learning_rate"),
+        ("sweep.learning_rate=[-1.0]", "sweep.learning_rate"),
+        ("sweep.held_out=1.0", "sweep.held_out"),
+        ("sweep.epoch=[1]", "did you mean 'epochs'"),
+        ("seeds=0", "seeds"),
+        ("limit=many", "limit"),
+        ("heads=[]", "heads"),
+        ('tasks=["review.toml"]', "did you mean 'reviews.toml'"),
+        ("entries=[]", "entries"),
+        ("entries.0.kind=guess", "kind"),
+        ('entries.0.test.files=["../*"]', "leads out of the data folder"),
+        ('entries.0.test.files=["/etc/*"]', "leads out of the data folder"),
+        ('entries.0.train={split="train"}', "reads no train"),
+        ("entries.0.protocol=published", "no protocol 'published'"),
+        ("entries.0.task=mmul", "did you mean 'mmlu'"),
+        ("entries.1.task=mmlu", "options of each row's own"),
+        ("entries.1.kind=zero-shot", "reads no train"),
+        ("missing=5", "missing"),
+    ],
+)
+def test_hostile_suites_are_refused_in_a_sentence(folder, change, said):
+    with pytest.raises(InputError) as caught:
+        load_suite(folder / "small.toml", [change])
+    assert said in str(caught.value)
+    assert "\n" not in caught.value.message
+
+
+def test_bad_files_are_refused_before_anything_is_computed(folder, tmp_path):
+    def refused(rows, **options):
+        data = tmp_path / "data"
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.copytree(folder / "data", data)
+        write_rows(data / "my-reviews.test.csv", rows)
+        with pytest.raises(InputError) as caught:
+            run_small(folder, tmp_path / "out", data=data, **options)
+        assert not list((tmp_path / "out").glob("cells/*"))
+        return caught.value.message
+
+    assert "my-reviews.test.csv" in refused([{"text": " ", "label": "bad"}])
+    assert "'text': is blank" in refused([{"text": " ", "label": "bad"}])
+    assert "the answer 'odd'" in refused([{"text": "a", "label": "odd"}])
+    with pytest.raises(InputError, match="is no folder"):
+        run_small(folder, tmp_path / "out", data="absent")
+    with pytest.raises(InputError, match="one label alone"):
+        run_small(folder, tmp_path / "out", "limit=2")
+
+
+def test_files_are_found_by_any_usual_name(tmp_path):
+    for name in ("SST-2/train.tsv", "sst2_dev.parquet", "glue__mnli__validation_matched.jsonl",
+                 "glue__mnli__validation_mismatched.jsonl", ".hidden/sst2_test.csv"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    _, planned = load_suite("paper")
+    entries = {entry.task: entry for entry, _ in planned}
+    find = lambda part: find_file(tmp_path, part.files, "rows").name  # noqa: E731
+    assert find(entries["sst2"].train) == "train.tsv"
+    assert find(entries["sst2"].validation) == "sst2_dev.parquet"
+    assert find(entries["mnli"].test) == "glue__mnli__validation_matched.jsonl"
+    with pytest.raises(NoDataError, match="no file of"):
+        find(entries["sst2"].test)
+    (tmp_path / "sst2_dev_old.csv").touch()
+    with pytest.raises(InputError, match="2 files fit") as caught:
+        find(entries["sst2"].validation)
+    assert not isinstance(caught.value, NoDataError)
+
+
+def test_the_questions_of_the_repository_are_found():
+    _, planned = load_suite("paper", ['tasks=["mmlu"]'])
+    found = find_file(TESTS / "data", planned[0].entry.test.files, "rows")
+    assert found.name == "mmlu_500.jsonl"
+
+
+@pytest.mark.data
+def test_the_paper_finds_its_files(test_data):
+    suite, planned = load_suite("paper", ["limit=40"])
+    counts, absent = {}, set()
+    for one in planned:
+        try:
+            rows = read_rows(one, suite, test_data)
+            counts[one.task.name] = (len(rows.train), len(rows.validation), len(rows.test))
+        except NoDataError:
+            absent.add(one.task.name)
+    assert absent == {"rte"}
+    asked = {"mmlu", "mmlu_pro", "ade_corpus_v2", "neurips_impact_statement_risks"}
+    asked.add("one_stop_english")
+    held_out = {"mnli", "20newsgroups", "cola", "trec"}
+    for name, found in counts.items():
+        expected = (0, 0, 40) if name in asked else (36, 4, 40) if name in held_out else (40,) * 3
+        assert found == expected, name
+
+
+def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(
+    folder, done, tmp_path, capsys
+):
+    start = ["evaluate", "--model", str(folder / "model")]
+    small = ["--suite", str(folder / "small.toml"), "--data", str(folder / "data")]
+    refused = [
+        ([], "exactly one of --task and --suite"),
+        (["--task", "mmlu", *small], "exactly one of --task and --suite"),
+        (small, "--suite needs --out"),
+        (["--task", "mmlu", "seeds=2"], "KEY=VALUE"),
+        (["--task", "mmlu", "--model", "other"], "several --model"),
+        (["--task", "mmlu", "--baseline", "transformers:x"], "--baseline"),
+        ([*small, "--out", str(tmp_path), "--protocol", "published"], "--protocol"),
+        (["--suite", "papr", "--out", str(tmp_path)], "shipped are paper"),
+    ]
+    for arguments, said in refused:
+        assert commands.run([*start, *arguments]) == 2, arguments
+        assert said in capsys.readouterr().err
+    out = tmp_path / "out"
+    for task, reason in (("ag_news", "no file of"), ("dreams", "nobody has written them down")):
+        assert commands.run([*start, *small, "--out", str(out), f'tasks=["{task}"]']) == 2
+        error = capsys.readouterr().err
+        assert "no entry finds its data, so nothing was run" in error
+        assert f"task {task}: " in error
+        assert reason in error
+    assert not out.exists()
+    assert (
+        commands.run([*start, *small, "--out", str(tmp_path), 'tasks=["ag_news", "dreams"]']) == 2
+    )
+    assert "task dreams: nobody has written" in capsys.readouterr().err
+    shutil.copytree(done[0], out, dirs_exist_ok=True)
+    assert commands.run([*start, *small, "--out", str(out), "--limit", "500"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"report: {out / 'suite.md'}\n"
+    assert "Not the whole data" in (out / "suite.md").read_text()
+    assert "left out: task dreams: nobody has written them down" in captured.err
+    found = json.loads((out / "suite.json").read_text())
+    assert [line["score"] for line in found["lines"]] == [
+        line["score"] for line in done[1]["lines"]
+    ]
+
+
+def test_a_result_that_cannot_be_written_stops_the_run(folder, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cells_module.os, "fsync", full)
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        run_small(folder, tmp_path / "out", 'tasks=["reviews.toml"]')
+    assert list((tmp_path / "out" / "cells").iterdir()) == []
+
+
+@pytest.mark.parametrize("module", [suite_config, suite_data])
+def test_examples_in_the_documentation(module):
+    assert doctest.testmod(module).failed == 0

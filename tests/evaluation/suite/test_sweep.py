@@ -1,0 +1,170 @@
+"""Fine-tuning both heads and a model of transformers on one task; the choice of a setting."""
+
+import doctest
+
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import noisy, small_config
+from suite_files import reviews
+
+from mlmjax.config.run import decode
+from mlmjax.config.suite import HEADS, Sweep
+from mlmjax.config.task import Task
+from mlmjax.evaluation.questions import Question
+from mlmjax.evaluation.suite import sweep as sweep_module
+from mlmjax.evaluation.suite.sweep import (
+    DivergedError,
+    Setting,
+    answer_fine_tuned,
+    choose,
+    read_template,
+    read_texts,
+    settings_of,
+)
+from mlmjax.evaluation.suite.torch_baseline import answer_by_transformers
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.statistics.metrics import bootstrap, macro_f1, mcc, mean_interval
+
+TASK = Task(
+    name="reviews",
+    prompt="{text}\n{options}[unused0] [MASK]",
+    shorten={"text": "tail"},
+    answer="label",
+    labels=("bad", "good"),
+)
+SWEEP = Sweep(batch_size=8, max_length=40)
+
+
+def questions(count, seed):
+    return [
+        Question(
+            index,
+            f"row {index}",
+            {"text": row["text"], "options": ["bad", "good"]},
+            ("bad", "good").index(row["label"]),
+            "",
+        )
+        for index, row in enumerate(reviews(count, seed))
+    ]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = small_config(num_hidden_layers=1)
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), scale=0.02)
+
+
+def right(log_probs, asked):
+    return np.mean(log_probs.argmax(axis=1) == [question.gold for question in asked])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_head_learns_by_its_seed_and_leaves_the_model_as_it_was(model, tokenizer, head):
+    train, asked = questions(48, 1), questions(20, 2)
+    before = [np.asarray(leaf) for leaf in nnx.to_flat_state(nnx.state(model)).leaves]
+
+    def answer(seed, rows=asked):
+        return answer_fine_tuned(
+            model, tokenizer, TASK, head, train, rows, Setting(20, 1e-2), SWEEP, seed=seed
+        )
+
+    answers = answer(1)
+    assert right(answers.log_probs, asked) > 0.9
+    assert len(answers.losses) == 20
+    assert answers.losses[-1] < 0.5 * answers.losses[0]
+    assert answers.shortened == 0
+    after = [np.asarray(leaf) for leaf in nnx.to_flat_state(nnx.state(model)).leaves]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+    long = [*asked[:3], Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, "")]
+    if head == "classification":  # what follows is the same for both
+        return
+    again = answer(1, long)
+    assert again.shortened == 1
+    np.testing.assert_allclose(again.log_probs[:3], answers.log_probs[:3], atol=1e-5)
+    assert again.losses == answers.losses
+
+
+def test_a_training_that_diverges_says_so(model, tokenizer):
+    rows = questions(8, 1)
+    with pytest.raises(DivergedError, match="not finite"):
+        answer_fine_tuned(
+            model, tokenizer, TASK, "mlm", rows, rows, Setting(3, 1e30), SWEEP, seed=0
+        )
+
+
+def test_a_model_of_transformers_learns_the_same_rows(tmp_path, tokenizer):
+    tiny = pytest.importorskip("tiny_models")
+    tiny.torch.set_num_threads(1)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep")}
+    tiny.write_model(tmp_path, "ModernBertForSequenceClassification", vocab_size=50368, **ids)
+    tokenizer.save(tmp_path)
+    train, asked = questions(48, 1), questions(20, 2)
+    asked.append(Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, ""))
+
+    def answer(seed, rate=5e-3):
+        return answer_by_transformers(
+            tmp_path, TASK, train, asked, Setting(6, rate), SWEEP, seed=seed
+        )
+
+    answers = answer(1)
+    assert right(answers.log_probs, asked) > 0.9
+    np.testing.assert_allclose(np.exp(answers.log_probs).sum(axis=1), 1.0, atol=1e-5)
+    assert answers.shortened == 1
+    assert np.array_equal(answer(1).log_probs, answers.log_probs)
+    assert not np.array_equal(answer(2).log_probs, answers.log_probs)
+    with pytest.raises(DivergedError):
+        answer(1, rate=1e30)
+
+
+def test_heads_and_baselines_read_the_fields_alone(tokenizer):
+    task = TASK.model_copy(
+        update={"prompt": "Read {{this}}.\n{title}\n{text}\n{options}A: [unused0] [MASK]"}
+    )
+    row = {"title": "On [MASK]", "text": "a {b}", "options": ["bad", "good"]}
+    template = read_template(task)
+    assert template.fields == ("title", "text")
+    assert template.shorten == {"text": "tail"}
+    (text,) = read_texts(task, [Question(0, "", row, 0, "")])
+    assert text == "On [MASK]\na {b}"
+    ids, slot = template.encode(tokenizer, row, 64)
+    assert ids[1:-1] == tokenizer.encode_plain(text)
+    assert slot == -1
+
+
+def test_the_best_setting_is_chosen_and_ties_go_to_the_smaller():
+    settings = settings_of(decode(Sweep, {"epochs": [3, 1], "learning_rate": [5e-5, 2e-5]}, "s"))
+    assert settings == [(1, 2e-5), (1, 5e-5), (3, 2e-5), (3, 5e-5)]
+    assert choose(dict.fromkeys(reversed(settings), 0.5)) == settings[0]
+    assert choose(dict(zip(settings, [0.1, None, 0.3, 0.2], strict=True))) == settings[2]
+    assert choose(dict.fromkeys(settings)) is None
+
+
+def test_intervals_of_a_mean_over_seeds_keep_the_rows_together():
+    rng = np.random.default_rng(0)
+    gold = [str(label) for label in rng.integers(3, size=60)]
+    guess = [label if rng.random() < 0.7 else "0" for label in gold]
+    for statistic in (macro_f1, mcc):
+        ((_, alone),) = bootstrap(gold, guess, [statistic])
+        same = mean_interval(gold, [guess] * 3, statistic)
+        np.testing.assert_allclose(same, alone, atol=0.02)  # agreeing seeds tell nothing more
+    other = [label if rng.random() < 0.7 else "0" for label in gold]
+    low, high = mean_interval(gold, [guess, other], macro_f1)
+    draws = rng.integers(60, size=(400, 60))
+    means = []
+    for rows in draws:
+        scores = []
+        for answers in (guess, other):
+            names = sorted({gold[i] for i in rows} | {answers[i] for i in rows})
+            own = [
+                2 * sum(gold[i] == answers[i] == n for i in rows)
+                / sum((gold[i] == n) + (answers[i] == n) for i in rows)
+                for n in names
+            ]  # fmt: skip
+            scores.append(np.mean(own))
+        means.append(np.mean(scores))
+    np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.03)
+
+
+def test_examples_in_the_documentation():
+    assert doctest.testmod(sweep_module).failed == 0

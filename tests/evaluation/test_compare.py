@@ -1,0 +1,246 @@
+"""Comparisons of two evaluations: the test, the intervals, the words, and what is refused."""
+
+import doctest
+import json
+from fractions import Fraction
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+
+from mlmjax.cli import commands
+from mlmjax.errors import InputError
+from mlmjax.evaluation import compare
+from mlmjax.evaluation.compare import compare_results, mcnemar
+
+
+def test_docstring_examples():
+    assert doctest.testmod(compare).attempted
+    assert not doctest.testmod(compare).failed
+
+
+def write(folder, gold, predicted, **changes):
+    """Write a result folder as `evaluate` does."""
+    folder.mkdir()
+    results = {"task": "t", "protocol": "default", "n": len(gold), "seconds": 0.1, **changes}
+    (folder / "results.json").write_text(json.dumps(results))
+    lines = [
+        {"index": 2 * i, "gold": g, "prediction": p, "probabilities": {g: 0.5, p: 0.5}}
+        for i, (g, p) in enumerate(zip(gold, predicted, strict=True))
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "predictions.jsonl").write_text(text)
+    return folder
+
+
+def answers(rows, accuracies, seed=0):
+    rng = np.random.default_rng(seed)
+    gold = rng.choice(["x", "y", "z"], size=rows)
+    sides = [
+        np.where(rng.random(rows) < share, gold, rng.choice(["x", "y", "z"], size=rows))
+        for share in accuracies
+    ]
+    return gold, *sides
+
+
+def plain_f1(gold, predicted):
+    names = np.unique([gold, predicted])
+    hits = [((gold == name) & (predicted == name)).sum() for name in names]
+    sizes = [(gold == name).sum() + (predicted == name).sum() for name in names]
+    return np.mean([2 * hit / size for hit, size in zip(hits, sizes, strict=True)])
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_mcnemar_is_the_exact_binomial_test(a, b):
+    expected = binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    assert mcnemar(a, b) == pytest.approx(expected, rel=1e-9)
+    assert mcnemar(a, b) == mcnemar(b, a)
+    tail = Fraction(2 * sum(comb(a + b, k) for k in range(min(a, b) + 1)), 2 ** (a + b))
+    assert mcnemar(a, b) == pytest.approx(float(min(tail, 1)), rel=1e-9)
+
+
+def test_counts_differences_and_intervals(tmp_path):
+    gold, a, b = answers(300, (0.8, 0.5))
+    found = compare_results(write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b))
+    right_a, right_b = a == gold, b == gold
+    assert found["n"] == 300
+    assert found["only_a"] == (right_a & ~right_b).sum()
+    assert found["only_b"] == (~right_a & right_b).sum()
+    assert found["both_right"] == (right_a & right_b).sum()
+    assert found["neither"] == (~right_a & ~right_b).sum()
+    assert found["a"]["accuracy"] == right_a.mean()
+    assert found["b"]["macro_f1"] == pytest.approx(f1_score(gold, b, average="macro"))
+    assert found["accuracy_difference"] == pytest.approx(right_a.mean() - right_b.mean())
+    drawn = []
+    rng = np.random.default_rng(9)
+    for _ in range(2000):
+        rows = rng.integers(300, size=300)
+        f1_a, f1_b = (plain_f1(gold[rows], one[rows]) for one in (a, b))
+        drawn.append((right_a[rows].mean() - right_b[rows].mean(), f1_a - f1_b))
+    for name, (low, high) in zip(
+        ("accuracy", "macro_f1"), np.quantile(drawn, [0.025, 0.975], axis=0).T, strict=True
+    ):
+        interval = found[f"{name}_difference_ci95"]
+        assert np.abs(np.subtract(interval, (low, high))).max() < 0.1 * (high - low)
+    assert found["mcnemar_p"] < 1e-4
+    assert found["verdict"].startswith("A has ")
+    json.dumps(found, allow_nan=False)
+
+
+def test_b_against_a_is_the_same_the_other_way(tmp_path):
+    gold, a, b = answers(80, (0.6, 0.7))
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    there, back = compare_results(one, two), compare_results(two, one)
+    assert (there["only_a"], there["only_b"]) == (back["only_b"], back["only_a"])
+    assert there["accuracy_difference"] == pytest.approx(-back["accuracy_difference"])
+    assert there["mcnemar_p"] == back["mcnemar_p"]
+
+
+def test_the_rows_may_stand_in_another_order(tmp_path):
+    gold, a, b = answers(40, (0.9, 0.4))
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    found = compare_results(one, two)
+    file = two / "predictions.jsonl"
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    assert compare_results(one, two) == found
+
+
+def test_the_verdict_claims_no_more_than_there_is(tmp_path):
+    gold, a, b = answers(30, (0.6, 0.55))
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    found = compare_results(one, two)
+    assert found["mcnemar_p"] > 0.05
+    assert "do not tell which of the two is better" in found["verdict"]
+    assert "nothing tells them apart" in compare_results(one, one)["verdict"]
+    assert compare_results(one, one)["accuracy_difference_ci95"] == [0, 0]
+    better = write(tmp_path / "c", gold, gold)
+    worse = write(tmp_path / "d", gold, np.where(gold == "x", "y", "x"))
+    for found, winner in (
+        (compare_results(better, worse), "A"),
+        (compare_results(worse, better), "B"),
+    ):
+        assert found["verdict"].startswith(f"{winner} has 30 more of 30 rows right")
+        assert "100.0 points" in found["verdict"]
+        assert "rows like these" in found["verdict"]
+
+
+def test_macro_f1_may_tell_what_accuracy_does_not(tmp_path):
+    """One side has the rare label right and as many more of the common one wrong."""
+    gold = ["common"] * 180 + ["rare"] * 20
+    a = ["common"] * 165 + ["rare"] * 15 + ["rare"] * 20
+    b = ["common"] * 180 + ["common"] * 15 + ["rare"] * 5
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    for found, winner in ((compare_results(one, two), "A"), (compare_results(two, one), "B")):
+        assert found["mcnemar_p"] == 1
+        assert "do not tell which of the two is better" in found["verdict"]
+        assert f"macro-F1 speaks for {winner}" in found["verdict"]
+        assert "does not contain 0" in found["verdict"]
+
+
+def test_macro_f1_may_tell_what_the_same_right_rows_do_not(tmp_path):
+    gold = ["x", "y"] * 100
+    swapped = gold[:100] + ["y", "x"] * 50
+    scattered = gold[:100] + [f"z{i % 10}" for i in range(100)]
+    one, two = write(tmp_path / "a", gold, swapped), write(tmp_path / "b", gold, scattered)
+    verdict = compare_results(one, two)["verdict"]
+    assert verdict.startswith("A and B are right on the very same of 200 rows. Accuracy does not")
+    assert "macro-F1 speaks for A" in verdict
+
+
+def replaced(found, put):
+    """Change the text of a file."""
+    return lambda folder, name: (folder / name).write_text(
+        (folder / name).read_text().replace(found, put, 1)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "break_it", "message"),
+    [
+        (
+            "results.json",
+            lambda f, n: (f / n).unlink(),
+            r"has no file results\.json; give a folder",
+        ),
+        ("predictions.jsonl", lambda f, n: (f / n).unlink(), r"has no file predictions\.jsonl"),
+        ("results.json", replaced("{", ""), r"results\.json: is not valid JSON"),
+        ("results.json", replaced('"task": "t", ', ""), r"results\.json: task: Field required"),
+        ("results.json", replaced('"n": 5', '"n": NaN'), r"results\.json: n:"),
+        ("results.json", replaced('"n": 5', '"n": true'), r"results\.json: n:"),
+        ("results.json", replaced('"n": 5', '"n": 6'), "tells of 6 rows and .* has 5; run the"),
+        ("predictions.jsonl", replaced("}}", "}"), r"predictions\.jsonl, line 1: .*JSON"),
+        ("predictions.jsonl", replaced("0.5", "NaN"), r"line 1: probabilities\.\w+: .*finite"),
+        ("predictions.jsonl", replaced('"gold"', '"golden"'), "line 1: gold: Field required"),
+        ("predictions.jsonl", replaced('"index": 2', '"index": 0'), "line 2: index 0 stands there"),
+        ("predictions.jsonl", replaced('"index": 2', '"index": -2'), "line 2: index:"),
+        ("predictions.jsonl", replaced('"index": 2', '"index": "2"'), "line 2: index:"),
+        ("predictions.jsonl", replaced("{", "[" * 5000), "line 1: .*JSON"),
+        ("predictions.jsonl", replaced("{", "\n{"), "line 1: .*JSON"),
+        ("predictions.jsonl", replaced('"gold": "', '"gold": "\\ud800'), "line 1: "),
+        ("results.json", replaced('"task": "', '"task": "\\ud800'), r"results\.json: task: "),
+        ("results.json", replaced('"n": 5', '"n": 1e999'), r"results\.json: n:"),
+        ("results.json", replaced('{"task"', "[" * 9999 + '"task"'), "is not valid JSON"),
+        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b"\xff\xfe"), "line 1: .*JSON"),
+        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b" " * 2**21), "is longer than"),
+        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b""), "5 rows and .* has 0"),
+        ("predictions.jsonl", replaced('"index": 8', '"index": 9'), "2 rows are in one .* index 8"),
+    ],
+)
+def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, message, capsys):
+    gold, a, b = answers(5, (1, 1))
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    break_it(two, name)
+    with pytest.raises(InputError, match=message):
+        compare_results(one, two)
+    assert commands.run(["compare", str(one), str(two)]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert len(err.splitlines()) == 1
+
+
+def test_other_rows_are_refused(tmp_path):
+    gold, a, b = answers(5, (1, 1))
+    one = write(tmp_path / "a", gold, a)
+    with pytest.raises(InputError, match=r"of the task t and .* of u; give two evaluations of one"):
+        compare_results(one, write(tmp_path / "b", gold, b, task="u"))
+    with pytest.raises(InputError, match=r"1 rows are in one of .* alone, the first of index 8"):
+        compare_results(one, write(tmp_path / "c", gold[:4], b[:4]))
+    other = np.array(["w", *gold[1:]])
+    with pytest.raises(InputError, match=r"1 rows have another gold label .*index 0.*same file"):
+        compare_results(one, write(tmp_path / "d", other, b))
+    with pytest.raises(InputError, match="nowhere: has no file"):
+        compare_results(one, tmp_path / "nowhere")
+
+
+def test_a_link_out_of_the_folder_is_not_read(tmp_path):
+    gold, a, _ = answers(5, (1, 1))
+    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, a)
+    (two / "predictions.jsonl").unlink()
+    (two / "predictions.jsonl").symlink_to(one / "predictions.jsonl")
+    with pytest.raises(InputError, match="is a link to"):
+        compare_results(one, two)
+
+
+def test_labels_without_end_are_refused(tmp_path):
+    names = [str(i) for i in range(10_001)]
+    one = write(tmp_path / "a", names, names)
+    with pytest.raises(InputError, match="has 10001 labels"):
+        compare_results(one, one)
+
+
+def test_the_command_prints_lines_or_json(tmp_path, capsys):
+    gold, a, b = answers(50, (0.9, 0.3))
+    one = write(tmp_path / "a", gold, a, protocol="pub\x1b[2Jlished")
+    two = write(tmp_path / "b", gold, b)
+    assert commands.run(["compare", str(one), str(two), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == compare_results(one, two)
+    assert commands.run(["compare", str(one), str(two)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "50 rows of t" in out
+    assert "exact McNemar test" in out
+    assert compare_results(one, two)["verdict"] in out

@@ -1,0 +1,187 @@
+"""How far an evaluation can be trusted: calibration, order of the options, and the page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import noisy, small_config
+from task_files import ROWS, answer, read_lines, task
+
+from mlmjax.cli import commands
+from mlmjax.data.contamination import Contamination
+from mlmjax.errors import InputError
+from mlmjax.evaluation.evaluate import run_evaluation
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.scoring.scorers import Scorer
+from mlmjax.statistics.option_orders import sensitivity
+from mlmjax.statistics.order_sensitivity import order_sensitivity
+from mlmjax.statistics.reliability import calibration
+from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.weights.pretrained import save_pretrained
+
+
+@pytest.fixture(scope="module")
+def model():
+    return noisy(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
+
+
+def choices(rows):
+    return [
+        {"text": f"q{i}", "choices": [f"o{i}{j}" for j in range(3 + i % 3)], "label": i % 3}
+        for i in range(rows)
+    ]
+
+
+OPTIONS = {"labels": None, "options": "choices"}
+
+
+def test_calibration_is_that_of_the_predictions(model, tokenizer, tmp_path):
+    results, predictions = answer(model, tokenizer, tmp_path, ROWS)
+    scores = np.log([list(line["probabilities"].values()) for line in predictions])
+    gold = [["bad", "good"].index(line["gold"]) for line in predictions]
+    assert results["calibration"] == pytest.approx(calibration(scores, gold))
+    over_vocabulary, _ = answer(model, tokenizer, tmp_path, ROWS, normalize="vocabulary")
+    assert over_vocabulary["calibration"] == pytest.approx(results["calibration"], rel=1e-4)
+
+
+def test_order_sensitivity_is_that_of_asking_by_hand(model, tokenizer, tmp_path):
+    rows = choices(9)
+    results, _ = answer(model, tokenizer, tmp_path, rows, **OPTIONS)
+    scorer = Scorer(model, tokenizer, Template(task().prompt), Verbalizer.letters(list("ABCDE")))
+    scores = np.full((9, 4, 5), -np.inf)
+    for i, row in enumerate(rows):
+        n = len(row["choices"])
+        for place, shift in enumerate({3: (0, 1, 2), 4: (0, 1, 2, 3), 5: (0, 1, 2, 3)}[n]):
+            order = [(j + shift) % n for j in range(n)]
+            asked = {"text": row["text"], "options": [row["choices"][j] for j in order]}
+            (found,) = scorer.log_probs([asked])
+            for j, option in enumerate(order):
+                scores[i, place, option] = found[j]
+    expected = sensitivity(scores, [row["label"] for row in rows])
+    assert results["order_sensitivity"] == expected
+    assert expected["changed"] > 0
+    assert [one["rows"] for one in expected["accuracy_by_shift"]] == [9, 9, 9, 6]
+
+
+def test_orders_are_asked_about_where_there_are_any(model, tokenizer, tmp_path):
+    words = answer(model, tokenizer, tmp_path, ROWS, verbalizer="words")[0]
+    assert words["order_sensitivity"] is None
+    spelled = {"prompt": "{text} - A: bad\n- B: good\n[unused0] [MASK]"}
+    assert answer(model, tokenizer, tmp_path, ROWS, **spelled)[0]["order_sensitivity"] is None
+    data = tmp_path / "rows.jsonl"
+    off = run_evaluation(model, tokenizer, task(), data=data, order_rows=0)
+    on = run_evaluation(model, tokenizer, task(), data=data)
+    assert off["order_sensitivity"] is None
+    assert on["order_sensitivity"]["rows"] == 5
+    assert on["order_sensitivity"]["shifts"] == 2
+    same = on.keys() - {"seconds", "order_sensitivity"}
+    assert {key: on[key] for key in same} == {key: off[key] for key in same}
+    with pytest.raises(InputError, match="order_rows is -1"):
+        run_evaluation(model, tokenizer, task(), data=data, order_rows=-1)
+
+
+def test_rows_asked_again_are_a_sample_that_is_always_the_same():
+    rows = [{"text": str(i), "options": list("abcdefg")} for i in range(500)]
+    scores = np.random.default_rng(0).normal(size=(500, 7))
+    asked = []
+
+    def ask(some):
+        asked.append([(row["text"], row["options"]) for row in some])
+        return scores[[int(row["text"]) for row in some]]
+
+    gold = np.zeros(500, int)
+    found = order_sensitivity(ask, rows, scores, gold, order_rows=40)
+    assert found == order_sensitivity(ask, rows, scores, gold, order_rows=40)
+    assert asked[0] == asked[1]
+    order_sensitivity(ask, rows, scores, gold, order_rows=40, seed=1)
+    assert asked[2] != asked[0]
+    texts = [text for text, _ in asked[0]]
+    assert len(texts) == 3 * 40
+    assert len(set(texts)) == 40
+    assert min(map(int, texts)) < 100 < 400 < max(map(int, texts))  # of all rows, not the first
+    assert [options[0] for _, options in asked[0][:3]] == ["b", "d", "f"]
+    assert (found["rows"], found["changed"]) == (40, 1.0)  # it always answers the same letter
+    few = order_sensitivity(ask, rows[:30], scores[:30], gold[:30], order_rows=40)
+    assert few["rows"] == 30
+
+
+def test_the_page_tells_everything_and_text_has_no_power_in_it(model, tokenizer, tmp_path):
+    rows = [{**row, "kind": f"<b>|`{i % 2}"} for i, row in enumerate(choices(8))]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompt = "```\n# <i>not</i> a heading\n{text} {options}[unused0] [MASK]"
+    asked = task(
+        name="a|b", description="[x](y)\n# z", prompt=prompt, group="kind", metric="mcc", **OPTIONS
+    )
+    known = Contamination("found", ["trained on `rm`|<s>"], ["remark"])
+    out = tmp_path / "out"
+    results = run_evaluation(model, tokenizer, asked, data=data, out=out, known=known)
+    assert {path.name for path in out.iterdir()} == {
+        "results.json", "predictions.jsonl", "report.md", "reliability.png"
+    }  # fmt: skip
+    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    text = (out / "report.md").read_text()
+    plain, fence, after = text.partition("````text\n")
+    inside, _, rest = after.partition("\n````")
+    assert fence
+    assert inside == prompt
+    outside = plain + rest
+    bare = re.sub(r"`[^`\n]*`", "", outside)  # nothing is read as Markdown in a code span
+    for harmful in ("<b>", "<s>", "<i>", "[x](y)", "\n# z", "`rm`"):
+        assert harmful not in bare
+    for line in outside.splitlines():
+        if line.startswith("|"):
+            assert line.count("|") in (3, 4, 5)
+    headings = [line for line in outside.splitlines() if line.startswith("#")]
+    assert headings[1:] == [
+        "## What was asked",
+        "## Calibration",
+        "## Order of the options",
+        "## Groups",
+        "## Contamination",
+    ]
+    found = results["order_sensitivity"]
+    for shown in (
+        f"**MCC {results['mcc']:.4f}**",
+        f"{results['calibration']['ece']:.4f}",
+        f"{results['calibration']['nll']:.4f}",
+        f"**{found['changed']:.2%}**",
+        "**found**",
+        "remark",
+    ):
+        assert shown in outside
+    assert "None" not in text
+    assert "nan" not in outside.lower().split()
+
+
+def test_a_page_of_few_rows_and_no_order(model, tokenizer, tmp_path):
+    answer(model, tokenizer, tmp_path, ROWS[:1], verbalizer="words")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "## Groups" not in text
+    assert "Not asked" in text
+    assert "**unknown**" in text
+
+
+def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys):
+    save_pretrained(model, tokenizer, tmp_path / "model")
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    task_file = tmp_path / "t.toml"
+    task_file.write_text(
+        'name = "t"\nprompt = "{text} {options}[unused0] [MASK]"\nanswer = "label"\n'
+        'labels = ["bad", "good"]\n'
+    )
+    base = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(task_file)]
+    for number in (0, 3):
+        out = tmp_path / f"out{number}"
+        more = ["--data", str(data), "--order-rows", str(number), "--out", str(out)]
+        assert commands.run([*base, *more]) == 0
+        found = json.loads(capsys.readouterr().out)["order_sensitivity"]
+        assert found is None if not number else found["rows"] == 3
+        assert len(read_lines(out / "predictions.jsonl")) == 5
+    assert commands.run([*base, "--order-rows", "-1"]) == 2
+    capsys.readouterr()
+    assert commands.run(["compare", str(tmp_path / "out0"), str(tmp_path / "out3")]) == 0
+    assert "nothing tells them apart" in capsys.readouterr().out

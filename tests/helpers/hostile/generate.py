@@ -1,0 +1,54 @@
+"""Write the corpus of hostile inputs: one folder per case, and `cases.json`, which lists them.
+
+    python tests/helpers/hostile/generate.py FOLDER
+
+Each case is a command to be run in its own folder, the exit code it must have, and a text that the
+first line of its refusal (or, with exit code 0, its output) must hold. The same cases every time.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HELPERS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [path for path in (str(HELPERS), str(HELPERS.parents[1])) if path not in sys.path]
+
+from hostile import checkpoints, data, models, runs, tasks, texts, weights  # noqa: E402
+from hostile.case import Case  # noqa: E402
+from hostile.good import write_good  # noqa: E402
+
+KINDS = (weights, models, data, runs, checkpoints, tasks, texts)
+
+
+def all_cases() -> dict[str, Case]:
+    """Return every case by the name of its folder."""
+    cases = [case for kind in KINDS for case in kind.cases()]
+    named = {re.sub(r"[^\w.]+", "-", case.name).strip("-"): case for case in cases}
+    if len(named) < len(cases):
+        raise ValueError("two cases have one name")
+    return named
+
+
+def write_corpus(folder: Path) -> None:
+    """Write the good inputs, every case, and the table of cases into a new folder."""
+    (folder / "good").mkdir(parents=True)
+    write_good(folder / "good")
+    table = []
+    for name, case in all_cases().items():
+        case.write(folder / "good", folder / name)
+        table.append(
+            {
+                "folder": name,
+                "command": case.command,
+                "stdin": case.stdin,
+                "exit": case.exit,
+                "says": case.says,
+            }
+        )
+    (folder / "cases.json").write_text(json.dumps(table, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_corpus(Path(sys.argv[1]))
+    print(f"{len(all_cases())} cases in {sys.argv[1]}")

@@ -1,0 +1,86 @@
+"""Real processes on this machine that train one run together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from training import compile_settings
+
+ROOT = Path(__file__).parents[2]
+
+CHILD = """
+import json, sys
+import jax
+settings, code, arguments = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
+for name, value in settings.items():
+    jax.config.update(name, value)
+from mlmjax import cli, watch
+watch.SILENCE_SECONDS, watch.BEAT_SECONDS = 8.0, 0.5
+exec(code)
+sys.argv[1:] = arguments
+cli.main()
+"""
+
+
+def to_toml(value):
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {to_toml(item)}" for key, item in value.items()) + " }"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(to_toml, value)) + "]"
+    return json.dumps(value)
+
+
+def write_config(table):
+    """Write a run file beside its run folder; return its path."""
+    path = Path(f"{table['out']}.toml")
+    lines = [f"{key} = {to_toml(value)}\n" for key, value in table.items()]
+    path.write_text("".join(lines))
+    return path
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def start(folder, config, count, devices, code=None, flags=None):
+    """Start `count` processes with so many devices each; `code` by process is run in it first."""
+    port = free_port()
+    children = []
+    for number in range(count):
+        settings = {**compile_settings(folder), "jax_num_cpu_devices": devices}
+        peers = ["--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", number]
+        arguments = ["train", str(config), *(peers if flags is None else flags(number))]
+        command = [sys.executable, "-c", CHILD, json.dumps(settings), (code or {}).get(number, "")]
+        children.append(
+            subprocess.Popen(
+                [*command, *map(str, arguments)],
+                cwd=ROOT,
+                env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return children
+
+
+def finish(children, timeout=240):
+    """Wait for all of them; return their exit codes, outputs and errors."""
+    try:
+        outputs = [child.communicate(timeout=timeout) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return (
+        [child.returncode for child in children],
+        [out for out, _ in outputs],
+        [error for _, error in outputs],
+    )
+
+
+def train(folder, config, count, devices, code=None, timeout=240):
+    return finish(start(folder, config, count, devices, code), timeout)

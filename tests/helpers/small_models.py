@@ -1,0 +1,31 @@
+"""Models small enough to score with in every test."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mlmjax.model.architecture import ModelConfig
+
+
+def small_config(**changes):
+    return ModelConfig(
+        **{
+            "vocab_size": 50368,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 160,
+            "local_attention": 16,
+            **changes,
+        }
+    )
+
+
+def noisy(model, scale=0.3):
+    """Move every parameter, so that nothing is scored right by being zero or one."""
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten(state)
+    rng = np.random.default_rng(7)
+    leaves = [leaf + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
+    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))

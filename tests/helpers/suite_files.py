@@ -1,0 +1,137 @@
+"""A small suite of one zero-shot and one fine-tuned task, with all its files, and a model."""
+
+import csv
+
+import numpy as np
+from flax import nnx
+from small_models import noisy, small_config
+
+from mlmjax.config.suite import load_suite
+from mlmjax.evaluation.suite.suite import run_suite
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.weights.pretrained import save_pretrained
+
+TASK = """
+name = "reviews"
+prompt = "{text}\\n{options}[unused0] [MASK]"
+shorten = { text = "tail" }
+answer = "label"
+labels = ["bad", "good"]
+"""
+SUITE = """
+name = "small"
+seeds = 1
+[sweep]
+epochs = [1]
+learning_rate = [1e-3, 3e-3]
+batch_size = 8
+max_length = 64
+held_out = 0.25
+[[entries]]
+task = "reviews.toml"
+kind = "zero-shot"
+tables = [2]
+test = { files = ["*reviews*test*"] }
+published = { zero-shot = 12.5 }
+[[entries]]
+task = "reviews.toml"
+kind = "fine-tune"
+train = { files = ["*reviews*train*"] }
+validation = { files = ["*reviews*dev*"] }
+test = { files = ["*reviews*test*"] }
+[[entries]]
+task = "ag_news"
+kind = "fine-tune"
+tables = [3]
+train = { files = ["*news*train*"] }
+test = { files = ["*news*test*"] }
+[[missing]]
+task = "dreams"
+tables = [3]
+reason = "nobody has written them down"
+"""
+GOOD, BAD = ["fine", "lovely", "bright"], ["dull", "lost", "grey"]
+
+
+def reviews(count, seed):
+    """Rows that a word of the text decides."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for number in range(count):
+        words = (BAD, GOOD)[number % 2]
+        text = f"{rng.choice(['a', 'the'])} {rng.choice(words)} film {rng.integers(99)}"
+        rows.append({"text": text, "label": ("bad", "good")[number % 2]})
+    return rows
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_model(path, tokenizer, seed=0):
+    model = noisy(
+        ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(seed)), scale=0.02
+    )
+    save_pretrained(model, tokenizer, path)
+
+
+def write_suite(folder):
+    """Write the suite file, its task file and the data folder, which has no validation file."""
+    folder.mkdir(exist_ok=True)
+    (folder / "small.toml").write_text(SUITE)
+    (folder / "reviews.toml").write_text(TASK)
+    write_rows(folder / "data" / "Reviews" / "train.csv", reviews(32, 1))
+    write_rows(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
+
+
+class Told:
+    """What a run tells, and one bar that counts."""
+
+    def __init__(self):
+        self.lines = []
+
+    def counting(self, what):
+        class Bar:
+            def __enter__(self):
+                return lambda done, total: None
+
+            def __exit__(self, *error):
+                return None
+
+        return Bar()
+
+    @property
+    def computed(self):
+        return [line for line in self.cells if "was there" not in line]
+
+    @property
+    def cells(self):
+        return [line for line in self.lines if line.startswith("[")]
+
+
+def run_small(folder, out, *overrides, models=("model",), data="data", **options):
+    """Run the suite of a folder; give the results and what was told."""
+    told = Told()
+    results = run_suite(
+        *load_suite(folder / "small.toml", overrides),
+        [str(folder / name) for name in models],
+        data=folder / data,
+        out=out,
+        tell=told.lines.append,
+        counting=told.counting,
+        **options,
+    )
+    return results, told
+
+
+def files_of(out):
+    """Every file of a run's folder but its lock."""
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }

@@ -1,0 +1,41 @@
+"""A task over a few reviews, its table, and what an evaluation of it writes."""
+
+import csv
+import json
+
+from mlmjax.config.task import Task
+from mlmjax.evaluation.evaluate import run_evaluation
+
+ROWS = [
+    {"text": "a fine film", "label": "good"},
+    {"text": "two hours lost", "label": "bad"},
+    {"text": "I would see it again", "label": "good"},
+    {"text": "see, it is not for me", "label": "bad"},
+    {"text": "fine acting, dull plot", "label": "bad"},
+]
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def task(**changes):
+    """Make a task over `rows.jsonl` whose keys are those of the reviews."""
+    values = {"name": "t", "prompt": "{text} {options}[unused0] [MASK]", "answer": "label"}
+    return Task(**{**values, "labels": ("bad", "good"), **changes})
+
+
+def answer(model, tokenizer, tmp_path, rows, **changes):
+    """Evaluate rows under a task, and give the results and the predictions."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    results = run_evaluation(model, tokenizer, task(**changes), data=data, out=out)
+    return results, read_lines(out / "predictions.jsonl")

@@ -1,0 +1,138 @@
+"""A run small enough for tests: its own tokenizer, its own data, seconds on one core."""
+
+import json
+import random
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import tokenizers
+from jax.experimental.compilation_cache import compilation_cache
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from mlmjax.config.run import parse_config
+
+TASKS = {"color": ["red", "blue", "green"], "animal": ["cat", "dog"]}
+OTHERS = ["house", "tree", "sun", "moon", "fish", "bird", "stone"]
+WORDS = [*TASKS["color"], *TASKS["animal"], *OTHERS]
+SPECIALS = ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]
+
+
+def write_tokenizer(folder, words=WORDS):
+    """A byte-level BPE of a few hundred tokens in which every word is one token."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([" " + " ".join(words)] * 9, trainer)
+    backend.add_special_tokens(SPECIALS)
+    backend.add_tokens(["[unused0]"])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+
+
+def write_records(path, count=300):
+    """Prompts that name their answer, of two tasks."""
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(count):
+            task = rng.choice(sorted(TASKS))
+            answer = rng.choice(TASKS[task])
+            words = " ".join(rng.choices(OTHERS, k=rng.randint(1, 6)))
+            prompt = f"the {task}: {answer} {words}"
+            file.write(json.dumps({"prompt": prompt, "answer": answer, "task": task}) + "\n")
+
+
+def make_table(folder, **changes):
+    """The table of a run file whose inputs lie in `folder`; `changes` by key, nested by `__`."""
+    table = {
+        "out": str(folder / "out"),
+        "steps": 8,
+        "tokenizer": str(folder / "tokenizer"),
+        "model": {
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+        },
+        "data": {
+            "rows": str(folder / "rows"),
+            "seq_length": 64,
+            "batch_size": 8,
+            "validation_rows": 10,
+            "sources": [
+                {
+                    "path": str(folder / "records.jsonl"),
+                    "prompt": "{prompt}",
+                    "answer": "answer",
+                    "task": "task",
+                }
+            ],
+        },
+        "objective": {"dummy_mlm_share": 0.2},
+        "optimizer": {"learning_rate": 1e-3},
+        "schedule": {"warmup": 2, "decay": 2},
+        "checkpoint": {"every": 4, "keep_last": 2, "keep_best": 1},
+        "evaluation": {"every": 4},
+        "log": {"every": 1},
+        "mesh": {"data": 1},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        inner = table
+        for parent in parents:
+            inner = inner[parent]
+        inner[last] = value
+    return table
+
+
+def make_config(folder, **changes):
+    """Decode `make_table`; the inputs are written on first use."""
+    if not (folder / "tokenizer").exists():
+        write_tokenizer(folder / "tokenizer")
+        write_records(folder / "records.jsonl")
+    return parse_config(make_table(folder, **changes))
+
+
+def compile_settings(folder):
+    """Compiling is most of the time of a short run: do it once for all runs."""
+    return {
+        "jax_enable_compilation_cache": True,  # conftest keeps the user's own out of the tests
+        "jax_compilation_cache_dir": str(folder / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+
+
+@contextmanager
+def quick_compiles(folder):
+    """Compile as `compile_settings` says while this lasts; gives the folder."""
+    settings = compile_settings(folder)
+    before = {name: getattr(jax.config, name, False) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def lines_of(out):
+    """Lines of metrics.jsonl without what a clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+    def of_clock(key):
+        return key.endswith("_per_second") or key.startswith(("seconds_", "productive_"))
+
+    return [{k: v for k, v in line.items() if not of_clock(k)} for line in lines]
+
+
+def assert_same(state, expected):
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True)
+    for a, b in pairs:
+        assert np.array_equal(np.asarray(a), np.asarray(b))

@@ -1,0 +1,342 @@
+"""Model configurations: both dialects as transformers reads them, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import ACTIVATIONS, GLOBAL, LOCAL, ModelConfig
+
+# The keys and values of the published base model, in the dialect of its time.
+LEGACY = {
+    "architectures": ["ModernBertForMaskedLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 50281,
+    "classifier_activation": "gelu",
+    "classifier_bias": False,
+    "classifier_dropout": 0.0,
+    "classifier_pooling": "mean",
+    "cls_token_id": 50281,
+    "decoder_bias": True,
+    "deterministic_flash_attn": False,
+    "embedding_dropout": 0.0,
+    "eos_token_id": 50282,
+    "global_attn_every_n_layers": 3,
+    "global_rope_theta": 160000.0,
+    "gradient_checkpointing": False,
+    "hidden_activation": "gelu",
+    "hidden_size": 768,
+    "initializer_cutoff_factor": 2.0,
+    "initializer_range": 0.02,
+    "intermediate_size": 1152,
+    "layer_norm_eps": 1e-05,
+    "local_attention": 128,
+    "local_rope_theta": 10000.0,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "mlp_dropout": 0.0,
+    "model_type": "modernbert",
+    "norm_bias": False,
+    "norm_eps": 1e-05,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 22,
+    "pad_token_id": 50283,
+    "position_embedding_type": "absolute",
+    "sep_token_id": 50282,
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0",
+    "vocab_size": 50368,
+}
+
+
+def nested(full, sliding):
+    return {GLOBAL: full, LOCAL: sliding}
+
+
+def test_defaults_are_base():
+    config = ModelConfig()
+    assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (22, 768, 64)
+    assert config.window == 64
+    assert [i for i, kind in enumerate(config.layer_types) if kind == GLOBAL] == list(
+        range(0, 22, 3)
+    )
+    assert config.rope_theta(GLOBAL) == 160_000.0
+    assert config.rope_theta(LOCAL) == 10_000.0
+    assert config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert hash(config) == hash(ModelConfig())
+    assert config == ModelConfig() != ModelConfig(norm_bias=True)
+
+
+def test_published_configuration_survives_a_round_trip():
+    config = ModelConfig.from_hf(LEGACY)
+    assert config.extra["layer_norm_eps"] == 1e-5
+    assert config.extra["torch_dtype"] == "float32"
+    written = config.to_hf()
+    assert {key: written[key] for key in LEGACY} == LEGACY
+    assert written["rope_parameters"] == nested(
+        {"rope_type": "default", "rope_theta": 160_000.0},
+        {"rope_type": "default", "rope_theta": 10_000.0},
+    )
+    assert written["layer_types"] == list(config.layer_types)
+    assert ModelConfig.from_hf(json.loads(json.dumps(written))) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"global_rope_theta": 5e5},
+        {"local_rope_theta": 77},
+        {"global_attn_every_n_layers": 1},
+        {"global_attn_every_n_layers": 2, "global_rope_theta": 1.5},
+        {"global_attn_every_n_layers": 100},
+        {"layer_types": [LOCAL] * 5},
+        {"layer_types": [GLOBAL] * 5, "global_attn_every_n_layers": 3},
+        {"layer_types": [LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL], "global_attn_every_n_layers": 2},
+        {"layer_types": None, "global_attn_every_n_layers": 4},
+        {"rope_parameters": nested({"rope_theta": 3.0}, {"rope_theta": 4})},
+        {
+            "rope_parameters": nested({"rope_theta": 3.0}, {"rope_theta": 4.0}),
+            "global_rope_theta": 9.0,
+            "local_rope_theta": 8.0,
+        },
+        {"rope_parameters": nested({"rope_type": "default"}, {"rope_theta": 4.0})},
+        {
+            "rope_parameters": nested({"rope_type": "default"}, {}),
+            "global_rope_theta": 9.0,
+            "local_rope_theta": 8.0,
+        },
+        {"rope_parameters": {GLOBAL: {"rope_theta": 3.0}}, "local_rope_theta": 8.0},
+        {"rope_parameters": {}, "local_rope_theta": 8.0},
+        {"rope_theta": 1234.0},
+        {"sliding_window": 7},
+        {"local_attention": 9},
+        {"num_labels": 3},
+        {"num_labels": 1, "problem_type": "regression"},
+        {"id2label": {"0": "a", "1": "b", "2": "c"}},
+        {"id2label": {"0": "a", "1": "b", "2": "c"}, "num_labels": 3, "label2id": {"a": 0}},
+        {"id2label": {"1": "b", "0": "a"}},
+        {"eos_token_id": [1, 2]},
+        {"pad_token_id": None},
+        {"torch_dtype": "bfloat16", "an_unknown_key": {"deep": [1, None]}},
+    ],
+)
+def test_reads_as_transformers_reads(values):
+    transformers = pytest.importorskip("transformers")
+    values = {"num_hidden_layers": 5, **values}
+    theirs = transformers.ModernBertConfig(**json.loads(json.dumps(values)))
+    for config in (ModelConfig.from_hf(values), ModelConfig.from_hf(theirs.to_dict())):
+        assert_same(config, theirs)
+        assert_same(config, transformers.ModernBertConfig(**config.to_hf()))
+        assert ModelConfig.from_hf(config.to_hf()) == config
+    if set(values) <= {field.name for field in dataclasses.fields(ModelConfig)}:
+        assert ModelConfig(**values) == ModelConfig.from_hf(values)
+
+
+def assert_same(config, theirs):
+    assert list(config.layer_types) == theirs.layer_types
+    for kind in (GLOBAL, LOCAL):
+        assert config.rope_theta(kind) == theirs.rope_parameters[kind]["rope_theta"]
+    assert config.window == theirs.sliding_window
+    derived = {"layer_types", "rope_parameters", "extra", "architectures"}
+    derived |= {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
+    if theirs.label2id is None:  # left out there, derived from id2label here
+        derived.add("label2id")
+    for field in dataclasses.fields(config):
+        if field.name not in derived:
+            assert getattr(config, field.name) == getattr(theirs, field.name), field.name
+
+
+def test_every_default_is_that_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    assert_same(ModelConfig(), transformers.ModernBertConfig())
+    ours = set(ModelConfig().to_hf())
+    flat = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
+    assert ours - flat <= set(transformers.ModernBertConfig().to_dict())
+
+
+def test_activations_are_known_to_transformers():
+    activations = pytest.importorskip("transformers.activations")
+    assert set(ACTIVATIONS) <= set(activations.ACT2FN)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "n"),
+    [
+        ([GLOBAL], 3),
+        ([GLOBAL, LOCAL], 3),
+        ([GLOBAL, GLOBAL], 1),
+        ([GLOBAL, LOCAL, GLOBAL, LOCAL], 2),
+        ([GLOBAL, LOCAL, LOCAL, LOCAL, GLOBAL], 4),
+        ([LOCAL, LOCAL], None),
+        ([LOCAL], None),
+        ([GLOBAL, LOCAL, LOCAL, GLOBAL, GLOBAL], None),
+    ],
+)
+def test_flat_dialect_is_written_only_where_it_can_express_the_model(kinds, n):
+    config = ModelConfig(num_hidden_layers=len(kinds), layer_types=kinds)
+    assert config.global_attn_every_n_layers == n
+    written = config.to_hf()
+    flat = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
+    assert written.keys() & flat == (flat if n else set())
+    if n:
+        alone = {k: v for k, v in written.items() if k not in ("layer_types", "rope_parameters")}
+        assert ModelConfig.from_hf(alone) == config
+    assert ModelConfig.from_hf(written) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": 10.0}, "vocab_size"),
+        ({"vocab_size": "50368"}, "vocab_size"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": True}, "vocab_size"),
+        ({"vocab_size": 10**6000}, "vocab_size"),
+        ({"vocab_size": 100}, "pad_token_id"),
+        ({"pad_token_id": -1}, "pad_token_id"),
+        ({"pad_token_id": "x"}, "pad_token_id"),
+        ({"pad_token_id": [3]}, "pad_token_id"),
+        ({"eos_token_id": [1, True]}, "eos_token_id"),
+        ({"num_hidden_layers": 10**5}, "num_hidden_layers"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers"),
+        ({"num_hidden_layers": 2, "layer_types": [GLOBAL]}, "layer_types"),
+        ({"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "layer_types"),
+        ({"num_hidden_layers": 1, "layer_types": [{}]}, "layer_types"),
+        ({"num_hidden_layers": 1, "layer_types": GLOBAL}, "layer_types"),
+        ({"num_attention_heads": 0}, "num_attention_heads"),
+        ({"num_attention_heads": -12}, "num_attention_heads"),
+        ({"num_attention_heads": 7}, "hidden_size"),
+        ({"hidden_size": 36}, "hidden_size"),
+        ({"hidden_size": 2**16}, "hidden_size"),
+        ({"intermediate_size": 2**20}, "intermediate_size"),
+        ({"local_attention": -2}, "local_attention"),
+        ({"local_attention": None}, "local_attention"),
+        ({"sliding_window": "x"}, "local_attention"),
+        ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
+        ({"norm_eps": 0}, "norm_eps"),
+        ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"norm_eps": "1e-5"}, "norm_eps"),
+        ({"initializer_range": float("inf")}, "initializer_range"),
+        ({"attention_dropout": 1.5}, "attention_dropout"),
+        ({"mlp_dropout": False}, "mlp_dropout"),
+        ({"norm_bias": 1}, "norm_bias"),
+        ({"decoder_bias": "yes"}, "decoder_bias"),
+        ({"hidden_activation": "swiglu"}, "hidden_activation"),
+        ({"hidden_activation": None}, "hidden_activation"),
+        ({"classifier_activation": ["gelu"]}, "classifier_activation"),
+        ({"classifier_pooling": "max"}, "classifier_pooling"),
+        ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers"),
+        ({"global_attn_every_n_layers": None}, "global_attn_every_n_layers"),
+        ({"global_attn_every_n_layers": 2.0}, "global_attn_every_n_layers"),
+        ({"global_rope_theta": 0}, "global_rope_theta"),
+        ({"local_rope_theta": None}, "local_rope_theta"),
+        ({"rope_parameters": nested({"rope_type": "yarn"}, {})}, "rope_type"),
+        ({"rope_parameters": nested({}, {"type": "linear", "factor": 2})}, "rope_type"),
+        ({"rope_parameters": nested({}, {"rope_theta": None})}, "local_rope_theta"),
+        ({"rope_parameters": nested({}, [1])}, "rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 10_000.0}}, "rope_parameters"),
+        ({"rope_parameters": [1]}, "rope_parameters"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"head_dim": 128}, "head_dim"),
+        ({"num_labels": 0}, "num_labels"),
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "num_labels"),
+        ({"id2label": {}}, "id2label"),
+        ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
+        ({"id2label": {"0": "a", "1": 5}}, "id2label"),
+        ({"id2label": ["a", "b"]}, "id2label"),
+        ({"label2id": ["a"], "id2label": {"0": "a"}}, "label2id"),
+        ({"label2id": {"a": "x"}, "id2label": {"0": "a"}}, "label2id"),
+        ({"problem_type": "other"}, "problem_type"),
+        ({"problem_type": "single_label_classification", "num_labels": 1}, "problem_type"),
+        ({"architectures": "ModernBertModel"}, "architectures"),
+        ({"model_type": "bert"}, "model_type"),
+        ({"model_type": None}, "model_type"),
+    ],
+)
+def test_refuses_by_name(values, key):
+    with pytest.raises(InputError) as caught:
+        ModelConfig.from_hf(values)
+    assert key in caught.value.message
+    assert "found" in caught.value.message
+    assert len(caught.value.message) < 400
+
+
+def test_another_architecture_is_called_that():
+    with pytest.raises(InputError, match="another architecture"):
+        ModelConfig.from_hf({"model_type": "llama", "vocab_size": 10**12})
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(InputError) as caught:
+        ModelConfig(vocab_size=-1, norm_eps=0.0, hidden_activation="x", layer_types=("y",))
+    assert len(caught.value.details) == 4 + 1  # layer_types: entry and number
+    for key in ("vocab_size", "norm_eps", "hidden_activation", "layer_types"):
+        assert key in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [[], None, "config", 3])
+def test_what_is_no_object_is_refused(values):
+    with pytest.raises(InputError, match="expected an object"):
+        ModelConfig.from_hf(values)
+
+
+def test_harmless_keys_are_carried():
+    values = {"rope_scaling": None, "head_dim": 64, "reference_compile": None, "dtype": "bfloat16"}
+    config = ModelConfig.from_hf(values)
+    assert config.extra == values
+    assert {key: config.to_hf()[key] for key in values} == values
+    inner = nested({"rope_theta": 5.0, "note": "kept"}, {"type": "default"})
+    written = ModelConfig(rope_parameters=inner).to_hf()["rope_parameters"]
+    assert written[GLOBAL] == {"rope_type": "default", "rope_theta": 5.0, "note": "kept"}
+    assert written[LOCAL] == {"rope_type": "default", "rope_theta": 10_000.0, "type": "default"}
+
+
+def test_strict_reading_suggests_the_nearest_key():
+    assert ModelConfig.from_hf({"hidden_size": 384}, strict=True).hidden_size == 384
+    with pytest.raises(InputError, match="did you mean 'hidden_size'"):
+        ModelConfig.from_hf({"hiden_size": 128}, strict=True)
+    assert ModelConfig.from_hf({"hiden_size": 128}).extra == {"hiden_size": 128}
+
+
+def test_fields_can_be_replaced():
+    config = ModelConfig(num_labels=3)
+    changed = dataclasses.replace(config, global_rope_theta=5.0, norm_bias=True)
+    assert changed.rope_theta(GLOBAL) == 5.0
+    assert changed.num_labels == 3
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+KEYS = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "extra"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from([*KEYS, "rope_scaling", "sliding_window", "head_dim", "other"]),
+        JSON,
+        max_size=4,
+    )
+)
+def test_any_json_is_a_configuration_or_refused(values):
+    try:
+        config = ModelConfig.from_hf(values)
+    except InputError:
+        return
+    json.dumps(config.to_hf(), allow_nan=True)
+    assert len(config.layer_types) == config.num_hidden_layers

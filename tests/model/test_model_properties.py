@@ -1,0 +1,271 @@
+"""The model by itself: alike in every arrangement, every field acts, wrong inputs are refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from noisy_models import (
+    BIASES,
+    TINY,
+    build,
+    config_of,
+    loss_and_gradients,
+    named,
+    padded_batch,
+    run_jitted,
+)
+
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.parallel import sharding
+
+
+def test_alone_batched_and_padded_are_the_same():
+    model = build(ModernBertForMaskedLM, config_of())
+    ids, mask, _ = padded_batch(61)
+    batched = run_jitted(model, ids, mask)
+    for width in (23, 24, 64, 300):
+        row, segment_ids = np.zeros((2, 1, width), np.int32)
+        row[0, :23], segment_ids[0, :23] = ids[1, :23], 1
+        alone = run_jitted(model, row, segment_ids)
+        np.testing.assert_allclose(alone[0, :23], batched[1, :23], atol=2e-5)
+    # Rotary attention depends on differences of positions alone.
+    shifted = run_jitted(model, ids, mask, np.arange(40)[None] + np.full((3, 1), 1000))
+    real = mask == 1
+    np.testing.assert_allclose(np.asarray(shifted)[real], np.asarray(batched)[real], atol=1e-3)
+
+
+# What each field does to a forward pass; a new field has to be placed here.
+CHANGED = {
+    "vocab_size": 62,
+    "hidden_size": 32,
+    "intermediate_size": 25,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_activation": "relu",
+    "norm_eps": 0.1,
+    "norm_bias": True,
+    "attention_bias": True,
+    "local_attention": 10,
+    "mlp_bias": True,
+    "decoder_bias": False,
+    "classifier_bias": True,
+    "classifier_activation": "tanh",
+    "classifier_pooling": "mean",
+    "layer_types": (LOCAL, GLOBAL),
+    "global_attn_every_n_layers": 1,
+    "global_rope_theta": 10.0,
+    "local_rope_theta": 10.0,
+    "rope_parameters": {LOCAL: {"rope_theta": 10.0}},
+    "num_labels": 3,
+    "id2label": {0: "a", 1: "b", 2: "c"},
+}
+UNCHANGED = {
+    "max_position_embeddings": 16,
+    **dict.fromkeys(("initializer_range", "initializer_cutoff_factor"), 0.5),
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 9),
+    **dict.fromkeys(("cls_token_id", "sep_token_id"), 9),
+    **dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), 0.5),
+    "classifier_dropout": 0.5,
+    "tie_word_embeddings": False,
+    "label2id": {"a": 0, "b": 1},
+    "problem_type": "regression",
+    "architectures": ("Other",),
+    "extra": {"other": 1},
+}
+
+
+def test_every_field_of_the_configuration_acts_or_is_known_not_to():
+    assert CHANGED.keys() | UNCHANGED.keys() == {f.name for f in dataclasses.fields(ModelConfig)}
+    ids, mask, _ = padded_batch(61)
+
+    def outputs(config):
+        kinds = (ModernBertForMaskedLM, ModernBertForSequenceClassification)
+        return [np.asarray(build(kind, config)(ids, mask)) for kind in kinds]
+
+    plain = outputs(config_of())
+    for fields, acts in ((CHANGED, True), (UNCHANGED, False)):
+        for name, value in fields.items():
+            found = outputs(config_of(**{name: value}))
+            same = [
+                a.shape == b.shape and np.array_equal(a, b)
+                for a, b in zip(plain, found, strict=True)
+            ]
+            assert all(same) == (not acts), name
+
+
+def test_parameters_have_the_agreed_paths_and_shapes():
+    config = config_of(**dict.fromkeys(BIASES, True))
+    found = {n: a.shape for n, a in named(nnx.state(build(ModernBertForMaskedLM, config))).items()}
+    agreed = {
+        "model.embeddings.tok_embeddings.weight": (61, 16),
+        "model.embeddings.norm.weight": (16,),
+        "model.layers.1.attn_norm.weight": (16,),
+        "model.layers.0.attn.Wqkv.weight": (16, 3, 2, 8),
+        "model.layers.0.attn.Wqkv.bias": (3, 2, 8),
+        "model.layers.0.attn.Wo.weight": (2, 8, 16),
+        "model.layers.0.attn.Wo.bias": (16,),
+        "model.layers.0.mlp_norm.weight": (16,),
+        "model.layers.0.mlp.Wi.weight": (16, 2, 24),
+        "model.layers.0.mlp.Wi.bias": (2, 24),
+        "model.layers.0.mlp.Wo.weight": (24, 16),
+        "model.final_norm.weight": (16,),
+        "head.dense.weight": (16, 16),
+        "head.norm.weight": (16,),
+        "decoder.bias": (61,),
+    }
+    assert agreed.items() <= found.items()
+    assert "model.layers.0.attn_norm.weight" not in found
+    sequence = build(ModernBertForSequenceClassification, config_of(num_labels=3))
+    last = {n: a.shape for n, a in named(nnx.state(sequence)).items() if "classifier" in n}
+    assert last == {"classifier.weight": (16, 3), "classifier.bias": (3,)}
+
+
+def test_initialisation_is_cut_and_its_variance_not_corrected():
+    config = ModelConfig(
+        **{**TINY, "vocab_size": 3000, "hidden_size": 192, "intermediate_size": 256},
+        **dict.fromkeys(BIASES, True),
+        num_labels=50,
+        initializer_range=0.05,
+        initializer_cutoff_factor=1.5,
+    )
+    out = 0.05 / np.sqrt(2 * 2)
+    stds = {"tok_embeddings": 0.05, "Wqkv": 0.05, "Wi": 0.05, "Wo": out, "dense": out}
+    stds["classifier"] = 192**-0.5
+    # Of a normal cut at 1.5 of its standard deviations: sqrt(1 - 3 pdf(1.5) / (2 cdf(1.5) - 1)).
+    shrunk = 0.7426
+    seen = set()
+    for kind in (ModernBertForMaskedLM, ModernBertForSequenceClassification):
+        for name, leaf in named(nnx.state(kind(config, rngs=nnx.Rngs(3)))).items():
+            part = name.split(".")[-2]
+            if name.endswith("bias"):
+                assert not leaf.any(), name
+            elif part.endswith("norm"):
+                assert (leaf == 1).all(), name
+            else:
+                seen.add(part)
+                assert float(leaf.std()) == pytest.approx(shrunk * stds[part], rel=0.02), name
+                assert float(jnp.abs(leaf).max()) <= 1.5 * stds[part] * (1 + 1e-6), name
+                assert float(jnp.abs(leaf).max()) > 1.4 * stds[part], name
+    assert seen == stds.keys()
+    first, second = (
+        named(nnx.state(ModernBertForMaskedLM(config, rngs=nnx.Rngs(seed)))) for seed in (0, 1)
+    )
+    weights = [name for name in first if name.endswith("weight") and "norm" not in name]
+    assert all((first[name] != second[name]).any() for name in weights)
+    assert len({float(first[name].sum()) for name in weights}) == len(weights)
+
+
+def test_bfloat16_stays_close_and_answers_in_float32():
+    config = config_of(norm_bias=True)
+    ids, mask, targets = padded_batch(61)
+    results = {
+        dtype: loss_and_gradients(
+            build(ModernBertForMaskedLM, config, 0.1, dtype=dtype), ids, mask, targets
+        )
+        for dtype in ("float32", "bfloat16")
+    }
+    assert results["bfloat16"][1].dtype == np.float32
+    assert results["bfloat16"][0] == pytest.approx(results["float32"][0], rel=0.02)
+    for name, exact in results["float32"][2].items():
+        low = results["bfloat16"][2][name]
+        assert low.dtype == jnp.float32
+        cosine = np.vdot(low, exact) / (np.linalg.norm(low) * np.linalg.norm(exact))
+        assert cosine > 0.99, name
+
+
+@pytest.mark.parametrize("how", ["dots", "layer"])
+def test_remat_changes_memory_alone(how):
+    ids, mask, targets = padded_batch(61)
+    results = [
+        loss_and_gradients(
+            build(ModernBertForMaskedLM, config_of(), remat=remat), ids, mask, targets
+        )
+        for remat in ("none", how)
+    ]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    for name, expected in results[0][2].items():
+        np.testing.assert_allclose(results[1][2][name], expected, atol=1e-5, err_msg=name)
+
+
+def test_rows_of_padding_give_finite_numbers_and_gradients():
+    ids, mask, targets = padded_batch(61)
+    mask[0] = 0
+    targets[0] = -100
+    model = build(ModernBertForMaskedLM, config_of())
+    loss, logits, grads = loss_and_gradients(model, ids, mask, targets)
+    assert np.isfinite(loss)
+    assert np.isfinite(logits).all()
+    assert all(np.isfinite(g).all() for g in grads.values())
+    for pooling in ("cls", "mean"):
+        kind = ModernBertForSequenceClassification
+        assert np.isfinite(build(kind, config_of(classifier_pooling=pooling))(ids, mask)).all()
+
+
+def test_pooling_takes_the_first_token_that_is_no_padding():
+    ids, mask, _ = padded_batch(61)
+    model = build(ModernBertForSequenceClassification, config_of())
+    left = model(ids, mask)[2]
+    right = model(ids[2:, -31:])[0]
+    np.testing.assert_allclose(left, right, atol=2e-5)
+
+
+def test_logits_of_chosen_words_and_of_any_shape():
+    model = build(ModernBertForMaskedLM, config_of())
+    ids, mask, _ = padded_batch(61)
+    hidden = model.encode(ids, mask)
+    full = model.mlm_logits(hidden)
+    words = np.array([5, 60, 0, 5])
+    np.testing.assert_allclose(model.mlm_logits(hidden, words), full[..., words], atol=1e-5)
+    np.testing.assert_allclose(model.mlm_logits(hidden[1, 3]), full[1, 3], atol=1e-5)
+    np.testing.assert_allclose(model.mlm_logits(hidden[None]), full[None], atol=1e-5)
+
+
+def test_a_mesh_changes_nothing():
+    model = build(ModernBertForMaskedLM, config_of())
+    ids, mask, _ = padded_batch(61)
+    ids, mask = ids[:2], mask[:2]
+    expected = run_jitted(model, ids, mask)
+    with jax.set_mesh(sharding.make_mesh({"data": 2, "tensor": 2})):
+        np.testing.assert_allclose(run_jitted(model, ids, mask), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "others", "says"),
+    [
+        (np.zeros(5, int), {}, r"input_ids: found int32 \[5\]; expected whole numbers"),
+        (np.zeros((1, 5)), {}, "input_ids: found float32"),
+        (np.full((1, 5), 61), {}, "found 61; expected ids from 0 to 60"),
+        (np.full((1, 5), -1), {}, "found -1; expected ids from 0 to 60"),
+        (np.zeros((1, 5), int), {"segment_ids": np.ones((1, 4), int)}, "segment_ids: found"),
+        (np.zeros((1, 5), int), {"segment_ids": np.ones((1, 5))}, "segment_ids: found float32"),
+        (np.zeros((1, 5), int), {"position_ids": np.ones((5,), int)}, "position_ids: found"),
+    ],
+)
+def test_wrong_inputs_are_refused(ids, others, says):
+    model = build(ModernBertForMaskedLM, config_of())
+    with pytest.raises(InputError, match=says):
+        model(ids, **others)
+
+
+def test_traced_ids_outside_the_vocabulary_give_nan():
+    model = build(ModernBertForMaskedLM, config_of())
+    logits = run_jitted(model, jnp.asarray([[3, 61, 4], [1, 2, 3], [-1, 5, 6]]))
+    unknown = np.isnan(np.asarray(logits)).all(axis=(1, 2))
+    np.testing.assert_array_equal(unknown, [True, False, True])
+    assert np.isfinite(logits[1]).all()
+    with pytest.raises(InputError, match="vocabulary_ids"):
+        model.mlm_logits(jnp.zeros((1, 16)), [61])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"attention": "flash"}, "attention"), ({"dtype": jnp.float16}, "dtype")],
+)
+def test_wrong_options_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        ModernBertForMaskedLM(config_of(), rngs=nnx.Rngs(0), **options)

@@ -1,0 +1,83 @@
+"""Layers as one loop: the same numbers as layer by layer, from a smaller program."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from noisy_models import build, config_of, loss_and_gradients, padded_batch
+
+from mlmjax.model.architecture import GLOBAL, LOCAL
+from mlmjax.model.modernbert import ModernBertForMaskedLM, _repetition
+
+PATTERNS = {
+    "as in base": ("dots", {"num_hidden_layers": 7}),
+    "a rest of two": ("layer", {"num_hidden_layers": 9, "norm_bias": True}),
+    "every second": ("layer", {"num_hidden_layers": 6, "global_attn_every_n_layers": 2}),
+    "all alike": ("dots", {"num_hidden_layers": 4, "layer_types": [GLOBAL] * 4}),
+}
+
+
+BATCH = padded_batch(61)
+
+
+def run(config, **options):
+    return loss_and_gradients(build(ModernBertForMaskedLM, config, 0.15, **options), *BATCH)
+
+
+def assert_equal(first, second):
+    assert first[0] == pytest.approx(second[0], rel=1e-6)
+    np.testing.assert_allclose(first[1], second[1], atol=1e-5)
+    assert first[2].keys() == second[2].keys()
+    for name, expected in second[2].items():
+        np.testing.assert_allclose(first[2][name], expected, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_loop_gives_the_same_numbers(pattern):
+    remat, changes = PATTERNS[pattern]
+    config = config_of(**changes)
+    assert _repetition(config.layer_types)[0]
+    assert_equal(run(config, remat=remat), run(config))
+
+
+def test_layers_without_a_pattern_stay_single():
+    for kinds in ([GLOBAL], [GLOBAL, LOCAL, GLOBAL], [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL]):
+        assert not _repetition(kinds)[0]
+
+
+def test_the_compiler_sees_one_period():
+    """A model of three times as many layers is no longer a program."""
+
+    def size(layers, remat):
+        config = config_of(num_hidden_layers=layers)
+        model = build(ModernBertForMaskedLM, config, remat=remat)
+        program = jax.make_jaxpr(partial(type(model).encode, model))(*BATCH[:2])
+        return str(program).count("dot_general")
+
+    assert size(19, "dots") == size(7, "dots")
+    assert size(19, "none") > 2 * size(7, "none")
+
+
+def test_hidden_states_are_those_of_every_layer():
+    model = build(ModernBertForMaskedLM, config_of(num_hidden_layers=7), 0.15, remat="layer")
+    hidden, states = model.encode(*BATCH[:2], output_hidden_states=True)
+    assert len(states) == 8
+    np.testing.assert_allclose(hidden, model.encode(*BATCH[:2]), atol=1e-5)
+
+
+@given(st.lists(st.sampled_from([GLOBAL, LOCAL]), min_size=1, max_size=30))
+def test_repetition_is_true_and_leaves_out_the_first_layer(kinds):
+    layers, period = _repetition(kinds)
+    if layers:
+        assert 0 not in layers
+        assert len(layers) > len(kinds) // 2
+        assert len(layers) % period == 0
+        assert all(kinds[i] == kinds[i + period] for i in layers[:-period])
+
+
+@pytest.mark.parametrize(("layers", "scanned"), [(22, range(1, 22)), (28, range(1, 28))])
+def test_base_and_large_are_a_first_layer_and_periods_of_three(layers, scanned):
+    assert _repetition(config_of(num_hidden_layers=layers).layer_types) == (scanned, 3)

@@ -1,0 +1,301 @@
+"""A larger vocabulary: old rows and logits stay, new words are tokens, transformers agrees."""
+
+import doctest
+import json
+import logging
+import unicodedata
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from training import write_tokenizer
+
+import mlmjax
+import mlmjax.text.words
+from mlmjax import InputError, ModelConfig, ModernBertForMaskedLM, Tokenizer, Verbalizer
+from mlmjax import resize_token_embeddings as resize
+from mlmjax.text.words import add_words
+from mlmjax.weights.checkpoints import load_model, save_model
+from mlmjax.weights.pretrained import EMBEDDING, load_pretrained, parameters, save_pretrained
+
+SMALL = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+WORDS = ["angioplasty", "IL-6R", "myocardial infarction", "naïvetoid", "血管造影"]
+TEXT = (
+    "After myocardial infarction, angioplasty (IL-6R) was done.\n\nAngioplasty naïvetoid 血管造影"
+)
+
+
+def make_model(cls=ModernBertForMaskedLM, seed=0, **options):
+    """A model whose every parameter, biases included, is random."""
+    model = cls(ModelConfig(**{**SMALL, **options}), rngs=nnx.Rngs(seed))
+    graphdef, params = nnx.split(model)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    noise = [leaf + 0.3 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys)]  # noqa: B905
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, noise))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def larger(model, tokenizer):
+    return resize(model, tokenizer, WORDS)
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    """A tokenizer of a few hundred ids."""
+    folder = tmp_path_factory.mktemp("little") / "tokenizer"
+    write_tokenizer(folder)
+    return Tokenizer.from_pretrained(folder)
+
+
+def table(model, name=EMBEDDING):
+    return np.asarray(parameters(model)[name])
+
+
+def test_examples_in_the_documentation():
+    assert doctest.testmod(mlmjax.text.words).failed == 0
+
+
+def test_old_rows_stay_and_new_ones_start_from_their_pieces(model, tokenizer, larger):
+    bigger, with_words = larger
+    assert bigger.config.vocab_size == 50432  # the next multiple of 64: every old row has a token
+    assert (tokenizer.vocab_size, with_words.vocab_size) == (50368, 50373)
+    ordinary = np.setdiff1d(np.arange(50368), sorted(tokenizer.special_ids))
+    for name in (EMBEDDING, "decoder.bias"):
+        old, new = table(model, name), table(bigger, name)
+        np.testing.assert_array_equal(new[:50368], old)
+        for at, word in enumerate(WORDS, 50368):
+            pieces = tokenizer.encode_plain(f" {word}")
+            assert len(pieces) > 1
+            np.testing.assert_allclose(new[at], old[pieces].mean(0), atol=1e-6)
+        spare = np.broadcast_to(old[ordinary].mean(0), new[50373:].shape)
+        np.testing.assert_allclose(new[50373:], spare, atol=1e-6)
+    for name, value in parameters(model).items():
+        if name not in (EMBEDDING, "decoder.bias"):
+            np.testing.assert_array_equal(value, parameters(bigger)[name])
+    assert model.config.vocab_size == 50368
+    assert table(model).shape == (50368, 16)
+
+
+def test_old_words_keep_their_logits_and_their_share(model, tokenizer, larger):
+    bigger, _ = larger
+    ids = np.array([tokenizer.encode_plain("The plain text of a patient's record, as it was.")])
+    old, new = (np.asarray(jax.jit(one.__call__)(ids)) for one in (model, bigger))
+    np.testing.assert_allclose(new[..., :50368], old, atol=1e-6)
+    # A row at the mean has at most the average of all words' probabilities (Jensen).
+    spare = np.exp(new[..., 50373:]).sum(-1)
+    ordinary = np.exp(new[..., :50280]).sum(-1)
+    assert (spare / ordinary < (50432 - 50373) / 50270).all()
+
+
+def test_new_words_are_one_token_in_any_place(tokenizer, larger):
+    _, with_words = larger
+    for at, word in enumerate(WORDS, 50368):
+        for text in (word, f" {word}", f"\n{word}"):
+            assert with_words.encode_plain(text) == [at]
+        assert with_words.encode_plain(f"an {word}.") == [266, at, 15]
+        assert at not in with_words.special_ids
+        assert with_words.encode_plain(f"x{word}x") == tokenizer.encode_plain(f"x{word}x")
+    ids = with_words.encode_plain(TEXT)
+    assert {*range(50368, 50373)} < set(ids)
+    assert ids == with_words.backend.encode(TEXT, add_special_tokens=False).ids
+    assert with_words.encode_plain(with_words.decode(ids)) == ids
+    assert with_words.decode(with_words.encode_plain("an angioplasty")) == "an angioplasty"
+    assert with_words.encode_plain("[MASK] [unused0]") == tokenizer.encode_plain("[MASK] [unused0]")
+
+
+def test_text_without_new_words_keeps_its_ids(tokenizer, larger):
+    @settings(max_examples=200, deadline=None)
+    @given(text=st.text(max_size=40))
+    def check(text):
+        assume(not any(word in unicodedata.normalize("NFC", text) for word in WORDS))
+        assert larger[1].encode_plain(text) == tokenizer.encode_plain(text)
+
+    check()
+
+
+def test_scripts_without_spaces(tokenizer):
+    text = "病人接受了血管造影检查"
+    assert 50368 not in add_words(tokenizer, ["血管造影"]).encode_plain(text)
+    assert 50368 in add_words(tokenizer, ["血管造影"], whole_words=False).encode_plain(text)
+
+
+def test_words_are_added_again_and_again(model, tokenizer):
+    first = resize(model, tokenizer, ["vasospasm", "angioplasty"])
+    second, both = resize(*first, ["coronary vasospasm"])
+    assert both.encode_plain("coronary vasospasm, vasospasm") == [50370, 13, 50368]
+    assert second.config.vocab_size == 50432  # spare rows are used first
+    np.testing.assert_array_equal(table(second)[:50370], table(first[0])[:50370])
+    np.testing.assert_array_equal(table(second)[50371:], table(first[0])[50371:])
+    pieces = first[1].encode_plain(" coronary vasospasm")
+    assert pieces[-1] == 50368
+    np.testing.assert_allclose(table(second)[50370], table(first[0])[pieces].mean(0), atol=1e-6)
+
+
+def test_where_rows_start(model, tokenizer):
+    ordinary = np.setdiff1d(np.arange(50368), sorted(tokenizer.special_ids))
+    by_mean, _ = resize(model, tokenizer, ["angioplasty"], start="mean")
+    np.testing.assert_allclose(table(by_mean)[50368], table(model)[ordinary].mean(0), atol=1e-6)
+    given_text = {"angioplasty": " widening of a vessel", "IL-6R": " receptor"}
+    by_text, _ = resize(model, tokenizer, given_text)
+    for at, text in enumerate(given_text.values(), 50368):
+        pieces = tokenizer.encode_plain(text)
+        np.testing.assert_allclose(table(by_text)[at], table(model)[pieces].mean(0), atol=1e-6)
+
+
+def test_sizes(little):
+    used = little.vocab_size
+    model = make_model(vocab_size=used + 7, pad_token_id=little.pad_id, decoder_bias=True)
+    same, tokenizer = resize(model, little)
+    assert (same.config.vocab_size, tokenizer) == (used + 7, little)
+    filled, _ = resize(model, little, ["zebra", "yak"])
+    assert filled.config.vocab_size == used + 7  # free rows are used before new ones are made
+    np.testing.assert_array_equal(table(filled)[used + 2 :], table(model)[used + 2 :])
+    sizes = [(used, {"multiple": 1}), (used + 1, {"multiple": 1}), (1000, {"multiple": 8})]
+    for size, options in sizes:
+        resized, _ = resize(model, little, size=size, **options)
+        kept = min(size, used + 7)
+        assert table(resized).shape == (size, 16)
+        np.testing.assert_array_equal(table(resized)[:kept], table(model)[:kept])
+        np.testing.assert_array_equal(
+            table(resized, "decoder.bias")[:kept], table(model, "decoder.bias")[:kept]
+        )
+    assert resize(model, little, size=1000)[0].config.vocab_size == 1024
+    assert resize(model, little, size=used)[0].config.vocab_size % 64 == 0
+    for size in (used + 1, 0, -1, 2.5, True, 2**23):
+        with pytest.raises(InputError):
+            resize(model, little, ["zebra", "yak"], size=size, multiple=1)
+    with pytest.raises(InputError, match=f"{used + 1} rows are too few for {used + 2} ids"):
+        resize(model, little, ["zebra", "yak"], size=used + 1)
+    with pytest.raises(InputError, match="multiple: is 0; expected a whole number above 0"):
+        resize(model, little, multiple=0)
+
+
+def test_without_a_decoder_bias_and_for_a_classifier(little):
+    for cls in (ModernBertForMaskedLM, mlmjax.ModernBertForSequenceClassification):
+        model = make_model(cls, vocab_size=384, pad_token_id=little.pad_id, decoder_bias=False)
+        bigger, tokenizer = resize(model, little, [f"zq{n}" for n in range(70)])
+        assert isinstance(bigger, cls)
+        new = jax.jit(bigger.__call__)(np.array([tokenizer.encode_plain("zq0 zq69 cat")]))
+        assert np.isfinite(new).all()
+        plain = np.array([little.encode_plain(" red house")])
+        old, new = (jax.jit(one.__call__)(plain) for one in (model, bigger))
+        np.testing.assert_allclose(new[..., :3], old[..., :3], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["the"], "new word 'the': is one token already"),
+        (["|||IP_ADDRESS|||"], "is one token already"),
+        ([""], "is blank"),
+        ([" \n"], "is blank"),
+        ([" angioplasty"], "outer white space; write 'angioplasty'"),
+        (["a[MASK]b"], r"holds the text of the special token \[MASK\]"),
+        (["[MAS\u212a]"], r"holds the text of the special token \[MASK\]"),  # by NFC
+        (["<|endoftext|>"], "holds the text of the special token"),
+        (["[unused0]"], r"holds the text of the special token \[unused0\]"),
+        (["x[unused4711]"], r"holds the text of the special token \[unused4711\]"),
+        (["angio", "angio"], "stands twice"),
+        (["naïvetoid", "nai\u0308vetoid"], "stands twice"),
+        (["angio\x00plasty"], "control characters"),
+        (["angio\nplasty"], "control characters"),
+        (["angio\u202eplasty"], "control characters"),
+        (["angio\u00a0plasty"], "control characters"),
+        (["angio  plasty"], "control characters"),
+        (["angio\ud800"], "half a character"),
+        ([7], "is int"),
+        ([None], "is NoneType"),
+        ("angio", "is the text 'angio'; expected a list of words"),
+        ({"angio": ""}, "knows no part of the text"),
+        ({"angio": 3}, "is int"),
+    ],
+)
+def test_what_is_no_new_word(model, tokenizer, words, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resize(model, tokenizer, words)
+    assert "\n" not in caught.value.message
+
+
+def test_every_bad_word_is_named(model, tokenizer):
+    with pytest.raises(InputError) as caught:
+        resize(model, tokenizer, ["angioplasty", "the", "", "[SEP]"])
+    assert len([caught.value.message, *caught.value.details]) == 3
+    with pytest.raises(InputError, match="start: is 'zero'"):
+        resize(model, tokenizer, ["angioplasty"], start="zero")
+
+
+def test_a_tokenizer_that_is_not_the_models(tokenizer, little):
+    model = make_model(vocab_size=384, pad_token_id=little.pad_id)
+    with pytest.raises(InputError, match="50368 ids, the model 384 rows"):
+        resize(model, tokenizer, ["angioplasty"])
+
+
+def test_a_new_word_answers(larger):
+    """As a label, a trained answer and an option's text."""
+    model, tokenizer = larger
+    verbalizer = Verbalizer.words(["angioplasty", "IL-6R"])
+    assert verbalizer.ids(tokenizer) == [(50368,), (50369,)]
+    scorer = mlmjax.Scorer(model, tokenizer, mlmjax.Template("{text} It was"), verbalizer)
+    log_probs = scorer.log_probs([{"text": "A vessel was widened."}])
+    np.testing.assert_allclose(np.exp(log_probs).sum(), 1, rtol=1e-5)
+    with pytest.raises(InputError, match="each form must be one token"):
+        verbalizer.ids(Tokenizer.from_pretrained())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "source"])
+def test_round_trips(larger, tmp_path, dtype):
+    model, tokenizer = larger
+    save_pretrained(model, tokenizer, tmp_path / "hf", dtype=dtype)
+    save_model(tmp_path / "orbax", model, tokenizer)
+    for again, words in (load_pretrained(tmp_path / "hf"), load_model(tmp_path / "orbax")):
+        assert again.config.vocab_size == 50432
+        assert words.sha256 == tokenizer.sha256
+        assert words.encode_plain(TEXT) == tokenizer.encode_plain(TEXT)
+        for name, value in parameters(model).items():
+            np.testing.assert_array_equal(parameters(again)[name], value)
+
+
+def test_dtypes_of_the_source_are_kept(model, tokenizer, tmp_path):
+    save_pretrained(model, tokenizer, tmp_path / "in", dtype="bfloat16")
+    resized = resize(*load_pretrained(tmp_path / "in"), ["angioplasty"])
+    save_pretrained(*resized, tmp_path / "out", dtype="source")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    old, new = (load_pretrained(tmp_path / name)[0] for name in ("in", "out"))
+    np.testing.assert_array_equal(table(new)[:50368], table(old))
+
+
+def test_transformers_reads_the_export(larger, tmp_path, caplog):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = larger
+    save_pretrained(model, tokenizer, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
+            tmp_path, output_loading_info=True
+        )
+        their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert not any(info.values())
+    assert len(their_tokenizer) == tokenizer.vocab_size
+    for text in (TEXT, "naïvetoid", "no new word", "x angioplasty-like 血管造影"):
+        ids = [tokenizer.cls_id, *tokenizer.encode_plain(text), tokenizer.sep_id]
+        assert their_tokenizer(text)["input_ids"] == ids
+        with torch.no_grad():
+            expected = theirs.eval()(torch.tensor([ids])).logits.numpy()
+        np.testing.assert_allclose(jax.jit(model.__call__)(np.array([ids])), expected, atol=1e-4)
+    their_tokenizer.save_pretrained(tmp_path / "again")
+    again = Tokenizer.from_pretrained(tmp_path / "again")
+    assert again.encode_plain(TEXT) == tokenizer.encode_plain(TEXT)

@@ -1,0 +1,238 @@
+"""Runs of several processes over gloo: the same run as of one, and none left behind."""
+
+import json
+import shutil
+from contextlib import suppress
+
+import numpy as np
+import processes
+import pytest
+from training import assert_same, lines_of, make_config, make_table, quick_compiles
+
+from mlmjax import InputError
+from mlmjax.parallel import processes as distributed
+from mlmjax.parallel.peers import find_peers
+from mlmjax.parallel.sharding import make_mesh
+from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.run.initial_model import load_start
+from mlmjax.training.run.resume import check_places
+from mlmjax.training.run.run import check_alike
+from mlmjax.training.run.train import run_training
+from mlmjax.training.step import abstract_train_state, split_parameters
+from mlmjax.weights import pretrained
+from mlmjax.weights.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
+TWO = {"data": 1, "fsdp": 2}
+SMALL = {
+    "steps": 6,
+    "model": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    },
+    "log__every": 2,
+    "evaluation__every": 3,
+    "checkpoint__every": 3,
+    "mesh": {"fsdp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs of all runs here."""
+    with quick_compiles(tmp_path_factory.mktemp("runs")) as folder:
+        yield folder
+
+
+def table(folder, name, **changes):
+    return make_table(folder, out=str(folder / name), **{**SMALL, **changes})
+
+
+@pytest.fixture(scope="module")
+def one(folder):
+    """The run of one process, on two of its devices, to compare with."""
+    run_training(make_config(folder, out=str(folder / "one"), **{**SMALL, "mesh": TWO}))
+    return folder / "one"
+
+
+def assert_close_runs(out, expected):
+    """Same lines to rounding, same counts, and the same exported weights to rounding."""
+    lines, others = lines_of(out), lines_of(expected)
+    assert [(a["step"], a["split"]) for a in lines] == [(b["step"], b["split"]) for b in others]
+    for a, b in zip(lines, others, strict=True):
+        assert a.keys() == b.keys()
+        for exact in ("target_share", "padding_share", "learning_rate", "answer_accuracy"):
+            assert a[exact] == b[exact]
+        for key in a.keys() - {"split"}:
+            assert (a[key] is None) == (b[key] is None)
+            if a[key] is not None:
+                np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+    found, wanted = (
+        dict(pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "export")[0]))
+        for folder in (out, expected)
+    )
+    for name, value in wanted.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
+    reports = [json.loads((o / "validation.json").read_text()) for o in (out, expected)]
+    assert reports[0]["per_task"] == reports[1]["per_task"]
+    np.testing.assert_allclose(
+        [source["loss_mlm"] for source in reports[0]["per_source"].values()],
+        [source["loss_mlm"] for source in reports[1]["per_source"].values()],
+        rtol=2e-5,
+    )
+
+
+AT_STEP = """
+import os, signal, time
+from mlmjax import loop
+settle = loop.Steps._settle
+def settle_and_signal(self, step, *rest):
+    while step == {step} and not os.path.isdir({after!r}):
+        time.sleep(0.1)
+    if step == {step}:
+        os.kill(os.getpid(), signal.{name})
+    return settle(self, step, *rest)
+loop.Steps._settle = settle_and_signal
+"""
+
+
+def saved(out):
+    return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
+
+
+def test_two_processes_are_one_run_though_one_was_asked_to_stop(folder, one):
+    """Both save and leave, and what goes on ends where one process does. Deaths: test_watch.py."""
+    out = folder / "two"
+    config = processes.write_config(table(folder, "two"))
+    stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=str(out / "checkpoints" / "3"))}
+    codes, _, errors = processes.train(folder, config, 2, 1, stop)
+    assert codes == [143, 143], errors
+    assert f"stopped by a signal; step {saved(out)[-1]} is saved" in errors[0]
+    assert "Traceback" not in "".join(errors)
+    assert 4 <= saved(out)[-1] < 6
+    assert not (out / "export").exists()
+    shutil.copytree(out, folder / "moved")
+
+    codes, outputs, errors = processes.train(folder, config, 2, 1)
+    assert codes == [0, 0], errors
+    assert f"goes on from step {saved(folder / 'moved')[-1]}" in errors[0]
+    assert f"export: {out / 'export'}" in outputs[0]
+    assert not outputs[1].strip() or "Gloo" in outputs[1]
+    assert "loss" not in outputs[1] + errors[1]
+    assert_close_runs(out, one)
+
+
+def test_what_two_began_one_ends_on_another_mesh(folder, one):
+    """Bit-equal when restored, and the same batches from then on."""
+    out, other = folder / "moved", {"data": 4, "fsdp": 2}
+    config = make_config(folder, out=str(out), **{**SMALL, "mesh": other})
+    params = split_parameters(load_start(config)[0])[1]
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    with Checkpoints(out / "checkpoints", config.checkpoint) as checkpoints:
+        step = checkpoints.latest()
+        states = [
+            checkpoints.restore(step, abstract_train_state(params, optimizer, make_mesh(sizes)))
+            for sizes in (TWO, other)
+        ]
+    assert states[0].step == step >= 4
+    assert_same(*states)
+    run_training(config)
+    assert_close_runs(out, one)
+
+
+IN_PHASE = """
+import os, signal
+from mlmjax import goodput
+switch, sent = goodput.Clock._switch, []
+def switch_and_signal(self, phase):
+    if phase == {phase!r} and not sent:
+        sent.append(phase)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return switch(self, phase)
+goodput.Clock._switch = switch_and_signal
+"""
+
+
+@pytest.mark.long
+def test_four_processes_through_signals_at_any_time(folder):
+    """Each time another process is asked to stop, in another phase; the end is that of one."""
+    changes = {
+        **SMALL,
+        "steps": 12,
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "optimizer": {"learning_rate": 1e-3, "skip_spikes": 6.0, "ema": 0.5},
+        "data__accumulate": 2,
+    }
+    run_training(make_config(folder, out=str(folder / "one-long"), **changes))
+    out = folder / "four"
+    config = processes.write_config(make_table(folder, out=str(out), **changes))
+    steps = [0]
+    phases = ["compile", "data", "evaluation", "checkpoint"]
+    for number, phase in enumerate(phases):
+        code = {number: IN_PHASE.format(phase=phase)}
+        codes, _, errors = processes.train(folder, config, 4, 2, code)
+        assert codes == [143] * 4, (phase, errors)
+        assert "Traceback" not in "".join(errors)
+        steps.append(saved(out)[-1])
+        assert steps[-2] <= steps[-1] < 12
+    shutil.copytree(out, folder / "four-as-one")
+    codes, _, errors = processes.train(folder, config, 4, 2)
+    assert codes == [0] * 4, errors
+    assert_close_runs(out, folder / "one-long")
+    moved = {**changes, "mesh": {"data": 4}, "data__accumulate": 1}
+    run_training(make_config(folder, out=str(folder / "four-as-one"), **moved))
+    assert_close_runs(folder / "four-as-one", folder / "one-long")
+    print(f"stopped at steps {steps[1:]}, of {', '.join(phases)}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 2])
+def test_of_four_processes_one_dies(folder, victim):
+    """In the middle of training; the others end, and what goes on does so from its checkpoint."""
+    out = folder / f"of-four-{victim}"
+    config = processes.write_config(make_table(folder, out=str(out), **{**SMALL, "mesh": {}}))
+    saves = str(out / "checkpoints" / "3")
+    kill = {victim: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
+    codes, _, errors = processes.train(folder, config, 4, 1, kill)
+    assert codes == [-9 if number == victim else 1 for number in range(4)], errors
+    for number, error in enumerate(errors):
+        assert (f"mlmjax: process {victim} of 4 (on " in error) == (number != victim)
+    codes, _, errors = processes.train(folder, config, 4, 1)
+    assert codes == [0] * 4, errors
+    assert "goes on from step 3" in errors[0]
+
+
+def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
+    first = make_config(tmp_path)
+    told = []
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "told_by_first", lambda make: told.append(make()))
+    with suppress(TypeError):
+        check_alike(first)
+    monkeypatch.setattr(distributed, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "told_by_first", lambda make: json.loads(json.dumps(told[0])))
+    check_alike(first)
+    check_alike(make_config(tmp_path, out="/elsewhere", data__workers=3))
+    other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})
+    with pytest.raises(InputError, match=r"steps is 9 on process 1 .*, and 8 on") as caught:
+        check_alike(other)
+    assert len(caught.value.details) == 1
+    monkeypatch.setattr(distributed, "process_count", lambda: 3)
+    with pytest.raises(InputError, match=r"--processes is 3 on process 1 .*, and 2 on process 0"):
+        check_alike(first)
+
+
+@pytest.mark.parametrize("place", ["rows", "rows/ck", "out/export", "out"])
+def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
+    config = make_config(tmp_path, checkpoint__path=str(tmp_path / place))
+    with pytest.raises(InputError, match=r"checkpoint\.path: .* folder of their own"):
+        check_places(config)
+    check_places(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
+
+
+def test_a_host_that_is_unknown_is_refused_at_once():
+    with pytest.raises(InputError, match=r"'no\.such\.host\.invalid' is no known host"):
+        find_peers("no.such.host.invalid:5555", 2, 1)

@@ -1,0 +1,188 @@
+"""The engine: all local devices, batches that fit memory, and results in the order asked."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_models import noisy, small_config
+
+from mlmjax.classification.classifier import Classifier
+from mlmjax.errors import RunError
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.scoring import engine
+from mlmjax.scoring.engine import Engine
+from mlmjax.weights.pretrained import parameters
+
+
+@pytest.fixture(autouse=True)
+def all_devices(monkeypatch):
+    monkeypatch.setattr(engine, "local_devices", jax.local_devices)
+
+
+@pytest.fixture(scope="module")
+def model():
+    ids = {name: i for i, name in enumerate(("pad", "cls", "bos", "sep", "eos"))}
+    config = small_config(vocab_size=90, **{f"{k}_token_id": i for k, i in ids.items()})
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+
+
+def summed(model, ids, segment_ids, weights):
+    hidden = model.encode(ids, segment_ids)
+    total = jnp.sum(jnp.where(segment_ids[..., None] > 0, hidden, 0), axis=1)
+    return {"weighted": total * weights[:, None], "length": segment_ids.sum(axis=1)}
+
+
+def sequences(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(5, 90, rng.integers(1, 150)).tolist() for _ in range(count)]
+
+
+def make(model, forward=summed, **options):
+    return Engine(model, forward, pad_id=0, max_length=160, **options)
+
+
+def test_results_are_in_order_and_the_same_on_any_devices(model):
+    items, weights = sequences(21), np.arange(21, dtype=np.float32) + 1
+    everywhere = make(model)
+    alone = make(model, batch_size=1)
+    assert everywhere.mesh.size == len(jax.local_devices()) == 8
+    assert alone.mesh.size == 1
+    found, expected = everywhere.run(items, weights), alone.run(items, weights)
+    assert list(found["length"]) == [len(ids) for ids in items]
+    np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 3), (4, 4), (9, 3), (24, 8)])
+def test_a_batch_is_cut_into_equal_parts(model, batch_size, devices):
+    engine = make(model, batch_size=batch_size)
+    assert (engine.mesh.size, engine.rows_of(32, 99)) == (devices, batch_size)
+
+
+def test_a_sequence_that_comes_alone_is_a_batch_of_its_own(model):
+    engine = make(model)
+    (item, *_), weights = sequences(2), np.ones(1, np.float32)
+    engine.run([item], weights)
+    bucket = next(length for length in engine.buckets if length >= len(item))
+    assert engine.padded_tokens == bucket * engine.mesh.size
+    engine.jitted = ScarceMemory(engine, tokens=0)
+    with pytest.raises(RunError, match=f"one text of {len(item)} tokens"):
+        engine.run([item], weights)
+    assert engine.jitted.refused == 1
+
+
+def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
+    """After batches of every length have come, whatever comes next compiles nothing."""
+    engine = make(model)
+    item = list(range(1, 20))
+    engine.run([item] * 2, np.ones(2, np.float32))
+    found, expected = (e.run([item], np.ones(1, np.float32)) for e in (engine, make(model)))
+    assert len(engine._shapes) == 1
+    np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+
+
+def test_what_only_files_said_of_a_model_is_no_other_program(model):
+    config = replace(model.config, extra={"dtype": "bfloat16"})
+    same = ModernBertForMaskedLM(config, rngs=nnx.Rngs(1))
+    same.source_dtypes = (("decoder.bias", "bfloat16"),)
+    wider = ModernBertForMaskedLM(replace(config, local_attention=4), rngs=nnx.Rngs(1))
+    ours = make(model)
+    assert make(same).jitted is ours.jitted
+    assert make(wider).jitted is not ours.jitted
+    assert same.config.extra == {"dtype": "bfloat16"}
+    assert same.source_dtypes == (("decoder.bias", "bfloat16"),)
+
+
+class ScarceMemory:
+    """Refuse batches of more than some tokens, as a device without memory for them does."""
+
+    def __init__(self, engine, tokens):
+        self.call, self.tokens, self.refused = engine.jitted, tokens, 0
+
+    def __call__(self, state, ids, *arrays):
+        if ids.size > self.tokens:
+            self.refused += 1
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory, 9.9G")
+        return self.call(state, ids, *arrays)
+
+
+def test_batches_without_memory_are_halved_and_nothing_is_lost(model):
+    items, weights = sequences(150, seed=1), np.ones(150, np.float32)
+    expected = make(model).run(items, weights)
+    engine, done = make(model), []
+    engine.jitted = ScarceMemory(engine, 8 * 2 * 160)
+    found = engine.run(items, weights, progress=done.append)
+    np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
+    assert sum(done) == 150
+    refused = engine.jitted.refused
+    assert refused >= 2  # 6 rows a device, then 3
+    engine.run(items, weights)
+    assert engine.jitted.refused == refused
+
+
+def test_fine_tuning_on_all_devices_is_that_on_one(tokenizer, monkeypatch):
+    source = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0)), tokenizer
+    texts, labels = [f"text {i}" for i in range(20)], ["a", "b"] * 10
+    options = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8}
+    short = {"labels": ["a", "b"], "template": "{text}\n{options}"}
+    everywhere = Classifier(source, **short).fit(texts, labels, **options)
+    devices = everywhere.asking_.scorer.engine.mesh.size
+    monkeypatch.setattr(engine, "local_devices", lambda: jax.local_devices()[:1])
+    alone = Classifier(source, **short).fit(texts, labels, **options)
+    assert devices == 8
+    assert everywhere.history_[1]["loss"] == pytest.approx(alone.history_[1]["loss"], rel=1e-5)
+    np.testing.assert_allclose(
+        everywhere.predict_proba(texts), alone.predict_proba(texts), atol=1e-4
+    )
+
+
+def test_memory_for_not_even_one_is_told(model):
+    engine = make(model)
+    engine.jitted = ScarceMemory(engine, 8 * 64)
+    with pytest.raises(RunError, match="does not hold one text of 150 tokens"):
+        engine.run([[7] * 150, [7] * 4], np.ones(2))
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(model):
+    engine = make(model)
+
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    engine.jitted = broken
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        engine.run([[7] * 150, [7] * 4], np.ones(2))
+
+
+def test_parameters_are_placed_again_only_when_they_are_others(model):
+    engine = make(model)
+    engine.run([[7, 8]], np.ones(1))
+    placed = engine._placed[1]
+    engine.run([[7, 9]], np.ones(1))
+    assert engine._placed[1] is placed
+    engine.model = noisy(model)
+    engine.run([[7, 9]], np.ones(1))
+    assert engine._placed[1] is not placed
+
+
+def test_weights_of_products_are_rounded_once(model):
+    config = model.config
+    half = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    nnx.update(half, nnx.state(model))
+
+    def forward(model, ids, segment_ids):
+        kinds = {name: leaf.dtype for name, leaf in parameters(model).items()}
+        assert {name for name, kind in kinds.items() if kind == jnp.bfloat16} == {
+            f"model.layers.{n}.{part}.weight"
+            for n in range(config.num_hidden_layers)
+            for part in ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+        } | {"head.dense.weight"}
+        return model(ids, segment_ids)
+
+    found = make(half, forward, batch_size=8).run([[7] * 32] * 3)
+    ids, segment_ids = np.full((8, 32), 7, np.int32), np.ones((8, 32), np.int32)
+    plain = nnx.jit(lambda model: model(ids, segment_ids))(half)
+    np.testing.assert_array_equal(found, plain[:3])
+    assert {leaf.dtype for leaf in parameters(half).values()} == {np.dtype(np.float32)}

@@ -1,0 +1,281 @@
+"""The tokenizer: ids of the real one, plain text that stays plain, files of strangers."""
+
+import copy
+import doctest
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from texts import SNIPPETS, SPECIALS, nasty, ordinary, small_table
+
+import mlmjax.text.tokenizer
+from mlmjax.errors import InputError
+from mlmjax.text.tokenizer import Tokenizer
+
+
+def written(folder: Path, table, **companions) -> Path:
+    text = table if isinstance(table, str | bytes) else json.dumps(table)
+    data = text.encode() if isinstance(text, str) else text
+    (folder / "tokenizer.json").write_bytes(data)
+    for name, companion in companions.items():
+        (folder / f"{name}.json").write_text(json.dumps(companion))
+    return folder
+
+
+def test_ids_of_the_packaged_tokenizer(tokenizer):
+    found = (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert found == (50281, 50282, 50283, 50284)
+    assert (tokenizer.anchor_id, tokenizer.vocab_size) == (50285, 50368)
+    assert tokenizer.special_ids == {1, *range(50279, 50368)}
+    assert tokenizer.lstrip_ids == {50284}
+    assert tokenizer.rstrip_ids == frozenset()
+
+
+@pytest.mark.data
+def test_golden_ids(tokenizer, test_data):
+    golden = json.loads((test_data / "golden/tokenizer_golden_ids.json").read_text())["cases"]
+    for case in golden:
+        assert tokenizer.backend.encode(case["text"]).ids == case["ids"]
+        if "[MASK]" not in case["text"]:
+            assert [50281, *tokenizer.encode_plain(case["text"]), 50282] == case["ids"]
+    notes = json.loads((test_data / "golden/tokenisation_notes.json").read_text())
+    cases = notes["cases_no_special_tokens"]
+    assert len(golden) == 15
+    for text, ids in cases.items():
+        assert tokenizer.backend.encode(text, add_special_tokens=False).ids == ids
+        if "[" not in text:
+            assert tokenizer.encode_plain(text) == ids
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=nasty)
+def test_no_text_makes_a_special_token_and_none_is_lost(tokenizer, text):
+    ids = tokenizer.encode_plain(text)
+    assert tokenizer.special_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=ordinary)
+def test_ordinary_text_has_the_ids_of_the_original(tokenizer, text):
+    assert tokenizer.encode_plain(text) == tokenizer.backend.encode(text).ids[1:-1]
+
+
+def test_special_names_become_pieces_and_ordinary_added_tokens_stay(tokenizer):
+    names = [tokenizer.backend.id_to_token(i) for i in sorted(tokenizer.special_ids)]
+    assert len(names) == 90
+    for name, ids in zip(names, tokenizer.encode_plain_batch(names), strict=True):
+        assert len(ids) > 1
+        assert tokenizer.decode(ids) == name
+    assert tokenizer.encode_plain("|||IP_ADDRESS|||") == [0]
+    assert tokenizer.encode_plain("  ") == [50276]
+    assert tokenizer.encode_plain(" " * 24) == [50254]
+
+
+def test_batch_is_one_by_one(tokenizer):
+    assert tokenizer.encode_plain_batch(SNIPPETS) == [tokenizer.encode_plain(s) for s in SNIPPETS]
+    assert tokenizer.encode_plain_batch([]) == []
+
+
+def test_offsets_are_characters(tokenizer):
+    assert tokenizer.plain_offsets("aé 👍") == [(0, 1), (1, 2), (2, 4), (3, 4), (3, 4)]
+
+
+@pytest.mark.parametrize("text", [None, 3, b"x", ["x"], "ok \ud83d half"])
+def test_what_is_no_text_is_refused(tokenizer, text):
+    with pytest.raises(InputError, match=r"text: (is|holds)"):
+        tokenizer.encode_plain(text)
+
+
+@pytest.mark.parametrize("token_id", [-1, 50368, 10**12])
+def test_decoding_an_unknown_id_is_refused(tokenizer, token_id):
+    with pytest.raises(InputError, match="expected 0 to 50367"):
+        tokenizer.decode([5, token_id])
+
+
+def test_saved_bytes_are_the_bytes_read(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "new" / "folder")
+    again = Tokenizer.from_pretrained(tmp_path / "new" / "folder")
+    assert again.files == tokenizer.files
+    assert set(again.files) == {
+        "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    }  # fmt: skip
+    assert again.sha256 == tokenizer.sha256
+    assert tokenizer.sha256.startswith("9fd55248")
+
+
+def test_settings_baked_in_are_taken_out(tmp_path):
+    table = small_table(
+        truncation={"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
+        padding={"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None,
+                 "pad_id": 258, "pad_type_id": 0, "pad_token": "[PAD]"},
+    )  # fmt: skip
+    table["model"]["dropout"] = 0.9
+    table["model"]["merges"] = [["a", "b"]]
+    table["model"]["vocab"] = {"ab": 256, **table["model"]["vocab"]}
+    for entry in table["added_tokens"]:
+        entry["id"] += 1
+    read = Tokenizer.from_pretrained(written(tmp_path, table))
+    assert read.backend.truncation is None
+    assert read.backend.padding is None
+    one = read.backend.encode("ab").ids
+    assert one == [256]
+    assert read.encode_plain_batch(["ab" * 50] * 4) == [one * 50] * 4
+    (tmp_path / "saved").mkdir()
+    read.save(tmp_path / "saved")
+    saved = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert saved.sha256 == read.sha256
+    assert saved.backend.encode("ab" * 50).ids == one * 50
+
+
+def test_a_copy_is_built_from_the_same_files():
+    small = Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()}, "here")
+    twin = copy.deepcopy(small)
+    assert twin.backend is not small.backend
+    assert twin.encode_plain("[MASK] x") == small.encode_plain("[MASK] x")
+    assert (twin.files, twin.sha256, twin.where) == (small.files, small.sha256, "here")
+
+
+def test_special_tokens_are_found_by_their_names(tmp_path):
+    words = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "[unused0]", "[unused7]", "hello", "yes"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:5])
+    names = {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": {"content": "</s>"}}
+    rest = {"pad_token": "<pad>", "mask_token": "<mask>", "sep_token": "</s>"}
+    folder = written(tmp_path, backend.to_str(), tokenizer_config=names, special_tokens_map=rest)
+    read = Tokenizer.from_pretrained(folder)
+    assert (read.cls_id, read.sep_id, read.pad_id, read.mask_id, read.anchor_id) == (1, 2, 3, 4, 5)
+    assert read.special_ids == {0, 1, 2, 3, 4, 5, 6}
+    assert read.encode_plain("hello <mask> yes")[0] == 7
+    assert set(read.encode_plain("<mask> [unused0] </s>")) == {0}
+
+    written(tmp_path, backend.to_str(), special_tokens_map=rest | {"cls_token": "hello"})
+    with pytest.raises(InputError, match=r"cls_token is .*one name in all files"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_added_tokens_after_the_special_ones_keep_their_ids():
+    table = small_table()
+    ordinary = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    table["added_tokens"] += [
+        {"id": 262, "content": "<drug>", "special": False, **ordinary},
+        {"id": 263, "content": "<gene>", "special": False, **ordinary},
+    ]
+    small = Tokenizer({"tokenizer.json": json.dumps(table).encode()})
+    assert small.encode_plain("<gene><drug>") == [263, 262]
+    assert small.encode_plain("<gene>") == small.backend.encode("<gene>").ids
+
+
+def broken(change) -> dict:
+    table = small_table()
+    change(table)
+    return table
+
+
+BROKEN = {
+    "no JSON": ("{", "not valid JSON"),
+    "no UTF-8": (b"\xff\xfe\x00", "not valid JSON"),
+    "deep": ("[" * 100_000, "not valid JSON"),
+    "a list": ("[]", "expected an object"),
+    "empty object": ("{}", "not a tokenizer"),
+    "nothing": ("", "not valid JSON"),
+    "no mask": (broken(lambda t: t["added_tokens"].pop(3)), r"id 260|\[MASK\]"),
+    "no mask, no hole": (
+        broken(lambda t: t["added_tokens"][3].update(content="[M]")),
+        r"has no token \[MASK\]; expected",
+    ),
+    "no anchor": (
+        broken(lambda t: t["added_tokens"][4].update(content="[anchor]")),
+        r"has no token \[unused0\]; expected",
+    ),
+    "hole": (broken(lambda t: t["added_tokens"][5].update(id=300)), "without holes"),
+    "far away": (broken(lambda t: t["added_tokens"][5].update(id=10**9)), "without holes"),
+    "too large": (broken(lambda t: t["added_tokens"][5].update(id=10**12)), "not a tokenizer"),
+    "negative": (broken(lambda t: t["added_tokens"][5].update(id=-1)), "not a tokenizer"),
+    "hole in the vocabulary": (
+        broken(lambda t: t["model"]["vocab"].update({"!": 255_000})), "id|holes",
+    ),
+    "two pieces, one id": (broken(lambda t: t["model"]["vocab"].update({"!": 5})), "id"),
+    "alias": (
+        broken(lambda t: t["added_tokens"].append({**t["added_tokens"][3], "content": "[M]"})),
+        "twice",
+    ),
+    "doubled": (
+        broken(lambda t: t["added_tokens"].append({**t["added_tokens"][3], "id": 262})), "twice",
+    ),
+    "alias of a piece": (
+        broken(lambda t: t["added_tokens"][3].update(content="a")), r"added token 'a' says id 259",
+    ),
+    "entry without content": (
+        broken(lambda t: t["added_tokens"].append({"id": 262})), "not a tokenizer|expected an obj",
+    ),
+    "added tokens no list": (small_table(added_tokens={"a": 1}), "not a tokenizer|no list"),
+    "no model": (small_table(model=None), "not a tokenizer"),
+    "vocabulary no object": (small_table(model={"type": "BPE", "vocab": 3}), "not a tokenizer"),
+    "NaN": (json.dumps(small_table(version=float("nan"))), "not a tokenizer"),
+    "regular expression": (
+        small_table(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("},
+                                   "behavior": "Isolated", "invert": False}),
+        "not a tokenizer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("table", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_strangers_file_is_checked(tmp_path, table, message):
+    with pytest.raises(InputError, match=message) as caught:
+        Tokenizer.from_pretrained(written(tmp_path, table))
+    assert caught.value.message.startswith(f"{tmp_path}/tokenizer.json: ")
+    assert "\n" not in caught.value.message
+
+
+def test_a_vocabulary_that_makes_special_tokens_of_plain_text_is_refused(tmp_path):
+    words = ["x", *SPECIALS, "[unused0]"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="x")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    with pytest.raises(InputError, match=r"plain text becomes the special token"):
+        Tokenizer.from_pretrained(written(tmp_path, backend.to_str()))
+
+
+def test_one_token_in_two_parts_is_refused(tmp_path):
+    names = {"cls_token": "[SEP]"}
+    with pytest.raises(InputError, match="two parts"):
+        Tokenizer.from_pretrained(written(tmp_path, small_table(), special_tokens_map=names))
+
+
+def test_paths_without_a_tokenizer_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"has no tokenizer\.json; give a folder"):
+        Tokenizer.from_pretrained(tmp_path)
+    folder = written(tmp_path, small_table())
+    with pytest.raises(InputError, match=r"has no tokenizer\.json; give a folder"):
+        Tokenizer.from_pretrained(folder / "tokenizer.json")
+    monkeypatch.setitem(mlmjax.text.tokenizer._MAX_BYTES, "tokenizer.json", 1000)
+    with pytest.raises(InputError, match="is larger than"):
+        Tokenizer.from_pretrained(folder)
+
+
+def test_worked_examples():
+    result = doctest.testmod(mlmjax.text.tokenizer)
+    assert result.attempted > 1
+    assert result.failed == 0
+
+
+def test_a_tokenizer_that_lacks_its_unknown_token_is_refused(tmp_path):
+    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "a"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:4])
+    backend.add_tokens(["[unused0]"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"cannot encode a text .*\[UNK\]"):
+        Tokenizer.from_pretrained(tmp_path)

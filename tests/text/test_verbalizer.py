@@ -1,0 +1,127 @@
+"""Verbalizers: names of options, forms that are one token, and what is refused."""
+
+import doctest
+import json
+
+import pytest
+from texts import small_table
+
+import mlmjax.text.verbalizer
+from mlmjax.errors import InputError
+from mlmjax.text.prompts import Verbalizer, option_letters
+from mlmjax.text.tokenizer import Tokenizer
+
+
+def test_option_letters(tokenizer):
+    assert option_letters(4) == list("ABCD")
+    assert option_letters(0) == []
+    names = option_letters(457)
+    assert option_letters(457, tokenizer) == names
+    assert names[:26] == [chr(65 + i) for i in range(26)]
+    assert names[26:] == sorted(names[26:])
+    assert len(set(names)) == 457
+    assert {len(name) for name in names[26:]} == {2}
+    ids = Verbalizer.letters([f"label {i}" for i in range(457)]).ids(tokenizer)
+    assert ids[:3] == [(329,), (378,), (330,)]
+    assert len({i for row in ids for i in row}) == 457
+    with pytest.raises(InputError, match=r"458 options: .* at most 457"):
+        option_letters(458)
+    small = Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})
+    with pytest.raises(InputError, match=r"has 0 option names"):
+        option_letters(2, small)
+
+
+def test_verbalizers(tokenizer):
+    bare = Verbalizer.letters(["x", "y"], bare=True)
+    assert bare.forms == {"x": (" A", "A"), "y": (" B", "B")}
+    assert bare.ids(tokenizer) == [(329, 34), (378, 35)]
+    words = ["positive", "negative", "neutral", "yes", "no", "true", "false", "sports"]
+    assert [len(row) for row in Verbalizer.words(words).ids(tokenizer)] == [1] * 8
+    numbers = [str(n) for n in range(1, 558)]
+    verbalizer = Verbalizer.words(numbers)
+    assert verbalizer.labels == tuple(numbers)
+    assert len(set(verbalizer.ids(tokenizer))) == 557
+    mixed = Verbalizer({"good": [" good", " great"], "bad": " bad"})
+    assert mixed.labels == ("good", "bad")
+    assert [len(row) for row in mixed.ids(tokenizer)] == [2, 1]
+    assert mixed == Verbalizer({"good": (" good", " great"), "bad": [" bad"]})
+
+
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        ({"a": [" a"]}, "has 1 labels; expected at least two"),
+        ({}, "has 0 labels; expected at least two"),
+        ([" a", " b"], "is list; expected label -> list of forms"),
+        ({"a": [" a"], " ": [" b"]}, "label ' ': is blank"),
+        ({"a": [" a"], "": [" b"]}, "label '': is blank"),
+        ({"a": [" a"], 2: [" b"]}, "label 2: is int"),
+        ({"a": [" a"], "b": []}, "label 'b': has no forms"),
+        ({"a": [" a"], "b": None}, "label 'b': has no forms"),
+        ({"a": [" a"], "b": [3]}, "label 'b': form 3: is int"),
+        ({"a": [" a"], "b": [" "]}, "label 'b': form ' ' is blank"),
+        ({"a": [" a"], "b": ["\ud800"]}, "holds half a character"),
+    ],
+)
+def test_a_malformed_verbalizer_is_refused(forms, message):
+    with pytest.raises(InputError, match=message):
+        Verbalizer(forms)
+
+
+@pytest.mark.parametrize(
+    ("forms", "message"),
+    [
+        (
+            {"yes": [" yes"], "atheism": [" atheism"]},
+            r"label 'atheism': form ' atheism' is 2 tokens \(' athe' \+ 'ism'\); each form must be",
+        ),
+        ({"yes": [" yes"], "a": [" Sci/Tech"]}, r"is 3 tokens \(' Sci' \+ '/' \+ 'Tech'\)"),
+        (
+            {"yes": [" yes"], "no": [" yes"]},
+            "form ' yes' is the same token as a form of label 'yes'",
+        ),
+        ({"yes": [" yes", " yes"], "no": [" no"]}, "is the same token as a form of label 'yes'"),
+        ({"yes": [" yes"], "no": ["[MASK]"]}, r"form '\[MASK\]' is 3 tokens"),
+        ({"yes": [" yes"], "no": ["[unused0]"]}, r"form '\[unused0\]' is \d tokens"),
+        ({"yes": [" yes"], "no": [" [unused0]"]}, r"form ' \[unused0\]' is \d tokens"),
+    ],
+)
+def test_a_form_that_is_not_one_ordinary_token_is_refused(tokenizer, forms, message):
+    verbalizer = Verbalizer(forms)
+    with pytest.raises(InputError, match=message):
+        verbalizer.ids(tokenizer)
+
+
+def test_a_word_unknown_to_the_tokenizer_is_refused():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]", "yes"]
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(words[:5])
+    small = Tokenizer({"tokenizer.json": backend.to_str().encode()})
+    with pytest.raises(InputError, match=r"form ' no' is the special token \[UNK\]"):
+        Verbalizer.words(["yes", "no"]).ids(small)
+
+
+@pytest.mark.parametrize("make", [Verbalizer.letters, Verbalizer.words])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", "b", "a"], "label 'a': stands twice"),
+        (["a"], "has 1 labels"),
+        (["a", " \n"], "is blank"),
+        (["a", 3], "label 2: is int"),
+        ("ab", "expected a list of labels"),
+    ],
+)
+def test_bad_labels_are_refused(make, labels, message):
+    with pytest.raises(InputError, match=message):
+        make(labels)
+
+
+def test_worked_examples():
+    result = doctest.testmod(mlmjax.text.verbalizer)
+    assert result.attempted > 0
+    assert result.failed == 0

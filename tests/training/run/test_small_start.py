@@ -1,0 +1,121 @@
+"""Embeddings from counts of neighbours: what is alike is near, and nothing else is touched."""
+
+import doctest
+import json
+import random
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from training import SPECIALS, make_table, write_tokenizer
+
+import mlmjax
+from mlmjax.config.run import parse_config
+from mlmjax.training.run.initial_model import load_start
+from mlmjax.training.run.train import prepare_rows
+
+SCRIPT = Path(__file__).parents[3] / "tools" / "make_small_start.py"
+SPEC = spec_from_file_location("make_small_start", SCRIPT)
+TOOL = module_from_spec(SPEC)
+SPEC.loader.exec_module(TOOL)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A network before and after, whose texts hold cat where they may as well hold dog."""
+    folder = tmp_path_factory.mktemp("start")
+    write_tokenizer(folder / "tokenizer")
+    rng = random.Random(0)
+    near = {"cat": ["fish", "bird"], "dog": ["fish", "bird"], "red": ["stone", "sun"]}
+    near["blue"] = near["red"]
+    with (folder / "texts.jsonl").open("w") as file:
+        for _ in range(400):
+            word = rng.choice(sorted(near))
+            others = " ".join(rng.choices(near[word], k=4))
+            file.write(json.dumps({"text": f" {word} {others}"}) + "\n")
+    data = {"rows": str(folder / "rows"), "seq_length": 64, "batch_size": 8}
+    data["sources"] = [{"path": str(folder / "texts.jsonl"), "text": "text"}]
+    config = parse_config(make_table(folder, data=data, objective={"mlm_share": 1.0}))
+    prepare_rows(config)
+    described, tokenizer = load_start(config)
+    model = mlmjax.ModernBertForMaskedLM(described.config, rngs=nnx.Rngs(0))
+    mlmjax.save_pretrained(model, tokenizer, folder / "untrained")
+    names = ("--model", "untrained"), ("--rows", "rows"), ("--out", "start")
+    with pytest.MonkeyPatch.context() as patch:
+        words = [word for flag, name in names for word in (flag, str(folder / name))]
+        patch.setattr("sys.argv", [str(SCRIPT), *words])
+        TOOL.main()
+    return folder, tokenizer
+
+
+def parameters(folder):
+    model, _ = mlmjax.load_pretrained(folder)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_the_examples_hold():
+    assert doctest.testmod(TOOL).attempted
+    assert not doctest.testmod(TOOL).failed
+
+
+def test_only_embeddings_of_what_was_read_change(made):
+    folder, tokenizer = made
+    before, after = parameters(folder / "untrained"), parameters(folder / "start")
+    changed = [name for name in before if not np.array_equal(before[name], after[name])]
+    assert len(changed) == 1
+    assert "tok_embeddings" in changed[0]
+    old, new = before[changed[0]], after[changed[0]]
+    read = {tokenizer.encode_plain(f" {word}")[0] for word in ("cat", "dog", "red", "blue")}
+    read |= {tokenizer.encode_plain(f" {word}")[0] for word in ("fish", "bird", "stone", "sun")}
+    assert set(np.flatnonzero((old != new).any(axis=1))) == read
+    assert not read & {tokenizer.backend.token_to_id(name) for name in SPECIALS}
+    usual = np.linalg.norm(old, axis=1).mean()
+    np.testing.assert_allclose(np.linalg.norm(new[sorted(read)], axis=1), usual, rtol=1e-5)
+
+
+def test_the_result_tells_what_was_counted(made):
+    folder, _ = made
+    told = json.loads((folder / "start" / "training_manifest.json").read_text())
+    (run,) = told["runs"]
+    assert run["init_from"] is None
+    assert [file["name"] for file in run["sources"][0]["files"]] == ["texts.jsonl"]
+
+
+def test_words_of_the_same_neighbours_are_near(made):
+    folder, tokenizer = made
+    model, _ = mlmjax.load_pretrained(folder / "start")
+    table = np.asarray(model.model.embeddings.tok_embeddings.weight[...])
+    words = ("cat", "dog", "red", "blue")
+    vectors = table[[tokenizer.encode_plain(f" {word}")[0] for word in words]]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = vectors @ vectors.T
+    assert min(cosine[0, 1], cosine[2, 3]) > 0.9
+    assert np.abs(cosine[:2, 2:]).max() < 0.2
+
+
+def test_neighbours_do_not_cross_examples_and_blocks_make_no_difference():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 40)
+    tokens = rng.integers(0, 12, lengths.sum())
+    expected = np.zeros((12, 12))
+    for example in np.split(tokens, np.cumsum(lengths)[:-1]):
+        for i, one in enumerate(example):
+            for j, other in enumerate(example):
+                expected[one, other] += 0 < abs(i - j) <= 3
+    cut = np.cumsum(lengths)[19]
+    halves = [(tokens[:cut], lengths[:20]), (tokens[cut:], lengths[20:])]
+    for blocks in ([(tokens, lengths)], halves):
+        found = TOOL.neighbour_counts(blocks, 12, window=3)
+        np.testing.assert_array_equal(found.toarray(), expected)
+
+
+def test_rows_of_another_tokenizer_are_refused(made, monkeypatch):
+    folder, _ = made
+    words = ["--model", "mlmjax-small", "--rows", str(folder / "rows"), "--out", "never"]
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), *words])
+    with pytest.raises(SystemExit, match="with another tokenizer than mlmjax-small's"):
+        TOOL.main()

@@ -1,0 +1,406 @@
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from processes import to_toml
+from training import (
+    OTHERS,
+    TASKS,
+    assert_same,
+    compile_settings,
+    lines_of,
+    make_config,
+    make_table,
+    quick_compiles,
+)
+
+import mlmjax.training.run.loop as loop_module
+import mlmjax.training.run.train as train_module
+from mlmjax.errors import InputError, RunError
+from mlmjax.training.run.log import MetricsLog
+from mlmjax.training.run.timing import PHASES
+from mlmjax.training.run.train import prepare_rows, run_training
+from mlmjax.weights import pretrained
+from mlmjax.weights.checkpoints import Checkpoints
+
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
+KEYS = {
+    "step",
+    "split",
+    "loss",
+    "loss_atp",
+    "loss_dummy",
+    "loss_mlm",
+    "answer_accuracy",
+    "grad_norm",
+    "update_norm",
+    "skipped_updates",
+    "learning_rate",
+    "tokens_per_second",
+    "flops_per_second",
+    "mfu",
+    "target_share",
+    "padding_share",
+    "chip_tokens_per_second",
+    *(f"seconds_{phase}" for phase in PHASES),
+    "productive_share",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs of all runs here."""
+    with quick_compiles(tmp_path_factory.mktemp("runs")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def straight(folder):
+    """The final state of a run that nothing stopped; its folder is `folder / "out"`."""
+    return run_training(make_config(folder))
+
+
+def test_a_run_leaves_what_it_promises(folder, straight):
+    out = folder / "out"
+    assert straight.step == 8
+    text = (out / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [(line["step"], line["split"]) for line in lines] == [
+        *[(step, "train") for step in (1, 2, 3, 4)],
+        (4, "validation"),
+        *[(step, "train") for step in (5, 6, 7, 8)],
+        (8, "validation"),
+    ]
+    assert all(line.keys() == KEYS for line in lines)
+    train = [line for line in lines if line["split"] == "train"]
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert math.isclose(train[0]["loss"], math.log(320), rel_tol=0.05)
+    assert [line["learning_rate"] for line in train[:3]] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert all(0 < line["target_share"] < 1 and 0 <= line["padding_share"] < 1 for line in lines)
+    assert json.loads((out / "config.json").read_text())["steps"] == 8
+    assert list(out.glob("events.out.tfevents.*"))
+    model, tokenizer = pretrained.load_pretrained(out / "export")
+    exported = dict(pretrained.to_hf_tensors(model))
+    assert exported["model.final_norm.weight"].tolist() == (
+        straight.params["model"]["final_norm"]["weight"][...].tolist()
+    )
+    assert tokenizer.vocab_size <= model.config.vocab_size == 320
+    card = (out / "export" / "README.md").read_text()
+    assert "80% answer token prediction" in card
+    assert "300 records" in card
+
+
+def test_the_report_counts_every_held_out_answer(folder, straight):
+    report = json.loads((folder / "out" / "validation.json").read_text())
+    per_task = report["per_task"]
+    assert set(per_task) == set(TASKS)
+    assert report["n"] == sum(row["n"] for row in per_task.values()) > 20
+    correct = sum(row["n"] * row["accuracy"] for row in per_task.values())
+    assert report["accuracy"] == pytest.approx(correct / report["n"])
+    low, high = report["accuracy_ci95"]
+    assert low <= report["accuracy"] <= high
+    assert all(row["majority_answer"].strip() in TASKS[task] for task, row in per_task.items())
+    majority = sum(row["n"] * row["majority"] for row in per_task.values()) / report["n"]
+    assert report["majority"] <= report["per_task_majority"] == pytest.approx(majority)
+
+
+def test_the_losses_of_each_source_are_reported(folder, capsys):
+    """Of questions and plain text: what `validate` says of each alone, masked as the run does."""
+    with (folder / "texts.jsonl").open("w") as file:
+        for number in range(150):
+            words = " ".join(OTHERS[number * i % 7] for i in range(1, 20))
+            file.write(json.dumps({"text": f"{words}. {words}"}) + "\n")
+    table = make_table(folder)
+    sources = [
+        {**table["data"]["sources"][0], "name": "questions", "weight": 1.0},
+        {"path": str(folder / "texts.jsonl"), "text": "text", "name": "texts", "weight": 1.0},
+    ]
+    data = {**table["data"], "rows": str(folder / "rows-two"), "sources": sources}
+    data["sources"][1]["cut"] = "sentence"
+    objective = {"mlm_share": 0.5, "masking": "whole_word"}
+    out = folder / "two"
+    config = make_config(folder, out=str(out), data=data, objective=objective, steps=4)
+    run_training(config)
+    report = json.loads((out / "validation.json").read_text())["per_source"]
+    assert set(report) == {"questions", "texts"}
+    assert all(0 < report["questions"][key] < 7 for key in ("loss_atp", "loss_mlm"))
+    assert report["questions"]["answer_accuracy"] is not None
+    assert report["texts"].keys() == report["questions"].keys()
+    assert report["texts"]["loss_atp"] is report["texts"]["answer_accuracy"] is None
+    assert 0 < report["texts"]["loss_mlm"] < 7
+    printed = capsys.readouterr().out
+    assert f"texts      {'':8}  {report['texts']['loss_mlm']:8.3f}" in printed
+    with pytest.raises(InputError, match=r"objective\.masking is 'span', the run there has 'whole"):
+        run_training(
+            make_config(
+                folder, out=str(out), data=data, objective={**objective, "masking": "span"}, steps=4
+            )
+        )
+
+
+def test_a_finished_run_is_reported_and_left_alone(folder, straight, capsys):
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "export").iterdir()}
+    state = run_training(make_config(folder))
+    printed = capsys.readouterr()
+    assert "is complete at step 8; nothing to do" in printed.err
+    assert "95 % interval" in printed.out
+    assert_same(state, straight)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert len(lines_of(folder / "out")) == 10
+
+
+CHILD = """
+import json, os, signal, sys
+import jax
+for name, value in json.loads(sys.argv[1]).items():
+    jax.config.update(name, value)
+from mlmjax.cli.commands import run
+from mlmjax.training.run.log import MetricsLog
+write = MetricsLog.write
+def write_and_die(self, step, split, values):
+    write(self, step, split, values)
+    if step == 6:
+        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
+MetricsLog.write = write_and_die
+sys.exit(run(["train", *sys.argv[3:]]))
+"""
+
+
+def run_child(folder, out, signal_name):
+    """Train in a process of its own that gets a signal at step 6 of 8."""
+    config = folder / f"{out.name}.toml"
+    settings = {**compile_settings(folder), "jax_num_cpu_devices": 8}
+    table = make_table(folder, out=str(out))
+    config.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in table.items()))
+    return subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(settings), signal_name, str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+
+
+def test_after_a_kill_everything_is_as_if_it_had_not_happened(folder, straight):
+    out = folder / "killed"
+    child = run_child(folder, out, "SIGKILL")
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert max(line["step"] for line in lines_of(out)) == 6
+    # A half-written last line, as a kill in the middle of a write leaves it.
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "spl')
+    state = run_training(make_config(folder, out=str(out)))
+    assert_same(state, straight)
+    assert lines_of(out) == lines_of(folder / "out")
+
+
+def test_sigterm_saves_and_exits_143(folder, straight):
+    out = folder / "terminated"
+    child = run_child(folder, out, "SIGTERM")
+    assert child.returncode == 143, child.stderr
+    assert "step 6 is saved" in child.stderr
+    assert "Traceback" not in child.stderr
+    assert (out / "checkpoints" / "6").is_dir()
+    state = run_training(make_config(folder, out=str(out)))
+    assert_same(state, straight)
+    assert lines_of(out) == lines_of(folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "what", "saved"),
+    [
+        (signal.SIGTERM, loop_module, "count_tokens", 1),  # The first step has just compiled.
+        (signal.SIGTERM, loop_module, "validate", 4),
+        (signal.SIGTERM, Checkpoints, "save", 4),
+        (signal.SIGINT, loop_module, "validate", 4),
+    ],
+    ids=["first step", "evaluation", "save", "interrupt"],
+)
+def test_a_signal_at_any_time(folder, straight, monkeypatch, request, number, where, what, saved):
+    out = folder / request.node.callspec.id.replace(" ", "-")
+    original = getattr(where, what)
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), number)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, what, signalled)
+        expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+        with pytest.raises(expected) as caught:
+            run_training(make_config(folder, out=str(out)))
+    assert expected is KeyboardInterrupt or caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*")) == saved
+    assert_same(run_training(make_config(folder, out=str(out))), straight)
+    assert lines_of(out) == lines_of(folder / "out")
+
+
+def test_an_evaluation_stopped_twice_is_made_up_for(folder, straight, monkeypatch):
+    out, validate = folder / "twice", loop_module.validate
+
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args, **kwargs)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop_module, "validate", signalled)
+            with pytest.raises(SystemExit):
+                run_training(make_config(folder, out=str(out)))
+        assert max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*")) == 4
+    run_training(make_config(folder, out=str(out)))
+    assert lines_of(out) == lines_of(folder / "out")
+
+
+def test_averages_survive_a_stop_between_lines(folder, monkeypatch):
+    """With one line for four steps, a stop after step 6 must not lose steps 5 and 6."""
+
+    def config(name):
+        return make_config(folder, out=str(folder / name), log__every=4, checkpoint__every=6)
+
+    run_training(config("whole"))
+    save = Checkpoints.save
+
+    def save_and_stop(self, step, *args, **kwargs):
+        save(self, step, *args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(SystemExit):
+            run_training(config("parts"))
+    run_training(config("parts"))
+    assert lines_of(folder / "parts") == lines_of(folder / "whole")
+
+
+def test_a_run_goes_on_on_another_mesh(folder, straight):
+    out = folder / "moved"
+    shutil.copytree(folder / "out", out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    sizes = {"data": 2, "fsdp": 2, "tensor": 2}
+    state = run_training(make_config(folder, out=str(out), mesh=sizes, data__accumulate=2))
+    assert not jax.tree.leaves(state.params)[0].is_fully_replicated
+    losses, expected = ([line["loss"] for line in lines_of(o)] for o in (out, folder / "out"))
+    assert losses[:5] == expected[:5]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder):
+    out = folder / "diverged"
+    config = make_config(
+        folder, out=str(out), optimizer__learning_rate=1e38, checkpoint__every=1, schedule__warmup=0
+    )
+    with pytest.raises(RunError, match=r"step 2: the loss is .*nan.*examples \d+, \d+") as caught:
+        run_training(config)
+    assert "checkpoint of step 1 is whole" in str(caught.value)
+    assert [line["step"] for line in lines_of(out)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective__dummy_mlm_share": 0.5}, "objective.dummy_mlm_share is 0.5, the run there"),
+        ({"model__hidden_size": 64}, "model.hidden_size is 64, the run there has 32"),
+        ({"data__batch_size": 16}, "data.batch_size is 16"),
+        ({"optimizer__b2": 0.5}, "optimizer.b2 is 0.5"),
+        ({"seed": 1}, "seed is 1, the run there has 0"),
+        ({"optimizer__learning_rate": 2e-3}, "update 1 of 8 already done had the learning rate"),
+        ({"steps": 12}, "update 8 of 8 already done"),
+        ({"steps": 4}, "at step 8, past steps = 4"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(folder, straight, changes, message):
+    before = (folder / "out" / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match="^" + str(folder / "out")) as caught:
+        run_training(make_config(folder, **changes))
+    assert message in str(caught.value)
+    assert (folder / "out" / "metrics.jsonl").read_bytes() == before
+
+
+def test_steps_may_grow_where_the_past_stays_as_it_was(folder, straight):
+    out = folder / "longer"
+    shutil.copytree(folder / "out", out)
+    shutil.rmtree(out / "checkpoints" / "8")
+    state = run_training(make_config(folder, out=str(out), steps=9))
+    assert state.step == 9
+    rates = [line["learning_rate"] for line in lines_of(out) if line["split"] == "train"]
+    assert rates[:8] == pytest.approx([5e-4, *[1e-3] * 7])
+
+
+def test_starting_from_an_export(folder, straight):
+    start = {"init_from": str(folder / "out" / "export"), "model": None, "tokenizer": None}
+    config = make_config(
+        folder, out=str(folder / "tuned"), steps=1, schedule={"warmup": 0}, **start
+    )
+    run_training(config)
+    first = lines_of(folder / "tuned")[0]
+    assert first["loss"] < lines_of(folder / "out")[0]["loss"] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parallel": "pmap"}, r"leave \[mesh\] out"),
+        ({"out": "what[1]"}, "under a name with"),
+        ({"data__seq_length": 9000}, "data.seq_length: found 9000; the model takes at most 8192"),
+        ({"model__mlp_dropout": 0.1}, r"mlp_dropout is 0.1; training has no dropout"),
+        ({"model__vocab_size": 301}, "the tokenizer does not match the model"),
+        ({"model__hiden_size": 64}, "hiden_size"),
+        ({"mesh": {"data": 3}}, "batch of 8 rows cannot be cut"),
+        ({"mesh": {"fsdp": 16}}, "does not divide the 8 devices"),
+        ({"mesh": {"data": 1, "tensor": 4}}, "tensor = 4 does not divide 2"),
+        ({"schedule": {"warmup": 20}}, "warmup 20"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(folder, monkeypatch, changes, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=message):
+        run_training(make_config(folder, **{"out": "refused", **changes}))
+
+
+def test_a_folder_that_is_no_runs_is_refused(folder, straight):
+    export = folder / "out" / "export"
+    before = (export / "config.json").read_bytes()
+    with pytest.raises(InputError, match=r"config.json: is not the configuration of a run"):
+        run_training(make_config(folder, out=str(export)))
+    assert (export / "config.json").read_bytes() == before
+    with pytest.raises(InputError, match="cannot be written"):
+        run_training(make_config(folder, out=str(folder / "records.jsonl")))
+
+
+def test_two_processes_do_not_train_in_one_folder(folder, straight):
+    message = "another process is training there"
+    with train_module.alone_in(folder / "out"), pytest.raises(InputError, match=message):
+        run_training(make_config(folder))
+
+
+def test_no_room_for_metrics_fails_the_run(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        log._file.close()
+        log._file = open("/dev/full", "w")  # noqa: SIM115
+        with pytest.raises(RunError, match="No space left"):
+            log.write(1, "train", {"loss": 1.0})
+
+
+def test_a_strange_metrics_file_is_not_overwritten(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('my notes\n{"step": 1, "split": "train"}\n')
+    with pytest.raises(InputError, match="line 1: is not a line of metrics"):
+        MetricsLog(tmp_path, step=5)
+
+
+def test_prepare_says_what_it_kept(folder, straight, capsys):
+    rows = prepare_rows(make_config(folder))
+    assert rows == folder / "rows"
+    assert "300 records, 300 examples" in capsys.readouterr().out

@@ -1,0 +1,432 @@
+"""What a run file can ask for beyond the plain recipe, each through the whole loop."""
+
+import json
+import os
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from training import OTHERS, TASKS, assert_same, lines_of, make_config, quick_compiles
+
+from mlmjax.cli.commands import run
+from mlmjax.data.loader import Loader
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.rows import read_manifest
+from mlmjax.errors import InputError, RunError
+from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.run.log import MetricsLog
+from mlmjax.training.run.run import open_loaders
+from mlmjax.training.run.train import run_training
+from mlmjax.weights import pretrained
+
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
+COLORS = TASKS["color"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Inputs of all runs here: a labelled table as well."""
+    with quick_compiles(tmp_path_factory.mktemp("options")) as folder:
+        rng = random.Random(1)
+        with (folder / "table.jsonl").open("w") as file:
+            for _ in range(400):
+                label = rng.randrange(len(COLORS))
+                words = [COLORS[label], *rng.choices(OTHERS, k=rng.randint(1, 6))]
+                rng.shuffle(words)
+                line = {"text": " ".join(words), "label": label, "score": 2.0 * label - 1}
+                file.write(json.dumps(line) + "\n")
+        yield folder
+
+
+def labelled(folder, name, **changes):
+    """A run of the classification head on the table."""
+    source = {"path": str(folder / "table.jsonl"), "prompt": "{text}", "answer": "label"}
+    source |= changes.pop("source", {"labels": COLORS})
+    rows = changes.pop("rows", f"rows-{'labels' in source}")
+    settings = {
+        "out": str(folder / name),
+        "head": "classification",
+        "steps": 60,
+        "data": {
+            "rows": str(folder / rows),
+            "seq_length": 16,
+            "batch_size": 16,
+            "pack": changes.pop("pack", False),
+            "validation_rows": 60,
+            "sources": [source],
+        },
+        "objective": {},
+        "optimizer": {"learning_rate": 1e-2},
+        "checkpoint": {"every": 30},
+        "evaluation": {"every": 30},
+        "log": {"every": 10},
+    }
+    return make_config(folder, **settings | changes)
+
+
+def stopped_after(step, config, monkeypatch):
+    """Run until the line of a step is written, then by SIGTERM leave and go on."""
+    write = MetricsLog.write
+
+    def write_and_stop(self, number, split, values):
+        write(self, number, split, values)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write_and_stop)
+        with pytest.raises(SystemExit):
+            run_training(config)
+    return run_training(config)
+
+
+def test_the_classification_head_learns_and_is_exported(folder, monkeypatch, capsys):
+    state = run_training(labelled(folder, "classes"))
+    out = folder / "classes"
+    report = json.loads((out / "validation.json").read_text())
+    assert report["n"] >= 60
+    assert report["accuracy"] > 0.9 > report["majority"] + 0.3
+    assert report["macro_f1"] > 0.9
+    assert report["majority_answer"] in COLORS
+    assert "95 % interval" in capsys.readouterr().out
+    lines = lines_of(out)
+    assert lines[-1]["split"] == "validation"
+    assert lines[-1]["answer_accuracy"] == pytest.approx(report["accuracy"])
+    assert lines[-1]["loss_atp"] is None
+    model, tokenizer = pretrained.load_pretrained(out / "export")
+    assert isinstance(model, ModernBertForSequenceClassification)
+    assert list(model.config.id2label.values()) == COLORS
+    ids = [tokenizer.cls_id, *tokenizer.encode_plain("tree moon blue fish"), tokenizer.sep_id]
+    assert COLORS[int(model(np.array([ids])).argmax())] == "blue"
+    card = (out / "export" / "README.md").read_text()
+    assert "trained to give the labels red, blue, green" in card
+    again = stopped_after(40, labelled(folder, "classes-stopped"), monkeypatch)
+    assert_same(again, state)
+    assert lines_of(folder / "classes-stopped") == lines
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(out / "export")
+    logits = theirs(input_ids=torch.tensor([ids])).logits.detach().numpy()
+    np.testing.assert_allclose(model(np.array([ids])), logits, atol=1e-4)
+
+
+def test_classification_starts_from_a_masked_language_model(folder):
+    run_training(make_config(folder, out=str(folder / "masked")))
+    start = {
+        "init_from": str(folder / "masked" / "export"),
+        "model": None,
+        "tokenizer": None,
+        "steps": 2,
+        "schedule": {"warmup": 0, "decay": 0},
+        "parallel": "pmap",
+        "mesh": {},
+    }
+    run_training(labelled(folder, "head", **start))
+    model, _ = pretrained.load_pretrained(folder / "head" / "export")
+    assert model.config.num_labels == 3
+    before, _ = pretrained.load_pretrained(folder / "masked" / "export")
+    embedding = "model.embeddings.tok_embeddings.weight"
+    moved = pretrained.parameters(model)[embedding] - pretrained.parameters(before)[embedding]
+    assert 0 < abs(np.asarray(moved)).max() < 0.1  # Two updates away from where it started.
+    start["init_from"] = str(folder / "head" / "export")
+    config = make_config(folder, out=str(folder / "wrong"), **start)
+    with pytest.raises(InputError, match="or head = 'classification'"):
+        run_training(config)
+
+
+def test_without_labels_a_number_is_predicted(folder, capsys):
+    run_training(labelled(folder, "scores", source={"answer": "score"}, steps=100))
+    report = json.loads((folder / "scores" / "validation.json").read_text())
+    assert report["mse"] < 0.2 * report["mse_of_mean"]
+    assert "mean squared error" in capsys.readouterr().out
+    model, _ = pretrained.load_pretrained(folder / "scores" / "export")
+    assert model.config.num_labels == 1
+    assert model.config.problem_type == "regression"
+    assert lines_of(folder / "scores")[-1]["answer_accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pack": True}, r"set data.pack = false"),
+        ({"objective": {"mlm_share": 0.1}}, "is for the MLM head"),
+        ({"source": {"labels": ["red"]}}, "labels are 'red'; expected two or more"),
+        ({"source": {"labels": ["red", "red"]}}, "'red', 'red'; expected two or more, distinct"),
+        ({"source": {"answer": "text"}}, "line 1: column 'text' is .* expected a number"),
+        ({"source": {"labels": COLORS[:2]}}, "column 'label' is 2; expected one of"),
+        ({"source": {"labels": COLORS, "prompt": "{text} [MASK]"}}, "reads no slot; leave it out"),
+    ],
+)
+def test_what_a_classification_head_cannot_be_trained_on_is_refused(folder, changes, message):
+    with pytest.raises(InputError, match=message):
+        run_training(labelled(folder, "refused", rows="rows-refused", **changes))
+
+
+def test_rows_are_for_one_head(folder):
+    run_training(make_config(folder, out=str(folder / "masked-first"), steps=1, schedule={}))
+    with pytest.raises(InputError, match="head is 'classification', the rows have 'mlm'"):
+        run_training(
+            make_config(
+                folder,
+                out=str(folder / "other-head"),
+                head="classification",
+                objective={},
+                data__pack=False,
+            )
+        )
+
+
+def test_averages_are_validated_and_exported(folder, monkeypatch):
+    settings = {"optimizer": {"learning_rate": 1e-2, "ema": 0.9}, "evaluation": {"every": 2}}
+    state = run_training(make_config(folder, out=str(folder / "ema"), **settings))
+    run_training(
+        make_config(
+            folder,
+            out=str(folder / "plain"),
+            optimizer={"learning_rate": 1e-2},
+            evaluation={"every": 2},
+        )
+    )
+    exported = dict(
+        pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "ema" / "export")[0])
+    )
+    average = state.opt_state.average["model"]["final_norm"]["weight"][...]
+    np.testing.assert_array_equal(exported["model.final_norm.weight"], average)
+    assert abs(average - state.params["model"]["final_norm"]["weight"][...]).max() > 0
+    averaged, plain = lines_of(folder / "ema"), lines_of(folder / "plain")
+    pairs = list(zip(averaged, plain, strict=True))
+    assert all(a == b for a, b in pairs if a["split"] == "train")
+    assert all(a["loss"] != b["loss"] for a, b in pairs if a["split"] == "validation")
+    again = stopped_after(
+        5, make_config(folder, out=str(folder / "ema-stopped"), **settings), monkeypatch
+    )
+    assert_same(again, state)
+
+
+def test_a_growing_batch_and_a_falling_mask_rate_resume_exactly(folder, monkeypatch):
+    settings = {
+        "data__batch_start": 2,
+        "data__batch_warmup": 6,
+        "data__accumulate": 4,
+        "objective": {"mlm_share": 0.5, "mlm_rate": 0.4, "mlm_rate_end": 0.1},
+        "optimizer": {"learning_rate": 1e-3, "layer_decay": 0.8, "name": "stable_adamw"},
+        "remat": "layer",
+    }
+    config = make_config(folder, out=str(folder / "grown"), **settings)
+    state = run_training(config)
+    lines = lines_of(folder / "grown")
+    train = [line for line in lines if line["split"] == "train"]
+    assert train[0]["target_share"] > train[-1]["target_share"]
+    stopped = make_config(folder, out=str(folder / "grown-stopped"), **settings)
+    assert_same(stopped_after(5, stopped, monkeypatch), state)
+    assert lines_of(folder / "grown-stopped") == lines
+    for change, message in (
+        (
+            {"data__batch_warmup": 4},
+            "update 4 of 8 already done had the number of rows 4; this configuration says 6",
+        ),
+        ({"objective": {"mlm_share": 0.5, "mlm_rate": 0.4}}, "had the mask rate"),
+        ({"optimizer": {**settings["optimizer"], "layer_decay": 0.9}}, "layer_decay is 0.9"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_training(make_config(folder, out=str(folder / "grown"), **settings | change))
+
+
+def test_rows_of_a_growing_batch_are_counted(folder, monkeypatch):
+    """The first updates read few rows, and the devices have to take each size."""
+    sizes = []
+    batch = Loader.batch
+    monkeypatch.setattr(
+        Loader,
+        "batch",
+        lambda self, *args: sizes.append((args[0], len((b := batch(self, *args)).input_ids))) or b,
+    )
+    grown = {"data__batch_start": 2, "data__batch_warmup": 3, "evaluation": {"every": 0}}
+    run_training(make_config(folder, out=str(folder / "sizes"), steps=5, **grown))
+    assert [size for _, size in sorted(sizes)[:10]][-1] == 8
+    assert dict(sizes)[0] in (2, 8)
+    assert min(size for _, size in sizes) == 2
+    with pytest.raises(InputError, match="batch of 2 rows cannot be cut over"):
+        run_training(make_config(folder, out=str(folder / "devices"), mesh={"data": 4}, **grown))
+
+
+def test_a_profile_is_written(folder):
+    config = make_config(folder, out=str(folder / "traced"), steps=3, schedule={})
+    for updates, message in (
+        ("3", "expected FIRST:LAST"),
+        ("2:1", "expected FIRST:LAST"),
+        ("2:9", "has the updates 1 to 3 to do"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_training(config, profile=updates)
+    run_training(config, profile="2:3")
+    assert list((folder / "traced" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(InputError, match="has no updates left"):
+        run_training(config, profile="2:3")
+    assert run(["train", "missing.toml", "--profile", "1:2"]) == 2
+
+
+def test_flops_are_told_and_mfu_where_the_peak_is_known(folder, monkeypatch):
+    monkeypatch.setattr("mlmjax.training.run.train.peak_flops", lambda kind, dtype: 1e12)
+    out = folder / "mfu"
+    run_training(make_config(folder, out=str(out), steps=3, schedule={}, mesh={"data": 4}))
+    texts = (out / "metrics.jsonl").read_text().splitlines()
+    lines = [line for line in map(json.loads, texts) if line["split"] == "train"]
+    assert lines[0]["mfu"] is None  # The first update compiles.
+    for line in lines[1:]:
+        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 4e12)
+        assert 1e3 < line["flops_per_second"] / line["tokens_per_second"] < 1e7
+    shutil.rmtree(out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # The first update already takes the parameters beyond float32.
+        ({"optimizer": {"learning_rate": 1e38}}, "step 1: the validation loss is nan"),
+        (
+            {
+                "optimizer": {"learning_rate": 3e38, "weight_decay": 10.0},
+                "evaluation": {"every": 9},
+            },
+            "step 1: the parameters are not all finite",
+        ),
+    ],
+)
+def test_a_run_that_diverges_at_its_end_fails_and_saves_nothing(folder, changes, message):
+    out = folder / "diverged"
+    settings = {"steps": 1, "schedule": {"warmup": 0}, "checkpoint": {"every": 1}, **changes}
+    if "weight_decay" in changes["optimizer"]:
+        settings["data__validation_rows"], settings["data__rows"] = 0, str(folder / "all-rows")
+    with pytest.raises(RunError, match=message):
+        run_training(make_config(folder, out=str(out), **settings))
+    assert not list((out / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_weighted_source_without_a_row_is_refused(folder):
+    (folder / "one.jsonl").write_text('{"prompt": "the color: red", "answer": "red"}\n')
+    sources = [
+        {"path": str(folder / f"{name}.jsonl"), "prompt": "{prompt}", "answer": "answer"}
+        for name in ("records", "one")
+    ]
+    changes = {"data__validation_rows": 80, "data__rows": str(folder / "weighted-rows")}
+    weighted = [source | {"weight": 0.5} for source in sources]
+    config = make_config(folder, out=str(folder / "w"), data__sources=weighted, **changes)
+    rows = prepare(config.data, Tokenizer.from_pretrained(folder / "tokenizer"))
+    assert len({file.name for file in read_manifest(rows).splits["train"]}) == 1
+    with pytest.raises(InputError, match=r"one.jsonl has the weight 0.5 and no row to draw"):
+        run_training(config)
+
+
+@pytest.mark.parametrize("value", ["1_0", "١", 10**400, 1e7, "1" * 5000, "", "0x10", True, None])
+def test_what_is_no_number_to_predict_is_refused(folder, value):
+    (folder / "odd.jsonl").write_text(json.dumps({"text": "red", "score": value}) + "\n")
+    source = {"path": str(folder / "odd.jsonl"), "answer": "score"}
+    with pytest.raises(InputError, match="line 1"):
+        run_training(labelled(folder, "odd", source=source, rows="rows-odd"))
+
+
+@pytest.mark.parametrize("value", [None, "1" * 5000, "²", 7])
+def test_what_is_no_label_is_refused(folder, value):
+    (folder / "odd.jsonl").write_text(json.dumps({"text": "red", "label": value}) + "\n")
+    source = {"path": str(folder / "odd.jsonl"), "labels": COLORS}
+    with pytest.raises(InputError, match="line 1"):
+        run_training(labelled(folder, "odd", source=source, rows="rows-odd"))
+
+
+def test_padding_of_validation_does_not_depend_on_the_batch(folder):
+    shares = []
+    for accumulate in (1, 4):
+        out = folder / f"padding-{accumulate}"
+        settings = {"steps": 1, "schedule": {}, "data__accumulate": accumulate}
+        run_training(make_config(folder, out=str(out), **settings))
+        shares.append(lines_of(out)[-1]["padding_share"])
+    assert shares[0] == pytest.approx(shares[1])
+
+
+def test_a_subset_is_what_is_drawn(folder):
+    """The rows hold both sets; training draws those of the smaller, epoch after epoch."""
+
+    def drawn(subset):
+        change = {"data__subset": subset} if subset else {}
+        config = make_config(
+            folder,
+            data__rows=str(folder / "rows-nested"),
+            data__select={"sizes": [50, 150]},
+            data__batch_size=2,
+            data__validation_rows=1,
+            **change,
+        )
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        prepare(config.data, tokenizer)
+        train = open_loaders(config, tokenizer).train
+        batches = range(3 * train.epoch_steps())
+        return {int(i) for step in batches for row in train.example_indices(step) for i in row}
+
+    small, large = drawn(50), drawn(None)
+    assert small < large == drawn(150)
+    assert 30 < len(small) <= 60
+    assert 100 < len(large) <= 160
+
+
+def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys):
+    """With every norm above the mean a spike, of parameters that hardly move."""
+    monkeypatch.setattr("mlmjax.training.optimizer.SPIKE_WARMUP", 2)
+    settings = {"optimizer": {"learning_rate": 1e-9, "skip_spikes": 1.0001}}
+    state = run_training(make_config(folder, out=str(folder / "spikes"), **settings))
+    lines = lines_of(folder / "spikes")
+    train = [line for line in lines if line["split"] == "train"]
+    skipped = sum(line["skipped_updates"] for line in train)
+    assert 0 < skipped == int(state.opt_state.skipped)
+    assert capsys.readouterr().err.count(": skipped, its gradient norm is ") == skipped
+    for line in train:  # each is of one update
+        assert (
+            (line["loss"] is None) == (line["grad_norm"] is None) == bool(line["skipped_updates"])
+        )
+        assert line["padding_share"] is not None
+    stopped = make_config(folder, out=str(folder / "spikes-stopped"), **settings)
+    assert_same(stopped_after(5, stopped, monkeypatch), state)
+    assert lines_of(folder / "spikes-stopped") == lines
+
+
+def test_a_run_that_only_skips_fails(folder, monkeypatch):
+    monkeypatch.setattr("mlmjax.training.run.loop.MOST_SKIPPED", 2)
+    changes = {"optimizer": {"learning_rate": 1e30, "skip_spikes": 2.0}, "schedule__warmup": 0}
+    out = folder / "only-spikes"
+    with pytest.raises(RunError, match="and the 2 updates before it were skipped") as caught:
+        run_training(make_config(folder, out=str(out), **changes))
+    assert "No checkpoint was saved yet" in str(caught.value)
+    assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
+
+
+def test_checkpoints_may_lie_elsewhere(folder):
+    place = folder / "elsewhere" / "deep"
+    changes = {"out": str(folder / "moved-out"), "checkpoint": {"every": 4, "path": str(place)}}
+    state = run_training(make_config(folder, steps=5, schedule={}, **changes))
+    assert sorted(path.name for path in place.glob("*")) == ["4", "5"]
+    assert not (folder / "moved-out" / "checkpoints").exists()
+    shutil.rmtree(place / "5")
+    assert_same(run_training(make_config(folder, steps=5, schedule={}, **changes)), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": "gs://bucket/run"}, "^out = gs://bucket/run: has to be .*set checkpoint.path"),
+        ({"data__rows": "s3://bucket/rows"}, "^data.rows = s3://bucket/rows: has to be a folder"),
+        (
+            {"checkpoint": {"path": "gs://bucket/run"}},
+            "^gs://bucket/run: cannot be reached .*gcsfs",
+        ),
+        ({"checkpoint": {"path": "ftp://host/run"}}, "^ftp://host/run: cannot be reached"),
+    ],
+)
+def test_what_cannot_be_remote_is_refused_by_its_key(folder, monkeypatch, changes, message):
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match=message):
+        run_training(make_config(folder, **{"out": "remote", **changes}))
+    assert not (folder / "gs:").exists()

@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mlmjax.data.batch import LabelBatch
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.parallel.sharding import make_mesh
+from mlmjax.training.heads import label_evaluation, label_loss, labelled_config, with_classifier
+from mlmjax.training.replicated import make_replicated_step
+from mlmjax.training.step import create_train_state, make_eval_step, make_train_step
+from mlmjax.weights import pretrained
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "local_attention": 8,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("cls_token_id", "sep_token_id"), 1),
+}
+NAMES = ["bad", "fair", "good"]
+
+
+def make_model(labels=NAMES, **options):
+    config = labelled_config(ModelConfig.from_hf({**SIZES, **options}), labels)
+    return ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0), attention="dense")
+
+
+def make_batch(rows=8, labels=3, seed=0):
+    """Texts of many lengths; the last row is padding alone."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(2, 64, (rows, 16)).astype(np.int32)
+    lengths = rng.integers(3, 17, rows)
+    lengths[-1] = 0
+    segments = (np.arange(16) < lengths[:, None]).astype(np.int32)
+    values = rng.integers(0, labels, rows) if labels > 1 else rng.normal(2.0, 3.0, rows)
+    values = values.astype(np.float32)
+    values[-1] = np.nan
+    return LabelBatch(ids, segments, values)
+
+
+@pytest.mark.parametrize("labels", [NAMES, []], ids=["classes", "regression"])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_loss_and_gradients_are_those_of_transformers(tmp_path, labels, pooling):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = make_model(labels, classifier_pooling=pooling, classifier_bias=True)
+    batch = make_batch(labels=len(labels) or 1)
+    pretrained.save_pretrained(model, None, tmp_path / "model")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "model", attn_implementation="eager"
+    )
+    used = ~np.isnan(batch.labels)
+    truth = torch.tensor(batch.labels[used])
+    loss = theirs(
+        input_ids=torch.tensor(batch.input_ids[used]).long(),
+        attention_mask=torch.tensor(batch.segment_ids[used]),
+        labels=truth.long() if labels else truth[:, None],
+    ).loss
+    loss.backward()
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def mean_loss(params):
+        loss_sum, metrics = label_loss(nnx.merge(graphdef, params), batch)
+        return loss_sum / metrics["loss_count"]
+
+    value, grads = jax.value_and_grad(mean_loss)(params)
+    assert float(value) == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
+    nnx.update(model, grads)
+    found = dict(pretrained.to_hf_tensors(model))
+    assert found.keys() == expected.keys()
+    for name, grad in expected.items():
+        np.testing.assert_allclose(found[name], grad, atol=1e-4 * abs(grad).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, "pmap"])
+def test_eight_devices_are_one_device(sizes):
+    def losses(mesh, make=make_train_step, **options):
+        model = make_model()
+        graphdef, state = create_train_state(model, optax.adamw(1e-3), mesh=mesh)
+        step = make(graphdef, optax.adamw(1e-3), loss=label_loss, **options)
+        found = []
+        for number in range(3):
+            state, metrics = step(state, make_batch(16, seed=number))
+            found.append([float(metrics[key]) for key in ("loss_sum", "loss_count", "grad_norm")])
+        return found
+
+    expected = losses(None, accumulate=2)
+    if sizes == "pmap":
+        found = losses(make_mesh({"data": 8}), make_replicated_step, accumulate=2)
+    else:
+        found = losses(make_mesh(sizes))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_evaluation_counts_labelled_rows_alone():
+    model, batch = make_model(), make_batch()
+    found = make_eval_step(nnx.split(model)[0], label_evaluation)(nnx.state(model), batch)
+    assert found["loss_count"] == found["label_count"] == 7
+    right = np.asarray(found["logits"]).argmax(axis=1)[:7] == batch.labels[:7]
+    assert found["label_correct"] == right.sum()
+    number = label_evaluation(make_model([]), make_batch(labels=1))
+    assert "label_count" not in number
+    errors = np.asarray(number["logits"])[:7, 0] - make_batch(labels=1).labels[:7]
+    np.testing.assert_allclose(number["loss_sum"], np.sum(errors**2), rtol=1e-5)
+
+
+def test_a_masked_language_model_keeps_all_but_its_decoder():
+    config = ModelConfig.from_hf(SIZES)
+    masked = ModernBertForMaskedLM(config, rngs=nnx.Rngs(3), dtype=jnp.bfloat16)
+    model = with_classifier(masked, NAMES, seed=5)
+    assert model.dtype == jnp.bfloat16
+    assert model.config.problem_type == "single_label_classification"
+    kept, own = pretrained.parameters(masked), pretrained.parameters(model)
+    assert own.keys() - kept.keys() == {"classifier.weight", "classifier.bias"}
+    assert kept.keys() - own.keys() == {"decoder.bias"}
+    for name in kept.keys() & own.keys():
+        np.testing.assert_array_equal(own[name], kept[name])
+    again = with_classifier(ModernBertForMaskedLM(config, rngs=nnx.Rngs(3)), NAMES, seed=5)
+    weight = again.classifier.weight[...]
+    np.testing.assert_array_equal(weight, model.classifier.weight[...])
+    assert with_classifier(model, NAMES, seed=9).classifier.weight[...] is not None
+    np.testing.assert_array_equal(weight, model.classifier.weight[...])
+    with pytest.raises(InputError, match="of the labels 'bad', 'fair', 'good'; the sources name"):
+        with_classifier(model, ["good", "bad"], seed=5)

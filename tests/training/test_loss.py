@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlmjax.data.batch import UNUSED, Batch
+from mlmjax.parallel.sharding import batch_sharding, make_mesh
+from mlmjax.training import loss as loss_module
+from mlmjax.training.loss import target_losses, token_loss
+
+ROWS, SEQ, HIDDEN, VOCAB, WIDTH = 8, 12, 16, 40, 7
+
+
+class Head(nnx.Module):
+    """The part of a model the loss uses, with parameters it does not use."""
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.words = nnx.Param(jnp.asarray(rng.normal(size=(VOCAB, HIDDEN)), jnp.float32))
+        self.bias = nnx.Param(jnp.asarray(rng.normal(size=VOCAB), jnp.float32))
+        self.unused = nnx.Param(jnp.ones(3))
+
+    def mlm_logits(self, hidden):
+        return jnp.tanh(hidden) @ self.words[...].T + self.bias[...][None, None]
+
+
+def make_batch(counts, seed=0):
+    """Targets at random places, `counts[row]` of them in each row, filled from the left."""
+    rng = np.random.default_rng(seed)
+    positions = np.full((len(counts), WIDTH), UNUSED, np.int32)
+    ids, objective = positions.copy(), positions.copy()
+    for row, count in enumerate(counts):
+        positions[row, :count] = np.sort(rng.choice(SEQ, count, replace=False))
+        ids[row, :count] = rng.integers(0, VOCAB, count)
+        objective[row, :count] = rng.integers(0, 3, count)
+    tokens = np.zeros((len(counts), SEQ), np.int32)
+    return Batch(tokens, tokens, tokens, positions, ids, objective)
+
+
+def make_hidden(rows=ROWS, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, SEQ, HIDDEN)), jnp.float32)
+
+
+def dense(model, hidden, batch):
+    """Cross-entropy of every target from the logits of every position."""
+    logp = jax.nn.log_softmax(model.mlm_logits(hidden))
+    used = batch.target_ids >= 0
+    rows = np.arange(len(used))[:, None]
+    losses = -logp[rows, jnp.maximum(batch.target_positions, 0), jnp.maximum(batch.target_ids, 0)]
+    return jnp.where(used, losses, 0.0), jnp.argmax(logp, axis=-1)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK", {"cpu": 5})
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[3, 0, 7, 1, 2, 0, 5, 4], [7] * 8, [0, 0, 0, 0, 0, 0, 0, 1], [5, 0, 0, 0, 0, 0, 0, 0]],
+    ids=["uneven", "full", "one", "one chunk exactly"],
+)
+def test_loss_and_gradients_are_those_of_dense_logits(counts):
+    graphdef, params = nnx.split(Head())
+    hidden, batch = make_hidden(), make_batch(counts)
+
+    def ours(params, hidden):
+        return token_loss(nnx.merge(graphdef, params), hidden, batch)[0]
+
+    def reference(params, hidden):
+        return jnp.sum(dense(nnx.merge(graphdef, params), hidden, batch)[0])
+
+    found, found_grads = jax.jit(jax.value_and_grad(ours, argnums=(0, 1)))(params, hidden)
+    expected, grads = jax.jit(jax.value_and_grad(reference, argnums=(0, 1)))(params, hidden)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(found_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
+    # The value alone is computed on another path than the value with its gradient.
+    np.testing.assert_allclose(jax.jit(ours)(params, hidden), expected, rtol=1e-6)
+
+
+@jax.jit
+def everything(params, hidden, batch):
+    model = nnx.merge(nnx.split(nnx.eval_shape(Head))[0], params)
+    return (
+        token_loss(model, hidden, batch),
+        target_losses(model, hidden, batch),
+        dense(model, hidden, batch),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, WIDTH), min_size=ROWS, max_size=ROWS),
+    seed=st.integers(0, 10**6),
+)
+def test_every_target_is_counted_once_under_its_objective(counts, seed):
+    batch, hidden = make_batch(counts, seed), make_hidden(seed=seed)
+    (loss_sum, metrics), (_, losses, correct), (expected, best) = everything(
+        nnx.state(Head()), hidden, batch
+    )
+    used = batch.target_ids >= 0
+    at = np.take_along_axis(np.asarray(best), np.maximum(batch.target_positions, 0), 1)
+    right = used & (at == batch.target_ids)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(correct, right)
+    np.testing.assert_allclose(loss_sum, np.sum(expected), rtol=1e-6)
+    assert metrics["loss_count"] == sum(counts)
+    for number, name in enumerate(("atp", "dummy", "mlm")):
+        mine = used & (batch.target_objective == number)
+        assert metrics[f"{name}_count"] == np.count_nonzero(mine)
+        assert metrics[f"{name}_correct"] == np.count_nonzero(right & mine)
+        np.testing.assert_allclose(
+            metrics[f"{name}_loss_sum"], np.sum(np.where(mine, expected, 0)), rtol=1e-5
+        )
+
+
+def test_without_targets_everything_is_zero():
+    graphdef, params = nnx.split(Head())
+    batch = make_batch([0] * ROWS)
+
+    def total(params, hidden):
+        return token_loss(nnx.merge(graphdef, params), hidden, batch)
+
+    (loss_sum, metrics), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
+        params, make_hidden()
+    )
+    assert loss_sum == 0
+    assert all(value == 0 for value in metrics.values())
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_of_equal_logits_the_smallest_id_is_the_prediction():
+    model = Head()
+    model.words[...] = jnp.zeros_like(model.words[...])
+    model.bias[...] = jnp.zeros_like(model.bias[...])
+    batch = make_batch([2] * ROWS)
+    batch.target_ids[:, 0] = 0
+    batch.target_ids[:, 1] = 1
+    _, losses, correct = target_losses(model, make_hidden(), batch)
+    assert correct[:, 0].all()
+    assert not correct[:, 1].any()
+    np.testing.assert_allclose(losses[:, :2], np.log(VOCAB), rtol=1e-6)
+
+
+def test_a_broken_model_gets_nothing_right():
+    model = Head()
+    model.bias[...] = jnp.full_like(model.bias[...], jnp.nan)
+    loss_sum, _, correct = target_losses(model, make_hidden(), make_batch([2] * ROWS))
+    assert np.isnan(loss_sum)
+    assert not correct.any()
+
+
+def test_rows_on_several_devices_give_the_same_sums():
+    graphdef, params = nnx.split(Head())
+    hidden, batch = make_hidden(), make_batch([3, 0, 7, 1, 2, 0, 5, 4])
+
+    def value(hidden, batch):
+        return token_loss(nnx.merge(graphdef, params), hidden, batch)[0]
+
+    expected = jax.jit(jax.value_and_grad(value))(hidden, batch)
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((hidden, batch), batch_sharding(mesh))
+        found = jax.jit(jax.value_and_grad(value))(*placed)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,249 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.parallel.sharding import leaf_path
+from mlmjax.training.optimizer import (
+    averaged_parameters,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    scale_by_depth,
+    skipped_updates,
+    stable_adamw,
+)
+
+
+def rates(name, steps=10, **values):
+    schedule = make_schedule(ScheduleConfig(name=name, **values), 2.0, steps)
+    return np.asarray(schedule(np.arange(steps)))
+
+
+def test_warmup_stable_decay():
+    expected = [0.5, 1.0, 1.5, 2, 2, 2, 2, 2 * (1 - 3**-0.5), 2 * (1 - (2 / 3) ** 0.5)]
+    found = rates("wsd", warmup=4, decay=3)
+    np.testing.assert_allclose(found, [*expected[:6], 2, *expected[6:]], rtol=1e-6)
+
+
+def test_cosine_and_linear_use_all_that_remains():
+    np.testing.assert_allclose(rates("linear", 6, warmup=2), [1, 2, 2, 1.5, 1, 0.5], rtol=1e-6)
+    expected = [1, 2, 2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5]
+    np.testing.assert_allclose(rates("cosine", 6, warmup=2), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["wsd", "cosine", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 20, 1000])
+def test_no_update_is_wasted(name, steps):
+    found = rates(name, steps)
+    assert found.min() > 0
+    assert found.max() <= 2
+    assert steps == 1 or found.max() == 2
+
+
+def test_fractions_are_of_the_run():
+    np.testing.assert_array_equal(
+        rates("wsd", 40, warmup=0.25, decay=0.5), rates("wsd", 40, warmup=10, decay=20)
+    )
+
+
+def test_a_schedule_longer_than_the_run_is_refused():
+    with pytest.raises(InputError, match="warmup 8 \\+ decay 5 updates is more than steps 10"):
+        rates("wsd", warmup=8, decay=5)
+    with pytest.raises(InputError, match="more than steps 10"):
+        rates("cosine", warmup=11)
+
+
+@pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
+def test_weight_decay_touches_matrices_alone(model):
+    switches = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+    config = ModelConfig.from_hf({"num_hidden_layers": 2} | dict.fromkeys(switches, True))
+    params = nnx.state(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))), nnx.Param)
+    decays = {
+        leaf_path(path)
+        for path, on in jax.tree_util.tree_leaves_with_path(decay_mask(params))
+        if on
+    }
+    head = {"head.dense.weight"} | (
+        {"classifier.weight"} if model is ModernBertForSequenceClassification else set()
+    )
+    layer = ["attn.Wqkv.weight", "attn.Wo.weight", "mlp.Wi.weight", "mlp.Wo.weight"]
+    assert decays == {
+        *head,
+        "model.embeddings.tok_embeddings.weight",
+        *(f"model.layers.{i}.{name}" for i in range(2) for name in layer),
+    }
+
+
+PARAMS = {"dense": {"weight": np.linspace(-1, 1, 6).reshape(2, 3)}, "norm": {"weight": np.ones(3)}}
+SCHEDULE = ScheduleConfig(name="linear", warmup=2)
+
+
+def gradients(step):
+    """Small gradients, then a sudden large one: what update clipping is for."""
+    rng = np.random.default_rng(step)
+    scale = 100.0 if step == 4 else 1.0
+    return jax.tree.map(lambda x: scale * rng.normal(size=x.shape), PARAMS)
+
+
+def run(optimizer, steps):
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
+    state = optimizer.init(params)
+    for step in range(steps):
+        grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients(step))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def adamw_in_float64(config, rate, steps, *, stable=False):
+    """The published equations, one tensor at a time, in float64."""
+    params = jax.tree.map(np.array, PARAMS)
+    moments = jax.tree.map(lambda x: (np.zeros_like(x), np.zeros_like(x)), PARAMS)
+    for t in range(1, steps + 1):
+        lr, grads = float(rate(t - 1)), gradients(t - 1)
+        norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(grads)))
+        clip = min(1.0, config.clip / norm) if config.clip else 1.0
+        for name, inner in params.items():
+            theta, (m, v) = inner["weight"], moments[name]["weight"]
+            g = grads[name]["weight"] * clip
+            if stable:
+                beta1, beta2 = ((b - b**t) / (1 - b**t) for b in (config.b1, config.b2))
+                m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+                change = m / (np.sqrt(v) + config.eps)
+                lr_t = lr / max(1.0, np.sqrt(np.mean(g**2 / np.maximum(v, config.eps**2))))
+            else:
+                m, v = config.b1 * m + (1 - config.b1) * g, config.b2 * v + (1 - config.b2) * g**2
+                change = (m / (1 - config.b1**t)) / (np.sqrt(v / (1 - config.b2**t)) + config.eps)
+                lr_t = lr
+            decay = 0.0 if name == "norm" else config.weight_decay
+            inner["weight"] = theta - lr_t * (change + decay * theta)
+            moments[name]["weight"] = (m, v)
+    return params
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw"])
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+def test_optimizers_follow_their_equations(name, clip):
+    config = OptimizerConfig(name=name, learning_rate=0.1, weight_decay=0.3, clip=clip)
+    rate = make_schedule(SCHEDULE, config.learning_rate, 8)
+    expected = adamw_in_float64(config, rate, 8, stable=name == "stable_adamw")
+    found = run(make_optimizer(config, SCHEDULE, 8), 8)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+def test_stable_adamw_moves_less_after_a_sudden_gradient():
+    rate = optax.constant_schedule(0.1)
+    plain = run(optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=0.0), 5)
+    stable = run(stable_adamw(rate, weight_decay=0.0), 5)
+    before = run(stable_adamw(rate, weight_decay=0.0), 4)
+    plain_before = run(optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=0.0), 4)
+
+    def moved(a, b):
+        return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
+
+    assert moved(stable, before) < 0.5 * moved(plain, plain_before)
+
+
+def abstract_parameters(layers=3):
+    config = ModelConfig.from_hf({"num_hidden_layers": layers})
+    model = nnx.eval_shape(lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    return nnx.state(model, nnx.Param)
+
+
+def test_layer_decay_lowers_the_rate_once_for_each_layer_above():
+    updates = jax.tree.map(lambda x: jnp.ones(()), abstract_parameters())
+    scaled, _ = scale_by_depth(0.5).update(updates, optax.EmptyState())
+    expected = {
+        "model.embeddings.tok_embeddings.weight": 0.5**4,
+        "model.embeddings.norm.weight": 0.5**4,
+        "model.layers.0.attn.Wqkv.weight": 0.5**3,
+        "model.layers.1.mlp_norm.weight": 0.5**2,
+        "model.layers.2.mlp.Wo.weight": 0.5,
+        "model.final_norm.weight": 1.0,
+        "head.dense.weight": 1.0,
+        "decoder.bias": 1.0,
+    }
+    found = {leaf_path(path): float(x) for path, x in jax.tree_util.tree_leaves_with_path(scaled)}
+    assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["adamw", "stable_adamw"])
+def test_layer_decay_scales_weight_decay_with_the_rate(name):
+    """One update with `layer_decay` is the plain one, scaled: decay is part of the rate."""
+    params = {"layers": {"0": {"w": jnp.array([1.0, -2.0])}, "1": {"w": jnp.array([3.0, 1.0])}}}
+    grads = jax.tree.map(jnp.cos, params)
+    settings = {"name": name, "learning_rate": 0.1, "weight_decay": 0.5}
+
+    def update(**more):
+        optimizer = make_optimizer(OptimizerConfig(**settings, **more), SCHEDULE, 8)
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+
+    plain, scaled = update(), update(layer_decay=0.5)
+    for index, factor in (("0", 0.25), ("1", 0.5)):
+        np.testing.assert_allclose(
+            scaled["layers"][index]["w"], factor * plain["layers"][index]["w"], rtol=1e-6
+        )
+
+
+def test_the_average_follows_its_equation():
+    settings = {"learning_rate": 0.1, "clip": 0.5}
+    plain = make_optimizer(OptimizerConfig(**settings), SCHEDULE, 8)
+    optimizer = make_optimizer(OptimizerConfig(**settings, ema=0.3), SCHEDULE, 8)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
+    state, expected = optimizer.init(params), jax.tree.map(np.array, PARAMS)
+    for step in range(6):
+        grads = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradients(step))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        slow = min(0.3, (2 + step) / (11 + step))
+        expected = jax.tree.map(
+            lambda old, new, slow=slow: slow * old + (1 - slow) * np.asarray(new, np.float64),
+            expected,
+            params,
+        )
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(run(plain, 6)), strict=True):
+        np.testing.assert_array_equal(a, b)  # Averaging changes nothing about the training.
+    found = averaged_parameters(params, state)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert averaged_parameters(params, plain.init(params)) is params
+
+
+def test_a_spike_is_skipped_and_counted():
+    """Unusual or not finite: parameters, moments and schedule stay; the next update is as usual."""
+    settings = {"learning_rate": 0.1, "skip_spikes": 3.0, "clip": 0.0, "ema": 0.5}
+    schedule = ScheduleConfig(warmup=0)
+    optimizer = make_optimizer(OptimizerConfig(**settings), schedule, 40)
+    plain = make_optimizer(OptimizerConfig(**settings | {"skip_spikes": None}), schedule, 40)
+    params = others = {"norm": {"weight": jnp.ones(4)}}
+    state, other = optimizer.init(params), plain.init(params)
+    norms = [1.0] * 5 + [50.0] + [1.0] * 8 + [float("nan"), 2.0, 400.0, float("inf"), 1.5]
+    skipped = []
+    for norm in norms:
+        grads = {"norm": {"weight": jnp.full(4, norm / 2)}}
+        before = int(skipped_updates(state))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        if int(skipped_updates(state)) > before:
+            skipped.append(norm)
+            continue
+        updates, other = plain.update(grads, other, others)
+        others = optax.apply_updates(others, updates)
+    # The sixth is within the updates of which nothing is known to be usual.
+    assert [str(norm) for norm in skipped] == ["nan", "400.0", "inf"]
+    assert int(state.made) == len(norms) - 3
+    for found, expected in zip(
+        jax.tree.leaves((params, averaged_parameters(params, state))),
+        jax.tree.leaves((others, averaged_parameters(others, other))),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert int(skipped_updates(other)) == 0

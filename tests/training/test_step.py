@@ -1,0 +1,192 @@
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from batches import SEQ, UNEVEN, WIDTH, make_batch, make_model
+from flax import nnx
+
+from mlmjax.data.batch import Batch
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.parallel.sharding import make_mesh
+from mlmjax.training.optimizer import decay_mask
+from mlmjax.training.step import (
+    abstract_train_state,
+    create_train_state,
+    make_eval_step,
+    make_train_step,
+    masked_token_loss,
+)
+
+MESHES = {
+    "data 8": {"data": 8},
+    "data 2 fsdp 4": {"data": 2, "fsdp": 4},
+    "data 2 fsdp 2 tensor 2": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+
+
+MODEL = make_model()
+OPTIMIZER = optax.adamw(1e-4, mask=decay_mask)
+
+
+@cache
+def compiled(accumulate=1):
+    """One step for all tests, because compiling takes longer than everything they do."""
+    return make_train_step(nnx.split(MODEL)[0], OPTIMIZER, accumulate=accumulate)
+
+
+def new_state(mesh=None):
+    return create_train_state(MODEL, OPTIMIZER, mesh=mesh)[1]
+
+
+def take_twenty_steps(state):
+    losses = []
+    for number in range(20):
+        state, metrics = compiled()(state, make_batch(np.roll(UNEVEN, number), seed=number))
+        losses.append(float(metrics["loss_sum"]) / float(metrics["loss_count"]))
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def losses_on_one_device():
+    return take_twenty_steps(new_state())[1]
+
+
+@pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
+def test_eight_devices_are_one_device(losses_on_one_device, sizes):
+    state = new_state(make_mesh(sizes))
+    before = jax.tree.leaves(jax.tree.map(lambda x: x.sharding, state))
+    state, losses = take_twenty_steps(state)
+    np.testing.assert_allclose(losses, losses_on_one_device, rtol=1e-5)
+    for leaf, sharding in zip(jax.tree.leaves(state), before, strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    kernel = state.opt_state[0].mu["model"]["layers"][0]["mlp"]["Wi"]["weight"][...]
+    parts = sizes.get("fsdp", 1) * sizes.get("tensor", 1)
+    assert kernel.addressable_shards[0].data.size * parts == kernel.size
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_is_the_large_batch(accumulate):
+    batch = make_batch(UNEVEN)
+    large, expected = compiled()(new_state(), batch)
+    state, metrics = compiled(accumulate)(new_state(), batch)
+    assert expected["loss_count"] == sum(UNEVEN)
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
+    # The first moment is the gradient itself; what Adam makes of it would hide a wrong factor.
+    for a, b in zip(
+        jax.tree.leaves((state.params, state.opt_state[0].mu)),
+        jax.tree.leaves((large.params, large.opt_state[0].mu)),
+        strict=True,
+    ):
+        assert jnp.linalg.norm(a - b) <= 1e-6 * jnp.linalg.norm(b)
+
+
+def test_an_update_without_targets_changes_nothing_but_the_step():
+    step = compiled(2)
+    state, _ = step(new_state(), make_batch(UNEVEN))
+    before = jax.tree.map(np.array, state)
+    state, metrics = step(state, make_batch([0] * 8))
+    assert metrics["loss_sum"] == metrics["loss_count"] == metrics["grad_norm"] == 0
+    assert state.step == before.step + 1
+    for a, b in zip(
+        jax.tree.leaves((state.params, state.opt_state)),
+        jax.tree.leaves((before.params, before.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_state_is_donated_and_the_model_is_not():
+    weights = jax.tree.map(np.array, nnx.state(MODEL, nnx.Param))
+    for mesh in (None, make_mesh({"data": 8})):
+        state = new_state(mesh)
+        new, _ = compiled()(state, make_batch(UNEVEN))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+        now = nnx.state(MODEL, nnx.Param)
+        for a, b in zip(jax.tree.leaves(now), jax.tree.leaves(weights), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_eval_step_agrees_with_the_train_step_and_tells_each_target():
+    state, batch = new_state(), make_batch(UNEVEN)
+    found = make_eval_step(nnx.split(MODEL)[0])(state.params, batch)
+    _, metrics = compiled()(state, batch)
+    for name in metrics.keys() - {"grad_norm", "update_norm", "skipped"}:
+        np.testing.assert_allclose(found[name], metrics[name], rtol=1e-6, err_msg=name)
+    used = batch.target_ids >= 0
+    assert found["loss"].shape == found["correct"].shape == used.shape
+    assert not np.any(np.asarray(found["loss"])[~used])
+    assert (np.asarray(found["loss"])[used] > 0).all()
+
+
+def test_a_loss_of_ones_own():
+    def squares(model, batch):
+        loss = jnp.sum(jnp.square(model.encode(batch.input_ids, batch.segment_ids)))
+        return loss, {"loss_sum": loss, "loss_count": jnp.float32(batch.input_ids.size)}
+
+    optimizer = optax.sgd(0.1)
+    graphdef, state = create_train_state(make_model(1), optimizer)
+    step = make_train_step(graphdef, optimizer, accumulate=2, loss=squares)
+    state, first = step(state, make_batch(UNEVEN))
+    _, second = step(state, make_batch(UNEVEN))
+    assert set(first) == {"loss_sum", "loss_count", "grad_norm", "update_norm", "skipped"}
+    assert second["loss_sum"] < first["loss_sum"]
+
+
+def test_rows_that_cannot_be_cut_are_refused():
+    state = new_state(make_mesh({"data": 8}))
+    with pytest.raises(InputError, match="make batch_size a multiple of 16"):
+        compiled(2)(state, make_batch(UNEVEN))
+
+
+def test_a_model_with_other_state_is_refused():
+    model = make_model(1)
+    model.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
+    with pytest.raises(InputError, match="set the dropout rates to 0"):
+        create_train_state(model, optax.sgd(0.1))
+
+
+def test_work_of_a_gradient_is_linear_in_layers():
+    """On a CPU the compiler would add up the residual stream anew for each of its users."""
+
+    def flops(layers):
+        graphdef, params = nnx.split(nnx.eval_shape(lambda: make_model(layers)), nnx.Param)
+        token, target = (jax.ShapeDtypeStruct((8, n), jnp.int32) for n in (SEQ, WIDTH))
+
+        def loss(params, batch):
+            return masked_token_loss(nnx.merge(graphdef, params), batch)
+
+        lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(
+            params, Batch(*[token] * 3, *[target] * 3)
+        )
+        return lowered.compile().cost_analysis()["flops"]
+
+    few, more, most = (flops(layers) for layers in (2, 6, 10))
+    assert (most - more) / (more - few) == pytest.approx(1, abs=1e-3)
+
+
+def test_memory_of_an_update_is_linear_in_tokens_and_remat_saves_most_of_it():
+    """Four times the tokens, as rows or as length, take at most four times the memory."""
+    config = make_model().config.to_hf() | {"hidden_size": 64, "intermediate_size": 96}
+    config = ModelConfig.from_hf({**config, "layer_types": None, "num_hidden_layers": 6})
+
+    def temporary(rows, length, remat="none"):
+        model = nnx.eval_shape(lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), remat=remat))
+        graphdef, params = nnx.split(model, nnx.Param)
+        token, target = (jax.ShapeDtypeStruct((rows, n), jnp.int32) for n in (length, 8))
+        batch = Batch(*[token] * 3, *[target] * 3)
+        step = make_train_step(graphdef, OPTIMIZER).__wrapped__
+        lowered = step.lower(abstract_train_state(params, OPTIMIZER, None), batch)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    small, more, longer = temporary(4, 1024), temporary(16, 1024), temporary(4, 4096)
+    assert max(more, longer) < 4.4 * small
+    layer, dots = temporary(16, 1024, "layer"), temporary(16, 1024, "dots")
+    assert layer < 0.7 * more  # blocks of attention are computed anew in any case
+    assert layer < dots < 0.9 * more

@@ -1,0 +1,436 @@
+"""Hugging Face folders in and out: parity with transformers, exact round trips, the hub."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from huggingface_hub import errors as hub_errors
+from safetensors.numpy import load_file, save_file
+from tiny_models import (
+    BIASES,
+    CLASSES,
+    SIZES,
+    change_config,
+    tensors_of,
+    torch,
+    torch_model,
+    transformers,
+    write_model,
+)
+
+from mlmjax.errors import InputError, RunError
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.weights import hub, layout, pretrained
+from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+
+EMBEDDING, DECODER = pretrained.EMBEDDING, pretrained.DECODER
+
+
+def torch_logits(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float().numpy()
+
+
+IDS = np.random.default_rng(0).integers(5, 16, (2, 9))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    write_model(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    """A good folder of its own for a test to spoil."""
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+# --- the mapping -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("flipped", [(), BIASES, *((bias,) for bias in BIASES)])
+def test_mapping_covers_exactly_the_parameters(name, flipped):
+    default = transformers.ModernBertConfig()
+    options = {bias: not getattr(default, bias) for bias in flipped}
+    theirs = {n: tuple(p.shape) for n, p in torch_model(name, **options).named_parameters()}
+    abstract = pretrained.abstract_model(name, ModelConfig(**SIZES, **options))
+    ours = {
+        n: layout.hf_shape(n, leaf.shape) for n, leaf in pretrained.parameters(abstract).items()
+    }
+    assert ours == theirs
+
+
+def test_layouts_are_each_others_inverse():
+    abstract = pretrained.abstract_model(
+        "ModernBertForMaskedLM", ModelConfig(**SIZES, attention_bias=True)
+    )
+    for name, leaf in pretrained.parameters(abstract).items():
+        value = np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape)
+        there = layout.to_hf_layout(name, value)
+        assert there.flags.c_contiguous
+        np.testing.assert_array_equal(layout.from_hf_layout(name, there, leaf.shape), value)
+
+
+def test_a_parameter_without_a_layout_is_an_error():
+    with pytest.raises(ValueError, match=r"model\.new\.thing has no layout"):
+        layout.hf_shape("model.new.thing", (2, 3))
+
+
+# --- from transformers, and back -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("shard", ["5GB", "1KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_transformers_to_mlmjax_to_transformers(name, shard, dtype, tmp_path):
+    biases = dict.fromkeys(BIASES, shard == "1KB")
+    write_model(tmp_path / "in", name, dtype, shard=shard, num_labels=3, **biases)
+    assert (len(list((tmp_path / "in").glob("*.safetensors"))) > 1) == (shard == "1KB")
+    model, tokenizer = load_pretrained(tmp_path / "in")
+    assert type(model).__name__ == name
+    assert {leaf.dtype for leaf in pretrained.parameters(model).values()} == {jnp.dtype("float32")}
+    # Read again: a module cast down and up has lost bits of its RoPE buffers as well.
+    theirs = CLASSES[name].from_pretrained(tmp_path / "in", dtype=torch.float32)
+    expected = torch_logits(theirs, IDS)
+    np.testing.assert_allclose(model(IDS), expected, atol=1e-5)
+
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "in")
+
+    save_pretrained(model, tokenizer, tmp_path / "float32")
+    again, info = CLASSES[name].from_pretrained(tmp_path / "float32", output_loading_info=True)
+    assert not any(info.values())
+    assert type(again).__name__ == name
+    assert again.dtype == torch.float32
+    np.testing.assert_array_equal(torch_logits(again, IDS), expected)
+
+
+def test_sharded_folder_comes_back_with_the_same_tensors(source, tmp_path, monkeypatch):
+    model, tokenizer = load_pretrained(source)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 3000)
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / hub.INDEX).read_text())
+    assert set(index["weight_map"]) == set(tensors_of(source))
+    assert tensors_of(tmp_path / "out") == tensors_of(source)
+    assert not any(
+        transformers.AutoModelForMaskedLM.from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )[1].values()
+    )
+    again, _ = load_pretrained(tmp_path / "out")
+    np.testing.assert_array_equal(again(IDS), model(IDS))
+
+
+def test_bfloat16_export_is_rounded_and_loads_in_bfloat16(source, tmp_path):
+    model, tokenizer = load_pretrained(source)
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="bfloat16")
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
+    assert theirs.dtype == torch.bfloat16
+    expected = torch_model().to(torch.bfloat16).state_dict()
+    assert all(torch.equal(value, expected[n]) for n, value in theirs.state_dict().items())
+
+
+def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
+    tensors = load_file(folder / hub.WEIGHTS)
+    for name, dtype in zip(sorted(tensors), ["float16", "bfloat16", "float32"] * 20, strict=False):
+        tensors[name] = tensors[name].astype(dtype)
+    save_file(tensors, folder / hub.WEIGHTS, metadata={"format": "pt"})
+    model, tokenizer = load_pretrained(folder)
+    assert len(set(dict(model.source_dtypes).values())) == 3
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert tensors_of(tmp_path / "out") == tensors_of(folder)
+
+
+def test_equal_decoder_is_accepted_and_goes_back_with_source(folder, tmp_path):
+    tensors = load_file(folder / hub.WEIGHTS)
+    tensors[DECODER] = tensors[EMBEDDING].copy()
+    save_file(tensors, folder / hub.WEIGHTS)
+    model, tokenizer = load_pretrained(folder)
+    assert DECODER not in pretrained.parameters(model)
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert tensors_of(tmp_path / "out") == tensors_of(folder)
+    save_pretrained(model, tokenizer, tmp_path / "float32")
+    assert DECODER not in tensors_of(tmp_path / "float32")
+
+
+def test_untied_config_needs_and_writes_the_decoder(folder, tmp_path):
+    change_config(folder, tie_word_embeddings=False)
+    with pytest.raises(InputError, match=r"decoder\.weight: is missing"):
+        load_pretrained(folder)
+    tensors = load_file(folder / hub.WEIGHTS)
+    save_file({**tensors, DECODER: tensors[EMBEDDING].copy()}, folder / hub.WEIGHTS)
+    model, tokenizer = load_pretrained(folder)
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
+    assert not any(info.values())
+    np.testing.assert_allclose(torch_logits(theirs, IDS), model(IDS), atol=1e-5)
+
+
+def test_unknown_keys_are_carried_through(folder, tmp_path):
+    change_config(folder, my_note={"a": [1, 2]}, torch_dtype="float32", auto_map={"x": "evil.py"})
+    model, tokenizer = load_pretrained(folder)
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="bfloat16")
+    values = json.loads((tmp_path / "out" / hub.CONFIG).read_text())
+    assert values["my_note"] == {"a": [1, 2]}
+    assert values["dtype"] == values["torch_dtype"] == "bfloat16"
+
+
+def test_both_dialects_give_the_same_model(folder, tmp_path):
+    nested, _ = load_pretrained(folder)
+    values = json.loads((folder / hub.CONFIG).read_text())
+    del values["rope_parameters"], values["layer_types"]
+    flat = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    (folder / hub.CONFIG).write_text(json.dumps(values | flat | {"global_attn_every_n_layers": 3}))
+    np.testing.assert_array_equal(load_pretrained(folder)[0](IDS), nested(IDS))
+
+
+def test_real_tokenizer_goes_through_unchanged(tokenizer, tmp_path):
+    config = ModelConfig(**{**SIZES, "vocab_size": 50368, "pad_token_id": 50283}, mlp_bias=True)
+    config = dataclasses.replace(config, cls_token_id=50281, sep_token_id=50282)
+    model = pretrained.CLASSES["ModernBertForMaskedLM"](config, rngs=nnx.Rngs(0))
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    again, same = load_pretrained(tmp_path / "out")
+    assert same.files == tokenizer.files
+    np.testing.assert_array_equal(again(IDS), model(IDS))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "Answer: [unused0] [MASK]"
+    assert theirs(text)["input_ids"] == tokenizer.backend.encode(text).ids
+
+
+def test_architectures_missing_follows_the_tensors(folder, tmp_path):
+    change_config(folder, architectures=None)
+    assert type(load_pretrained(folder)[0]).__name__ == "ModernBertForMaskedLM"
+    write_model(tmp_path / "c", "ModernBertForSequenceClassification")
+    change_config(tmp_path / "c", architectures=None)
+    found = type(load_pretrained(tmp_path / "c")[0]).__name__
+    assert found == "ModernBertForSequenceClassification"
+
+
+def test_derived_buffers_of_older_exports_are_dropped(folder):
+    tensors = load_file(folder / hub.WEIGHTS)
+    tensors["model.layers.0.attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, folder / hub.WEIGHTS)
+    model, _ = load_pretrained(folder)
+    assert "model.layers.0.attn.rotary_emb.inv_freq" not in dict(model.source_dtypes)
+
+
+def test_computing_in_bfloat16_keeps_float32_parameters(source):
+    model, _ = load_pretrained(source, dtype="bfloat16")
+    assert model.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in pretrained.parameters(model).values()} == {jnp.dtype("float32")}
+    with pytest.raises(InputError, match="dtype: found 'int8'"):
+        load_pretrained(source, dtype="int8")
+
+
+def test_model_splits_and_hashes(source):
+    graphdef, _ = nnx.split(load_pretrained(source)[0])
+    assert hash(graphdef) == hash(nnx.split(load_pretrained(source)[0])[0])
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def test_older_export_is_replaced_and_other_folders_are_not(source, tmp_path):
+    model, tokenizer = load_pretrained(source)
+    out = tmp_path / "deep" / "out"
+    save_pretrained(model, tokenizer, out, card="# Mine\n")
+    assert (out / hub.CARD).read_text() == "# Mine\n"
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"of an older, larger model")
+    save_pretrained(model, tokenizer, out)
+    assert "ModernBertForMaskedLM" in (out / hub.CARD).read_text()
+    assert not (out / "model-00001-of-00002.safetensors").exists()
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"holds other things than a model.*notes\.txt"):
+        save_pretrained(model, tokenizer, out)
+    with pytest.raises(InputError, match="is a file"):
+        save_pretrained(model, tokenizer, out / "notes.txt")
+    assert [entry.name for entry in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_every_file_has_the_mode_of_the_umask(source, tmp_path, umask):
+    model, tokenizer = load_pretrained(source)
+    before = os.umask(umask)
+    try:
+        save_pretrained(model, tokenizer, tmp_path / "out")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert hub.WEIGHTS in modes
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_loading_and_saving_in_one_place(folder):
+    before = tensors_of(folder)
+    model, tokenizer = load_pretrained(folder)
+    save_pretrained(model, tokenizer, folder, dtype="source")
+    assert tensors_of(folder) == before
+
+
+def test_failed_export_leaves_the_older_one(source, tmp_path):
+    model, tokenizer = load_pretrained(source)
+    out = tmp_path / "out"
+    save_pretrained(model, tokenizer, out)
+    before = {entry.name: entry.read_bytes() for entry in out.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as if the disk were full
+    try:
+        with pytest.raises(RunError, match="could not be written"):
+            save_pretrained(model, tokenizer, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
+    tensors = {n: x.astype(np.float16) for n, x in load_file(folder / hub.WEIGHTS).items()}
+    save_file(tensors, folder / hub.WEIGHTS)
+    model, tokenizer = load_pretrained(folder)
+    model.head.dense.weight[...] = model.head.dense.weight[...] * 1e7
+    with pytest.raises(InputError, match=r"head\.dense\.weight: holds values .*float16"):
+        save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="dtype: found 'float8'"):
+        save_pretrained(model, tokenizer, tmp_path / "out", dtype="float8")
+
+
+def test_finite_values_may_have_a_sum_that_is_not(folder):
+    name = "model.layers.0.mlp.Wo.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = np.full_like(tensors[name], 3e38)
+    save_file(tensors, folder / "model.safetensors")
+    model, _ = load_pretrained(folder)
+    assert (pretrained.parameters(model)[name] == np.float32(3e38)).all()
+    tensors[name][0, 1] = np.inf
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name}: 1 of "):
+        load_pretrained(folder)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(folder):
+    path = folder / "model.safetensors"
+    before = load_file(path)
+    changed = pytest.raises(InputError, match="was changed while it was read")
+    with changed, hub.Weights(folder) as weights:  # the end of it refuses it too
+        for name, value in before.items():
+            np.testing.assert_array_equal(weights.read(name), value)
+        save_file({name: value + 1 for name, value in before.items()}, path)
+        with pytest.raises(InputError, match="was changed while it was read"):
+            weights.read(next(iter(before)))
+        path.write_bytes(path.read_bytes()[:-200])
+        last = max(before, key=lambda name: weights.headers[name].start)
+        with pytest.raises(InputError, match=f"{last} cannot be read"):
+            weights.read(last)
+
+
+def test_weights_go_to_the_device_the_caller_chose(folder):
+    other = jax.devices()[3]
+    with jax.default_device(other):
+        model, _ = load_pretrained(folder)
+    assert {leaf.device for leaf in pretrained.parameters(model).values()} == {other}
+
+
+# --- the hub -----------------------------------------------------------------------------------
+
+
+def test_hub_cache_is_read_offline_with_links_to_blobs(source, tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "models--some--model"
+    snapshot = repo / "snapshots" / commit
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "blobs").mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        shutil.copy(file, repo / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for arguments in ({}, {"revision": commit}, {"local_files_only": True}):
+        model, _ = load_pretrained("some/model", **arguments)
+        np.testing.assert_array_equal(model(IDS), load_pretrained(source)[0](IDS))
+    load_pretrained(snapshot)  # the same folder, named as a folder
+    with pytest.raises(InputError, match=r"some/model \(revision v2\): is no folder here, and"):
+        load_pretrained("some/model", revision="v2")
+    with pytest.raises(InputError, match="some/other: is no folder here, and neither the hub"):
+        load_pretrained("some/other")
+
+
+def test_only_safetensors_and_small_files_are_fetched(source, tmp_path, monkeypatch):
+    asked = []
+
+    def download(name, *, revision, local_files_only, allow_patterns):
+        asked.append((revision, tuple(allow_patterns)))
+        folder = tmp_path / "abc"
+        folder.mkdir(exist_ok=True)
+        for file in allow_patterns:
+            if (source / file).exists():
+                shutil.copy(source / file, folder / file)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    load_pretrained("some/model", revision="v1")
+    small = (hub.CONFIG, hub.INDEX, hub.CLASSIFIER, hub.TRAINING, *hub.TOKENIZER_FILES)
+    assert asked == [("v1", small), ("abc", (hub.WEIGHTS,))]
+
+
+def refusal(kind):
+    return kind.__new__(kind)  # what the hub's errors are made of differs; their class counts
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (refusal(hub_errors.RepositoryNotFoundError), "the hub has no such model"),
+        (refusal(hub_errors.GatedRepoError), "asks for permission"),
+        (refusal(hub_errors.RevisionNotFoundError), "no such revision"),
+        (hub_errors.OfflineModeIsEnabled("off"), "switched off"),
+        (ConnectionError("reset by peer"), "the hub cannot be used now"),
+    ],
+)
+def test_what_the_hub_refuses_is_an_input_error(error, message, monkeypatch):
+    def download(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError, match=rf"some/model: is no folder here, and .*{message}"):
+        load_pretrained("some/model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "is empty"),
+        ("./nowhere", "there is no such folder"),
+        ("/nowhere/at/all", "there is no such folder"),
+        ("runs/a/export", "there is no such folder"),
+        ("~/nowhere-at-all", "there is no such folder"),
+        ("what is this?", "is not a valid hub id"),
+        ("x" * 5000, "no usable path"),
+        ("nul\0byte", "is not a valid hub id|no usable path"),
+    ],
+)
+def test_names_that_are_no_model(name, message):
+    with pytest.raises(InputError, match=message):
+        load_pretrained(name)
+
+
+def test_folder_with_a_revision_and_a_file_are_refused(source):
+    with pytest.raises(InputError, match="leave the revision out"):
+        load_pretrained(source, revision="main")
+    with pytest.raises(InputError, match="is a file"):
+        load_pretrained(source / hub.CONFIG)
