@@ -19,12 +19,13 @@ from sklearn.metrics import f1_score
 from study import ASKED, HEADER, TOPICS, Study, draw, line, picture
 
 from mlmjax import Classifier, load_pretrained
-from mlmjax.config.clean import newsgroup
+from mlmjax.config.task import newsgroup
 from mlmjax.errors import InputError
-from mlmjax.evaluation.suite.baselines import tfidf_regression
+from mlmjax.evaluation.report import diagram
+from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.option_orders import sensitivity, shifted
-from mlmjax.statistics.reliability import calibration, confidence, diagram
+from mlmjax.statistics.reliability import calibration, confidence
 
 DESCRIBED = {
     "World": "politics, war and people of the world",

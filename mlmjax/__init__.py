@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from mlmjax.model.architecture import ModelConfig
     from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
     from mlmjax.model.vocabulary import resize_token_embeddings
-    from mlmjax.scoring.likelihood import fill_mask, pseudo_log_likelihood
+    from mlmjax.scoring.fill_mask import fill_mask
+    from mlmjax.scoring.likelihood import pseudo_log_likelihood
     from mlmjax.scoring.scorers import Scorer
-    from mlmjax.text.prompts import Template, Verbalizer
+    from mlmjax.text.prompts import Template
     from mlmjax.text.tokenizer import Tokenizer
+    from mlmjax.text.verbalizer import Verbalizer
     from mlmjax.training.run.train import run_training
     from mlmjax.training.step import TrainState, create_train_state, make_train_step
     from mlmjax.weights.pretrained import load_pretrained, save_pretrained
@@ -36,9 +38,9 @@ _HOMES = {
     "Template": "text.prompts",
     "Tokenizer": "text.tokenizer",
     "TrainState": "training.step",
-    "Verbalizer": "text.prompts",
+    "Verbalizer": "text.verbalizer",
     "create_train_state": "training.step",
-    "fill_mask": "scoring.likelihood",
+    "fill_mask": "scoring.fill_mask",
     "load_config": "config.run",
     "load_pretrained": "weights.pretrained",
     "make_train_step": "training.step",

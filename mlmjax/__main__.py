@@ -1,6 +1,6 @@
 """`python -m mlmjax` is the `mlmjax` command."""
 
-from mlmjax.cli.commands import main
+from mlmjax.cli.main import main
 
 if __name__ == "__main__":
     main()

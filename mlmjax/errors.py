@@ -59,3 +59,11 @@ def write_advice(error: BaseException) -> str:
     return (
         "free some space and run the same command again" if full_disk(error) else "check the path"
     )
+
+
+def _first_line(error: BaseException) -> str:
+    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130

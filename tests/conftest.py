@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from mlmjax.scoring import engine
+from mlmjax.parallel import sharding
 
 # As the commands do: looking for cycles among all that was compiled takes longer than most tests.
 gc.set_threshold(50_000, 10, 10)
@@ -30,7 +30,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Scoring cuts its batches over all devices, and eight that share two cores are slow; the tests of
 # the engine have them back.
-engine.local_devices = lambda: jax.local_devices()[:1]
+sharding.local_devices = lambda: jax.local_devices()[:1]
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")

@@ -1,4 +1,4 @@
-"""The layering of docs/design.md: a module imports only from lower rows, or from its left."""
+"""The order of docs/design.md: a folder imports only from folders above it, without circles."""
 
 import ast
 import re
@@ -9,70 +9,105 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mlmjax"
+WITHOUT_JAX = ("text", "config", "statistics", "data")
+MOST_FILES, MOST_LINES = 8, 600
 
 
-def table():
-    """Return (layer, modules) of each row of the table in docs/design.md, lowest layer first."""
+def read_order():
+    """Return the top-level folders and files of docs/design.md in their order."""
     design = (PACKAGE.parent / "docs" / "design.md").read_text()
-    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", design, flags=re.MULTILINE)
-    return [(int(layer), re.findall(r"`(.*?)`", modules)) for layer, modules in rows]
-
-
-LAYER = {name: layer for layer, names in table() for name in names}
-PLACE = {name: (row, at) for row, (_, names) in enumerate(table()) for at, name in enumerate(names)}
-FACADE = "__init__"  # the public names, loaded lazily: it may name every module
+    return re.findall(r"^\| `(\w+)(?:\.py|/)` \|", design, flags=re.MULTILINE)
 
 
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        if name != FACADE:
-            yield name, path
+    """Return {dotted name: path} of every file of the package but the `__init__`s."""
+    paths = sorted(PACKAGE.rglob("*.py"))
+    named = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in paths}
+    skipped = ("__init__", "__main__")
+    return {name: path for name, path in named.items() if not name.endswith(skipped)}
 
 
-def imports(path):
-    """Yield (line, module) for every import, those inside functions included."""
+MODULES = modules()
+ORDER = read_order()
+
+
+def imported_modules(path):
+    """Return the modules of the package a file imports, those inside functions included."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                is_module = inner.removeprefix("mlmjax.") in PLACE and node.module == "mlmjax"
-                yield node.lineno, inner if is_module else node.module
-
-
-def test_every_module_has_a_place():
-    assert {name for name, _ in modules()} == set(PLACE)
-
-
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value)[-30:])
-def test_imports_point_down_or_left(name, path):
-    for line, imported in imports(path):
-        if imported == "mlmjax" or not imported.startswith("mlmjax."):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        else:
             continue
-        target = imported.removeprefix("mlmjax.")
-        assert PLACE[target] < PLACE[name], (
-            f"{path.name}:{line}: {name} imports {target}, which is not below it or to its left"
-        )
+        found |= {name.removeprefix("mlmjax.") for name in names} & MODULES.keys()
+    return found
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: str(value)[-30:])
-def test_lower_layers_do_not_name_jax(name, path):
-    if LAYER[name] > 1:
-        return
-    found = [line for line, module in imports(path) if module.split(".")[0] in {"jax", "flax"}]
-    assert not found, f"{path.name}: imports jax in lines {found}"
+IMPORTS = {name: imported_modules(path) for name, path in MODULES.items()}
 
 
-def test_lower_layers_load_without_jax():
-    lower = ", ".join(f"mlmjax.{name}" for name, layer in LAYER.items() if layer <= 1)
+def circle_of(graph):
+    """Return the nodes of a graph that lie on a circle, or lead to one; empty if there is none."""
+    left = {node: set(targets) - {node} for node, targets in graph.items()}
+    while free := [node for node, targets in left.items() if not targets & left.keys()]:
+        for node in free:
+            del left[node]
+    return left
+
+
+def test_the_document_lists_every_folder_and_file_at_the_top():
+    entries = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    entries -= {"__init__", "__main__", "_version", "assets", "__pycache__"}
+    assert set(ORDER) == entries
+    assert len(ORDER) <= 17
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_imports_run_one_way(name):
+    room = name.split(".")[0]
+    for target in IMPORTS[name]:
+        other = target.split(".")[0]
+        if other != "_version":
+            assert ORDER.index(other) <= ORDER.index(room), f"{name} imports {target}"
+
+
+def test_neither_files_nor_folders_form_a_circle():
+    assert not circle_of(IMPORTS)
+    folders = {}
+    for name, targets in IMPORTS.items():
+        folder = name.rpartition(".")[0]
+        folders.setdefault(folder, set()).update(target.rpartition(".")[0] for target in targets)
+    assert not circle_of(folders)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in MODULES if name.split(".")[0] in {*WITHOUT_JAX, "errors", "storage"}]
+)
+def test_lower_rooms_do_not_name_jax(name):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {found.split(".")[0] for found in names} & {"jax", "flax", "optax"}, name
+
+
+def test_lower_rooms_load_without_jax():
+    lower = ", ".join(f"mlmjax.{name}" for name in MODULES if name.split(".")[0] in WITHOUT_JAX)
     code = f"import sys, {lower}; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_folders_are_small_and_say_what_they_are_for():
+    for folder in {path.parent for path in MODULES.values()} - {PACKAGE}:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MOST_FILES, folder
+        tree = ast.parse((folder / "__init__.py").read_text())
+        assert len(ast.get_docstring(tree) or "") > 60, folder
+        assert len(tree.body) == 1 or folder == PACKAGE / "data", folder
+
+
 def test_files_are_read_in_one_sitting():
-    long = {name: n for name, path in modules() if (n := len(path.read_text().splitlines())) > 400}
-    assert not long
+    long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().split("\n")))}
+    assert not {name: n for name, n in long.items() if n > MOST_LINES}

@@ -22,9 +22,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
 import click
 import numpy as np
 
-from mlmjax.cli import commands
+from mlmjax.cli import main as main_module
 from mlmjax.errors import InputError
-from mlmjax.weights import checkpoints, hub, pretrained
+from mlmjax.model.modernbert import Model, parameters
+from mlmjax.storage import CONFIG, TOKENIZER_FILES, read_json
+from mlmjax.weights import hub, pretrained
+from mlmjax.weights.model_checkpoint import (
+    MODEL_RECORD,
+    is_model,
+    load_model,
+    save_model,
+    saved_tensors,
+)
+from mlmjax.weights.tensor_files import Weights
 
 MOST_LINES = 20
 
@@ -33,12 +43,12 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of a folder of either kind by their Hugging Face names, read when asked for."""
 
     def __init__(self, folder: Path, stack: ExitStack):
-        saved = checkpoints.saved_tensors(folder)
+        saved = saved_tensors(folder)
         if saved is not None:
             self._read: Callable[[str], np.ndarray] = saved.__getitem__
             names = list(saved)
         else:
-            weights = stack.enter_context(hub.Weights(folder))
+            weights = stack.enter_context(Weights(folder))
             if weights.problems:
                 raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
             self._read, names = weights.read, list(weights.headers)
@@ -72,11 +82,11 @@ def main() -> None:
 def to_jax(source: str, target: Path) -> None:
     """Write a Hugging Face folder (or hub id) as an Orbax checkpoint."""
     folder = hub.fetch(source)
-    if checkpoints.is_model(folder):
+    if is_model(folder):
         raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
     model = pretrained.load_model(folder)
-    checkpoints.save_model(target, model, _tokenizer(folder, model))
-    click.echo(f"{target}: written, {len(pretrained.parameters(model))} parameters")
+    save_model(target, model, _tokenizer(folder, model))
+    click.echo(f"{target}: written, {len(parameters(model))} parameters")
 
 
 @main.command("to-hf")
@@ -84,14 +94,14 @@ def to_jax(source: str, target: Path) -> None:
 @click.argument("target", metavar="HF_FOLDER", type=click.Path(path_type=Path))
 def to_hf(source: Path, target: Path) -> None:
     """Write an Orbax checkpoint of a model as a Hugging Face folder."""
-    if not checkpoints.is_model(source):
+    if not is_model(source):
         raise InputError(
-            f"{source}: is no checkpoint that to-jax wrote (it has no {checkpoints.MODEL_RECORD}); "
+            f"{source}: is no checkpoint that to-jax wrote (it has no {MODEL_RECORD}); "
             "a training run exports its model itself, to export/"
         )
-    model, tokenizer = checkpoints.load_model(source)
+    model, tokenizer = load_model(source)
     pretrained.save_pretrained(model, tokenizer, target, dtype="source")
-    click.echo(f"{target}: written, {len(pretrained.parameters(model))} parameters")
+    click.echo(f"{target}: written, {len(parameters(model))} parameters")
 
 
 @main.command("check")
@@ -148,11 +158,11 @@ def _largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[int,
     return float(gap[index]), tuple(int(i) for i in index)
 
 
-def _tokenizer(folder: Path, model: pretrained.Model) -> Any:
-    if not os.path.lexists(folder / hub.TOKENIZER_FILES[0]):
+def _tokenizer(folder: Path, model: Model) -> Any:
+    if not os.path.lexists(folder / TOKENIZER_FILES[0]):
         return None
     tokenizer = pretrained.load_tokenizer(folder)
-    pretrained.check_tokenizer(folder, hub.read_json(folder, hub.CONFIG), tokenizer)
+    pretrained.check_tokenizer(folder, read_json(folder, CONFIG), tokenizer)
     return tokenizer
 
 
@@ -165,7 +175,7 @@ def _print(lines: Sequence[str], err: bool = False) -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit code; errors are told as `mlmjax` tells them."""
-    return commands.run(arguments, main, "convert_weights.py")
+    return main_module.run(arguments, main, "convert_weights.py")
 
 
 if __name__ == "__main__":

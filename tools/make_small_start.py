@@ -22,9 +22,10 @@ from sklearn.utils.extmath import randomized_svd
 
 from mlmjax import load_pretrained, save_pretrained
 from mlmjax.data.contamination import training_manifest
-from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.manifest import read_manifest
+from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError
-from mlmjax.weights.hub import TRAINING
+from mlmjax.storage import TRAINING
 
 WINDOW = 8
 """How many tokens to each side are neighbours."""

@@ -16,7 +16,8 @@ from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.data.batch import ATP, MLM, UNUSED, Batch
 from mlmjax.model.attention import attend
 from mlmjax.scoring.scorers import Scorer
-from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.text.prompts import Template
+from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.step import create_train_state, make_train_step
 

@@ -2,26 +2,28 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
-from mlmjax.classification.classifier_card import classifier_card
 from mlmjax.classification.fitting import Recipe, held_out, learn, shown_with
 from mlmjax.classification.labels import label_numbers
 from mlmjax.classification.predictor import Predictor
-from mlmjax.classification.prompter import Question
-from mlmjax.classification.settings import make_asking, one_dimensional
+from mlmjax.classification.prompter import Question, make_asking
+from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
-from mlmjax.scoring.scorers import check_texts
-from mlmjax.training.heads import with_classifier
-from mlmjax.training.run.log import bar
-from mlmjax.weights import hub
-from mlmjax.weights.pretrained import Model, save_pretrained
+from mlmjax.model.modernbert import Model, parameters, with_classifier
+from mlmjax.reporting.markdown import fenced, number
+from mlmjax.reporting.terminal import bar
+from mlmjax.storage import CLASSIFIER, TRAINING
+from mlmjax.text.checks import check_texts, one_dimensional
+from mlmjax.weights.pretrained import save_pretrained
 
 
 class Classifier(Predictor, ClassifierMixin, BaseEstimator):
@@ -157,9 +159,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         """
         scorer = self._ready().scorer
         values = self.settings_.model_dump(mode="json", exclude_none=True)
-        files = {hub.CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
+        files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None and not hasattr(self, "history_"):
-            files[hub.TRAINING] = self.manifest_
+            files[TRAINING] = self.manifest_
         card = classifier_card(scorer.model, self.settings_)
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
@@ -214,3 +216,36 @@ def _rows(labels: Any, what: str) -> list[Any]:
     if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
         raise InputError(f"{what}: is one {type(labels).__name__}; expected a list, one per text")
     return list(labels)
+
+
+LABELS = 100
+"""Labels shown; all of them stand in the settings beside the card."""
+
+
+def classifier_card(model: Model, settings: Settings) -> str:
+    """Return the text of README.md for a model and the settings of the classifier it belongs to.
+
+    Labels and prompt may be a stranger's: they stand in code blocks that they cannot end.
+    """
+    text = (resources.files("mlmjax") / "assets" / "classifier_card.md").read_text(encoding="utf-8")
+    shown = [_one_line(label) for label in settings.shown[:LABELS]]
+    if more := len(settings.shown) - len(shown):
+        shown.append(f"... and {number(more)} more")
+    return Template(text).substitute(
+        name=type(model).__name__,
+        layers=model.config.num_hidden_layers,
+        hidden=model.config.hidden_size,
+        parameters=number(sum(leaf.size for leaf in parameters(model).values())),
+        labels=fenced("\n".join(shown)),
+        applies=(
+            "Several may apply to a text, or none."
+            if settings.multi_label
+            else "One of them applies to a text."
+        ),
+        prompt=fenced(settings.template),
+    )
+
+
+def _one_line(label: str) -> str:
+    """Write out line ends, so that one label cannot look like two."""
+    return label.replace("\n", "⟨U+000A⟩")

@@ -11,10 +11,10 @@ from pydantic import Field, FiniteFloat
 from mlmjax.classification.prompter import Asking
 from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
+from mlmjax.model.modernbert import Model
 from mlmjax.scoring.scorers import MOST_ROWS, HeadScorer, Scorer
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import fine_tune
-from mlmjax.weights.pretrained import Model
 
 Judge = Callable[[Model], tuple[float, float]]
 """From a model to its accuracy and its mean loss on texts held out."""

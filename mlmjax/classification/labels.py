@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.text.tokenizer import check_text
+from mlmjax.text.checks import check_text, one_dimensional
 
 
 def seen_labels(labels: Sequence[Any], several: bool) -> list[str]:
@@ -103,3 +103,33 @@ def _indicator(row: Any, index: Mapping[str, int], number: int) -> tuple[bool, .
 def _unknown(name: str, index: Mapping[str, int], row: int) -> InputError:
     listed = ", ".join(index)
     return InputError(f"row {row + 1} (index {row}): label {name!r:.60} is none of {listed:.200}")
+
+
+def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Return `{name: description}`; raises `InputError` for blank, repeated or too few names.
+
+    >>> described(["sports", "world"])
+    {'sports': '', 'world': ''}
+    """
+    if isinstance(labels, Mapping):
+        table: dict[Any, Any] = dict(labels)
+    else:
+        names = list(one_dimensional(labels, "labels"))
+        for number, name in enumerate(names, 1):
+            check_text(name, f"labels: label {number}")
+        table = dict.fromkeys(names, "")
+        if len(table) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise InputError(f"labels: {twice!r} stands there twice; expected distinct names")
+    for name, description in table.items():
+        check_text(name, f"labels: name {name!r}")
+        check_text(description, f"labels: the description of {name!r}")
+        if not name.strip():
+            raise InputError(f"labels: {name!r} is blank; expected a name")
+        if name.endswith("\0"):  # numpy's arrays of text end there
+            raise InputError(f"labels: {name!r} ends in a NUL character; take it off")
+    if len(table) < 2:
+        raise InputError(
+            f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"
+        )
+    return {str(name): description.strip() for name, description in table.items()}

@@ -1,21 +1,22 @@
 """Questions about texts: every one becomes the prompts that are asked, their scores one answer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.classification.context import windows_of
-from mlmjax.classification.fewshot import JOINT, Shot, Shots
+from mlmjax.classification.context import JOINT, Shot, Shots, windows_of
+from mlmjax.classification.settings import LongText, Settings
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import Model
+from mlmjax.scoring.continuation import ContinuationScorer
 from mlmjax.scoring.engine import Progress
-from mlmjax.scoring.scorers import RowScorer
+from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics import option_orders
-from mlmjax.text.prompts import Prompt
-from mlmjax.text.verbalizer import all_option_names
-
-LongText = Literal["shorten", "mean", "max"]
-
+from mlmjax.text.prompts import Prompt, Template
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import Verbalizer, all_option_names, usable_option_names
 
 YES_NO = ("yes", "no")
 
@@ -169,3 +170,89 @@ def _over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
         return option_orders.pooled(log_probs)
     best = log_probs.max(axis=0)
     return best - np.logaddexp.reduce(best)
+
+
+OPTIONAL = ("examples",)
+"""Fields of a prompt that may be blank."""
+
+
+def make_template(settings: Settings) -> Template:
+    """Return the template; raises `InputError` where its fields are not those of the question."""
+    template = Template(
+        settings.template,
+        shorten=dict(settings.shorten),
+        slot=settings.head == "mlm",
+        names=settings.names,
+    )
+    needed = {"text", "label"} if settings.multi_label else {"text"}
+    allowed = needed if settings.head == "classification" else needed | {"options", "examples"}
+    fields = set(template.fields)
+    if not needed <= fields <= allowed:
+        raise InputError(
+            f"template: its fields are {', '.join(template.fields) or 'none'}; expected "
+            f"{_braced(needed)}" + (f", and may have {_braced(allowed - needed)}")
+        )
+    if settings.examples and "examples" not in fields:
+        raise InputError("template: has no {examples}, where the examples given would stand")
+    return template
+
+
+def _braced(names: Iterable[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in sorted(names)) or "no others"
+
+
+def make_asking(
+    settings: Settings, model: Model, tokenizer: Tokenizer, *, batch_size: int | None
+) -> Asking:
+    """Return how a classifier of these settings asks; raises `InputError` where it cannot."""
+    template = make_template(settings)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": settings.max_length}
+    names, answer = tuple(settings.labels), settings.answer
+    if answer is None:
+        # Without the options before its eyes a model cannot know what B stands for.
+        answer = "letters" if "options" in template.fields else "words"
+    own_names = settings.head == "classification" or answer != "letters"
+    if settings.multi_label:
+        names = YES_NO
+    scorer: RowScorer
+    if settings.head == "classification":
+        scorer = HeadScorer(model, tokenizer, template, **options)
+        if set(scorer.labels) != set(names):
+            raise InputError(
+                f"labels: the classification head has {_few(scorer.labels)}; found {_few(names)}; "
+                "give the same labels, or none"
+            )
+    elif answer == "continuation":
+        scorer = ContinuationScorer(model, tokenizer, template, names, **options, optional=OPTIONAL)
+    elif answer == "words":
+        scorer = Scorer(
+            model, tokenizer, template, Verbalizer.words(names), **options, optional=OPTIONAL
+        )
+    else:
+        columns = usable_option_names(settings.names, tokenizer, len(names))
+        if len(columns) < 2:
+            raise InputError(
+                f"labels: the tokenizer has no two option names of one token ({settings.names}); "
+                "give answer='words' or another tokenizer"
+            )
+        verbalizer = Verbalizer({name: (f" {name}",) for name in columns})
+        scorer = Scorer(model, tokenizer, template, verbalizer, **options, optional=OPTIONAL)
+    if own_names and settings.orders != 1:
+        raise InputError(
+            f"orders is {settings.orders!r}, but the answers here are no letters of options, "
+            "so that there is no order to change; leave orders out"
+        )
+    shots = [Shot(example.text, example.labels) for example in settings.examples]
+    return Asking(
+        scorer,
+        shown=YES_NO if settings.multi_label else settings.shown,
+        names=names,
+        own_names=own_names,
+        shifts=None if settings.orders == "all" else settings.orders,
+        long_text=settings.long_text,
+        shots=Shots(shots, tokenizer) if shots else None,
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))[:200]

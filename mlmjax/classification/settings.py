@@ -1,30 +1,26 @@
 """What a classifier is, beside its weights: labels, prompt, how it asks, and its calibration."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from mlmjax.classification.fewshot import Shot, Shots
-from mlmjax.classification.labels import seen_labels
-from mlmjax.classification.prompter import YES_NO, Asking, LongText
-from mlmjax.config.run import ShortenSide
+from mlmjax.classification.labels import described, seen_labels
+from mlmjax.config.data import ShortenSide
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.scoring.continuation import ContinuationScorer
-from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
+from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
+from mlmjax.scoring.scorers import HeadScorer
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
-from mlmjax.text.prompts import Template, Verbalizer
-from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.checks import check_text, one_dimensional, share
+from mlmjax.text.prompts import Template
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import OptionNames, usable_option_names
-from mlmjax.weights.pretrained import Model
 
+LongText = Literal["shorten", "mean", "max"]
 Head = Literal["mlm", "classification"]
 Answer = Literal["letters", "words", "continuation"]
-
 INSTRUCTION = (
     "You will be given a text as well as a list of labels. "
     "Read the text carefully and select the right label from the list."
@@ -35,8 +31,6 @@ LABEL_INSTRUCTION = (
 )
 NAME_INSTRUCTION = "You will be given a text. Read it carefully and name its label."
 ASK = "Answer: [unused0] [MASK]"
-OPTIONAL = ("examples",)
-"""Fields of a prompt that may be blank."""
 
 
 class Example(StrictTable):
@@ -109,137 +103,6 @@ def _literal(text: str) -> str:
     """Return a text as a template has to have it to mean itself, braces and all."""
     check_text(text, "instruction")
     return text.replace("{", "{{").replace("}", "}}")
-
-
-def make_template(settings: Settings) -> Template:
-    """Return the template; raises `InputError` where its fields are not those of the question."""
-    template = Template(
-        settings.template,
-        shorten=dict(settings.shorten),
-        slot=settings.head == "mlm",
-        names=settings.names,
-    )
-    needed = {"text", "label"} if settings.multi_label else {"text"}
-    allowed = needed if settings.head == "classification" else needed | {"options", "examples"}
-    fields = set(template.fields)
-    if not needed <= fields <= allowed:
-        raise InputError(
-            f"template: its fields are {', '.join(template.fields) or 'none'}; expected "
-            f"{_braced(needed)}" + (f", and may have {_braced(allowed - needed)}")
-        )
-    if settings.examples and "examples" not in fields:
-        raise InputError("template: has no {examples}, where the examples given would stand")
-    return template
-
-
-def _braced(names: Iterable[str]) -> str:
-    return " and ".join(f"{{{name}}}" for name in sorted(names)) or "no others"
-
-
-def make_asking(
-    settings: Settings, model: Model, tokenizer: Tokenizer, *, batch_size: int | None
-) -> Asking:
-    """Return how a classifier of these settings asks; raises `InputError` where it cannot."""
-    template = make_template(settings)
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": settings.max_length}
-    names, answer = tuple(settings.labels), settings.answer
-    if answer is None:
-        # Without the options before its eyes a model cannot know what B stands for.
-        answer = "letters" if "options" in template.fields else "words"
-    own_names = settings.head == "classification" or answer != "letters"
-    if settings.multi_label:
-        names = YES_NO
-    scorer: RowScorer
-    if settings.head == "classification":
-        scorer = HeadScorer(model, tokenizer, template, **options)
-        if set(scorer.labels) != set(names):
-            raise InputError(
-                f"labels: the classification head has {_few(scorer.labels)}; found {_few(names)}; "
-                "give the same labels, or none"
-            )
-    elif answer == "continuation":
-        scorer = ContinuationScorer(model, tokenizer, template, names, **options, optional=OPTIONAL)
-    elif answer == "words":
-        scorer = Scorer(
-            model, tokenizer, template, Verbalizer.words(names), **options, optional=OPTIONAL
-        )
-    else:
-        columns = usable_option_names(settings.names, tokenizer, len(names))
-        if len(columns) < 2:
-            raise InputError(
-                f"labels: the tokenizer has no two option names of one token ({settings.names}); "
-                "give answer='words' or another tokenizer"
-            )
-        verbalizer = Verbalizer({name: (f" {name}",) for name in columns})
-        scorer = Scorer(model, tokenizer, template, verbalizer, **options, optional=OPTIONAL)
-    if own_names and settings.orders != 1:
-        raise InputError(
-            f"orders is {settings.orders!r}, but the answers here are no letters of options, "
-            "so that there is no order to change; leave orders out"
-        )
-    shots = [Shot(example.text, example.labels) for example in settings.examples]
-    return Asking(
-        scorer,
-        shown=YES_NO if settings.multi_label else settings.shown,
-        names=names,
-        own_names=own_names,
-        shifts=None if settings.orders == "all" else settings.orders,
-        long_text=settings.long_text,
-        shots=Shots(shots, tokenizer) if shots else None,
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))[:200]
-
-
-def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Return `{name: description}`; raises `InputError` for blank, repeated or too few names.
-
-    >>> described(["sports", "world"])
-    {'sports': '', 'world': ''}
-    """
-    if isinstance(labels, Mapping):
-        table: dict[Any, Any] = dict(labels)
-    else:
-        names = list(one_dimensional(labels, "labels"))
-        for number, name in enumerate(names, 1):
-            check_text(name, f"labels: label {number}")
-        table = dict.fromkeys(names, "")
-        if len(table) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise InputError(f"labels: {twice!r} stands there twice; expected distinct names")
-    for name, description in table.items():
-        check_text(name, f"labels: name {name!r}")
-        check_text(description, f"labels: the description of {name!r}")
-        if not name.strip():
-            raise InputError(f"labels: {name!r} is blank; expected a name")
-        if name.endswith("\0"):  # numpy's arrays of text end there
-            raise InputError(f"labels: {name!r} ends in a NUL character; take it off")
-    if len(table) < 2:
-        raise InputError(
-            f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"
-        )
-    return {str(name): description.strip() for name, description in table.items()}
-
-
-def one_dimensional(values: Iterable[Any], what: str) -> Iterable[Any]:
-    """Return the values; raises `InputError` for one text, a table, and what is no list at all."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of texts")
-    if isinstance(values, Set):
-        raise InputError(f"{what}: is a set, which has no order; expected a list of texts")
-    if getattr(values, "ndim", 1) != 1:
-        raise InputError(f"{what}: is a table; expected one column of texts")
-    return values
-
-
-def share(value: Any, what: str) -> float:
-    """Return a number from 0 to 1; raises `InputError` for anything else."""
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not is_number or not 0 <= value <= 1:
-        raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to 1")
-    return float(value)
 
 
 def settle(

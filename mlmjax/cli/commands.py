@@ -1,14 +1,9 @@
 """The command line: thin commands over the Python API, and errors turned into exit codes."""
 
-import atexit
 import gc
 import itertools
 import json
-import logging
 import os
-import sys
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,18 +13,13 @@ from click.core import ParameterSource
 
 from mlmjax._version import __version__
 from mlmjax.cli.inputs import read_labels, read_lines
-from mlmjax.cli.program_cache import keep_compiled
-from mlmjax.errors import InputError, RunError, write_advice
+from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from mlmjax.config.run import RunConfig
 
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-MAX_DETAIL_LINES = 20
+
 CLASSIFY_CHUNK = 256
-# On a CPU, XLA by default orders a program for concurrency: a training step then keeps a quarter to
-# a half more in memory and `remat` saves nothing, and it is no faster on few cores.
-FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -108,8 +98,8 @@ def train(
 def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> int:
     """Compile CONFIG.toml for devices that need not be here; exit code 1 if it does not fit."""
     run_config = _load(config, overrides)
+    from mlmjax.reporting.terminal import say
     from mlmjax.training.planning.plan import make_plan, report
-    from mlmjax.training.run.log import say
 
     found = make_plan(run_config, topology, say=say)
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report(found)))
@@ -186,7 +176,7 @@ def evaluate(
         changes = [*overrides, *([f"limit={limit}"] if limit else [])]
         from mlmjax.config.suite import load_suite
         from mlmjax.evaluation.suite.suite import run_suite
-        from mlmjax.training.run.log import counting, say
+        from mlmjax.reporting.terminal import counting, say
         from mlmjax.weights.hub import PACKAGED
 
         try:
@@ -212,10 +202,12 @@ def evaluate(
     if len(models) > 1 or baselines or overrides:
         found = "several --model" if len(models) > 1 else "--baseline" if baselines else "KEY=VALUE"
         raise click.UsageError(f"{found}: is for --suite alone.")
+    from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
-    from mlmjax.evaluation.evaluate import load_task, run_evaluation
-    from mlmjax.training.run.log import counting, say
-    from mlmjax.weights.hub import CLASSIFIER, PACKAGED, fetch
+    from mlmjax.evaluation.evaluate import run_evaluation
+    from mlmjax.reporting.terminal import counting, say
+    from mlmjax.storage import CLASSIFIER
+    from mlmjax.weights.hub import PACKAGED, fetch
     from mlmjax.weights.pretrained import load_pretrained
 
     (model,) = models or [PACKAGED]
@@ -287,7 +279,7 @@ def classify(
     """Classify each line of FILE (or - for standard input); one JSON line per input line."""
     gc.set_threshold(50_000, 10, 10)  # as `main` says, and seldom before the end too
     from mlmjax.classification.predictor import Predictor
-    from mlmjax.training.run.log import say
+    from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
     names = None if labels is None else read_labels(labels)
@@ -311,7 +303,7 @@ def classify(
 
 
 def _tell_packaged(is_used: bool) -> None:
-    from mlmjax.training.run.log import say
+    from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
     if is_used:
@@ -322,75 +314,3 @@ def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config.run import load_config
 
     return load_config(config, overrides)
-
-
-def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
-    """Run one command and return its exit code; every message to people goes to stderr."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    # A failed save leaves other writes of it unfinished, each with a traceback; the error is ours.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("mlmjax").setLevel(logging.INFO)
-    if logging.lastResort:
-        logging.lastResort.setLevel(logging.INFO)
-    if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
-
-    keep_compiled()
-    # Of a cache that is full or was moved; the program is compiled anew.
-    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
-
-    def fail(message: str, details: Sequence[str], code: int) -> int:
-        if debug:
-            traceback.print_exc()
-        return _tell(program, message, details, code)
-
-    try:
-        result = command.main(list(arguments), prog_name=program, standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
-        return EXIT_BAD_INPUT
-    except click.UsageError as error:
-        path = error.ctx.command_path if error.ctx else program
-        return fail(f"{error.format_message()} See '{path} --help'.", (), EXIT_BAD_INPUT)
-    except InputError as error:
-        return fail(error.message, error.details, EXIT_BAD_INPUT)
-    except RunError as error:
-        return fail(str(error), (), EXIT_FAILED)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_FAILED
-    except (KeyboardInterrupt, click.Abort):
-        return EXIT_INTERRUPTED
-    except OSError as error:
-        return fail(f"{error}; {write_advice(error)}", (), EXIT_FAILED)
-    except Exception as error:
-        message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
-        return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
-    return result if isinstance(result, int) else 0
-
-
-def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
-    first, *rest = [*message.splitlines(), *details] or [""]
-    click.echo(f"{program}: {first}", err=True)
-    for line in rest[:MAX_DETAIL_LINES]:
-        click.echo(f"  {line}", err=True)
-    if len(rest) > MAX_DETAIL_LINES:
-        click.echo(f"  ... and {len(rest) - MAX_DETAIL_LINES} more", err=True)
-    return code
-
-
-def main() -> None:
-    """Entry point of the `mlmjax` command."""
-    # What was imported and compiled lives to the end: looking through all of it for cycles once
-    # more took a sixth of a short command's time.
-    atexit.register(gc.freeze)
-    try:
-        code = run(sys.argv[1:])
-    except SystemExit as asked:
-        code = asked.code if isinstance(asked.code, int) else EXIT_FAILED
-    if "mlmjax.parallel.launch" not in sys.modules:
-        sys.exit(code)
-    from mlmjax.parallel.launch import leave
-
-    leave(code)

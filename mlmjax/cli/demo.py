@@ -24,11 +24,12 @@ from mlmjax.cli.demo_report import Answer, Method, Report, write_report
 from mlmjax.config.run import RunConfig, load_config
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.suite.baselines import tfidf_regression
+from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.reporting.terminal import say
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.run.log import METRICS, say
+from mlmjax.training.run.log import METRICS
 from mlmjax.training.run.train import run_training
 from mlmjax.training.step import TrainState, split_parameters
 from mlmjax.weights import hub, pretrained

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-INK, FAINT, ACCENT, OTHER, WARN = "#1f2933", "#9aa5b1", "#0f766e", "#94a3b8", "#b45309"
-WIDTH = 7.4  # inches, which is the width of the page's column
+from mlmjax.reporting.charts import ACCENT, INK, OTHER, WARN, WIDTH, _figure, plain
 
 
 @dataclass(frozen=True)
@@ -178,20 +177,6 @@ def confusion_figure(labels: Sequence[str], confusion: np.ndarray) -> Figure:
     axes.tick_params(length=0, colors=INK)
     axes.spines[:].set_visible(False)
     return figure
-
-
-def _figure(height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    axes = figure.subplots()
-    plain(axes)
-    return figure, axes
-
-
-def plain(axes: Any) -> None:
-    """Take the frame off a picture and grey its axes, as all pictures here have it."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
 
 
 def _picture(figure: Figure, description: str) -> str:

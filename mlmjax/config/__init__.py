@@ -1,1 +1,4 @@
-"""The room `config`."""
+"""Every file a person writes, decoded strictly: runs, data, tasks and suites.
+
+TOML enters; frozen, typed tables leave. This room never loads jax and acts on nothing it decodes.
+"""

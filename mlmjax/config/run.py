@@ -8,47 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlmjax.config.data import (
-    AnswerRule,
     DataConfig,
-    EvaluationSet,
-    ExcludeConfig,
-    Location,
     Name,
     NonNegativeFloat,
     OpenShare,
     PositiveFloat,
     PositiveInt,
-    SelectConfig,
     Share,
-    ShortenSide,
-    SourceConfig,
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
-
-__all__ = [
-    "AnswerRule",
-    "CheckpointConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "EvaluationSet",
-    "ExcludeConfig",
-    "Location",
-    "LogConfig",
-    "MeshConfig",
-    "ObjectiveConfig",
-    "OptimizerConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "SelectConfig",
-    "ShortenSide",
-    "SourceConfig",
-    "StrictTable",
-    "decode",
-    "load_config",
-    "parse_config",
-    "read_toml",
-    "updates_of",
-]
 
 # What the TPU kernels cut a sequence into.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]

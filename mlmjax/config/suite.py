@@ -12,8 +12,8 @@ from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat,
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
 from mlmjax.config.task import Task, load_task
 from mlmjax.errors import InputError
-from mlmjax.statistics.order_sensitivity import ORDER_ROWS
 
+ORDER_ROWS, SHIFTS = 200, 4
 Head = Literal["mlm", "classification"]
 HEADS: tuple[Head, ...] = ("mlm", "classification")
 Few = Annotated[int, Field(gt=0, le=1000)]

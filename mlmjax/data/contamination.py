@@ -8,13 +8,12 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlmjax.config.run import Location
+from mlmjax.config.data import Location
 from mlmjax.config.task import Task
-from mlmjax.data.reading.exclusion import file_sha256
+from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
-from mlmjax.data.rows import Manifest
 from mlmjax.errors import InputError
-from mlmjax.weights import hub
+from mlmjax.storage import TRAINING, file_sha256, read_json
 
 NAMED = 5
 """Tasks named in one finding; of more, the number is told."""
@@ -141,15 +140,15 @@ def read_training_manifest(folder: Path) -> TrainingManifest | None:
 
     Raises `InputError` for a file that is broken or of another format.
     """
-    if not (folder / hub.TRAINING).exists():
+    if not (folder / TRAINING).exists():
         return None
     try:
-        return TrainingManifest.model_validate(hub.read_json(folder, hub.TRAINING))
+        return TrainingManifest.model_validate(read_json(folder, TRAINING))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{folder / hub.TRAINING}: is no training manifest of format 1: {where}: "
+            f"{folder / TRAINING}: is no training manifest of format 1: {where}: "
             f"{first['msg']}; take the file away to go on without knowing what it told"
         ) from error
 

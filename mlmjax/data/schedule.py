@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from mlmjax.config.run import DataConfig, ObjectiveConfig, updates_of
+from mlmjax.config.data import DataConfig
+from mlmjax.config.run import ObjectiveConfig, updates_of
 from mlmjax.errors import InputError
 
 

@@ -1,23 +1,20 @@
 """Two evaluations of the same rows: which answers better, and whether that may be chance."""
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
-from scipy.sparse import csr_array
-from scipy.stats import binom
 
 from mlmjax.errors import InputError, printable
-from mlmjax.statistics.metrics import macro_f1, percentile_bootstrap
-from mlmjax.weights import hub
+from mlmjax.statistics.comparison import _bootstrap, mcnemar
+from mlmjax.storage import plain_file, read_json
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 MAX_LINE_BYTES, MAX_LABELS = 1 << 20, 10_000
 LEVEL = 0.05
 """Probability below which the verdict says that a difference is more than chance."""
+
 
 Read = TypeVar("Read", bound=BaseModel)
 
@@ -104,18 +101,6 @@ def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
     return found | {"verdict": verdict(found)}
 
 
-def mcnemar(only_a: int, only_b: int) -> float:
-    """Return the two-sided exact p-value of the rows that one of two alone has right.
-
-    If both were equally good, such a row would be either's like the toss of a coin (McNemar 1947).
-
-    >>> mcnemar(0, 5), mcnemar(3, 3), mcnemar(0, 0)
-    (0.0625, 1.0, 1.0)
-    """
-    fewer = binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
-    return min(1.0, 2 * float(fewer))
-
-
 def verdict(found: dict[str, Any]) -> str:
     """Say in words what a comparison tells, and what it does not."""
     more, p, n = found["only_a"] - found["only_b"], found["mcnemar_p"], found["n"]
@@ -193,8 +178,8 @@ def read_results(path: str | Path) -> Evaluated:
             f"{folder}: has no file {missing[0]}; give a folder that `mlmjax evaluate --out` has "
             "written"
         )
-    results = _decoded(_Results, hub.read_json(folder, RESULTS), f"{folder / RESULTS}")
-    file = hub.plain_file(folder, PREDICTIONS)
+    results = _decoded(_Results, read_json(folder, RESULTS), f"{folder / RESULTS}")
+    file = plain_file(folder, PREDICTIONS)
     gold: dict[int, str] = {}
     predicted: dict[int, str] = {}
     try:
@@ -258,46 +243,3 @@ def _check_same_rows(a: Evaluated, b: Evaluated) -> None:
             f"first of index {other[0]}: {one!r:.60} and {two!r:.60}; evaluate both on the same "
             "file"
         )
-
-
-class _Paired(NamedTuple):
-    """A figure of both sides, their difference, and its interval."""
-
-    of: tuple[float, float]
-    difference: float
-    interval: tuple[float, float]
-
-
-def _bootstrap(gold: Sequence[str], a: Sequence[str], b: Sequence[str]) -> dict[str, _Paired]:
-    """Bootstrap differences over rows drawn with both of their answers (Efron 1979)."""
-    labels = {name: i for i, name in enumerate(sorted({*gold, *a, *b}))}
-    cells = Counter(zip(gold, a, b, strict=True))
-    kinds = sorted(cells)
-    columns = np.array([[labels[name] for name in kind] for kind in kinds]).T
-    shape, at = (len(kinds), len(labels)), np.arange(len(kinds))
-
-    def one_hot(column: np.ndarray, keep: np.ndarray | bool = True) -> csr_array:
-        values = np.broadcast_to(keep, len(kinds)).astype(float)
-        return csr_array((values, (at, column)), shape=shape)
-
-    truth = one_hot(columns[0])
-    sides = [(one_hot(own, own == columns[0]), one_hot(own)) for own in columns[1:]]
-
-    def figures(counts: np.ndarray) -> list[np.ndarray]:
-        """[..., kinds] -> accuracy and macro-F1 of A, of B, and their differences [...]."""
-        flat = np.atleast_2d(counts).astype(float)
-        found = []
-        for correct, guessed in sides:
-            hits, rows = flat @ correct, flat @ truth
-            found.append(
-                (hits.sum(axis=-1) / flat.sum(axis=-1), macro_f1(hits, rows, flat @ guessed))
-            )
-        (accuracy_a, f1_a), (accuracy_b, f1_b) = found
-        both = [accuracy_a, accuracy_b, accuracy_a - accuracy_b, f1_a, f1_b, f1_a - f1_b]
-        return [one.reshape(counts.shape[:-1]) for one in both]
-
-    drawn = percentile_bootstrap(np.array([cells[kind] for kind in kinds]), figures)
-    return {
-        name: _Paired((drawn[i][0], drawn[i + 1][0]), *drawn[i + 2])
-        for i, name in ((0, "accuracy"), (3, "macro_f1"))
-    }

@@ -8,19 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from mlmjax.config.suite import ORDER_ROWS
 from mlmjax.config.task import Task, load_task
 from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.evaluation.report import write_evaluation_report
-from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
-from mlmjax.statistics.order_sensitivity import ORDER_ROWS, check_order_rows, order_sensitivity
+from mlmjax.statistics.option_orders import check_order_rows, order_sensitivity
 from mlmjax.statistics.reliability import calibration
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.weights.pretrained import Model
 
 
 def run_evaluation(

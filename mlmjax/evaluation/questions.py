@@ -12,9 +12,10 @@ import numpy as np
 
 from mlmjax.config.columns import look_up
 from mlmjax.config.task import Task, option_list
-from mlmjax.data.reading.sources import Record, read_source
+from mlmjax.data.reading.files import Record
+from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
-from mlmjax.text.prompts import option_letters
+from mlmjax.text.verbalizer import option_letters
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,61 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import Contamination
-from mlmjax.reporting.charts import own_style, save
+from mlmjax.reporting.charts import ACCENT, FAINT, INK, OTHER, WARN, WIDTH, own_style, plain, save
 from mlmjax.reporting.markdown import LONG_CELL, cell, fenced, number, table
-from mlmjax.statistics.reliability import Bin, confidence, diagram, equal_width
+from mlmjax.statistics.metrics import wilson_interval
+from mlmjax.statistics.reliability import BINS, Bin, confidence, equal_width
+
+
+def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
+    """Draw accuracy by confidence over bins of equal width, and how many rows each bin has.
+
+    Calibrated answers lie on the dashed line; below it a model is too sure. Lines are 95 % Wilson
+    intervals of the accuracy.
+    """
+    figure = Figure(figsize=(WIDTH, 5.6), layout="constrained")
+    top, below = figure.subplots(2, 1, height_ratios=[3, 1], sharex=True)
+    found = equal_width(sure, right, bins)
+    top.plot([0, 1], [0, 1], color=OTHER, linestyle="--", linewidth=1.2, label="calibrated")
+    width = 0.92 / bins
+    for one in found:
+        if one.confidence is None or one.accuracy is None:
+            continue
+        middle = (one.low + one.high) / 2
+        top.bar(middle, one.accuracy, width=width, color=ACCENT, alpha=0.3)
+        low, high = wilson_interval(round(one.accuracy * one.rows), one.rows)
+        top.plot([one.confidence] * 2, [low, high], color=ACCENT, linewidth=1.4)
+        top.plot(one.confidence, one.accuracy, color=ACCENT, marker="o", markersize=5)
+    ticks = np.linspace(0, 1, 6)
+    top.set_ylim(0, 1.02)
+    top.set_yticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    top.set_ylabel("answers right", color=INK)
+    top.set_title(f"Reliability of {len(sure):,} answers", loc="left", fontsize=10, color=INK)
+    top.legend(frameon=False, fontsize=9, loc="upper left")
+    middles = [(one.low + one.high) / 2 for one in found]
+    below.bar(middles, [one.rows for one in found], width=width, color=ACCENT, alpha=0.3)
+    for value, style in (
+        (sure, {"color": INK, "label": "mean probability"}),
+        (right, {"color": WARN, "label": "accuracy", "linestyle": "--"}),
+    ):
+        below.axvline(float(value.mean()), linewidth=1.6, **style)
+    below.legend(frameon=False, fontsize=9, loc="upper left")
+    below.set_xlim(0, 1)
+    below.set_xticks(ticks, [f"{tick:.0%}" for tick in ticks])
+    below.set_ylabel("rows", color=INK)
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    below.set_xlabel("probability of the answer", color=INK)
+    below.yaxis.get_major_locator().set_params(integer=True)
+    for axes in (top, below):
+        plain(axes)
+        axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
+        axes.set_axisbelow(True)
+    return figure
+
 
 REPORT, PICTURE = "report.md", "reliability.png"
 NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC"}

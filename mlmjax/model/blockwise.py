@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.model.product import product
+from mlmjax.model.layers import product
 from mlmjax.parallel.sharding import mesh_sizes, platform
 
 # Far below any score; so is half of it, and then exp of the difference is exactly zero.

@@ -3,19 +3,23 @@
 Source: "Smarter, Better, Faster, Longer" (arXiv 2412.13663) and transformers 5.23.
 """
 
-import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
+from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.attention import attend
-from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, truncated_normal
-from mlmjax.parallel.sharding import constrain, platform
+from mlmjax.model.cpu import _once
+from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, _out_std, truncated_normal
+from mlmjax.parallel.sharding import constrain
 
 
 class Embedding(nnx.Module):
@@ -181,53 +185,9 @@ class DecoderBias(nnx.Module):
         )
 
 
-def make_classifier(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
-    """Draw the last layer of a classification model, `[hidden]` to `[num_labels]`."""
-    return Linear(
-        (config.hidden_size,),
-        (config.num_labels,),
-        bias=True,
-        std=config.hidden_size**-0.5,
-        cutoff=config.initializer_cutoff_factor,
-        rngs=rngs,
-    )
-
-
 def cut_rows(hidden: jax.Array) -> jax.Array:
     """Cut the rows of `[batch, seq, hidden]` over the devices that share a batch."""
     return constrain(hidden, "batch", None, None)
-
-
-def _out_std(config: ModelConfig) -> float:
-    return config.initializer_range / math.sqrt(2.0 * config.num_hidden_layers)
-
-
-def _once(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Return `x`; on a CPU it is computed once for all its uses, and so is its gradient.
-
-    There the compiler computes a sum anew wherever it is used, and those along the residual stream
-    are sums of sums of all layers: the backward pass of 22 layers took 1.6 times as long. (It
-    drops `optimization_barrier` before that.)
-    """
-    if platform() != "cpu":
-        return x
-    return _keep(x, rope[0].ravel()[0] > 2.0)  # which no cosine is
-
-
-@jax.custom_vjp
-def _kept(x: jax.Array, never: jax.Array) -> jax.Array:
-    """Return `x` out of a loop that takes no turn, into which the compiler cannot see."""
-    return jax.lax.while_loop(
-        lambda carry: carry[1], lambda carry: (carry[0] + 1, jnp.zeros_like(carry[1])), (x, never)
-    )[0]
-
-
-_kept.defvjp(
-    lambda x, never: (_kept(x, never), never),
-    lambda never, gradient: (_kept(gradient, never), None),
-)
-# Outside of any jit a loop would be compiled anew at each call.
-_keep = jax.jit(_kept)
 
 
 def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -235,3 +195,95 @@ def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+# What the backward pass finds stored of a layer besides its input, where not everything is: with
+# "dots" whatever took a matrix product to make, all at the compute dtype.
+_STORED = {"dots": jax.checkpoint_policies.save_only_these_names("product")}
+
+
+def _apply_layer(
+    layer: Layer,
+    window: int | None,
+    implementation: str,
+    block: int,
+    hidden: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    segment_ids: jax.Array | None,
+) -> jax.Array:
+    return layer(hidden, rope, segment_ids, window, implementation, block)
+
+
+def _repetition(kinds: Sequence[str]) -> tuple[range, int]:
+    """Find the layers that are equal periods, and the period; none, unless they are most layers.
+
+    Layer 0 is left out, because it has no attention norm.
+
+    >>> _repetition(("full", "local", "local", "full", "local", "local", "full", "local"))
+    (range(1, 7), 3)
+    """
+    best, best_period = range(0), 0
+    for period in range(1, len(kinds) // 2 + 1):
+        end = 1 + period
+        while end < len(kinds) and kinds[end] == kinds[end - period]:
+            end += 1
+        repeats = (end - 1) // period
+        if repeats > 1 and period * repeats > max(len(best), len(kinds) // 2):
+            best, best_period = range(1, 1 + period * repeats), period
+    return best, best_period
+
+
+def _rope_tables(
+    position_ids: jax.Array, head_dim: int, theta: float
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[batch, 1, seq, head_dim / 2]`, float32 (RoFormer, arXiv 2104.09864)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    angles = position_ids[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _check_inputs(
+    input_ids: ArrayLike,
+    segment_ids: ArrayLike | None,
+    position_ids: ArrayLike | None,
+    vocab_size: int,
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    ids = _token_ids("input_ids", input_ids, 2, vocab_size)
+    if position_ids is None:
+        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
+    else:
+        positions = _like_ids("position_ids", position_ids, ids)
+    return (
+        ids,
+        None if segment_ids is None else _like_ids("segment_ids", segment_ids, ids),
+        positions,
+    )
+
+
+def _token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.Array:
+    ids = jnp.asarray(values)
+    if ids.ndim != rank or not jnp.issubdtype(ids.dtype, jnp.integer):
+        expected = f"whole numbers {['[n]', '[batch, seq]'][rank - 1]}"
+        raise InputError(f"{name}: found {ids.dtype} {list(ids.shape)}; expected {expected}")
+    if not isinstance(values, jax.core.Tracer) and ids.size:
+        known = np.asarray(values)  # In numpy, because jit also traces operations on known arrays.
+        low, high = int(known.min()), int(known.max())
+        if low < 0 or high >= vocab_size:
+            raise InputError(
+                f"{name}: found {low if low < 0 else high}; expected ids from 0 to "
+                f"{vocab_size - 1} (does the tokenizer belong to this model?)"
+            )
+    # Unsigned, so that a traced negative id is out of range too instead of counting from the end.
+    return ids.astype(jnp.uint32)
+
+
+def _like_ids(name: str, values: ArrayLike, input_ids: jax.Array) -> jax.Array:
+    array = jnp.asarray(values)
+    whole = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
+    if array.shape != input_ids.shape or not whole:
+        raise InputError(
+            f"{name}: found {array.dtype} {list(array.shape)}; expected whole numbers "
+            f"{list(input_ids.shape)}, as input_ids"
+        )
+    return array.astype(jnp.int32)

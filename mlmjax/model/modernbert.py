@@ -6,12 +6,13 @@ the compute dtype and accumulate in float32.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
@@ -19,23 +20,25 @@ from mlmjax.config.run import RunConfig
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import LOCAL, ModelConfig
 from mlmjax.model.attention import IMPLEMENTATIONS
+from mlmjax.model.cpu import _spread
 from mlmjax.model.encoder import (
+    _STORED,
     DecoderBias,
     Encoder,
     Layer,
     PredictionHead,
+    _apply_layer,
+    _check_inputs,
+    _repetition,
+    _rope_tables,
+    _token_ids,
     cut_rows,
-    make_classifier,
 )
-from mlmjax.model.layers import align
-from mlmjax.model.product import product
-from mlmjax.parallel.sharding import platform
+from mlmjax.model.layers import make_classifier, product
+from mlmjax.parallel.sharding import leaf_path
 
 SPLASH_BLOCKS = RunConfig.model_fields["splash_blocks"].default
 REMAT = get_args(RunConfig.model_fields["remat"].annotation)
-# What the backward pass finds stored of a layer besides its input, where not everything is: with
-# "dots" whatever took a matrix product to make, all at the compute dtype.
-_STORED = {"dots": jax.checkpoint_policies.save_only_these_names("product")}
 
 
 class _ModernBert(nnx.Module):
@@ -232,100 +235,79 @@ class ModernBertForSequenceClassification(_ModernBert):
             return logits[:, 0] if segments is None else logits
 
 
-def _apply_layer(
-    layer: Layer,
-    window: int | None,
-    implementation: str,
-    block: int,
-    hidden: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    segment_ids: jax.Array | None,
-) -> jax.Array:
-    return layer(hidden, rope, segment_ids, window, implementation, block)
+Model = ModernBertForMaskedLM | ModernBertForSequenceClassification
+CLASSES: dict[str, type[Model]] = {
+    cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
+}
 
 
-def _spread(vector: jax.Array, x: jax.Array) -> jax.Array:
-    """Give a vector the shape of `x` or, off CPUs, the axes it lacks.
-
-    By a product with ones, whose gradient is a product too: the compiler for CPUs sums the columns
-    of `[128, 50368]` in 90 ms, and takes 1.5 ms for a product that gives the same.
-    """
-    if platform() != "cpu":
-        return align(vector, x)
-    leading = "abcd"[: x.ndim - 1]
-    return jnp.einsum(f"{leading},v->{leading}v", jnp.ones(x.shape[:-1], vector.dtype), vector)
+def parameters(model: Model) -> dict[str, Any]:
+    """Return the parameters of a model (or of an abstract one) by their names in a checkpoint."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
+    return {leaf_path(path): leaf for path, leaf in leaves}
 
 
-def _repetition(kinds: Sequence[str]) -> tuple[range, int]:
-    """Find the layers that are equal periods, and the period; none, unless they are most layers.
-
-    Layer 0 is left out, because it has no attention norm.
-
-    >>> _repetition(("full", "local", "local", "full", "local", "local", "full", "local"))
-    (range(1, 7), 3)
-    """
-    best, best_period = range(0), 0
-    for period in range(1, len(kinds) // 2 + 1):
-        end = 1 + period
-        while end < len(kinds) and kinds[end] == kinds[end - period]:
-            end += 1
-        repeats = (end - 1) // period
-        if repeats > 1 and period * repeats > max(len(best), len(kinds) // 2):
-            best, best_period = range(1, 1 + period * repeats), period
-    return best, best_period
-
-
-def _rope_tables(
-    position_ids: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[batch, 1, seq, head_dim / 2]`, float32 (RoFormer, arXiv 2104.09864)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-    angles = position_ids[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def _check_inputs(
-    input_ids: ArrayLike,
-    segment_ids: ArrayLike | None,
-    position_ids: ArrayLike | None,
-    vocab_size: int,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    ids = _token_ids("input_ids", input_ids, 2, vocab_size)
-    if position_ids is None:
-        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
-    else:
-        positions = _like_ids("position_ids", position_ids, ids)
-    return (
-        ids,
-        None if segment_ids is None else _like_ids("segment_ids", segment_ids, ids),
-        positions,
+def abstract_model(
+    name: str, config: ModelConfig, *, dtype: str = "float32", attention: str = "auto"
+) -> Model:
+    """Return the model of class `name` with shapes in the place of arrays: no memory is taken."""
+    if str(dtype) not in ("float32", "bfloat16"):
+        raise InputError(f"dtype: found {dtype!r}; expected 'float32' or 'bfloat16'")
+    # Whatever the keys: no array is drawn. Having flax count them would take half a second.
+    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
+    return nnx.eval_shape(
+        lambda: CLASSES[name](config, rngs=rngs, dtype=jnp.dtype(dtype), attention=attention)
     )
 
 
-def _token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.Array:
-    ids = jnp.asarray(values)
-    if ids.ndim != rank or not jnp.issubdtype(ids.dtype, jnp.integer):
-        expected = f"whole numbers {['[n]', '[batch, seq]'][rank - 1]}"
-        raise InputError(f"{name}: found {ids.dtype} {list(ids.shape)}; expected {expected}")
-    if not isinstance(values, jax.core.Tracer) and ids.size:
-        known = np.asarray(values)  # In numpy, because jit also traces operations on known arrays.
-        low, high = int(known.min()), int(known.max())
-        if low < 0 or high >= vocab_size:
+SINGLE_LABEL, REGRESSION = "single_label_classification", "regression"
+
+
+def labelled_config(config: ModelConfig, labels: Sequence[str]) -> ModelConfig:
+    """Return the configuration of a classification model of these labels; none: a regression."""
+    names = list(labels) or ["LABEL_0"]
+    return replace(
+        config,
+        architectures=(ModernBertForSequenceClassification.__name__,),
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={name: number for number, name in enumerate(names)},
+        problem_type=SINGLE_LABEL if labels else REGRESSION,
+    )
+
+
+def with_classifier(
+    model: ModernBertForMaskedLM | ModernBertForSequenceClassification,
+    labels: Sequence[str],
+    *,
+    seed: int,
+) -> ModernBertForSequenceClassification:
+    """Return a classification model of these labels on the encoder and the head of `model`.
+
+    A masked language model loses its decoder and gets a new last layer, drawn by `seed`; a
+    classification model of just these labels goes on with the one it has. Raises `InputError` for
+    one of other labels.
+    """
+    config = labelled_config(model.config, labels)
+    if isinstance(model, ModernBertForSequenceClassification):
+        found = model.config.id2label
+        if found != config.id2label:
             raise InputError(
-                f"{name}: found {low if low < 0 else high}; expected ids from 0 to "
-                f"{vocab_size - 1} (does the tokenizer belong to this model?)"
+                f"init_from: is a classification model of the labels {_listed(found)}; the sources "
+                f"name {_listed(config.id2label)}; give the same labels in the same order, or "
+                "start from a masked language model"
             )
-    # Unsigned, so that a traced negative id is out of range too instead of counting from the end.
-    return ids.astype(jnp.uint32)
-
-
-def _like_ids(name: str, values: ArrayLike, input_ids: jax.Array) -> jax.Array:
-    array = jnp.asarray(values)
-    whole = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
-    if array.shape != input_ids.shape or not whole:
-        raise InputError(
-            f"{name}: found {array.dtype} {list(array.shape)}; expected whole numbers "
-            f"{list(input_ids.shape)}, as input_ids"
+        model.config = config
+        return model
+    result: Any = nnx.eval_shape(
+        lambda: ModernBertForSequenceClassification(
+            config, rngs=nnx.Rngs(0), dtype=model.dtype, attention=model.attention
         )
-    return array.astype(jnp.int32)
+    )
+    result.model, result.head = model.model, model.head
+    result.classifier = make_classifier(config, nnx.Rngs(seed))
+    return result
+
+
+def _listed(labels: Any) -> str:
+    return ", ".join(map(repr, (labels or {}).values()))[:200]

@@ -12,7 +12,8 @@ from flax import nnx
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import leaf_path
-from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.checks import check_text
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import add_words
 
 Model = TypeVar("Model", ModernBertForMaskedLM, ModernBertForSequenceClassification)

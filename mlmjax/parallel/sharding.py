@@ -17,6 +17,7 @@ from mlmjax.errors import InputError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
+
 # The whole path must match, or its end after a dot, so that moments of an optimizer follow the
 # parameter they belong to. The hidden dimension is cut over `fsdp`; heads, the intermediate
 # dimension and the vocabulary over `tensor`; vectors along the hidden dimension are replicated.
@@ -291,3 +292,17 @@ def _indivisible(
                 f"{name} {list(shape)}: {' x '.join(axes)} = {parts} does not divide {size}; "
                 f"these do: {divisors}"
             )
+
+
+def local_mesh(batch_size: int | None = None) -> Mesh:
+    """Return a mesh of the local devices: as many as can have equal parts of a batch."""
+    devices = local_devices()
+    if batch_size:
+        used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
+        devices = devices[:used]
+    return make_mesh({"data": -1}, devices)
+
+
+def local_devices() -> list[jax.Device]:
+    """Return the devices that batches are cut over."""
+    return jax.local_devices()

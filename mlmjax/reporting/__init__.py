@@ -1,1 +1,5 @@
-"""The room `reporting`."""
+"""How anything is shown to people: Markdown, pictures, lines and progress bars.
+
+Numbers and text enter; text that no input can break, pictures and terminal output leave. This room
+knows nothing of what it reports on.
+"""

@@ -1,1 +1,4 @@
-"""The room `scoring`."""
+"""Asking a model: label probabilities, likelihoods of texts, filled masks.
+
+A model and texts enter; numpy arrays leave. This room never trains.
+"""

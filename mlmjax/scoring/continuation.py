@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.model.modernbert import Model, ModernBertForMaskedLM
 from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.likelihood import log_prob_of_target, word_ends
 from mlmjax.scoring.scorers import RowScorer
-from mlmjax.text.pieces import word_starts
+from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Prompt, Template
-from mlmjax.text.tokenizer import Tokenizer, check_text
-from mlmjax.weights.pretrained import Model
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.words import word_starts
 
 BLOCK = 64
 """Prompts whose sequences are held in memory at once."""

@@ -10,21 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from mlmjax.errors import RunError
 from mlmjax.model.layers import Linear
+from mlmjax.model.modernbert import Model
 from mlmjax.parallel.sharding import (
     batch_sharding,
     leaf_path,
-    make_mesh,
+    local_mesh,
     place,
     replicated_sharding,
 )
-from mlmjax.weights.pretrained import Model
 
 log = logging.getLogger(__name__)
-
 Progress = Callable[[int], None]
 Forward = Callable[..., Any]
 """From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`.
@@ -245,20 +243,6 @@ def _computed_graph(model: Model) -> Any:
 def _jitted(graphdef: Any, forward: Forward) -> Any:
     """Return the jitted call; engines of like models that read the same share what is compiled."""
     return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
-
-
-def local_mesh(batch_size: int | None = None) -> Mesh:
-    """Return a mesh of the local devices: as many as can have equal parts of a batch."""
-    devices = local_devices()
-    if batch_size:
-        used = next(n for n in range(len(devices), 0, -1) if batch_size % n == 0)
-        devices = devices[:used]
-    return make_mesh({"data": -1}, devices)
-
-
-def local_devices() -> list[jax.Device]:
-    """Return the devices that batches are cut over."""
-    return jax.local_devices()
 
 
 def _put(members: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:

@@ -3,7 +3,7 @@
 import itertools
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,68 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from mlmjax.errors import InputError, RunError
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    SINGLE_LABEL,
+    Model,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+)
 from mlmjax.scoring.engine import Engine, Forward, Progress
-from mlmjax.text.prompts import Prompt, Template, Verbalizer
-from mlmjax.text.tokenizer import Tokenizer, check_text
-from mlmjax.training.heads import SINGLE_LABEL
-from mlmjax.weights.pretrained import Model
+from mlmjax.text.checks import _for_each, check_row
+from mlmjax.text.prompts import Prompt, Template
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import Verbalizer
 
 CHUNK_ROWS = 8192
 MOST_ROWS = 65536
-
-
-def check_row(
-    row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
-) -> None:
-    """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
-
-    Fields of `optional` may be blank.
-
-    >>> check_row({"text": " "}, ["text"], 2)
-    Traceback (most recent call last):
-    mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
-    """
-    if not isinstance(row, Mapping):
-        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
-    for field in fields:
-        if field == "options":
-            continue
-        if field not in row:
-            known = ", ".join(map(repr, row)) or "none"
-            raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
-        if field in optional:
-            check_text(row[field], f"field {field!r}")
-        else:
-            check_filled(row[field], f"field {field!r}")
-    options = row.get("options")
-    if options is None:
-        if "options" in fields:
-            raise InputError("has no 'options', which the prompt names; give it a list of texts")
-        return
-    if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
-        raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
-    if len(options) > label_count:
-        raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
-    for number, option in enumerate(options, 1):
-        check_filled(option, f"option {number}")
-
-
-def check_filled(text: Any, what: str) -> None:
-    """Raise `InputError`, opened by `what`, for what is blank or no text."""
-    check_text(text, what)
-    if not text.strip():
-        raise InputError(f"{what}: is blank; give it some text or leave the row out")
-
-
-def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
-    """Return the name of each text in messages, the first being number `first`.
-
-    Raises `InputError` that names each one that is blank or no text.
-    """
-    names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
-    _for_each(names, texts, lambda text: check_filled(text, "field 'text'"))
-    return names
 
 
 def make_engine(
@@ -369,15 +321,3 @@ class HeadScorer(RowScorer):
 
 def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
     return jax.nn.log_softmax(model(ids, segment_ids).astype(jnp.float32))
-
-
-def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
-    """Act on every row; raise one `InputError` that lists, by name, each row that was refused."""
-    problems = []
-    for name, row in zip(names, rows, strict=True):
-        try:
-            act(row)
-        except InputError as error:
-            problems.append(f"{name}: {error.message}")
-    if problems := list(dict.fromkeys(problems)):
-        raise InputError(problems[0], problems[1:])

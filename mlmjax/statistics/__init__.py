@@ -1,1 +1,5 @@
-"""The room `statistics`."""
+"""Numbers about answers and probabilities.
+
+Arrays of answers or log probabilities enter; figures, intervals and calibrations leave. This room
+uses numpy and scipy only: no jax, no models, no files, no pictures.
+"""

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError
-from mlmjax.text.tokenizer import ANCHOR, Tokenizer, check_text
-from mlmjax.text.verbalizer import OptionNames, Verbalizer, option_letters, option_names
-
-__all__ = ["Prompt", "Template", "Verbalizer", "option_letters"]
+from mlmjax.text.checks import check_text
+from mlmjax.text.tokenizer import ANCHOR, Tokenizer
+from mlmjax.text.verbalizer import OptionNames, option_names
 
 # Unicode's White_Space, which is what a token with lstrip or rstrip swallows (str.isspace differs).
 WHITE_SPACE = (

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from mlmjax.errors import InputError
+from mlmjax.text.checks import check_text
 
 ANCHOR = "[unused0]"
 UNUSED = re.compile(r"\[unused\d+\]")
@@ -174,19 +175,6 @@ class Tokenizer:
                 "that makes special tokens from added tokens only"
             )
         return ids
-
-
-def check_text(text: Any, what: str) -> None:
-    """Raise `InputError`, opened by `what`, unless `text` is a string of whole characters."""
-    if not isinstance(text, str):
-        raise InputError(f"{what}: is {type(text).__name__} ({text!r:.60}); expected text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{what}: holds half a character (a lone surrogate, U+{ord(text[error.start]):04X}) at "
-            f"position {error.start}; expected Unicode text"
-        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -8,7 +8,8 @@ from string import ascii_uppercase
 from typing import Literal
 
 from mlmjax.errors import InputError
-from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.checks import check_text
+from mlmjax.text.tokenizer import Tokenizer
 
 OptionNames = Literal["letters", "numbers"]
 _NUMBERS = 9999  # tokenizers have one token for the first few hundred

@@ -1,1 +1,4 @@
-"""The room `training`."""
+"""Training a model: the train state and its steps, losses, optimizers, fine-tuning in memory.
+
+A model and batches enter; a trained state leaves. This room knows no files; `run` does.
+"""

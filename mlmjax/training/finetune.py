@@ -11,19 +11,19 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mlmjax.config.run import OptimizerConfig, ScheduleConfig, decode
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig
+from mlmjax.config.tables import decode
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
 from mlmjax.data.packing import pack
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.scoring.engine import local_mesh
+from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
+from mlmjax.parallel.sharding import local_mesh
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
-from mlmjax.training.heads import label_loss
+from mlmjax.training.loss import label_loss
 from mlmjax.training.optimizer import decay_mask, make_schedule
 from mlmjax.training.step import TrainState, create_train_state, make_train_step, masked_token_loss
-from mlmjax.weights.pretrained import Model
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch
+from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch, LabelBatch
 from mlmjax.parallel.sharding import batch_shards, constrain, mesh_sizes, platform
 
 # Targets whose logits exist at one time (on each device). On a CPU the buffers of a small chunk are
@@ -15,7 +15,6 @@ from mlmjax.parallel.sharding import batch_shards, constrain, mesh_sizes, platfo
 # accelerator wants fewer, larger products; 1024 x 50368 float32 logits are 206 MB.
 CHUNK = {"cpu": 128}
 CHUNK_ACCELERATOR = 1024
-
 Metrics = dict[str, jax.Array]
 Logits = Callable[..., jax.Array]
 
@@ -186,3 +185,39 @@ def _put(carry: Any, values: Any, index: jax.Array, chunk: int) -> Any:
 def _count(mask: jax.Array) -> jax.Array:
     # Counted in integers: float32 sums are exact only while partial sums stay below 2**24.
     return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
+
+
+def label_loss(model: Any, batch: LabelBatch) -> tuple[jax.Array, Metrics]:
+    """Sum the loss of `label_evaluation` over the texts: `(loss_sum, metrics)`."""
+    metrics = label_evaluation(model, batch)
+    del metrics["logits"]
+    return metrics["loss_sum"], metrics
+
+
+def label_evaluation(model: Any, batch: LabelBatch) -> Metrics:
+    """Return `loss_sum` and `loss_count` over labelled texts, and `logits` `[texts, labels]`.
+
+    Cross-entropy, with `label_count` and `label_correct`, where the model has several labels;
+    squared error where it has one, as transformers computes them.
+    """
+    given = jnp.asarray(batch.labels)
+    segments = given.shape[1] if given.ndim == 2 else None
+    logits = model(batch.input_ids, batch.segment_ids, segments=segments)
+    logits, given = logits.reshape(given.size, logits.shape[-1]), given.reshape(-1)
+    used = ~jnp.isnan(given)
+    labels = jnp.where(used, given, 0.0)
+    count = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    more: Metrics = {}
+    if logits.shape[1] == 1:
+        losses = jnp.square(logits[:, 0] - labels)
+    else:
+        numbers = labels.astype(jnp.int32)
+        chosen = jnp.take_along_axis(logits, numbers[:, None], axis=1)[:, 0]
+        losses = jax.nn.logsumexp(logits, axis=1) - chosen
+        correct = used & (jnp.argmax(logits, axis=1) == numbers)
+        more = {
+            "label_count": count,
+            "label_correct": jnp.sum(correct, dtype=jnp.int32).astype(jnp.float32),
+        }
+    loss_sum = jnp.sum(jnp.where(used, losses, 0.0))
+    return {"loss_sum": loss_sum, "loss_count": count, **more, "logits": logits}

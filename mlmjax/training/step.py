@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding as partition
+from mlmjax.parallel.sharding import check_rows
 from mlmjax.training.loss import Metrics, summarize, target_losses, token_loss
 from mlmjax.training.optimizer import skipped_updates
 
@@ -267,3 +268,42 @@ def _keep_sharding(params: Any, tree: Any) -> Any:
     if not sizes:
         return tree
     return partition.constrain_tree(tree, partition.state_specs(sizes, params, tree))
+
+
+AXIS = "data"
+
+
+def make_replicated_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    loss: Loss = masked_token_loss,
+) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+    """Return `step.make_train_step`, data-parallel through `jax.pmap`: same losses, same state.
+
+    The sums and counts of all devices are added before anything is divided. The state keeps its
+    layout, whole on every device of its mesh; a mesh that cuts parameters is not for this step.
+    Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
+    """
+    update = train_update(
+        graphdef,
+        optimizer,
+        accumulate=accumulate,
+        loss=loss,
+        reduce=lambda sums: jax.lax.psum(sums, AXIS),
+    )
+    replicated = jax.pmap(
+        update, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+    )
+
+    @wraps(update)
+    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+        devices = jax.local_device_count()
+        check_rows({"data": devices}, batch.input_ids.shape[0], accumulate)
+        layout = jax.tree.map(lambda x: x.sharding, state)
+        parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        state, metrics = replicated(state, parts)
+        return jax.device_put(state, layout), metrics
+
+    return step

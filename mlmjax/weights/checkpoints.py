@@ -1,7 +1,5 @@
 """Checkpoints of runs and of models, whole and verified. Nothing else knows Orbax."""
 
-import json
-import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -10,31 +8,89 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mlmjax.config.run import CheckpointConfig
-from mlmjax.errors import InputError, RunError, full_disk, write_advice
-from mlmjax.model.architecture import ModelConfig
+from mlmjax.errors import InputError, RunError, _first_line, full_disk, write_advice
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import leaf_path
-from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.run.resume import check_name, reached
-from mlmjax.weights import hub, integrity, pretrained
-from mlmjax.weights.layout import to_hf_layout
+from mlmjax.storage import check_name, reached
+
+
+def fingerprints(state: Any) -> dict[str, int]:
+    """Return the sum of every array's bits as 32-bit words, modulo 2**32, by the array's path.
+
+    Any change of one word changes it, and it is the same for every sharding. All processes of a
+    run have to call this together.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    # Piece by piece, each on its own device: no device has to wait for another one.
+    pieces = [
+        [
+            _fingerprint(piece.data)
+            for piece in jnp.asarray(leaf).addressable_shards
+            if not piece.replica_id
+        ]
+        for _, leaf in leaves
+    ]
+    sums = np.array([sum(map(int, some)) for some in jax.device_get(pieces)], np.uint64)
+    if jax.process_count() > 1:
+        low = (sums % 2**32).astype(np.uint32)
+        sums = multihost_utils.process_allgather(low).astype(np.uint64).sum(axis=0)
+    return {leaf_path(path): int(n % 2**32) for (path, _), n in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def verify(state: Any, expected: Mapping[str, int]) -> None:
+    """Raise `ValueError` that names the first array whose bits are not those of `expected`."""
+    found = fingerprints(state)
+    changed = [name for name in found if found[name] != expected.get(name)]
+    if changed:
+        raise ValueError(f"{changed[0]} is not what was saved")
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Return dtype and shape of every array (or abstract one) by its path.
+
+    >>> describe({"a": np.zeros((2, 3), np.float32)})
+    {'a': 'float32 [2, 3]'}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        leaf_path(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves
+    }
+
+
+def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise `InputError` that lists how a saved tree and the expected one (`describe`) differ."""
+    problems = [
+        f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
+        f"{expected.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"{where}: is the checkpoint of another model: {problems[0]} (differences: "
+            f"{len(problems)}); give the configuration it was saved with, or another folder",
+            problems[1:],
+        )
+
 
 # What a step's folder holds; what a model's folder holds beside config.json and the tokenizer.
 STATE, RECORD = "state", "record"
-PARAMS, MODEL_RECORD = "params", "checkpoint.json"
-MODEL_FORMAT = "mlmjax-model-1"
-MODEL_FILES = frozenset(
-    {hub.CONFIG, MODEL_RECORD, PARAMS} | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
-)
 
-# Orbax tells of every step it takes, and prints tracebacks of errors that it raises as well.
-logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
+
 # When one array cannot be read, those still being read report to an event loop that is gone.
 _unraisable = sys.unraisablehook
 sys.unraisablehook = lambda found: (
@@ -117,8 +173,8 @@ class Checkpoints:
         ranked = metrics is not None and np.isfinite(float(metrics.get("loss", np.nan)))
         record = {
             "metadata": dict(metadata or {}),
-            "arrays": integrity.describe(state),
-            "fingerprints": integrity.fingerprints(state),
+            "arrays": describe(state),
+            "fingerprints": fingerprints(state),
         }
         try:
             self._manager.save(
@@ -186,13 +242,11 @@ class Checkpoints:
         """
         record = self._record(step)
         abstract = jax.tree.map(_abstract, abstract_state)
-        integrity.check_same(
-            self.folder / str(step), record["arrays"], integrity.describe(abstract)
-        )
+        check_same(self.folder / str(step), record["arrays"], describe(abstract))
         try:
             args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
             state = self._manager.restore(step, args=args)[STATE]
-            integrity.verify(state, record["fingerprints"])
+            verify(state, record["fingerprints"])
         except Exception as error:
             raise self._damaged(step, error) from error
         return state
@@ -251,112 +305,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _first_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def save_model(
-    path: str | os.PathLike[str], model: pretrained.Model, tokenizer: Tokenizer | None
-) -> None:
-    """Write a model alone: config.json, tokenizer files, `params/` (Orbax), checkpoint.json.
-
-    The dtypes of the files it was loaded from are kept, so that it can go back bit by bit. The
-    folder appears whole or not at all. Raises `InputError` and `RunError` as `hf.save_pretrained`.
-    """
-    check_name(Path(path))
-    params = nnx.state(model, nnx.Param)
-    values = model.config.to_hf() | {"architectures": [type(model).__name__]}
-    record = {
-        "format": MODEL_FORMAT,
-        "source_dtypes": dict(getattr(model, "source_dtypes", ())),
-        "arrays": integrity.describe(params),
-        "fingerprints": integrity.fingerprints(params),
-    }
-    with hub.written_whole(Path(path), MODEL_FILES) as folder:
-        for name, table in ((hub.CONFIG, values), (MODEL_RECORD, record)):
-            (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((folder / PARAMS).absolute(), params)
-
-
-def load_model(
-    path: str | os.PathLike[str], *, dtype: str = "float32", attention: str = "auto"
-) -> tuple[pretrained.Model, Tokenizer | None]:
-    """Read what `save_model` wrote; the tokenizer is None where none was saved.
-
-    Raises `InputError` for a damaged folder, and for one whose arrays are not those of its
-    config.json.
-    """
-    folder = Path(path).expanduser().absolute()
-    record = _model_record(folder)
-    config = ModelConfig.from_hf(hub.read_json(folder, hub.CONFIG))
-    names = config.architectures or ()
-    if len(names) != 1 or names[0] not in pretrained.CLASSES:
-        raise InputError(f"{folder / hub.CONFIG}: architectures is {names}; expected a class")
-    model: Any = pretrained.abstract_model(names[0], config, dtype=dtype, attention=attention)
-    graphdef, params = nnx.split(model)
-    integrity.check_same(folder, record["arrays"], integrity.describe(params))
-    model = nnx.merge(graphdef, _restored(folder / PARAMS, params, record["fingerprints"]))
-    if record["source_dtypes"]:
-        model.source_dtypes = tuple(sorted(record["source_dtypes"].items()))
-    has_tokenizer = (folder / hub.TOKENIZER_FILES[0]).exists()
-    return model, pretrained.load_tokenizer(folder) if has_tokenizer else None
-
-
-def is_model(folder: Path) -> bool:
-    """Tell whether a folder is one that `save_model` wrote."""
-    return (folder / MODEL_RECORD).is_file()
-
-
-def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
-    """Return the parameters of a model's or a run's checkpoint as tensors of a Hugging Face folder.
-
-    `folder` is what `save_model` wrote, one step of `Checkpoints`, or a folder of such steps or a
-    run with one (the newest step then); None for anything else. The dtypes are those of the files
-    the model was loaded from, where they are known. Raises `InputError` for damaged files.
-    """
-    folder = folder.expanduser().absolute()
-    if is_model(folder):
-        record = _model_record(folder)
-        tensors = _named(_restored(folder / PARAMS, None, record["fingerprints"]))
-        dtypes = record["source_dtypes"]
-        if pretrained.DECODER in dtypes:
-            tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING]
-        return {name: x.astype(dtypes.get(name, x.dtype)) for name, x in tensors.items()}
-    for place in (folder, folder / "checkpoints"):
-        steps = [int(entry.name) for entry in place.glob("*") if entry.name.isdecimal()]
-        if steps and not (place / STATE).is_dir():
-            folder = place / str(max(steps))
-            break
-    if not (folder / STATE).is_dir():
-        return None
-    record = hub.read_json(folder / RECORD, "metadata")
-    state = _restored(folder / STATE, None, record.get("fingerprints"))
-    if not isinstance(state, Mapping) or "params" not in state:
-        raise InputError(f"{folder}: holds a state without params; give a training run's folder")
-    return _named(state["params"])
-
-
-def _named(params: Any) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = ((leaf_path(path), np.asarray(leaf)) for path, leaf in leaves)
-    return {name: to_hf_layout(name, value) for name, value in named}
-
-
-def _model_record(folder: Path) -> dict[str, Any]:
-    record = hub.read_json(folder, MODEL_RECORD)
-    tables = [record.get(key) for key in ("source_dtypes", "arrays", "fingerprints")]
-    known = set(pretrained.DTYPES.values())
-    if record.get("format") != MODEL_FORMAT or not all(isinstance(t, dict) for t in tables):
-        raise InputError(f"{folder / MODEL_RECORD}: is not a record of format {MODEL_FORMAT}")
-    if not known.issuperset(map(str, record["source_dtypes"].values())):
-        raise InputError(f"{folder / MODEL_RECORD}: expected dtypes {', '.join(sorted(known))}")
-    return record
-
-
 def _saved_tree(folder: Path) -> Any:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -377,7 +325,7 @@ def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -
         with ocp.StandardCheckpointer() as checkpointer:
             tree = checkpointer.restore(folder, abstract)
         if expected is not None:
-            integrity.verify(tree, expected)
+            verify(tree, expected)
         return tree
     except Exception as error:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -10,53 +11,104 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from string import Template
-from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    CLASSES,
+    Model,
+    ModernBertForMaskedLM,
+    abstract_model,
+    parameters,
+)
 from mlmjax.parallel.sharding import leaf_path
+from mlmjax.storage import (
+    CARD,
+    CLASSIFIER,
+    CONFIG,
+    TOKENIZER_FILES,
+    TRAINING,
+    plain_file,
+    read_json,
+    written_whole,
+)
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
-from mlmjax.weights.layout import from_hf_layout, hf_shape, to_hf_layout
+from mlmjax.weights.tensor_files import INDEX, Header, Weights
+
+# Parameters have the checkpoint's names. torch keeps a kernel as `[out, in]`; here its axes are
+# the inputs, then the outputs, and either may be cut into parts (`[hidden, 3, heads, head_dim]`).
+# The number is how many leading axes are inputs; None marks what is stored axis by axis as it is.
+LAYOUTS: tuple[tuple[str, int | None], ...] = (
+    ("tok_embeddings.weight", None),
+    ("norm.weight", None),
+    ("attn.Wqkv.weight", 1),
+    ("attn.Wo.weight", 2),
+    ("mlp.Wi.weight", 1),
+    ("mlp.Wo.weight", 1),
+    ("head.dense.weight", 1),
+    ("classifier.weight", 1),
+    (".bias", 0),
+)
+
+
+def hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape on disk of a parameter that has `shape` here.
+
+    >>> hf_shape("model.layers.0.attn.Wqkv.weight", (32, 3, 4, 8))
+    (96, 32)
+    """
+    inputs = _inputs(name)
+    if inputs is None:
+        return shape
+    outputs = math.prod(shape[inputs:])
+    return (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
+
+
+def to_hf_layout(name: str, value: np.ndarray) -> np.ndarray:
+    """Return a parameter as it is laid out on disk."""
+    shape = hf_shape(name, value.shape)
+    if _inputs(name):
+        return np.ascontiguousarray(value.reshape(shape[::-1]).T)
+    return value.reshape(shape)
+
+
+def from_hf_layout(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a tensor from disk as the parameter of `shape`: the inverse of `to_hf_layout`."""
+    return (value.T if _inputs(name) else value).reshape(shape)
+
+
+def _inputs(name: str) -> int | None:
+    for suffix, inputs in LAYOUTS:
+        if name.endswith(suffix):
+            return inputs
+    raise ValueError(f"parameter {name} has no layout; add one to layout.LAYOUTS")
+
 
 log = logging.getLogger(__name__)
-
-Model = ModernBertForMaskedLM | ModernBertForSequenceClassification
-CLASSES: dict[str, type[Model]] = {
-    cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
-}
-
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 DECODER = "decoder.weight"  # the embedding again: never a parameter here
+
+
 # Derived from the configuration; some older exports hold them all the same.
 HARMLESS = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
-
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
 COPIES = min(4, os.cpu_count() or 1)  # tensors of a file that are in memory twice at a time
 EXPORT_FILES = frozenset(
-    {hub.CONFIG, hub.INDEX, hub.CARD, hub.CLASSIFIER, hub.TRAINING}
+    {CONFIG, INDEX, CARD, CLASSIFIER, TRAINING}
     | {"generation_config.json", ".gitattributes"}
     | {"*.safetensors"}
-    | set(hub.TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
+    | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
-
-
-def parameters(model: Model) -> dict[str, Any]:
-    """Return the parameters of a model (or of an abstract one) by their names in a checkpoint."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
-    return {leaf_path(path): leaf for path, leaf in leaves}
 
 
 def to_hf_tensors(model: Model) -> Iterator[tuple[str, np.ndarray]]:
@@ -104,9 +156,9 @@ def load_pretrained(
     memory for the weights is taken.
     """
     folder = hub.fetch(source, revision=revision, local_files_only=local_files_only)
-    values = hub.read_json(folder, hub.CONFIG)
+    values = read_json(folder, CONFIG)
     # The tokenizer's library works outside of Python's lock, and takes as long as the description.
-    with ThreadPoolExecutor(1) as beside, hub.Weights(folder) as weights:
+    with ThreadPoolExecutor(1) as beside, Weights(folder) as weights:
         reading = beside.submit(load_tokenizer, folder)
         abstract = _abstract_model(folder, values, weights, dtype, attention)
         tokenizer = reading.result()
@@ -116,16 +168,16 @@ def load_pretrained(
 
 def load_model(folder: Path, *, dtype: str = "float32", attention: str = "auto") -> Model:
     """Load the model of a folder alone, as `load_pretrained` does."""
-    values = hub.read_json(folder, hub.CONFIG)
-    with hub.Weights(folder) as weights:
+    values = read_json(folder, CONFIG)
+    with Weights(folder) as weights:
         return _fill(_abstract_model(folder, values, weights, dtype, attention), weights)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer of a folder; raises `InputError`."""
-    for name in hub.TOKENIZER_FILES:
+    for name in TOKENIZER_FILES:
         if os.path.lexists(folder / name):
-            hub.plain_file(folder, name)
+            plain_file(folder, name)
     return Tokenizer.from_pretrained(folder)
 
 
@@ -147,24 +199,11 @@ def check_tokenizer(folder: Path, values: Mapping[str, Any], tokenizer: Tokenize
         )
 
 
-def abstract_model(
-    name: str, config: ModelConfig, *, dtype: str = "float32", attention: str = "auto"
-) -> Model:
-    """Return the model of class `name` with shapes in the place of arrays: no memory is taken."""
-    if str(dtype) not in ("float32", "bfloat16"):
-        raise InputError(f"dtype: found {dtype!r}; expected 'float32' or 'bfloat16'")
-    # Whatever the keys: no array is drawn. Having flax count them would take half a second.
-    rngs: Any = SimpleNamespace(params=lambda: jax.random.key(0))
-    return nnx.eval_shape(
-        lambda: CLASSES[name](config, rngs=rngs, dtype=jnp.dtype(dtype), attention=attention)
-    )
-
-
 def _abstract_model(
-    folder: Path, values: dict[str, Any], weights: hub.Weights, dtype: str, attention: str
+    folder: Path, values: dict[str, Any], weights: Weights, dtype: str, attention: str
 ) -> Model:
     """Describe the model by its configuration, and hold the headers of the files against it."""
-    where = folder / hub.CONFIG
+    where = folder / CONFIG
     if "auto_map" in values:
         log.warning("%s: auto_map names code of its own; it is ignored and never run", where)
     try:
@@ -182,7 +221,7 @@ def _abstract_model(
     problems = [*weights.problems, *_misfits(model, weights.headers)]
     if problems:
         raise InputError(
-            f"{folder}: the weights are not those of the {name} in {hub.CONFIG}: {problems[0]}"
+            f"{folder}: the weights are not those of the {name} in {CONFIG}: {problems[0]}"
             + (f" (and {len(problems) - 1} more)" if problems[1:] else ""),
             problems[1:],
         )
@@ -209,7 +248,7 @@ def _class_name(where: Path, given: tuple[str, ...] | None, tensors: Mapping[str
     )
 
 
-def _misfits(model: Model, headers: Mapping[str, hub.Header]) -> Iterator[str]:
+def _misfits(model: Model, headers: Mapping[str, Header]) -> Iterator[str]:
     expected = {name: hf_shape(name, leaf.shape) for name, leaf in parameters(model).items()}
     if isinstance(model, ModernBertForMaskedLM) and (
         DECODER in headers or not model.config.tie_word_embeddings
@@ -229,7 +268,7 @@ def _misfits(model: Model, headers: Mapping[str, hub.Header]) -> Iterator[str]:
             yield f"{name}: has dtype {dtype}; expected one of {', '.join(DTYPES)}"
 
 
-def _fill(abstract: Model, weights: hub.Weights) -> Model:
+def _fill(abstract: Model, weights: Weights) -> Model:
     problems = []
 
     def read(name: str) -> np.ndarray:
@@ -282,13 +321,13 @@ def save_pretrained(
     if DECODER in source or (EMBEDDING in tensors and not model.config.tie_word_embeddings):
         tensors[DECODER] = tensors[EMBEDDING]
     dtypes = {name: source.get(name, fixed) for name in tensors}
-    with hub.written_whole(path, EXPORT_FILES) as folder:
+    with written_whole(path, EXPORT_FILES) as folder:
         values = _config_values(model, set(dtypes.values()))
-        (folder / hub.CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _write_weights(folder, tensors, dtypes)
         if tokenizer is not None:
             tokenizer.save(folder)
-        for name, text in {hub.CARD: card or model_card(model), **(more_files or {})}.items():
+        for name, text in {CARD: card or model_card(model), **(more_files or {})}.items():
             (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -323,10 +362,10 @@ def _write_weights(folder: Path, tensors: dict[str, Any], dtypes: dict[str, str]
             shard[name] = value
         save_file(shard, folder / file, metadata={"format": "pt"})
         # safetensors gives its files to the owner alone, whatever the umask says.
-        shutil.copymode(folder / hub.CONFIG, folder / file)
+        shutil.copymode(folder / CONFIG, folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / hub.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def model_card(model: Model) -> str:

@@ -16,8 +16,8 @@ from small_models import small_config
 from mlmjax.classification.classifier import Classifier
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.storage import TRAINING
 from mlmjax.text.prompts import Template
-from mlmjax.weights import hub
 from mlmjax.weights.pretrained import save_pretrained
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
@@ -169,12 +169,12 @@ def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_
 def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folder, source)
-    (source / hub.TRAINING).write_text('{"format": 1, "runs": []}')
+    (source / TRAINING).write_text('{"format": 1, "runs": []}')
     classifier = Classifier(source, list(WORDS), template=SHORT)
     classifier.save_pretrained(tmp_path / "asked")
-    assert (tmp_path / "asked" / hub.TRAINING).read_text() == '{"format": 1, "runs": []}'
+    assert (tmp_path / "asked" / TRAINING).read_text() == '{"format": 1, "runs": []}'
     classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
-    assert not (tmp_path / "fitted" / hub.TRAINING).exists()
+    assert not (tmp_path / "fitted" / TRAINING).exists()
 
 
 def test_descriptions_stand_in_the_prompt_and_change_the_answer(pair):

@@ -12,19 +12,20 @@ from hypothesis import strategies as st
 from small_models import noisy, small_config
 from training import write_tokenizer
 
-from mlmjax.classification import context, fewshot, fitting, rounds
+from mlmjax.classification import context, fitting, rounds
+from mlmjax.classification import context as fewshot
 from mlmjax.classification import labels as truth
 from mlmjax.classification.classifier import Classifier
-from mlmjax.classification.context import windows_of
-from mlmjax.classification.fewshot import Shot, Shots
+from mlmjax.classification.context import Shot, Shots, windows_of
+from mlmjax.classification.prompter import Question
 from mlmjax.classification.rounds import in_rounds
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring import continuation
 from mlmjax.scoring.scorers import Scorer
-from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import all_option_names, option_names, usable_option_names
+from mlmjax.text.verbalizer import Verbalizer, all_option_names, option_names, usable_option_names
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
 TOKENIZER = Tokenizer.from_pretrained()
@@ -120,7 +121,7 @@ def test_rounds_are_a_distribution_that_follows_scores(labels, size, seed):
         scores = [truth[list(question.choice)] for question in questions]
         return [score - np.logaddexp.reduce(score) for score in scores]
 
-    question = rounds.Question("text", tuple(range(labels)))
+    question = Question("text", tuple(range(labels)))
     [found] = in_rounds(ask, [question], ["row 1"], size)
     assert max(asked) <= size
     np.testing.assert_allclose(np.exp(found).sum(), 1)

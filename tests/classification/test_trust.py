@@ -8,7 +8,7 @@ from flax import nnx
 from small_models import noisy, small_config
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.classification.trust import NULL_TEXTS
+from mlmjax.classification.predictor import NULL_TEXTS
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.statistics import label_sets

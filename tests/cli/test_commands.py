@@ -7,12 +7,14 @@ import sys
 import pytest
 
 from mlmjax.cli import commands
+from mlmjax.cli.inputs import read_labels
+from mlmjax.cli.main import keep_compiled, run
 from mlmjax.errors import InputError, RunError
 
 
 def fails(capsys, code, *arguments):
     """Run a command that must fail with `code`; return the first line it prints."""
-    assert commands.run(arguments) == code
+    assert run(arguments) == code
     out, err = capsys.readouterr()
     assert not out
     assert "Traceback" not in err
@@ -57,9 +59,9 @@ def test_broken_utf8_is_named(capsys, tmp_path):
 def test_labels_from_a_file(tmp_path):
     path = tmp_path / "labels.txt"
     path.write_text("sports\tgames and athletes\nworld\n\n")
-    assert commands.read_labels(str(path)) == {"sports": "games and athletes", "world": ""}
+    assert read_labels(str(path)) == {"sports": "games and athletes", "world": ""}
     path.write_text("a\nb\n")
-    assert commands.read_labels(str(path)) == ["a", "b"]
+    assert read_labels(str(path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("content", ["a\na\n", "\tdescription\nb\n"])
@@ -67,7 +69,7 @@ def test_bad_label_files(tmp_path, content):
     path = tmp_path / "labels.txt"
     path.write_text(content)
     with pytest.raises(InputError, match="line"):
-        commands.read_labels(str(path))
+        read_labels(str(path))
 
 
 @pytest.mark.parametrize(
@@ -84,14 +86,14 @@ def test_errors_become_exit_codes(capsys, monkeypatch, error, code, first):
         raise error
 
     monkeypatch.setattr(commands.cli, "main", raises)
-    assert commands.run(["train"]) == code
+    assert run(["train"]) == code
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith(first)
     assert len(lines) <= 22
 
 
 def test_debug_shows_the_traceback(capsys):
-    assert commands.run(["train", "absent.toml", "--debug"]) == 2
+    assert run(["train", "absent.toml", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -130,12 +132,12 @@ def test_compiled_programs_are_kept_for_the_next_command(cache_home):
 
 def test_the_folder_of_compiled_programs_is_the_users_choice(cache_home, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
-    commands.keep_compiled()
+    keep_compiled()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")
-    commands.keep_compiled()
+    keep_compiled()
     monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
     (cache_home / "mlmjax").write_text("no folder can be made here")
-    commands.keep_compiled()
+    keep_compiled()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

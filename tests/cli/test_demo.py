@@ -15,7 +15,7 @@ import mlmjax
 from mlmjax.cli import demo
 from mlmjax.cli.demo_report import Answer, Method, Report, render, write_report
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.suite import baselines
+from mlmjax.evaluation.suite.entrants import tfidf_regression
 
 ASSETS = Path(mlmjax.__file__).parent / "assets" / "openstax"
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
@@ -179,7 +179,7 @@ class TestBaselines:
         rows = [
             {"text": f"{word} x{i}", "label": word} for i in range(9) for word in ("art", "law")
         ]
-        assert baselines.tfidf_regression(rows, [{"text": "law y"}, {"text": "art z"}]) == [
+        assert tfidf_regression(rows, [{"text": "law y"}, {"text": "art z"}]) == [
             "law",
             "art",
         ]

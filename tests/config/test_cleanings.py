@@ -5,7 +5,8 @@ import doctest
 import pyarrow.parquet as pq
 import pytest
 
-from mlmjax.config import clean
+from mlmjax.config import task as clean
+from mlmjax.config.task import newsgroup
 
 
 def test_docstring_examples():
@@ -22,7 +23,7 @@ def test_posts_are_cleaned_as_scikit_learn_cleans_them(test_data, split):
     for post in pq.read_table(path, columns=["text"])["text"].to_pylist():
         kept = oracle.strip_newsgroup_header(post)
         kept = oracle.strip_newsgroup_quoting(oracle.strip_newsgroup_footer(kept))
-        assert clean.newsgroup(post) == kept
+        assert newsgroup(post) == kept
 
 
 HEADER = "From: a@b.c\nSubject: Re: cars\nReferences: <1@x>\n\t<2@y>\n\n"
@@ -41,4 +42,4 @@ HEADER = "From: a@b.c\nSubject: Re: cars\nReferences: <1@x>\n\t<2@y>\n\n"
     ],
 )
 def test_what_is_left_of_a_post(post, left):
-    assert clean.newsgroup(post) == left
+    assert newsgroup(post) == left

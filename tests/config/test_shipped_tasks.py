@@ -8,11 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import write_csv
 
-from mlmjax.config.task import task_names
-from mlmjax.evaluation import evaluate
-from mlmjax.evaluation.evaluate import load_task
+from mlmjax.config.task import load_task, task_names
 from mlmjax.evaluation.questions import read_questions
-from mlmjax.scoring.scorers import check_row
+from mlmjax.text.checks import check_row
+from mlmjax.text.prompts import Template
 
 
 def test_every_shipped_task_is_sound():
@@ -26,7 +25,7 @@ def test_every_shipped_task_is_sound():
         assert shipped.hub is None or re.fullmatch("[0-9a-f]{40}", shipped.revision)
         for protocol in ("default", *shipped.protocols):
             asked = shipped.under(protocol)
-            prompt = evaluate.Template(asked.prompt, shorten=dict(asked.shorten))
+            prompt = Template(asked.prompt, shorten=dict(asked.shorten))
             assert "options" in prompt.fields
             assert prompt.shorten
             assert asked.verbalizer_for(4).labels

@@ -7,7 +7,7 @@ import pytest
 from training import make_config, quick_compiles
 
 from mlmjax import InputError
-from mlmjax.cli import commands
+from mlmjax.cli import main
 from mlmjax.config.task import Task
 from mlmjax.data import contamination
 from mlmjax.data.contamination import (
@@ -18,9 +18,8 @@ from mlmjax.data.contamination import (
     TrainingSource,
     read_training_manifest,
 )
-from mlmjax.data.reading.exclusion import file_sha256
+from mlmjax.storage import TRAINING, file_sha256
 from mlmjax.training.run.train import run_training
-from mlmjax.weights import hub
 
 LABELS = ["red", "blue", "green", "cat", "dog"]
 TASK = f"""
@@ -65,7 +64,7 @@ def evaluate(folder, name, data, capsys, model="out"):
     (folder / "task.toml").write_text(TASK.replace("NAME", name))
     model = str(folder / model / "export")
     arguments = ["evaluate", "--model", model, "--task", str(folder / "task.toml")]
-    assert commands.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
+    assert main.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
     out, err = capsys.readouterr()
     results = json.loads((folder / "results" / "results.json").read_text())
     assert results == json.loads(out)
@@ -79,7 +78,7 @@ def fresh(folder):
 
 
 def test_the_export_tells_what_it_was_trained_on(trained):
-    told = json.loads((trained / "out" / "export" / hub.TRAINING).read_text())
+    told = json.loads((trained / "out" / "export" / TRAINING).read_text())
     (run,) = told["runs"]
     assert run["tasks"] == ["animal", "color"]
     digest = file_sha256(trained / "records.jsonl")
@@ -111,7 +110,7 @@ def test_nothing_known_is_told_apart_from_nothing_found(trained, capsys):
     status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
     assert (status, found) == ("none found", [])
     assert "share text with it were not kept out" in err
-    manifest = trained / "out" / "export" / hub.TRAINING
+    manifest = trained / "out" / "export" / TRAINING
     text = manifest.read_text()
     manifest.unlink()
     try:
@@ -187,7 +186,7 @@ def test_datasets_of_the_hub_are_told_by_their_id():
     ],
 )
 def test_a_broken_manifest_is_refused(tmp_path, text, message):
-    (tmp_path / hub.TRAINING).write_text(text)
+    (tmp_path / TRAINING).write_text(text)
     with pytest.raises(InputError, match=message):
         read_training_manifest(tmp_path)
 

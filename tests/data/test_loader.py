@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 
 from mlmjax import InputError
-from mlmjax.config.run import DataConfig, ObjectiveConfig, SourceConfig
+from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.config.run import ObjectiveConfig
 from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED
 from mlmjax.data.loader import Loader
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.masking import mask_answer, mask_dummy, mask_random
 from mlmjax.data.preparing.prepare import prepare
-from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.rows import open_rows
 from mlmjax.data.schedule import RowSchedule, mask_rate
-from mlmjax.text.pieces import word_starts
+from mlmjax.text.words import word_starts
 
 SEQ = 64
 MIXED = ObjectiveConfig(dummy_mlm_share=0.3, mlm_share=0.2, mlm_rate=0.3)

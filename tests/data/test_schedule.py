@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlmjax.config.run import DataConfig, ObjectiveConfig
+from mlmjax.config.data import DataConfig
+from mlmjax.config.run import ObjectiveConfig
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule, widest_mask
 from mlmjax.errors import InputError
 

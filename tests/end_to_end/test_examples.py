@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mlmjax import load_pretrained
-from mlmjax.weights.pretrained import EMBEDDING, parameters
+from mlmjax.model.modernbert import parameters
+from mlmjax.weights.pretrained import EMBEDDING
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")

@@ -8,7 +8,8 @@ from small_models import noisy, small_config
 
 from mlmjax import Classifier, ModernBertForMaskedLM, Scorer, Template, Verbalizer
 from mlmjax.errors import InputError
-from mlmjax.scoring.likelihood import MaskFiller, TextScorer
+from mlmjax.scoring.fill_mask import MaskFiller
+from mlmjax.scoring.likelihood import TextScorer
 
 LENGTH = 96
 TEXTS = api.texts()

@@ -21,11 +21,11 @@ from hostile.weights import NORM
 from safetensors.numpy import load_file, save_file
 
 from mlmjax import Tokenizer
-from mlmjax.cli import commands
+from mlmjax.cli import main
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError
-from mlmjax.weights import hub
 from mlmjax.weights.pretrained import load_pretrained
+from mlmjax.weights.tensor_files import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 SPEC = spec_from_file_location("convert_weights", ROOT / "tools" / "convert_weights.py")
@@ -33,7 +33,7 @@ TOOL = module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
 
 CASES = all_cases()
-PROGRAMS = {"mlmjax": commands.run, "convert_weights.py": TOOL.run}
+PROGRAMS = {"mlmjax": main.run, "convert_weights.py": TOOL.run}
 MOST_MEMORY = 300 * 1024  # KiB that a refusal may take, a step compiled before it included
 MOST_LINES = 22  # the first, 20 details, and how many more there are
 
@@ -59,7 +59,7 @@ def _used(good, tmp_path_factory):
     shutil.copytree(good, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert commands.run(["train", "run.toml"]) == 0
+        assert main.run(["train", "run.toml"]) == 0
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_marks_of_windows_are_no_text(good, perform, monkeypatch, capsys):
     _, _, marked, _ = perform(CASES["texts-of-Windows"])
     Path("labels").write_text("red\ta warm one\nblue\n")
     shutil.copy(good / "texts.txt", "texts.txt")
-    commands.run(CASES["texts-of-Windows"].command[1:])
+    main.run(CASES["texts-of-Windows"].command[1:])
     assert capsys.readouterr().out == marked
     assert [json.loads(line)["label"] in ("red", "blue") for line in marked.splitlines()]
 
@@ -203,11 +203,11 @@ def model(good, tmp_path):
 
 
 def test_all_problems_of_the_weights_are_listed_at_once(model):
-    tensors = load_file(model / hub.WEIGHTS)
+    tensors = load_file(model / WEIGHTS)
     del tensors[NORM]
     tensors["extra.weight"] = np.ones(2, np.float32)
     tensors["head.norm.weight"] = np.ones(3, np.int32)
-    save_file(tensors, model / hub.WEIGHTS)
+    save_file(tensors, model / WEIGHTS)
     with pytest.raises(InputError) as caught:
         load_pretrained(model)
     lines = [caught.value.message, *caught.value.details]
@@ -221,9 +221,9 @@ def test_all_problems_of_the_weights_are_listed_at_once(model):
 
 
 def test_weights_cut_anywhere_are_refused(model):
-    data = (model / hub.WEIGHTS).read_bytes()
+    data = (model / WEIGHTS).read_bytes()
     for length in np.random.default_rng(0).integers(0, len(data), 40):
-        (model / hub.WEIGHTS).write_bytes(data[:length])
+        (model / WEIGHTS).write_bytes(data[:length])
         with pytest.raises(InputError):
             load_pretrained(model)
 
@@ -239,7 +239,7 @@ def test_an_older_run_without_checkpoints_does_not_pass_for_this_one(good, tmp_p
     weights = Path("out/export/model.safetensors")
     before = weights.read_bytes()
     shutil.rmtree("out/checkpoints")
-    assert commands.run(["train", "run.toml", "seed=1"]) == 0
+    assert main.run(["train", "run.toml", "seed=1"]) == 0
     assert weights.read_bytes() != before
 
 

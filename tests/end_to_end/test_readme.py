@@ -14,7 +14,9 @@ from processes import free_port
 from pydantic_core import PydanticUndefined
 
 import mlmjax
-from mlmjax.config.run import RunConfig, SourceConfig, StrictTable, decode, parse_config
+from mlmjax.config.data import SourceConfig
+from mlmjax.config.run import RunConfig, parse_config
+from mlmjax.config.tables import StrictTable, decode
 from mlmjax.config.task import Task
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from mlmjax.cli import commands
+from mlmjax.cli.main import run
 from mlmjax.errors import InputError
 from mlmjax.evaluation import compare
-from mlmjax.evaluation.compare import compare_results, mcnemar
+from mlmjax.evaluation.compare import compare_results
+from mlmjax.statistics.comparison import mcnemar
 
 
 def test_docstring_examples():
@@ -196,7 +197,7 @@ def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, messa
     break_it(two, name)
     with pytest.raises(InputError, match=message):
         compare_results(one, two)
-    assert commands.run(["compare", str(one), str(two)]) == 2
+    assert run(["compare", str(one), str(two)]) == 2
     out, err = capsys.readouterr()
     assert not out
     assert len(err.splitlines()) == 1
@@ -236,9 +237,9 @@ def test_the_command_prints_lines_or_json(tmp_path, capsys):
     gold, a, b = answers(50, (0.9, 0.3))
     one = write(tmp_path / "a", gold, a, protocol="pub\x1b[2Jlished")
     two = write(tmp_path / "b", gold, b)
-    assert commands.run(["compare", str(one), str(two), "--json"]) == 0
+    assert run(["compare", str(one), str(two), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == compare_results(one, two)
-    assert commands.run(["compare", str(one), str(two)]) == 0
+    assert run(["compare", str(one), str(two)]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "50 rows of t" in out

@@ -10,9 +10,10 @@ from small_models import noisy, small_config
 from task_files import ROWS, answer, read_lines, task, write_csv
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.cli import commands
+from mlmjax.cli.main import run
+from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.evaluate import load_task, run_evaluation
+from mlmjax.evaluation.evaluate import run_evaluation
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
@@ -380,9 +381,7 @@ def test_blank_posts_are_counted_not_asked(model, tokenizer, tmp_path):
 
 def test_the_command_counts_rows_on_stderr(tmp_path, tokenizer, model, reviews, capsys):
     save_pretrained(model, tokenizer, tmp_path / "model")
-    assert (
-        commands.run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
-    )
+    assert run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["n"] == 5
     assert err.splitlines()[-1] == "rows scored 5/5"
@@ -393,7 +392,5 @@ def test_the_command_tells_that_a_classifier_is_not_asked_by_its_own_prompt(
     tmp_path, tokenizer, model, reviews, capsys
 ):
     Classifier((model, tokenizer), ["good", "bad"]).save_pretrained(tmp_path / "model")
-    assert (
-        commands.run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
-    )
+    assert run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
     assert "a prompt of its own; it is asked by the task's prompt" in capsys.readouterr().err

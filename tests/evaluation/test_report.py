@@ -9,16 +9,16 @@ from flax import nnx
 from small_models import noisy, small_config
 from task_files import ROWS, answer, read_lines, task
 
-from mlmjax.cli import commands
+from mlmjax.cli.main import run
 from mlmjax.data.contamination import Contamination
 from mlmjax.errors import InputError
 from mlmjax.evaluation.evaluate import run_evaluation
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.scorers import Scorer
-from mlmjax.statistics.option_orders import sensitivity
-from mlmjax.statistics.order_sensitivity import order_sensitivity
+from mlmjax.statistics.option_orders import order_sensitivity, sensitivity
 from mlmjax.statistics.reliability import calibration
-from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.text.prompts import Template
+from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.weights.pretrained import save_pretrained
 
 
@@ -177,11 +177,11 @@ def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys):
     for number in (0, 3):
         out = tmp_path / f"out{number}"
         more = ["--data", str(data), "--order-rows", str(number), "--out", str(out)]
-        assert commands.run([*base, *more]) == 0
+        assert run([*base, *more]) == 0
         found = json.loads(capsys.readouterr().out)["order_sensitivity"]
         assert found is None if not number else found["rows"] == 3
         assert len(read_lines(out / "predictions.jsonl")) == 5
-    assert commands.run([*base, "--order-rows", "-1"]) == 2
+    assert run([*base, "--order-rows", "-1"]) == 2
     capsys.readouterr()
-    assert commands.run(["compare", str(tmp_path / "out0"), str(tmp_path / "out3")]) == 0
+    assert run(["compare", str(tmp_path / "out0"), str(tmp_path / "out3")]) == 0
     assert "nothing tells them apart" in capsys.readouterr().out

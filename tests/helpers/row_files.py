@@ -2,7 +2,7 @@
 
 import json
 
-from mlmjax.config.run import DataConfig, SourceConfig
+from mlmjax.config.data import DataConfig, SourceConfig
 
 ANSWERS = ["yes", "no", "Paris", "entailment", " "]
 HOSTILE = [

@@ -8,7 +8,7 @@ import tokenizers
 from safetensors import safe_open
 from tokenizers import models, pre_tokenizers
 
-from mlmjax.weights import hub
+from mlmjax.storage import CONFIG
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -74,6 +74,6 @@ def tensors_of(folder):
 
 
 def change_config(folder, **values):
-    path = folder / hub.CONFIG
+    path = folder / CONFIG
     old = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in (old | values).items() if v is not None}))

@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec as P
 from mlmjax import ModelConfig, ModernBertForMaskedLM
 from mlmjax.errors import InputError
 from mlmjax.model import attention, blockwise
-from mlmjax.model.attention import attend
-from mlmjax.model.product import product
-from mlmjax.model.splash import splash_block
+from mlmjax.model.attention import attend, splash_block
+from mlmjax.model.layers import product
 from mlmjax.parallel import sharding
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from noisy_models import build, config_of, loss_and_gradients, padded_batch
 
 from mlmjax.model.architecture import GLOBAL, LOCAL
-from mlmjax.model.modernbert import ModernBertForMaskedLM, _repetition
+from mlmjax.model.encoder import _repetition
+from mlmjax.model.modernbert import ModernBertForMaskedLM
 
 PATTERNS = {
     "as in base": ("dots", {"num_hidden_layers": 7}),

@@ -17,9 +17,10 @@ import mlmjax
 import mlmjax.text.words
 from mlmjax import InputError, ModelConfig, ModernBertForMaskedLM, Tokenizer, Verbalizer
 from mlmjax import resize_token_embeddings as resize
+from mlmjax.model.modernbert import parameters
 from mlmjax.text.words import add_words
-from mlmjax.weights.checkpoints import load_model, save_model
-from mlmjax.weights.pretrained import EMBEDDING, load_pretrained, parameters, save_pretrained
+from mlmjax.weights.model_checkpoint import load_model, save_model
+from mlmjax.weights.pretrained import EMBEDDING, load_pretrained, save_pretrained
 
 SMALL = {
     "hidden_size": 16,

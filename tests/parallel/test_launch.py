@@ -7,7 +7,7 @@ import pytest
 
 from mlmjax.errors import InputError
 from mlmjax.parallel import peers
-from mlmjax.parallel.peers import LAUNCHERS, Peers, find_peers
+from mlmjax.parallel.launch import LAUNCHERS, Peers, find_peers
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -47,7 +47,7 @@ def test_looking_takes_no_time_and_starts_nothing():
     """Neither a backend nor a connection, in a process of its own."""
     code = (
         "import socket, time\n"
-        "from mlmjax.parallel.peers import find_peers\n"
+        "from mlmjax.parallel.launch import find_peers\n"
         "def refuse(*args): raise AssertionError('a connection')\n"
         "socket.socket.connect = refuse\n"
         "begun = time.monotonic()\n"

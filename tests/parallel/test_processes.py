@@ -11,12 +11,11 @@ from training import assert_same, lines_of, make_config, make_table, quick_compi
 
 from mlmjax import InputError
 from mlmjax.parallel import processes as distributed
-from mlmjax.parallel.peers import find_peers
+from mlmjax.parallel.launch import find_peers
 from mlmjax.parallel.sharding import make_mesh
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.run.initial_model import load_start
-from mlmjax.training.run.resume import check_places
-from mlmjax.training.run.run import check_alike
+from mlmjax.training.run.resume import check_alike, check_places
 from mlmjax.training.run.train import run_training
 from mlmjax.training.step import abstract_train_state, split_parameters
 from mlmjax.weights import pretrained

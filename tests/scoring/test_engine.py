@@ -11,15 +11,14 @@ from small_models import noisy, small_config
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.errors import RunError
-from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring import engine
+from mlmjax.model.modernbert import ModernBertForMaskedLM, parameters
+from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import Engine
-from mlmjax.weights.pretrained import parameters
 
 
 @pytest.fixture(autouse=True)
 def all_devices(monkeypatch):
-    monkeypatch.setattr(engine, "local_devices", jax.local_devices)
+    monkeypatch.setattr(sharding, "local_devices", jax.local_devices)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def test_fine_tuning_on_all_devices_is_that_on_one(tokenizer, monkeypatch):
     short = {"labels": ["a", "b"], "template": "{text}\n{options}"}
     everywhere = Classifier(source, **short).fit(texts, labels, **options)
     devices = everywhere.asking_.scorer.engine.mesh.size
-    monkeypatch.setattr(engine, "local_devices", lambda: jax.local_devices()[:1])
+    monkeypatch.setattr(sharding, "local_devices", lambda: jax.local_devices()[:1])
     alone = Classifier(source, **short).fit(texts, labels, **options)
     assert devices == 8
     assert everywhere.history_[1]["loss"] == pytest.approx(alone.history_[1]["loss"], rel=1e-5)

@@ -11,9 +11,10 @@ from mlmjax import fill_mask, pseudo_log_likelihood
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.scoring import likelihood
-from mlmjax.scoring.likelihood import MASKS_AT_ONCE, MaskFiller, TextScorer
-from mlmjax.text.pieces import word_starts
+from mlmjax.scoring.fill_mask import MASKS_AT_ONCE, MaskFiller
+from mlmjax.scoring.likelihood import TextScorer
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.words import word_starts
 from mlmjax.weights.pretrained import load_pretrained
 
 LONGEST = 96

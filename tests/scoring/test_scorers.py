@@ -14,7 +14,8 @@ from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequence
 from mlmjax.scoring import engine, scorers
 from mlmjax.scoring.engine import bucket_lengths
 from mlmjax.scoring.scorers import HeadScorer, Scorer
-from mlmjax.text.prompts import Template, Verbalizer
+from mlmjax.text.prompts import Template
+from mlmjax.text.verbalizer import Verbalizer
 
 TOPIC = Template(
     "Which topic?\n{text}\n{options}Answer: [unused0] [MASK]", shorten={"text": "tail"}

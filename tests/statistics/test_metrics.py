@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
+from mlmjax.reporting.terminal import counting
 from mlmjax.statistics import metrics
-from mlmjax.training.run.log import counting
 
 
 def test_docstring_examples():

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss
 
 from mlmjax.errors import InputError
+from mlmjax.evaluation.report import diagram
 from mlmjax.statistics import reliability
-from mlmjax.statistics.reliability import (
-    BINS,
-    calibration,
-    confidence,
-    diagram,
-    equal_mass,
-    equal_width,
-)
+from mlmjax.statistics.reliability import BINS, calibration, confidence, equal_mass, equal_width
 
 
 def test_docstring_examples():

@@ -12,8 +12,9 @@ from texts import SAFE, nasty, ordinary, small_table
 
 import mlmjax.text.prompts
 from mlmjax.errors import InputError
-from mlmjax.text.prompts import WHITE_SPACE, Template, Verbalizer
+from mlmjax.text.prompts import WHITE_SPACE, Template
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import Verbalizer
 
 CLS, SEP, MASK, ANCHOR = 50281, 50282, 50284, 50285
 OWN = {"[CLS]": CLS, "[SEP]": SEP, "[MASK]": MASK, "[unused0]": ANCHOR}

@@ -8,8 +8,8 @@ from texts import small_table
 
 import mlmjax.text.verbalizer
 from mlmjax.errors import InputError
-from mlmjax.text.prompts import Verbalizer, option_letters
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import Verbalizer, option_letters
 
 
 def test_option_letters(tokenizer):

@@ -9,9 +9,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from mlmjax.data import pieces
-from mlmjax.text.pieces import word_starts
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.words import add_words
+from mlmjax.text.words import add_words, word_starts
 
 
 def words(tokenizer, text):

@@ -14,12 +14,16 @@ from small_models import noisy, small_config
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
 from mlmjax.data.packing import pack
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    labelled_config,
+)
 from mlmjax.text.prompts import Prompt
 from mlmjax.training import finetune
 from mlmjax.training.finetune import Shape, answer_batch, common_shape, fine_tune, label_batch
 from mlmjax.training.flops import forward_flops
-from mlmjax.training.heads import label_loss, labelled_config
+from mlmjax.training.loss import label_loss
 from mlmjax.training.step import masked_token_loss
 
 PAD = 7

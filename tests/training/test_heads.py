@@ -8,11 +8,21 @@ from flax import nnx
 from mlmjax.data.batch import LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    labelled_config,
+    parameters,
+    with_classifier,
+)
 from mlmjax.parallel.sharding import make_mesh
-from mlmjax.training.heads import label_evaluation, label_loss, labelled_config, with_classifier
-from mlmjax.training.replicated import make_replicated_step
-from mlmjax.training.step import create_train_state, make_eval_step, make_train_step
+from mlmjax.training.loss import label_evaluation, label_loss
+from mlmjax.training.step import (
+    create_train_state,
+    make_eval_step,
+    make_replicated_step,
+    make_train_step,
+)
 from mlmjax.weights import pretrained
 
 SIZES = {
@@ -119,7 +129,7 @@ def test_a_masked_language_model_keeps_all_but_its_decoder():
     model = with_classifier(masked, NAMES, seed=5)
     assert model.dtype == jnp.bfloat16
     assert model.config.problem_type == "single_label_classification"
-    kept, own = pretrained.parameters(masked), pretrained.parameters(model)
+    kept, own = parameters(masked), parameters(model)
     assert own.keys() - kept.keys() == {"classifier.weight", "classifier.bias"}
     assert kept.keys() - own.keys() == {"decoder.bias"}
     for name in kept.keys() & own.keys():

@@ -9,8 +9,7 @@ from batches import UNEVEN, make_batch, make_model
 from mlmjax.errors import InputError
 from mlmjax.parallel.sharding import make_mesh
 from mlmjax.training.optimizer import decay_mask
-from mlmjax.training.replicated import make_replicated_step
-from mlmjax.training.step import create_train_state, make_train_step
+from mlmjax.training.step import create_train_state, make_replicated_step, make_train_step
 
 
 def take_steps(step, state, batches):

@@ -23,12 +23,12 @@ from jax.sharding import PartitionSpec as P
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import CLASSES
 from mlmjax.parallel import sharding
 from mlmjax.training.step import create_train_state
-from mlmjax.weights import checkpoints as checkpoint
 from mlmjax.weights import pretrained
-from mlmjax.weights.checkpoints import Checkpoints, load_model, save_model
-from mlmjax.weights.integrity import describe, fingerprints
+from mlmjax.weights.checkpoints import Checkpoints, describe, fingerprints
+from mlmjax.weights.model_checkpoint import load_model, save_model, saved_tensors
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -44,7 +44,7 @@ KEEP = CheckpointConfig(keep_last=2, keep_best=1)
 
 
 def make_model(config=CONFIG, name="ModernBertForMaskedLM", seed=0):
-    return pretrained.CLASSES[name](config, rngs=nnx.Rngs(seed))
+    return CLASSES[name](config, rngs=nnx.Rngs(seed))
 
 
 def make_state(config=CONFIG, seed=0, mesh=None):
@@ -360,7 +360,7 @@ def test_orbax_is_quiet_and_others_are_not(state, tmp_path, caplog, capfd):
 # --- a model alone -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", pretrained.CLASSES)
+@pytest.mark.parametrize("name", CLASSES)
 def test_model_checkpoint_keeps_everything(name, tmp_path):
     config = dataclasses.replace(CONFIG, extra={"note": 1}, num_labels=None)
     model = make_model(config, name)
@@ -421,18 +421,18 @@ def test_parameters_of_a_run_are_read_as_tensors(state, tmp_path):
         checkpoints.save(2, state)
     expected = dict(pretrained.to_hf_tensors(make_model()))
     for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "checkpoints" / "2"):
-        found = checkpoint.saved_tensors(place)
+        found = saved_tensors(place)
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], expected[name]) for name in expected)
-    older = checkpoint.saved_tensors(tmp_path / "checkpoints" / "1")
+    older = saved_tensors(tmp_path / "checkpoints" / "1")
     assert not np.array_equal(older[pretrained.EMBEDDING], expected[pretrained.EMBEDDING])
-    assert checkpoint.saved_tensors(tmp_path / "checkpoints" / "2" / "state" / "d") is None
+    assert saved_tensors(tmp_path / "checkpoints" / "2" / "state" / "d") is None
     record = tmp_path / "checkpoints" / "2" / "record" / "metadata"
     values = json.loads(record.read_text())
     values["fingerprints"]["params.decoder.bias"] += 1
     record.write_text(json.dumps(values))
     with pytest.raises(InputError, match="is damaged"):
-        checkpoint.saved_tensors(tmp_path)
+        saved_tensors(tmp_path)
 
 
 def test_what_went_wrong_first_is_what_is_told(state, tmp_path, monkeypatch):

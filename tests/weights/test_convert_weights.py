@@ -14,11 +14,15 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from mlmjax import storage
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import CLASSES
 from mlmjax.training.step import create_train_state
-from mlmjax.weights import hub, pretrained
-from mlmjax.weights.checkpoints import Checkpoints, load_model
+from mlmjax.weights import pretrained
+from mlmjax.weights.checkpoints import Checkpoints
+from mlmjax.weights.model_checkpoint import load_model
+from mlmjax.weights.tensor_files import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -40,7 +44,7 @@ CONFIG = ModelConfig(
 
 
 def make_model(seed=0, name="ModernBertForMaskedLM"):
-    return pretrained.CLASSES[name](CONFIG, rngs=nnx.Rngs(seed))
+    return CLASSES[name](CONFIG, rngs=nnx.Rngs(seed))
 
 
 def make_folder(folder, tokenizer=None, dtype="float32", **options):
@@ -57,9 +61,9 @@ def run(capsys, *arguments):
 
 
 def change(folder, name, index, value):
-    tensors = load_file(folder / hub.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     tensors[name][index] = value
-    save_file(tensors, folder / hub.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -75,17 +79,17 @@ def test_there_and_back_is_bit_identical(name, dtype, tokenizer, tmp_path, capsy
     source = tmp_path / "source"
     make_folder(source, tokenizer, "float32" if "," in dtype else dtype, name=name)
     if "," in dtype:
-        tensors = load_file(source / hub.WEIGHTS)
+        tensors = load_file(source / WEIGHTS)
         kinds = ("float16", "bfloat16", "float32")
         tensors = {n: x.astype(kinds[i % 3]) for i, (n, x) in enumerate(sorted(tensors.items()))}
         if name == "ModernBertForMaskedLM":
             tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING].copy()
-        save_file(tensors, source / hub.WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
     assert run(capsys, "to-jax", source, tmp_path / "jax")[0] == 0
     assert run(capsys, "to-hf", tmp_path / "jax", tmp_path / "hf")[0] == 0
-    for file in (hub.WEIGHTS, *tokenizer.files):
+    for file in (WEIGHTS, *tokenizer.files):
         assert (tmp_path / "hf" / file).read_bytes() == (source / file).read_bytes()
-    assert '"note": "kept"' in (tmp_path / "hf" / hub.CONFIG).read_text()
+    assert '"note": "kept"' in (tmp_path / "hf" / storage.CONFIG).read_text()
     for other in (tmp_path / "jax", tmp_path / "hf", source):
         code, out, _ = run(capsys, "check", source, other)
         assert (code, out.splitlines()[0]) == (0, "largest difference 0")
@@ -134,9 +138,9 @@ def test_other_dtypes_shapes_and_names_are_differences(tmp_path, capsys):
     assert code == 1
     assert "(float32 in A, bfloat16 in B)" in out
     other = make_folder(tmp_path / "c", name="ModernBertForSequenceClassification")
-    tensors = load_file(other / hub.WEIGHTS)
+    tensors = load_file(other / WEIGHTS)
     tensors["head.norm.weight"] = np.ones(3, np.float32)
-    save_file(tensors, other / hub.WEIGHTS)
+    save_file(tensors, other / WEIGHTS)
     code, out, _ = run(capsys, "check", first, other)
     assert code == 1
     assert "classifier.bias: only in B" in out
@@ -147,9 +151,9 @@ def test_other_dtypes_shapes_and_names_are_differences(tmp_path, capsys):
 def test_a_stored_decoder_is_the_embedding(tmp_path, capsys):
     first = make_folder(tmp_path / "a")
     second = Path(shutil.copytree(first, tmp_path / "b"))
-    tensors = load_file(second / hub.WEIGHTS)
+    tensors = load_file(second / WEIGHTS)
     save_file(
-        {**tensors, pretrained.DECODER: tensors[pretrained.EMBEDDING].copy()}, second / hub.WEIGHTS
+        {**tensors, pretrained.DECODER: tensors[pretrained.EMBEDDING].copy()}, second / WEIGHTS
     )
     assert run(capsys, "check", first, second)[0] == 0
     assert run(capsys, "check", second, first)[0] == 0
@@ -178,11 +182,11 @@ def test_the_model_computes_the_same_on_the_other_side(tmp_path, capsys):
 
 
 def broken(folder):
-    (folder / hub.WEIGHTS).write_bytes((folder / hub.WEIGHTS).read_bytes()[:-5])
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5])
 
 
 def pickled(folder):
-    os.rename(folder / hub.WEIGHTS, folder / "pytorch_model.bin")
+    os.rename(folder / WEIGHTS, folder / "pytorch_model.bin")
 
 
 @pytest.mark.parametrize(

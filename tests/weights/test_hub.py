@@ -21,8 +21,9 @@ from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import read_questions
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.scorers import check_row
+from mlmjax.text.checks import check_row
 from mlmjax.weights import hub, pretrained
+from mlmjax.weights.tensor_files import Weights
 
 BASE, INSTRUCT = "answerdotai/ModernBERT-base", "answerdotai/ModernBERT-Large-Instruct"
 SLICES = Path(__file__).parents[1] / "data" / "modernbert_base_slices.json"
@@ -75,7 +76,7 @@ def check_first_rows(task):
 
 def tensors_of(folder):
     """Every tensor's dtype, shape and bytes."""
-    with hub.Weights(folder) as weights:
+    with Weights(folder) as weights:
         assert not weights.problems
         values = {name: weights.read(name) for name in weights.headers}
     return {name: (str(v.dtype), v.shape, v.tobytes()) for name, v in values.items()}

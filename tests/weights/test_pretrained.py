@@ -28,9 +28,19 @@ from tiny_models import (
 )
 
 from mlmjax.errors import InputError, RunError
+from mlmjax.model import modernbert
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.weights import hub, layout, pretrained
-from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+from mlmjax.model.modernbert import abstract_model, parameters
+from mlmjax.storage import CARD, CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
+from mlmjax.weights import pretrained
+from mlmjax.weights.pretrained import (
+    from_hf_layout,
+    hf_shape,
+    load_pretrained,
+    save_pretrained,
+    to_hf_layout,
+)
+from mlmjax.weights.tensor_files import INDEX, WEIGHTS, Weights
 
 EMBEDDING, DECODER = pretrained.EMBEDDING, pretrained.DECODER
 
@@ -65,27 +75,23 @@ def test_mapping_covers_exactly_the_parameters(name, flipped):
     default = transformers.ModernBertConfig()
     options = {bias: not getattr(default, bias) for bias in flipped}
     theirs = {n: tuple(p.shape) for n, p in torch_model(name, **options).named_parameters()}
-    abstract = pretrained.abstract_model(name, ModelConfig(**SIZES, **options))
-    ours = {
-        n: layout.hf_shape(n, leaf.shape) for n, leaf in pretrained.parameters(abstract).items()
-    }
+    abstract = abstract_model(name, ModelConfig(**SIZES, **options))
+    ours = {n: hf_shape(n, leaf.shape) for n, leaf in parameters(abstract).items()}
     assert ours == theirs
 
 
 def test_layouts_are_each_others_inverse():
-    abstract = pretrained.abstract_model(
-        "ModernBertForMaskedLM", ModelConfig(**SIZES, attention_bias=True)
-    )
-    for name, leaf in pretrained.parameters(abstract).items():
+    abstract = abstract_model("ModernBertForMaskedLM", ModelConfig(**SIZES, attention_bias=True))
+    for name, leaf in parameters(abstract).items():
         value = np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape)
-        there = layout.to_hf_layout(name, value)
+        there = to_hf_layout(name, value)
         assert there.flags.c_contiguous
-        np.testing.assert_array_equal(layout.from_hf_layout(name, there, leaf.shape), value)
+        np.testing.assert_array_equal(from_hf_layout(name, there, leaf.shape), value)
 
 
 def test_a_parameter_without_a_layout_is_an_error():
     with pytest.raises(ValueError, match=r"model\.new\.thing has no layout"):
-        layout.hf_shape("model.new.thing", (2, 3))
+        hf_shape("model.new.thing", (2, 3))
 
 
 # --- from transformers, and back -----------------------------------------------------------------
@@ -100,7 +106,7 @@ def test_transformers_to_mlmjax_to_transformers(name, shard, dtype, tmp_path):
     assert (len(list((tmp_path / "in").glob("*.safetensors"))) > 1) == (shard == "1KB")
     model, tokenizer = load_pretrained(tmp_path / "in")
     assert type(model).__name__ == name
-    assert {leaf.dtype for leaf in pretrained.parameters(model).values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in parameters(model).values()} == {jnp.dtype("float32")}
     # Read again: a module cast down and up has lost bits of its RoPE buffers as well.
     theirs = CLASSES[name].from_pretrained(tmp_path / "in", dtype=torch.float32)
     expected = torch_logits(theirs, IDS)
@@ -121,7 +127,7 @@ def test_sharded_folder_comes_back_with_the_same_tensors(source, tmp_path, monke
     model, tokenizer = load_pretrained(source)
     monkeypatch.setattr(pretrained, "SHARD_BYTES", 3000)
     save_pretrained(model, tokenizer, tmp_path / "out")
-    index = json.loads((tmp_path / "out" / hub.INDEX).read_text())
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors_of(source))
     assert tensors_of(tmp_path / "out") == tensors_of(source)
     assert not any(
@@ -143,10 +149,10 @@ def test_bfloat16_export_is_rounded_and_loads_in_bfloat16(source, tmp_path):
 
 
 def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
-    tensors = load_file(folder / hub.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     for name, dtype in zip(sorted(tensors), ["float16", "bfloat16", "float32"] * 20, strict=False):
         tensors[name] = tensors[name].astype(dtype)
-    save_file(tensors, folder / hub.WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model, tokenizer = load_pretrained(folder)
     assert len(set(dict(model.source_dtypes).values())) == 3
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
@@ -154,11 +160,11 @@ def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
 
 
 def test_equal_decoder_is_accepted_and_goes_back_with_source(folder, tmp_path):
-    tensors = load_file(folder / hub.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     tensors[DECODER] = tensors[EMBEDDING].copy()
-    save_file(tensors, folder / hub.WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
     model, tokenizer = load_pretrained(folder)
-    assert DECODER not in pretrained.parameters(model)
+    assert DECODER not in parameters(model)
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
     save_pretrained(model, tokenizer, tmp_path / "float32")
@@ -169,8 +175,8 @@ def test_untied_config_needs_and_writes_the_decoder(folder, tmp_path):
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(InputError, match=r"decoder\.weight: is missing"):
         load_pretrained(folder)
-    tensors = load_file(folder / hub.WEIGHTS)
-    save_file({**tensors, DECODER: tensors[EMBEDDING].copy()}, folder / hub.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    save_file({**tensors, DECODER: tensors[EMBEDDING].copy()}, folder / WEIGHTS)
     model, tokenizer = load_pretrained(folder)
     save_pretrained(model, tokenizer, tmp_path / "out")
     theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
@@ -184,24 +190,24 @@ def test_unknown_keys_are_carried_through(folder, tmp_path):
     change_config(folder, my_note={"a": [1, 2]}, torch_dtype="float32", auto_map={"x": "evil.py"})
     model, tokenizer = load_pretrained(folder)
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="bfloat16")
-    values = json.loads((tmp_path / "out" / hub.CONFIG).read_text())
+    values = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert values["my_note"] == {"a": [1, 2]}
     assert values["dtype"] == values["torch_dtype"] == "bfloat16"
 
 
 def test_both_dialects_give_the_same_model(folder, tmp_path):
     nested, _ = load_pretrained(folder)
-    values = json.loads((folder / hub.CONFIG).read_text())
+    values = json.loads((folder / CONFIG).read_text())
     del values["rope_parameters"], values["layer_types"]
     flat = {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
-    (folder / hub.CONFIG).write_text(json.dumps(values | flat | {"global_attn_every_n_layers": 3}))
+    (folder / CONFIG).write_text(json.dumps(values | flat | {"global_attn_every_n_layers": 3}))
     np.testing.assert_array_equal(load_pretrained(folder)[0](IDS), nested(IDS))
 
 
 def test_real_tokenizer_goes_through_unchanged(tokenizer, tmp_path):
     config = ModelConfig(**{**SIZES, "vocab_size": 50368, "pad_token_id": 50283}, mlp_bias=True)
     config = dataclasses.replace(config, cls_token_id=50281, sep_token_id=50282)
-    model = pretrained.CLASSES["ModernBertForMaskedLM"](config, rngs=nnx.Rngs(0))
+    model = modernbert.CLASSES["ModernBertForMaskedLM"](config, rngs=nnx.Rngs(0))
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     again, same = load_pretrained(tmp_path / "out")
     assert same.files == tokenizer.files
@@ -221,9 +227,9 @@ def test_architectures_missing_follows_the_tensors(folder, tmp_path):
 
 
 def test_derived_buffers_of_older_exports_are_dropped(folder):
-    tensors = load_file(folder / hub.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     tensors["model.layers.0.attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    save_file(tensors, folder / hub.WEIGHTS)
+    save_file(tensors, folder / WEIGHTS)
     model, _ = load_pretrained(folder)
     assert "model.layers.0.attn.rotary_emb.inv_freq" not in dict(model.source_dtypes)
 
@@ -231,7 +237,7 @@ def test_derived_buffers_of_older_exports_are_dropped(folder):
 def test_computing_in_bfloat16_keeps_float32_parameters(source):
     model, _ = load_pretrained(source, dtype="bfloat16")
     assert model.dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in pretrained.parameters(model).values()} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in parameters(model).values()} == {jnp.dtype("float32")}
     with pytest.raises(InputError, match="dtype: found 'int8'"):
         load_pretrained(source, dtype="int8")
 
@@ -248,10 +254,10 @@ def test_older_export_is_replaced_and_other_folders_are_not(source, tmp_path):
     model, tokenizer = load_pretrained(source)
     out = tmp_path / "deep" / "out"
     save_pretrained(model, tokenizer, out, card="# Mine\n")
-    assert (out / hub.CARD).read_text() == "# Mine\n"
+    assert (out / CARD).read_text() == "# Mine\n"
     (out / "model-00001-of-00002.safetensors").write_bytes(b"of an older, larger model")
     save_pretrained(model, tokenizer, out)
-    assert "ModernBertForMaskedLM" in (out / hub.CARD).read_text()
+    assert "ModernBertForMaskedLM" in (out / CARD).read_text()
     assert not (out / "model-00001-of-00002.safetensors").exists()
     (out / "notes.txt").write_text("precious")
     with pytest.raises(InputError, match=r"holds other things than a model.*notes\.txt"):
@@ -270,7 +276,7 @@ def test_every_file_has_the_mode_of_the_umask(source, tmp_path, umask):
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
-    assert hub.WEIGHTS in modes
+    assert WEIGHTS in modes
     assert set(modes.values()) == {0o666 & ~umask}, modes
 
 
@@ -298,8 +304,8 @@ def test_failed_export_leaves_the_older_one(source, tmp_path):
 
 
 def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
-    tensors = {n: x.astype(np.float16) for n, x in load_file(folder / hub.WEIGHTS).items()}
-    save_file(tensors, folder / hub.WEIGHTS)
+    tensors = {n: x.astype(np.float16) for n, x in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
     model, tokenizer = load_pretrained(folder)
     model.head.dense.weight[...] = model.head.dense.weight[...] * 1e7
     with pytest.raises(InputError, match=r"head\.dense\.weight: holds values .*float16"):
@@ -315,7 +321,7 @@ def test_finite_values_may_have_a_sum_that_is_not(folder):
     tensors[name] = np.full_like(tensors[name], 3e38)
     save_file(tensors, folder / "model.safetensors")
     model, _ = load_pretrained(folder)
-    assert (pretrained.parameters(model)[name] == np.float32(3e38)).all()
+    assert (parameters(model)[name] == np.float32(3e38)).all()
     tensors[name][0, 1] = np.inf
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(InputError, match=f"{name}: 1 of "):
@@ -326,7 +332,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(folder):
     path = folder / "model.safetensors"
     before = load_file(path)
     changed = pytest.raises(InputError, match="was changed while it was read")
-    with changed, hub.Weights(folder) as weights:  # the end of it refuses it too
+    with changed, Weights(folder) as weights:  # the end of it refuses it too
         for name, value in before.items():
             np.testing.assert_array_equal(weights.read(name), value)
         save_file({name: value + 1 for name, value in before.items()}, path)
@@ -342,7 +348,7 @@ def test_weights_go_to_the_device_the_caller_chose(folder):
     other = jax.devices()[3]
     with jax.default_device(other):
         model, _ = load_pretrained(folder)
-    assert {leaf.device for leaf in pretrained.parameters(model).values()} == {other}
+    assert {leaf.device for leaf in parameters(model).values()} == {other}
 
 
 # --- the hub -----------------------------------------------------------------------------------
@@ -384,8 +390,8 @@ def test_only_safetensors_and_small_files_are_fetched(source, tmp_path, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_pretrained("some/model", revision="v1")
-    small = (hub.CONFIG, hub.INDEX, hub.CLASSIFIER, hub.TRAINING, *hub.TOKENIZER_FILES)
-    assert asked == [("v1", small), ("abc", (hub.WEIGHTS,))]
+    small = (CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES)
+    assert asked == [("v1", small), ("abc", (WEIGHTS,))]
 
 
 def refusal(kind):
@@ -433,4 +439,4 @@ def test_folder_with_a_revision_and_a_file_are_refused(source):
     with pytest.raises(InputError, match="leave the revision out"):
         load_pretrained(source, revision="main")
     with pytest.raises(InputError, match="is a file"):
-        load_pretrained(source / hub.CONFIG)
+        load_pretrained(source / CONFIG)

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.config.run import DataConfig, SelectConfig
+from mlmjax.config.data import DataConfig, SelectConfig
+from mlmjax.data.manifest import SPLITS, NestedSet, RowFile, SelectionReport
 from mlmjax.data.preparing.selection import (
     CAPPED,
     LEFT_OUT,
@@ -18,13 +19,12 @@ from mlmjax.data.preparing.selection import (
     mix,
     select,
 )
-from mlmjax.data.preparing.shuffle import Bucket, scatter
-from mlmjax.data.preparing.stage import Chunk
-from mlmjax.data.preparing.staging import Piece, Staged, hash_of, workers_for
+from mlmjax.data.preparing.shuffle import Bucket, Chunk, scatter
+from mlmjax.data.preparing.staging import Piece, Staged, workers_for
 from mlmjax.data.preparing.workers import do
 from mlmjax.data.reading.examples import source_name
-from mlmjax.data.rows import SPLITS, NestedSet, RowFile, SelectionReport
 from mlmjax.errors import InputError
+from mlmjax.storage import hash_of
 from mlmjax.text.tokenizer import Tokenizer
 
 _BIN_SHIFT = 44

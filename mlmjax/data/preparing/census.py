@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlmjax.data.preparing.workers import describe_file
-from mlmjax.data.rows import Manifest, RowFile, RowSource, read_manifest
+from mlmjax.data.manifest import Manifest, RowFile, read_manifest
+from mlmjax.data.rows import RowSource
 from mlmjax.errors import InputError
+from mlmjax.storage import describe_file
 
 _WAITING = 2**14
 """Pairs of task and answer that are held before they are added up."""

@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlmjax._version import __version__
-from mlmjax.config.run import DataConfig, SourceConfig
-from mlmjax.data.preparing.build import build_rows
-from mlmjax.data.preparing.staging import check_unchanged, report, sentence, stage
-from mlmjax.data.preparing.workers import describe_file
-from mlmjax.data.reading.answers import Head
-from mlmjax.data.reading.examples import source_name
-from mlmjax.data.reading.exclusion import evaluation_identity
-from mlmjax.data.reading.sources import source_files
-from mlmjax.data.rows import (
+from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.data.manifest import (
     FORMAT,
     MANIFEST,
     SPLITS,
@@ -24,8 +17,14 @@ from mlmjax.data.rows import (
     SourceReport,
     read_manifest,
 )
+from mlmjax.data.preparing.build import build_rows
+from mlmjax.data.preparing.staging import check_unchanged, report, sentence, stage
+from mlmjax.data.reading.answers import Head
+from mlmjax.data.reading.examples import source_name
+from mlmjax.data.reading.exclusion import evaluation_identity
+from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError, write_failed
-from mlmjax.storage import built_whole, clear_lock, is_there
+from mlmjax.storage import built_whole, clear_lock, describe_file, is_there
 from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.data.preparing.census import Counted, Drawn, count
 from mlmjax.data.preparing.prepare import shortages
+from mlmjax.data.preparing.rows_charts import bars, fates, lengths
 from mlmjax.data.preparing.rows_page import KEPT, NOT_SELECTED, TOP, page
 from mlmjax.data.reading.files import BROKEN_FILE
-from mlmjax.data.rows import SPLITS, Manifest, RowFile, SourceReport, read_manifest
 from mlmjax.errors import InputError, write_failed
-from mlmjax.reporting.charts import bars, fates, lengths, own_style, save
+from mlmjax.reporting.charts import own_style, save
 from mlmjax.reporting.markdown import visible
 from mlmjax.storage import built_whole
 from mlmjax.text.tokenizer import Tokenizer

@@ -1,26 +1,25 @@
 """The units that sources are read in: what they are, what was read of them, what it adds up to."""
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from mlmjax._version import __version__
-from mlmjax.config.run import DataConfig, SourceConfig
+from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.data.manifest import FORMAT, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
-from mlmjax.data.preparing.stage import Chunk, read_stage
+from mlmjax.data.preparing.shuffle import Chunk, read_stage
 from mlmjax.data.preparing.workers import Job, do, merge
 from mlmjax.data.reading.answers import Head
 from mlmjax.data.reading.examples import Counts, read_examples, source_name
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.reading.sources import source_files
-from mlmjax.data.rows import FORMAT, SourceFile, SourceReport
 from mlmjax.errors import InputError
+from mlmjax.storage import hash_of
 from mlmjax.text.tokenizer import Tokenizer
 
 _WORTH_PROCESSES = 2**26
@@ -141,11 +140,6 @@ def _stats(path: str) -> list[int]:
     """Return what changes when a file does; the last cannot be set back by copying or unpacking."""
     stat = Path(path).stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def hash_of(value: Any) -> str:
-    """Return a name for JSON values."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
 
 
 def check_unchanged(staged: Staged) -> None:

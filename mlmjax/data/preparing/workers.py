@@ -1,6 +1,5 @@
 """The two kinds of work preparing is made of, each a function of files, and processes to do it."""
 
-import hashlib
 import json
 import logging
 import os
@@ -14,22 +13,22 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from mlmjax.config.run import ExcludeConfig, SourceConfig
+from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.data.packing import pack_stream
-from mlmjax.data.preparing.shuffle import read_bucket
-from mlmjax.data.preparing.stage import write_stage
+from mlmjax.data.preparing.shuffle import read_bucket, write_stage
 from mlmjax.data.reading.answers import Head
 from mlmjax.data.reading.examples import Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.sources import source_files
 from mlmjax.data.rows import write_rows
 from mlmjax.errors import InputError, RunError
+from mlmjax.storage import describe_file
 from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
 Job = dict[str, Any]
 """What is to be done, as JSON values; `kind` names the function."""
+
 
 _PROGRESS_EVERY = 1000
 
@@ -85,13 +84,6 @@ def _class(source: SourceConfig, one: Encoded) -> int:
 def _exclusion(config: str) -> Exclusion:
     """Read the evaluation sets once for all units of a process."""
     return Exclusion(ExcludeConfig.model_validate_json(config, strict=False))
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return name, size and hash of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
 
 
 def pack_bucket(tokenizer: Tokenizer, *, bucket: str, seq_length: int, pack: bool, out: str) -> Job:

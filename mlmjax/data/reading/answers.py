@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from mlmjax.config.run import AnswerRule, SourceConfig
+from mlmjax.config.data import AnswerRule, SourceConfig
 from mlmjax.data.reading.files import Record
 from mlmjax.errors import InputError
+from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
-from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
 
 Head = Literal["mlm", "classification"]

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.config.run import SourceConfig
+from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading.answers import Answers, Head, answer_reader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Broken, Record, stop
 from mlmjax.data.reading.sources import read_source, source_files
 from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError
+from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import MASK, Template
-from mlmjax.text.tokenizer import Tokenizer, check_text
+from mlmjax.text.tokenizer import Tokenizer
 
 CHUNK_RECORDS = 1000
 CHUNK_CHARACTERS = 2**22

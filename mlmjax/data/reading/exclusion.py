@@ -5,14 +5,14 @@ import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
-from mlmjax.config.run import EvaluationSet, ExcludeConfig, Location
+from mlmjax.config.data import EvaluationSet, ExcludeConfig, Location
 from mlmjax.config.task import Task, load_task
 from mlmjax.data.reading.overlap import Hit, OverlapIndex, words_of
 from mlmjax.data.reading.sources import read_source, source_files
 from mlmjax.errors import InputError
+from mlmjax.storage import file_sha256
 
 _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
 """The keys of a task that decide which texts its rows hold."""
@@ -74,15 +74,6 @@ def _identity(one: EvaluationSet) -> dict[str, Any]:
         return {**found, "files": {str(path): file_sha256(path) for path in source_files(place)}}
     hub = place.model_dump(mode="json", include={"hub", "subset", "folder", "split", "revision"})
     return {**found, **hub}
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file's content; raises `InputError` where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def _opened(one: EvaluationSet) -> tuple[Task, Location]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmjax.config.columns import Column, look_up
-from mlmjax.config.run import Location
+from mlmjax.config.data import Location
 from mlmjax.data.reading.files import (
     BROKEN_RECORD,
     Broken,

@@ -8,20 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 
 from mlmjax.config.suite import Head, Suite
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
-from mlmjax.data.reading.exclusion import file_sha256
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.baselines import tfidf_regression
 from mlmjax.evaluation.suite.sweep import Answers, answer_fine_tuned, read_texts
 from mlmjax.evaluation.suite.torch_baseline import answer_by_transformers, fingerprint
-from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.model.modernbert import Model, ModernBertForMaskedLM
+from mlmjax.storage import CONFIG, TOKENIZER_FILES, file_sha256
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
-from mlmjax.weights.pretrained import Model, load_pretrained
+from mlmjax.weights.pretrained import load_pretrained
+from mlmjax.weights.tensor_files import WEIGHTS, weight_map
+
+Rows = Sequence[Mapping[str, str]]
+
+
+def tfidf_regression(train: Rows, test: Rows) -> list[str]:
+    """Fit TF-IDF and logistic regression on `text` and `label`; return the labels of `test`."""
+    words = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
+    )
+    words.fit([row["text"] for row in train], [row["label"] for row in train])
+    return [str(label) for label in words.predict([row["text"] for row in test])]
+
 
 METHODS: Mapping[Head, str] = {"mlm": "MLM head", "classification": "classification head"}
 
@@ -36,8 +51,8 @@ class Contender:
         self._loaded: tuple[Model, Tokenizer] | None = None
         self.load()
         self.rest()
-        names = set((hub.weight_map(self.folder) or {}).values()) or {hub.WEIGHTS}
-        files = [self.folder / name for name in (hub.CONFIG, *hub.TOKENIZER_FILES, *sorted(names))]
+        names = set((weight_map(self.folder) or {}).values()) or {WEIGHTS}
+        files = [self.folder / name for name in (CONFIG, *TOKENIZER_FILES, *sorted(names))]
         lines = [f"{path.name} {file_sha256(path)}" for path in files if path.exists()]
         self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

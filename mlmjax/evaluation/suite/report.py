@@ -1,16 +1,225 @@
 """What a suite found, written as JSON, as Markdown and as a picture."""
 
+import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlmjax.evaluation.suite.results import write_whole
-from mlmjax.evaluation.suite.suite_charts import scores_picture
-from mlmjax.evaluation.suite.suite_lines import Line
+from matplotlib.figure import Figure
+
+from mlmjax.config.suite import Planned
+from mlmjax.data.contamination import Contamination
+from mlmjax.evaluation.suite.results import Result
+from mlmjax.evaluation.suite.rows import Rows
+from mlmjax.evaluation.suite.sweep import Setting
+from mlmjax.reporting.charts import FAINT, INK, WIDTH, own_style, picture_label, plain
 from mlmjax.reporting.markdown import cell, number, table
+from mlmjax.statistics.metrics import (
+    classification_metrics,
+    macro_f1,
+    mcc,
+    mean_interval,
+    wilson_interval,
+)
+from mlmjax.storage import write_whole
+
+_BOOTSTRAPPED = {"macro_f1": macro_f1, "mcc": mcc}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table: a method on a model, on one task.
+
+    `score` is the mean of `scores`, one for each seed, in the task's own `metric`; `spread` their
+    sample standard deviation. `ci95` is of the mean, over the rows. `majority` is the score of the
+    label that is commonest in training (zero-shot: in the rows asked) and `chance` the accuracy of
+    guessing. `ece` is the calibration error and `order_changed` the share of answers that change
+    with the order of the options, means over seeds, None where there is none. `tried` are the
+    settings with their scores on validation rows, `diverged` the seeds that have no score.
+    """
+
+    task: str
+    kind: str
+    tables: tuple[int, ...]
+    method: str
+    model: str
+    metric: str
+    score: float | None
+    spread: float | None
+    ci95: tuple[float, float] | None
+    scores: list[float]
+    n: int
+    chosen: dict[str, float] | None
+    tried: list[dict[str, float | None]]
+    diverged: int
+    shortened: int
+    left_out: int
+    train: int
+    validation: int
+    held_out: bool
+    majority: float
+    chance: float
+    ece: float | None
+    order_changed: float | None
+    published: float | None
+    contamination: str
+    trained_on: list[str]
+
+
+def line_of(
+    planned: Planned,
+    rows: Rows,
+    results: Sequence[Result],
+    *,
+    model: str,
+    method: str,
+    published: float | None = None,
+    known: Contamination | None = None,
+    chosen: Setting | None = None,
+    tried: Mapping[Setting, float | None] | None = None,
+) -> Line:
+    """Sum up the results of one method on one task, one for each seed."""
+    entry, task = planned
+    whole = [result for result in results if result.predictions]
+    scores = [float(result.metrics[task.metric]) for result in whole]
+    commonest = Counter(question.gold for question in rows.train or rows.test).most_common()
+    # Of equally common ones the first label, whatever order the rows are in.
+    best = min(gold for gold, count in commonest if count == commonest[0][1])
+    gold = [str(question.gold) for question in rows.test]
+    majority = classification_metrics(gold, [str(best)] * len(gold))[task.metric]
+    return Line(
+        task=task.name,
+        kind=entry.kind,
+        tables=entry.tables,
+        method=method,
+        model=model,
+        metric=task.metric,
+        score=statistics.fmean(scores) if scores else None,
+        spread=statistics.stdev(scores) if len(scores) > 1 else None,
+        ci95=_interval(task.metric, whole) if whole else None,
+        scores=scores,
+        n=len(rows.test),
+        chosen=chosen._asdict() if chosen else None,
+        tried=[
+            {**setting._asdict(), "validation": value} for setting, value in (tried or {}).items()
+        ],
+        diverged=len(results) - len(whole),
+        shortened=max((result.shortened for result in whole), default=0),
+        left_out=rows.left_out,
+        train=len(rows.train),
+        validation=len(rows.validation),
+        held_out=rows.held_out,
+        majority=float(majority),  # type: ignore[arg-type]
+        chance=statistics.fmean(1 / len(question.row["options"]) for question in rows.test),
+        ece=_mean(found["ece"] for result in whole if (found := result.metrics["calibration"])),
+        order_changed=_mean(result.order["changed"] for result in whole if result.order),
+        published=published,
+        contamination=known.status if known else "",
+        trained_on=known.trained_on if known else [],
+    )
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.fmean(found) if found else None
+
+
+def _interval(metric: str, results: Sequence[Result]) -> tuple[float, float]:
+    """Return the interval of the mean over seeds: they are asked the same rows.
+
+    Of accuracy it is Wilson's for the mean share over the rows, as if seeds agreed on every row,
+    which is never too narrow; of the others a bootstrap over the rows.
+    """
+    if len(results) == 1:
+        low, high = results[0].metrics[f"{metric}_ci95"]
+        return low, high
+    n = len(results[0].predictions)
+    if metric == "accuracy":
+        mean = statistics.fmean(result.metrics["accuracy"] for result in results)
+        return wilson_interval(mean * n, n)
+    gold = [p.gold for p in results[0].predictions]
+    predicted = [[p.prediction for p in result.predictions] for result in results]
+    return mean_interval(gold, predicted, _BOOTSTRAPPED[metric])
+
+
+_COLORS = ["#0f766e", "#b45309", "#1d4ed8", "#9f1239", "#6d28d9", "#0e7490", "#4d7c0f", "#be185d"]
+_NO_MODEL = "#64748b"
+_MARKS = "oDs^vP"
+
+
+def scores_picture(lines: Sequence[Line]) -> bytes:
+    """Draw one point per task, method and model with its 95 % interval, as PNG.
+
+    A colour is a model, a mark a method; the short upright stroke is the majority label.
+    """
+    with own_style():
+        figure = _figure(lines)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _figure(lines: Sequence[Line]) -> Figure:
+    tasks = list(dict.fromkeys((line.task, line.kind, line.metric) for line in lines))
+    series = list(dict.fromkeys((line.method, line.model) for line in lines))
+    models = [model for model in dict.fromkeys(model for _, model in series) if model]
+    methods = list(dict.fromkeys(method for method, _ in series))
+    height = 0.17 * len(lines) + 0.16 * len(tasks) + 0.22 * len(series) + 1.1
+    figure = Figure(figsize=(WIDTH, max(2.2, height)), layout="constrained")
+    axes = figure.subplots()
+    plain(axes)
+    y, ticks, names, shown = 0.0, [], [], {}
+    lowest = 0.0
+    for task in tasks:
+        own = [line for line in lines if (line.task, line.kind, line.metric) == task]
+        top = y
+        for line in own:
+            if line.score is not None:
+                color = _COLORS[models.index(line.model) % 8] if line.model else _NO_MODEL
+                mark = _MARKS[methods.index(line.method) % len(_MARKS)]
+                if line.ci95:
+                    axes.plot(line.ci95, [y, y], color=color, linewidth=1.4, alpha=0.6)
+                    lowest = min(lowest, line.ci95[0])
+                (point,) = axes.plot(
+                    line.score, y, mark, color=color, markersize=5, markeredgewidth=0
+                )
+                shown[line.method, line.model] = point
+            y += 1
+        (stroke,) = axes.plot(
+            [own[0].majority] * 2, [top - 0.5, y - 0.5], color=INK, linewidth=1, linestyle=":"
+        )
+        shown["majority label", ""] = stroke
+        ticks.append((top + y - 1) / 2)
+        what = {"accuracy": "", "macro_f1": ", macro-F1", "mcc": ", MCC"}[task[2]]
+        names.append(f"{picture_label(task[0], 30)}\n{task[1]}{what}")
+        axes.axhline(y, color=FAINT, linewidth=0.4)
+        y += 1
+    axes.set_yticks(ticks, names, parse_math=False, fontsize=7.5)
+    axes.set_ylim(max(y, 1) - 0.5, -1)
+    axes.set_xlim(min(0.0, lowest - 0.02), 1)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x", color=FAINT, linewidth=0.4, alpha=0.6)
+    axes.set_xlabel("score (the task's headline) and its 95 % interval", color=INK, fontsize=9)
+    if shown:
+        legend = figure.legend(
+            list(shown.values()),
+            [
+                f"{method}, {picture_label(model, 60)}" if model else method
+                for method, model in shown
+            ],
+            loc="outside lower center",
+            frameon=False,
+            fontsize=8,
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
 
 JSON, MARKDOWN, PICTURE = "suite.json", "suite.md", "suite.png"
 _SHOWN = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC"}

@@ -3,22 +3,20 @@
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
-from mlmjax.errors import InputError, write_failed
+from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
 from mlmjax.statistics.metrics import classification_metrics
 from mlmjax.statistics.reliability import calibration
+from mlmjax.storage import PARTIAL, write_whole
 
-PARTIAL = ".partial"
 _READABLE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -219,18 +217,3 @@ def _write(path: Path, identity: Mapping[str, Any], result: Result) -> None:
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; raises `RunError` if it cannot be."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise write_failed(path, error) from error

@@ -15,7 +15,7 @@ from mlmjax.config.task import Task
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
-from mlmjax.scoring.scorers import check_row
+from mlmjax.text.checks import check_row
 from mlmjax.text.prompts import Template
 
 SAMPLE_SEED, HELD_OUT_SEED = 0, 1

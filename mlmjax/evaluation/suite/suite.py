@@ -14,10 +14,9 @@ from mlmjax.data.contamination import contamination
 from mlmjax.errors import InputError, printable
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import Contender, Contestant, answer_by_tfidf, contestants
-from mlmjax.evaluation.suite.report import write_report
+from mlmjax.evaluation.suite.report import Line, line_of, write_report
 from mlmjax.evaluation.suite.results import Cells, Result, result_of
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, digest, read_rows
-from mlmjax.evaluation.suite.suite_lines import Line, line_of
 from mlmjax.evaluation.suite.sweep import (
     Answers,
     DivergedError,
@@ -29,8 +28,8 @@ from mlmjax.evaluation.suite.sweep import (
 )
 from mlmjax.evaluation.suite.torch_baseline import find_baseline, fingerprint
 from mlmjax.scoring.scorers import Scorer
+from mlmjax.storage import alone_in
 from mlmjax.text.prompts import Template
-from mlmjax.training.run.resume import alone_in
 
 SWEEP_SEED = 0
 """The seed that settings are chosen with; the reported ones are 1, 2, ..."""

@@ -9,13 +9,12 @@ from mlmjax.config.suite import Head, Sweep
 from mlmjax.config.task import Task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.questions import Question
-from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.model.modernbert import ModernBertForMaskedLM, with_classifier
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
-from mlmjax.statistics.order_sensitivity import order_sensitivity
+from mlmjax.statistics.option_orders import order_sensitivity
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.finetune import fine_tune
-from mlmjax.training.heads import with_classifier
 
 Progress = Callable[[int, int], None]
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from mlmjax.config.run import OptimizerConfig, ScheduleConfig, decode
+from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.config.suite import Sweep
+from mlmjax.config.tables import decode
 from mlmjax.config.task import Task
-from mlmjax.data.reading.exclusion import file_sha256
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.sweep import Answers, DivergedError, Progress, Setting, read_texts
+from mlmjax.storage import CONFIG, file_sha256
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.weights import hub
 
@@ -47,9 +48,9 @@ def find_baseline(name: str) -> Path:
     if not folder.is_dir():
         hub.fetch(source, weights=False)  # refuses what is neither a folder nor a hub id
         folder = hub.download(source, None, False, _FILES)
-    if not (folder / hub.CONFIG).is_file() or not list(folder.glob("*.safetensors")):
+    if not (folder / CONFIG).is_file() or not list(folder.glob("*.safetensors")):
         raise InputError(
-            f"{source}: has no {hub.CONFIG} or no *.safetensors; give the folder of a model saved "
+            f"{source}: has no {CONFIG} or no *.safetensors; give the folder of a model saved "
             "by transformers (weights as pickles are not read)"
         )
     return folder

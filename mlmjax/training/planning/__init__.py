@@ -1,1 +1,4 @@
-"""The room `training/planning`."""
+"""Whether a run fits on a machine that is not here.
+
+A run configuration and a topology enter; memory, FLOPs and a verdict leave.
+"""

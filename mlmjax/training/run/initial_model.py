@@ -10,10 +10,17 @@ from jax.sharding import Mesh
 from mlmjax.config.run import RunConfig
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    Model,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    abstract_model,
+    labelled_config,
+    with_classifier,
+)
 from mlmjax.parallel.sharding import place
+from mlmjax.storage import CONFIG, read_json
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.heads import labelled_config, with_classifier
 from mlmjax.training.step import parameter_sharding
 from mlmjax.weights import hub, pretrained
 
@@ -33,7 +40,7 @@ PUBLISHED["answerdotai/ModernBERT-Large-Instruct"] = PUBLISHED["answerdotai/Mode
 DROPOUTS = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
 
 
-def load_start(config: RunConfig) -> tuple[pretrained.Model, Tokenizer]:
+def load_start(config: RunConfig) -> tuple[Model, Tokenizer]:
     """Load `init_from`, or describe the model of `[model]` without taking memory for it.
 
     With `head = "classification"` the model is one of the sources' labels. Raises `InputError` for
@@ -64,7 +71,7 @@ def load_start(config: RunConfig) -> tuple[pretrained.Model, Tokenizer]:
     return model, tokenizer
 
 
-def describe_start(config: RunConfig) -> pretrained.Model:
+def describe_start(config: RunConfig) -> Model:
     """Describe the model `load_start` loads, by its configuration alone: shapes, no weights.
 
     Models of `PUBLISHED` need no folder and no hub. Raises `InputError` as `load_start`.
@@ -78,7 +85,7 @@ def describe_start(config: RunConfig) -> pretrained.Model:
             architecture = ModelConfig.from_hf(PUBLISHED[where])
         else:
             folder = hub.fetch(where, revision=config.revision, weights=False)
-            architecture = ModelConfig.from_hf(hub.read_json(folder, hub.CONFIG))
+            architecture = ModelConfig.from_hf(read_json(folder, CONFIG))
         model = _of_head(config, architecture)
     _set_ways(config, model)
     _check_architecture(config, config.init_from or "[model]", model.config)
@@ -131,7 +138,7 @@ def _of_head(config: RunConfig, architecture: ModelConfig) -> Any:
     if config.head == "classification":
         architecture = labelled_config(architecture, config.label_names)
         kind = ModernBertForSequenceClassification
-    return pretrained.abstract_model(
+    return abstract_model(
         kind.__name__, architecture, dtype=config.dtype, attention=config.attention
     )
 

@@ -1,16 +1,100 @@
 """From a loader to the devices of all processes: each reads the rows its own devices need."""
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from mlmjax.config.run import RunConfig
 from mlmjax.data.loader import LabelLoader, Loader
+from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
+from mlmjax.data.reading.examples import source_name
+from mlmjax.data.rows import RowSource, open_rows
+from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.parallel.sharding import batch_sharding
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import AnyBatch
+
+AnyLoader = Loader | LabelLoader
+
+
+class Loaders(NamedTuple):
+    """Batches of a run: `train`, `validation` as trained, `answers` (held out, every one asked).
+
+    The last two are None without held-out rows. `by_source` has, for each source of held-out rows,
+    its answers asked, and where the run masks at random all of it masked for MLM; it is empty where
+    that is no more than `answers`, and for the classification head. `manifest` is that of the
+    rows, `sha256` its hash.
+    """
+
+    train: AnyLoader
+    validation: AnyLoader | None
+    answers: AnyLoader | None
+    by_source: Mapping[str, Sequence[AnyLoader]]
+    manifest: Manifest
+    sha256: str
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks by number."""
+        return self.manifest.tasks
+
+
+def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
+    """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
+    data, folder = config.data, Path(config.data.rows)
+    manifest = read_manifest(folder)
+    weights = {source_name(source): source.weight for source in data.sources}
+
+    level = None if data.subset is None else data.select.sizes.index(data.subset)
+    rows = {
+        split: open_rows(folder, split, weights, level=level if split == "train" else None)
+        for split in manifest.splits
+    }
+
+    def make(
+        sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any
+    ) -> AnyLoader:
+        order: dict[str, Any] = {
+            "seed": config.seed,
+            "batch_size": batch_size,
+            "seq_length": data.seq_length,
+            "tokenizer": tokenizer,
+        }
+        if config.head != "mlm":
+            return LabelLoader(sources, **order)
+        return Loader(sources, **order, **masking)
+
+    objective = config.objective
+    train = make(
+        rows.get("train", []),
+        row_schedule(data, config.steps),
+        objective=objective,
+        mask_rate=mask_rate(objective, config.steps),
+    )
+    held_out, size = rows.get("validation", []), data.batch_size // data.accumulate
+    asked = objective.model_copy(update={"dummy_mlm_share": 0.0, "mlm_share": 0.0})
+    masked = asked.model_copy(update={"mlm_share": 1.0})
+    masks = objective.dummy_mlm_share + objective.mlm_share > 0 or any(s.text for s in held_out)
+    by_source: dict[str, list[AnyLoader]] = {}
+    if config.head == "mlm" and (masks or len(held_out) > 1):
+        for source in held_out:
+            # Of plain text both would draw the same masks.
+            ways = [asked, masked] if masks and not source.text else [asked]
+            by_source[source.name] = [make([source], size, objective=way) for way in ways]
+    return Loaders(
+        train,
+        make(held_out, size, objective=objective) if held_out else None,
+        make(held_out, size, objective=asked) if held_out else None,
+        by_source,
+        manifest,
+        hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+    )
 
 
 class Share(NamedTuple):

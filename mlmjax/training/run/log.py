@@ -4,25 +4,24 @@ import json
 import math
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+import numpy as np
 
+from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
 from mlmjax.parallel.processes import is_first
+from mlmjax.training.run.timing import PHASES, productive_share
 
 METRICS = "metrics.jsonl"
 EVENTS_SECONDS = 10.0
 """How long figures for TensorBoard may wait before they are on disk."""
-PATIENCE_SECONDS = 2.0
-"""How long work goes on without a bar."""
 
 
 class MetricsLog:
@@ -185,128 +184,78 @@ def _open_events(folder: Path, step: int) -> _Events | None:
         return None
 
 
-def describe(values: Mapping[str, float | None]) -> str:
-    """Put the figures of one line of metrics into words for people.
+Totals = defaultdict[str, float]
 
-    >>> describe({"loss": 2.5, "answer_accuracy": None, "tokens_per_second": 1234.5})
-    'loss 2.500  tokens/s 1,234'
+
+def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:
+    """Count positions and real tokens of a batch on the host.
+
+    Rows of padding alone, which fill up the last batch of validation, do not count.
+
+    >>> segments = np.array([[1, 1, 2, 0]])
+    >>> count_tokens(Batch(segments, segments, segments, *[segments] * 3))
+    {'positions': 4.0, 'tokens': 3.0}
     """
-    shown = {
-        "loss": ("loss", "{:.3f}"),
-        "loss_atp": ("atp", "{:.3f}"),
-        "loss_dummy": ("dummy", "{:.3f}"),
-        "loss_mlm": ("mlm", "{:.3f}"),
-        "answer_accuracy": ("accuracy", "{:.3f}"),
-        "grad_norm": ("grad", "{:.2f}"),
-        "learning_rate": ("lr", "{:.2e}"),
-        "tokens_per_second": ("tokens/s", "{:,.0f}"),
-        "mfu": ("mfu", "{:.1%}"),
-        "productive_share": ("in steps", "{:.0%}"),
+    segments = np.asarray(batch.segment_ids)
+    is_row = (segments != PADDING_SEGMENT).any(axis=1)
+    return {
+        "positions": float(np.count_nonzero(is_row) * segments.shape[1]),
+        "tokens": float(np.count_nonzero(segments != PADDING_SEGMENT)),
     }
-    found = [
-        f"{name} {form.format(values[key])}"
-        for key, (name, form) in shown.items()
-        if values.get(key) is not None and math.isfinite(values[key] or 0.0)
-    ]
-    return "  ".join(found)
 
 
-class Talk:
-    """A progress bar on a terminal, plain lines in a pipe; on stderr, of the first process."""
-
-    def __init__(self, total: int, done: int = 0):
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
-        self._progress: Progress | None = None
-        self._total = total
-        if self._console.is_terminal and is_first():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self._console,
-            )
-            self._bar = self._progress.add_task("", total=total, completed=done, figures="")
-
-    def __enter__(self) -> "Talk":
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False)
-
-    def step(self, step: int) -> None:
-        """Move the bar."""
-        if self._progress:
-            self._progress.update(self._bar, completed=step)
-
-    def figures(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Show a line of metrics: beside the bar, or as a line of its own."""
-        if self._progress and split == "train":
-            self._progress.update(self._bar, figures=describe(values))
-        else:
-            self.say(f"step {step}/{self._total}  {split}  {describe(values)}")
+def add(totals: Totals, *parts: Mapping[str, Any]) -> None:
+    """Add scalars to the sums of a stretch of steps, in float64 on the host."""
+    for part in parts:
+        for name, value in part.items():
+            if np.ndim(value) == 0:
+                totals[name] += float(value)
 
 
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows `(done, total)`: a bar on a terminal, else a line every tenth."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    if console.is_terminal:
-        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=None)
-            yield lambda done, total: progress.update(bar, completed=done, total=total)
-        return
-    shown = 0
+def summarize(
+    totals: Mapping[str, float], peak: float | None = None, chips: int = 1
+) -> dict[str, float | None]:
+    """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
 
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        if (tenths := 10 * done // total) > shown:
-            shown = tenths
-            say(f"{what} {done}/{total}")
-
-    yield show
-
-
-@contextmanager
-def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function of `(done, total)` for work that may take long, None where none is shown.
-
-    `shown` True counts as `counting` does; None shows a bar on a terminal from two seconds on.
+    `answer_accuracy` is over ATP targets or labelled texts, `target_share` targets per real token,
+    `padding_share` padding per position, `grad_norm` and `update_norm` the means over the updates
+    made; those of `skipped_updates` count in nothing but the tokens read.
+    `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices;
+    `seconds_PHASE` is where the time went (`goodput.PHASES`), and `productive_share` that of steps.
     """
-    if shown:
-        with counting(what) as progress:
-            yield progress
-    elif shown is None and sys.stderr.isatty():
-        with ExitStack() as stack:
-            started = time.monotonic()
-            inner: list[Callable[[int, int], None]] = []
+    seconds = {key: totals.get(key) for key in (f"seconds_{phase}" for phase in PHASES)}
+    working = (seconds["seconds_step"] or 0.0) + (seconds["seconds_data"] or 0.0)
 
-            def patient(done: int, total: int) -> None:
-                if not inner and done < total and time.monotonic() - started > PATIENCE_SECONDS:
-                    inner.append(stack.enter_context(counting(what)))
-                if inner:
-                    inner[0](done, total)
+    def share(part: str, whole: str) -> float | None:
+        return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
 
-            yield patient
-    else:
-        yield None
+    padding, change = share("tokens", "positions"), share("update_norm", "steps")
+    speed = totals.get("timed_flops", 0.0) / working if working else None
+    tokens = totals.get("timed_tokens", 0.0) / working if working else None
+    answers = "atp" if totals.get("atp_count") else "label"
+    return {
+        "loss": share("loss_sum", "loss_count"),
+        **{f"loss_{name}": share(f"{name}_loss_sum", f"{name}_count") for name in OBJECTIVES},
+        "answer_accuracy": share(f"{answers}_correct", f"{answers}_count"),
+        "grad_norm": share("grad_norm", "steps"),
+        # Its square may overflow where the parameters do not.
+        "update_norm": change if change is not None and math.isfinite(change) else None,
+        "skipped_updates": totals.get("skipped", 0.0) if seconds["seconds_step"] else None,
+        "learning_rate": None,
+        "tokens_per_second": tokens or None,
+        "chip_tokens_per_second": tokens / chips if tokens else None,
+        "flops_per_second": speed or None,
+        "mfu": speed / peak if speed and peak else None,
+        "target_share": share("loss_count", "tokens"),
+        "padding_share": None if padding is None else 1.0 - padding,
+        **seconds,
+        "productive_share": productive_share(totals),
+    }
 
 
-def say(text: str) -> None:
-    """Print one line to stderr; of several processes the first one does."""
-    if is_first():
-        print(text, file=sys.stderr, flush=True)
+def _widened(batch: Batch, width: int) -> Batch:
+    unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
+    targets = ("target_positions", "target_ids", "target_objective")
+    return batch._replace(
+        **{name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets}
+    )

@@ -1,8 +1,11 @@
 """The loop of a run: its updates, what is counted of them, and when it pauses, saves and stops."""
 
+import signal
+import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 from typing import Any
 
 import jax
@@ -15,26 +18,72 @@ from mlmjax.data.contamination import TrainingManifest
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import processes
+from mlmjax.reporting.terminal import Talk
 from mlmjax.training.flops import training_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule
-from mlmjax.training.run.inputs import feed
-from mlmjax.training.run.log import MetricsLog, NoLog, Talk
-from mlmjax.training.run.profile import Profile
-from mlmjax.training.run.run import Loaders
-from mlmjax.training.run.signals import StopRequest
-from mlmjax.training.run.timing import Clock
-from mlmjax.training.run.validation import EvalStep, Totals, add, count_tokens, summarize, validate
+from mlmjax.training.run.inputs import Loaders, feed
+from mlmjax.training.run.log import MetricsLog, NoLog, Totals, add, count_tokens, summarize
+from mlmjax.training.run.timing import Clock, Profile
+from mlmjax.training.run.validation import EvalStep, validate
 from mlmjax.training.step import AnyBatch, TrainState
 from mlmjax.weights.checkpoints import Checkpoints
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Within this context SIGTERM and SIGINT ask for a stop instead of ending the process.
+
+    Before `arm` there is nothing to save, so the process leaves at once. After it a signal only
+    sets `requested`; the owner looks at it between pieces of work, saves, and calls `leave`. A
+    second SIGINT interrupts at once. Outside the main thread signals stay as they are.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._armed = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def arm(self) -> None:
+        """From here on a signal waits until the owner has saved."""
+        self._armed = True
+
+    def leave(self) -> None:
+        """End the process the way the signal asks: exit code 143, or `KeyboardInterrupt`."""
+        if self.requested == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + int(self.requested or signal.SIGTERM))
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested == number == signal.SIGINT
+        self.requested = number
+        if again or not self._armed:
+            self.leave()
+
 
 IN_FLIGHT = 2
 """Updates the devices may be behind the host before it waits for their metrics."""
 
-EXAMPLES_NAMED = 50
 
+EXAMPLES_NAMED = 50
 MOST_SKIPPED = 20
 """Updates in a row that may be skipped as spikes (`optim.skip_spikes`)."""
+
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 

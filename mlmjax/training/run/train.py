@@ -13,37 +13,34 @@ from flax import nnx
 from mlmjax.config.run import MeshConfig, RunConfig
 from mlmjax.data.contamination import TrainingManifest, read_training_manifest, training_manifest
 from mlmjax.data.loader import LabelLoader, Loader
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
-from mlmjax.data.rows import read_manifest
 from mlmjax.data.schedule import row_schedule
 from mlmjax.errors import InputError
 from mlmjax.parallel import processes
 from mlmjax.parallel.processes import told_by_first
 from mlmjax.parallel.sharding import check_rows, gathered, make_mesh
+from mlmjax.reporting.terminal import Talk, say
+from mlmjax.storage import TRAINING, alone_in, check_name, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.flops import peak_flops
-from mlmjax.training.heads import label_evaluation, label_loss
-from mlmjax.training.loss import Metrics
+from mlmjax.training.loss import Metrics, label_evaluation, label_loss
 from mlmjax.training.optimizer import averaged_parameters, make_optimizer
-from mlmjax.training.replicated import make_replicated_step
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
-from mlmjax.training.run.log import Talk, open_log, say
-from mlmjax.training.run.loop import Run, Steps, TrainStep
-from mlmjax.training.run.profile import profiling
-from mlmjax.training.run.resume import alone_in, check_name, check_places, checkpoint_folder
-from mlmjax.training.run.run import (
+from mlmjax.training.run.inputs import open_loaders
+from mlmjax.training.run.log import Totals, open_log
+from mlmjax.training.run.loop import Run, Steps, StopRequest, TrainStep
+from mlmjax.training.run.resume import (
     check_alike,
+    check_places,
     check_processes,
     check_rows_shared,
     check_same_run,
+    checkpoint_folder,
     identity_of,
-    open_loaders,
-    write_json,
 )
-from mlmjax.training.run.signals import StopRequest
-from mlmjax.training.run.timing import Clock
+from mlmjax.training.run.timing import Clock, profiling
 from mlmjax.training.run.validation import (
-    Totals,
     answer_report,
     finished_report,
     label_report,
@@ -57,6 +54,7 @@ from mlmjax.training.step import (
     TrainState,
     abstract_train_state,
     make_eval_step,
+    make_replicated_step,
     make_train_step,
     masked_token_loss,
     split_parameters,
@@ -270,7 +268,7 @@ def _finish(run: Run, graphdef: Any, params: Any, tokenizer: Tokenizer) -> None:
                 config, run.loaders.manifest, report
             )
             told = training_manifest(config.init_from, run.loaders.manifest, run.before).text()
-            files = {hub.TRAINING: told}
+            files = {TRAINING: told}
             pretrained.save_pretrained(
                 model, tokenizer, out / "export", card=card, more_files=files
             )

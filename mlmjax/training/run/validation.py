@@ -1,7 +1,6 @@
 """Figures of a run: sums over steps turned into a line of metrics, and the held-out answers."""
 
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,88 +11,20 @@ import numpy as np
 from sklearn.metrics import f1_score
 
 from mlmjax.config.run import RunConfig
-from mlmjax.data.batch import ATP, OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch, LabelBatch
+from mlmjax.data.batch import ATP, Batch
 from mlmjax.data.loader import LabelLoader, Loader
+from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
-from mlmjax.data.rows import Manifest
 from mlmjax.parallel.processes import summed
 from mlmjax.parallel.sharding import mesh_of
 from mlmjax.statistics.metrics import wilson_interval
+from mlmjax.storage import CONFIG
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.inputs import feed
-from mlmjax.training.run.timing import PHASES, productive_share
-from mlmjax.weights.hub import CONFIG
+from mlmjax.training.run.log import Totals, _widened, add, count_tokens, summarize
 
-Totals = defaultdict[str, float]
 EvalStep = Callable[[Any, Any], Mapping[str, jax.Array]]
-
 SOURCE_FIGURES = ("loss_atp", "loss_mlm", "answer_accuracy")
-
-
-def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:
-    """Count positions and real tokens of a batch on the host.
-
-    Rows of padding alone, which fill up the last batch of validation, do not count.
-
-    >>> segments = np.array([[1, 1, 2, 0]])
-    >>> count_tokens(Batch(segments, segments, segments, *[segments] * 3))
-    {'positions': 4.0, 'tokens': 3.0}
-    """
-    segments = np.asarray(batch.segment_ids)
-    is_row = (segments != PADDING_SEGMENT).any(axis=1)
-    return {
-        "positions": float(np.count_nonzero(is_row) * segments.shape[1]),
-        "tokens": float(np.count_nonzero(segments != PADDING_SEGMENT)),
-    }
-
-
-def add(totals: Totals, *parts: Mapping[str, Any]) -> None:
-    """Add scalars to the sums of a stretch of steps, in float64 on the host."""
-    for part in parts:
-        for name, value in part.items():
-            if np.ndim(value) == 0:
-                totals[name] += float(value)
-
-
-def summarize(
-    totals: Mapping[str, float], peak: float | None = None, chips: int = 1
-) -> dict[str, float | None]:
-    """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
-
-    `answer_accuracy` is over ATP targets or labelled texts, `target_share` targets per real token,
-    `padding_share` padding per position, `grad_norm` and `update_norm` the means over the updates
-    made; those of `skipped_updates` count in nothing but the tokens read.
-    `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices;
-    `seconds_PHASE` is where the time went (`goodput.PHASES`), and `productive_share` that of steps.
-    """
-    seconds = {key: totals.get(key) for key in (f"seconds_{phase}" for phase in PHASES)}
-    working = (seconds["seconds_step"] or 0.0) + (seconds["seconds_data"] or 0.0)
-
-    def share(part: str, whole: str) -> float | None:
-        return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
-
-    padding, change = share("tokens", "positions"), share("update_norm", "steps")
-    speed = totals.get("timed_flops", 0.0) / working if working else None
-    tokens = totals.get("timed_tokens", 0.0) / working if working else None
-    answers = "atp" if totals.get("atp_count") else "label"
-    return {
-        "loss": share("loss_sum", "loss_count"),
-        **{f"loss_{name}": share(f"{name}_loss_sum", f"{name}_count") for name in OBJECTIVES},
-        "answer_accuracy": share(f"{answers}_correct", f"{answers}_count"),
-        "grad_norm": share("grad_norm", "steps"),
-        # Its square may overflow where the parameters do not.
-        "update_norm": change if change is not None and math.isfinite(change) else None,
-        "skipped_updates": totals.get("skipped", 0.0) if seconds["seconds_step"] else None,
-        "learning_rate": None,
-        "tokens_per_second": tokens or None,
-        "chip_tokens_per_second": tokens / chips if tokens else None,
-        "flops_per_second": speed or None,
-        "mfu": speed / peak if speed and peak else None,
-        "target_share": share("loss_count", "tokens"),
-        "padding_share": None if padding is None else 1.0 - padding,
-        **seconds,
-        "productive_share": productive_share(totals),
-    }
 
 
 def validate(
@@ -247,14 +178,6 @@ def _accuracy_report(
             for task in sorted(answers, key=lambda number: tasks[number])
         },
     }
-
-
-def _widened(batch: Batch, width: int) -> Batch:
-    unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
-    targets = ("target_positions", "target_ids", "target_objective")
-    return batch._replace(
-        **{name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets}
-    )
 
 
 def _commonest(answers: Counter[int], name: Callable[[int], str]) -> dict[str, Any]:

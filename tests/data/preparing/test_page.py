@@ -9,12 +9,13 @@ import pytest
 from matplotlib.text import Text
 from row_files import HOSTILE, write_table
 
-from mlmjax.config.run import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
+from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data import census, prepare
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing import report
 from mlmjax.data.preparing.report import write_rows_report
-from mlmjax.data.rows import read_manifest
-from mlmjax.reporting.charts import bars, fates, lengths, own_style, save
+from mlmjax.data.preparing.rows_charts import bars, fates, lengths
+from mlmjax.reporting.charts import own_style, save
 
 
 def written(config, tokenizer):

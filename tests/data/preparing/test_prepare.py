@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from row_files import change, change_source, content, make_rows, two_sources, write_table
 
 from mlmjax import InputError
-from mlmjax.config.run import DataConfig, SourceConfig
+from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.reading.examples import Counts, read_examples
-from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.rows import open_rows
 
 
 @pytest.fixture

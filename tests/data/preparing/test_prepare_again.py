@@ -15,8 +15,9 @@ from row_files import change, change_source, content, make_rows, two_sources, wr
 from mlmjax import InputError
 from mlmjax.data import prepare as prepare_module
 from mlmjax.data import work
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare
-from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.rows import open_rows
 from mlmjax.errors import RunError
 from mlmjax.storage import built_whole
 

@@ -13,11 +13,12 @@ from row_files import HOSTILE, content, write_table
 from training import write_records, write_tokenizer
 
 from mlmjax import InputError
-from mlmjax.cli.commands import run
-from mlmjax.config.run import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
+from mlmjax.cli.main import run
+from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data import census, prepare, shuffle
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.report import token_text, write_rows_report
-from mlmjax.data.rows import open_rows, read_manifest
+from mlmjax.data.rows import open_rows
 from mlmjax.reporting.markdown import cell, fenced, visible
 from mlmjax.text.tokenizer import Tokenizer
 

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlmjax import InputError, errors
-from mlmjax.config.run import SourceConfig
+from mlmjax.config.data import SourceConfig
 from mlmjax.data import files
-from mlmjax.data.preparing.staging import hash_of
 from mlmjax.data.reading.examples import BROKEN_SHOWN, Counts, read_examples
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
+from mlmjax.storage import hash_of
 
 GOOD = [{"input": f"Is {i} odd?", "answer": ["no", "yes"][i % 2], "task": "t"} for i in range(40)]
 

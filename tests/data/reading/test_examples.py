@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mlmjax import InputError
-from mlmjax.config.run import SourceConfig
+from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.text.prompts import Template
 from mlmjax.text.verbalizer import Verbalizer

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from mlmjax.config.run import ExcludeConfig, SourceConfig, decode
+from mlmjax.config.data import ExcludeConfig, SourceConfig
+from mlmjax.config.tables import decode
 from mlmjax.data import answers, exclude
 from mlmjax.data.reading.examples import HITS_SHOWN, Counts, read_examples
 from mlmjax.data.reading.exclusion import Exclusion, evaluation_identity

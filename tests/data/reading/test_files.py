@@ -13,7 +13,8 @@ import pytest
 
 from mlmjax import InputError
 from mlmjax.config import columns
-from mlmjax.config.run import DataConfig, Location, SourceConfig, decode
+from mlmjax.config.data import DataConfig, Location, SourceConfig
+from mlmjax.config.tables import decode
 from mlmjax.data import files
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.data.reading.files import Record, read_file

@@ -116,7 +116,7 @@ def test_an_index_is_the_same_every_time():
 
 @pytest.mark.data
 def test_memory_is_bounded_by_the_evaluation_set(test_data):
-    from mlmjax.config.run import ExcludeConfig
+    from mlmjax.config.data import ExcludeConfig
     from mlmjax.data.reading.exclusion import Exclusion
 
     data = {"task": "ag_news", "data": str(test_data / "eval" / "ag_news_test.parquet")}

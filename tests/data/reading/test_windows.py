@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmjax.config.run import SourceConfig, parse_config
+from mlmjax.config.data import SourceConfig
+from mlmjax.config.run import parse_config
 from mlmjax.data import windows as module
 from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.data.reading.windows import sentence_cuts, sentence_ends, windows

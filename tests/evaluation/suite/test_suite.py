@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from suite_files import files_of, run_small, write_model, write_rows, write_suite
 
-from mlmjax.cli import commands
+from mlmjax.cli.main import run
 from mlmjax.config import suite as suite_config
 from mlmjax.config.suite import load_suite
 from mlmjax.errors import InputError
@@ -413,22 +413,20 @@ def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(
         (["--suite", "papr", "--out", str(tmp_path)], "shipped are paper"),
     ]
     for arguments, said in refused:
-        assert commands.run([*start, *arguments]) == 2, arguments
+        assert run([*start, *arguments]) == 2, arguments
         assert said in capsys.readouterr().err
     out = tmp_path / "out"
     for task, reason in (("ag_news", "no file of"), ("dreams", "nobody has written them down")):
-        assert commands.run([*start, *small, "--out", str(out), f'tasks=["{task}"]']) == 2
+        assert run([*start, *small, "--out", str(out), f'tasks=["{task}"]']) == 2
         error = capsys.readouterr().err
         assert "no entry finds its data, so nothing was run" in error
         assert f"task {task}: " in error
         assert reason in error
     assert not out.exists()
-    assert (
-        commands.run([*start, *small, "--out", str(tmp_path), 'tasks=["ag_news", "dreams"]']) == 2
-    )
+    assert run([*start, *small, "--out", str(tmp_path), 'tasks=["ag_news", "dreams"]']) == 2
     assert "task dreams: nobody has written" in capsys.readouterr().err
     shutil.copytree(done[0], out, dirs_exist_ok=True)
-    assert commands.run([*start, *small, "--out", str(out), "--limit", "500"]) == 0
+    assert run([*start, *small, "--out", str(out), "--limit", "500"]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"report: {out / 'suite.md'}\n"
     assert "Not the whole data" in (out / "suite.md").read_text()

@@ -8,8 +8,8 @@ from flax import nnx
 from small_models import noisy, small_config
 from suite_files import reviews
 
-from mlmjax.config.run import decode
 from mlmjax.config.suite import HEADS, Sweep
+from mlmjax.config.tables import decode
 from mlmjax.config.task import Task
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite import sweep as sweep_module

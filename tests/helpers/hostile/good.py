@@ -10,8 +10,8 @@ from flax import nnx
 from training import TASKS, WORDS, write_records, write_tokenizer
 
 from mlmjax import ModelConfig, ModernBertForMaskedLM, Tokenizer, save_pretrained
-from mlmjax.cli import commands
-from mlmjax.weights.checkpoints import save_model
+from mlmjax.cli.main import run
+from mlmjax.weights.model_checkpoint import save_model
 
 RUN = """out = "out"
 steps = 2
@@ -91,7 +91,7 @@ def write_good(folder: Path) -> None:
     (folder / "labels.txt").write_text("\n".join(TASKS["color"]) + "\n")
     (folder / "run.toml").write_text(RUN)
     with contextlib.chdir(folder), quiet() as said:
-        code = commands.run(["train", "run.toml"])
+        code = run(["train", "run.toml"])
     assert code == 0, said.getvalue()
     for events in (folder / "out").glob("events.*"):
         events.unlink()

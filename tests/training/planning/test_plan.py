@@ -9,17 +9,17 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mlmjax.cli.commands import run
+from mlmjax.cli.main import run
 from mlmjax.config.run import load_config, parse_config
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.errors import InputError
 from mlmjax.model.attention import attend
 from mlmjax.parallel import sharding
 from mlmjax.training.flops import peak_flops
-from mlmjax.training.planning import compiled, plan, programs
+from mlmjax.training.planning import plan, programs
 from mlmjax.training.planning.topology import CHIPS, devices_of, environment, parse_topology
 from mlmjax.training.run.initial_model import describe_start, load_tokenizer
-from mlmjax.training.run.run import open_loaders
+from mlmjax.training.run.inputs import open_loaders
 
 MODEL = {
     "hidden_size": 16,
@@ -177,7 +177,7 @@ def test_loops_count_as_often_as_they_go_round():
 
     shape = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spec)
     text = jax.jit(program).lower(shape).compile().as_text()
-    assert compiled.collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
+    assert programs.collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
 
 
 # As a TPU's compiler writes it: no trip count, collectives in parts they run beside, named groups.
@@ -219,7 +219,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_tpu():
-    assert compiled.collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
+    assert programs.collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
         "all-gather": {"count": 10, "bytes": 9 * 8 * 128 * 2 + 8 * 4},
         "reduce-scatter": {"count": 1, "bytes": 256},
     }
@@ -228,9 +228,9 @@ def test_collectives_of_a_tpu():
 def test_a_refusal_for_want_of_memory_is_an_answer():
     says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     says += "temporaries (600.00G) exceeds available HBM (15.75G). HLO module: jit_step."
-    found = compiled.refusal(RuntimeError(says))
+    found = programs.refusal(RuntimeError(says))
     assert (found["needed"], found["available"]) == (600 * 2**30, 15.75 * 2**30)
-    assert compiled.refusal(RuntimeError("INTERNAL: broken")) is None
+    assert programs.refusal(RuntimeError("INTERNAL: broken")) is None
 
 
 @pytest.mark.parametrize("pack", [True, False])

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from training import OTHERS, TASKS, assert_same, lines_of, make_config, quick_compiles
 
-from mlmjax.cli.commands import run
+from mlmjax.cli.main import run
 from mlmjax.data.loader import Loader
+from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare
-from mlmjax.data.rows import read_manifest
 from mlmjax.errors import InputError, RunError
-from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.model.modernbert import ModernBertForSequenceClassification, parameters
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.run.inputs import open_loaders
 from mlmjax.training.run.log import MetricsLog
-from mlmjax.training.run.run import open_loaders
 from mlmjax.training.run.train import run_training
 from mlmjax.weights import pretrained
 
@@ -130,7 +130,7 @@ def test_classification_starts_from_a_masked_language_model(folder):
     assert model.config.num_labels == 3
     before, _ = pretrained.load_pretrained(folder / "masked" / "export")
     embedding = "model.embeddings.tok_embeddings.weight"
-    moved = pretrained.parameters(model)[embedding] - pretrained.parameters(before)[embedding]
+    moved = parameters(model)[embedding] - parameters(before)[embedding]
     assert 0 < abs(np.asarray(moved)).max() < 0.1  # Two updates away from where it started.
     start["init_from"] = str(folder / "head" / "export")
     config = make_config(folder, out=str(folder / "wrong"), **start)

@@ -1,0 +1,133 @@
+"""The entry point: exit codes, environment and compile cache."""
+
+import atexit
+import gc
+import logging
+import os
+import platform
+import sys
+import traceback
+import warnings
+import zlib
+from collections.abc import Sequence
+
+import click
+
+from mlmjax.cli.commands import cli
+from mlmjax.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    InputError,
+    RunError,
+    write_advice,
+)
+
+
+def keep_compiled() -> None:
+    """Have JAX keep compiled programs in `~/.cache/mlmjax/xla`, unless it is told otherwise.
+
+    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
+    nothing. A folder that cannot be written is left alone.
+    """
+    enabled = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower()
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or enabled in ("false", "0", "no", "off"):
+        return
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = os.path.join(base, "mlmjax", "xla", _processor())
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK | os.X_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+
+
+def _processor() -> str:
+    """Name what this processor can do: a program compiled for one may not run on another."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            features = next((line for line in file if line.startswith(("flags", "Features"))), "")
+    except OSError:
+        features = platform.processor()
+    return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
+
+
+MAX_DETAIL_LINES = 20
+
+
+# On a CPU, XLA by default orders a program for concurrency: a training step then keeps a quarter to
+# a half more in memory and `remat` saves nothing, and it is no faster on few cores.
+FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
+
+def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
+    """Run one command and return its exit code; every message to people goes to stderr."""
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    # A failed save leaves other writes of it unfinished, each with a traceback; the error is ours.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("mlmjax").setLevel(logging.INFO)
+    if logging.lastResort:
+        logging.lastResort.setLevel(logging.INFO)
+    if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
+
+    keep_compiled()
+    # Of a cache that is full or was moved; the program is compiled anew.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+    def fail(message: str, details: Sequence[str], code: int) -> int:
+        if debug:
+            traceback.print_exc()
+        return _tell(program, message, details, code)
+
+    try:
+        result = command.main(list(arguments), prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return EXIT_BAD_INPUT
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else program
+        return fail(f"{error.format_message()} See '{path} --help'.", (), EXIT_BAD_INPUT)
+    except InputError as error:
+        return fail(error.message, error.details, EXIT_BAD_INPUT)
+    except RunError as error:
+        return fail(str(error), (), EXIT_FAILED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except OSError as error:
+        return fail(f"{error}; {write_advice(error)}", (), EXIT_FAILED)
+    except Exception as error:
+        message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
+        return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
+    return result if isinstance(result, int) else 0
+
+
+def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
+    first, *rest = [*message.splitlines(), *details] or [""]
+    click.echo(f"{program}: {first}", err=True)
+    for line in rest[:MAX_DETAIL_LINES]:
+        click.echo(f"  {line}", err=True)
+    if len(rest) > MAX_DETAIL_LINES:
+        click.echo(f"  ... and {len(rest) - MAX_DETAIL_LINES} more", err=True)
+    return code
+
+
+def main() -> None:
+    """Entry point of the `mlmjax` command."""
+    # What was imported and compiled lives to the end: looking through all of it for cycles once
+    # more took a sixth of a short command's time.
+    atexit.register(gc.freeze)
+    try:
+        code = run(sys.argv[1:])
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else EXIT_FAILED
+    if "mlmjax.parallel.launch" not in sys.modules:
+        sys.exit(code)
+    from mlmjax.parallel.launch import leave
+
+    leave(code)

@@ -1,0 +1,132 @@
+"""What a rows folder says of itself."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+
+from mlmjax.errors import InputError
+
+FORMAT = 3
+"""Version of the row files and the manifest; raised whenever the same input gives other bytes."""
+
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SourceFile(_Part):
+    """One file that was read: its name as configured, its size in bytes, its content's hash."""
+
+    path: str
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class RowFile(_Part):
+    """One file of rows of one source in one split, with what it holds."""
+
+    name: str
+    file: str
+    bytes: PositiveInt
+    sha256: str
+    text: bool
+    weight: float | None
+    level: NonNegativeInt
+    rows: NonNegativeInt
+    examples: NonNegativeInt
+    tokens: NonNegativeInt
+    padding_share: float
+    max_examples_per_row: NonNegativeInt
+    examples_per_task: dict[str, int]
+
+
+class SourceReport(_Part):
+    """What reading one source gave: files, records, and why records were dropped (as `Counts`)."""
+
+    name: str
+    files: list[SourceFile]
+    records: NonNegativeInt
+    examples: NonNegativeInt
+    dropped: dict[str, int]
+    shortened: dict[str, int]
+    normalized: dict[str, int]
+    broken: list[str]
+    broken_files: list[str] = []
+    hits: dict[str, list[list[str]]]
+
+
+class NestedSet(_Part):
+    """A set of examples chosen: its size as asked (None: no limit) and found, the cap by task."""
+
+    asked: PositiveInt | None
+    examples: NonNegativeInt
+    per_task: NonNegativeInt
+
+
+class SelectionReport(_Part):
+    """What was chosen of the examples with an answer, before some are held out for validation.
+
+    `one_answer` counts the tasks that have no second answer, which `answer_share` leaves as they
+    are; `unbalanced` and `capped` the examples it and the caps left out.
+    """
+
+    sets: list[NestedSet]
+    one_answer: NonNegativeInt
+    unbalanced: NonNegativeInt
+    capped: NonNegativeInt
+
+
+class Manifest(_Part):
+    """What a rows folder holds and what it was made from; never a time or a machine's name."""
+
+    format: int
+    version: str
+    config: dict[str, Any]
+    tokenizer_sha256: str
+    vocab_size: PositiveInt
+    seq_length: PositiveInt
+    tasks: list[str]
+    sources: list[SourceReport]
+    validation_sources: list[SourceReport]
+    selection: SelectionReport | None
+    splits: dict[str, list[RowFile]]
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read `manifest.json` of a rows folder.
+
+    Raises `InputError` when there is none, or it is broken, or of another format version.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        table = json.loads(file.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{file}: cannot be read ({error.strerror or error}); expected a rows folder made by "
+            "`mlmjax prepare`"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file}: is not valid JSON ({error}); delete {path} and prepare again"
+        ) from error
+    found = table.get("format") if isinstance(table, dict) else None
+    if found != FORMAT:
+        raise InputError(
+            f"{file}: rows of format {found!r}, expected {FORMAT}; delete {path} and prepare again"
+        )
+    try:
+        return Manifest.model_validate(table)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
+        ]
+        raise InputError(
+            f"{file}: is not a manifest of rows: {problems[0]}; delete {path} and prepare again",
+            problems[1:],
+        ) from error

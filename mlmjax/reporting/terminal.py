@@ -1,0 +1,143 @@
+"""Lines and progress bars on a terminal."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mlmjax.parallel.processes import is_first
+
+PATIENCE_SECONDS = 2.0
+"""How long work goes on without a bar."""
+
+
+def describe(values: Mapping[str, float | None]) -> str:
+    """Put the figures of one line of metrics into words for people.
+
+    >>> describe({"loss": 2.5, "answer_accuracy": None, "tokens_per_second": 1234.5})
+    'loss 2.500  tokens/s 1,234'
+    """
+    shown = {
+        "loss": ("loss", "{:.3f}"),
+        "loss_atp": ("atp", "{:.3f}"),
+        "loss_dummy": ("dummy", "{:.3f}"),
+        "loss_mlm": ("mlm", "{:.3f}"),
+        "answer_accuracy": ("accuracy", "{:.3f}"),
+        "grad_norm": ("grad", "{:.2f}"),
+        "learning_rate": ("lr", "{:.2e}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+        "mfu": ("mfu", "{:.1%}"),
+        "productive_share": ("in steps", "{:.0%}"),
+    }
+    found = [
+        f"{name} {form.format(values[key])}"
+        for key, (name, form) in shown.items()
+        if values.get(key) is not None and math.isfinite(values[key] or 0.0)
+    ]
+    return "  ".join(found)
+
+
+class Talk:
+    """A progress bar on a terminal, plain lines in a pipe; on stderr, of the first process."""
+
+    def __init__(self, total: int, done: int = 0):
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
+        self._progress: Progress | None = None
+        self._total = total
+        if self._console.is_terminal and is_first():
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=self._console,
+            )
+            self._bar = self._progress.add_task("", total=total, completed=done, figures="")
+
+    def __enter__(self) -> "Talk":
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False)
+
+    def step(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress:
+            self._progress.update(self._bar, completed=step)
+
+    def figures(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        """Show a line of metrics: beside the bar, or as a line of its own."""
+        if self._progress and split == "train":
+            self._progress.update(self._bar, figures=describe(values))
+        else:
+            self.say(f"step {step}/{self._total}  {split}  {describe(values)}")
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that shows `(done, total)`: a bar on a terminal, else a line every tenth."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, console=console) as progress:
+            bar = progress.add_task("", total=None)
+            yield lambda done, total: progress.update(bar, completed=done, total=total)
+        return
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        if (tenths := 10 * done // total) > shown:
+            shown = tenths
+            say(f"{what} {done}/{total}")
+
+    yield show
+
+
+@contextmanager
+def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+    """Give a function of `(done, total)` for work that may take long, None where none is shown.
+
+    `shown` True counts as `counting` does; None shows a bar on a terminal from two seconds on.
+    """
+    if shown:
+        with counting(what) as progress:
+            yield progress
+    elif shown is None and sys.stderr.isatty():
+        with ExitStack() as stack:
+            started = time.monotonic()
+            inner: list[Callable[[int, int], None]] = []
+
+            def patient(done: int, total: int) -> None:
+                if not inner and done < total and time.monotonic() - started > PATIENCE_SECONDS:
+                    inner.append(stack.enter_context(counting(what)))
+                if inner:
+                    inner[0](done, total)
+
+            yield patient
+    else:
+        yield None
+
+
+def say(text: str) -> None:
+    """Print one line to stderr; of several processes the first one does."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,154 @@
+"""Fills the masks of texts."""
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.scoring.engine import Progress
+from mlmjax.scoring.likelihood import _check_finite, _encoded, _engine
+from mlmjax.text.prompts import MASK, WHITE_SPACE
+from mlmjax.text.tokenizer import Tokenizer
+
+MASKS_AT_ONCE = 8
+
+
+class Filled(NamedTuple):
+    """One answer for a mask: the token's text, its id, its probability among the vocabulary."""
+
+    token: str
+    id: int
+    probability: float
+
+
+def fill_mask(
+    model: ModernBertForMaskedLM,
+    tokenizer: Tokenizer,
+    texts: Iterable[str],
+    *,
+    top_k: int = 5,
+    batch_size: int | None = None,
+    max_length: int | None = None,
+    progress: Progress | None = None,
+) -> list[list[list[Filled]]]:
+    """Return, for each text and each `[MASK]` in it, the likeliest tokens; see `MaskFiller`.
+
+    `progress` is called with the number of masks filled since its last call.
+    """
+    filler = MaskFiller(model, tokenizer, top_k=top_k, batch_size=batch_size, max_length=max_length)
+    return filler.fill(texts, progress=progress)
+
+
+class MaskFiller:
+    """Says which tokens are likeliest in the place of every `[MASK]` of a text.
+
+    Only here is `[MASK]` written in a text the mask; every other special token's name stays text.
+    White space before a mask belongs to the answer, as the tokenizer has it. The masks of one text
+    are predicted in one pass, each without knowing the answers to the others.
+
+    Special and `[unused*]` tokens are never among the answers, but probabilities are those of the
+    softmax over the whole vocabulary, so that they need not sum to 1 even for the largest `top_k`.
+    """
+
+    def __init__(
+        self,
+        model: ModernBertForMaskedLM,
+        tokenizer: Tokenizer,
+        *,
+        top_k: int = 5,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ):
+        answers = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_ids))
+        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(answers):
+            raise InputError(
+                f"top_k is {top_k!r}; expected 1 to {len(answers)}, the tokens that can answer"
+            )
+        self.tokenizer, self.top_k = tokenizer, top_k
+        is_answer = np.isin(np.arange(model.config.vocab_size), answers)
+        forward = partial(_likeliest, is_answer, top_k)
+        self.engine = _engine(model, tokenizer, forward, batch_size, max_length)
+
+    def fill(
+        self, texts: Iterable[str], *, progress: Progress | None = None
+    ) -> list[list[list[Filled]]]:
+        """Fill the masks of texts, any iterable of them; it is read in chunks.
+
+        Raises `InputError` naming each row that is no text, has no mask, or is too long; `RunError`
+        for probabilities that are not finite.
+        """
+        results = []
+        for chunk in _encoded(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
+            slots = [np.flatnonzero(ids == self.tokenizer.mask_id) for ids in chunk]
+            passes: list[tuple[Any, np.ndarray]] = [
+                (ids, group)
+                for ids, own in zip(chunk, slots, strict=True)
+                for group in np.split(own, range(MASKS_AT_ONCE, len(own), MASKS_AT_ONCE))
+            ]
+            counts = np.array([len(group) for _, group in passes], np.int32)
+            padded = [np.resize(group, MASKS_AT_ONCE) for _, group in passes]
+            log_probs, tokens = self.engine.run(
+                [ids for ids, _ in passes],
+                np.array(padded, np.int32),
+                counts,
+            )
+            is_used = np.arange(MASKS_AT_ONCE) < counts[:, None]
+            log_probs, tokens = log_probs[is_used], tokens[is_used]
+            _check_finite(log_probs)
+            filled = zip(
+                np.exp(log_probs.astype(np.float64)).tolist(), tokens.tolist(), strict=True
+            )
+            answers = map(self._filled, filled)
+            results += [list(islice(answers, len(own))) for own in slots]
+            if progress:
+                progress(len(tokens))
+        return results
+
+    def _ids(self, text: str) -> list[int]:
+        stretches = text.split(MASK)
+        if len(stretches) < 2:
+            raise InputError(f"has no {MASK}; write {MASK} where the model is to fill in")
+        mask = self.tokenizer.mask_id
+        if mask in self.tokenizer.lstrip_ids:
+            stretches[:-1] = [stretch.rstrip(WHITE_SPACE) for stretch in stretches[:-1]]
+        if mask in self.tokenizer.rstrip_ids:
+            stretches[1:] = [stretch.lstrip(WHITE_SPACE) for stretch in stretches[1:]]
+        ids, *rest = self.tokenizer.encode_plain_batch(stretches)
+        for stretch in rest:
+            ids += [mask, *stretch]
+        return ids
+
+    def _filled(self, scored: tuple[list[float], list[int]]) -> list[Filled]:
+        return [Filled(self.tokenizer.decode([i]), i, p) for p, i in zip(*scored, strict=True)]
+
+
+def _likeliest(
+    is_answer: np.ndarray,
+    top_k: int,
+    model: Any,
+    ids: jax.Array,
+    segment_ids: jax.Array,
+    slots: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """[batch, seq] ids, [batch, slots] -> log probabilities and tokens [batch, slots, top_k]."""
+    hidden = model.encode(ids, segment_ids)
+    at_slots = jnp.take_along_axis(hidden, slots[:, :, None], axis=1)
+    shape = (slots.shape[1], slots.shape[0], top_k)
+
+    def fill(at: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        logits = model.mlm_logits(at_slots[:, at]).astype(jnp.float32)
+        log_probs = jnp.where(is_answer[None], jax.nn.log_softmax(logits), -jnp.inf)
+        best, tokens = jax.lax.top_k(log_probs, top_k)
+        return found[0].at[at].set(best), found[1].at[at].set(tokens)
+
+    # One slot after the other: a row of logits is as wide as the vocabulary.
+    empty = jnp.zeros(shape, jnp.float32), jnp.zeros(shape, jnp.int32)
+    log_probs, tokens = jax.lax.fori_loop(0, counts.max(), fill, empty)
+    return log_probs.swapaxes(0, 1), tokens.swapaxes(0, 1)

@@ -1,0 +1,105 @@
+"""Checks of texts, rows and lists."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from mlmjax.errors import InputError
+
+
+def one_dimensional(values: Iterable[Any], what: str) -> Iterable[Any]:
+    """Return the values; raises `InputError` for one text, a table, and what is no list at all."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of texts")
+    if isinstance(values, Set):
+        raise InputError(f"{what}: is a set, which has no order; expected a list of texts")
+    if getattr(values, "ndim", 1) != 1:
+        raise InputError(f"{what}: is a table; expected one column of texts")
+    return values
+
+
+def share(value: Any, what: str) -> float:
+    """Return a number from 0 to 1; raises `InputError` for anything else."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= 1:
+        raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to 1")
+    return float(value)
+
+
+def check_row(
+    row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
+) -> None:
+    """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
+
+    Fields of `optional` may be blank.
+
+    >>> check_row({"text": " "}, ["text"], 2)
+    Traceback (most recent call last):
+    mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
+    for field in fields:
+        if field == "options":
+            continue
+        if field not in row:
+            known = ", ".join(map(repr, row)) or "none"
+            raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
+        if field in optional:
+            check_text(row[field], f"field {field!r}")
+        else:
+            check_filled(row[field], f"field {field!r}")
+    options = row.get("options")
+    if options is None:
+        if "options" in fields:
+            raise InputError("has no 'options', which the prompt names; give it a list of texts")
+        return
+    if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
+        raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
+    if len(options) > label_count:
+        raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
+    for number, option in enumerate(options, 1):
+        check_filled(option, f"option {number}")
+
+
+def check_filled(text: Any, what: str) -> None:
+    """Raise `InputError`, opened by `what`, for what is blank or no text."""
+    check_text(text, what)
+    if not text.strip():
+        raise InputError(f"{what}: is blank; give it some text or leave the row out")
+
+
+def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
+    """Return the name of each text in messages, the first being number `first`.
+
+    Raises `InputError` that names each one that is blank or no text.
+    """
+    names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
+    _for_each(names, texts, lambda text: check_filled(text, "field 'text'"))
+    return names
+
+
+def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
+    """Act on every row; raise one `InputError` that lists, by name, each row that was refused."""
+    problems = []
+    for name, row in zip(names, rows, strict=True):
+        try:
+            act(row)
+        except InputError as error:
+            problems.append(f"{name}: {error.message}")
+    if problems := list(dict.fromkeys(problems)):
+        raise InputError(problems[0], problems[1:])
+
+
+def check_text(text: Any, what: str) -> None:
+    """Raise `InputError`, opened by `what`, unless `text` is a string of whole characters."""
+    if not isinstance(text, str):
+        raise InputError(f"{what}: is {type(text).__name__} ({text!r:.60}); expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what}: holds half a character (a lone surrogate, U+{ord(text[error.start]):04X}) at "
+            f"position {error.start}; expected Unicode text"
+        ) from error
