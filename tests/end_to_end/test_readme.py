@@ -1,4 +1,4 @@
-"""README and guide are true: their code runs, their tables are complete, links lead somewhere."""
+"""README and guide are true: code runs, tables are complete, links and anchors exist."""
 
 import json
 import os
@@ -21,7 +21,12 @@ from mlmjax.config.task import Task
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-GUIDE = (ROOT / "docs" / "guide.md").read_text()
+PAGES = (
+    *("guide", "data", "rows", "training", "runs", "evaluation", "suites"),
+    *("scoring", "calibration", "weights", "custom_loop"),
+)
+"""The pages of the guide, in its order."""
+GUIDE = "\n".join((ROOT / "docs" / f"{name}.md").read_text() for name in PAGES)
 PODS = (ROOT / "docs" / "pods.md").read_text()
 HUB_MODEL = "answerdotai/ModernBERT-Large-Instruct"
 
@@ -75,7 +80,7 @@ def test_python_blocks_run(folder, monkeypatch):
 def test_texts_of_the_guide_are_scored_and_filled(capsys):
     block, _ = blocks("python", GUIDE)
     names = {}
-    exec(compile(block, "guide.md", "exec"), names)
+    exec(compile(block, "scoring.md", "exec"), names)
     assert [len(answers) for answers in names["masks"]] == [3, 3]
     assert capsys.readouterr().out.count("(' cat', ") == 2
 
@@ -84,7 +89,7 @@ def test_loop_of_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     *_, block = blocks("python", GUIDE)
     names = {}
-    exec(compile(block, "guide.md", "exec"), names)
+    exec(compile(block, "custom_loop.md", "exec"), names)
     assert float(names["metrics"]["loss_sum"]) < 2.0  # of two targets, 21 before
     assert "nan" not in capsys.readouterr().out
     model, _ = mlmjax.load_pretrained("my-model")
@@ -157,13 +162,41 @@ def test_two_processes_of_the_pods_page_run(folder, tmp_path):
     assert "Gloo" in done.stderr  # or it prints no more, and need not be kept away
 
 
+def anchors(page):
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize(
-    ("text", "folder"), [(README, ROOT), (GUIDE, ROOT / "docs"), (PODS, ROOT / "docs")]
+    "page",
+    ["README.md", "docs/pods.md", "docs/classifier.md", "docs/preparing.md"]
+    + [f"docs/{name}.md" for name in PAGES],
 )
-def test_links_lead_somewhere(text, folder):
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+def test_links_lead_somewhere(page):
+    here = ROOT / page
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", here.read_text()):
         if not target.startswith("http"):
-            assert (folder / target).exists(), target
+            there = here.parent / target if target else here
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def test_the_guide_leads_to_all_its_pages():
+    entry = (ROOT / "docs" / "guide.md").read_text()
+    assert not [name for name in PAGES[1:] if f"]({name}.md" not in entry]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_of_the_guide_is_short(name):
+    """At most 300 lines, and a heading at least every 40."""
+    lines = (ROOT / "docs" / f"{name}.md").read_text().splitlines()
+    assert len(lines) <= 300
+    headings = [number for number, line in enumerate(lines) if re.match("#+ ", line)]
+    gaps = zip([*headings, len(lines)][:-1], [*headings, len(lines)][1:], strict=True)
+    too_long = [lines[start] for start, end in gaps if end - start > 40]
+    assert set(too_long) <= {"## The loop"}  # its one program is longer
 
 
 def test_the_two_commands_are_those_ci_runs():
