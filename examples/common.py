@@ -1,10 +1,10 @@
-"""What the examples share: the model they start from, and errors told in one line."""
+"""Shared by the examples: load the starting model, and print errors in one line."""
 
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a clone, not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works without installing
 
 from mlmjax import InputError, ModernBertForMaskedLM, Tokenizer, load_pretrained
 
@@ -12,7 +12,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def load(source: str | None) -> tuple[ModernBertForMaskedLM, Tokenizer]:
-    """Load a folder or a hub id; without one, the small model that is packaged."""
+    """Load a folder or a Hub id; without one, load the small packaged model."""
     model, tokenizer = load_pretrained(source or "mlmjax-small")
     if not isinstance(model, ModernBertForMaskedLM):
         raise InputError(f"{source}: is a {type(model).__name__}; expected a masked language model")
@@ -20,7 +20,7 @@ def load(source: str | None) -> tuple[ModernBertForMaskedLM, Tokenizer]:
 
 
 def read_text(path: Path) -> str:
-    """Read a text file whole."""
+    """Read a whole text file."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends it with one line and exit code 2."""
+    """Run a script; on bad input print one line and exit with code 2."""
     try:
         main()
     except InputError as error:

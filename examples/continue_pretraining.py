@@ -1,9 +1,9 @@
-"""Continue pretraining on one's own text, with words of one's own field as tokens.
+"""Continue pretraining on your own text, with words of your field as tokens.
 
     python examples/continue_pretraining.py --model answerdotai/ModernBERT-base \
         --text "corpus/*.jsonl" --words words.txt steps=2000 data.seq_length=1024
 
-Further arguments replace keys of the run file, as on the command line of `mlmjax train`.
+Further arguments override keys of the run file, as `mlmjax train` does.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from mlmjax import (
 
 
 def main() -> None:
-    """Add the words, save the larger model, train it on the text, and show what became of it."""
+    """Add the words, save the larger model, train it on the text, and show the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--config", default=HERE / "continue_pretraining.toml", type=Path)
-    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the packaged model)")
     parser.add_argument("--text", default=str(HERE / "notes.jsonl"), help="a file or a glob")
     parser.add_argument("--words", default=HERE / "words.txt", type=Path, help="one per line")
     parser.add_argument("--out", default=Path("continued"), type=Path)
@@ -34,7 +34,7 @@ def main() -> None:
     words = read_text(arguments.words).splitlines()
     model, tokenizer = load(arguments.model)
     before = [len(tokenizer.encode_plain(f" {word}")) for word in words]
-    # A new word starts at the mean of the tokens it was cut into, and learns from there.
+    # A new word starts at the mean of the tokens it was split into.
     model, tokenizer = resize_token_embeddings(model, tokenizer, words)
     start = arguments.out / "start"
     save_pretrained(model, tokenizer, start)

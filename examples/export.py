@@ -1,4 +1,4 @@
-"""Write a model in Hugging Face format, load it again, and see that it is the same.
+"""Export a model in Hugging Face format, load it again, and check that it is the same.
 
     python examples/export.py --model runs/mine/export --out my-model --dtype bfloat16
 
@@ -17,12 +17,12 @@ TEXT = "The model and its export give the same logits."
 
 
 def main() -> None:
-    """Export, reload, and print the files and the largest difference of the logits."""
+    """Export, reload, and print the files and the largest difference between logits."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the packaged model)")
     parser.add_argument("--out", type=Path, default=Path("my-model"))
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or source")
-    parser.add_argument("--text", default=TEXT, help="what the two are compared on")
+    parser.add_argument("--text", default=TEXT, help="the text that both models read")
     arguments = parser.parse_args()
 
     model, tokenizer = load(arguments.model)

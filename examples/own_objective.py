@@ -1,9 +1,9 @@
-"""A training loop of one's own, with an objective of one's own: choose among the answers only.
+"""Your own training loop with your own objective: choose among the answers only.
 
     python examples/own_objective.py --data reviews.csv --model answerdotai/ModernBERT-base
 
-Answer token prediction compares the answer with all 50,368 words. Here the loss is the
-cross-entropy over the tokens of the labels alone, with label smoothing.
+Answer token prediction compares the answer with all 50,368 tokens. Here the loss is the
+cross-entropy over the label tokens only, with label smoothing.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TEMPLATE = Template("REVIEW: {text}\nCHOICES:\n{options}ANSWER:", shorten={"text
 
 
 def make_loss(answers: list[int], smoothing: float):
-    """Return the objective: `(model, batch) -> (loss sum, metrics)`, as `make_train_step` takes."""
+    """Return the loss that `make_train_step` takes: `(model, batch) -> (loss sum, metrics)`."""
     answer_ids = np.array(answers)
 
     def loss(model, batch):
@@ -45,7 +45,7 @@ def make_loss(answers: list[int], smoothing: float):
         wanted = is_gold * (1 - smoothing) + smoothing / len(answers)
         losses = optax.softmax_cross_entropy(logits, wanted)
         right = jnp.take_along_axis(is_gold, logits.argmax(-1)[..., None], axis=-1)
-        # Sums, not means: they are divided once, over all micro-batches and devices.
+        # Return sums: the step divides once, over all micro-batches and devices.
         metrics = {
             "loss_sum": losses.sum(),
             "loss_count": jnp.float32(losses.size),
@@ -57,7 +57,7 @@ def make_loss(answers: list[int], smoothing: float):
 
 
 def make_batch(rows: list[dict], labels: list[str], answers: list[int], tokenizer: Tokenizer):
-    """Return rows as a batch: one prompt each, padded, with its slot as the only target."""
+    """Return rows as a batch: one padded prompt each, with its slot as the only target."""
     input_ids = np.full((len(rows), LENGTH), tokenizer.pad_id, np.int32)
     segment_ids = np.zeros_like(input_ids)  # 0 is padding
     position_ids = np.tile(np.arange(LENGTH, dtype=np.int32), (len(rows), 1))
@@ -72,10 +72,10 @@ def make_batch(rows: list[dict], labels: list[str], answers: list[int], tokenize
 
 
 def main() -> None:
-    """Train, print the loss now and then, and export."""
+    """Train, print the loss every 10 steps, and export."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", type=Path, default=HERE / "reviews.csv", help="text, label")
-    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the packaged model)")
     parser.add_argument("--out", type=Path, default=Path("own-objective"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -94,7 +94,7 @@ def main() -> None:
     graphdef, state = create_train_state(model, optimizer)
     step = make_train_step(graphdef, optimizer, loss=make_loss(answers, arguments.smoothing))
     for number in range(1, arguments.steps + 1):
-        # What a step sees follows from its number, so a run can be repeated or taken up again.
+        # The step number decides the batch, so a run can be repeated or resumed.
         drawn = np.random.default_rng([0, number]).integers(len(rows), size=arguments.batch_size)
         chosen = [rows[at] for at in drawn]
         state, metrics = step(state, make_batch(chosen, labels, answers, tokenizer))

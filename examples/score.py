@@ -1,6 +1,6 @@
-"""Ask with a prompt of one's own: the probability of each answer for each text.
+"""Score texts with your own prompt: print the probability of each answer.
 
-python examples/score.py --model answerdotai/ModernBERT-Large-Instruct "A wonderful film."
+    python examples/score.py --model answerdotai/ModernBERT-Large-Instruct "A wonderful film."
 """
 
 import argparse
@@ -17,21 +17,21 @@ def main() -> None:
     """Print one line per text: each option with its probability."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("texts", nargs="*", default=["A wonderful film.", "A wasted evening."])
-    parser.add_argument("--model", help="a folder or a hub id; by default the packaged one")
+    parser.add_argument("--model", help="a folder or a Hub id (default: the packaged model)")
     parser.add_argument("--prompt", default=PROMPT, help="with {text} and {options}")
     parser.add_argument("--options", default="positive,negative")
     arguments = parser.parse_args()
     options = [option.strip() for option in arguments.options.split(",")]
 
     model, tokenizer = load(arguments.model)
-    # The end of a long text is cut, so that the options and the slot are always there.
+    # Truncate the end of a long text, so that the options and the slot always fit.
     template = Template(arguments.prompt, shorten={"text": "tail"})
-    # " A" for the first option, " B" for the second; or Verbalizer({"positive": [" yes"], ...}).
+    # " A" is the first option, " B" the second. Or use Verbalizer({"positive": [" yes"], ...}).
     scorer = Scorer(model, tokenizer, template, Verbalizer.letters(options))
     rows = [{"text": text, "options": options} for text in arguments.texts]
     for text, probabilities in zip(arguments.texts, np.exp(scorer.log_probs(rows)), strict=True):
-        told = ", ".join(f"{o} {p:.4f}" for o, p in zip(options, probabilities, strict=True))
-        print(f"{told}: {text}")
+        line = ", ".join(f"{o} {p:.4f}" for o, p in zip(options, probabilities, strict=True))
+        print(f"{line}: {text}")
 
 
 if __name__ == "__main__":
