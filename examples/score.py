@@ -1,6 +1,6 @@
 """Score texts with your own prompt: print the probability of each answer.
 
-    python examples/score.py --model answerdotai/ModernBERT-Large-Instruct "A wonderful film."
+python examples/score.py --model answerdotai/ModernBERT-Large-Instruct "A wonderful film."
 """
 
 import argparse
