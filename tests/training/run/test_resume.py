@@ -1,6 +1,6 @@
 """Runs that are killed at any moment: what is listed is whole, and they end as if nothing happened.
 
-`pytest -m long tests/test_survive.py` kills at fifty moments.
+`pytest -m long tests/training/run/test_resume.py` kills at fifty moments.
 """
 
 import json
