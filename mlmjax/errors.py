@@ -48,9 +48,9 @@ def full_disk(error: BaseException) -> str | None:
     return next((found for found in words if found in str(error)), None)
 
 
-def write_failed(path: Path, error: OSError) -> RunError:
+def write_failed(path: Path, error: Exception) -> RunError:
     """Return the error of a run that could not write a file, with what to do."""
-    reason = full_disk(error) or error.strerror or error
+    reason = full_disk(error) or getattr(error, "strerror", None) or error
     return RunError(f"{path}: cannot be written ({reason}); {write_advice(error)}")
 
 
@@ -61,9 +61,9 @@ def write_advice(error: BaseException) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]}..."
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or its type if it has no text."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130

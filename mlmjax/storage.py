@@ -1,107 +1,40 @@
-"""Files and folders: strangers' files read safely, our own written whole or not at all."""
+"""Read strangers' files safely; write our own files and folders whole or not at all."""
 
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from etils import epath
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mlmjax.errors import InputError, RunError, full_disk, write_advice, write_failed
-
-_LOCK = ".building"
-
-
-@contextmanager
-def built_whole(folder: Path) -> Iterator[Path | None]:
-    """Give an empty sibling folder to build in; it takes the name `folder` when the block ends.
-
-    Gives None when `folder` is there already, also when another process finished it while this one
-    waited. What a process left behind that was killed, or failed, is there to go on from.
-    Raises `InputError` when the place cannot be written, or the sibling is not of our making.
-    """
-    partial = folder.with_name(folder.name + ".partial")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(partial)
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be written ({error.strerror or error}); expected a folder name in a "
-            "place with write permission"
-        ) from error
-    with lock:
-        if is_there(folder):
-            # One who still waits may put its own lock here meanwhile; the last to come clears up.
-            shutil.rmtree(partial, ignore_errors=True)
-            yield None
-            return
-        try:
-            yield partial
-            # The lock goes along and is removed last, so that nobody can think it abandoned.
-            partial.rename(folder)
-            clear_lock(folder)
-        except BaseException:
-            if not any(partial.glob("*/*.json")):
-                shutil.rmtree(partial, ignore_errors=True)  # Nothing in it is worth keeping.
-            raise
-
-
-def clear_lock(folder: Path) -> None:
-    """Remove the lock from a folder that is whole, where one who was killed has left it."""
-    with suppress(OSError):
-        if folder.is_dir() and any(path.name != _LOCK for path in folder.iterdir()):
-            (folder / _LOCK).unlink()
-
-
-def is_there(folder: Path) -> bool:
-    """Tell whether a name is taken, if only by a link to nowhere; an empty folder is not."""
-    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-
-
-def _lock(partial: Path) -> IO[bytes]:
-    """Take the lock file of the folder being built, which a kill releases; wait if it is held."""
-    import fcntl  # Not on Windows, where everything else of this package can be imported.
-
-    path = partial / _LOCK
-    while True:
-        try:
-            # One listing, because a lock may come or go between two looks.
-            names = {entry.name for entry in partial.iterdir()} if partial.exists() else set()
-            if partial.is_symlink() or (names and _LOCK not in names):
-                raise InputError(
-                    f"{partial}: is in the way and not ours to delete; move it elsewhere"
-                )
-            partial.mkdir(exist_ok=True)
-            file = path.open("ab")
-            fcntl.flock(file, fcntl.LOCK_EX)
-            os.set_inheritable(file.fileno(), True)  # Held until the last of our processes ends.
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-            file.close()
-        except (FileNotFoundError, FileExistsError):
-            # Another process finished or gave up meanwhile: what we saw or locked is gone.
-            continue
-
+from mlmjax.errors import InputError, first_line, write_failed
 
 CONFIG = "config.json"
 CARD = "README.md"
 CLASSIFIER = "mlmjax_classifier.json"
 TRAINING = "training_manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+LOCK = ".lock"
+PARTIAL = ".partial"
+"""Ending of the name of a file or folder that is not whole yet."""
 MAX_JSON_BYTES = 16 * 2**20
+
+_BUILDING = ".building"
+"""Marks a folder as one that `build_folder` made."""
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """Return the path of a regular file that lies in `folder`; raise `InputError` otherwise.
+    """Return the path of a regular file in `folder`; raise `InputError` for anything else.
 
     A link may lead elsewhere in the folder, and, in a snapshot of the hub's cache, to the blobs
-    beside it, which is how that cache is made.
+    next to it, which is how that cache is made.
     """
     if name in {"", ".", ".."} or set(name) & set("/\\:\0"):
         raise InputError(f"{folder}: {name!r} is not a plain file name; nothing outside is read")
@@ -141,21 +74,119 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; raise `RunError` when writing fails."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise write_failed(path, error) from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of indented JSON whole or not at all; raise `RunError` when writing fails."""
+    write_whole(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
+
+
 @contextmanager
-def written_whole(path: Path, replaceable: frozenset[str] | set[str]) -> Iterator[Path]:
-    """Give a new folder to write into, and put it in the place of `path` once all is written.
+def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
+    """Give a new folder to write into, and move it to `path` when the block ends.
 
     An older folder there is replaced only if it holds nothing but `replaceable` names (a name
     that starts with `*` stands for its ending). Raises `InputError` for any other folder or file
-    there, `RunError` when writing fails; nothing is left behind then, and the old folder stays.
+    there, `RunError` when writing fails; the old folder stays then, and nothing else is left.
     """
     path = path.expanduser()
-    check_replaceable(path, replaceable)
-    token = uuid.uuid4().hex[:8]
-    new, old = (path.with_name(f".{path.name}.{kind}-{token}") for kind in ("new", "old"))
+    _check_replaceable(path, replaceable)
+    new = _hidden(path, "new")
     try:
-        new.mkdir(parents=True)
-        yield new
+        with _moved(new, path):
+            new.mkdir(parents=True)
+            yield new
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+@contextmanager
+def build_folder(folder: Path) -> Iterator[Path | None]:
+    """Give a folder to build in, and move it to `folder` when the block ends.
+
+    It holds what a process that was killed, or failed, left behind. Gives None when `folder` is
+    there already, perhaps because another process finished it while this one waited. Raises
+    `InputError` when the place cannot be written, or holds a folder that is not ours; `RunError`
+    when writing fails.
+    """
+    partial = folder.with_name(folder.name + PARTIAL)
+    # Child processes inherit the lock: nobody else builds here before the last of them ends.
+    lock = FileLock(
+        folder.with_name(f".{folder.name}{LOCK}"),
+        on_acquired=lambda file: os.set_inheritable(file, True),
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+    with held:
+        try:
+            if is_there(folder):
+                yield None
+                return
+            _open_partial(folder, partial)
+            try:
+                with _moved(partial, folder):
+                    yield partial
+            finally:
+                if not any(partial.glob("*/*.json")):
+                    shutil.rmtree(partial, ignore_errors=True)  # Nothing in it is worth keeping.
+            unmark(folder)
+        finally:
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+
+
+def _open_partial(folder: Path, partial: Path) -> None:
+    try:
+        names = {entry.name for entry in partial.iterdir()} if partial.exists() else set()
+        if partial.is_symlink() or (names and _BUILDING not in names):
+            raise InputError(f"{partial}: is in the way and not ours to delete; move it elsewhere")
+        partial.mkdir(exist_ok=True)
+        (partial / _BUILDING).touch()
+    except OSError as error:
+        raise _not_writable(folder, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"{folder}: cannot be written ({error.strerror or error}); give a folder in a place with "
+        "write permission"
+    )
+
+
+def unmark(folder: Path) -> None:
+    """Remove the mark of a folder being built, which a killed process left in a finished one."""
+    with suppress(OSError):
+        if folder.is_dir() and any(path.name != _BUILDING for path in folder.iterdir()):
+            (folder / _BUILDING).unlink()
+
+
+def is_there(folder: Path) -> bool:
+    """Tell whether a name is taken, if only by a broken link; an empty folder does not count."""
+    return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+
+
+@contextmanager
+def _moved(new: Path, path: Path) -> Iterator[None]:
+    """Move `new` to `path` when the block ends; a folder there is kept until that succeeded."""
+    old = _hidden(path, "old")
+    try:
+        yield
         if path.is_dir():
             path.rename(old)
         try:
@@ -165,16 +196,18 @@ def written_whole(path: Path, replaceable: frozenset[str] | set[str]) -> Iterato
                 old.rename(path)
             raise
     except (OSError, SafetensorError) as error:
-        reason = full_disk(error) or error
-        raise RunError(f"{path}: could not be written ({reason}); {write_advice(error)}") from error
+        raise write_failed(path, error) from error
     finally:
-        shutil.rmtree(new, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
 
 
-def check_replaceable(path: Path, replaceable: frozenset[str] | set[str]) -> None:
-    """Refuse (`InputError`) to write where something other than an older model folder is."""
+def _hidden(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}")
+
+
+def _check_replaceable(path: Path, replaceable: Collection[str]) -> None:
+    """Raise `InputError` where something other than an older model folder is."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -187,47 +220,49 @@ def check_replaceable(path: Path, replaceable: frozenset[str] | set[str]) -> Non
     ]
     if others:
         raise InputError(
-            f"{path}: holds other things than a model written before ({sorted(others)[0]}); "
-            "give a new or empty folder"
+            f"{path}: holds files that are not part of a model ({min(others)}); give a new or "
+            "empty folder"
         )
 
 
-LOCK = ".lock"
-
-
 @contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Make a run folder and hold it alone; raises `InputError` if it cannot be, or is in use."""
-    import fcntl  # Not on Windows, where everything else of this package can be imported.
+def alone_in(out: Path, check: Callable[[Path], None] = lambda out: None) -> Iterator[None]:
+    """Make a run folder and lock it for this process; `check` looks whose it is.
 
+    Raises `InputError` if it cannot be made, or another process has locked it.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("ab")
+        held = FileLock(out / LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise InputError(f"{out}: another process is training there; name another out") from error
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be written ({error.strerror}); give a folder for out"
+            f"{out}: cannot be written ({error.strerror or error}); give a folder for out"
         ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"{out}: another process is training there; name another out"
-            ) from error
-        _check_ours(out / "config.json")
+    with held:
+        check(out)
         yield
 
 
-def _check_ours(path: Path) -> None:
-    """Refuse a folder whose `config.json` is somebody else's: it would be overwritten."""
-    if not path.exists():
-        return
+def hash_value(value: Any) -> str:
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content; raise `InputError` if it cannot be read."""
     try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
-        raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return name, size and hash of a file."""
+    return {"path": str(path), "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -257,60 +292,7 @@ def reached(path: str | os.PathLike[str]) -> epath.Path:
         place.exists()
         return place
     except Exception as error:
-        why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise InputError(
-            f"{path}: cannot be reached ({why}); expected gs://, s3:// or az://, what fsspec needs "
-            "for it (gcsfs, s3fs, adlfs), and the rights of this machine"
+            f"{path}: cannot be reached ({first_line(error)}); expected gs://, s3:// or az://, "
+            "what fsspec needs for it (gcsfs, s3fs, adlfs), and the rights of this machine"
         ) from error
-
-
-PARTIAL = ".partial"
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all; raises `RunError` if it cannot be."""
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise write_failed(path, error) from error
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one piece, whole or not at all; raises `RunError` when that fails."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(f"{json.dumps(value, indent=2, ensure_ascii=False)}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise write_failed(path, error) from error
-
-
-def hash_of(value: Any) -> str:
-    """Return a name for JSON values."""
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:24]
-
-
-def describe_file(path: Path) -> dict[str, Any]:
-    """Return name, size and hash of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(path), "bytes": path.stat().st_size, "sha256": digest}
-
-
-def file_sha256(path: Path) -> str:
-    """Return the hash of a file's content; raises `InputError` where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error

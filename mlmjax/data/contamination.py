@@ -13,7 +13,7 @@ from mlmjax.config.task import Task
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError
-from mlmjax.storage import TRAINING, file_sha256, read_json
+from mlmjax.storage import TRAINING, hash_file, read_json
 
 NAMED = 5
 """Tasks named in one finding; of more, the number is told."""
@@ -165,7 +165,7 @@ def contamination(
     if training is None:
         return NOTHING_KNOWN
     place = task.location(data)
-    digests = {file_sha256(path): path.name for path in source_files(place)}
+    digests = {hash_file(path): path.name for path in source_files(place)}
     found = [line for run in training.runs for line in _findings(run, task, place, digests)]
     if found:
         return Contamination("found", list(dict.fromkeys(found)), [])

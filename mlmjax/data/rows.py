@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mlmjax.data.batch import Example
 from mlmjax.data.manifest import Manifest, RowFile, read_manifest
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 
 ROWS_PER_CHUNK = 256
 """Rows per Arrow record batch: what is buffered while writing, and mapped at once while reading."""
@@ -144,7 +144,7 @@ class RowSource:
             for chunk in chunks:
                 chunk.validate()
         except (OSError, pa.ArrowException) as error:
-            raise self._broken(str(error).splitlines()[0]) from error
+            raise self._broken(first_line(error)) from error
         full, last = divmod(self._rows, ROWS_PER_CHUNK)
         expected = [ROWS_PER_CHUNK] * full + ([last] if last else [])
         if [chunk.num_rows for chunk in chunks] != expected:

@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 import jax
 from jax._src import clusters
 
-from mlmjax.errors import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, InputError, RunError
+from mlmjax.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    InputError,
+    RunError,
+    first_line,
+)
 from mlmjax.parallel.processes import (
     client,
     is_first,
@@ -75,7 +82,7 @@ def find_peers(coordinator: str | None, processes: int | None, process: int | No
     except Exception as error:
         if not is_known:
             return None
-        raise _not_told(launcher, str(error).strip().splitlines()[0]) from error
+        raise _not_told(launcher, first_line(error)) from error
     if address is None or count is None or index is None:
         if not is_known:
             return None
@@ -251,7 +258,7 @@ def _connected(peers: Peers) -> Iterator[None]:
     except Exception as error:
         raise RunError(
             f"process {peers.process} of {peers.processes}: cannot be reached or reach the others "
-            f"through {peers.coordinator} ({_first_line(error)}); give another HOST:PORT"
+            f"through {peers.coordinator} ({first_line(error)}); give another HOST:PORT"
         ) from error
     finally:
         limit.cancel()
@@ -287,11 +294,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return EXIT_INTERRUPTED, "was interrupted"
     code = EXIT_BAD_INPUT if isinstance(error, InputError) else EXIT_FAILED
-    return code, f"failed: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return code, f"failed: {first_line(error)}"
 
 
 def leave(code: int) -> None:

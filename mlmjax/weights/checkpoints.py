@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mlmjax.config.run import CheckpointConfig
-from mlmjax.errors import InputError, RunError, _first_line, full_disk, write_advice
+from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import leaf_path
 from mlmjax.storage import check_name, reached
@@ -281,7 +281,7 @@ class Checkpoints:
         return record
 
     def _failed(self, error: Exception) -> RunError:
-        reason = full_disk(error) or _first_line(error)
+        reason = full_disk(error) or f"{first_line(error):.200}"
         return RunError(
             f"{self.folder}: the checkpoint of step {self._saving} could not be saved ({reason}); "
             f"those saved before it are whole; {write_advice(error)}"
@@ -292,7 +292,7 @@ class Checkpoints:
         then = f"the run goes on from step {max(others)}" if others else "the run starts again"
         return InputError(
             f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
-            f"({_first_line(error)}); delete this folder, and {then}"
+            f"({first_line(error):.200}); delete this folder, and {then}"
         )
 
 
@@ -311,7 +311,9 @@ def _saved_tree(folder: Path) -> Any:
             tree = checkpointer.metadata(folder).item_metadata
             return getattr(tree, "tree", tree)
     except Exception as error:
-        raise InputError(f"{folder}: is damaged or no checkpoint ({_first_line(error)})") from error
+        raise InputError(
+            f"{folder}: is damaged or no checkpoint ({first_line(error):.200})"
+        ) from error
 
 
 def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -> Any:
@@ -329,5 +331,5 @@ def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -
         return tree
     except Exception as error:
         raise InputError(
-            f"{folder}: is damaged ({_first_line(error)}); write the checkpoint again"
+            f"{folder}: is damaged ({first_line(error):.200}); write the checkpoint again"
         ) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
@@ -97,8 +97,7 @@ def download(name: str, revision: str | None, local: bool, files: list[str]) -> 
         reasons = (text for kind, text in _HUB_REFUSALS if isinstance(error, kind))
         reason = next(reasons, "and the hub cannot be used now")
         what = name if revision is None else f"{name} (revision {revision})"
-        first_line = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"{what}: is no folder here, {reason}; check the name, or give the path of a folder",
-            [f"{type(error).__name__}: {first_line}"],
+            [f"{type(error).__name__}: {first_line(error)}"],
         ) from error

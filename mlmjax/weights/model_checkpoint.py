@@ -16,7 +16,7 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import CLASSES, Model, abstract_model
 from mlmjax.parallel.sharding import leaf_path
-from mlmjax.storage import CONFIG, TOKENIZER_FILES, check_name, read_json, written_whole
+from mlmjax.storage import CONFIG, TOKENIZER_FILES, check_name, read_json, replace_folder
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub, pretrained
 from mlmjax.weights.checkpoints import RECORD, STATE, _restored, check_same, describe, fingerprints
@@ -46,7 +46,7 @@ def save_model(path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer 
         "arrays": describe(params),
         "fingerprints": fingerprints(params),
     }
-    with written_whole(Path(path), MODEL_FILES) as folder:
+    with replace_folder(Path(path), MODEL_FILES) as folder:
         for name, table in ((CONFIG, values), (MODEL_RECORD, record)):
             (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:

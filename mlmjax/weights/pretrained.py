@@ -37,7 +37,7 @@ from mlmjax.storage import (
     TRAINING,
     plain_file,
     read_json,
-    written_whole,
+    replace_folder,
 )
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
@@ -321,7 +321,7 @@ def save_pretrained(
     if DECODER in source or (EMBEDDING in tensors and not model.config.tie_word_embeddings):
         tensors[DECODER] = tensors[EMBEDDING]
     dtypes = {name: source.get(name, fixed) for name in tensors}
-    with written_whole(path, EXPORT_FILES) as folder:
+    with replace_folder(path, EXPORT_FILES) as folder:
         values = _config_values(model, set(dtypes.values()))
         (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         _write_weights(folder, tensors, dtypes)

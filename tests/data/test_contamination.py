@@ -18,7 +18,7 @@ from mlmjax.data.contamination import (
     TrainingSource,
     read_training_manifest,
 )
-from mlmjax.storage import TRAINING, file_sha256
+from mlmjax.storage import TRAINING, hash_file
 from mlmjax.training.run.train import run_training
 
 LABELS = ["red", "blue", "green", "cat", "dog"]
@@ -81,7 +81,7 @@ def test_the_export_tells_what_it_was_trained_on(trained):
     told = json.loads((trained / "out" / "export" / TRAINING).read_text())
     (run,) = told["runs"]
     assert run["tasks"] == ["animal", "color"]
-    digest = file_sha256(trained / "records.jsonl")
+    digest = hash_file(trained / "records.jsonl")
     assert run["sources"][0]["files"] == [{"name": "records.jsonl", "sha256": digest}]
     later = read_training_manifest(trained / "second" / "export")
     assert later.runs[0] == read_training_manifest(trained / "out" / "export").runs[0]
@@ -141,7 +141,7 @@ def look(runs, data=None, **keys):
 
 def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
     data = fresh(tmp_path)
-    file = TrainingFile(name="any.jsonl", sha256=file_sha256(data))
+    file = TrainingFile(name="any.jsonl", sha256=hash_file(data))
     kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=13, files=[file])])
     known = look([kept_out], data)
     assert known.status == "excluded"

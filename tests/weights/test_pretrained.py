@@ -260,7 +260,7 @@ def test_older_export_is_replaced_and_other_folders_are_not(source, tmp_path):
     assert "ModernBertForMaskedLM" in (out / CARD).read_text()
     assert not (out / "model-00001-of-00002.safetensors").exists()
     (out / "notes.txt").write_text("precious")
-    with pytest.raises(InputError, match=r"holds other things than a model.*notes\.txt"):
+    with pytest.raises(InputError, match=r"holds files that are not part of a model.*notes\.txt"):
         save_pretrained(model, tokenizer, out)
     with pytest.raises(InputError, match="is a file"):
         save_pretrained(model, tokenizer, out / "notes.txt")
@@ -295,7 +295,7 @@ def test_failed_export_leaves_the_older_one(source, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # as if the disk were full
     try:
-        with pytest.raises(RunError, match="could not be written"):
+        with pytest.raises(RunError, match="cannot be written"):
             save_pretrained(model, tokenizer, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

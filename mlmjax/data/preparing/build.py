@@ -24,7 +24,7 @@ from mlmjax.data.preparing.staging import Piece, Staged, workers_for
 from mlmjax.data.preparing.workers import do
 from mlmjax.data.reading.examples import source_name
 from mlmjax.errors import InputError
-from mlmjax.storage import hash_of
+from mlmjax.storage import hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
 _BIN_SHIFT = 44
@@ -81,7 +81,7 @@ def _keep_if_same(folder: Path, staged: Staged, config: DataConfig) -> None:
     name = (
         folder
         / "packed"
-        / hash_of([staged.units, config.model_dump(mode="json", exclude={"workers"})])
+        / hash_value([staged.units, config.model_dump(mode="json", exclude={"workers"})])[:24]
     )
     if not name.exists():
         for path in (name.parent, *(folder / split for split in SPLITS)):

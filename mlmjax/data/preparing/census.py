@@ -9,7 +9,7 @@ import numpy as np
 from mlmjax.data.manifest import Manifest, RowFile, read_manifest
 from mlmjax.data.rows import RowSource
 from mlmjax.errors import InputError
-from mlmjax.storage import describe_file
+from mlmjax.storage import hash_file
 
 _WAITING = 2**14
 """Pairs of task and answer that are held before they are added up."""
@@ -128,7 +128,7 @@ def _opened(folder: Path, split: str, manifest: Manifest) -> Iterator[tuple[RowF
     for entry in manifest.splits[split]:
         if entry.rows:
             source = RowSource(folder, split, entry, manifest, first, None)
-            if describe_file(source.path)["sha256"] != entry.sha256:
+            if hash_file(source.path) != entry.sha256:
                 raise _damaged(source.path, "its hash is not that of the manifest")
             yield entry, source
         first += entry.examples

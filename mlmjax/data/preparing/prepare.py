@@ -23,8 +23,8 @@ from mlmjax.data.reading.answers import Head
 from mlmjax.data.reading.examples import source_name
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
-from mlmjax.errors import InputError, write_failed
-from mlmjax.storage import built_whole, clear_lock, describe_file, is_there
+from mlmjax.errors import InputError
+from mlmjax.storage import build_folder, hash_file, is_there, unmark
 from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def prepare(
     source or the training split is left without an example; `RunError` when writing fails.
     """
     folder = Path(config.rows)
-    clear_lock(folder)
+    unmark(folder)
     if not is_there(folder):
         names = [source_name(s) for s in (*config.sources, *config.validation_sources)]
         if not config.sources:
@@ -68,12 +68,9 @@ def prepare(
         doubled = [name for name in names if names.count(name) > 1]
         if doubled:
             raise InputError(f"data.sources: two are called {doubled[0]!r}; give each a name")
-        with built_whole(folder) as partial:
+        with build_folder(folder) as partial:
             if partial is not None:
-                try:
-                    _build(partial, config, tokenizer, head, progress or (lambda *told: None))
-                except OSError as error:
-                    raise write_failed(folder, error) from error
+                _build(partial, config, tokenizer, head, progress or (lambda *told: None))
     check_same(folder, config, tokenizer, head)
     return folder
 
@@ -199,7 +196,7 @@ def _changed_files(source: SourceConfig, report: SourceReport, written: int) -> 
         stat = files[name].stat()
         if stat.st_size != known[name].bytes or (
             max(stat.st_mtime_ns, stat.st_ctime_ns) > written
-            and describe_file(files[name])["sha256"] != known[name].sha256
+            and hash_file(files[name]) != known[name].sha256
         ):
             changed.append(f"{name} has changed since")
     return sorted(changed)

@@ -15,10 +15,10 @@ from mlmjax.data.preparing.prepare import shortages
 from mlmjax.data.preparing.rows_charts import bars, fates, lengths
 from mlmjax.data.preparing.rows_page import KEPT, NOT_SELECTED, TOP, page
 from mlmjax.data.reading.files import BROKEN_FILE
-from mlmjax.errors import InputError, write_failed
+from mlmjax.errors import InputError
 from mlmjax.reporting.charts import own_style, save
 from mlmjax.reporting.markdown import visible
-from mlmjax.storage import built_whole
+from mlmjax.storage import build_folder
 from mlmjax.text.tokenizer import Tokenizer
 
 PROMPTS = 20
@@ -53,16 +53,13 @@ def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) 
                 "validation; delete it and prepare again"
             )
         drawn = {"train": PROMPTS}
-        with built_whole(target) as partial:
+        with build_folder(target) as partial:
             if partial is not None:
                 counted = {
                     split: count(folder, split, draw=drawn.get(split, 0), seed=seed)
                     for split in manifest.splits
                 }
-                try:
-                    _write(partial, figures(manifest, counted, tokenizer), counted)
-                except OSError as error:
-                    raise write_failed(target, error) from error
+                _write(partial, figures(manifest, counted, tokenizer), counted)
     if not (target / "report.md").is_file():
         raise InputError(f"{target}: has no report.md; delete the folder to have it written again")
     return target / "report.md"

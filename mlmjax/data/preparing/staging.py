@@ -19,7 +19,7 @@ from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError
-from mlmjax.storage import hash_of
+from mlmjax.storage import hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
 _WORTH_PROCESSES = 2**26
@@ -127,7 +127,7 @@ def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -
                 stats = [_stats(path) for path in paths]
                 sets = evaluation if split == "train" else None
                 content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT]
-                job["out"] = str(folder / f"{hash_of(content)}.arrow")
+                job["out"] = str(folder / f"{hash_value(content)[:24]}.arrow")
                 units.append(Unit(split, number, job, stats))
     known = {Path(unit.job["out"]).name for unit in units}
     for path in folder.iterdir():

@@ -12,7 +12,7 @@ from mlmjax.config.task import Task, load_task
 from mlmjax.data.reading.overlap import Hit, OverlapIndex, words_of
 from mlmjax.data.reading.sources import read_source, source_files
 from mlmjax.errors import InputError
-from mlmjax.storage import file_sha256
+from mlmjax.storage import hash_file
 
 _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
 """The keys of a task that decide which texts its rows hold."""
@@ -71,7 +71,7 @@ def _identity(one: EvaluationSet) -> dict[str, Any]:
     reading = task.model_dump_json(include=_TEXT_KEYS).encode()
     found = {"task": task.name, "texts": hashlib.sha256(reading).hexdigest()}
     if place.hub is None:
-        return {**found, "files": {str(path): file_sha256(path) for path in source_files(place)}}
+        return {**found, "files": {str(path): hash_file(path) for path in source_files(place)}}
     hub = place.model_dump(mode="json", include={"hub", "subset", "folder", "split", "revision"})
     return {**found, **hub}
 

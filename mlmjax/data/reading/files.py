@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 
 MAX_LINE_BYTES = 32 * 2**20
 """A longer line (or CSV field) is refused, so that one hostile line cannot fill the memory."""
@@ -104,7 +104,7 @@ class _Damage(Exception):  # noqa: N818 - carries an error to where it is told
 
 def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
     """Give up a file; a fault that has a number is the system's and not the file's."""
-    what = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    what = getattr(error, "strerror", None) or first_line(error)
     refusal = InputError(f"{where}: cannot be read: {what}")
     if getattr(error, "errno", None) is not None:
         raise refusal from error

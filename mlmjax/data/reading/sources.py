@@ -18,7 +18,7 @@ from mlmjax.data.reading.files import (
     require_columns,
     stop,
 )
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +152,7 @@ def _read_hub(
 
 def _unreadable(where: str, error: Exception) -> InputError:
     """Turn what `datasets` raises (of many types, from many libraries) into one line."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return InputError(
-        f"{where}: cannot be read: {reason}; check the id, subset, split and revision, and the "
-        "connection"
+        f"{where}: cannot be read: {first_line(error)}; check the id, subset, split and "
+        "revision, and the connection"
     )

@@ -20,7 +20,7 @@ from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.sweep import Answers, answer_fine_tuned, read_texts
 from mlmjax.evaluation.suite.torch_baseline import answer_by_transformers, fingerprint
 from mlmjax.model.modernbert import Model, ModernBertForMaskedLM
-from mlmjax.storage import CONFIG, TOKENIZER_FILES, file_sha256
+from mlmjax.storage import CONFIG, TOKENIZER_FILES, hash_file
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import load_pretrained
@@ -53,7 +53,7 @@ class Contender:
         self.rest()
         names = set((weight_map(self.folder) or {}).values()) or {WEIGHTS}
         files = [self.folder / name for name in (CONFIG, *TOKENIZER_FILES, *sorted(names))]
-        lines = [f"{path.name} {file_sha256(path)}" for path in files if path.exists()]
+        lines = [f"{path.name} {hash_file(path)}" for path in files if path.exists()]
         self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property

@@ -1,6 +1,5 @@
 """The cells of a suite: one result each, written whole, found again by what it is made of."""
 
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
 from mlmjax.statistics.metrics import classification_metrics
 from mlmjax.statistics.reliability import calibration
-from mlmjax.storage import PARTIAL, write_whole
+from mlmjax.storage import PARTIAL, hash_value, write_whole
 
 _READABLE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -102,9 +101,8 @@ class Cells:
 
     def path(self, identity: Mapping[str, Any]) -> Path:
         """Return the file of a cell: readable words, and the hash of its identity."""
-        text = json.dumps(identity, sort_keys=True, ensure_ascii=False)
         words = _READABLE.sub("_", f"{identity['task']['name']}-{identity['method']}")[:60]
-        return self.folder / f"{words}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return self.folder / f"{words}-{hash_value(identity)[:16]}.json"
 
     def get(
         self,

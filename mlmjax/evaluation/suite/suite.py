@@ -30,6 +30,7 @@ from mlmjax.evaluation.suite.torch_baseline import find_baseline, fingerprint
 from mlmjax.scoring.scorers import Scorer
 from mlmjax.storage import alone_in
 from mlmjax.text.prompts import Template
+from mlmjax.training.run.resume import check_run_folder
 
 SWEEP_SEED = 0
 """The seed that settings are chosen with; the reported ones are 1, 2, ..."""
@@ -123,7 +124,7 @@ def run_suite(
             f"with its files: {absent[0]}",
             absent[1:],
         )
-    with alone_in(Path(out)):
+    with alone_in(Path(out), check_run_folder):
         for line in absent:
             tell(printable(f"left out: {line}"))
         entrants = list(contestants(suite, contenders, folders))

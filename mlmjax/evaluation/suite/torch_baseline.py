@@ -14,10 +14,10 @@ from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.config.suite import Sweep
 from mlmjax.config.tables import decode
 from mlmjax.config.task import Task
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.sweep import Answers, DivergedError, Progress, Setting, read_texts
-from mlmjax.storage import CONFIG, file_sha256
+from mlmjax.storage import CONFIG, hash_file
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.weights import hub
 
@@ -59,7 +59,7 @@ def find_baseline(name: str) -> Path:
 def fingerprint(folder: Path) -> str:
     """Return the hash of everything in the folder that the model is made of."""
     names = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
-    lines = [f"{path.name} {file_sha256(path)}" for path in names]
+    lines = [f"{path.name} {hash_file(path)}" for path in names]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -167,10 +167,9 @@ def _load(folder: Path, task: Task) -> tuple[Any, Any]:
             folder, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # whatever a stranger's folder makes transformers raise
-        first = next(iter(str(error).splitlines()), "")
         raise InputError(
             f"{folder}: transformers cannot load it as a sequence classification model "
-            f"({type(error).__name__}: {first:.200}); give another baseline"
+            f"({type(error).__name__}: {first_line(error):.200}); give another baseline"
         ) from error
     if tokenizer.pad_token_id is None or model.config.pad_token_id is None:
         raise InputError(

@@ -1,6 +1,5 @@
 """From a loader to the devices of all processes: each reads the rows its own devices need."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlmjax.data.reading.examples import source_name
 from mlmjax.data.rows import RowSource, open_rows
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.parallel.sharding import batch_sharding
+from mlmjax.storage import hash_file
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import AnyBatch
 
@@ -93,7 +93,7 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
         make(held_out, size, objective=asked) if held_out else None,
         by_source,
         manifest,
-        hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest(),
+        hash_file(folder / MANIFEST),
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
 from mlmjax.parallel.processes import is_first
+from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES, productive_share
 
 METRICS = "metrics.jsonl"
@@ -36,12 +37,7 @@ class MetricsLog:
         self.path = folder / METRICS
         try:
             lines = _kept_lines(self.path, step)
-            partial = self.path.with_suffix(".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(f"{json.dumps(line)}\n" for line in lines)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(self.path)
+            write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file = self.path.open("a", encoding="utf-8")
             self._events = _open_events(folder, step)
         except OSError as error:

@@ -21,12 +21,25 @@ from mlmjax.data.schedule import mask_rate, row_schedule
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import processes
-from mlmjax.storage import LOCK, is_remote
+from mlmjax.storage import CONFIG, LOCK, is_remote
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.training.run.inputs import Loaders
 
 OWN_FOLDERS = (LOCK, "checkpoints", "export")
+
+
+def check_run_folder(out: Path) -> None:
+    """Raise `InputError` for a folder whose `config.json` is not a run's: it would be replaced."""
+    path = out / CONFIG
+    if not path.exists():
+        return
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        table = None
+    if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
+        raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
 
 
 def check_places(config: RunConfig) -> None:

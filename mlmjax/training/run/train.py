@@ -35,6 +35,7 @@ from mlmjax.training.run.resume import (
     check_places,
     check_processes,
     check_rows_shared,
+    check_run_folder,
     check_same_run,
     checkpoint_folder,
     identity_of,
@@ -107,7 +108,10 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     check_places(config)
     check_name(out)
     check_alike(config)
-    with alone_in(out) if processes.is_first() else nullcontext(), StopRequest() as stop:
+    with (
+        alone_in(out, check_run_folder) if processes.is_first() else nullcontext(),
+        StopRequest() as stop,
+    ):
         # 1. What is trained on what: model and tokenizer, devices, rows, optimizer.
         model, tokenizer = load_start(config)
         before = _trained_before(config)

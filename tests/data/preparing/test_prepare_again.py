@@ -13,13 +13,13 @@ import pytest
 from row_files import change, change_source, content, make_rows, two_sources, write_table
 
 from mlmjax import InputError
-from mlmjax.data import prepare as prepare_module
-from mlmjax.data import work
 from mlmjax.data.manifest import read_manifest
+from mlmjax.data.preparing import prepare as prepare_module
+from mlmjax.data.preparing import workers as work
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import RunError
-from mlmjax.storage import built_whole
+from mlmjax.storage import build_folder
 
 
 @pytest.fixture
@@ -101,8 +101,8 @@ def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
 
 CHILD = """
 import os, signal, sys
-from mlmjax.config.run import DataConfig
-from mlmjax.data import work
+from mlmjax.config.data import DataConfig
+from mlmjax.data.preparing import workers as work
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.text.tokenizer import Tokenizer
 done, left = work._do_one, int(sys.argv[2])
@@ -176,8 +176,8 @@ def test_two_at_once_build_one_folder(tmp_path):
     target = tmp_path / "made"
     code = (
         "import sys, time, pathlib\n"
-        "from mlmjax.storage import built_whole\n"
-        "with built_whole(pathlib.Path(sys.argv[1])) as partial:\n"
+        "from mlmjax.storage import build_folder\n"
+        "with build_folder(pathlib.Path(sys.argv[1])) as partial:\n"
         "    print('builds' if partial else 'finds', flush=True)\n"
         "    if partial:\n"
         "        (partial / 'x').write_text('x')\n"
@@ -195,13 +195,16 @@ def test_two_at_once_build_one_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"), built_whole(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        build_folder(tmp_path / "file" / "x"),
+    ):
         pass
 
 
 PREPARE = """
 import sys, time
-from mlmjax.config.run import DataConfig
+from mlmjax.config.data import DataConfig
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.text.tokenizer import Tokenizer
 config = DataConfig.model_validate_json(sys.argv[1], strict=False)

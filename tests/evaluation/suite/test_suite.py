@@ -16,7 +16,6 @@ from mlmjax.cli.main import run
 from mlmjax.config import suite as suite_config
 from mlmjax.config.suite import load_suite
 from mlmjax.errors import InputError
-from mlmjax.evaluation.suite import results as cells_module
 from mlmjax.evaluation.suite import rows as suite_data
 from mlmjax.evaluation.suite.rows import NoDataError, find_file, read_rows
 
@@ -441,7 +440,7 @@ def test_a_result_that_cannot_be_written_stops_the_run(folder, tmp_path, monkeyp
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cells_module.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(RuntimeError, match="cannot be written"):
         run_small(folder, tmp_path / "out", 'tasks=["reviews.toml"]')
     assert list((tmp_path / "out" / "cells").iterdir()) == []
