@@ -1,4 +1,4 @@
-"""Two evaluations of the same rows: which answers better, and whether that may be chance."""
+"""Compare two evaluations of the same rows."""
 
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -13,25 +13,24 @@ from mlmjax.storage import plain_file, read_json
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 MAX_LINE_BYTES, MAX_LABELS = 1 << 20, 10_000
 LEVEL = 0.05
-"""Probability below which the verdict says that a difference is more than chance."""
-
+"""The verdict calls a difference significant below this probability."""
+_AGAIN = "run the evaluation again"
 
 Read = TypeVar("Read", bound=BaseModel)
 
 
 class _Part(BaseModel):
-    # Further keys are the business of later versions.
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)  # later versions add keys
 
 
-def _whole(text: str) -> str:
-    """Refuse half characters, which `\\ud800` makes and nothing can print."""
+def _check_unicode(text: str) -> str:
+    """Reject half characters such as `\\ud800`, which cannot be printed."""
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise ValueError("holds half a character")
     return text
 
 
-_Text = Annotated[str, AfterValidator(_whole)]
+_Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
 class _Results(_Part):
@@ -48,7 +47,7 @@ class _Prediction(_Part):
 
 
 class Evaluated(NamedTuple):
-    """What a result folder tells: the task, the protocol, and the answers by row index."""
+    """The content of a result folder: gold labels and predictions by row index."""
 
     folder: str
     task: str
@@ -60,12 +59,12 @@ class Evaluated(NamedTuple):
 def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
     """Compare two result folders of one task and the same rows.
 
-    Gives `a` and `b` (`folder, task, protocol, accuracy, macro_f1`), `n`, the counts of rows
-    `both_right, only_a, only_b, neither`, `accuracy_difference` and `macro_f1_difference` (A less
-    B) with 95 % percentile intervals of a bootstrap that draws rows with both of their answers
+    The result holds `a` and `b` (`folder, task, protocol, accuracy, macro_f1`), `n`, the counts of
+    rows `both_right, only_a, only_b, neither`, `accuracy_difference` and `macro_f1_difference` (A
+    minus B) with 95 % percentile intervals of a bootstrap over rows with both of their answers
     (`_ci95`), `mcnemar_p` (exact and two-sided), and `verdict`, in words.
 
-    Raises `InputError` for a folder whose files are missing, broken or of different rows.
+    Raises `InputError` for a folder whose files are missing, broken or about different rows.
     """
     first, second = read_results(a), read_results(b)
     _check_same_rows(first, second)
@@ -102,44 +101,39 @@ def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """Say in words what a comparison tells, and what it does not."""
+    """Return the conclusion of a comparison in words."""
     more, p, n = found["only_a"] - found["only_b"], found["mcnemar_p"], found["n"]
-    other = _by_macro_f1(found)
+    by_f1 = _verdict_on_macro_f1(found)
     if not found["only_a"] and not found["only_b"]:
-        same = f"A and B are right on the very same of {n} rows"
-        return f"{same}.{other}" if other else f"{same}: nothing tells them apart."
-    low, high = (100 * bound for bound in found["accuracy_difference_ci95"])
+        same = f"A and B have the same {n - found['neither']} of {n} rows right"
+        return f"{same}.{by_f1 or ' No difference in accuracy can be tested.'}"
     if p >= LEVEL:
+        low, high = (100 * bound for bound in found["accuracy_difference_ci95"])
         return (
-            f"These {n} rows do not tell which of the two is better (p = {p:.2g}): the accuracy of "
-            f"A may lie from {low:+.1f} to {high:+.1f} points from that of B.{other}"
+            f"These {n} rows do not show which of the two is better (p = {p:.2g}): the accuracy of "
+            f"A minus that of B lies between {low:+.1f} and {high:+.1f} points.{by_f1}"
         )
     better, worse = ("A", "B") if more > 0 else ("B", "A")
     return (
-        f"{better} has {abs(more)} more of {n} rows right than {worse}, {_plain(abs(more) / n)} "
-        f"points. Were both equally good on such rows, so large a difference would come about with "
-        f"probability {p:.2g}. That is about these two models on rows like these: not about other "
-        "prompts, other data, or what training again would give."
+        f"{better} has {abs(more)} more of {n} rows right than {worse}, "
+        f"{100 * abs(more) / n:.1f} points. If both were equally good on such rows, a difference "
+        f"this large would occur with probability {p:.2g}. This holds for these two models on rows "
+        "like these, not for other prompts, other data or another training run."
     )
 
 
-def _by_macro_f1(found: dict[str, Any]) -> str:
-    """Say that macro-F1 tells what accuracy does not, if its interval lies on one side of 0."""
+def _verdict_on_macro_f1(found: dict[str, Any]) -> str:
+    """Say that macro-F1 differs where accuracy does not; nothing if its interval contains 0."""
     low, high = found["macro_f1_difference_ci95"]
     if low <= 0 <= high:
         return ""
     better, worse = ("A", "B") if low > 0 else ("B", "A")
     low, high = sorted((abs(low), abs(high)))
     return (
-        f" Accuracy does not tell them apart, but macro-F1 speaks for {better}: it is "
-        f"{_plain(low)} to {_plain(high)} points above that of {worse}, an interval that does not "
-        "contain 0. "
-        "They differ in how right answers and mistakes are spread over the labels."
+        f" Accuracy does not separate them, but macro-F1 favours {better}: it is {100 * low:.1f} "
+        f"to {100 * high:.1f} points above that of {worse}, an interval that does not contain 0. "
+        "They distribute correct answers and mistakes differently over the labels."
     )
-
-
-def _plain(share: float) -> str:
-    return f"{100 * share:.1f}"
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -167,32 +161,28 @@ def lines(found: dict[str, Any]) -> list[str]:
 
 
 def read_results(path: str | Path) -> Evaluated:
-    """Read a result folder, which may be a stranger's.
+    """Read a result folder, which may come from someone else.
 
-    Raises `InputError` that names the file and line for JSON that is broken, keys that are missing
-    or wrong, an index that stands there twice, and rows other than `results.json` says.
+    Raises `InputError` that names the file and line of broken JSON, a missing or wrong key or a
+    repeated index, and rejects rows that do not match `results.json`.
     """
     folder = Path(path)
     if missing := [name for name in (RESULTS, PREDICTIONS) if not (folder / name).is_file()]:
         raise InputError(
-            f"{folder}: has no file {missing[0]}; give a folder that `mlmjax evaluate --out` has "
-            "written"
+            f"{folder}: has no file {missing[0]}; give a folder written by `mlmjax evaluate --out`"
         )
-    results = _decoded(_Results, read_json(folder, RESULTS), f"{folder / RESULTS}")
-    file = plain_file(folder, PREDICTIONS)
+    results = _decode(_Results, read_json(folder, RESULTS), f"{folder / RESULTS}")
     gold: dict[int, str] = {}
     predicted: dict[int, str] = {}
     try:
-        with file.open("rb") as stream:
-            number = 0
+        with plain_file(folder, PREDICTIONS).open("rb") as stream:
             while line := stream.readline(MAX_LINE_BYTES + 1):
-                number += 1
-                where = f"{folder / PREDICTIONS}, line {number}"
+                where = f"{folder / PREDICTIONS}, line {len(gold) + 1}"
                 if len(line) > MAX_LINE_BYTES:
                     raise InputError(f"{where}: is longer than {MAX_LINE_BYTES} bytes; {_AGAIN}")
-                one = _decoded(_Prediction, line, where)
+                one = _decode(_Prediction, line, where)
                 if one.index in gold:
-                    raise InputError(f"{where}: index {one.index} stands there twice; {_AGAIN}")
+                    raise InputError(f"{where}: repeats index {one.index}; {_AGAIN}")
                 gold[one.index], predicted[one.index] = one.gold, one.prediction
     except OSError as error:
         raise InputError(
@@ -200,20 +190,16 @@ def read_results(path: str | Path) -> Evaluated:
         ) from error
     if len(gold) != results.n:
         raise InputError(
-            f"{folder}: {RESULTS} tells of {results.n} rows and {PREDICTIONS} has {len(gold)}; "
+            f"{folder}: {RESULTS} names {results.n} rows and {PREDICTIONS} has {len(gold)}; "
             f"{_AGAIN}"
         )
-    labels = len({*gold.values(), *predicted.values()})
-    if labels > MAX_LABELS:
+    if (labels := len({*gold.values(), *predicted.values()})) > MAX_LABELS:
         raise InputError(f"{folder}: has {labels} labels; expected at most {MAX_LABELS}")
     return Evaluated(str(path), results.task, results.protocol, gold, predicted)
 
 
-_AGAIN = "run the evaluation again"
-
-
-def _decoded(kind: type[Read], values: Any, where: str) -> Read:
-    """Check the values of an object, or a line that holds one."""
+def _decode(kind: type[Read], values: Any, where: str) -> Read:
+    """Check the values of an object, or of a line that holds one."""
     try:
         if isinstance(values, bytes):
             return kind.model_validate_json(values)
@@ -227,19 +213,19 @@ def _decoded(kind: type[Read], values: Any, where: str) -> Read:
 def _check_same_rows(a: Evaluated, b: Evaluated) -> None:
     if a.task != b.task:
         raise InputError(
-            f"{a.folder} is of the task {a.task} and {b.folder} of {b.task}; "
+            f"{a.folder} is about the task {a.task} and {b.folder} about {b.task}; "
             "give two evaluations of one task"
         )
-    if alone := sorted(a.gold.keys() ^ b.gold.keys()):
-        where = a.folder if alone[0] in a.gold else b.folder
+    if unpaired := sorted(a.gold.keys() ^ b.gold.keys()):
+        where = a.folder if unpaired[0] in a.gold else b.folder
         raise InputError(
-            f"{len(alone)} rows are in one of {a.folder} and {b.folder} alone, the first of index "
-            f"{alone[0]} (in {where}); evaluate both on the same rows, with the same limit"
+            f"{len(unpaired)} rows are in only one of {a.folder} and {b.folder}, the first with "
+            f"index {unpaired[0]} (in {where}); evaluate both on the same rows, with the same limit"
         )
     if other := sorted(index for index in a.gold if a.gold[index] != b.gold[index]):
         one, two = a.gold[other[0]], b.gold[other[0]]
         raise InputError(
-            f"{len(other)} rows have another gold label in {a.folder} than in {b.folder}, the "
-            f"first of index {other[0]}: {one!r:.60} and {two!r:.60}; evaluate both on the same "
+            f"{len(other)} rows have different gold labels in {a.folder} and {b.folder}, the "
+            f"first with index {other[0]}: {one!r:.60} and {two!r:.60}; evaluate both on the same "
             "file"
         )

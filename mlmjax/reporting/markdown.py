@@ -1,4 +1,4 @@
-"""Text from strangers made fit to be looked at, and Markdown that no text in it can break."""
+"""Write Markdown that no text in it can break, and numbers for people."""
 
 import re
 import unicodedata
@@ -7,12 +7,15 @@ from collections.abc import Iterable, Sequence
 CELL, LONG_CELL = 100, 400
 """Characters shown of a name, and of a message or a path."""
 
+METRIC_NAMES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "mcc": "MCC"}
+"""What people call the metrics of results."""
+
 _UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}
 _MARKDOWN = re.compile(r"[^\w\s.,;:/␣…⟨⟩=+?-]", flags=re.ASCII)
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Write characters that cannot be seen, or move others about, as their numbers.
+    r"""Write invisible characters, and those that move others, as their code points.
 
     >>> visible("a b\n\u202e", keep="\n"), visible("\x1b[0m")
     ('a b\n⟨U+202E⟩', '⟨U+001B⟩[0m')
@@ -26,7 +29,7 @@ def visible(text: str, keep: str = "") -> str:
 
 
 def shortened(text: str, length: int) -> str:
-    """Cut text in its middle to at most `length` characters.
+    """Remove the middle of a text that is longer than `length` characters.
 
     >>> shortened("abcdefghij", 5)
     'ab…ij'
@@ -36,7 +39,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def cell(text: object, length: int = CELL) -> str:
-    r"""Return text for a table or a line: one line, code, without power over what is around it.
+    r"""Return text as code for a table or a line; it cannot change the text around it.
 
     >>> cell("task_1"), cell("a|`b`\n")
     ('`task_1`', '<code>a&#124;&#96;b&#96;⟨U+000A⟩</code>')
@@ -62,17 +65,27 @@ def fenced(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; columns whose head ends in `:` are numbers, which stand at the right."""
+    """Return a table; a column whose head ends in `:` is aligned to the right."""
     names = [name.removesuffix(":") for name in head]
     rule = ["--:" if name.endswith(":") else "---" for name in head]
     return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
 
 
 def number(value: int) -> str:
-    """Return a number with its thousands set apart."""
+    """Return a whole number with separators of thousands."""
     return f"{value:,}"
 
 
+def score(value: float) -> str:
+    """Return a score or an error between -1 and 1."""
+    return f"{value:.4f}"
+
+
+def percent(value: float | None) -> str:
+    """Return a share as a percentage; nothing for None."""
+    return "" if value is None else f"{value:.2%}"
+
+
 def share(part: float, whole: float) -> str:
-    """Return a part of a whole in per cent; of nothing, nothing."""
-    return f"{part / whole if whole else 0:.2%}"
+    """Return a part of a whole as a percentage; 0 % if there is no whole."""
+    return percent(part / whole if whole else 0)

@@ -1,13 +1,10 @@
-"""Pages from Jinja2 templates: Markdown and HTML that no text in them can break."""
+"""Fill Jinja2 templates: Markdown and HTML pages that no text in them can break."""
 
-import base64
-import io
 from functools import cache
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from mlmjax.reporting import markdown
 
@@ -22,9 +19,18 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (markdown.cell, markdown.fenced, markdown.number, markdown.share):
+    for function in (
+        markdown.cell,
+        markdown.fenced,
+        markdown.number,
+        markdown.percent,
+        markdown.score,
+        markdown.share,
+    ):
         environment.filters[function.__name__] = function
-    environment.globals.update(table=markdown.table)
+    environment.globals.update(
+        table=markdown.table, LONG=markdown.LONG_CELL, METRIC_NAMES=markdown.METRIC_NAMES
+    )
     return environment
 
 
@@ -42,11 +48,3 @@ def stylesheet() -> Markup:
     loader = _environment().loader
     assert loader is not None
     return Markup(loader.get_source(_environment(), "reporting/style.css")[0])
-
-
-def embedded_picture(figure: Figure, description: str) -> Markup:
-    """Return a picture as an `<img>` that carries its own data."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Markup('<img alt="{}" src="data:image/png;base64,{}">').format(description, data)

@@ -1,4 +1,4 @@
-"""Lines and progress bars on a terminal."""
+"""Print lines and progress bars on stderr."""
 
 import math
 import sys
@@ -13,37 +13,39 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlmjax.parallel.processes import is_first
 
 PATIENCE_SECONDS = 2.0
-"""How long work goes on without a bar."""
+"""How long work runs before a progress bar appears."""
+
+_FIGURES = {
+    "loss": "loss {:.3f}",
+    "loss_atp": "atp {:.3f}",
+    "loss_dummy": "dummy {:.3f}",
+    "loss_mlm": "mlm {:.3f}",
+    "answer_accuracy": "accuracy {:.3f}",
+    "grad_norm": "grad {:.2f}",
+    "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
+    "productive_share": "compute {:.0%}",
+}
 
 
 def describe(values: Mapping[str, float | None]) -> str:
-    """Put the figures of one line of metrics into words for people.
+    """Return the figures of one line of metrics.jsonl as text.
 
     >>> describe({"loss": 2.5, "answer_accuracy": None, "tokens_per_second": 1234.5})
-    'loss 2.500  tokens/s 1,234'
+    'loss 2.500 | 1,234 tok/s'
     """
-    shown = {
-        "loss": ("loss", "{:.3f}"),
-        "loss_atp": ("atp", "{:.3f}"),
-        "loss_dummy": ("dummy", "{:.3f}"),
-        "loss_mlm": ("mlm", "{:.3f}"),
-        "answer_accuracy": ("accuracy", "{:.3f}"),
-        "grad_norm": ("grad", "{:.2f}"),
-        "learning_rate": ("lr", "{:.2e}"),
-        "tokens_per_second": ("tokens/s", "{:,.0f}"),
-        "mfu": ("mfu", "{:.1%}"),
-        "productive_share": ("in steps", "{:.0%}"),
-    }
-    found = [
-        f"{name} {form.format(values[key])}"
-        for key, (name, form) in shown.items()
-        if values.get(key) is not None and math.isfinite(values[key] or 0.0)
-    ]
-    return "  ".join(found)
+    found = [(form, values.get(key)) for key, form in _FIGURES.items()]
+    return " | ".join(
+        form.format(value) for form, value in found if value is not None and math.isfinite(value)
+    )
 
 
 class Talk:
-    """A progress bar on a terminal, plain lines in a pipe; on stderr, of the first process."""
+    """Show a training: a progress bar on a terminal, plain lines in a pipe.
+
+    Only the first process of a run prints.
+    """
 
     def __init__(self, total: int, done: int = 0):
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
@@ -84,16 +86,17 @@ class Talk:
             self._progress.update(self._bar, completed=step)
 
     def figures(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Show a line of metrics: beside the bar, or as a line of its own."""
+        """Show a line of metrics, next to the bar or as a line."""
         if self._progress and split == "train":
             self._progress.update(self._bar, figures=describe(values))
         else:
-            self.say(f"step {step}/{self._total}  {split}  {describe(values)}")
+            name = "" if split == "train" else f"{split} | "
+            self.say(f"step {step}/{self._total} | {name}{describe(values)}")
 
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows `(done, total)`: a bar on a terminal, else a line every tenth."""
+    """Yield a function that shows `(done, total)`: a bar on a terminal, else ten lines."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if console.is_terminal:
         columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -114,9 +117,10 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextmanager
 def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
-    """Give a function of `(done, total)` for work that may take long, None where none is shown.
+    """Yield a function of `(done, total)` for work that may take long, or None.
 
-    `shown` True counts as `counting` does; None shows a bar on a terminal from two seconds on.
+    If `shown` is True, it is that of `counting`. If `shown` is None and stderr is a terminal, a bar
+    appears after two seconds.
     """
     if shown:
         with counting(what) as progress:
@@ -138,6 +142,6 @@ def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | 
 
 
 def say(text: str) -> None:
-    """Print one line to stderr; of several processes the first one does."""
+    """Print one line to stderr, from the first process only."""
     if is_first():
         print(text, file=sys.stderr, flush=True)

@@ -13,7 +13,7 @@ from flax import nnx
 
 import mlmjax
 from mlmjax.cli import demo
-from mlmjax.cli.demo_report import Answer, Method, Report, render, write_report
+from mlmjax.cli.demo_report import Answer, Method, Report, page, write_report
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 
@@ -151,7 +151,7 @@ class Page(HTMLParser):
 
 class TestReport:
     def test_needs_nothing_outside_itself(self):
-        tags = Page(render(REPORT)).tags
+        tags = Page(page(REPORT)).tags
         pictures = [attrs["src"] for tag, attrs in tags if tag == "img"]
         assert len(pictures) == 3
         assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
@@ -159,13 +159,13 @@ class TestReport:
         assert not [attrs for _, attrs in tags if "http" in str(attrs)]
 
     def test_shows_texts_as_they_are(self):
-        page = Page(render(REPORT))
+        shown = Page(page(REPORT))
         for text in ("<script>a & b</script>", "mlmjax classify < FILE", "2 cores", "[unused0]"):
-            assert text in page.text
+            assert text in shown.text
 
     def test_says_what_was_right_and_wrong(self):
-        text = Page(render(REPORT)).text
-        assert text.count("✓ right: law") == 1
+        text = Page(page(REPORT)).text
+        assert text.count("✓ correct: law") == 1
         assert text.count("✗ the book says: war") == 1
         assert text.count("70%") == 1  # the bar of the right answer
 

@@ -14,14 +14,14 @@ from sklearn.metrics import f1_score
 
 from mlmjax.cli.main import run
 from mlmjax.errors import InputError
-from mlmjax.evaluation import compare
 from mlmjax.evaluation.compare import compare_results
+from mlmjax.statistics import comparison
 from mlmjax.statistics.comparison import mcnemar
 
 
 def test_docstring_examples():
-    assert doctest.testmod(compare).attempted
-    assert not doctest.testmod(compare).failed
+    assert doctest.testmod(comparison).attempted
+    assert not doctest.testmod(comparison).failed
 
 
 def write(folder, gold, predicted, **changes):
@@ -115,8 +115,8 @@ def test_the_verdict_claims_no_more_than_there_is(tmp_path):
     one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
     found = compare_results(one, two)
     assert found["mcnemar_p"] > 0.05
-    assert "do not tell which of the two is better" in found["verdict"]
-    assert "nothing tells them apart" in compare_results(one, one)["verdict"]
+    assert "do not show which of the two is better" in found["verdict"]
+    assert "No difference in accuracy" in compare_results(one, one)["verdict"]
     assert compare_results(one, one)["accuracy_difference_ci95"] == [0, 0]
     better = write(tmp_path / "c", gold, gold)
     worse = write(tmp_path / "d", gold, np.where(gold == "x", "y", "x"))
@@ -137,8 +137,8 @@ def test_macro_f1_may_tell_what_accuracy_does_not(tmp_path):
     one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
     for found, winner in ((compare_results(one, two), "A"), (compare_results(two, one), "B")):
         assert found["mcnemar_p"] == 1
-        assert "do not tell which of the two is better" in found["verdict"]
-        assert f"macro-F1 speaks for {winner}" in found["verdict"]
+        assert "do not show which of the two is better" in found["verdict"]
+        assert f"macro-F1 favours {winner}" in found["verdict"]
         assert "does not contain 0" in found["verdict"]
 
 
@@ -148,8 +148,8 @@ def test_macro_f1_may_tell_what_the_same_right_rows_do_not(tmp_path):
     scattered = gold[:100] + [f"z{i % 10}" for i in range(100)]
     one, two = write(tmp_path / "a", gold, swapped), write(tmp_path / "b", gold, scattered)
     verdict = compare_results(one, two)["verdict"]
-    assert verdict.startswith("A and B are right on the very same of 200 rows. Accuracy does not")
-    assert "macro-F1 speaks for A" in verdict
+    assert verdict.startswith("A and B have the same 100 of 200 rows right. Accuracy does not")
+    assert "macro-F1 favours A" in verdict
 
 
 def replaced(found, put):
@@ -172,11 +172,11 @@ def replaced(found, put):
         ("results.json", replaced('"task": "t", ', ""), r"results\.json: task: Field required"),
         ("results.json", replaced('"n": 5', '"n": NaN'), r"results\.json: n:"),
         ("results.json", replaced('"n": 5', '"n": true'), r"results\.json: n:"),
-        ("results.json", replaced('"n": 5', '"n": 6'), "tells of 6 rows and .* has 5; run the"),
+        ("results.json", replaced('"n": 5', '"n": 6'), "names 6 rows and .* has 5; run the"),
         ("predictions.jsonl", replaced("}}", "}"), r"predictions\.jsonl, line 1: .*JSON"),
         ("predictions.jsonl", replaced("0.5", "NaN"), r"line 1: probabilities\.\w+: .*finite"),
         ("predictions.jsonl", replaced('"gold"', '"golden"'), "line 1: gold: Field required"),
-        ("predictions.jsonl", replaced('"index": 2', '"index": 0'), "line 2: index 0 stands there"),
+        ("predictions.jsonl", replaced('"index": 2', '"index": 0'), "line 2: repeats index 0"),
         ("predictions.jsonl", replaced('"index": 2', '"index": -2'), "line 2: index:"),
         ("predictions.jsonl", replaced('"index": 2', '"index": "2"'), "line 2: index:"),
         ("predictions.jsonl", replaced("{", "[" * 5000), "line 1: .*JSON"),
@@ -188,7 +188,11 @@ def replaced(found, put):
         ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b"\xff\xfe"), "line 1: .*JSON"),
         ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b" " * 2**21), "is longer than"),
         ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b""), "5 rows and .* has 0"),
-        ("predictions.jsonl", replaced('"index": 8', '"index": 9'), "2 rows are in one .* index 8"),
+        (
+            "predictions.jsonl",
+            replaced('"index": 8', '"index": 9'),
+            "2 rows are in only .* index 8",
+        ),
     ],
 )
 def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, message, capsys):
@@ -206,12 +210,12 @@ def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, messa
 def test_other_rows_are_refused(tmp_path):
     gold, a, b = answers(5, (1, 1))
     one = write(tmp_path / "a", gold, a)
-    with pytest.raises(InputError, match=r"of the task t and .* of u; give two evaluations of one"):
+    with pytest.raises(InputError, match=r"about the task t and .* about u; give two evaluations"):
         compare_results(one, write(tmp_path / "b", gold, b, task="u"))
-    with pytest.raises(InputError, match=r"1 rows are in one of .* alone, the first of index 8"):
+    with pytest.raises(InputError, match=r"1 rows are in only one of .*, the first with index 8"):
         compare_results(one, write(tmp_path / "c", gold[:4], b[:4]))
     other = np.array(["w", *gold[1:]])
-    with pytest.raises(InputError, match=r"1 rows have another gold label .*index 0.*same file"):
+    with pytest.raises(InputError, match=r"1 rows have different gold labels .*index 0.*same file"):
         compare_results(one, write(tmp_path / "d", other, b))
     with pytest.raises(InputError, match="nowhere: has no file"):
         compare_results(one, tmp_path / "nowhere")

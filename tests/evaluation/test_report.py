@@ -136,7 +136,7 @@ def test_the_page_tells_everything_and_text_has_no_power_in_it(model, tokenizer,
             assert line.count("|") in (3, 4, 5)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
     assert headings[1:] == [
-        "## What was asked",
+        "## The task",
         "## Calibration",
         "## Order of the options",
         "## Groups",
@@ -160,7 +160,7 @@ def test_a_page_of_few_rows_and_no_order(model, tokenizer, tmp_path):
     answer(model, tokenizer, tmp_path, ROWS[:1], verbalizer="words")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Groups" not in text
-    assert "Not asked" in text
+    assert "Not measured" in text
     assert "**unknown**" in text
 
 
@@ -184,4 +184,4 @@ def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys):
     assert run([*base, "--order-rows", "-1"]) == 2
     capsys.readouterr()
     assert run(["compare", str(tmp_path / "out0"), str(tmp_path / "out3")]) == 0
-    assert "nothing tells them apart" in capsys.readouterr().out
+    assert "No difference in accuracy" in capsys.readouterr().out
