@@ -18,8 +18,12 @@ from mlmjax.config.data import (
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
 
-# What the TPU kernels cut a sequence into.
+# TPU kernels cut a sequence into tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
+# The model imports these names; it knows nothing else of a run.
+AttentionName = Literal["auto", "dense", "banded", "cudnn", "splash"]
+Remat = Literal["none", "dots", "layer"]
+SPLASH_BLOCKS = (512, 256)
 
 
 class ObjectiveConfig(StrictTable):
@@ -128,9 +132,9 @@ class RunConfig(StrictTable):
     head: Literal["mlm", "classification"] = "mlm"
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "dense", "banded", "cudnn", "splash"] = "auto"
-    splash_blocks: tuple[Tiles, Tiles] = (512, 256)
-    remat: Literal["none", "dots", "layer"] = "none"
+    attention: AttentionName = "auto"
+    splash_blocks: tuple[Tiles, Tiles] = SPLASH_BLOCKS
+    remat: Remat = "none"
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

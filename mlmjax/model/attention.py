@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from mlmjax.config.run import RunConfig
+from mlmjax.config.run import AttentionName
 from mlmjax.errors import InputError
 from mlmjax.model.blockwise import attend_at_once, attend_by_blocks, visible
 from mlmjax.parallel.sharding import BATCH_AXES, mesh_sizes, platform
@@ -93,7 +93,7 @@ def splash_block(length: int, wanted: int) -> int:
     return SPLASH_TILE * max(n for n in range(1, most + 1) if tiles % n == 0)
 
 
-IMPLEMENTATIONS = get_args(RunConfig.model_fields["attention"].annotation)
+IMPLEMENTATIONS = get_args(AttentionName)
 _GPUS = ("gpu", "cuda")
 
 

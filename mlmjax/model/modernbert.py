@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from mlmjax.config.run import RunConfig
+from mlmjax.config.run import SPLASH_BLOCKS, Remat
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import LOCAL, ModelConfig
 from mlmjax.model.attention import IMPLEMENTATIONS
@@ -37,8 +37,7 @@ from mlmjax.model.encoder import (
 from mlmjax.model.layers import make_classifier, product
 from mlmjax.parallel.sharding import leaf_path
 
-SPLASH_BLOCKS = RunConfig.model_fields["splash_blocks"].default
-REMAT = get_args(RunConfig.model_fields["remat"].annotation)
+REMAT = get_args(Remat)
 
 
 class _ModernBert(nnx.Module):
