@@ -197,7 +197,7 @@ def pickled(folder):
         (["to-jax", "{pickled}", "{new}"], "can run code"),
         (["to-jax", "{empty}", "{new}"], "config.json: is missing"),
         (["to-jax", "{good}", "{good}/sub.txt"], "is a file"),
-        (["to-jax", "{good}", "{good}"], "holds other things than a model"),
+        (["to-jax", "{good}", "{good}"], "holds files that are not part of a model"),
         (["to-hf", "{good}", "{new}"], "is no checkpoint that to-jax wrote"),
         (["to-hf", "{absent}", "{new}"], "is no checkpoint that to-jax wrote"),
         (["check", "{good}", "{absent}"], "there is no such folder"),
