@@ -1,7 +1,7 @@
 """A text classifier in the shape of scikit-learn: zero-shot through the mask, or fine-tuned."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -22,7 +22,7 @@ from mlmjax.model.modernbert import Model, parameters, with_classifier
 from mlmjax.reporting.markdown import fenced, number
 from mlmjax.reporting.terminal import bar
 from mlmjax.storage import CLASSIFIER, TRAINING
-from mlmjax.text.checks import check_texts, one_dimensional
+from mlmjax.text.checks import check_list, check_texts
 from mlmjax.weights.pretrained import save_pretrained
 
 
@@ -108,7 +108,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         distinct labels, and lengths that differ; `RunError` when the loss is no longer finite.
         """
         how = self._recipe(recipe)
-        texts, labels = list(one_dimensional(texts, "texts")), _rows(labels, "labels")
+        texts, labels = list(check_list(texts, "texts")), _rows(labels, "labels")
         settings, model, tokenizer, _ = self._read(seen=labels)
         several, names = settings.multi_label, list(settings.labels)
         if how.patience is not None and validation is None and not how.validation_share:
@@ -135,7 +135,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
             if not isinstance(validation, Sequence) or len(validation) != 2:
                 raise InputError("validation: expected a pair of texts and their labels")
             out = (
-                list(one_dimensional(validation[0], "validation texts")),
+                list(check_list(validation[0], "validation texts")),
                 _rows(validation[1], "validation labels"),
             )
         elif how.validation_share:
@@ -212,10 +212,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
 
 
 def _rows(labels: Any, what: str) -> list[Any]:
-    """Return right answers as a list, whatever is in its rows; raises `InputError` for no list."""
-    if isinstance(labels, str | bytes | Mapping | Set) or not isinstance(labels, Iterable):
-        raise InputError(f"{what}: is one {type(labels).__name__}; expected a list, one per text")
-    return list(labels)
+    """Return right answers as a list; raise `InputError` for anything but a list of rows."""
+    return list(check_list(labels, what, "one per text", columns=2))
 
 
 LABELS = 100

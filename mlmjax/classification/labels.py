@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.text.checks import check_text, one_dimensional
+from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
 
 
 def seen_labels(labels: Sequence[Any], several: bool) -> list[str]:
@@ -16,10 +16,11 @@ def seen_labels(labels: Sequence[Any], several: bool) -> list[str]:
     (['a', 'b'], ['a', 'b'])
     """
     if not several:
-        return sorted({_name(label, i) for i, label in enumerate(_one_each(labels))})
+        return sorted(set(for_each_row(_name, name_rows(check_list(labels, "labels")))))
     if any(not isinstance(one, list | tuple | set | frozenset) for one in labels):
         raise InputError("labels: numbers tell no names; give labels to the classifier as well")
-    return sorted({_name(label, i) for i, one in enumerate(labels) for label in one})
+    names = for_each_row(lambda row: list(map(_name, row)), name_rows(labels))
+    return sorted(set().union(*names))
 
 
 def label_numbers(
@@ -37,48 +38,32 @@ def label_numbers(
     [(False, True), (False, False), (True, False)]
     """
     index = {str(name): i for i, name in enumerate(names)}
-    found: list[Any] = []
-    problems = []
-    rows = list(labels) if several else _one_each(labels)
-    for i, row in enumerate(rows):
-        try:
-            if several:
-                found.append(_indicator(row, index, i))
-            else:
-                name = _name(row, i)
-                if name not in index and known:
-                    raise _unknown(name, index, i)
-                found.append(index.get(name, -1))
-        except InputError as error:
-            problems.append(error.message)
-    if problems:
-        raise InputError(problems[0], problems[1:])
-    return found
+
+    def number(label: Any) -> int:
+        name = _name(label)
+        if name not in index and known:
+            raise _unknown(name, index)
+        return index.get(name, -1)
+
+    if several:
+        return for_each_row(lambda row: _indicator(row, index), name_rows(labels))
+    return for_each_row(number, name_rows(check_list(labels, "labels")))
 
 
-def _one_each(labels: Iterable[Any]) -> list[Any]:
-    if isinstance(labels, str | bytes | Mapping) or not isinstance(labels, Iterable):
-        raise InputError(f"labels: is one {type(labels).__name__}; expected a list of texts")
-    if getattr(labels, "ndim", 1) != 1:
-        raise InputError("labels: is a table; expected one column of texts")
-    return list(labels)
-
-
-def _name(label: Any, row: int) -> str:
+def _name(label: Any) -> str:
     if isinstance(label, int | float | np.number):
         raise InputError(
-            f"row {row + 1} (index {row}): label: is {type(label).__name__} ({label!r:.40}); "
-            "expected text: give names that say what the labels mean, or at least str(label)"
+            f"label: is {type(label).__name__} ({label!r:.40}); expected text: give names that say "
+            "what the labels mean, or at least str(label)"
         )
-    check_text(label, f"row {row + 1} (index {row}): label")
+    check_text(label, "label")
     return str(label)
 
 
-def _indicator(row: Any, index: Mapping[str, int], number: int) -> tuple[bool, ...]:
-    where = f"row {number + 1} (index {number})"
-    if isinstance(row, str | bytes | Mapping) or not isinstance(row, Iterable):
+def _indicator(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
+    if not is_listing(row):
         raise InputError(
-            f"{where}: its labels are {row!r:.60} ({type(row).__name__}); expected a list of names"
+            f"its labels are {row!r:.60} ({type(row).__name__}); expected a list of names"
         )
     entries = list(row)
     if entries and not any(isinstance(entry, str) for entry in entries):
@@ -89,20 +74,19 @@ def _indicator(row: Any, index: Mapping[str, int], number: int) -> tuple[bool, .
         ]
         if len(entries) != len(index) or len(flags) != len(entries) or not all(flags):
             raise InputError(
-                f"{where}: its labels are {entries!r:.60}; expected names, or 0 or 1 for each of "
-                f"the {len(index)} labels"
+                f"its labels are {entries!r:.60}; expected names, or 0 or 1 for each of the "
+                f"{len(index)} labels"
             )
         return tuple(bool(entry) for entry in entries)
-    names = {_name(entry, number) for entry in entries}
+    names = set(map(_name, entries))
     for name in sorted(names):
         if name not in index:
-            raise _unknown(name, index, number)
+            raise _unknown(name, index)
     return tuple(name in names for name in index)
 
 
-def _unknown(name: str, index: Mapping[str, int], row: int) -> InputError:
-    listed = ", ".join(index)
-    return InputError(f"row {row + 1} (index {row}): label {name!r:.60} is none of {listed:.200}")
+def _unknown(name: str, index: Mapping[str, int]) -> InputError:
+    return InputError(f"label {name!r:.60} is none of {', '.join(index):.200}")
 
 
 def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -114,7 +98,7 @@ def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     if isinstance(labels, Mapping):
         table: dict[Any, Any] = dict(labels)
     else:
-        names = list(one_dimensional(labels, "labels"))
+        names = list(check_list(labels, "labels"))
         for number, name in enumerate(names, 1):
             check_text(name, f"labels: label {number}")
         table = dict.fromkeys(names, "")

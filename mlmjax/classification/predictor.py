@@ -34,7 +34,7 @@ from mlmjax.statistics.calibration import (
 )
 from mlmjax.statistics.option_orders import shifted, shifts
 from mlmjax.storage import CLASSIFIER, TRAINING, plain_file, read_json
-from mlmjax.text.checks import check_texts, one_dimensional, share
+from mlmjax.text.checks import check_list, check_share, check_texts
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
@@ -129,7 +129,7 @@ class Answering:
     def _raw(self, texts: Iterable[str], part: int = CHUNK_PROMPTS) -> Iterator[np.ndarray]:
         """Yield log probabilities before calibration: `[texts, labels]`, or `[questions, 2]`."""
         asking, names = self._ready(), list(self.settings_.labels)
-        pending = iter(one_dimensional(texts, "texts"))
+        pending = iter(check_list(texts, "texts"))
         each = (len(names) if self.settings_.multi_label else 1) * (asking.shifts or len(names))
         first, size = 0, min(part, max(16, CHUNK_PROMPTS // each))
         total = len(texts) if isinstance(texts, Sized) else None
@@ -288,7 +288,7 @@ class Trust(Answering):
         least `least` of these texts; it is as good as they are many. `score` counts a text without
         an answer as wrong. Returns the classifier. Raises `InputError` where no threshold will do.
         """
-        share(accuracy, "accuracy")
+        check_share(accuracy, "accuracy")
         if accuracy == 0 or least < 1:
             raise InputError(f"accuracy is {accuracy}, least {least}; expected more than 0")
         scores, truth = self._labelled(texts, labels)
@@ -322,7 +322,7 @@ class Trust(Answering):
         return self._calibrated(np.concatenate(list(self._raw(given)))), truth
 
     def _listed(self, texts: Iterable[str]) -> list[str]:
-        listed = list(one_dimensional(texts, "texts"))
+        listed = list(check_list(texts, "texts"))
         if not listed:
             raise InputError("texts: there is none; give at least one")
         return listed
@@ -473,7 +473,7 @@ class Predictor(Trust):
         limit = self.settings_.abstain_below if abstain_below is None else abstain_below
         if limit is None:
             return names
-        limit = share(limit, "abstain_below")
+        limit = check_share(limit, "abstain_below")
         return np.where(probabilities.max(axis=1) < limit, "", names)
 
     def predict_proba(self, texts: Iterable[str]) -> np.ndarray:

@@ -13,7 +13,7 @@ from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.scoring.scorers import HeadScorer
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
-from mlmjax.text.checks import check_text, one_dimensional, share
+from mlmjax.text.checks import check_list, check_share, check_text
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import OptionNames, usable_option_names
@@ -143,7 +143,7 @@ def settle(
     # Examples are about labels; of others they say nothing.
     examples: Any = saved.examples if saved is not None and same_labels else ()
     if given["examples"] is not None:
-        pairs = one_dimensional(given["examples"], "examples")
+        pairs = check_list(given["examples"], "examples")
         examples = [_example(pair, i, table, several) for i, pair in enumerate(pairs)]
     answer, instruction = value("answer", None), value("instruction", None)
     usual = default_template(
@@ -210,7 +210,7 @@ def settle(
     if as_saved and all(getattr(settings, name) == getattr(saved, name) for name in _ASKED):
         learned = {name: getattr(saved, name) for name in _LEARNED}
     if given["abstain_below"] is not None:
-        learned["abstain_below"] = share(given["abstain_below"], "abstain_below")
+        learned["abstain_below"] = check_share(given["abstain_below"], "abstain_below")
     return settings.model_copy(update=learned)
 
 

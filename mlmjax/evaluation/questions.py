@@ -15,6 +15,7 @@ from mlmjax.config.task import Task, option_list
 from mlmjax.data.reading.files import Record
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
+from mlmjax.text.checks import for_each_row
 from mlmjax.text.verbalizer import option_letters
 
 
@@ -40,20 +41,13 @@ def read_questions(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1 row")
     stop = None if limit is None else min(limit, sys.maxsize)
-    questions, left_out, problems = [], Counter[str](), []
-    records = read_source(task.location(data))
-    for index, record in enumerate(itertools.islice(records, stop)):
-        try:
-            question = _question(task, index, record)
-        except InputError as error:
-            problems.append(f"{record.where}: {error.message}")
-            continue
-        if isinstance(question, Question):
-            questions.append(question)
-        else:
-            left_out[question] += 1
-    if problems:
-        raise InputError(problems[0], problems[1:])
+    records = enumerate(itertools.islice(read_source(task.location(data)), stop))
+    found = for_each_row(
+        lambda numbered: _question(task, *numbered),
+        ((record.where, (index, record)) for index, record in records),
+    )
+    questions = [one for one in found if isinstance(one, Question)]
+    left_out = Counter[str](one for one in found if not isinstance(one, Question))
     if not questions:
         raise InputError(
             f"{data or task.data or task.hub}: task {task.name}: no row is left to answer; "

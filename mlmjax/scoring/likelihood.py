@@ -4,7 +4,7 @@ Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659)
 2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,7 +17,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Engine, Forward, Progress
 from mlmjax.scoring.scorers import make_engine
-from mlmjax.text.checks import check_filled
+from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
@@ -210,28 +210,19 @@ def _encoded(
     texts: Iterable[str], ids_of: Callable[[str], list[int]], tokenizer: Tokenizer, longest: int
 ) -> Iterator[list[np.ndarray]]:
     """Yield texts chunk by chunk as ids between [CLS] and [SEP]; an error names every bad row."""
-    if isinstance(texts, str | bytes | Mapping) or not isinstance(texts, Iterable):
-        raise InputError(f"texts is one {type(texts).__name__}; expected a list of texts")
-    if getattr(texts, "ndim", 1) != 1:
-        raise InputError("texts is a table; expected one column of texts")
+
+    def encode(text: str) -> np.ndarray:
+        check_filled(text, "the text")
+        ids = ids_of(text)
+        if len(ids) + 2 > longest:
+            raise InputError(
+                f"has {len(ids)} tokens and at most {longest - 2} fit; cut it into parts"
+            )
+        return np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32)
+
     first = 0
-    for chunk in _chunks(texts, _characters, CHUNK_CHARACTERS):
-        encoded, problems = [], []
-        for number, text in enumerate(chunk, first + 1):
-            try:
-                check_filled(text, "the text")
-                ids = ids_of(text)
-                if len(ids) + 2 > longest:
-                    raise InputError(
-                        f"has {len(ids)} tokens and at most {longest - 2} fit; cut it into parts"
-                    )
-            except InputError as error:
-                problems.append(f"row {number} (index {number - 1}): {error.message}")
-                continue
-            encoded.append(np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32))
-        if problems:
-            raise InputError(problems[0], problems[1:])
-        yield encoded
+    for chunk in _chunks(check_list(texts, "texts"), _characters, CHUNK_CHARACTERS):
+        yield for_each_row(encode, name_rows(chunk, first))
         first += len(chunk)
 
 

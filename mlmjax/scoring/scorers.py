@@ -19,7 +19,7 @@ from mlmjax.model.modernbert import (
     ModernBertForSequenceClassification,
 )
 from mlmjax.scoring.engine import Engine, Forward, Progress
-from mlmjax.text.checks import _for_each, check_row
+from mlmjax.text.checks import check_list, check_row, for_each_row, name_rows
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
@@ -129,10 +129,8 @@ class RowScorer(ABC):
         Raises `InputError` naming each row that cannot be scored, `RunError` for scores that are
         not finite.
         """
-        if isinstance(rows, str | bytes | Mapping):
-            raise InputError(f"rows is one {type(rows).__name__}; expected a list of rows")
         results = [np.zeros((0, len(self.labels)), np.float32)]
-        first, pending = 0, iter(rows)
+        first, pending = 0, iter(check_list(rows, "rows", "rows"))
         while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
             names = where[first : first + len(chunk)] if where else None
             prompts = self.prompts(chunk, where=names, first=first)
@@ -155,16 +153,12 @@ class RowScorer(ABC):
 
         Raises `InputError` that lists each row refused, by its name in `where` or its number.
         """
-        names = where or [f"row {i + 1} (index {i})" for i in range(first, first + len(rows))]
+        names = where or [name for name, _ in name_rows(rows, first)]
         fields, count = self.template.fields, len(self.labels)
-        _for_each(names, rows, lambda row: check_row(row, fields, count, self.optional))
-        try:
-            prompts = self.template.render_batch(self.tokenizer, rows, self.max_length)
-        except InputError:
-            _for_each(
-                names, rows, lambda row: self.template.render(self.tokenizer, row, self.max_length)
-            )
-            raise
+        for_each_row(
+            lambda row: check_row(row, fields, count, self.optional), zip(names, rows, strict=True)
+        )
+        prompts = self.template.render_batch(self.tokenizer, rows, self.max_length, names)
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 

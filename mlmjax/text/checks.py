@@ -1,26 +1,61 @@
-"""Checks of texts, rows and lists."""
+"""Check texts, rows and lists; name every bad row in one error."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any, TypeVar
 
 import numpy as np
 
 from mlmjax.errors import InputError
 
+_Result = TypeVar("_Result")
 
-def one_dimensional(values: Iterable[Any], what: str) -> Iterable[Any]:
-    """Return the values; raises `InputError` for one text, a table, and what is no list at all."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of texts")
+
+def is_listing(values: Any) -> bool:
+    """Tell whether a value is a collection or stream of values, not one text or table."""
+    return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
+
+
+def check_list(values: Any, what: str, of: str = "texts", *, columns: int = 1) -> Iterable[Any]:
+    """Return an ordered list, column or stream; raise `InputError` for anything else.
+
+    With `columns` 2 each of its rows may be a list too.
+    """
+    if not is_listing(values):
+        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of {of}")
     if isinstance(values, Set):
-        raise InputError(f"{what}: is a set, which has no order; expected a list of texts")
-    if getattr(values, "ndim", 1) != 1:
-        raise InputError(f"{what}: is a table; expected one column of texts")
+        raise InputError(f"{what}: is a set, which has no order; expected a list of {of}")
+    if not 1 <= getattr(values, "ndim", 1) <= columns:
+        raise InputError(f"{what}: is a table; expected one column of {of}")
     return values
 
 
-def share(value: Any, what: str) -> float:
-    """Return a number from 0 to 1; raises `InputError` for anything else."""
+def name_rows(rows: Iterable[_Result], first: int = 0) -> Iterator[tuple[str, _Result]]:
+    """Yield each row with its name in messages, the first being number `first`.
+
+    >>> list(name_rows("ab", 7))
+    [('row 8 (index 7)', 'a'), ('row 9 (index 8)', 'b')]
+    """
+    for index, row in enumerate(rows, first):
+        yield f"row {index + 1} (index {index})", row
+
+
+def for_each_row(
+    act: Callable[[Any], _Result], named_rows: Iterable[tuple[str, Any]]
+) -> list[_Result]:
+    """Return the results of `act` for each row; raise one `InputError` that names every bad row."""
+    results, problems = [], []
+    for name, row in named_rows:
+        try:
+            results.append(act(row))
+        except InputError as error:
+            problems.append(f"{name}: {error.message}")
+    if problems := list(dict.fromkeys(problems)):
+        raise InputError(problems[0], problems[1:])
+    return results
+
+
+def check_share(value: Any, what: str) -> float:
+    """Return a number from 0 to 1; raise `InputError` for anything else."""
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to 1")
@@ -75,21 +110,8 @@ def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
 
     Raises `InputError` that names each one that is blank or no text.
     """
-    names = [f"row {i + 1} (index {i})" for i in range(first, first + len(texts))]
-    _for_each(names, texts, lambda text: check_filled(text, "field 'text'"))
-    return names
-
-
-def _for_each(names: Sequence[str], rows: Sequence[Any], act: Callable[[Any], Any]) -> None:
-    """Act on every row; raise one `InputError` that lists, by name, each row that was refused."""
-    problems = []
-    for name, row in zip(names, rows, strict=True):
-        try:
-            act(row)
-        except InputError as error:
-            problems.append(f"{name}: {error.message}")
-    if problems := list(dict.fromkeys(problems)):
-        raise InputError(problems[0], problems[1:])
+    for_each_row(lambda text: check_filled(text, "field 'text'"), name_rows(texts, first))
+    return [name for name, _ in name_rows(texts, first)]
 
 
 def check_text(text: Any, what: str) -> None:

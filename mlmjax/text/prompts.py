@@ -1,12 +1,12 @@
 """Prompts: a template that no text can break, and the verbalizer of its labels."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError
-from mlmjax.text.checks import check_text
+from mlmjax.text.checks import check_list, check_text, for_each_row, name_rows
 from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
 
@@ -120,16 +120,22 @@ class Template:
         return self._fit(tokenizer, texts, self._assemble(tokenizer, [texts])[0], max_length)
 
     def render_batch(
-        self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]], max_length: int
+        self,
+        tokenizer: Tokenizer,
+        rows: Sequence[Mapping[str, Any]],
+        max_length: int,
+        names: Iterable[str] | None = None,
     ) -> list[Prompt]:
         """Return the prompts of many rows, encoded together; the same as one by one.
 
-        Raises `InputError` that names every row that `render` refuses, counted from 1.
+        Raises `InputError` that names, by `names` or its number, every row that `render` rejects.
         """
-        texts = _for_each(self._texts, rows)
-        encoded = self._assemble(tokenizer, texts)
-        return _for_each(
-            lambda text, ids: self._fit(tokenizer, text, ids, max_length), texts, encoded
+        names = [name for name, _ in name_rows(rows)] if names is None else list(names)
+        texts = for_each_row(self._texts, zip(names, rows, strict=True))
+        encoded = zip(texts, self._assemble(tokenizer, texts), strict=True)
+        return for_each_row(
+            lambda one: self._fit(tokenizer, one[0], one[1], max_length),
+            zip(names, encoded, strict=True),
         )
 
     def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
@@ -237,19 +243,6 @@ class Template:
         )
 
 
-def _for_each(function: Callable[..., Any], *columns: Sequence[Any]) -> list[Any]:
-    """Apply a function to each row; one error names all the rows it refused, counted from 1."""
-    results, problems = [], []
-    for number, items in enumerate(zip(*columns, strict=True), 1):
-        try:
-            results.append(function(*items))
-        except InputError as error:
-            problems.append(f"row {number}: {error.message}")
-    if problems:
-        raise InputError(problems[0], problems[1:])
-    return results
-
-
 def _parse(text: str) -> Iterator[_Part]:
     """Yield the template's literal texts, fields and own tokens, in order."""
     literal, end = "", 0
@@ -323,9 +316,8 @@ def _without_space(parts: list[_Part]) -> list[_Part]:
 
 
 def _check_options(options: Any) -> None:
-    if isinstance(options, str | bytes | Mapping | Set) or not isinstance(options, Collection):
-        raise InputError(f"field 'options' is {type(options).__name__}; expected a list of texts")
-    if not len(options):
+    check_list(options, "field 'options'")
+    if not isinstance(options, Collection) or not len(options):
         raise InputError("field 'options' has no option; expected a list of texts")
     for number, text in enumerate(options, 1):
         check_text(text, f"option {number}")

@@ -245,9 +245,9 @@ def test_bad_arguments_are_refused(ours):
     model, tokenizer = ours
     for function in (pseudo_log_likelihood, fill_mask):
         for texts in ("goal", b"goal", {"a": "b"}, 3, None):
-            with pytest.raises(InputError, match="texts is one"):
+            with pytest.raises(InputError, match="texts: is one"):
                 function(model, tokenizer, texts)
-        with pytest.raises(InputError, match="texts is a table"):
+        with pytest.raises(InputError, match="texts: is a table"):
             function(model, tokenizer, np.array([["a", "b"]]))
         with pytest.raises(InputError, match="batch_size is 0"):
             function(model, tokenizer, ["x"], batch_size=0)

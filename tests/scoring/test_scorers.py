@@ -260,7 +260,7 @@ def test_a_bad_row_is_named(scorer, row, message):
 
 
 def test_bad_arguments_are_refused(model, tokenizer):
-    with pytest.raises(InputError, match="rows is one str"):
+    with pytest.raises(InputError, match="rows: is one str"):
         Scorer(model, tokenizer, TOPIC, LETTERS).log_probs("goal")
     with pytest.raises(InputError, match="normalize is 'none'"):
         Scorer(model, tokenizer, TOPIC, LETTERS, normalize="none")

@@ -273,10 +273,13 @@ def test_a_wrong_shorten_is_refused(shorten, message):
         ({"x": b"t", "options": ["a"]}, "field 'x': is bytes"),
         ({"x": "\udfff", "options": ["a"]}, "field 'x': holds half a character"),
         ({"x": "t"}, "field 'options' is missing"),
-        ({"x": "t", "options": "ab"}, "field 'options' is str; expected a list"),
-        ({"x": "t", "options": {"a": "b"}}, "field 'options' is dict; expected a list"),
-        ({"x": "t", "options": {"a"}}, "field 'options' is set; expected a list"),
-        ({"x": "t", "options": 3}, "field 'options' is int; expected a list"),
+        ({"x": "t", "options": "ab"}, "field 'options': is one str; expected a list"),
+        ({"x": "t", "options": {"a": "b"}}, "field 'options': is one dict; expected a list"),
+        (
+            {"x": "t", "options": {"a"}},
+            "field 'options': is a set, which has no order; expected a list",
+        ),
+        ({"x": "t", "options": 3}, "field 'options': is one int; expected a list"),
         ({"x": "t", "options": []}, "field 'options' has no option"),
         ({"x": "t", "options": ["a", None]}, "option 2: is NoneType"),
         ({"x": "t", "options": ["a", 2]}, "option 2: is int"),
@@ -289,10 +292,10 @@ def test_a_bad_row_is_refused_alone_and_by_number(tokenizer, row, message):
     template, good = Template("{x}\n{options}"), {"x": "t", "options": ["a"]}
     with pytest.raises(InputError, match="^" + message):
         template.render(tokenizer, row, 8192)
-    with pytest.raises(InputError, match="^row 2: " + message) as caught:
+    with pytest.raises(InputError, match=r"^row 2 \(index 1\): " + message) as caught:
         template.render_batch(tokenizer, [good, row, good, row], 8192)
     assert len(caught.value.details) == 1
-    assert caught.value.details[0].startswith("row 4: ")
+    assert caught.value.details[0].startswith("row 4 (index 3): ")
 
 
 def test_options_are_lines_and_stay_text(tokenizer):
@@ -428,7 +431,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(tokenizer):
         with pytest.raises(InputError, match=f"has {fixed} tokens without x and at most {limit} f"):
             template.render(tokenizer, row, limit)
     assert len(template.render(tokenizer, row, fixed + 1).ids) <= fixed + 1
-    with pytest.raises(InputError, match=f"row 1: the prompt has {fixed} tokens"):
+    with pytest.raises(InputError, match=rf"row 1 \(index 0\): the prompt has {fixed} tokens"):
         template.render_batch(tokenizer, [row], 64)
 
 

@@ -8,12 +8,12 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlmjax.data import pieces
+from mlmjax.text import words
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import add_words, word_starts
 
 
-def words(tokenizer, text):
+def words_of(tokenizer, text):
     """The words of a text as the text of their tokens."""
     ids = np.array(tokenizer.encode_plain(text))
     edges = np.flatnonzero(word_starts(tokenizer)(ids)).tolist()
@@ -21,7 +21,7 @@ def words(tokenizer, text):
 
 
 def test_examples_in_the_documentation():
-    assert doctest.testmod(pieces).failed == 0
+    assert doctest.testmod(words).failed == 0
 
 
 @pytest.mark.parametrize(
@@ -36,12 +36,12 @@ def test_examples_in_the_documentation():
     ],
 )
 def test_words_of_byte_level_pieces(tokenizer, text, expected):
-    assert words(tokenizer, text) == expected
+    assert words_of(tokenizer, text) == expected
 
 
 def test_words_that_were_added_are_words(tokenizer):
     bigger = add_words(tokenizer, ["Zyxgene"])
-    assert words(bigger, "the Zyxgene binds") == ["the", " Zyxgene", " binds"]
+    assert words_of(bigger, "the Zyxgene binds") == ["the", " Zyxgene", " binds"]
 
 
 def test_a_special_token_stands_alone(tokenizer):

@@ -15,7 +15,7 @@ from mlmjax.config.task import Task
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
-from mlmjax.text.checks import check_row
+from mlmjax.text.checks import check_row, for_each_row
 from mlmjax.text.prompts import Template
 
 SAMPLE_SEED, HELD_OUT_SEED = 0, 1
@@ -157,14 +157,10 @@ def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
             raise NoDataError(error.message, error.details) from error
     questions, left_out = read_questions(task, data, None)
     fields = Template(task.prompt).fields
-    problems = []
-    for question in questions:
-        try:
-            check_row(question.row, fields, len(task.label_names) or len(question.row["options"]))
-        except InputError as error:
-            problems.append(f"{question.where}: {error.message}")
-    if problems:
-        raise InputError(problems[0], problems[1:])
+    for_each_row(
+        lambda row: check_row(row, fields, len(task.label_names) or len(row["options"])),
+        ((question.where, question.row) for question in questions),
+    )
     return questions, left_out.total()
 
 
