@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -19,6 +20,9 @@ class InputError(ValueError):
         self.message = printable(message)
         self.details = tuple(map(printable, details))
         super().__init__("\n".join([self.message, *self.details]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message, self.details)  # Workers send errors to their parent.
 
 
 def printable(text: str) -> str:

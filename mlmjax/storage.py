@@ -123,11 +123,7 @@ def build_folder(folder: Path) -> Iterator[Path | None]:
     when writing fails.
     """
     partial = folder.with_name(folder.name + PARTIAL)
-    # Child processes inherit the lock: nobody else builds here before the last of them ends.
-    lock = FileLock(
-        folder.with_name(f".{folder.name}{LOCK}"),
-        on_acquired=lambda file: os.set_inheritable(file, True),
-    )
+    lock = FileLock(folder.with_name(f".{folder.name}{LOCK}"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         held = lock.acquire()

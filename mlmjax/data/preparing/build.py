@@ -1,4 +1,4 @@
-"""From staged examples to row files: what is kept, what is held out, the shuffle, the packing."""
+"""From staged examples to row files: selection, hold-out, shuffle, packing."""
 
 import shutil
 from collections import Counter
@@ -10,6 +10,7 @@ import numpy as np
 
 from mlmjax.config.data import DataConfig, SelectConfig
 from mlmjax.data.manifest import SPLITS, NestedSet, RowFile, SelectionReport
+from mlmjax.data.packing import pack_stream
 from mlmjax.data.preparing.selection import (
     CAPPED,
     LEFT_OUT,
@@ -19,21 +20,18 @@ from mlmjax.data.preparing.selection import (
     mix,
     select,
 )
-from mlmjax.data.preparing.shuffle import Bucket, Chunk, scatter
-from mlmjax.data.preparing.staging import Piece, Staged, workers_for
-from mlmjax.data.preparing.workers import do
-from mlmjax.data.reading.examples import source_name
+from mlmjax.data.preparing.shuffle import Bucket, Chunk, read_bucket, scatter
+from mlmjax.data.preparing.staging import Piece, Staged, sources_of
+from mlmjax.data.preparing.workers import Job, run
+from mlmjax.data.rows import write_rows
 from mlmjax.errors import InputError
-from mlmjax.storage import hash_value
+from mlmjax.storage import describe_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
 _BIN_SHIFT = 44
 _BINS = 2**20
 _HELD_OUT = LEFT_OUT
-"""In place of a level, for what is kept and held out for validation."""
-
-Levels = Callable[[Piece], np.ndarray]
-"""For each example the smallest nested set it is in, `LEFT_OUT` or above for none."""
+"""Stands in the place of a level for examples that are held out for validation."""
 
 
 class Group(NamedTuple):
@@ -47,51 +45,53 @@ class Group(NamedTuple):
 def build_rows(
     folder: Path, staged: Staged, config: DataConfig, tokenizer: Tokenizer
 ) -> tuple[dict[str, list[RowFile]], SelectionReport | None]:
-    """Write the row files of every split, and describe them and what was chosen.
+    """Write the row files of every split; return what they hold and what was selected.
 
-    Raises `InputError` when nothing would be left to train on.
+    Raises `InputError` if nothing is left to train on.
     """
     chosen = choose(staged, config)
-    levels = _levels(staged, chosen)
-    held_out = _held_out_bins(staged, levels, config)
+    held_out = _held_out_bins(staged, chosen, config)
     tokens: Counter[Group] = Counter()
     for piece in staged.pieces():
-        groups, numbers = _grouped(piece, levels, held_out)
+        groups, numbers = _groups_of(piece, chosen, held_out)
         for number, group in enumerate(groups):
             tokens[group] += int(piece.chunk.lengths[numbers == number].sum())
     order = sorted(tokens, key=lambda group: (SPLITS.index(group.split), *group[1:]))
 
-    def ordered() -> Iterator[tuple[Chunk, np.ndarray]]:
+    def chunks() -> Iterator[tuple[Chunk, np.ndarray]]:
         for piece in staged.pieces():
-            groups, numbers = _grouped(piece, levels, held_out)
-            of = np.array([order.index(group) for group in groups] + [-1])
-            yield piece.chunk._replace(key=piece.draw), of[numbers]
+            groups, numbers = _groups_of(piece, chosen, held_out)
+            places = np.array([order.index(group) for group in groups] + [-1])
+            yield piece.chunk._replace(key=piece.draw), places[numbers]
 
-    _keep_if_same(folder, staged, config)
+    packed = _packed_folder(folder, staged, config)
     buckets = folder / "buckets"
     shutil.rmtree(buckets, ignore_errors=True)
     buckets.mkdir()
-    written = scatter(ordered(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
-    splits = _pack(folder, written, order, staged, config, tokenizer)
-    return splits, None if chosen is None else _told(staged, chosen, config)
+    written = scatter(chunks(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
+    splits = _pack(packed, written, order, staged, config, tokenizer)
+    for split, files in splits.items():
+        (folder / split).mkdir(exist_ok=True)
+        for file in files:
+            # It has moved already if the run was killed just here.
+            if (packed / split / file.file).exists():
+                (packed / split / file.file).rename(folder / split / file.file)
+    return splits, None if chosen is None else _report_selection(staged, chosen, config)
 
 
-def _keep_if_same(folder: Path, staged: Staged, config: DataConfig) -> None:
-    """Throw away rows that were packed of other examples, or otherwise, by one who was stopped."""
-    name = (
-        folder
-        / "packed"
-        / hash_value([staged.units, config.model_dump(mode="json", exclude={"workers"})])[:24]
-    )
-    if not name.exists():
-        for path in (name.parent, *(folder / split for split in SPLITS)):
+def _packed_folder(folder: Path, staged: Staged, config: DataConfig) -> Path:
+    """Return the folder for the rows of this very choice, and delete the rows of any other."""
+    identity = [staged.units, config.model_dump(mode="json", exclude={"workers"})]
+    packed = folder / "packed" / hash_value(identity)[:24]
+    if not packed.exists():
+        for path in (packed.parent, *(folder / split for split in SPLITS)):
             shutil.rmtree(path, ignore_errors=True)
-        name.parent.mkdir()
-        name.touch()
+        packed.mkdir(parents=True)
+    return packed
 
 
 def choose(staged: Staged, config: DataConfig) -> Selection | None:
-    """Choose among the examples with an answer, if the configuration asks for less than all."""
+    """Select among the examples with an answer; None if the configuration keeps all."""
     wanted = config.select
     if wanted == SelectConfig():
         return None
@@ -102,7 +102,6 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
             *np.unique(pairs, axis=0, return_counts=True), strict=True
         ):
             counts[int(task), int(token)] += int(examples)
-
     return select(
         lambda: _answered(staged),
         counts,
@@ -113,14 +112,18 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
 
 
 def _answered(staged: Staged) -> Iterator[Members]:
-    """Go through the training examples that have an answer."""
+    """Yield the training examples that have an answer."""
     for piece in staged.pieces():
         if piece.unit.split == "train":
             yield _members(piece, piece.chunk.answer >= 0)
 
 
-def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionReport:
-    """Count what was chosen and what was not."""
+def _members(piece: Piece, which: np.ndarray) -> Members:
+    # Hashed again, so that selection does not depend on the order in which rows are shuffled.
+    return Members(piece.chunk.task[which], piece.chunk.answer[which], mix(piece.draw[which]))
+
+
+def _report_selection(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionReport:
     found = np.zeros(CAPPED + 1, np.int64)
     for members in _answered(staged):
         found += np.bincount(chosen.levels(members), minlength=len(found))
@@ -137,45 +140,38 @@ def _told(staged: Staged, chosen: Selection, config: DataConfig) -> SelectionRep
     )
 
 
-def _members(piece: Piece, which: np.ndarray) -> Members:
-    # Hashed once more: in its order the rows are shuffled, and which are kept must not tell where.
-    return Members(piece.chunk.task[which], piece.chunk.answer[which], mix(piece.draw[which]))
+def _levels(piece: Piece, chosen: Selection | None) -> np.ndarray:
+    """Return the smallest nested set each example is in; `LEFT_OUT` or above if it is in none."""
+    level = np.zeros(piece.chunk.examples, np.int64)
+    if chosen is not None and piece.unit.split == "train":
+        has_answer = piece.chunk.answer >= 0
+        level[has_answer] = chosen.levels(_members(piece, has_answer))
+    return level
 
 
-def _levels(staged: Staged, chosen: Selection | None) -> Levels:
-    def levels(piece: Piece) -> np.ndarray:
-        level = np.zeros(piece.chunk.examples, np.uint8)
-        if chosen is not None and piece.unit.split == "train":
-            asked = piece.chunk.answer >= 0
-            level[asked] = chosen.levels(_members(piece, asked))
-        return level
-
-    return levels
-
-
-def _grouped(piece: Piece, levels: Levels, held_out: int) -> tuple[list[Group], np.ndarray]:
-    """Return the groups of a piece, and the number of each example's among them (-1: left out)."""
-    level = levels(piece).astype(np.int64)
-    held = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
-    code = np.where(level >= LEFT_OUT, -1, np.where(held, _HELD_OUT, level))
-    found = [int(value) for value in np.unique(code) if value >= 0]
-    numbers = np.searchsorted(found, code) if found else np.zeros(len(code), np.int64)
+def _groups_of(
+    piece: Piece, chosen: Selection | None, held_out: int
+) -> tuple[list[Group], np.ndarray]:
+    """Return the groups of a piece, and for each example the number of its group (-1: left out)."""
+    level = _levels(piece, chosen)
+    is_held_out = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
+    code = np.where(level >= LEFT_OUT, -1, np.where(is_held_out, _HELD_OUT, level))
+    found = np.unique(code[code >= 0]).tolist()
+    split, source = piece.unit.split, piece.unit.source
     groups = [
-        Group("validation", piece.unit.source, 0)
-        if value == _HELD_OUT
-        else Group(piece.unit.split, piece.unit.source, value)
+        Group("validation", source, 0) if value == _HELD_OUT else Group(split, source, value)
         for value in found
     ]
-    return groups, np.where(code < 0, -1, numbers)
+    return groups, np.where(code < 0, -1, np.searchsorted(found, code))
 
 
-def _held_out_bins(staged: Staged, levels: Levels, config: DataConfig) -> int:
-    """Find how many bins of the hash, from the lowest, are held out for validation."""
+def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig) -> int:
+    """Return how many bins of the key, from the lowest, are held out for validation."""
     if not config.validation_rows:
         return 0
     sizes = np.zeros(_BINS, np.int64)
     for piece in staged.pieces():
-        chunk, kept = piece.chunk, levels(piece) < LEFT_OUT
+        chunk, kept = piece.chunk, _levels(piece, chosen) < LEFT_OUT
         weight = chunk.lengths if config.pack else np.ones(chunk.examples, np.int64)
         np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
     wanted = config.validation_rows * (config.seq_length if config.pack else 1)
@@ -192,21 +188,20 @@ def _held_out_bins(staged: Staged, levels: Levels, config: DataConfig) -> int:
 
 def _pack(
     folder: Path,
-    written: list[Bucket],
+    buckets: list[Bucket],
     order: list[Group],
     staged: Staged,
     config: DataConfig,
     tokenizer: Tokenizer,
 ) -> dict[str, list[RowFile]]:
-    """Pack every bucket into a row file of its own."""
-    jobs: list[dict[str, Any]] = []
+    """Pack every bucket into its own row file."""
+    jobs: list[Job] = []
     files: Counter[str] = Counter()
-    for bucket in written:
+    for bucket in buckets:
         split = order[bucket.group].split
         (folder / split).mkdir(exist_ok=True)
         jobs.append(
             {
-                "kind": "pack",
                 "bucket": str(bucket.path),
                 "seq_length": config.seq_length,
                 "pack": config.pack,
@@ -216,15 +211,15 @@ def _pack(
         files[split] += 1
     splits: dict[str, list[RowFile]] = {"train": []}
     names = list(staged.tasks)
-    done = do(jobs, tokenizer, workers_for(config))
-    for bucket, job, counts in zip(written, jobs, done, strict=True):
+    answers = run(pack_bucket, jobs, tokenizer, staged.workers)
+    for bucket, job, counts in zip(buckets, jobs, answers, strict=True):
         group = order[bucket.group]
-        own = config.validation_sources if config.validation_sources else config.sources
-        source = (config.sources if group.split == "train" else own)[group.source]
+        own = sources_of(config, group.split) or config.sources
+        source = own[group.source]
         per_task = {int(task): n for task, n in counts.pop("per_task").items()}
         splits.setdefault(group.split, []).append(
             RowFile(
-                name=source_name(source),
+                name=source.title,
                 file=Path(job["out"]).name,
                 text=source.text is not None,
                 weight=source.weight,
@@ -233,5 +228,23 @@ def _pack(
                 **counts,
             )
         )
-        Path(f"{job['out']}.json").unlink()
     return splits
+
+
+def pack_bucket(
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None],
+    *,
+    bucket: str,
+    seq_length: int,
+    pack: bool,
+    out: str,
+) -> dict[str, Any]:
+    """Pack the examples of a bucket into rows, and write them to `out`; return their counts."""
+    vocab_size = tokenizer.vocab_size
+    examples = read_bucket(Path(bucket), vocab_size)
+    rows = pack_stream(examples, seq_length) if pack else ([example] for example in examples)
+    path = Path(out)
+    counts = write_rows(path, rows, vocab_size=vocab_size, seq_length=seq_length)
+    described = describe_file(path)
+    return counts | {"bytes": described["bytes"], "sha256": described["sha256"]}

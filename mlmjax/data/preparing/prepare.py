@@ -1,4 +1,4 @@
-"""From configured sources to packed rows on disk, once; running it again changes nothing."""
+"""From configured sources to packed rows on disk, once; a second run changes nothing."""
 
 import logging
 import shutil
@@ -18,9 +18,13 @@ from mlmjax.data.manifest import (
     read_manifest,
 )
 from mlmjax.data.preparing.build import build_rows
-from mlmjax.data.preparing.staging import check_unchanged, report, sentence, stage
+from mlmjax.data.preparing.staging import (
+    check_unchanged,
+    describe_source,
+    report_sources,
+    stage,
+)
 from mlmjax.data.reading.answers import Head
-from mlmjax.data.reading.examples import source_name
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError
@@ -30,7 +34,7 @@ from mlmjax.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int], None]
-"""Called now and then with the name of the source being read and its records so far."""
+"""Gets the name of the source that is being read, and its records so far."""
 
 _NOT_ROWS = {"rows", "subset", "workers", "batch_size", "batch_start", "batch_warmup", "accumulate"}
 
@@ -38,46 +42,53 @@ _NOT_ROWS = {"rows", "subset", "workers", "batch_size", "batch_start", "batch_wa
 def prepare(
     config: DataConfig,
     tokenizer: Tokenizer,
-    progress: Progress | None = None,
+    progress: Progress = lambda name, records: None,
     *,
     head: Head = "mlm",
 ) -> Path:
-    """Tokenise and pack the sources into `config.rows`; give that folder.
+    """Tokenise and pack the sources into the folder `config.rows`, and return it.
 
-    The folder appears whole or not at all, and the same input gives the same bytes. When it is
-    there already, nothing is done if its manifest has this configuration (apart from `weight`,
-    the batch and `accumulate`), this tokenizer, and these source files: same names and sizes,
-    and same content where a file is newer than the manifest. Source files that are not on this
-    machine are not checked.
+    The folder appears whole or not at all, and the same input gives the same bytes. If it exists,
+    nothing is done, provided that its manifest has this configuration (apart from `weight`, the
+    batch and `accumulate`), this tokenizer, and these source files: same names and sizes, and same
+    content where a file is newer than the manifest. Source files that are not on this machine are
+    not checked.
 
-    `validation_rows`: prompts (documents) whose hash falls below a threshold are held out, so that
-    equal prompts are on one side, from whatever source. The threshold is the lowest that gives
+    `validation_rows` holds out the prompts (documents) whose hash is below a threshold, so that
+    equal prompts are in one split, whatever their source. The threshold is the lowest that gives
     `validation_rows` rows' worth of tokens (of examples, without packing).
 
     Rows are for one `head`: the classification head reads texts without a slot, and their labels.
 
-    Raises `InputError` for rows of other settings (what differs), for bad sources, and when a
-    source or the training split is left without an example; `RunError` when writing fails.
+    Raises `InputError` for rows of other settings (what differs), for bad sources, and if a source
+    or the training split has no example; `RunError` if writing fails.
     """
     folder = Path(config.rows)
     unmark(folder)
     if not is_there(folder):
-        names = [source_name(s) for s in (*config.sources, *config.validation_sources)]
-        if not config.sources:
-            raise InputError(f"{folder}: is not there, and data.sources names nothing to read")
-        doubled = [name for name in names if names.count(name) > 1]
-        if doubled:
-            raise InputError(f"data.sources: two are called {doubled[0]!r}; give each a name")
+        _check_names(config)
         with build_folder(folder) as partial:
             if partial is not None:
-                _build(partial, config, tokenizer, head, progress or (lambda *told: None))
+                _build(partial, config, tokenizer, head, progress)
+                return folder
     check_same(folder, config, tokenizer, head)
     return folder
 
 
+def _check_names(config: DataConfig) -> None:
+    if not config.sources:
+        raise InputError(
+            f"{config.rows}: does not exist, and data.sources names nothing to read; name sources"
+        )
+    names = [source.title for source in (*config.sources, *config.validation_sources)]
+    doubled = [name for name in names if names.count(name) > 1]
+    if doubled:
+        raise InputError(f"data.sources: two are called {doubled[0]!r}; give each a name")
+
+
 def summary(manifest: Manifest) -> list[str]:
-    """Say in lines what was read, kept, shortened and dropped, and what rows came of it."""
-    lines = [sentence(one) for one in (*manifest.sources, *manifest.validation_sources)]
+    """Return lines on what was read, kept, shortened and dropped, and on the rows."""
+    lines = [describe_source(one) for one in (*manifest.sources, *manifest.validation_sources)]
     if manifest.selection:
         chosen = manifest.selection
         short = [f" ({text})" if text else "" for text in shortages(chosen)]
@@ -97,7 +108,7 @@ def summary(manifest: Manifest) -> list[str]:
 
 
 def shortages(selection: SelectionReport) -> list[str]:
-    """Say of each nested set that it is smaller than was asked for; nothing where it is not.
+    """Describe each nested set that is smaller than asked; an empty text for any other.
 
     >>> one = {"asked": 3000, "examples": 2734, "per_task": 80}
     >>> shortages(SelectionReport(sets=[one], one_answer=0, unbalanced=0, capped=0))
@@ -115,15 +126,16 @@ def shortages(selection: SelectionReport) -> list[str]:
 def _build(
     folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head, progress: Progress
 ) -> None:
-    """Stage the sources, write the rows, describe them; what is done already is not done again."""
-    staged = stage(folder, config, tokenizer, head, progress)
-    reports = {split: report(staged, config, split) for split in SPLITS}
+    """Stage the sources, write the rows and their manifest; finished parts are used again."""
+    evaluation = evaluation_identity(config.exclude)
+    staged = stage(folder, config, tokenizer, head, evaluation, progress)
+    reports = {split: report_sources(staged, config, split) for split in SPLITS}
     splits, selection = build_rows(folder, staged, config, tokenizer)
     check_unchanged(staged)
     manifest = Manifest(
         format=FORMAT,
         version=__version__,
-        config=_identity(config, head) | {"evaluation": evaluation_identity(config.exclude)},
+        config=_identity(config, head) | {"evaluation": evaluation},
         tokenizer_sha256=tokenizer.sha256,
         vocab_size=tokenizer.vocab_size,
         seq_length=config.seq_length,
@@ -139,7 +151,7 @@ def _build(
 
 
 def _identity(config: DataConfig, head: Head) -> dict[str, Any]:
-    """Give what decides the rows: the configuration without what is settled while training."""
+    """Return the part of the configuration that decides the rows."""
     table = config.model_dump(mode="json", exclude=_NOT_ROWS)
     for source in (*table["sources"], *table["validation_sources"]):
         del source["weight"]
@@ -147,16 +159,16 @@ def _identity(config: DataConfig, head: Head) -> dict[str, Any]:
 
 
 def check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> None:
-    """Raise `InputError` that lists how the rows that are there differ from what is asked for.
+    """Raise `InputError` that lists how the rows differ from those of this configuration.
 
-    What is compared is said at `prepare`; it writes nothing.
+    `prepare` says what is compared. Nothing is written.
     """
     manifest = read_manifest(folder)
     identity, known = _identity(config, head), dict(manifest.config)
     try:
         identity["evaluation"] = evaluation_identity(config.exclude)
     except InputError as error:
-        log.info("%s; so the rows are used unchecked against it", error.message)
+        log.info("%s; the rows are not checked against it", error.message)
         known.pop("evaluation", None)
     wanted, there = _flat(identity), _flat(known)
     differences = [
@@ -187,11 +199,11 @@ def _changed_files(source: SourceConfig, report: SourceReport, written: int) -> 
     try:
         files = {str(path): path for path in source_files(source)}
     except InputError:
-        log.info("%s: its files are not here, so the rows are used unchecked", report.name)
+        log.info("%s: its files are not here; the rows are not checked against them", report.name)
         return []
     known = {file.path: file for file in report.files}
-    changed = [f"{name} was not there" for name in files.keys() - known.keys()]
-    changed += [f"{name} is gone" for name in known.keys() - files.keys()]
+    changed = [f"{name} is new" for name in files.keys() - known.keys()]
+    changed += [f"{name} is missing" for name in known.keys() - files.keys()]
     for name in files.keys() & known.keys():
         stat = files[name].stat()
         if stat.st_size != known[name].bytes or (

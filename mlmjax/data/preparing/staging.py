@@ -1,33 +1,37 @@
-"""The units that sources are read in: what they are, what was read of them, what it adds up to."""
+"""Staging: every file of the sources is read and tokenised, and what became of it is counted."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlmjax._version import __version__
-from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.config.data import DataConfig, ExcludeConfig, SourceConfig
 from mlmjax.data.manifest import FORMAT, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
-from mlmjax.data.preparing.shuffle import Chunk, read_stage
-from mlmjax.data.preparing.workers import Job, do, merge
+from mlmjax.data.preparing.shuffle import Chunk, read_stage, write_stage
+from mlmjax.data.preparing.workers import Job, run
 from mlmjax.data.reading.answers import Head
-from mlmjax.data.reading.examples import Counts, read_examples, source_name
-from mlmjax.data.reading.exclusion import evaluation_identity
+from mlmjax.data.reading.examples import Counts, Encoded, read_examples
+from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError
-from mlmjax.storage import hash_value
+from mlmjax.storage import describe_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
-_WORTH_PROCESSES = 2**26
-"""Bytes of data files from which on starting processes pays."""
+_BYTES_WORTH_PROCESSES = 2**26
+"""Data files of fewer bytes are read faster than processes start."""
+
+_PROGRESS_EVERY = 1000
 
 
 class Unit(NamedTuple):
-    """One file of a source (or a source read in one go), its `_stats`, and its job."""
+    """What one job reads: a file of a source, or a whole source, with the `_stats` of its files."""
 
     split: str
     source: int
@@ -36,10 +40,10 @@ class Unit(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some staged examples of one unit, and for each a hash that is its own alone, `[examples]`.
+    """Some staged examples of one unit, each with a hash `[examples]` that no other one has.
 
-    `draw` is of what the model is shown and of the place among all examples, so that equal prompts
-    differ in it. The key of the chunk is of the prompt (the document) alone.
+    The key of the chunk is a hash of the prompt (or document), which is equal for equal prompts.
+    `draw` also depends on the place among all examples.
     """
 
     unit: Unit
@@ -48,14 +52,15 @@ class Piece(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """What is staged: the units, the answers to their jobs, and the numbers of all tasks."""
+    """The staged units, the answers to their jobs, the numbers of all tasks, and `workers`."""
 
     units: list[Unit]
     answers: list[Job]
     tasks: dict[str, int]
+    workers: int
 
     def pieces(self) -> Iterator[Piece]:
-        """Go through all examples in order, their tasks numbered through all units."""
+        """Yield all examples in order; tasks are numbered across all units."""
         place = 0
         for unit, answer in zip(self.units, self.answers, strict=True):
             numbers = np.array([self.tasks[name] for name in answer["tasks"]] or [0], np.int32)
@@ -66,125 +71,171 @@ class Staged(NamedTuple):
                 yield Piece(unit, chunk._replace(task=numbers[chunk.task]), draw)
 
 
+def sources_of(config: DataConfig, split: str) -> tuple[SourceConfig, ...]:
+    """Return the sources that are configured for a split."""
+    return config.sources if split == "train" else config.validation_sources
+
+
 def stage(
     folder: Path,
     config: DataConfig,
     tokenizer: Tokenizer,
     head: Head,
+    evaluation: list[dict[str, Any]],
     progress: Callable[[str, int], None],
 ) -> Staged:
-    """Read and tokenise all sources into `folder/stage`, but for the units that are there.
+    """Read and tokenise all sources into `folder/stage`; units that are there are not read again.
 
-    Raises `InputError` as `read_examples`, for all sources before one of them is read.
+    `evaluation` identifies the excluded evaluation sets. Raises `InputError` as `read_examples`,
+    for all sources before it reads one of them.
     """
-    units = _units(folder / "stage", config, tokenizer, head)
+    units = _units(folder / "stage", config, tokenizer, head, evaluation)
+    workers = config.workers or _count_workers(units)
     read = dict.fromkeys(range(len(units)), 0)
 
-    def told(number: int, records: int) -> None:
+    def show(number: int, records: int) -> None:
         read[number] = records
-        place = units[number][:2]
-        total = sum(n for other, n in read.items() if units[other][:2] == place)
-        progress(source_name(_source(config, units[number])), total)
+        split, source = units[number][:2]
+        total = sum(n for other, n in read.items() if units[other][:2] == (split, source))
+        progress(sources_of(config, split)[source].title, total)
 
-    answers = do([unit.job for unit in units], tokenizer, workers_for(config), told)
-    tasks: dict[str, int] = {}
-    for answer in answers:
-        for name in answer["tasks"]:
-            tasks.setdefault(name, len(tasks))
-    return Staged(units, answers, tasks)
+    answers = run(stage_unit, [unit.job for unit in units], tokenizer, workers, show)
+    names = dict.fromkeys(name for answer in answers for name in answer["tasks"])
+    return Staged(units, answers, {name: n for n, name in enumerate(names)}, workers)
 
 
-def _source(config: DataConfig, unit: Unit) -> SourceConfig:
-    return (config.sources if unit.split == "train" else config.validation_sources)[unit.source]
+def _units(
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    head: Head,
+    evaluation: list[dict[str, Any]],
+) -> list[Unit]:
+    """Divide the sources into units, and delete what was staged for other units.
 
-
-def _units(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Head) -> list[Unit]:
-    """Cut the sources into units, and throw away what was staged for others.
-
-    A unit's name is a hash of all that decides its content, so that work done before is found again
-    as long as nothing about it has changed.
+    The name of a unit is a hash of all that decides its content, so that finished work is found
+    again as long as nothing about it has changed.
     """
     folder.mkdir(exist_ok=True)
     units = []
-    evaluation = evaluation_identity(config.exclude)  # Reads every set, so once for all units.
-    for split, sources in (("train", config.sources), ("validation", config.validation_sources)):
-        for number, source in enumerate(sources):
-            # Opened before one is read: a mistake in the last should not cost the first's hours.
-            read_examples(source, tokenizer, config.seq_length, Counts(), head)
+    for split in ("train", "validation"):
+        is_train = split == "train"
+        for number, source in enumerate(sources_of(config, split)):
             files = [str(path) for path in source_files(source)]
-            whole = source.limit is not None or not files
-            for paths in [files] if whole else [[file] for file in files]:
+            resolved = source.model_copy(update={"path": tuple(files) or None})
+            # Checked before any is read, so that a mistake in the last does not cost hours.
+            read_examples(resolved, tokenizer, config.seq_length, Counts(), head)
+            is_whole = source.limit is not None or not files
+            for paths in [files] if is_whole else [[file] for file in files]:
                 table = source.model_dump(mode="json", exclude={"weight"})
-                table |= {"name": source_name(source), "path": paths or None}
-                exclude = config.exclude.model_dump(mode="json") if split == "train" else None
                 job: Job = {
-                    "kind": "stage",
-                    "source": table,
-                    "exclude": exclude,
+                    "source": table | {"name": source.title, "path": paths or None},
+                    "exclude": config.exclude.model_dump(mode="json") if is_train else None,
                     "seq_length": config.seq_length,
                     "head": head,
                 }
                 stats = [_stats(path) for path in paths]
-                sets = evaluation if split == "train" else None
+                sets = evaluation if is_train else None
                 content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT]
                 job["out"] = str(folder / f"{hash_value(content)[:24]}.arrow")
                 units.append(Unit(split, number, job, stats))
     known = {Path(unit.job["out"]).name for unit in units}
     for path in folder.iterdir():
         if path.name.removesuffix(".json") not in known:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return units
 
 
 def _stats(path: str) -> list[int]:
-    """Return what changes when a file does; the last cannot be set back by copying or unpacking."""
+    """Return what changes when a file does; copying or unpacking cannot set back the last."""
     stat = Path(path).stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def check_unchanged(staged: Staged) -> None:
-    """Raise `InputError` if a file is not as it was when it was going to be read."""
-    for unit in staged.units:
-        for path, before in zip(unit.job["source"]["path"] or (), unit.stats, strict=True):
-            if _stats(path) != before:
-                raise InputError(
-                    f"{path}: has changed while it was read; run the same command again to read "
-                    "it anew"
-                )
-
-
-def workers_for(config: DataConfig) -> int:
-    """Count the processes that are worth starting: as configured, or one for each core.
-
-    What one process reads in some seconds is left to one.
-    """
-    if config.workers is not None:
-        return config.workers
-    files = [path for source in config.sources for path in source_files(source)]
-    large = sum(path.stat().st_size for path in files) > _WORTH_PROCESSES
-    if not large:
+def _count_workers(units: list[Unit]) -> int:
+    """Count the processes to start: one per core, or one if it reads all data in seconds."""
+    if sum(size for unit in units for size, *_ in unit.stats) <= _BYTES_WORTH_PROCESSES:
         return 1
     # Only Linux tells which cores a process may use.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]:
-    """Add up what became of the records of each source that was configured for a split.
+def stage_unit(
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None],
+    *,
+    source: dict[str, Any],
+    exclude: dict[str, Any] | None,
+    seq_length: int,
+    head: Head,
+    out: str,
+) -> Job:
+    """Tokenise one unit of a source into `out`; return what was read, kept and dropped.
 
-    Raises `InputError` for a source of which no example is left.
+    The answer has `files` (with their hashes), the `counts`, and the names of the `tasks` in the
+    order of their numbers.
+    """
+    unit = SourceConfig.model_validate(source, strict=False)
+    exclusion = None if exclude is None else _exclusion(json.dumps(exclude))
+    counts = Counts()
+    tasks: dict[str, int] = {}
+
+    def columns() -> Iterator[tuple]:
+        for one in read_examples(unit, tokenizer, seq_length, counts, head, exclusion):
+            counts.examples += 1
+            if counts.examples % _PROGRESS_EVERY == 0:
+                progress(counts.records)
+            task = tasks.setdefault(one.task, len(tasks))
+            yield one.ids, _answer(unit, one), one.answer_position, task, one.key, one.label
+        progress(counts.records)
+
+    write_stage(Path(out), columns(), tokenizer.vocab_size)
+    files = [describe_file(Path(path)) for path in unit.paths]
+    return {"files": files, "counts": vars(counts), "tasks": list(tasks)}
+
+
+def _answer(source: SourceConfig, one: Encoded) -> int:
+    """Return the token of an answer, else its class, 0 for a value, -1 for plain text."""
+    if one.answer_position >= 0:
+        return int(one.ids[one.answer_position])
+    if source.text is not None:
+        return -1
+    return 0 if source.labels is None else int(one.label)
+
+
+@lru_cache(maxsize=1)
+def _exclusion(config: str) -> Exclusion:
+    """Read the evaluation sets once for all units of a process."""
+    return Exclusion(ExcludeConfig.model_validate_json(config, strict=False))
+
+
+def check_unchanged(staged: Staged) -> None:
+    """Raise `InputError` if a file has changed since the units were made."""
+    for unit in staged.units:
+        for path, before in zip(unit.job["source"]["path"] or (), unit.stats, strict=True):
+            if _stats(path) != before:
+                raise InputError(
+                    f"{path}: has changed while it was read; run the same command again"
+                )
+
+
+def report_sources(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]:
+    """Add up what became of the records of each source that is configured for a split.
+
+    Raises `InputError` for a source without an example.
     """
     reports = []
-    for number, source in enumerate(
-        config.sources if split == "train" else config.validation_sources
-    ):
+    for number, source in enumerate(sources_of(config, split)):
         mine = [
             answer
             for unit, answer in zip(staged.units, staged.answers, strict=True)
             if (unit.split, unit.source) == (split, number)
         ]
-        counts = merge([answer["counts"] for answer in mine])
-        one = SourceReport(
-            name=source_name(source),
+        counts = Counts()
+        for answer in mine:
+            counts.add(Counts(**answer["counts"]))
+        report = SourceReport(
+            name=source.title,
             files=[SourceFile(**file) for answer in mine for file in answer["files"]],
             records=counts.records,
             examples=counts.examples,
@@ -195,9 +246,9 @@ def report(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]
             broken_files=counts.broken_files,
             hits={name: [list(hit) for hit in hits] for name, hits in sorted(counts.hits.items())},
         )
-        if not one.examples:
-            raise InputError(f"no example is left to train on: {sentence(one)}")
-        reports.append(one)
+        if not report.examples:
+            raise InputError(f"no example is left to train on: {describe_source(report)}")
+        reports.append(report)
     return reports
 
 
@@ -205,12 +256,12 @@ def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def sentence(report: SourceReport) -> str:
-    """Say in one line what became of the records of a source."""
+def describe_source(report: SourceReport) -> str:
+    """Describe in one line what became of the records of a source."""
     parts = [f"{report.name}: {report.records} records, {report.examples} examples"]
     dropped = dict(report.dropped)
     if files := dropped.pop(BROKEN_FILE, 0):
-        parts.append(f"{files} {'file' if files == 1 else 'files'} broken off")
+        parts.append(f"{files} broken {'file' if files == 1 else 'files'}")
     parts += [f"{count} dropped ({reason})" for reason, count in dropped.items()]
     parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
     return ", ".join(parts)

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from mlmjax.config.run import RunConfig
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
-from mlmjax.data.reading.examples import source_name
 from mlmjax.data.rows import RowSource, open_rows
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.parallel.sharding import batch_sharding
@@ -49,7 +48,7 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
     data, folder = config.data, Path(config.data.rows)
     manifest = read_manifest(folder)
-    weights = {source_name(source): source.weight for source in data.sources}
+    weights = {source.title: source.weight for source in data.sources}
 
     level = None if data.subset is None else data.select.sizes.index(data.subset)
     rows = {

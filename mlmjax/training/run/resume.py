@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 from mlmjax.config.data import DataConfig
 from mlmjax.config.run import ObjectiveConfig, RunConfig, ScheduleConfig
 from mlmjax.data.manifest import MANIFEST
-from mlmjax.data.reading.examples import source_name
 from mlmjax.data.schedule import mask_rate, row_schedule
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
@@ -115,7 +114,7 @@ def identity_of(
             "seq_length": data.seq_length,
             "batch_size": data.batch_size,
             "subset": data.subset,
-            "weights": {source_name(source): source.weight for source in data.sources},
+            "weights": {source.title: source.weight for source in data.sources},
         },
         "head": config.head,
         "objective": config.objective.model_dump(mode="json", include=set(OBJECTIVE)),

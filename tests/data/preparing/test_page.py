@@ -45,7 +45,7 @@ def test_what_is_broken_is_told(tmp_path, tokenizer):
     assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
     assert "a.jsonl line 2" in page
     assert "`s`: the first 1 of 1 files and the first 1 of 1 records." in page
-    assert "4 records, 3 examples, 1 file broken off, 1 dropped (broken record)" in printed
+    assert "4 records, 3 examples, 1 broken file, 1 dropped (broken record)" in printed
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -68,7 +68,7 @@ def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer, w
     for row, path in zip(told[:20], paths[1:21], strict=True):
         assert row[2].startswith(path)
     assert "`s`: the first 20 of 23 files and the first 5 of 44 records." in page
-    assert "23 files broken off, 44 dropped (broken record)" in printed
+    assert "23 broken files, 44 dropped (broken record)" in printed
     assert found["sources"][0]["records"] == 45
     assert len(found["sources"][0]["broken"]) == 20
 

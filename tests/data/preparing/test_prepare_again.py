@@ -1,21 +1,19 @@
 """Preparing again, after a kill or by several: the same bytes, and no rows made otherwise used."""
 
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
-from contextlib import suppress
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
+import row_files
 from row_files import change, change_source, content, make_rows, two_sources, write_table
 
 from mlmjax import InputError
 from mlmjax.data.manifest import read_manifest
+from mlmjax.data.preparing import build, workers
 from mlmjax.data.preparing import prepare as prepare_module
-from mlmjax.data.preparing import workers as work
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import RunError
@@ -102,17 +100,17 @@ def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
 CHILD = """
 import os, signal, sys
 from mlmjax.config.data import DataConfig
-from mlmjax.data.preparing import workers as work
+from mlmjax.data.preparing import workers
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.text.tokenizer import Tokenizer
-done, left = work._do_one, int(sys.argv[2])
-def do_one(*args):
+done, left = workers._do, int(sys.argv[2])
+def do(*args):
     global left
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
     return done(*args)
-work._do_one = do_one
+workers._do = do
 config = DataConfig.model_validate_json(sys.argv[1], strict=False)
 prepare(config, Tokenizer.from_pretrained())
 """
@@ -161,15 +159,40 @@ def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["at once", "later"])
-def test_a_process_that_dies_fails_the_run(config, tokenizer, tmp_path, monkeypatch, when):
-    write_table(tmp_path / "c.jsonl", make_rows(30))
-    program = tmp_path / "program"
-    program.write_text("#!/bin/sh\n" + ("read line\n" * 2 if when == "later" else "") + "exit 9\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(work, "sys", SimpleNamespace(executable=str(program)))
-    config = change_source(config, path=str(tmp_path / "[ac].jsonl"))
-    with pytest.raises(RunError, match="died"):
-        prepare(change(config, workers=2), tokenizer)
+def test_a_process_that_dies_fails_the_run(tokenizer, tmp_path, when):
+    def work(tokenizer, progress, *, out, dies):
+        import os
+
+        if dies:
+            os._exit(9)
+        with open(out, "w") as file:
+            file.write("done")
+        return {}
+
+    jobs = [{"out": str(tmp_path / str(n)), "dies": when == "at once" or n == 4} for n in range(5)]
+    with pytest.raises(RunError, match=r"a process that prepares data died; .* to resume"):
+        workers.run(work, jobs, tokenizer, 2)
+    jobs[4]["dies"] = False
+    assert when == "at once" or workers.run(work, jobs, tokenizer, 1) == [{}] * 5
+
+
+def test_what_a_process_refuses_keeps_its_details(tokenizer, tmp_path):
+    def work(tokenizer, progress, *, out):
+        import sys
+
+        from mlmjax.errors import InputError
+
+        assert "jax" not in sys.modules
+        raise InputError("a.csv row 1: no text", ["row 2: neither"])
+
+    jobs = [{"out": str(tmp_path / str(n))} for n in range(2)]
+    with pytest.raises(InputError) as caught:
+        workers.run(work, jobs, tokenizer, 2)
+    assert (caught.value.message, caught.value.details) == (
+        "a.csv row 1: no text",
+        ("row 2: neither",),
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_at_once_build_one_folder(tmp_path):
@@ -195,51 +218,58 @@ def test_two_at_once_build_one_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(InputError, match="cannot be written"),
-        build_folder(tmp_path / "file" / "x"),
-    ):
+    with pytest.raises(InputError, match="cannot be written"), build_folder(tmp_path / "file" / "x"):
         pass
 
 
-PREPARE = """
-import sys, time
+KILLS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
 from mlmjax.config.data import DataConfig
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.text.tokenizer import Tokenizer
-config = DataConfig.model_validate_json(sys.argv[1], strict=False)
-tokenizer = Tokenizer.from_pretrained()
-print("begins", flush=True)
-prepare(config, tokenizer)
+sys.path.append(sys.argv[1])
+from row_files import change, content
+config, wanted = DataConfig.model_validate_json(sys.argv[2], strict=False), int(sys.argv[3])
+tokenizer, rng, rows = Tokenizer.from_pretrained(), random.Random(wanted), Path(config.rows)
+
+def attempt(seconds):
+    run = os.fork()  # Everything is loaded already, so that it begins at once.
+    if run == 0:
+        prepare(config, tokenizer)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(run, signal.SIGKILL)
+    return os.waitpid(run, 0)[1]
+
+begin = time.monotonic()
+assert attempt(None) == 0
+took = time.monotonic() - begin
+expected, kills = content(rows), 0
+while kills < wanted or not rows.exists():
+    if rows.exists():
+        assert content(rows) == expected
+        shutil.rmtree(rows)
+    status = attempt(rng.uniform(0, took) if kills < wanted else None)
+    assert status in (0, signal.SIGKILL)
+    kills += status != 0
+assert content(rows) == expected
+assert not Path(f"{rows}.partial").exists()
 """
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_ten_random_moments_it_gives_the_same_bytes(config, tokenizer, tmp_path, workers):
+@pytest.mark.parametrize(
+    ("workers", "kills"), [(1, 10), (2, 3), pytest.param(2, 10, marks=pytest.mark.long)]
+)
+def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
     """Only the first process is killed: those it started have to see to it that they end."""
-    for part in range(12):
-        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(1500, salt=part))
+    for part in range(8):
+        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(400, salt=part))
     config = change_source(config, path=str(tmp_path / "p*.jsonl"))
-    config = change(config, select={"sizes": (2000, 5000)}, workers=workers)
-    expected = content(prepare(change(config, rows=str(tmp_path / "other"), workers=1), tokenizer))
-    rng = random.Random(workers)
-    rows, kills = tmp_path / "rows", 0
-    while kills < 10 or not rows.exists():
-        if rows.exists():
-            assert content(rows) == expected
-            shutil.rmtree(rows)
-        run = subprocess.Popen(
-            [sys.executable, "-c", PREPARE, config.model_dump_json()], stdout=subprocess.PIPE
-        )
-        assert run.stdout is not None
-        with run.stdout, suppress(subprocess.TimeoutExpired):
-            assert run.stdout.readline() == b"begins\n"
-            run.wait(None if kills >= 10 else rng.uniform(0, 0.6 if workers == 1 else 1.5))
-        run.kill()
-        assert run.wait() in (0, -signal.SIGKILL)
-        kills += run.returncode != 0
-    assert content(rows) == expected
-    assert not (tmp_path / "rows.partial").exists()
+    config = change(config, select={"sizes": (1000, 1500)}, workers=workers)
+    arguments = [str(Path(row_files.__file__).parent), config.model_dump_json(), str(kills)]
+    subprocess.run([sys.executable, "-c", KILLS, *arguments], check=True)
 
 
 def test_a_file_changed_in_secret_is_found(config, tokenizer, tmp_path):
@@ -269,15 +299,16 @@ def test_rows_packed_before_a_kill_are_used_unless_they_are_of_another_choice(
     config, tokenizer, tmp_path, monkeypatch
 ):
     packed = []
+    pack_bucket = build.pack_bucket
 
     def fail_at(limit):
         def pack(*args, **arguments):
             if len(packed) == limit:
                 raise KeyboardInterrupt
             packed.append(arguments["out"])
-            return work.pack_bucket(*args, **arguments)
+            return pack_bucket(*args, **arguments)
 
-        monkeypatch.setitem(work.KINDS, "pack", pack)
+        monkeypatch.setattr(build, "pack_bucket", pack)
 
     fail_at(2)
     with pytest.raises(KeyboardInterrupt):
