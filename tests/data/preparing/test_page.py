@@ -10,9 +10,8 @@ from matplotlib.text import Text
 from row_files import HOSTILE, write_table
 
 from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
-from mlmjax.data import census, prepare
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.preparing import report
+from mlmjax.data.preparing import census, prepare, report
 from mlmjax.data.preparing.report import write_rows_report
 from mlmjax.data.preparing.rows_charts import bars, fates, lengths
 from mlmjax.reporting.charts import own_style, save

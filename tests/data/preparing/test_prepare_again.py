@@ -218,7 +218,10 @@ def test_two_at_once_build_one_folder(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"), build_folder(tmp_path / "file" / "x"):
+    with (
+        pytest.raises(InputError, match="cannot be written"),
+        build_folder(tmp_path / "file" / "x"),
+    ):
         pass
 
 

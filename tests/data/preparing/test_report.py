@@ -15,8 +15,8 @@ from training import write_records, write_tokenizer
 from mlmjax import InputError
 from mlmjax.cli.main import run
 from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
-from mlmjax.data import census, prepare, shuffle
 from mlmjax.data.manifest import read_manifest
+from mlmjax.data.preparing import census, prepare, shuffle
 from mlmjax.data.preparing.report import token_text, write_rows_report
 from mlmjax.data.rows import open_rows
 from mlmjax.reporting.markdown import cell, fenced, visible
