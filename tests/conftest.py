@@ -1,13 +1,22 @@
 """Settings every test shares: eight simulated devices, no network, loud shape mistakes."""
 
+import atexit
 import gc
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Neither reads nor fills the user's cache of compiled programs.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # One cache of compiled programs for all test processes and their children, and for nobody else:
+    # many tests compile the same small programs.
+    CACHE = tempfile.mkdtemp(prefix="mlmjax-tests-xla-")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The first as the command line sets it, so that what both compute is equal to the last bit. The
 # second because compiling is most of the time of tests: machine code is made in half of the time,
@@ -37,7 +46,9 @@ TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 
 
 def wants(config, mark):
-    """Tell whether tests with this mark were asked for, as by `-m hub`."""
+    """Tell whether tests with this mark were asked for: `-m hub`, or all by `MLMJAX_TESTS=all`."""
+    if mark == "long" and os.environ.get("MLMJAX_TESTS") == "all":
+        return True
     return mark in (config.getoption("-m") or "").replace(f"not {mark}", "")
 
 
