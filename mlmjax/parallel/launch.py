@@ -25,12 +25,12 @@ from mlmjax.errors import (
 )
 from mlmjax.parallel.processes import (
     client,
+    end_together,
+    ended_together,
     is_first,
-    part,
-    parted,
     process_count,
     process_index,
-    table,
+    read_all,
 )
 from mlmjax.parallel.relay import Relay
 
@@ -266,11 +266,11 @@ def _connected(peers: Peers) -> Iterator[None]:
     try:
         yield
         _publish(0, "is done")
-        part("end")
+        end_together("end")
         jax.distributed.shutdown()
     except BaseException as error:
         # Most likely a peer is gone in the middle of something: the watch finds out which.
-        lost = _LOST.search(str(error)) and not parted.is_set()
+        lost = _LOST.search(str(error)) and not ended_together.is_set()
         if watch.stops.wait(SILENCE_SECONDS + 4 * BEAT_SECONDS if lost else 0):
             time.sleep(LINGER_SECONDS)  # It ends this process.
         _publish(*_verdict(error))
@@ -304,13 +304,13 @@ def leave(code: int) -> None:
     through, stays until they know.
     """
     watch = _Watch.current
-    if watch is None or parted.is_set():
+    if watch is None or ended_together.is_set():
         sys.exit(code)
-    parted.set()
+    ended_together.set()
     if is_first():
         until = time.monotonic() + LINGER_SECONDS
         with suppress(Exception):
-            while time.monotonic() < until and len(table(ENDS)) < process_count():
+            while time.monotonic() < until and len(read_all(ENDS)) < process_count():
                 time.sleep(0.2)
     _exit(code)
 
@@ -340,27 +340,27 @@ class _Watch:
 
     def _speak(self) -> None:
         host, count = socket.gethostname(), 0
-        while not parted.is_set():
+        while not ended_together.is_set():
             with suppress(Exception):
                 count += 1
                 client().key_value_set(
                     f"{BEATS}{process_index()}", f"{count} {host}", allow_overwrite=True
                 )
-                for process, text in table(BEATS).items():
+                for process, text in read_all(BEATS).items():
                     self._hosts[process] = text.partition(" ")[2]
                     if text != self._heard[process][0]:
                         self._heard[process] = (text, time.monotonic())
-                self._ended |= {p: json.loads(text) for p, text in table(ENDS).items()}
-            parted.wait(BEAT_SECONDS)
+                self._ended |= {p: json.loads(text) for p, text in read_all(ENDS).items()}
+            ended_together.wait(BEAT_SECONDS)
 
     def _judge(self) -> None:
-        while not parted.wait(BEAT_SECONDS / 4):
+        while not ended_together.wait(BEAT_SECONDS / 4):
             # A copy in one piece: the other thread adds to it.
             for process, end in tuple(self._ended.items()):
                 if end["code"] and process != process_index():
                     self._stop(end["cause"], end["message"], end["code"])
             if self._relay is not None and self._relay.lost.is_set():
-                parted.wait(BEAT_SECONDS)  # It may have said why before.
+                ended_together.wait(BEAT_SECONDS)  # It may have said why before.
                 if not any(end["code"] for end in tuple(self._ended.values())):
                     self._stop(0, "has ended without a word", EXIT_FAILED)
                 continue
@@ -376,10 +376,10 @@ class _Watch:
                 self._stop(silent[0], what, EXIT_FAILED)
 
     def _stop(self, process: int, what: str, code: int) -> None:
-        if parted.is_set():
+        if ended_together.is_set():
             return
         self.stops.set()
-        parted.set()
+        ended_together.set()
         host = self._hosts.get(process)
         where = f" (on {host})" if host else ""
         then = ". The same command on all hosts goes on from the newest checkpoint"

@@ -166,7 +166,7 @@ class Checkpoints:
         """
         step = int(step)
         self.wait()
-        if processes.told_by_first(lambda: step in self.steps()):
+        if processes.broadcast_from_first(lambda: step in self.steps()):
             return
         self._saving = step
         self._clear()

@@ -17,11 +17,12 @@ import jax
 settings, code, arguments = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
 for name, value in settings.items():
     jax.config.update(name, value)
-from mlmjax import cli, watch
-watch.SILENCE_SECONDS, watch.BEAT_SECONDS = 8.0, 0.5
+from mlmjax.cli.main import main
+from mlmjax.parallel import launch
+launch.SILENCE_SECONDS, launch.BEAT_SECONDS = 8.0, 0.5
 exec(code)
 sys.argv[1:] = arguments
-cli.main()
+main()
 """
 
 

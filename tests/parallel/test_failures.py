@@ -10,22 +10,22 @@ WORK = """
 import os, signal, time
 import jax
 import mlmjax.training.run.train
-from mlmjax import distributed
+from mlmjax.parallel import processes
 from mlmjax.errors import InputError, RunError
 def work(config, profile=None):
     print("devices", jax.device_count(), flush=True)
-    assert distributed.told_by_first(lambda: {"a": [1, None]}) == {"a": [1, None]}
-    big = 2.0**52 + distributed.process_index()
-    assert distributed.summed({"x": 0.25, "y": big}) == {"x": 0.5, "y": 2.0**53 + 1}
+    assert processes.broadcast_from_first(lambda: {"a": [1, None]}) == {"a": [1, None]}
+    big = 2.0**52 + processes.process_index()
+    assert processes.sum_over_processes({"x": 0.25, "y": big}) == {"x": 0.5, "y": 2.0**53 + 1}
     for turn in range(10**6):
-        if distributed.any_process(turn == 20 and distributed.process_index() == 1):
+        if processes.any_process(turn == 20 and processes.process_index() == 1):
             break
         time.sleep(0.02)
     assert turn == 20
     for turn in range(10**6):
         if turn == 3:
             DOES
-        distributed.any_process(False)
+        processes.any_process(False)
 mlmjax.training.run.train.run_training = work
 """
 
@@ -85,7 +85,7 @@ def test_others_that_do_not_come(tmp_path, number):
     def flags(_):
         return ["--coordinator", place, "--processes", 2, "--process", number]
 
-    children = processes.start(tmp_path, config, 1, 1, {0: "watch.JOIN_SECONDS = 3"}, flags)
+    children = processes.start(tmp_path, config, 1, 1, {0: "launch.JOIN_SECONDS = 3"}, flags)
     codes, _, errors = processes.finish(children, timeout=60)
     assert codes == [1], errors
     assert errors[0].startswith(

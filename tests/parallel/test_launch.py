@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from mlmjax.errors import InputError
-from mlmjax.parallel import peers
+from mlmjax.parallel import launch
 from mlmjax.parallel.launch import LAUNCHERS, Peers, find_peers
 
 SLURM = {
@@ -29,7 +29,7 @@ OPEN_MPI = {
 def environment(monkeypatch):
     """An environment without launchers, to which a test adds."""
     known = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION", "JAX_COORD")
-    for name in [name for name in peers.os.environ if name.startswith(known)]:
+    for name in [name for name in launch.os.environ if name.startswith(known)]:
         monkeypatch.delenv(name)
 
     def add(**values):
@@ -135,9 +135,9 @@ def test_a_tpu_pod_is_known_by_its_workers(environment, monkeypatch, workers, sl
     environment(
         TPU_WORKER_HOSTNAMES=workers, **({"MEGASCALE_NUM_SLICES": slices} if slices else {})
     )
-    assert LAUNCHERS["the TPU pod"](peers.os.environ) == several
+    assert LAUNCHERS["the TPU pod"](launch.os.environ) == several
     environment(JAX_PLATFORMS="cpu")
-    assert not LAUNCHERS["the TPU pod"](peers.os.environ)
+    assert not LAUNCHERS["the TPU pod"](launch.os.environ)
 
 
 def test_a_tpu_machine_without_metadata_is_alone(environment, monkeypatch):
@@ -147,7 +147,7 @@ def test_a_tpu_machine_without_metadata_is_alone(environment, monkeypatch):
     def fails(*args):
         raise OSError("no such host")
 
-    monkeypatch.setattr(peers.clusters.ClusterEnv, "auto_detect_unset_distributed_params", fails)
+    monkeypatch.setattr(launch.clusters.ClusterEnv, "auto_detect_unset_distributed_params", fails)
     assert find_peers(None, None, None) is None
     environment(TPU_WORKER_HOSTNAMES="a,b")
     with pytest.raises(InputError, match=r"the TPU pod started several .*no such host"):

@@ -86,7 +86,7 @@ def assert_close_runs(out, expected):
 
 AT_STEP = """
 import os, signal, time
-from mlmjax import loop
+from mlmjax.training.run import loop
 settle = loop.Steps._settle
 def settle_and_signal(self, step, *rest):
     while step == {step} and not os.path.isdir({after!r}):
@@ -144,14 +144,14 @@ def test_what_two_began_one_ends_on_another_mesh(folder, one):
 
 IN_PHASE = """
 import os, signal
-from mlmjax import goodput
-switch, sent = goodput.Clock._switch, []
+from mlmjax.training.run import timing
+switch, sent = timing.Clock._switch, []
 def switch_and_signal(self, phase):
     if phase == {phase!r} and not sent:
         sent.append(phase)
         os.kill(os.getpid(), signal.SIGTERM)
     return switch(self, phase)
-goodput.Clock._switch = switch_and_signal
+timing.Clock._switch = switch_and_signal
 """
 
 
@@ -208,11 +208,12 @@ def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
     first = make_config(tmp_path)
     told = []
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
-    monkeypatch.setattr(distributed, "told_by_first", lambda make: told.append(make()))
+    monkeypatch.setattr(distributed, "broadcast_from_first", lambda make: told.append(make()))
     with suppress(TypeError):
         check_alike(first)
     monkeypatch.setattr(distributed, "process_index", lambda: 1)
-    monkeypatch.setattr(distributed, "told_by_first", lambda make: json.loads(json.dumps(told[0])))
+    sent = json.loads(json.dumps(told[0]))
+    monkeypatch.setattr(distributed, "broadcast_from_first", lambda make: sent)
     check_alike(first)
     check_alike(make_config(tmp_path, out="/elsewhere", data__workers=3))
     other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})

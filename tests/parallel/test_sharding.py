@@ -13,10 +13,10 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import (
-    across_slices,
     batch_sharding,
     check_rows,
     constrain,
+    lay_out_slices,
     leaf_path,
     make_mesh,
     parameter_sharding,
@@ -219,14 +219,14 @@ class FakeDevice:
 def test_only_data_crosses_from_slice_to_slice():
     # Out of order, as a runtime may list them.
     devices = [FakeDevice(n, n % 4, "cpu") for n in range(16)]
-    layout = across_slices((8, 2, 1), devices)
+    layout = lay_out_slices((8, 2, 1), devices)
     assert layout.shape == (8, 2, 1)
     slices = np.vectorize(lambda device: device.slice_index)(layout)
     assert (slices == slices[:, :1, :1]).all()  # fsdp and tensor stay within a slice
     assert sorted(slices[:, 0, 0]) == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sorted(device.id for device in layout.ravel()) == list(range(16))
-    assert across_slices((2, 8, 1), devices) is None
-    assert across_slices((4, 1, 1), devices[::4]) is None  # of one slice
+    assert lay_out_slices((2, 8, 1), devices) is None
+    assert lay_out_slices((4, 1, 1), devices[::4]) is None  # of one slice
     tpus = [FakeDevice(n, n % 4, "tpu") for n in range(16)]
-    with pytest.raises(InputError, match="data 2 cannot be cut over the 4 slices"):
-        across_slices((2, 8, 1), tpus)
+    with pytest.raises(InputError, match="data 2 cannot be divided over 4 slices"):
+        lay_out_slices((2, 8, 1), tpus)

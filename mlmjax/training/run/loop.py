@@ -114,7 +114,7 @@ class Run:
 
     def leave(self) -> None:
         """End this process, with all others, the way a signal asks."""
-        processes.part("stopped")
+        processes.end_together("stopped")
         self.stop.leave()
 
 
@@ -136,7 +136,7 @@ class Steps:
         """Take the steps that are left; return the state after the last."""
         run, clock, config = self._run, self._run.clock, self._run.config
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
-        if start and not processes.told_by_first(lambda: self._log.has(start, "validation")):
+        if start and not processes.broadcast_from_first(lambda: self._log.has(start, "validation")):
             self._evaluate(start, state)  # A signal came in the middle of it.
             if run.stopping():
                 self._leave(start)
@@ -176,7 +176,7 @@ class Steps:
     def _pause(self, step: int, state: TrainState) -> None:
         """Log, validate, save and stop, whatever of it is due; no update is in flight."""
         run, config, interval = self._run, self._run.config, self._interval
-        add(interval, run.clock.taken(), processes.summed(self._counts))
+        add(interval, run.clock.taken(), processes.sum_over_processes(self._counts))
         self._counts.clear()
         saves = self._is_due(step, config.checkpoint.every) or run.stopping()
         if self._is_due(step, config.log.every):

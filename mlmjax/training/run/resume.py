@@ -207,7 +207,7 @@ def check_alike(config: RunConfig) -> None:
         return
     mine = _flat(config.model_dump(mode="json"))
     mine = {"--processes": processes.process_count(), **mine}
-    first = processes.told_by_first(lambda: mine)
+    first = processes.broadcast_from_first(lambda: mine)
     differences = [
         f"{key} is {mine.get(key)!r} on process {processes.process_index()} "
         f"(on {socket.gethostname()}), and {first.get(key)!r} on process 0"
@@ -251,7 +251,7 @@ def _check_shared(key: str, folder: Path) -> None:
             ) from error
         return text
 
-    signed = processes.told_by_first(sign)
+    signed = processes.broadcast_from_first(sign)
     until = time.monotonic() + SHARED_SECONDS
     while (found := _text(place)) != signed and time.monotonic() < until:
         time.sleep(0.5)  # A file system of a network shows it late.
@@ -268,7 +268,7 @@ def _check_shared(key: str, folder: Path) -> None:
 
 def check_rows_shared(folder: Path) -> None:
     """Raise `InputError`, on all processes together, where one has not the rows of the first."""
-    first = processes.told_by_first(lambda: _text(folder / MANIFEST))
+    first = processes.broadcast_from_first(lambda: _text(folder / MANIFEST))
     if _text(folder / MANIFEST) != first:
         raise InputError(
             f"data.rows: {folder} of process {processes.process_index()} (on "

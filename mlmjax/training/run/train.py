@@ -18,8 +18,8 @@ from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import row_schedule
 from mlmjax.errors import InputError
 from mlmjax.parallel import processes
-from mlmjax.parallel.processes import told_by_first
-from mlmjax.parallel.sharding import check_rows, gathered, make_mesh
+from mlmjax.parallel.processes import broadcast_from_first
+from mlmjax.parallel.sharding import check_rows, gather_on_first, make_mesh
 from mlmjax.reporting.terminal import Talk, say
 from mlmjax.storage import TRAINING, alone_in, check_name, write_json
 from mlmjax.text.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
         check_rows(mesh.shape, config.data.batch_size, config.data.accumulate)
         check_rows(mesh.shape, sizes.start, micro_batches(config, sizes.start))
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-        prepared = told_by_first(
+        prepared = broadcast_from_first(
             lambda: str(_prepare(config, tokenizer)), "process 0 prepares the rows"
         )
         check_rows_shared(Path(prepared))
@@ -132,7 +132,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
 
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
             # 2. Where it stands: the newest checkpoint if it is of this run, or the beginning.
-            step = told_by_first(checkpoints.resumable) or 0
+            step = broadcast_from_first(checkpoints.resumable) or 0
             interval: Totals = defaultdict(float)
             if step:
                 metadata = checkpoints.metadata(step)
@@ -259,13 +259,13 @@ def _finish(run: Run, graphdef: Any, params: Any, tokenizer: Tokenizer) -> None:
     config, out = run.config, Path(run.config.out)
     with run.clock("checkpoint"):
         run.checkpoints.wait()
-    report = told_by_first(lambda: finished_report(out, config.steps))
+    report = broadcast_from_first(lambda: finished_report(out, config.steps))
     if report is not None:
         say(f"{out}: is complete at step {config.steps}; nothing to do")
     else:
         with run.clock("evaluation"):
             report = {"step": config.steps, **_held_out_answers(run, params, tokenizer)}
-        whole = gathered(params)  # Every process takes part; the first one writes.
+        whole = gather_on_first(params)  # Every process takes part; the first one writes.
         if processes.is_first():
             model = nnx.merge(graphdef, whole)
             card = pretrained.model_card(model) + training_card(

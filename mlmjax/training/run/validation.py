@@ -15,7 +15,7 @@ from mlmjax.data.batch import ATP, Batch
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
-from mlmjax.parallel.processes import summed
+from mlmjax.parallel.processes import sum_over_processes
 from mlmjax.parallel.sharding import mesh_of
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.storage import CONFIG
@@ -49,7 +49,7 @@ def validate(
             return None
         add(totals, jax.device_get(_scalars(eval_step(params, batch))))
         add(counts, count_tokens(counted))
-    add(totals, summed(counts))
+    add(totals, sum_over_processes(counts))
     return summarize(totals)
 
 

@@ -396,10 +396,10 @@ def test_figures_of_a_program_have_one_unit_and_seconds_are_readable():
     ("changes", "says"),
     [
         ({"parallel": "pmap"}, "parallel: a plan is for 'pjit'"),
-        ({"data": {"batch_size": 12}}, "batch of 12 rows cannot be cut"),
+        ({"data": {"batch_size": 12}}, "batch of 12 rows cannot be divided"),
         (
             {"data": {"batch_size": 16, "batch_start": 4, "batch_warmup": 2}},
-            "batch of 4 rows cannot be cut",
+            "batch of 4 rows cannot be divided",
         ),
         ({"attention": "splash"}, "'splash' needs a TPU, and this is cpu"),
         ({"attention": "cudnn"}, "'cudnn' needs an NVIDIA GPU, and this is cpu"),

@@ -358,7 +358,7 @@ def test_starting_from_an_export(folder, straight):
         ({"model__mlp_dropout": 0.1}, r"mlp_dropout is 0.1; training has no dropout"),
         ({"model__vocab_size": 301}, "the tokenizer does not match the model"),
         ({"model__hiden_size": 64}, "hiden_size"),
-        ({"mesh": {"data": 3}}, "batch of 8 rows cannot be cut"),
+        ({"mesh": {"data": 3}}, "batch of 8 rows cannot be divided"),
         ({"mesh": {"fsdp": 16}}, "does not divide the 8 devices"),
         ({"mesh": {"data": 1, "tensor": 4}}, "tensor = 4 does not divide 2"),
         ({"schedule": {"warmup": 20}}, "warmup 20"),

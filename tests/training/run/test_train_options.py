@@ -250,7 +250,7 @@ def test_rows_of_a_growing_batch_are_counted(folder, monkeypatch):
     assert [size for _, size in sorted(sizes)[:10]][-1] == 8
     assert dict(sizes)[0] in (2, 8)
     assert min(size for _, size in sizes) == 2
-    with pytest.raises(InputError, match="batch of 2 rows cannot be cut over"):
+    with pytest.raises(InputError, match="batch of 2 rows cannot be divided by"):
         run_training(make_config(folder, out=str(folder / "devices"), mesh={"data": 4}, **grown))
 
 
