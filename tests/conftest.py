@@ -1,20 +1,13 @@
 """Settings every test shares: eight simulated devices, no network, loud shape mistakes."""
 
-import atexit
 import gc
 import importlib.util
 import os
 import shutil
 import sys
-import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    # One cache of compiled programs for all test processes and their children, and for nobody else:
-    # many tests compile the same small programs.
-    CACHE = tempfile.mkdtemp(prefix="mlmjax-tests-xla-")
-    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,12 +19,19 @@ os.environ.setdefault(
     "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0",
 )
 
-from pathlib import Path
-
 import jax
 import pytest
 
 from mlmjax.parallel import sharding
+
+CACHE, CACHE_BYTES = Path(__file__).parents[1] / ".pytest_cache" / "xla", 2 * 2**30
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Compiled programs are kept for all test processes, their children and the next run: many tests
+    # compile the same small programs, and compiling is half of the time of a run without them.
+    if sum(file.stat().st_size for file in CACHE.glob("*")) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE)
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
 
 # As the commands do: looking for cycles among all that was compiled takes longer than most tests.
 gc.set_threshold(50_000, 10, 10)
