@@ -1,29 +1,30 @@
-"""How a record becomes an example: prompt and one-token answer, labelled row, or plain text."""
+"""From records to examples: prompt and one-token answer, labelled row, or plain text."""
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.config.data import SourceConfig
-from mlmjax.data.reading.answers import Answers, Head, answer_reader, require_text
+from mlmjax.config.data import ExcludeConfig, SourceConfig
+from mlmjax.data.reading.answers import AnswerReader, Head, require_text
 from mlmjax.data.reading.exclusion import Exclusion
-from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Broken, Record, stop
-from mlmjax.data.reading.sources import read_source, source_files
+from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Record, stop
+from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
-from mlmjax.text.prompts import MASK, Template
+from mlmjax.text.prompts import MASK, Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 
 CHUNK_RECORDS = 1000
 CHUNK_CHARACTERS = 2**22
-"""Records are tokenised together up to these bounds: enough for all threads, little memory."""
+"""At most so much is tokenised together: enough for all threads, little memory."""
 
 _ANY_LENGTH = 2**31
 
@@ -33,18 +34,18 @@ TOO_LONG = "prompt too long"
 HOLDS_MASK = f"holds {MASK}"
 
 HITS_SHOWN = 20
-"""Records named in the report for each evaluation set, of those that share text with it."""
+"""Records that the report names for each evaluation set they share text with."""
 
 BROKEN_SHOWN = 20
-"""Broken records named in the report of a source, and as many files."""
+"""Broken records, and broken files, that the report names for a source."""
 
 
 class Encoded(NamedTuple):
-    """A tokenised record: ids uint32 `[tokens]`, the answer's position (-1: none), its task.
+    """A tokenised record: ids uint32 `[tokens]`, the position of the answer (-1: none), its task.
 
     `key` is a 64-bit hash of what the model is shown: of the prompt with its slot open, or of the
-    whole document a window is from. Equal prompts have equal keys, whatever their answers. `label`
-    is the number of the class, or the value of a regression (NaN: none).
+    whole document that a window is from. Equal prompts have equal keys, whatever their answers.
+    `label` is the number of the class, or the value of a regression (NaN: none).
     """
 
     ids: np.ndarray
@@ -55,7 +56,7 @@ class Encoded(NamedTuple):
 
 
 class SharedText(NamedTuple):
-    """A record that shares words with an evaluation set: where it stands, and the words."""
+    """A record that shares words with an evaluation set, and these words."""
 
     where: str
     words: str
@@ -63,12 +64,12 @@ class SharedText(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the records of one source: read, made examples, dropped and why, shortened.
+    """What became of the records of a source: read, made examples, dropped and why, shortened.
 
-    `normalized` counts the answers that each rule changed; `hits` has, for each evaluation set, the
-    first `HITS_SHOWN` records that were dropped because they share text with it; `broken` says what
-    was wrong with the first `BROKEN_SHOWN` that were dropped as broken, `broken_files` with the
-    first files that could not be read to their end, which are counted among `dropped` too.
+    `normalized` counts the answers that each rule changed. `hits` has, for each evaluation set, the
+    first `HITS_SHOWN` records that share text with it. `broken` has the messages of the first
+    `BROKEN_SHOWN` broken records, `broken_files` those of the first files that could not be read to
+    their end. All of these are also counted in `dropped`.
     """
 
     records: int = 0
@@ -94,16 +95,11 @@ class Counts:
         self.broken_files += other.broken_files[: BROKEN_SHOWN - len(self.broken_files)]
 
     def count_broken(self, what: str, error: InputError) -> None:
-        """Count something broken that is left out."""
+        """Count a broken record or file that is skipped."""
         self.dropped[what] += 1
         named = self.broken_files if what == BROKEN_FILE else self.broken
         if len(named) < BROKEN_SHOWN:
             named.append(error.message)
-
-
-def source_name(source: SourceConfig) -> str:
-    """Name a source: its `name`, else its paths or its hub id and subset."""
-    return source.title
 
 
 def read_examples(
@@ -114,252 +110,269 @@ def read_examples(
     head: Head = "mlm",
     exclusion: Exclusion | None = None,
 ) -> Iterator[Encoded]:
-    """Stream the examples of a source, each at most `seq_length` tokens; counts go into `counts`.
+    """Stream the examples of a source, each at most `seq_length` tokens; count in `counts`.
 
-    Dropped and counted is what `exclusion` keeps out: records of its tasks before their answers are
-    looked at, records that share text with an evaluation set after that. So are prompts and answers
-    that hold the text `[MASK]`. An overlapping document is dropped whole.
+    `exclusion` drops records of its tasks before it looks at their answers, and then records that
+    share text with an evaluation set. Prompts and answers that hold the text `[MASK]` are dropped
+    too. A document that overlaps is dropped whole.
 
-    Instruction source (`prompt`, `answer`): kept when `" " + answer` (stripped) is one token, the
+    Instruction source (`prompt`, `answer`): kept if `" " + answer` (stripped) is one token, the
     trained form. With `labels`: the answer names or numbers a label, and the answer token is the
-    label's letter when the prompt has `{options}`, otherwise `" " + label`. The ids are exactly
-    the prompt that scoring sees, the answer's token in place of `[MASK]`. Plain text (`text`): the
-    document is cut into windows of at most `seq_length - 2` tokens between `[CLS]` and `[SEP]`,
-    with `cut = "sentence"` where a sentence ends; no token is lost. For the classification head a
-    prompt has no slot, the answer is the number of the label, and without `labels` any finite
-    number, to be predicted itself.
+    label's letter if the prompt has `{options}`, otherwise `" " + label`. The ids are exactly the
+    prompt that scoring sees, with the answer's token in the place of `[MASK]`. For the
+    classification head, a prompt has no slot, and the answer is the number of the label, or without
+    `labels` a finite number to predict.
 
-    With `broken = "skip"` records and files that cannot be used are left out and counted, each
-    record alone.
+    Plain text (`text`): the document is cut into windows of at most `seq_length - 2` tokens between
+    `[CLS]` and `[SEP]`, with `cut = "sentence"` where a sentence ends; no token is lost.
 
-    Raises `InputError` for labels or templates that cannot work, before anything is read, and for
-    a value that is no text, an unknown label or a blank labelled text, naming file and row.
+    With `broken = "skip"`, records and files that cannot be used are skipped and counted.
+
+    Raises `InputError` for labels or templates that cannot work, before anything is read, and for a
+    value that is not text, an unknown label or a blank labelled text, with file and row.
     """
-    source_files(source)
-    if source.text is not None:
+    make = _Windows if source.text is not None else _Prompts
+    reader: _Reader = make(source, tokenizer, seq_length, head, exclusion)
+    skips = source.broken == "skip"
+
+    def skip(what: str, error: InputError) -> None:
+        counts.records += what == BROKEN_RECORD
+        counts.count_broken(what, error)
+
+    records = read_source(
+        source, reader.columns, named=reader.named, broken=skip if skips else stop
+    )
+    return reader.examples(records, counts, skips)
+
+
+class _Reader(ABC):
+    """Makes examples of the records of one source: records, kept records, examples."""
+
+    columns: Sequence[str]
+    named: Sequence[str] = ()
+
+    def __init__(
+        self,
+        source: SourceConfig,
+        tokenizer: Tokenizer,
+        seq_length: int,
+        head: Head,
+        exclusion: Exclusion | None,
+    ):
+        self.source, self.tokenizer, self.seq_length = source, tokenizer, seq_length
+        self.exclusion = exclusion or Exclusion(ExcludeConfig())
+
+    def examples(self, records: Iterable[Record], counts: Counts, skips: bool) -> Iterator[Encoded]:
+        """Yield the examples of all records, many tokenised together."""
+        for chunk in _chunks(records):
+            counts.records += len(chunk)
+            yield from self._sound(chunk, counts) if skips else self.convert(chunk, counts)
+
+    @abstractmethod
+    def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
+        """Yield the examples of some records; raise `InputError` for one that is broken."""
+
+    def _sound(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
+        """Convert the records that are not broken, and find the others by bisection."""
+        attempt = Counts()
+        try:
+            examples = list(self.convert(records, attempt))
+        except InputError as error:
+            if len(records) == 1:
+                counts.count_broken(BROKEN_RECORD, error)
+                return
+            middle = len(records) // 2
+            yield from self._sound(records[:middle], counts)
+            yield from self._sound(records[middle:], counts)
+            return
+        counts.add(attempt)
+        yield from examples
+
+    def task_of(self, record: Record) -> str:
+        """Return the task of a record, by default the name of its source."""
+        column = self.source.task
+        if column is None:
+            return self.source.title
+        value = record.fields[column]
+        if value is None or not str(value).strip():
+            raise InputError(f"{record.where}: column {column!r} names no task; found {value!r}")
+        check_text(str(value), f"{record.where}: column {column!r}")
+        return str(value)
+
+    def is_excluded(self, record: Record, counts: Counts) -> bool:
+        """Tell, and count, whether `data.exclude` names the task of a record."""
+        if not self.exclusion.patterns:
+            return False
+        pattern = self.exclusion.pattern(self.task_of(record))
+        if pattern is not None:
+            counts.dropped[f"task excluded by {pattern!r}"] += 1
+        return pattern is not None
+
+    def overlaps(self, record: Record, text: str, counts: Counts) -> bool:
+        """Tell, and count, whether a record shares text with an evaluation set."""
+        hit = self.exclusion.overlap(text)
+        if hit is None:
+            return False
+        counts.dropped[f"overlaps {hit.name}"] += 1
+        shown = counts.hits.setdefault(hit.name, [])
+        if len(shown) < HITS_SHOWN:
+            shown.append(SharedText(record.where, hit.words))
+        return True
+
+
+class _Windows(_Reader):
+    """Plain text, in windows."""
+
+    def __init__(self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, *others: Any):
+        super().__init__(source, tokenizer, seq_length, *others)
+        assert source.text is not None
         if seq_length < 3:
-            raise InputError(f"seq_length {seq_length}: leaves no room between [CLS] and [SEP]")
-        return _read_windows(source, source.text, tokenizer, seq_length - 2, counts, exclusion)
-    assert source.prompt is not None
-    where = f"source {source_name(source)}"
-    with _opened_by(f"{where}: prompt"):
-        template = Template(source.prompt, shorten=dict(source.shorten), slot=head == "mlm")
-        if not set(template.fields) - {"options"}:
-            raise InputError("names no column of the records; write {text} for the column text")
-    with _opened_by(f"{where}: labels"):
-        read_answers = answer_reader(source, template, tokenizer, head)
-    return _read_prompts(source, template, read_answers, tokenizer, seq_length, counts, exclusion)
+            raise InputError(
+                f"seq_length {seq_length}: leaves no room between [CLS] and [SEP]; raise it"
+            )
+        self.text = source.text
+        self.columns = [source.text, *([source.task] if source.task else [])]
+
+    def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
+        kept = list(self._kept(records, counts))
+        texts = [record.fields[self.text] for record in kept]
+        width = self.seq_length - 2
+        cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+        encoded = self.tokenizer.encode_plain_batch(texts)
+        for record, text, ids in zip(kept, texts, encoded, strict=True):
+            task, key = self.task_of(record), _hash(text.encode())
+            cuts = np.empty(0, np.int64)
+            if self.source.cut == "sentence" and len(ids) > width:
+                cuts = sentence_cuts(text, self.tokenizer.plain_offsets(text))
+            for part in windows(ids, width, cuts):
+                yield Encoded(np.array([cls_id, *part, sep_id], np.uint32), -1, task, key)
+
+    def _kept(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
+        for record in records:
+            require_text(record, self.text)
+            if not record.fields[self.text].strip():
+                counts.dropped[BLANK_TEXT] += 1
+            elif not self.is_excluded(record, counts) and not self.overlaps(
+                record, record.fields[self.text], counts
+            ):
+                yield record
+
+
+class _Kept(NamedTuple):
+    """A record that gives an example, the fields of its prompt, and its answer."""
+
+    record: Record
+    row: dict[str, Any]
+    answer: float
+
+
+class _Prompts(_Reader):
+    """Prompts with their answers."""
+
+    def __init__(
+        self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, head: Head, *others: Any
+    ):
+        super().__init__(source, tokenizer, seq_length, head, *others)
+        assert source.prompt is not None
+        assert source.answer is not None
+        where = f"source {source.title}"
+        with _located(f"{where}: prompt"):
+            slot = head == "mlm"
+            self.template = Template(source.prompt, shorten=dict(source.shorten), slot=slot)
+            if not set(self.template.fields) - {"options"}:
+                raise InputError("names no column of the records; write {text} for the column text")
+        with _located(f"{where}: labels"):
+            self.answers = AnswerReader(source, self.template, tokenizer, head)
+        # With labels, `options` are their names; without, a column of the record.
+        self.options = None if source.labels is None else list(source.label_names)
+        self.fields = [
+            name for name in self.template.fields if self.options is None or name != "options"
+        ]
+        self.texts = [name for name in self.fields if name != "options"]
+        self.shown = [*self.fields, source.answer]
+        self.columns = [*self.shown, *([source.task] if source.task else [])]
+        self.named = () if source.labels else (source.answer,)
+
+    def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
+        kept = list(self._kept(self._usable(records, counts), counts))
+        for one, prompt in zip(kept, self._render(kept), strict=True):
+            if len(prompt.ids) > self.seq_length:
+                try:
+                    prompt = self.template.render(self.tokenizer, one.row, self.seq_length)
+                except InputError:
+                    counts.dropped[TOO_LONG] += 1
+                    continue
+                counts.shortened.update(prompt.shortened.keys())
+            ids = np.array(prompt.ids, np.uint32)
+            key, task = _hash(ids), self.task_of(one.record)
+            if self.template.slot:
+                ids[prompt.slot] = one.answer
+                yield Encoded(ids, prompt.slot, task, key)
+            else:
+                yield Encoded(ids, prompt.slot, task, key, one.answer)
+
+    def _usable(self, records: Sequence[Record], counts: Counts) -> list[Record]:
+        """Drop records of excluded tasks, and those that speak of the mask itself."""
+        for record in records:
+            for name in self.texts:
+                require_text(record, name)
+        usable = []
+        for record in records:
+            if self.is_excluded(record, counts):
+                continue
+            if any(MASK in text for text in _strings(record, self.shown)):
+                counts.dropped[HOLDS_MASK] += 1
+            else:
+                usable.append(record)
+        return usable
+
+    def _kept(self, records: Sequence[Record], counts: Counts) -> Iterator[_Kept]:
+        """Read the answers, and drop blank prompts and those that overlap."""
+        for record, answer in self.answers.read(records, counts.dropped, counts.normalized):
+            row = {name: record.fields[name] for name in self.fields}
+            if self.options is not None:
+                row["options"] = self.options
+            if self.texts and not any(row[name].strip() for name in self.texts):
+                if self.options is not None:
+                    raise InputError(
+                        f"{record.where}: {', '.join(self.texts)} is blank; expected some text"
+                    )
+                counts.dropped[BLANK_PROMPT] += 1
+            elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
+                yield _Kept(record, row, answer)
+
+    def _render(self, kept: Sequence[_Kept]) -> list[Prompt]:
+        """Encode the whole prompts together; only what is too long is looked at again."""
+        rows = [one.row for one in kept]
+        try:
+            return self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH)
+        except InputError:
+            for one in kept:
+                with _located(one.record.where):
+                    self.template.render(self.tokenizer, one.row, _ANY_LENGTH)
+            raise
 
 
 @contextmanager
-def _opened_by(where: str) -> Iterator[None]:
-    """Open the message of an error with what it is about."""
+def _located(where: str) -> Iterator[None]:
+    """Put the place of an error before its message."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{where}: {error.message}", error.details) from error
 
 
-def _read_windows(
-    source: SourceConfig,
-    column: str,
-    tokenizer: Tokenizer,
-    width: int,
-    counts: Counts,
-    exclusion: Exclusion | None,
-) -> Iterator[Encoded]:
-    columns = [column, *([source.task] if source.task else [])]
-
-    def convert(records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
-        kept = []
-        for record in records:
-            require_text(record, column)
-            if not record.fields[column].strip():
-                counts.dropped[BLANK_TEXT] += 1
-            elif not (
-                _excluded_by_task(exclusion, source, record, counts)
-                or _overlaps(exclusion, record, record.fields[column], counts)
-            ):
-                kept.append(record)
-        texts = [record.fields[column] for record in kept]
-        encoded = tokenizer.encode_plain_batch(texts)
-        for record, text, ids in zip(kept, texts, encoded, strict=True):
-            task = _task(source, record)
-            key = _key(text.encode())
-            cuts = np.empty(0, np.int64)
-            if source.cut == "sentence" and len(ids) > width:
-                cuts = sentence_cuts(text, tokenizer.plain_offsets(text))
-            for part in windows(ids, width, cuts):
-                window = [tokenizer.cls_id, *part, tokenizer.sep_id]
-                yield Encoded(np.array(window, np.uint32), -1, task, key)
-
-    return _converted(source, columns, (), convert, counts)
+def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:
+    """Yield the texts in some columns of a record, those in lists included."""
+    for name in columns:
+        value = record.fields[name]
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, str):
+                yield item
 
 
-def _read_prompts(
-    source: SourceConfig,
-    template: Template,
-    read_answers: Callable[[Sequence[Record], Counter[str], Counter[str]], Answers],
-    tokenizer: Tokenizer,
-    seq_length: int,
-    counts: Counts,
-    exclusion: Exclusion | None,
-) -> Iterator[Encoded]:
-    answer_column = source.answer
-    assert answer_column is not None
-    labels = None if source.labels is None else list(source.label_names)
-    fields = [name for name in template.fields if labels is None or name != "options"]
-    columns = [*fields, answer_column, *([source.task] if source.task else [])]
-    texts = [name for name in fields if name != "options"]
-
-    def convert(records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
-        rows, answers, kept = [], [], []
-        for record in records:
-            for name in texts:
-                require_text(record, name)
-        usable = [
-            record
-            for record in records
-            if not _excluded_by_task(exclusion, source, record, counts)
-            and not _holds_mask(record, [*fields, answer_column], counts)
-        ]
-        for record, answer in read_answers(usable, counts.dropped, counts.normalized):
-            row = {name: record.fields[name] for name in fields}
-            if labels is not None and "options" in template.fields:
-                row["options"] = labels
-            if any(row[name].strip() for name in texts) or not texts:
-                if _overlaps(exclusion, record, _shown(record, fields), counts):
-                    continue
-                rows.append(row)
-                answers.append(answer)
-                kept.append(record)
-            elif labels is not None:
-                raise InputError(f"{record.where}: {', '.join(texts)} is blank; expected some text")
-            else:
-                counts.dropped[BLANK_PROMPT] += 1
-        # Everything is encoded at once and whole; only what is too long is looked at again.
-        try:
-            prompts = template.render_batch(tokenizer, rows, _ANY_LENGTH)
-        except InputError:
-            for row, record in zip(rows, kept, strict=True):
-                with _opened_by(record.where):
-                    template.render(tokenizer, row, _ANY_LENGTH)
-            raise
-        for row, answer, record, prompt in zip(rows, answers, kept, prompts, strict=True):
-            ids, slot = prompt.ids, prompt.slot
-            if len(ids) > seq_length:
-                try:
-                    ids, slot, shortened = template.render(tokenizer, row, seq_length)
-                except InputError:
-                    counts.dropped[TOO_LONG] += 1
-                    continue
-                counts.shortened.update(shortened.keys())
-            example = np.array(ids, np.uint32)
-            key = _key(example)
-            task = _task(source, record)
-            if template.slot:
-                example[slot] = answer
-                yield Encoded(example, slot, task, key)
-            else:
-                yield Encoded(example, slot, task, key, answer)
-
-    return _converted(source, columns, () if labels else (answer_column,), convert, counts)
-
-
-Convert = Callable[[Sequence[Record], Counts], Iterator[Encoded]]
-"""Makes examples of records, and counts what becomes of them."""
-
-
-def _converted(
-    source: SourceConfig,
-    columns: Sequence[str],
-    named: Sequence[str],
-    convert: Convert,
-    counts: Counts,
-) -> Iterator[Encoded]:
-    """Read the columns of a source and convert its records, many at a time."""
-    skipping = source.broken == "skip"
-
-    def skip(what: str, error: InputError) -> None:
-        counts.records += what == BROKEN_RECORD
-        counts.count_broken(what, error)
-
-    broken: Broken = skip if skipping else stop
-    for records in _chunks(read_source(source, columns, named=named, broken=broken)):
-        counts.records += len(records)
-        yield from _sound(records, convert, counts) if skipping else convert(records, counts)
-
-
-def _sound(records: Sequence[Record], convert: Convert, counts: Counts) -> Iterator[Encoded]:
-    """Convert the records that can be, looking for the others by halves."""
-    attempt = Counts()
-    try:
-        converted = list(convert(records, attempt))
-    except InputError as error:
-        if len(records) == 1:
-            counts.count_broken(BROKEN_RECORD, error)
-            return
-        middle = len(records) // 2
-        yield from _sound(records[:middle], convert, counts)
-        yield from _sound(records[middle:], convert, counts)
-        return
-    counts.add(attempt)
-    yield from converted
-
-
-def _excluded_by_task(
-    exclusion: Exclusion | None, source: SourceConfig, record: Record, counts: Counts
-) -> bool:
-    if exclusion is None or not exclusion.patterns:
-        return False
-    pattern = exclusion.pattern(_task(source, record))
-    if pattern is not None:
-        counts.dropped[f"task excluded by {pattern!r}"] += 1
-    return pattern is not None
-
-
-def _overlaps(exclusion: Exclusion | None, record: Record, text: str, counts: Counts) -> bool:
-    hit = None if exclusion is None else exclusion.overlap(text)
-    if hit is None:
-        return False
-    counts.dropped[f"overlaps {hit.name}"] += 1
-    shown = counts.hits.setdefault(hit.name, [])
-    if len(shown) < HITS_SHOWN:
-        shown.append(SharedText(record.where, hit.words))
-    return True
-
-
-def _holds_mask(record: Record, columns: Sequence[str], counts: Counts) -> bool:
-    """Tell whether a record speaks of the mask itself, which is no text to learn answers from."""
-    holds = any(MASK in text for name in columns for text in _strings(record.fields[name]))
-    if holds:
-        counts.dropped[HOLDS_MASK] += 1
-    return holds
-
-
-def _shown(record: Record, fields: Sequence[str]) -> str:
-    """Return what the fields of a record show, options included, a line each."""
-    return "\n".join(text for name in fields for text in _strings(record.fields[name]))
-
-
-def _strings(value: Any) -> list[str]:
-    values = value if isinstance(value, list | tuple) else [value]
-    return [item for item in values if isinstance(item, str)]
-
-
-def _key(content: bytes | np.ndarray) -> int:
+def _hash(content: bytes | np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
-
-
-def _task(source: SourceConfig, record: Record) -> str:
-    if source.task is None:
-        return source_name(source)
-    value = record.fields[source.task]
-    if value is None or not str(value).strip():
-        raise InputError(f"{record.where}: column {source.task!r} names no task; found {value!r}")
-    task = str(value)
-    check_text(task, f"{record.where}: column {source.task!r}")
-    return task
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:

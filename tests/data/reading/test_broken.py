@@ -12,12 +12,16 @@ from hypothesis import strategies as st
 
 from mlmjax import InputError, errors
 from mlmjax.config.data import SourceConfig
-from mlmjax.data import files
+from mlmjax.data.reading import files
 from mlmjax.data.reading.examples import BROKEN_SHOWN, Counts, read_examples
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
 from mlmjax.storage import hash_value
 
 GOOD = [{"input": f"Is {i} odd?", "answer": ["no", "yes"][i % 2], "task": "t"} for i in range(40)]
+
+
+def noise(number):
+    return f"{hash_value(number)[:24]} {hash_value(-number)[:24]}"
 
 
 def lines(rows=GOOD):
@@ -114,7 +118,9 @@ def shard(kind, folder):
     """Write a shard that breaks off, or that is none at all; give how many records it still has."""
     good = b"".join(lines())
     path = folder / "b"
-    many = [{**GOOD[0], "input": f"{hash_value(i)} {hash_value(-i)}"} for i in range(2000)]
+    many = [
+        {**GOOD[0], "input": noise(i)} for i in range(2000)
+    ]
     if kind == "truncated":
         path = folder / "b.jsonl.gz"
         path.write_bytes(gzip.compress(good)[:-9])
@@ -239,7 +245,9 @@ def test_messages_do_nothing_to_a_terminal_or_a_file(tokenizer, tmp_path):
 
 def test_what_decodes_before_a_cut_is_kept(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    many = [{**GOOD[0], "input": f"{hash_value(i)} {hash_value(-i)}"} for i in range(3000)]
+    many = [
+        {**GOOD[0], "input": noise(i)} for i in range(3000)
+    ]
     data = gzip.compress(b"".join(lines(many)))
     path.write_bytes(data[: len(data) * 9 // 10])
     examples, counts = read(source(path, broken="skip"), tokenizer)

@@ -175,7 +175,11 @@ def test_labels_and_prompts_are_checked_before_anything_is_read(
             {"w": "World", "s": "Sport"},
             "is 'z', which labels does not list; expected one of 'w', 's'",
         ),
-        ({"text": "x", "label": 1}, ("1", "2"), "line 2: column 'label' is 1, and it is not clear"),
+        (
+            {"text": "x", "label": 1},
+            ("1", "2"),
+            "line 2: column 'label' is 1, which may be a name or a position",
+        ),
         ({"text": " \n", "label": 1}, LABELS, "line 2: text is blank; expected some text"),
         ({"text": None, "label": 1}, LABELS, "line 2: column 'text' is null; expected text"),
         ({"text": 7, "label": 1}, None, "line 2: column 'text' is int .7.; expected text"),
@@ -216,7 +220,7 @@ def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):
     source = SourceConfig(path=table(rows), prompt="{question}\n{options}", answer="answer")
     (example,), _ = read(source, tokenizer)
     assert tokenizer.decode([example.ids[example.answer_position]]) == " B"
-    with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options' is str"):
+    with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options': is one str"):
         read(source.model_copy(update={"path": table([{**rows[0], "options": "3, 4"}])}), tokenizer)
 
 

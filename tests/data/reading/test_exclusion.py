@@ -7,7 +7,7 @@ import pytest
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.tables import decode
-from mlmjax.data import answers, exclude
+from mlmjax.data.reading import answers, exclusion
 from mlmjax.data.reading.examples import HITS_SHOWN, Counts, read_examples
 from mlmjax.data.reading.exclusion import Exclusion, evaluation_identity
 from mlmjax.errors import InputError
@@ -48,7 +48,7 @@ def read(source, tokenizer, exclusion, head="mlm"):
 
 
 def test_examples_in_the_docstrings():
-    for module in (exclude, answers):
+    for module in (exclusion, answers):
         assert doctest.testmod(module).attempted
         assert not doctest.testmod(module).failed
 

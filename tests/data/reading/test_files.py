@@ -15,8 +15,8 @@ from mlmjax import InputError
 from mlmjax.config import columns
 from mlmjax.config.data import DataConfig, Location, SourceConfig
 from mlmjax.config.tables import decode
-from mlmjax.data import files
 from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.reading import files
 from mlmjax.data.reading.files import Record, read_file
 from mlmjax.data.reading.sources import read_source, source_files
 from mlmjax.data.rows import open_rows

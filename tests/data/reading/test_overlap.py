@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmjax.data import overlap
+from mlmjax.data.reading import overlap
 from mlmjax.data.reading.overlap import MOST_TEXTS, SHORTEST, Hit, OverlapIndex, words_of
 
 PASSAGE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"

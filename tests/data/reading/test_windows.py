@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mlmjax.config.data import SourceConfig
 from mlmjax.config.run import parse_config
-from mlmjax.data import windows as module
+from mlmjax.data.reading import windows as module
 from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.data.reading.windows import sentence_cuts, sentence_ends, windows
 from mlmjax.errors import InputError
