@@ -15,7 +15,8 @@ from flax import nnx
 from mlmjax.classification.labels import label_numbers
 from mlmjax.classification.prompter import Asking, Question, make_asking
 from mlmjax.classification.rounds import in_rounds, together
-from mlmjax.classification.settings import Answer, Head, LongText, Settings, settle
+from mlmjax.classification.settings import Answer, LongText, Settings, settle
+from mlmjax.config.run import Head
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import (

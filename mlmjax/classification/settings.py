@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from mlmjax.classification.labels import described, seen_labels
 from mlmjax.config.data import ShortenSide
+from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
@@ -19,7 +20,6 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import OptionNames, usable_option_names
 
 LongText = Literal["shorten", "mean", "max"]
-Head = Literal["mlm", "classification"]
 Answer = Literal["letters", "words", "continuation"]
 INSTRUCTION = (
     "You will be given a text as well as a list of labels. "

@@ -20,6 +20,7 @@ from mlmjax.config.tables import StrictTable, decode, override, read_toml
 
 # TPU kernels cut a sequence into tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
+Head = Literal["mlm", "classification"]
 # The model imports these names; it knows nothing else of a run.
 AttentionName = Literal["auto", "dense", "banded", "cudnn", "splash"]
 Remat = Literal["none", "dots", "layer"]
@@ -129,7 +130,7 @@ class RunConfig(StrictTable):
     revision: Name | None = None
     model: Mapping[str, Any] | None = None
     tokenizer: Name | None = None
-    head: Literal["mlm", "classification"] = "mlm"
+    head: Head = "mlm"
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attention: AttentionName = "auto"

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, model_validator
 
 from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
+from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
 from mlmjax.config.task import Task, load_task
 from mlmjax.errors import InputError
 
 ORDER_ROWS, SHIFTS = 200, 4
-Head = Literal["mlm", "classification"]
 HEADS: tuple[Head, ...] = ("mlm", "classification")
 Few = Annotated[int, Field(gt=0, le=1000)]
 

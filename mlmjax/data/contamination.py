@@ -6,9 +6,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field, ValidationError
 
 from mlmjax.config.data import Location
+from mlmjax.config.tables import StrictTable
 from mlmjax.config.task import Task
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
@@ -22,19 +23,15 @@ Status = Literal["unknown", "found", "excluded", "none found"]
 _PLACE = ("hub", "subset", "folder", "split", "revision")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class TrainingFile(_Part):
+class TrainingFile(StrictTable):
     """A file that was read: its name without its folder, and its content's hash."""
 
     name: str
     sha256: str
 
 
-class _Place(_Part):
-    files: list[TrainingFile] = []
+class _Place(StrictTable):
+    files: list[TrainingFile] = Field(default_factory=list)
     hub: str | None = None
     subset: str | None = None
     folder: str | None = None
@@ -55,7 +52,7 @@ class ExcludedSet(_Place):
     ngram: int
 
 
-class TrainingRun(_Part):
+class TrainingRun(StrictTable):
     """One run: what it started from, its sources, the tasks it saw, and what it kept out."""
 
     init_from: str | None
@@ -65,7 +62,7 @@ class TrainingRun(_Part):
     excluded: list[ExcludedSet]
 
 
-class TrainingManifest(_Part):
+class TrainingManifest(StrictTable):
     """The runs that made a model, first to last; `training_manifest.json` of its folder."""
 
     format: Literal[1]

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
 
+from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 
 FORMAT = 3
@@ -16,11 +17,7 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class SourceFile(_Part):
+class SourceFile(StrictTable):
     """One file that was read: its name as configured, its size in bytes, its content's hash."""
 
     path: str
@@ -28,7 +25,7 @@ class SourceFile(_Part):
     sha256: str
 
 
-class RowFile(_Part):
+class RowFile(StrictTable):
     """One file of rows of one source in one split, with what it holds."""
 
     name: str
@@ -46,7 +43,7 @@ class RowFile(_Part):
     examples_per_task: dict[str, int]
 
 
-class SourceReport(_Part):
+class SourceReport(StrictTable):
     """What reading one source gave: files, records, and why records were dropped (as `Counts`)."""
 
     name: str
@@ -57,11 +54,11 @@ class SourceReport(_Part):
     shortened: dict[str, int]
     normalized: dict[str, int]
     broken: list[str]
-    broken_files: list[str] = []
+    broken_files: list[str] = Field(default_factory=list)
     hits: dict[str, list[list[str]]]
 
 
-class NestedSet(_Part):
+class NestedSet(StrictTable):
     """A set of examples chosen: its size as asked (None: no limit) and found, the cap by task."""
 
     asked: PositiveInt | None
@@ -69,7 +66,7 @@ class NestedSet(_Part):
     per_task: NonNegativeInt
 
 
-class SelectionReport(_Part):
+class SelectionReport(StrictTable):
     """What was chosen of the examples with an answer, before some are held out for validation.
 
     `one_answer` counts the tasks that have no second answer, which `answer_share` leaves as they
@@ -82,7 +79,7 @@ class SelectionReport(_Part):
     capped: NonNegativeInt
 
 
-class Manifest(_Part):
+class Manifest(StrictTable):
     """What a rows folder holds and what it was made from; never a time or a machine's name."""
 
     format: int

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
 
+from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError, printable
-from mlmjax.statistics.comparison import _bootstrap, mcnemar
+from mlmjax.statistics.comparison import mcnemar, paired_bootstrap
 from mlmjax.storage import plain_file, read_json
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
@@ -16,11 +17,7 @@ LEVEL = 0.05
 """The verdict calls a difference significant below this probability."""
 _AGAIN = "run the evaluation again"
 
-Read = TypeVar("Read", bound=BaseModel)
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)  # later versions add keys
+Read = TypeVar("Read", bound=StrictTable)
 
 
 def _check_unicode(text: str) -> str:
@@ -33,13 +30,13 @@ def _check_unicode(text: str) -> str:
 _Text = Annotated[str, AfterValidator(_check_unicode)]
 
 
-class _Results(_Part):
+class _Results(StrictTable, extra="ignore"):  # later versions add keys
     task: _Text
     protocol: _Text
     n: Annotated[int, Field(ge=1)]
 
 
-class _Prediction(_Part):
+class _Prediction(StrictTable, extra="ignore"):
     index: Annotated[int, Field(ge=0)]
     gold: str
     prediction: str
@@ -73,7 +70,7 @@ def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
     answers = [[one.predicted[row] for row in rows] for one in (first, second)]
     right = np.array([[g == p for g, p in zip(gold, one, strict=True)] for one in answers])
     only_a, only_b = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
-    figures = _bootstrap(gold, *answers)
+    figures = paired_bootstrap(gold, *answers)
     accuracy, f1 = figures["accuracy"], figures["macro_f1"]
     found: dict[str, Any] = {
         side: {

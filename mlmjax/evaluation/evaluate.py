@@ -16,7 +16,7 @@ from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
-from mlmjax.statistics.option_orders import check_order_rows, order_sensitivity
+from mlmjax.statistics.option_orders import order_sensitivity
 from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
 from mlmjax.text.prompts import Template
@@ -59,7 +59,8 @@ def run_evaluation(
     `reliability.png` is for people.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
-    check_order_rows(order_rows)
+    if order_rows < 0:
+        raise InputError(f"order_rows is {order_rows}; expected a number of rows, or 0 for none")
     has_head = isinstance(model, ModernBertForSequenceClassification)
     task = task.for_head() if has_head else task
     questions, left_out = read_questions(task, data, limit)

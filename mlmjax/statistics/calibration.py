@@ -1,4 +1,4 @@
-"""Calibration of label probabilities: a bias of each label taken off, and a temperature."""
+"""Calibrate label probabilities by a bias per label and a temperature."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from mlmjax.errors import InputError
 
 METHODS = ("batch", "null", "order", "temperature")
 COLDEST, HOTTEST = 1e-4, 1e4
-"""Temperatures are looked for between these."""
+"""The range that temperatures are searched in."""
 
 
 class Calibration(StrictTable):
-    """What is done to log probabilities: `log_softmax((log_probs - bias) / temperature)`.
+    """Calibrate log probabilities: `log_softmax((log_probs - bias) / temperature)`.
 
-    `method` names how it was found (several joined by `+`), `bias` has one number per label or is
-    None, and `rows` says from how many rows it was found.
+    `method` says how it was found (several joined by `+`), `bias` has one number per label or is
+    None, and `rows` is the number of rows it was found from.
     """
 
     method: str
@@ -40,8 +40,8 @@ class Calibration(StrictTable):
     def apply(self, log_probs: np.ndarray) -> np.ndarray:
         """Return calibrated log probabilities, float64 `[rows, labels]`.
 
-        Each row sums to 1 over its finite entries; entries of -inf (a label the row does not have)
-        stay. Raises `InputError` for another number of labels than the bias has.
+        Each row sums to 1 over its finite entries; -inf (a label the row does not have) stays.
+        Raises `InputError` if the bias has another number of labels.
 
         >>> halved = Calibration(method="batch", bias=(math.log(2), 0.0), rows=1)
         >>> np.exp(halved.apply(np.log([[0.5, 0.5]]))).round(3).tolist()
@@ -58,7 +58,7 @@ class Calibration(StrictTable):
         return np.asarray(log_softmax(scores / self.temperature))
 
     def then(self, other: "Calibration") -> "Calibration":
-        """Return the calibration that does this one and then the other; `rows` is the fewer.
+        """Return the calibration that applies this one, then the other; `rows` is the fewer.
 
         >>> cooled = Calibration(method="temperature", temperature=0.5, rows=9)
         >>> cooled.then(Calibration(method="batch", bias=(2.0, 4.0), rows=7))
@@ -66,7 +66,7 @@ class Calibration(StrictTable):
         """
         bias = self.bias
         if other.bias is not None:
-            # A row's normalisation shifts all of its labels alike, and the next one undoes it.
+            # Normalising a row shifts all of its labels alike; the next normalisation undoes it.
             later = tuple(self.temperature * one for one in other.bias)
             if bias is not None and len(bias) != len(later):
                 raise InputError(
@@ -81,21 +81,21 @@ class Calibration(StrictTable):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the calibration as plain values, which `from_dict` takes."""
+        """Return the calibration as plain values for `from_dict`."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "calibration") -> "Calibration":
-        """Read plain values strictly; raises `InputError` that names each one that is wrong."""
+        """Read plain values strictly; raise `InputError` that names each wrong one."""
         return decode(cls, values, where)
 
 
 def batch_calibration(log_probs: np.ndarray) -> Calibration:
-    """Take off what a model says of all rows alike, found without labels from `[rows, labels]`.
+    """Remove what a model says of all rows alike, found without labels from `[rows, labels]`.
 
     The bias is the log of each label's mean probability over the rows that have it, as in batch
     calibration (Zhou et al. 2024, arXiv 2309.17249). It assumes that labels are about equally
-    frequent in the rows: where they are not, it takes off some of what is true.
+    frequent in the rows; where they are not, it also removes real signal.
 
     >>> np.exp(batch_calibration(np.log([[0.8, 0.2], [0.6, 0.4]])).bias).round(3).tolist()
     [0.7, 0.3]
@@ -105,7 +105,7 @@ def batch_calibration(log_probs: np.ndarray) -> Calibration:
 
 
 def null_calibration(null_log_probs: np.ndarray) -> Calibration:
-    """Take off what a model says of inputs without content, `[inputs, labels]`.
+    """Remove what a model says of inputs without content, `[inputs, labels]`.
 
     The bias is the log of each label's mean probability over the inputs: contextual calibration
     for inputs such as `N/A` (Zhao et al. 2021, arXiv 2102.09690), and domain-conditional pointwise
@@ -116,14 +116,14 @@ def null_calibration(null_log_probs: np.ndarray) -> Calibration:
 
 
 def order_calibration(log_probs: np.ndarray) -> Calibration:
-    """Take off the preference for option names, found from cyclic shifts `[rows, shifts, labels]`.
+    """Remove the preference for option names, found from cyclic shifts `[rows, shifts, labels]`.
 
-    Column j is the option *name* j (the letter), whatever option stands there under a shift, and
-    the calibration is for columns in that order. The prior of a row is the softmax of the mean log
-    probability over its shifts, and the bias the log of the mean prior (PriDe: Zheng et al. 2024,
-    arXiv 2309.03882). With all shifts each option stands at each name once, so that its content
-    cancels within a row; with fewer it does so roughly, over many rows. A shift that a row was not
-    asked under is -inf throughout.
+    Column j is the option *name* j (the letter), whatever option a shift puts there; the
+    calibration is for columns in that order. The prior of a row is the softmax of the mean log
+    probability over its shifts, and the bias is the log of the mean prior (PriDe: Zheng et al.
+    2024, arXiv 2309.03882). All shifts together give each option each name once, so its content
+    cancels within a row; with fewer shifts it cancels roughly, over many rows. A shift that a row
+    was not prompted with is -inf throughout.
 
     >>> likes_a = np.log([[[0.6, 0.4], [0.6, 0.4]]])
     >>> np.exp(order_calibration(likes_a).bias).round(3).tolist()
@@ -136,10 +136,10 @@ def order_calibration(log_probs: np.ndarray) -> Calibration:
     if (number < 2).any():
         row = int(np.argmax(number[:, 0] < 2))
         raise InputError(
-            f"row {row + 1} (index {row}) of log_probs has one shift; expected at least two, since "
-            "one order of the options tells nothing about their names"
+            f"row {row + 1} (index {row}) of log_probs has one shift; expected at least two, "
+            "because one order of the options says nothing about their names"
         )
-    # Each shift is normalised first, so that its level does not weigh in the mean.
+    # Each shift is normalised first, so that its level does not count in the mean.
     mean = np.where(asked, _zeroed(scores), 0.0).sum(axis=1) / number
     if (np.isfinite(scores) != (has[:, None] & asked)).any():
         raise InputError("log_probs: a row has other option names under one shift than another")
@@ -148,11 +148,11 @@ def order_calibration(log_probs: np.ndarray) -> Calibration:
 
 
 def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> Calibration:
-    """Find the temperature with the least negative log-likelihood of the gold labels, by index.
+    """Find the temperature with the least negative log-likelihood of the gold labels.
 
-    It changes no answer, only how sure it is (Guo et al. 2017, arXiv 1706.04599). Raises
-    `InputError` where there is none: every answer is right, so that one could never be too sure,
-    or the probabilities tell no more of the labels than a guess.
+    `gold` is an index per row. Only confidence changes, no answer (Guo et al. 2017, arXiv
+    1706.04599). Raises `InputError` if there is none: every answer is right, so that no
+    confidence is too high, or the probabilities say no more of the labels than a guess.
     """
     scores = checked(log_probs, ("rows", "labels"))
     truth = checked_gold(gold, scores)
@@ -161,42 +161,42 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
     values = np.where(np.isfinite(scores), scores, 0.0)
 
     def slope(log_inverse: float) -> float:
-        """The likelihood's slope by 1 / temperature, which only rises: the likelihood is convex."""
+        """Return the likelihood's slope by 1 / temperature, which rises (convexity)."""
         weights = np.exp(log_softmax(math.exp(log_inverse) * scores))
         return float(np.mean((weights * values).sum(axis=1) - of_gold))
 
     low, high = -math.log(HOTTEST), -math.log(COLDEST)
     if slope(low) >= 0:
         raise InputError(
-            f"the probabilities of these {len(scores)} rows tell no more of their labels than a "
-            "guess, so that no temperature fits; check the labels and their order"
+            f"the probabilities of these {len(scores)} rows say no more of their labels than a "
+            "guess, so no temperature fits; check the labels and their order"
         )
     if slope(high) <= 0:
         raise InputError(
-            f"the answers of all these {len(scores)} rows are right, so that no temperature fits; "
-            "give more rows, or rows that were not trained on"
+            f"the answers of all these {len(scores)} rows are right, so no temperature fits; give "
+            "more rows, or rows that were not trained on"
         )
-    from scipy.optimize import brentq  # takes longer to import than an answer
+    from scipy.optimize import brentq  # Its import takes longer than an answer.
 
     temperature = math.exp(-brentq(slope, low, high, xtol=1e-10))
     return Calibration(method="temperature", temperature=temperature, rows=len(scores))
 
 
 def checked(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
-    """Return log probabilities as float64; raises `InputError` for what cannot be any.
+    """Return log probabilities as float64; raise `InputError` for anything else.
 
-    They are finite, or -inf for a label that a row does not have; no row is without labels.
+    They are finite, or -inf for a label that a row does not have. Every row has a label.
     """
     shape = f"[{', '.join(axes)}]"
     try:
         scores = np.asarray(log_probs, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise InputError(f"log_probs: are no numbers {shape} ({error})") from error
+        raise InputError(f"log_probs: are not numbers {shape} ({error})") from error
     if scores.ndim != len(axes) or not scores.size:
-        raise InputError(f"log_probs has shape {list(scores.shape)}; expected {shape}, none of 0")
+        raise InputError(f"log_probs has shape {list(scores.shape)}; expected {shape}, not empty")
     if np.isnan(scores).any() or np.isposinf(scores).any():
         row = int(np.argwhere(np.isnan(scores) | np.isposinf(scores))[0][0])
-        raise InputError(f"log_probs: row {row + 1} (index {row}) holds what is no log probability")
+        raise InputError(f"log_probs: row {row + 1} (index {row}) holds NaN or +inf")
     empty = ~np.isfinite(scores).reshape(len(scores), -1).any(axis=1)
     if empty.any():
         row = int(np.argmax(empty))
@@ -205,9 +205,9 @@ def checked(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
 
 
 def checked_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return the index of each row's gold label, int `[rows]`, of log probabilities or sets.
+    """Return the index of each row's gold label, int `[rows]`, for log probabilities or sets.
 
-    Raises `InputError` for another number of them, and for a label that the row does not have.
+    Raises `InputError` for another number of labels, and for a label that the row does not have.
     """
     truth, (rows, labels) = np.asarray(gold), scores.shape
     if truth.shape != (rows,) or truth.dtype.kind not in "iu":
@@ -228,13 +228,13 @@ def checked_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.nda
 
 
 def _log_mean(scores: np.ndarray) -> tuple[float, ...]:
-    """[rows, labels] -> the log of each label's mean probability over the rows that have it."""
+    """Return the log of each label's mean probability over the rows `[rows, labels]` with it."""
     rows = np.isfinite(scores).sum(axis=0)
     if not rows.all():
         label = int(np.argmin(rows))
         raise InputError(
-            f"log_probs: no row has label {label + 1} (index {label}), so that its bias cannot be "
-            "found; leave the label out, or give rows that have it"
+            f"log_probs: no row has label {label + 1} (index {label}), so its bias is unknown; "
+            "leave the label out, or give rows that have it"
         )
     normalised = log_softmax(scores)
     return tuple((np.logaddexp.reduce(normalised, axis=0) - np.log(rows)).tolist())
@@ -246,11 +246,11 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     >>> np.exp(log_softmax(np.log([[1.0, 3.0]]))).round(3).tolist()
     [[0.25, 0.75]]
     """
-    # scipy.special has this function too, and takes longer to import than an answer takes.
+    # scipy.special has this function too, but its import takes half a second.
     return np.asarray(scores - np.logaddexp.reduce(scores, axis=-1, keepdims=True))
 
 
 def _zeroed(scores: np.ndarray, missing: float = 0.0) -> np.ndarray:
-    """Shift scores so that the largest of the last axis is 0; what is -inf becomes `missing`."""
+    """Shift scores so that the largest of the last axis is 0; -inf becomes `missing`."""
     top = scores.max(axis=-1, keepdims=True)
     return np.where(np.isfinite(scores), scores - np.where(np.isfinite(top), top, 0.0), missing)

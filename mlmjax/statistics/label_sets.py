@@ -1,4 +1,4 @@
-"""Split conformal prediction: sets of labels that hold the right one as often as was asked for."""
+"""Predict sets of labels that contain the right one with a chosen probability (conformal)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,21 +17,21 @@ Method = Literal["lac", "aps"]
 
 
 class Conformal(StrictTable):
-    """The scores of labelled rows, each how badly the gold label fits, and how they were scored.
+    """Hold the scores of labelled rows: how badly each gold label fits.
 
-    For a new row drawn as these were, a set of labels holds the right one with at least the
-    probability asked for. That is so on average over rows: not for each label or kind of text, and
-    not for texts of another kind.
+    A new row that is drawn as these were gets a set of labels that contains the right one with at
+    least the chosen probability. This holds on average over rows. It does not hold for each label
+    separately, or for other kinds of text.
     """
 
     method: Method
     scores: Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], Field(min_length=1)]
 
     def threshold(self, coverage: float) -> float:
-        """Return the score up to which a label is in the set: the ceil((n + 1) coverage)-th least.
+        """Return the highest score of a label in the set.
 
-        Raises `InputError` for a coverage that is not between 0 and 1, and for one that these are
-        too few rows for.
+        It is the ceil((n + 1) coverage)-th smallest. Raises `InputError` for a coverage that is
+        not between 0 and 1, or that needs more rows.
 
         >>> Conformal(method="lac", scores=(0.1, 0.4, 0.2, 0.3)).threshold(0.75)
         0.4
@@ -54,25 +54,25 @@ class Conformal(StrictTable):
         return scores <= self.threshold(coverage)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the scores as plain values, which `from_dict` takes."""
+        """Return the scores as plain values for `from_dict`."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "conformal") -> "Conformal":
-        """Read plain values strictly; raises `InputError` that names each one that is wrong."""
+        """Read plain values strictly; raise `InputError` that names each wrong one."""
         return decode(cls, values, where)
 
 
 def fit(
     log_probs: np.ndarray, gold: Sequence[int] | np.ndarray, *, method: Method = "lac"
 ) -> Conformal:
-    """Score labelled rows `[rows, labels]`, which neither training nor calibration has seen.
+    """Score labelled rows `[rows, labels]` that neither training nor calibration used.
 
     `lac` scores a label by 1 - its probability: the smallest sets on average (Sadinle, Lei and
-    Wasserman 2019, arXiv 1609.00451). `aps` by the sum of the probabilities above the label's:
-    larger sets for harder rows (Romano, Sesia and Candès 2020, arXiv 2006.02544). They add a random
-    part of the label's own; without it a row always has the same set, which is never empty and
-    covers rather more.
+    Wasserman 2019, arXiv 1609.00451). `aps` sums the probabilities above the label's: larger sets
+    for harder rows (Romano, Sesia and Candès 2020, arXiv 2006.02544). The paper adds a random part
+    of the label's own probability. Without it a row always has the same set, which is never empty
+    and covers slightly more.
 
     >>> fit(np.log([[0.5, 0.3, 0.2]]), [1], method="aps").scores
     (0.5,)
@@ -98,7 +98,7 @@ def coverage(sets: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, An
     if sets.ndim != 2 or sets.dtype != bool or not sets.size:
         raise InputError(
             f"sets has shape {list(sets.shape)} and dtype {sets.dtype}; expected bool "
-            "[rows, labels], none of 0"
+            "[rows, labels], not empty"
         )
     truth = checked_gold(gold, sets)
     hits, sizes = int(sets[np.arange(len(sets)), truth].sum()), sets.sum(axis=1)
@@ -113,7 +113,7 @@ def coverage(sets: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, An
 
 
 def _scores(log_probs: np.ndarray, method: Method) -> np.ndarray:
-    """[rows, labels] -> how badly each label fits; inf for one that the row does not have."""
+    """Return how badly each label fits, `[rows, labels]`; inf for one that the row lacks."""
     probs = np.exp(log_softmax(log_probs))
     if method == "lac":
         scores = 1 - probs
@@ -122,5 +122,5 @@ def _scores(log_probs: np.ndarray, method: Method) -> np.ndarray:
         above = np.take_along_axis(probs, order, axis=1)[:, :-1].cumsum(axis=1)
         scores = np.zeros_like(probs)
         np.put_along_axis(scores, order[:, 1:], above, axis=1)
-    # Sums of probabilities may be a rounding error outside.
+    # Rounding may take sums of probabilities slightly outside.
     return np.where(np.isfinite(log_probs), np.clip(scores, 0.0, 1.0), np.inf)

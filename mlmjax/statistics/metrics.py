@@ -1,4 +1,4 @@
-"""What an evaluation reports: accuracy, macro-F1, MCC, their intervals, figures by group."""
+"""Compute accuracy, macro-F1 and MCC, their intervals, and figures by group."""
 
 import math
 from collections import Counter, defaultdict
@@ -9,8 +9,11 @@ import numpy as np
 RESAMPLES = 2000
 _BLOCK = 100  # resamples held in memory at once
 
+Margins = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Correct, gold and predicted rows per label, each `[..., labels]`."""
+
 Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""From correct, gold and predicted rows per label, `[..., labels]`, to a figure `[...]`."""
+"""A function of margins that returns a figure `[...]`."""
 
 
 def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -41,7 +44,7 @@ def macro_f1(correct: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> np
 
 
 def mcc(correct: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return Matthews' correlation for any number of labels (Gorodkin 2004), 0 where undefined.
+    """Return Matthews' correlation for any number of labels (Gorodkin 2004); 0 if undefined.
 
     >>> float(mcc(np.array([2, 0]), np.array([3, 0]), np.array([2, 1])))
     0.0
@@ -55,87 +58,72 @@ def mcc(correct: np.ndarray, gold: np.ndarray, predicted: np.ndarray) -> np.ndar
 
 def bootstrap(
     gold: Sequence[str],
-    predicted: Sequence[str],
-    statistics: Sequence[Statistic],
+    answers: Sequence[Sequence[str]],
+    figures: Callable[[list[Margins]], list[np.ndarray]],
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[tuple[float, tuple[float, float]]]:
-    """Return each statistic and its 95 % percentile bootstrap interval (Efron 1979) over the rows.
+    """Return figures of `answers[model][row]` with 95 % percentile bootstrap intervals.
 
-    A statistic sees a resample only through its counts of (gold, prediction) pairs, and those of
-    rows drawn with replacement are multinomial: so counts are drawn, which is the same and quick.
+    `figures` takes the margins of each model and returns arrays `[...]`. Rows are drawn with the
+    answers of all models (Efron 1979). A figure sees a resample only through its counts of equal
+    rows, and these are multinomial: so counts are drawn, which is the same and quick.
     """
-    labels = {name: i for i, name in enumerate(sorted({*gold, *predicted}))}
-    pairs = Counter(zip(gold, predicted, strict=True))
-    ordered = sorted(pairs)
-    found = np.array([pairs[pair] for pair in ordered])
-    is_gold, is_predicted = np.zeros((2, len(ordered), len(labels)))
-    for cell, (truth, guess) in enumerate(ordered):
-        is_gold[cell, labels[truth]] = is_predicted[cell, labels[guess]] = 1
+    labels = {name: i for i, name in enumerate(sorted(set(gold).union(*answers)))}
+    rows = Counter(zip(gold, *answers, strict=True))
+    kinds = sorted(rows)
+    truth, *guesses = np.array([[labels[name] for name in kind] for kind in kinds]).T
 
-    def figures(counts: np.ndarray) -> list[np.ndarray]:
-        """[..., pairs] -> each statistic [...]."""
-        margins = counts @ (is_gold * is_predicted), counts @ is_gold, counts @ is_predicted
-        return [statistic(*margins) for statistic in statistics]
+    def measure(counts: np.ndarray) -> list[np.ndarray]:
+        """Turn counts `[..., kinds]` into figures `[...]`."""
+        of_gold = _sums_by_label(counts, truth, len(labels))
+        return figures(
+            [
+                (
+                    _sums_by_label(counts * (guess == truth), truth, len(labels)),
+                    of_gold,
+                    _sums_by_label(counts, guess, len(labels)),
+                )
+                for guess in guesses
+            ]
+        )
 
-    return percentile_bootstrap(found, figures, resamples=resamples, seed=seed)
-
-
-def percentile_bootstrap(
-    found: np.ndarray,
-    figures: Callable[[np.ndarray], Sequence[np.ndarray]],
-    *,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[tuple[float, tuple[float, float]]]:
-    """Return each figure of counts of rows by kind, int `[kinds]`, and its 95 % interval.
-
-    `figures` takes counts `[..., kinds]` to some figures `[...]`.
-    """
-    n = int(found.sum())
+    found = np.array([rows[kind] for kind in kinds])
+    n = len(gold)
     rng = np.random.default_rng([seed, n])
     blocks = [
-        figures(rng.multinomial(n, found / n, min(_BLOCK, resamples - start)))
+        measure(rng.multinomial(n, found / n, min(_BLOCK, resamples - start)))
         for start in range(0, resamples, _BLOCK)
     ]
     results = []
-    for value, drawn in zip(figures(found), zip(*blocks, strict=True), strict=True):
+    for value, drawn in zip(measure(found), zip(*blocks, strict=True), strict=True):
         low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
         results.append((float(value), (float(low), float(high))))
     return results
 
 
-def mean_interval(
-    gold: Sequence[str],
-    predicted: Sequence[Sequence[str]],
-    statistic: Statistic,
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of the mean of a statistic over several models' answers.
+def _sums_by_label(counts: np.ndarray, label: np.ndarray, labels: int) -> np.ndarray:
+    """Sum counts `[..., kinds]` of kinds with one label: float `[..., labels]`."""
+    order = np.argsort(label, kind="stable")
+    present, starts = np.unique(label[order], return_index=True)
+    sums = np.zeros((*counts.shape[:-1], labels))
+    sums[..., present] = np.add.reduceat(counts[..., order], starts, axis=-1)
+    return sums
 
-    The rows are drawn, each with the answers `predicted[model][row]` of all models, so that what
-    the models have in common stays.
+
+def mean_interval(
+    gold: Sequence[str], answers: Sequence[Sequence[str]], statistic: Statistic
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of a statistic over several models.
 
     >>> mean_interval(["a", "b"], [["a", "b"], ["a", "b"]], macro_f1)
     (1.0, 1.0)
     """
-    labels = {name: i for i, name in enumerate(sorted({*gold, *(p for m in predicted for p in m)}))}
-    seen = Counter(zip(gold, *predicted, strict=True))
-    patterns = sorted(seen)
-    places = np.array([[labels[name] for name in pattern] for pattern in patterns])
-    one_hot = np.eye(len(labels))[places]  # [patterns, 1 + models, labels]
-    truth, answers = one_hot[:, 0], np.moveaxis(one_hot[:, 1:], 1, 0)
-
-    def figures(counts: np.ndarray) -> list[np.ndarray]:
-        """[..., patterns] -> the mean [...]."""
-        values = [
-            statistic(counts @ (truth * own), counts @ truth, counts @ own) for own in answers
-        ]
-        return [np.mean(values, axis=0)]
-
-    found = np.array([seen[pattern] for pattern in patterns])
-    ((_, interval),) = percentile_bootstrap(found, figures)
-    return interval
+    found = bootstrap(
+        gold, answers, lambda models: [np.mean([statistic(*one) for one in models], axis=0)]
+    )
+    return found[0][1]
 
 
 def accuracy_by_group(
@@ -158,13 +146,15 @@ def accuracy_by_group(
 def classification_metrics(
     gold: Sequence[str], predicted: Sequence[str]
 ) -> dict[str, float | list[float]]:
-    """Return accuracy, macro-F1 and MCC with their 95 % intervals, and the majority's share.
+    """Return accuracy, macro-F1 and MCC with 95 % intervals, and the majority's share.
 
-    The interval of accuracy is Wilson's, the others are bootstrapped. Macro-F1 is over the labels
-    that occur as gold or prediction, as in scikit-learn.
+    The interval of accuracy is Wilson's; the others are bootstrapped. Macro-F1 is the mean over
+    labels that occur as gold or prediction, as in scikit-learn.
     """
     correct = sum(truth == guess for truth, guess in zip(gold, predicted, strict=True))
-    (f1, f1_interval), (correlation, mcc_interval) = bootstrap(gold, predicted, [macro_f1, mcc])
+    (f1, f1_interval), (correlation, mcc_interval) = bootstrap(
+        gold, [predicted], lambda models: [macro_f1(*models[0]), mcc(*models[0])]
+    )
     return {
         "accuracy": correct / len(gold),
         "accuracy_ci95": list(wilson_interval(correct, len(gold))),

@@ -1,4 +1,4 @@
-"""Orders of options: cyclic shifts, their answers in one order again, and what order changes."""
+"""Shift options cyclically, pool the answers, and measure how much the order matters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -14,9 +14,9 @@ T = TypeVar("T")
 
 
 def shifts(options: int, count: int | None = None) -> list[int]:
-    """Return `count` evenly spaced cyclic shifts of `options` options, 0 first; None means all.
+    """Return `count` evenly spaced cyclic shifts of `options` options, 0 first.
 
-    There are no more of them than options. Raises `InputError` for numbers below 1.
+    None means all; there are at most as many as options. Raises `InputError` for numbers below 1.
 
     >>> shifts(4), shifts(10, 4), shifts(2, 4)
     ([0, 1, 2, 3], [0, 2, 5, 7], [0, 1])
@@ -28,7 +28,7 @@ def shifts(options: int, count: int | None = None) -> list[int]:
 
 
 def shifted(options: Sequence[T], shift: int) -> list[T]:
-    """Return the options from number `shift` on, and then those before it.
+    """Return the options from number `shift` on, followed by those before it.
 
     >>> shifted(["x", "y", "z"], 1)
     ['y', 'z', 'x']
@@ -37,10 +37,11 @@ def shifted(options: Sequence[T], shift: int) -> list[T]:
 
 
 def unshifted(log_probs: np.ndarray, shift: int, options: int) -> np.ndarray:
-    """Return the answer to a shifted prompt with its columns in the given order, `[labels]`.
+    """Return the answer to a shifted prompt with its columns back in the given order.
 
-    Column j of a shifted prompt is option `(j + shift) % options`; columns past the row's own
-    number of options stay where they are. Raises `InputError` for fewer columns than options.
+    Column j of a shifted prompt is option `(j + shift) % options`; columns `[labels]` past the
+    row's own number of options keep their place. Raises `InputError` for fewer columns than
+    options.
 
     >>> unshifted(np.array([0.7, 0.2, 0.1, -np.inf]), 1, 3).tolist()
     [0.1, 0.7, 0.2, -inf]
@@ -56,9 +57,9 @@ def unshifted(log_probs: np.ndarray, shift: int, options: int) -> np.ndarray:
 
 
 def pooled(log_probs: np.ndarray) -> np.ndarray:
-    """Return the log of the mean probability over shifts: `[..., shifts, labels] -> [..., labels]`.
+    """Average probabilities over shifts, in logs: `[..., shifts, labels] -> [..., labels]`.
 
-    A shift that was not asked is -inf throughout, and does not count.
+    A shift that was not prompted is -inf throughout and does not count.
 
     >>> np.exp(pooled(np.log([[0.8, 0.2], [0.4, 0.6]]))).round(3).tolist()
     [0.6, 0.4]
@@ -66,30 +67,30 @@ def pooled(log_probs: np.ndarray) -> np.ndarray:
     scores = np.asarray(log_probs, dtype=np.float64)
     asked = np.isfinite(scores).any(axis=-1).sum(axis=-1)
     if scores.ndim < 2 or not np.all(asked):
-        raise InputError("pooled: nothing was asked; expected log probabilities [shifts, labels]")
+        raise InputError("pooled: no shift was prompted; expected log probabilities")
     return np.asarray(np.logaddexp.reduce(scores, axis=-2) - np.log(asked)[..., None])
 
 
 def sensitivity(
     log_probs: np.ndarray, gold: Sequence[int] | np.ndarray | None = None
 ) -> dict[str, Any]:
-    """Tell how answers depend on the order of the options, `[rows, shifts, labels]`.
+    """Return how answers `[rows, shifts, labels]` depend on the order of the options.
 
-    Columns are in the given order (`unshifted`); a row was asked under the first of
-    `shifts(its options, number of them)`, and shifts it was not asked under are -inf throughout.
-    A row changes when its most probable option is not the same under all of its shifts.
+    Columns are in the given order (`unshifted`). A row was prompted with the first of
+    `shifts(its options, number of shifts)`; its other shifts are -inf throughout. A row changes if
+    its most probable option differs between its shifts.
 
     Gives `rows`, `shifts` (the most of any row), `changed` (a share) and `changed_ci95` (Wilson).
-    With `gold` (an index per row) also `accuracy_by_shift` and `accuracy_by_position` (where the
-    gold option stood: 0 is the first), each a list of `{"rows", "accuracy"}` (None for none),
-    `position_spread` (the largest less the smallest of the latter), and `pooled_accuracy`, of the
+    With `gold` (an index per row) also `accuracy_by_shift` and `accuracy_by_position` (of the gold
+    option, 0 is the first), each a list of `{"rows", "accuracy"}` (None without rows),
+    `position_spread` (largest minus smallest of the latter), and `pooled_accuracy`, of the
     probabilities averaged over shifts.
     """
     scores = checked(log_probs, ("rows", "shifts", "labels"))
     asked = np.isfinite(scores).any(axis=2)
     number = asked.sum(axis=1)
     if not all(row[:n].all() for row, n in zip(asked, number, strict=True)):
-        raise InputError("log_probs: a row was not asked under a shift but under a later one")
+        raise InputError("log_probs: a row has a shift of -inf before a prompted one")
     answers = scores.argmax(axis=2)
     changed = int(((answers != answers[:, :1]) & asked).any(axis=1).sum())
     found = {
@@ -134,14 +135,12 @@ def order_sensitivity(
     order_rows: int = ORDER_ROWS,
     seed: int = 0,
 ) -> dict[str, Any] | None:
-    """Tell how the answers to rows depend on the order of their `options`.
+    """Prompt a sample of rows again in other orders; return its `sensitivity`.
 
-    `log_probs` `[rows, labels]` are the answers in the given order, whose column j is option j.
-    At most `order_rows` rows, drawn by the seed, are asked again under up to 3 more cyclic shifts,
-    evenly spaced: so at most `3 * order_rows` forward passes. Returns what `orders.sensitivity`
-    does, or None if `order_rows` is 0. Raises `InputError` if it is less.
+    `log_probs` `[rows, labels]` are the answers in the given order, whose column j is option j. At
+    most `order_rows` rows, drawn by the seed, are prompted again with up to 3 more evenly spaced
+    cyclic shifts: at most `3 * order_rows` forward passes. Returns None if `order_rows` is 0.
     """
-    check_order_rows(order_rows)
     if not order_rows:
         return None
     drawn = list(range(len(rows)))
@@ -160,9 +159,3 @@ def order_sensitivity(
     for (at, place, shift, row), answer in zip(asked, answers, strict=True):
         scores[at, place] = unshifted(answer, shift, len(row["options"]))
     return sensitivity(scores, np.asarray(gold)[drawn])
-
-
-def check_order_rows(order_rows: int) -> None:
-    """Raise `InputError` for a number of rows below 0."""
-    if order_rows < 0:
-        raise InputError(f"order_rows is {order_rows}; expected a number of rows, or 0 for none")

@@ -1,4 +1,4 @@
-"""Whether probabilities mean what they say: losses, calibration errors, a reliability diagram."""
+"""Measure how well probabilities fit the right labels: losses and calibration errors."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,9 +12,9 @@ BINS = 15
 
 
 class Bin(NamedTuple):
-    """Rows whose confidence is in `(low, high]`: their number, mean confidence, and accuracy.
+    """Describe the rows whose confidence is in `(low, high]`.
 
-    `confidence` and `accuracy` are None for a bin without rows.
+    `confidence` and `accuracy` are means, or None for a bin without rows.
     """
 
     low: float
@@ -37,7 +37,7 @@ def confidence(
 
 
 def equal_width(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Sort rows by confidence into bins of one width; a bin has its upper edge and not its lower.
+    """Put rows into bins of equal width by confidence; a bin excludes its lower edge.
 
     >>> [b.rows for b in equal_width(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 2)]
     [2, 1]
@@ -48,7 +48,9 @@ def equal_width(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[B
 
 
 def equal_mass(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Sort rows by confidence into bins of as equal numbers of rows as equal confidences allow.
+    """Put rows into bins of nearly equal numbers of rows by confidence.
+
+    Rows of equal confidence share a bin.
 
     >>> [b.rows for b in equal_mass(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 3)]
     [1, 1, 1]
@@ -76,7 +78,7 @@ def _binned(sure: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bin]
 
 
 def expected_error(bins: Sequence[Bin]) -> float:
-    """Return the mean over rows of the distance between their bin's confidence and accuracy.
+    """Return the mean distance between confidence and accuracy of each row's bin.
 
     >>> expected_error([Bin(0.0, 0.5, 1, 0.5, 1.0), Bin(0.5, 1.0, 3, 0.9, 0.9)])
     0.125
@@ -91,14 +93,14 @@ def expected_error(bins: Sequence[Bin]) -> float:
 
 
 def calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, float]:
-    """Return how well probabilities `[rows, labels]` fit the gold labels, an index per row.
+    """Return how well log probabilities `[rows, labels]` fit the gold labels.
 
-    `nll`: the mean negative log-likelihood of the gold label, in nats. `brier`: the mean squared
-    distance to the gold label, summed over labels, 0 to 2 (Brier 1950). `ece`: the expected
-    calibration error of the answers over 15 bins of equal width (Guo et al. 2017, arXiv
-    1706.04599), and `ece_equal_mass` over 15 bins of equal numbers of rows (Nixon et al. 2019,
-    arXiv 1904.01685). `confidence`: the mean probability of the answers; above the accuracy, the
-    model is too sure.
+    `gold` is an index per row. `nll`: the mean negative log-likelihood of the gold label, in nats.
+    `brier`: the mean squared distance to the gold label, summed over labels, 0 to 2 (Brier 1950).
+    `ece`: the expected calibration error of the answers over 15 bins of equal width (Guo et al.
+    2017, arXiv 1706.04599); `ece_equal_mass`: the same over 15 bins of equal numbers of rows
+    (Nixon et al. 2019, arXiv 1904.01685). `confidence`: the mean probability of the answers; above
+    the accuracy, the model is overconfident.
 
     >>> found = calibration(np.log([[0.8, 0.2], [0.6, 0.4]]), [0, 0])
     >>> {name: round(value, 3) for name, value in found.items()}

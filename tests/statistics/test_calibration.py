@@ -137,9 +137,9 @@ def test_where_no_temperature_fits_it_says_so():
     scores = np.log([[0.9, 0.1], [0.2, 0.8]])
     with pytest.raises(InputError, match="answers of all these 2 rows are right"):
         temperature_calibration(scores, [0, 1])
-    with pytest.raises(InputError, match="no more of their labels than a guess"):
+    with pytest.raises(InputError, match="say no more of their labels than a guess"):
         temperature_calibration(scores, [1, 0])
-    with pytest.raises(InputError, match="no more of their labels than a guess"):
+    with pytest.raises(InputError, match="say no more of their labels than a guess"):
         temperature_calibration(np.zeros((3, 2)), [1, 0, 1])
 
 
@@ -148,10 +148,10 @@ def test_where_no_temperature_fits_it_says_so():
     [
         ([0.0, 1.0], r"shape \[2\]; expected \[rows, labels\]"),
         (np.zeros((0, 3)), r"shape \[0, 3\]"),
-        ([[0.0, np.nan]], r"row 1 \(index 0\) holds what is no log prob"),
+        ([[0.0, np.nan]], r"row 1 \(index 0\) holds NaN"),
         ([[0.0, 1.0], [np.inf, 0.0]], r"row 2 \(index 1\) holds"),
         ([[0.0, 1.0], [-np.inf, -np.inf]], r"row 2 \(index 1\) has no label"),
-        ([["a", "b"]], "are no numbers"),
+        ([["a", "b"]], "are not numbers"),
         ([[0.0, -np.inf]], "no row has label 2"),
     ],
 )

@@ -44,8 +44,12 @@ def test_bootstrap_is_that_of_rows_drawn_one_by_one(n, labels):
         truth, guess = gold[rows], predicted[rows]
         drawn.append((plain_f1(truth, guess), plain_mcc(truth, guess)))
     expected = np.quantile(drawn, [0.025, 0.975], axis=0).T
-    statistics = [metrics.macro_f1, metrics.mcc]
-    found = metrics.bootstrap(list(gold), list(predicted), statistics, resamples=4000)
+    found = metrics.bootstrap(
+        list(gold),
+        [list(predicted)],
+        lambda models: [metrics.macro_f1(*models[0]), metrics.mcc(*models[0])],
+        resamples=4000,
+    )
     for (_, interval), bounds in zip(found, expected, strict=True):
         assert np.abs(np.subtract(interval, bounds)).max() < 0.08 * (bounds[1] - bounds[0])
 

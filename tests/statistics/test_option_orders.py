@@ -45,7 +45,7 @@ def test_what_cannot_be_shifted_is_refused():
     for columns, options in ((np.zeros(2), 3), (np.zeros((2, 2)), 2), (np.zeros(2), 0)):
         with pytest.raises(InputError, match="a column for each option"):
             option_orders.unshifted(columns, 1, options)
-    with pytest.raises(InputError, match="nothing was asked"):
+    with pytest.raises(InputError, match="no shift was prompted"):
         option_orders.pooled(np.full((2, 2), -np.inf))
 
 
@@ -109,7 +109,7 @@ def test_rows_of_fewer_options_are_asked_less_often():
     two = option_orders.sensitivity(np.concatenate([scores[1:], scores[1:]]), [0, 1])
     assert [one["rows"] for one in two["accuracy_by_shift"]] == [2, 2]  # none of a third order
     assert two["shifts"] == 2
-    with pytest.raises(InputError, match="but under a later one"):
+    with pytest.raises(InputError, match="before a prompted one"):
         option_orders.sensitivity(scores[:, [0, 2, 1]])
     with pytest.raises(InputError, match="gold: row 2"):
         option_orders.sensitivity(scores, [0, 2])

@@ -3,17 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from mlmjax.config.data import AnswerRule, SourceConfig
+from mlmjax.config.run import Head
 from mlmjax.data.reading.files import Record
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
-
-Head = Literal["mlm", "classification"]
 
 MOST = 1e6
 """The largest value to predict, so that squared errors and their gradients fit in float32."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
-from mlmjax.data.reading.answers import AnswerReader, Head, require_text
+from mlmjax.config.run import Head
+from mlmjax.data.reading.answers import AnswerReader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Record, stop
 from mlmjax.data.reading.sources import read_source

@@ -12,7 +12,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from mlmjax.config.suite import Head, Suite
+from mlmjax.config.run import Head
+from mlmjax.config.suite import Suite
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
+from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
 from mlmjax.statistics.metrics import classification_metrics
@@ -19,11 +20,7 @@ from mlmjax.storage import PARTIAL, hash_value, write_whole
 _READABLE = re.compile(r"[^A-Za-z0-9._-]+")
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Prediction(_Part):
+class Prediction(StrictTable):
     """The answer to one question: `index` is its record in the file."""
 
     index: int
@@ -32,15 +29,15 @@ class Prediction(_Part):
     probabilities: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
 
 
-class Result(_Part):
+class Result(StrictTable):
     """What a cell found out; a training that diverged has no predictions, and says why."""
 
     shortened: Annotated[int, Field(ge=0)] = 0
-    losses: list[FiniteFloat] = []
+    losses: list[FiniteFloat] = Field(default_factory=list)
     diverged: str | None = None
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, Any] = Field(default_factory=dict)
     order: dict[str, Any] | None = None
-    predictions: list[Prediction] = []
+    predictions: list[Prediction] = Field(default_factory=list)
 
 
 def result_of(

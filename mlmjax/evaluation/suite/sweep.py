@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.config.suite import Head, Sweep
+from mlmjax.config.run import Head
+from mlmjax.config.suite import Sweep
 from mlmjax.config.task import Task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.questions import Question
