@@ -8,6 +8,7 @@ from typing import Any
 
 from mlmjax._version import __version__
 from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.config.run import Head
 from mlmjax.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -24,7 +25,6 @@ from mlmjax.data.preparing.staging import (
     report_sources,
     stage,
 )
-from mlmjax.data.reading.answers import Head
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError

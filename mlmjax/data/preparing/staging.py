@@ -11,11 +11,11 @@ import numpy as np
 
 from mlmjax._version import __version__
 from mlmjax.config.data import DataConfig, ExcludeConfig, SourceConfig
+from mlmjax.config.run import Head
 from mlmjax.data.manifest import FORMAT, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
 from mlmjax.data.preparing.shuffle import Chunk, read_stage, write_stage
 from mlmjax.data.preparing.workers import Job, run
-from mlmjax.data.reading.answers import Head
 from mlmjax.data.reading.examples import Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE

@@ -145,7 +145,7 @@ def test_intervals_of_a_mean_over_seeds_keep_the_rows_together():
     gold = [str(label) for label in rng.integers(3, size=60)]
     guess = [label if rng.random() < 0.7 else "0" for label in gold]
     for statistic in (macro_f1, mcc):
-        ((_, alone),) = bootstrap(gold, [guess], lambda models: [statistic(*models[0])])
+        ((_, alone),) = bootstrap(gold, [guess], lambda models, s=statistic: [s(*models[0])])
         same = mean_interval(gold, [guess] * 3, statistic)
         np.testing.assert_allclose(same, alone, atol=0.02)  # agreeing seeds tell nothing more
     other = [label if rng.random() < 0.7 else "0" for label in gold]
