@@ -118,9 +118,7 @@ def shard(kind, folder):
     """Write a shard that breaks off, or that is none at all; give how many records it still has."""
     good = b"".join(lines())
     path = folder / "b"
-    many = [
-        {**GOOD[0], "input": noise(i)} for i in range(2000)
-    ]
+    many = [{**GOOD[0], "input": noise(i)} for i in range(2000)]
     if kind == "truncated":
         path = folder / "b.jsonl.gz"
         path.write_bytes(gzip.compress(good)[:-9])
@@ -245,9 +243,7 @@ def test_messages_do_nothing_to_a_terminal_or_a_file(tokenizer, tmp_path):
 
 def test_what_decodes_before_a_cut_is_kept(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl.gz"
-    many = [
-        {**GOOD[0], "input": noise(i)} for i in range(3000)
-    ]
+    many = [{**GOOD[0], "input": noise(i)} for i in range(3000)]
     data = gzip.compress(b"".join(lines(many)))
     path.write_bytes(data[: len(data) * 9 // 10])
     examples, counts = read(source(path, broken="skip"), tokenizer)
