@@ -9,8 +9,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mlmjax.config.run import ObjectiveConfig
-from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, PADDING_SEGMENT, UNUSED, Batch, LabelBatch
+from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED, Batch, LabelBatch
 from mlmjax.data.masking import draw_positions, draw_words
+from mlmjax.data.packing import lay_out
 from mlmjax.data.rows import RowSource
 from mlmjax.data.schedule import RowSchedule, target_width
 from mlmjax.errors import InputError
@@ -223,17 +224,12 @@ class _Loader(ABC, Generic[AnyBatch]):
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
         """Give the batch of one step, and the task of each target (or labelled row)."""
 
-    def _layout(self, contents: Sequence[tuple[int, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        """Lay out tokens and segments of rows, int32 `[rows, seq]`, padded at the end."""
-        shape = (len(contents), self._seq_length)
-        input_ids = np.full(shape, self._pad_id, np.int32)
-        segment_ids = np.full(shape, PADDING_SEGMENT, np.int32)
-        for row, (_, columns) in enumerate(contents):
-            if columns is not None:
-                tokens, lengths, *_ = columns
-                input_ids[row, : len(tokens)] = tokens
-                segment_ids[row, : len(tokens)] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
-        return input_ids, segment_ids
+    def _layout(
+        self, contents: Sequence[tuple[int, Any]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lay out tokens, segments and positions of rows, as `packing.lay_out`."""
+        rows = [None if columns is None else columns[:2] for _, columns in contents]
+        return lay_out(rows, self._seq_length, self._pad_id)
 
 
 class Loader(_Loader[Batch]):
@@ -275,17 +271,14 @@ class Loader(_Loader[Batch]):
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[Batch, np.ndarray]:
         contents = list(self._order.read(step, rows))
-        input_ids, segment_ids = self._layout(contents)
-        position_ids = np.zeros_like(input_ids)
+        input_ids, segment_ids, position_ids = self._layout(contents)
         rate = self._mask_rate(step)
         targets = np.full((4, len(contents), self.target_width), UNUSED, np.int32)
         for row, (epoch, columns) in enumerate(contents):
             if columns is None:
                 continue
             tokens, lengths, answers, tasks, indices, _ = columns
-            count = len(tokens)
             starts = np.cumsum(lengths) - lengths
-            position_ids[row, :count] = np.arange(count) - np.repeat(starts, lengths)
             drawn = [
                 self._draw(tokens[start : start + length], answer, (epoch, index), rate)
                 for start, length, answer, index in zip(
@@ -344,4 +337,4 @@ class LabelLoader(_Loader[LabelBatch]):
         for row, (_, columns) in enumerate(contents):
             if columns is not None:
                 (labels[row],), (tasks[row],) = columns[5], columns[3]
-        return LabelBatch(*self._layout(contents), labels), tasks
+        return LabelBatch(*self._layout(contents)[:2], labels), tasks

@@ -1,7 +1,9 @@
 """Best-fit packing of examples into rows of a fixed number of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from mlmjax.errors import InputError
 
@@ -75,3 +77,26 @@ def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
 def _pack_window(window: list[T], seq_length: int) -> Iterator[list[T]]:
     for row in pack(window, seq_length):
         yield [window[index] for index in row]
+
+
+def lay_out(
+    rows: Sequence[tuple[Any, Any] | None], seq_length: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lay out packed rows as input ids, segment ids and position ids, int32 `[rows, seq_length]`.
+
+    A row is its tokens and the lengths of its segments; None is a row of padding.
+
+    >>> ids, segments, positions = lay_out([([5, 6, 7], [1, 2]), None], 4, pad_id=9)
+    >>> ids.tolist(), segments.tolist(), positions.tolist()[0]
+    ([[5, 6, 7, 9], [9, 9, 9, 9]], [[1, 2, 2, 0], [0, 0, 0, 0]], [0, 0, 1, 0])
+    """
+    ids = np.full((len(rows), seq_length), pad_id, np.int32)
+    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+    for row, content in enumerate(rows):
+        if content is not None:
+            tokens, lengths = content
+            count, starts = len(tokens), np.cumsum(lengths) - lengths
+            ids[row, :count] = tokens
+            segments[row, :count] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
+            positions[row, :count] = np.arange(count) - np.repeat(starts, lengths)
+    return ids, segments, positions

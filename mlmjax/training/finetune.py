@@ -1,8 +1,8 @@
-"""Fine-tuning in memory: packed prompts, answered at their slots or by a classification head."""
+"""Fine-tune in memory: packed prompts, for the answer at each slot or for a classification head."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from itertools import chain
+from functools import lru_cache, partial
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import jax
@@ -14,16 +14,15 @@ from flax import nnx
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.config.tables import decode
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
-from mlmjax.data.packing import pack
+from mlmjax.data.packing import lay_out, pack
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import local_mesh
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
-from mlmjax.training.loss import label_loss
-from mlmjax.training.optimizer import decay_mask, make_schedule
-from mlmjax.training.step import TrainState, create_train_state, make_train_step, masked_token_loss
+from mlmjax.training.optimizer import make_schedule, make_update
+from mlmjax.training.step import HEADS, TrainState, create_train_state, make_train_step
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
@@ -46,34 +45,33 @@ def fine_tune(
 ) -> Model:
     """Return a copy of the model, trained to give `answers` to the prompts.
 
-    Answers are token ids at the prompts' slots; of a classification model, whose prompts have no
-    slot, they are numbers of labels. The prompts of a batch are packed into rows, of one shape for
-    all batches, which are cut over the local devices. AdamW under a linear schedule; the order of
-    epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model so far (good until it
-    returns) and the epoch's mean loss, and ends the training by returning True. Raises `RunError`
-    when the loss is no longer finite.
+    Answers are token ids at the prompts' slots. A classification model reads prompts without a
+    slot, and its answers are label numbers. The prompts of a batch are packed into rows, which are
+    sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule.
+    The order of epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model, which is
+    valid until it returns, and the epoch's mean loss; it ends the training by returning True.
+    Raises `RunError` if the loss is not finite.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
-    optimizer = decode(
-        OptimizerConfig, {"learning_rate": learning_rate, "weight_decay": weight_decay}, "fit"
-    )
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    optimizer = decode(OptimizerConfig, given, "fit")
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
     rate = make_schedule(schedule, learning_rate, updates)
     update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
-    step = _step(graphdef, update, has_head)
-    cut = [_cut(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
-    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*cut)]
+    step = _step(graphdef, update, "classification" if has_head else "mlm")
+    batches = [_batches(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
+    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
     shape = common_shape(lengths, model.config, mesh.size)
-    layout: Any = label_batch if has_head else answer_batch
+    make_batch: Any = label_batch if has_head else answer_batch
     done = 0
     for epoch in range(epochs):
         sums = []
-        for members in cut[epoch]:
-            asked = [prompts[i] for i in members]
-            batch = layout(asked, answers[members], shape=shape, pad_id=pad_id)
+        for members in batches[epoch]:
+            shown = [prompts[i] for i in members]
+            batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
             rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
             state, metrics = step(_with_rates(state, rates), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
@@ -81,7 +79,7 @@ def fine_tune(
             if progress:
                 progress(done, updates)
         loss_sum, count, moved = np.sum(jax.device_get(sums), axis=0)
-        # The last update shows in no loss, but in its own size.
+        # No loss shows what the last update did; its norm does.
         if not np.isfinite(loss_sum + moved):
             raise RunError(
                 f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
@@ -91,38 +89,25 @@ def fine_tune(
     return nnx.merge(graphdef, state.params)
 
 
-def _cut(count: int, size: int, seed: Sequence[int]) -> list[np.ndarray]:
-    """Cut the numbers below `count`, in an order drawn by `seed`, into batches."""
+def _batches(count: int, size: int, seed: Sequence[int]) -> list[np.ndarray]:
+    """Divide the numbers below `count`, in an order drawn by `seed`, into batches."""
     order = np.random.default_rng(seed).permutation(count)
     return [order[start : start + size] for start in range(0, count, size)]
 
 
 @lru_cache(maxsize=8)
 def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the optimizer, its rates in its state: other rates are no other program."""
-
-    def make(learning_rate: Any, weight_decay: Any) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(optimizer.clip),
-            optax.adamw(
-                learning_rate,
-                b1=optimizer.b1,
-                b2=optimizer.b2,
-                eps=optimizer.eps,
-                weight_decay=weight_decay,
-                mask=decay_mask,
-            ),
-        )
-
-    made = optax.inject_hyperparams(make)(learning_rate=0.0, weight_decay=0.0)
+    """Return the optimizer with its rates in its state, so that other rates share its program."""
+    make = optax.inject_hyperparams(partial(make_update, optimizer))
+    made = make(learning_rate=0.0, weight_decay=0.0)
     assert isinstance(made, optax.GradientTransformation)
     return made
 
 
 @lru_cache(maxsize=8)
-def _step(graphdef: Any, update: optax.GradientTransformation, has_head: bool) -> Any:
-    """Return the training step; runs of like models share what is compiled."""
-    return make_train_step(graphdef, update, loss=label_loss if has_head else masked_token_loss)
+def _step(graphdef: Any, update: optax.GradientTransformation, head: str) -> Any:
+    """Return the training step; models of one architecture share the compiled program."""
+    return make_train_step(graphdef, update, loss=HEADS[head].loss)
 
 
 def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
@@ -139,12 +124,12 @@ class Shape(NamedTuple):
 
 
 def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: int) -> Shape:
-    """Return the cheapest shape that every batch can be packed into, so that one program does.
+    """Return the cheapest shape that holds every batch, so that one program is compiled.
 
     `batches` are the lengths of their prompts; `parts` divides the rows. Rows are as long as the
-    longest prompt (rounded up to 16), or of 256, 512 or 1,024 tokens,
-    whichever takes the fewest FLOPs: longer rows are filled better, and cost more attention.
-    Rows and slots are rounded up, so that another seed or setting mostly finds the same program.
+    longest prompt, rounded up to 16, or 256, 512 or 1,024 tokens, whichever takes the fewest FLOPs:
+    longer rows have less padding, but their attention costs more. Rows and slots are rounded up, so
+    that another seed or setting mostly has the same shape.
 
     >>> common_shape([[100, 150, 60, 200], [180, 70]], ModelConfig(), 1)
     Shape(rows=1, length=512, slots=4)
@@ -160,7 +145,7 @@ def common_shape(batches: Sequence[Sequence[int]], config: ModelConfig, parts: i
 
 
 def _rounded(count: int) -> int:
-    """Round a count up to one of four to a doubling.
+    """Round a count up; between a number and its double there are four results.
 
     >>> [_rounded(count) for count in (1, 7, 9, 18, 19, 33)]
     [1, 7, 10, 20, 20, 40]
@@ -172,42 +157,40 @@ def _rounded(count: int) -> int:
 def answer_batch(
     prompts: Sequence[Prompt], answers: Sequence[int] | np.ndarray, *, shape: Shape, pad_id: int
 ) -> Batch:
-    """Pack prompts into rows, the slot of each being a target; rows left over are padding.
+    """Pack prompts into rows; the slot of each is a target, and rows left over are padding.
 
     `answers` are token ids. The loss over the targets is that of one prompt in each row.
     """
+    layout, places = _packed(prompts, shape, pad_id)
     targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
-    ids, segments, positions, places = _packed(prompts, shape, pad_id)
-    for member, (row, number, start) in places:
+    for member, row, number, start in places:
         targets[:, row, number] = start + prompts[member].slot, answers[member], ATP
-    return Batch(ids, segments, positions, *targets)
+    return Batch(*layout, *targets)
 
 
 def label_batch(
     prompts: Sequence[Prompt], answers: Sequence[float] | np.ndarray, *, shape: Shape, pad_id: int
 ) -> LabelBatch:
-    """Pack prompts into rows, each with the number of its label; rows left over are padding."""
+    """Pack prompts into rows, each with its label number; rows left over are padding."""
+    (ids, segments, _), places = _packed(prompts, shape, pad_id)
     labels = np.full((shape.rows, shape.slots), np.nan, np.float32)
-    ids, segments, _, places = _packed(prompts, shape, pad_id)
-    for member, (row, number, _) in places:
+    for member, row, number, _ in places:
         labels[row, number] = answers[member]
     return LabelBatch(ids, segments, labels)
 
 
 def _packed(
     prompts: Sequence[Prompt], shape: Shape, pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, tuple[int, int, int]]]]:
-    """Return ids, segments, positions, and each prompt's row, number in it and first token."""
-    ids = np.full(shape[:2], pad_id, np.int32)
-    segments, positions = np.zeros_like(ids), np.zeros_like(ids)
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], list[tuple[int, int, int, int]]]:
+    """Return the layout, and each prompt with its row, its number there and its first token."""
+    rows: list[Any] = [None] * shape.rows
     places = []
     for row, members in enumerate(pack([prompt.ids for prompt in prompts], shape.length)):
-        start = 0
-        for number, member in enumerate(members):
-            stop = start + len(prompts[member].ids)
-            ids[row, start:stop] = prompts[member].ids
-            segments[row, start:stop] = number + 1
-            positions[row, start:stop] = np.arange(stop - start)
-            places.append((member, (row, number, start)))
-            start = stop
-    return ids, segments, positions, places
+        lengths = [len(prompts[member].ids) for member in members]
+        rows[row] = np.concatenate([prompts[member].ids for member in members]), lengths
+        starts = accumulate(lengths[:-1], initial=0)
+        places += [
+            (member, row, number, start)
+            for number, (member, start) in enumerate(zip(members, starts, strict=True))
+        ]
+    return lay_out(rows, shape.length, pad_id), places

@@ -56,23 +56,25 @@ def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> o
 def make_optimizer(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> optax.GradientTransformation:
+    """Return the optimizer of a run: `make_update` at the rate of `make_schedule`."""
+    rate = make_schedule(schedule, optimizer.learning_rate, steps)
+    return make_update(optimizer, rate, optimizer.weight_decay)
+
+
+def make_update(
+    optimizer: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, weight_decay: Any
+) -> optax.GradientTransformation:
     """Return clipping by the global norm (`clip = 0`: none), then AdamW or StableAdamW.
 
     Weight decay is multiplied by the learning rate, and leaves norms and biases alone. ModernBERT
     quotes decay without that factor: its 1e-5 at a learning rate of 5e-4 is 0.02 here. With
-    `layer_decay` the rate falls towards the embeddings, as `scale_by_depth`; with `ema` the state
-    also carries the averaged parameters, as `with_average`; with `skip_spikes` some updates are
-    not made, as `skip_spikes`.
+    `layer_decay` the rate falls towards the embeddings (`scale_by_depth`). With `ema` the state
+    also holds averaged parameters (`with_average`). With `skip_spikes` some updates are not made
+    (`skip_spikes`).
     """
-    rate = make_schedule(schedule, optimizer.learning_rate, steps)
-    settings = {
-        "b1": optimizer.b1,
-        "b2": optimizer.b2,
-        "eps": optimizer.eps,
-        "weight_decay": optimizer.weight_decay,
-        "mask": decay_mask,
-    }
-    parts = [{"adamw": optax.adamw, "stable_adamw": stable_adamw}[optimizer.name](rate, **settings)]
+    make = {"adamw": optax.adamw, "stable_adamw": stable_adamw}[optimizer.name]
+    settings = {"b1": optimizer.b1, "b2": optimizer.b2, "eps": optimizer.eps}
+    parts = [make(learning_rate, **settings, weight_decay=weight_decay, mask=decay_mask)]
     if optimizer.clip:
         parts.insert(0, optax.clip_by_global_norm(optimizer.clip))
     if optimizer.layer_decay != 1:

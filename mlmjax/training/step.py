@@ -15,7 +15,14 @@ from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding as partition
 from mlmjax.parallel.sharding import check_rows
-from mlmjax.training.loss import Metrics, summarize, target_losses, token_loss
+from mlmjax.training.loss import (
+    Metrics,
+    label_evaluation,
+    label_loss,
+    summarize,
+    target_losses,
+    token_loss,
+)
 from mlmjax.training.optimizer import skipped_updates
 
 AnyBatch = Batch | LabelBatch
@@ -206,6 +213,19 @@ def target_evaluation(model: Any, batch: Batch) -> Metrics:
     loss_sum, losses, correct = target_losses(model, hidden, batch)
     metrics = summarize(loss_sum, losses, correct, batch)
     return {**metrics, "loss": losses, "correct": correct}
+
+
+class Head(NamedTuple):
+    """The loss that trains a head, and the function that validates it."""
+
+    loss: Loss
+    evaluate: Callable[[Any, Any], Metrics]
+
+
+HEADS = {
+    "mlm": Head(masked_token_loss, target_evaluation),
+    "classification": Head(label_loss, label_evaluation),
+}
 
 
 def make_eval_step(

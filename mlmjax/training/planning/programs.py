@@ -39,8 +39,9 @@ from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.planning.topology import Topology, devices_of, parse_topology
 from mlmjax.training.run.initial_model import PUBLISHED, describe_start, load_tokenizer
-from mlmjax.training.run.train import HEADS, micro_batches
+from mlmjax.training.run.train import micro_batches
 from mlmjax.training.step import (
+    HEADS,
     abstract_train_state,
     make_eval_step,
     make_train_step,

@@ -2,11 +2,10 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import nnx
 
@@ -24,7 +23,7 @@ from mlmjax.reporting.terminal import Talk, say
 from mlmjax.storage import TRAINING, alone_in, check_name, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.flops import peak_flops
-from mlmjax.training.loss import Metrics, label_evaluation, label_loss
+from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_optimizer
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
 from mlmjax.training.run.inputs import open_loaders
@@ -50,35 +49,20 @@ from mlmjax.training.run.validation import (
     training_card,
 )
 from mlmjax.training.step import (
+    HEADS,
     AnyBatch,
-    Loss,
     TrainState,
     abstract_train_state,
     make_eval_step,
     make_replicated_step,
     make_train_step,
-    masked_token_loss,
     split_parameters,
     start_state,
-    target_evaluation,
 )
 from mlmjax.weights import hub, pretrained
 from mlmjax.weights.checkpoints import Checkpoints
 
 STEPS = {"pjit": make_train_step, "pmap": make_replicated_step}
-
-
-class _Head(NamedTuple):
-    """What a head is trained by, and what it is validated by."""
-
-    loss: Loss
-    evaluate: Callable[[Any, Any], Metrics]
-
-
-HEADS = {
-    "mlm": _Head(masked_token_loss, target_evaluation),
-    "classification": _Head(label_loss, label_evaluation),
-}
 
 
 def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState:
