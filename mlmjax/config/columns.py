@@ -1,4 +1,4 @@
-"""What a column is, in run and task files alike: named, inside a struct, or put together."""
+"""Look up columns of a record: by name, inside a struct, or joined from several."""
 
 import string
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from mlmjax.errors import InputError
 
 
 def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
-    """Cut a text with `{column}`s into `(text before, column or None)`; raises `InputError`.
+    """Cut a text with `{column}`s into `(text before, column or None)`; raise `InputError`.
 
     >>> pattern_parts("{title}: {body}")
     [('', 'title'), (': ', 'body')]
@@ -32,12 +32,12 @@ def _checked(pattern: str) -> str:
 
 # A column (`a.b` steps into a struct), or text with {column}s in braces.
 Pattern: TypeAlias = Annotated[str, AfterValidator(_checked)]
-# Of several, the first whose columns are all there.
+# Of several, the first whose columns are all present.
 Column: TypeAlias = Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
 
 
 def look_up(fields: Mapping[str, Any], column: Column) -> Any:
-    """Return the value of a column in a record; raises `InputError` where it has none.
+    """Return the value of a column in a record; raise `InputError` if it has none.
 
     >>> record = {"title": "On ice", "body": "Skates.", "meta": {"year": 1999}}
     >>> look_up(record, "meta.year"), look_up(record, ("text", "{title}: {body}"))
@@ -58,7 +58,7 @@ def look_up(fields: Mapping[str, Any], column: Column) -> Any:
 
 
 def columns_read(column: Column, present: Collection[str]) -> list[str] | None:
-    """Return the columns of a table that `look_up` will read; None where none will do.
+    """Return the columns of a table that `look_up` will read; None if it lacks them.
 
     >>> columns_read(("text", "{title}: {meta.year}"), ["title", "meta"])
     ['title', 'meta']
@@ -76,7 +76,7 @@ def alternatives_of(column: Column) -> tuple[str, ...]:
 
 
 def names_in(pattern: str) -> list[str]:
-    """Return the names of the columns in a pattern: itself, where it has no braces."""
+    """Return the names of the columns in a pattern; without braces it is one name."""
     return [name for _, name in pattern_parts(pattern) if name] if "{" in pattern else [pattern]
 
 

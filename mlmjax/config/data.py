@@ -1,4 +1,4 @@
-"""The part of a run's configuration that says what is read, kept and packed."""
+"""Read the part of a run file that says what to read, keep and pack."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from mlmjax.config.tables import StrictTable
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
-# The largest numbers are those of float32, in which they are used.
+# The limit is that of float32, in which these numbers are used.
 PositiveFloat = Annotated[float, Field(gt=0.0, le=3e38, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=3e38, allow_inf_nan=False)]
 ShortenSide = Literal["head", "tail", "middle"]
@@ -21,10 +21,10 @@ AnswerRule = Literal["strip", "letter", "period", "lower"]
 
 
 def _filled(text: str) -> str:
-    if not text.strip():  # as a path it would silently mean the working directory
+    if not text.strip():  # As a path it would mean the working directory.
         raise ValueError("is blank; give it a value, or leave the key out if it is optional")
     if "\0" in text:
-        raise ValueError("holds a NUL character, which no path and no name can have")
+        raise ValueError("holds a NUL character, which no path or name can have")
     return text
 
 
@@ -32,11 +32,10 @@ Name = Annotated[str, AfterValidator(_filled)]
 
 
 class Location(StrictTable):
-    """Where records are: local files, or a dataset of the hub.
+    """Say where records are: local files, or a dataset of the hub.
 
     Exactly one of `path` (a file or glob, or several: parquet, JSONL, CSV, each also `.zst`) and
-    `hub` (a dataset id). `columns` says which column a name stands for that is no column itself.
-    `limit` keeps the first records.
+    `hub` (a dataset id). `columns` maps names to columns. `limit` keeps the first records.
     """
 
     name: Name | None = None
@@ -57,30 +56,30 @@ class Location(StrictTable):
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The files and globs of `path`, one or many."""
+        """Return the files and globs of `path`, one or many."""
         return (self.path,) if isinstance(self.path, str) else self.path or ()
 
     @property
     def title(self) -> str:
-        """What reports call it: its name, else its paths or its hub id and subset."""
+        """Return its title in reports: its name, or its paths, or its hub id and subset."""
         place = ", ".join(self.paths) or "/".join(filter(None, [self.hub, self.subset]))
         return self.name or place
 
     @property
     def is_pinned(self) -> bool:
-        """Whether the records cannot change unseen: files are here, of a dataset a commit is."""
+        """Tell whether the records are fixed: local files, or a dataset at a commit."""
         return self.hub is None or bool(re.fullmatch(r"[0-9a-f]{40}", self.revision or ""))
 
 
 class SourceConfig(Location):
-    """One source of training text: where it is, and how a record becomes a prompt and an answer.
+    """Describe one source of training text, and how a record becomes a prompt and an answer.
 
     Exactly one of `prompt` (an instruction or labelled example, with `answer`) and `text` (the
-    column of plain text, trained by MLM alone; `cut` says where a long one is cut). A field of the
-    prompt is the column of its name, or what `columns` says it is. `normalize` names rules that
-    answers are rewritten by, in their order (`data.answers.RULES`). `weight` is the share of the
-    rows drawn that come from this source; without any, every row of all sources comes once per
-    epoch. What cannot be read or used (`broken`) stops the run, or is skipped and counted.
+    column of plain text, trained by MLM only; `cut` says where a long one is cut). A field of the
+    prompt is the column of its name, or the column that `columns` maps it to. `normalize` names
+    rules that rewrite answers, in their order (`data.reading.answers.RULES`). `weight` is the share
+    of drawn rows that come from this source; without weights, every row of all sources comes once
+    per epoch. `broken` says whether a bad record stops the run, or is skipped and counted.
     """
 
     prompt: str | None = None
@@ -105,7 +104,7 @@ class SourceConfig(Location):
         if self.labels is not None and self.prompt is None:
             raise ValueError("labels needs prompt and answer")
         if self.cut != "window" and self.text is None:
-            raise ValueError("cut is for plain text (text); shorten says what a prompt may lose")
+            raise ValueError("cut is for plain text (text); for a prompt, use shorten")
         if self.normalize and self.prompt is None:
             raise ValueError("normalize is for answers; it needs prompt and answer")
         return self
@@ -115,9 +114,9 @@ class SourceConfig(Location):
         if not self.is_pinned:
             found = "no revision" if self.revision is None else f"revision {self.revision!r}"
             raise ValueError(
-                f"hub dataset {self.hub} has {found}; write the commit it is to be read at, 40 "
-                'hexadecimal digits, as in revision = "0123...cdef" (the History of its files '
-                f"on the hub has it, and huggingface_hub.dataset_info({self.hub!r}).sha)"
+                f"hub dataset {self.hub} has {found}; give a commit of 40 hexadecimal digits, as "
+                'in revision = "0123...cdef" (from the History of its files on the hub, or from '
+                f"huggingface_hub.dataset_info({self.hub!r}).sha)"
             )
         return self
 
@@ -133,7 +132,7 @@ class SourceConfig(Location):
             if name not in fields:
                 known = ", ".join(sorted(fields)) or "none"
                 raise ValueError(
-                    f"columns: {name!r} is no field of the prompt; its fields: {known}"
+                    f"columns: {name!r} is not a field of the prompt; its fields: {known}"
                 )
             if name in (self.answer, self.task):
                 raise ValueError(
@@ -144,16 +143,16 @@ class SourceConfig(Location):
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The names of the labels in order; none for a source without labels."""
+        """Return the names of the labels in order; empty for a source without labels."""
         if isinstance(self.labels, Mapping):
             return tuple(dict.fromkeys(self.labels.values()))
         return self.labels or ()
 
 
 class EvaluationSet(StrictTable):
-    """An evaluation set: a shipped task or a task file, and a file to read in place of its own.
+    """Name an evaluation set: a shipped task or a task file, and a file to read instead of its own.
 
-    The name of the task alone stands for the table.
+    A string is short for the table with only the task.
     """
 
     task: Name
@@ -166,10 +165,10 @@ class EvaluationSet(StrictTable):
 
 
 class ExcludeConfig(StrictTable):
-    """What no model may be trained on, so that it can be tested on it.
+    """Say what to keep out of training, so that a model can be tested on it.
 
-    `tasks` are globs (`*`, `?`, `[...]`) on the task of a record, upper and lower case alike;
-    `overlap` are evaluation sets whose texts no record may share `ngram` words in a row with.
+    `tasks` are globs (`*`, `?`, `[...]`) on the task of a record, whatever its case. `overlap` are
+    evaluation sets; a record that shares `ngram` consecutive words with their texts is excluded.
     """
 
     tasks: tuple[Name, ...] = ()
@@ -178,11 +177,11 @@ class ExcludeConfig(StrictTable):
 
 
 class SelectConfig(StrictTable):
-    """Which examples with an answer are kept of many, chosen by hash.
+    """Select examples with an answer, by hash.
 
-    `sizes` are nested sets, the smaller ones parts of the larger: the largest tasks are cut, down
-    to one common number of examples, until the set has that size. `per_task` is the most of any
-    task, `answer_share` the largest share of a task's examples that one answer may have.
+    `sizes` are those of nested sets: the largest tasks are cut, down to one common number of
+    examples, until the set has that size. `per_task` is the most examples of any task,
+    `answer_share` the largest share of a task's examples with the same answer.
     """
 
     sizes: tuple[PositiveInt, ...] = ()
@@ -197,7 +196,7 @@ class SelectConfig(StrictTable):
 
 
 class DataConfig(StrictTable):
-    """What is read, how it is packed, and how many rows make one update.
+    """Say what to read, how to pack it, and how many rows make one update.
 
     With `batch_start` the first update has that many rows, and `batch_size` is reached at update
     `batch_warmup`, a fraction of the run (< 1) or a number of updates (>= 1).
@@ -230,6 +229,6 @@ class DataConfig(StrictTable):
             )
         if self.subset is not None and self.subset not in self.select.sizes:
             raise ValueError(
-                f"subset {self.subset} is none of select.sizes {list(self.select.sizes)}"
+                f"subset {self.subset} is not one of select.sizes {list(self.select.sizes)}"
             )
         return self

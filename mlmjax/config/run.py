@@ -1,4 +1,4 @@
-"""The run configuration: one type for each table of a run file. Nothing here knows JAX."""
+"""Read run files: one type for each table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from mlmjax.config.data import (
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
 
-# TPU kernels cut a sequence into tiles of 128 tokens.
+# TPU kernels process a sequence in tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
 Head = Literal["mlm", "classification"]
 # The model imports these names; it knows nothing else of a run.
@@ -28,10 +28,10 @@ SPLASH_BLOCKS = (512, 256)
 
 
 class ObjectiveConfig(StrictTable):
-    """Shares of the objectives, drawn per example; what is left of 1 is answer token prediction.
+    """Set the shares of the objectives, drawn per example; the rest is answer token prediction.
 
     The share of tokens masked at random is `mlm_rate`, or goes from it at the first update to
-    `mlm_rate_end` at the last; `masking` says what is drawn until that share is reached.
+    `mlm_rate_end` at the last. `masking` is the unit that is drawn until that share is reached.
     """
 
     dummy_mlm_share: Share = 0.0
@@ -50,12 +50,12 @@ class ObjectiveConfig(StrictTable):
 
 
 class OptimizerConfig(StrictTable):
-    """The optimizer; weight decay never touches norms, biases or other vectors.
+    """Configure the optimizer; weight decay applies to matrices only.
 
-    `layer_decay` multiplies the learning rate once for each layer above a parameter (1: the same
-    for all). `ema` is the decay of the averaged parameters that are validated and exported (0: the
-    trained ones are). An update whose gradient norm is above `skip_spikes` times the usual one is
-    not made (None: every one is, and one that is not finite ends the run).
+    `layer_decay` multiplies the learning rate once for each layer above a parameter (1: no decay).
+    `ema` is the decay of the averaged parameters that are validated and exported (0: no average).
+    An update whose gradient norm exceeds `skip_spikes` times the usual one is skipped (None: no
+    update is skipped, and a norm that is not finite ends the run).
     """
 
     name: Literal["adamw", "stable_adamw"] = "adamw"
@@ -71,7 +71,7 @@ class OptimizerConfig(StrictTable):
 
 
 class ScheduleConfig(StrictTable):
-    """Learning rate over the run; `warmup` and `decay` are fractions (< 1) or steps (>= 1)."""
+    """Set the learning rate over the run; `warmup` and `decay`: fractions (< 1) or steps (>= 1)."""
 
     name: Literal["wsd", "cosine", "linear"] = "wsd"
     warmup: NonNegativeFloat = 0.05
@@ -79,9 +79,9 @@ class ScheduleConfig(StrictTable):
 
 
 class CheckpointConfig(StrictTable):
-    """Where and how often a checkpoint is written and which are kept.
+    """Say where and how often to write checkpoints, and which to keep.
 
-    `path` is `checkpoints` in the run folder if left out; 0 for `every` means only at the end.
+    `path` defaults to `checkpoints` in the run folder; `every = 0` means only at the end.
     """
 
     path: Name | None = None
@@ -91,19 +91,19 @@ class CheckpointConfig(StrictTable):
 
 
 class EvaluationConfig(StrictTable):
-    """How often validation runs; 0 means only at the end."""
+    """Say how often to validate; 0 means only at the end."""
 
     every: Annotated[int, Field(ge=0)] = 500
 
 
 class LogConfig(StrictTable):
-    """How often a line of metrics is written."""
+    """Say how often to write a line of metrics."""
 
     every: PositiveInt = 10
 
 
 class MeshConfig(StrictTable):
-    """Devices along each mesh axis; `data = -1` takes all that remain."""
+    """Set the devices along each mesh axis; `data = -1` takes the remaining ones."""
 
     data: int = -1
     fsdp: PositiveInt = 1
@@ -117,10 +117,10 @@ class MeshConfig(StrictTable):
 
 
 class RunConfig(StrictTable):
-    """One training run, decoded from one TOML file.
+    """Describe one training run, decoded from one TOML file.
 
-    `head = "classification"` trains a linear layer over the pooled text in the place of the MLM
-    head: on the labels of the sources, or without labels on the answer as a number.
+    `head = "classification"` trains a linear layer over the pooled text instead of the MLM head:
+    on the labels of the sources, or, without labels, on the answer as a number.
     """
 
     out: Name
@@ -147,7 +147,7 @@ class RunConfig(StrictTable):
 
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":
-        # An empty [model] describes nothing: `model={}` is how an override takes the table away.
+        # An empty [model] describes nothing, so `model={}` as an override removes the table.
         if self.model is None if self.init_from is None else self.model:
             raise ValueError(
                 "give exactly one of init_from (a folder or hub id) and [model] (HF config keys)"
@@ -166,25 +166,25 @@ class RunConfig(StrictTable):
         taken = {"num_labels", "id2label", "label2id", "problem_type"} & set(self.model or {})
         if taken:
             raise ValueError(
-                f"[model] has {', '.join(sorted(taken))}, which follow from the labels of the "
-                "sources; leave them out"
+                f"[model] has {', '.join(sorted(taken))}, which the labels of the sources set; "
+                "leave them out"
             )
         if self.objective != ObjectiveConfig():
             raise ValueError("[objective] is for the MLM head; leave it out for classification")
         if any(source.text is not None for source in sources):
             raise ValueError("head = 'classification' needs prompt and answer for every source")
         if any(source.label_names != self.label_names for source in sources):
-            raise ValueError("every source has to have the same labels, in the same order")
+            raise ValueError("every source needs the same labels, in the same order")
         names = self.label_names
         if names and (len(set(names)) < max(len(names), 2) or not all(map(str.strip, names))):
             raise ValueError(
                 f"labels are {', '.join(map(repr, names))}; expected two or more, distinct and not "
-                "blank (or none, to predict a number)"
+                "blank (or leave labels out to predict a number)"
             )
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The labels of a classification run, those of its first source."""
+        """Return the labels of a classification run, those of its first source."""
         return self.data.sources[0].label_names if self.data.sources else ()
 
 
@@ -201,8 +201,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read one TOML file, apply `key=value` overrides, and check everything at once.
 
     `overrides` are dotted keys with TOML values (`data.batch_size=64`, `out=runs/b`); a value that
-    is no TOML is taken as a string. Raises `InputError` that names the dotted key, what was found
-    and the nearest known key.
+    is not TOML is a string. Raises `InputError` that names the dotted key, the value found and the
+    nearest known key.
     """
     table = read_toml(path)
     for change in overrides:
@@ -211,5 +211,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse_config(table: Mapping[str, Any], where: str = "config") -> RunConfig:
-    """Decode a table of plain values into a `RunConfig`; `where` opens the error message."""
+    """Decode a table of plain values into a `RunConfig`; `where` begins the error message."""
     return decode(RunConfig, table, where)

@@ -1,8 +1,6 @@
-"""A suite as data: which tasks are evaluated and how, read strictly from TOML."""
+"""Read a suite strictly from TOML: the tasks to evaluate, and how."""
 
-import difflib
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -10,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
 from mlmjax.config.run import Head
-from mlmjax.config.tables import StrictTable, decode, override, read_toml
+from mlmjax.config.tables import StrictTable, decode, find_file, nearest, override, read_toml
 from mlmjax.config.task import Task, load_task
 from mlmjax.errors import InputError
 
@@ -20,9 +18,9 @@ Few = Annotated[int, Field(gt=0, le=1000)]
 
 
 class Part(StrictTable):
-    """One split of a task: patterns of its local file, and its place on the hub.
+    """Say where one split of a task is: patterns of its local file, and its place on the hub.
 
-    What of the hub is left out is as in the task; without `split` the hub does not have this part.
+    Omitted keys of the hub are those of the task; without `split` the hub does not have this part.
     """
 
     files: tuple[Name, ...] = ()
@@ -46,10 +44,10 @@ class Part(StrictTable):
 
 
 class Entry(StrictTable):
-    """One task of a suite: asked as it is, or fine-tuned on its training rows.
+    """Describe one task of a suite: prompted zero-shot, or fine-tuned on its training rows.
 
-    `tables` are the tables of the paper it stands in, and `published` its figures there, in per
-    cent, by method: `zero-shot`, or `mlm` and `classification`.
+    `tables` are the tables of the paper that have it, and `published` its figures there in per
+    cent by method: `zero-shot`, or `mlm` and `classification`.
     """
 
     task: Name
@@ -71,7 +69,7 @@ class Entry(StrictTable):
 
 
 class Missing(StrictTable):
-    """A task that belongs to a suite but cannot be run by it, and why."""
+    """Name a task that belongs to a suite but cannot be run, and why."""
 
     task: Name
     reason: Name
@@ -79,10 +77,10 @@ class Missing(StrictTable):
 
 
 class Sweep(StrictTable):
-    """The settings that are tried, and what all of them share.
+    """List the settings to try, and what all of them share.
 
     The defaults are those of arXiv 2502.03793, section 4. `held_out` is the share of the training
-    rows that settings are chosen on where a task has no validation rows of its own.
+    rows used to choose a setting if a task has no validation rows.
     """
 
     epochs: Annotated[tuple[Few, ...], Field(min_length=1)] = (1, 2, 3)
@@ -98,15 +96,15 @@ class Sweep(StrictTable):
         for key in ("epochs", "learning_rate"):
             values = getattr(self, key)
             if len(set(values)) < len(values):
-                raise ValueError(f"{key} holds a value twice; every setting is tried once")
+                raise ValueError(f"{key} repeats a value; list every setting once")
         return self
 
 
 class Suite(StrictTable):
-    """What is evaluated: entries, the sweep, and how many seeds of the chosen setting.
+    """Hold what to evaluate: entries, the sweep, and the number of seeds of the chosen setting.
 
-    `limit` draws that many rows of every part; `tasks` keeps the entries of these tasks alone.
-    Answers by letters are asked again in other orders for `order_rows` of the test rows (0: none).
+    `limit` draws that many rows of every part; `tasks` keeps only the entries of these tasks.
+    `order_rows` of the test rows answered by letters are prompted again in other orders (0: none).
     """
 
     name: Name
@@ -123,34 +121,26 @@ class Suite(StrictTable):
     @model_validator(mode="after")
     def _distinct(self) -> "Suite":
         if len(set(self.heads)) < len(self.heads):
-            raise ValueError("heads holds one twice")
+            raise ValueError("heads repeats a head; list each once")
         seen = [(entry.task, entry.kind, entry.protocol) for entry in self.entries]
         if twice := next((one for one in seen if seen.count(one) > 1), None):
-            raise ValueError(f"entries: {' '.join(twice)} stands there twice")
+            raise ValueError(f"entries: {' '.join(twice)} is listed twice")
         known = [entry.task for entry in self.entries] + [one.task for one in self.missing]
         for name in self.tasks:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(
-                    f"tasks: {name!r} is no entry of the suite; {hint}"
+                    f"tasks: {name!r} is not an entry of the suite; {nearest(name, known)}"
                     f"it has {', '.join(dict.fromkeys(known))}"
                 )
         return self
 
     def is_wanted(self, task: str) -> bool:
-        """Tell whether the entries of a task are to be run."""
+        """Tell whether to run the entries of a task."""
         return not self.tasks or task in self.tasks
 
 
-def suite_names() -> list[str]:
-    """Return the names of the shipped suites."""
-    shipped = files("mlmjax") / "assets" / "suites"
-    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
-
-
 class Planned(NamedTuple):
-    """An entry that is to be run, and its task."""
+    """Hold an entry to run and its task."""
 
     entry: Entry
     task: Task
@@ -161,23 +151,14 @@ def load_suite(
 ) -> tuple[Suite, list[Planned]]:
     """Read a shipped suite by its name, or a suite file, and apply `key=value` overrides.
 
-    Task files of its entries are relative to the suite file. Raises `InputError` that lists
-    everything wrong with the file and the overrides, or with a task.
+    Task files are relative to the suite file. Raises `InputError` that lists everything wrong with
+    the file and the overrides, or with a task.
 
     >>> suite, planned = load_suite("paper", ["sweep.epochs=[1]", 'tasks=["mmlu"]'])
     >>> suite.sweep.epochs, [task.name for _, task in planned]
     ((1,), ['mmlu'])
     """
-    name = str(name_or_path)
-    if name in suite_names():
-        path = Path(str(files("mlmjax") / "assets" / "suites" / f"{name}.toml"))
-    elif Path(name).suffix == ".toml" or Path(name).is_file():
-        path = Path(name)
-    else:
-        raise InputError(
-            f"suite {name!r}: is neither a shipped suite nor a .toml file; shipped are "
-            f"{', '.join(suite_names())}"
-        )
+    path = find_file("suite", name_or_path)
     table: dict[str, Any] = read_toml(path)
     for change in overrides:
         override(table, change)
@@ -187,12 +168,12 @@ def load_suite(
 
 
 def _task_of(entry: Entry, suite: Path) -> Task:
-    """Load the task of an entry; refuse one that has no labels to be fine-tuned on."""
+    """Load the task of an entry; raise `InputError` if it has no labels to fine-tune on."""
     is_file = entry.task.endswith(".toml")
     task = load_task(suite.parent / entry.task if is_file else entry.task).under(entry.protocol)
     if entry.kind == "fine-tune" and not task.label_names:
         raise InputError(
-            f"{suite}: {entry.task} has options of each row's own, which no classification head "
-            'can learn; give kind = "zero-shot", or a task with labels'
+            f"{suite}: {entry.task} has other options in each row, which a classification head "
+            'cannot learn; give kind = "zero-shot", or a task with labels'
         )
     return task

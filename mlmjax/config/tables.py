@@ -1,8 +1,9 @@
-"""Tables read strictly from TOML: every unknown key and every wrong value is named."""
+"""Read tables strictly from TOML; name every unknown key and every wrong value."""
 
 import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,13 +15,13 @@ Table = TypeVar("Table", bound=BaseModel)
 
 
 class StrictTable(BaseModel):
-    """A frozen table that knows exactly its own keys."""
+    """Hold exactly the declared keys, frozen and without conversion of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read a TOML file into plain values; raises `InputError` that says where it is broken."""
+    """Read a TOML file into plain values; raise `InputError` that says where it is broken."""
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -35,7 +36,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def decode(table_type: type[Table], values: Mapping[str, Any], where: str) -> Table:
-    """Decode plain values into a typed table; raises one `InputError` that lists every problem."""
+    """Decode plain values into a typed table; raise one `InputError` with every problem."""
     try:
         return table_type.model_validate(_tuples(values))
     except ValidationError as error:
@@ -44,7 +45,7 @@ def decode(table_type: type[Table], values: Mapping[str, Any], where: str) -> Ta
 
 
 def _tuples(value: Any) -> Any:
-    """Lists become tuples, because strict validation takes no list for a tuple."""
+    """Turn lists into tuples, because strict validation rejects a list for a tuple."""
     if isinstance(value, Mapping):
         return {key: _tuples(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -52,8 +53,40 @@ def _tuples(value: Any) -> Any:
     return value
 
 
+def shipped_names(kind: str) -> list[str]:
+    """Return the names of the files of a kind that are shipped with the package: tasks, suites."""
+    shipped = files("mlmjax") / "assets" / f"{kind}s"
+    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
+
+
+def find_file(kind: str, name_or_path: str | Path) -> Path:
+    """Return the path of a shipped task or suite by its name, or of a TOML file.
+
+    Raises `InputError` for an unknown name, with the nearest one.
+    """
+    name, shipped = str(name_or_path), shipped_names(kind)
+    if name in shipped:
+        return Path(str(files("mlmjax") / "assets" / f"{kind}s" / f"{name}.toml"))
+    if Path(name).suffix == ".toml" or Path(name).is_file():
+        return Path(name)
+    raise InputError(
+        f"{kind} {name!r}: is neither a shipped {kind} nor a .toml file; "
+        f"{nearest(name, shipped)}shipped are {', '.join(shipped)}"
+    )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Ask in a message whether the nearest known name was meant; empty if none is near.
+
+    >>> nearest("mmlu_prp", ["agnews", "mmlu_pro"])
+    "did you mean 'mmlu_pro'? "
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
 def override(table: dict[str, Any], change: str) -> None:
-    """Set one dotted key of plain values by `key=value`; raises `InputError` where it cannot be."""
+    """Set one dotted key of plain values by `key=value`; raise `InputError` if it cannot be set."""
     key, separator, text = change.partition("=")
     if not separator or not key:
         raise InputError(f"override {change!r}: expected key=value, as in data.batch_size=64")
@@ -91,9 +124,8 @@ def _describe(table_type: type[BaseModel], problem: Any) -> str:
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _keys_at(table_type, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        hint = nearest(str(location[-1]), known) or f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint.strip()}"
     if problem["type"] == "missing":
         return f"{key}: is missing; this key is required"
     if problem["type"] == "value_error":
@@ -110,7 +142,7 @@ def _keys_at(table_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Return the known keys of the table at a dotted location."""
     model: Any = table_type
     for part in location:
-        if part not in model.model_fields:  # an index into a list, a key of a mapping
+        if part not in model.model_fields:  # An index into a list, or a key of a mapping.
             continue
         annotation = model.model_fields[part].annotation
         model = next((a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation)

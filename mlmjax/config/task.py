@@ -1,10 +1,8 @@
-"""Task definitions: a labelled table and how it is asked, read strictly from TOML."""
+"""Read tasks strictly from TOML: a labelled table and how it is prompted."""
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +11,7 @@ from pydantic import Field, model_validator
 
 from mlmjax.config.columns import Column, look_up
 from mlmjax.config.data import Location, Name, ShortenSide
-from mlmjax.config.tables import StrictTable, decode, read_toml
+from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
@@ -27,11 +25,11 @@ _QUOTED = re.compile(r"^[>|]|^In article|^Quoted from|writes in|writes:|wrote:|s
 def newsgroup(post: str) -> str:
     """Remove header, signature and quoted lines of a newsgroup post.
 
-    A post with its header loses the header (up to the first blank line), then its last paragraph
-    (from the last line that is blank or made of hyphens), then every line that quotes or introduces
-    a quotation: what `fetch_20newsgroups(remove=("headers", "footers", "quotes"))` of scikit-learn
-    leaves. A text without a header is taken as already cleaned and stays as it is, because doing it
-    twice would take a paragraph of its own each time.
+    A post loses its header (up to the first blank line), then its last paragraph (from the last
+    line that is blank or made of hyphens), then every line that quotes or introduces a quotation,
+    as `fetch_20newsgroups(remove=("headers", "footers", "quotes"))` of scikit-learn does. A text
+    without a header counts as cleaned and is not changed: cleaning it again would remove another
+    paragraph.
 
     >>> newsgroup("From: a@b\\nSubject: cars\\n\\nc@d writes:\\n> Why?\\nThe red one.\\n\\n--\\nA")
     'The red one.\\n'
@@ -54,7 +52,7 @@ CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"newsgroup": newsgroup}
 
 
 class Protocol(StrictTable):
-    """What a named protocol changes in its task; what it leaves out stays as the task has it."""
+    """Hold what a named protocol changes in its task; omitted keys are those of the task."""
 
     prompt: str | None = None
     shorten: Mapping[str, ShortenSide] | None = None
@@ -64,17 +62,16 @@ class Protocol(StrictTable):
 
 
 class Task(StrictTable):
-    """A labelled table and how it is asked: where it is, the prompt, the options or the labels.
+    """Describe a labelled table and its prompt, with options per row or labels for all.
 
     `data` (a file, relative to the task file) or `hub` says where the rows are. `clean` names a
-    cleaning of a field (`config.clean`); rows it leaves blank are dropped and counted. `metric` is
-    the one of the results that the task is customarily compared by. `head_prompt` is what a
-    classification head reads in place of the prompt.
+    cleaning of a field (`CLEANINGS`); rows left blank are dropped and counted. `metric` is the
+    figure that the task is usually compared by. A classification head reads `head_prompt` instead
+    of the prompt.
 
     A task has either `options` (the column of each row's list, or one column per option) or
-    `labels`: a list, whose values in `answer` are names or indices, or a table from the column's
-    value to the label's name. For `options` the answer is an index, a letter, or one of the names
-    in `option_names`.
+    `labels`: a list, with names or indices in `answer`, or a table from the column's value to the
+    label's name. For `options` the answer is an index, a letter, or a name in `option_names`.
     """
 
     name: str
@@ -113,7 +110,7 @@ class Task(StrictTable):
         if self.labels is not None and len(self.label_names) < 2:
             raise ValueError("labels needs at least two distinct labels")
         if isinstance(self.labels, tuple) and len(self.label_names) < len(self.labels):
-            raise ValueError("labels holds a label twice, so that an index would be in doubt")
+            raise ValueError("labels repeats a label, so an index would be ambiguous")
         if any(not name.strip() for name in self.label_names):
             raise ValueError("labels holds a blank label")
         for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):
@@ -128,7 +125,7 @@ class Task(StrictTable):
         return self
 
     def _check_prompts(self) -> None:
-        """Every prompt asks about the row, and no column is meant for a field that none has."""
+        """Check that every prompt reads the row, and that a prompt has the field of each column."""
         fields: set[str] = set()
         for protocol in (Protocol(), *self.protocols.values()):
             prompt = self.prompt if protocol.prompt is None else protocol.prompt
@@ -148,10 +145,10 @@ class Task(StrictTable):
         for name in (*self.columns, *self.clean, *self.strip):
             if name not in fields:
                 known = ", ".join(sorted(fields)) or "none"
-                raise ValueError(f"{name!r} is no field of the prompt; its fields: {known}")
+                raise ValueError(f"{name!r} is not a field of the prompt; its fields: {known}")
 
     def _check_spelled_out(self, prompt: str, fields: set[str]) -> None:
-        """Without {options}, a prompt answered by letters has to show every option itself."""
+        """Check that a prompt without {options} that is answered by letters shows every option."""
         if self.labels is not None:
             literal = re.sub(r"\{[^{}]*\}", "", prompt)
             shown = all(name in literal for name in self.label_names)
@@ -160,18 +157,18 @@ class Task(StrictTable):
             shown = isinstance(self.options, tuple) and columns.issuperset(self.options)
         if not shown:
             raise ValueError(
-                "the prompt has no {options}, so nothing tells what each letter stands for; write "
+                "the prompt has no {options}, so it does not say what each letter means; write "
                 '{options}, spell every option out, or set verbalizer = "words"'
             )
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The distinct labels in order; empty for a task whose rows bring their own options."""
+        """Return the distinct labels in order; empty for a task with options per row."""
         names = self.labels.values() if isinstance(self.labels, Mapping) else self.labels or ()
         return tuple(dict.fromkeys(names))
 
     def location(self, data: str | Path | None = None) -> Location:
-        """Say where the rows are: in `data`, else where the task says; `InputError` if nowhere."""
+        """Return where the rows are: `data`, or the task's place; raise `InputError` if nowhere."""
         path = str(data) if data is not None else self.data
         if path is None and self.hub is None:
             raise InputError(
@@ -182,7 +179,7 @@ class Task(StrictTable):
         return decode(Location, {**place, "split": self.split}, where=f"task {self.name}")
 
     def fields_of(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the fields of the prompt but for options; None where cleaning leaves one blank."""
+        """Return the fields of the prompt except options; None if cleaning leaves one blank."""
         row: dict[str, Any] = {}
         for field in _row_fields(self.prompt):
             value = look_up(record, self.columns.get(field, field))
@@ -195,11 +192,11 @@ class Task(StrictTable):
         return row
 
     def options_of(self, record: Mapping[str, Any]) -> list[Any]:
-        """Return the options of a row: its own, or the labels."""
+        """Return the options of a row, or the labels."""
         return list(self.label_names) if self.options is None else option_list(self.options, record)
 
     def under(self, protocol: str) -> "Task":
-        """Return the task as the named protocol asks it; raises `InputError` if it has none."""
+        """Return the task under a named protocol; raise `InputError` for an unknown name."""
         if protocol == "default":
             return self
         if protocol not in self.protocols:
@@ -208,10 +205,10 @@ class Task(StrictTable):
         return self.model_copy(update=self.protocols[protocol].model_dump(exclude_none=True))
 
     def for_head(self) -> "Task":
-        """Return the task as a classification head reads it.
+        """Return the task with the prompt that a classification head reads.
 
-        Its prompt is `head_prompt`, else the fields of the prompt but for options, each on a line;
-        of `shorten` what stands there remains.
+        It is `head_prompt`, or each field of the prompt except options on a line. `shorten` keeps
+        the fields of that prompt.
         """
         prompt = self.head_prompt
         if prompt is None:
@@ -221,7 +218,7 @@ class Task(StrictTable):
         return self.model_copy(update={"prompt": prompt, "shorten": shorten})
 
     def head_template(self) -> Template:
-        """Return the template of a task that is `for_head`."""
+        """Return the template of a task made by `for_head`."""
         return Template(self.prompt, shorten=dict(self.shorten), slot=False)
 
     def verbalizer_for(self, label_count: int) -> Verbalizer:
@@ -241,7 +238,7 @@ def _row_fields(prompt: str) -> tuple[str, ...]:
 
 
 def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:
-    """Return what a row has in a column that holds a list, or in several columns."""
+    """Return the values of a row in a column that holds a list, or in several columns."""
     if isinstance(options, tuple):
         return [look_up(record, column) for column in options]
     values = look_up(record, options)
@@ -250,30 +247,13 @@ def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> li
     return list(values)
 
 
-def task_names() -> list[str]:
-    """Return the names of the shipped tasks."""
-    shipped = files("mlmjax") / "assets" / "tasks"
-    return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
-
-
 def load_task(name_or_path: str | Path) -> Task:
     """Read a shipped task by its name, or a task file; a `data` file is relative to the task file.
 
-    Raises `InputError` for an unknown name (with the nearest one), and for every key and value the
-    file has wrong.
+    Raises `InputError` for an unknown name (with the nearest one), and for every wrong key and
+    value of the file.
     """
-    name = str(name_or_path)
-    if name in task_names():
-        path = Path(str(files("mlmjax") / "assets" / "tasks" / f"{name}.toml"))
-    elif Path(name).suffix == ".toml" or Path(name).is_file():
-        path = Path(name)
-    else:
-        near = difflib.get_close_matches(name, task_names(), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise InputError(
-            f"task {name!r}: is neither a shipped task nor a .toml file; {hint}"
-            f"shipped are {', '.join(task_names())}"
-        )
+    path = find_file("task", name_or_path)
     task = decode(Task, read_toml(path), where=str(path))
     if task.data is not None:
         task = task.model_copy(update={"data": str(path.parent / task.data)})

@@ -8,14 +8,15 @@ import pyarrow.parquet as pq
 import pytest
 from task_files import write_csv
 
-from mlmjax.config.task import load_task, task_names
+from mlmjax.config.tables import shipped_names
+from mlmjax.config.task import load_task
 from mlmjax.evaluation.questions import read_questions
 from mlmjax.text.checks import check_row
 from mlmjax.text.prompts import Template
 
 
 def test_every_shipped_task_is_sound():
-    names = task_names()
+    names = shipped_names("task")
     assert {"mmlu", "mmlu_pro", "ag_news"} <= set(names)
     for name in names:
         shipped = load_task(name)
@@ -55,7 +56,7 @@ LEFT_OUT = {"mnli": {"dropped": 131}, "20newsgroups": {"blank": 215}}
 
 
 def test_no_shipped_task_goes_unread():
-    assert set(FILES) == set(task_names())
+    assert set(FILES) == set(shipped_names("task"))
 
 
 @pytest.mark.data

@@ -375,7 +375,7 @@ def test_blank_posts_are_counted_not_asked(model, tokenizer, tmp_path):
         answer(model, tokenizer, tmp_path, rows[1:3], **cleaning)
     with pytest.raises(InputError, match=r"field 'text'.*int"):
         answer(model, tokenizer, tmp_path, [{"text": 5, "label": "bad"}], **cleaning)
-    with pytest.raises(ValueError, match="'body' is no field of the prompt"):
+    with pytest.raises(ValueError, match="'body' is not a field of the prompt"):
         task(clean={"body": "newsgroup"})
 
 

@@ -15,7 +15,8 @@ import pytest
 from flax import nnx
 
 from mlmjax import load_pretrained, run_evaluation, save_pretrained
-from mlmjax.config.task import load_task, task_names
+from mlmjax.config.tables import shipped_names
+from mlmjax.config.task import load_task
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import read_questions
@@ -109,7 +110,7 @@ def test_the_published_instruct_model_answers_mmlu(tmp_path):
 
 
 @on_the_hub
-@pytest.mark.parametrize("name", [name for name in task_names() if load_task(name).hub])
+@pytest.mark.parametrize("name", [name for name in shipped_names("task") if load_task(name).hub])
 def test_every_shipped_task_is_on_the_hub(name):
     check_first_rows(load_task(name))
 

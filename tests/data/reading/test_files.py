@@ -291,9 +291,7 @@ def test_a_hub_dataset_is_read_at_its_commit(asked):
 def test_a_hub_source_without_a_commit_is_refused(revision):
     table = {"hub": "some/one", "prompt": "{text}", "answer": "label"}
     table |= {"revision": revision} if revision else {}
-    with pytest.raises(
-        InputError, match=r"hub dataset some/one has .*; write the commit"
-    ) as caught:
+    with pytest.raises(InputError, match=r"hub dataset some/one has .*; give a commit") as caught:
         decode(SourceConfig, table, "run.toml: data.sources.0")
     assert "40 hexadecimal digits" in caught.value.message
     assert "revision" in caught.value.message
@@ -389,7 +387,7 @@ def test_what_a_struct_lacks_names_the_row(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"columns": {"txt": "sentence"}}, "'txt' is no field of the prompt; its fields: text"),
+        ({"columns": {"txt": "sentence"}}, "'txt' is not a field of the prompt; its fields: text"),
         ({"columns": {"text": "{title"}}, "unpaired braces"),
         ({"columns": {"text": "{}"}}, "braces without a plain column name"),
         ({"columns": {"text": []}}, "at least 1 item"),
@@ -397,7 +395,7 @@ def test_what_a_struct_lacks_names_the_row(tmp_path):
         ({"columns": {"text": "a"}, "task": "text"}, "is also the column of answer or task"),
         (
             {"prompt": "{text} {options}", "labels": ["a", "b"], "columns": {"options": "o"}},
-            "'options' is no field",
+            "'options' is not a field",
         ),
         (
             {"prompt": None, "answer": None, "text": "text", "columns": {"text": "body"}},

@@ -320,7 +320,7 @@ def test_a_bootstrapped_interval_is_taken_anew(folder, done, tmp_path):
         ('entries.0.train={split="train"}', "reads no train"),
         ("entries.0.protocol=published", "no protocol 'published'"),
         ("entries.0.task=mmul", "did you mean 'mmlu'"),
-        ("entries.1.task=mmlu", "options of each row's own"),
+        ("entries.1.task=mmlu", "other options in each row"),
         ("entries.1.kind=zero-shot", "reads no train"),
         ("missing=5", "missing"),
     ],
