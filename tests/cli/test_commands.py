@@ -98,7 +98,7 @@ def test_debug_shows_the_traceback(capsys):
 
 
 def test_help_and_version_need_no_jax():
-    code = "import sys; from mlmjax.cli.commands import run; run(['--help']); run(['--version']); "
+    code = "import sys; from mlmjax.cli.main import run; run(['--help']); run(['--version']); "
     code += "sys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0
@@ -116,7 +116,7 @@ def cache_home(tmp_path, monkeypatch):
 
 def test_compiled_programs_are_kept_for_the_next_command(cache_home):
     code = (
-        "from mlmjax import cli; cli.keep_compiled(); import jax\n"
+        "from mlmjax.cli.main import keep_compiled; keep_compiled(); import jax\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
         "print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))))"
     )

@@ -36,7 +36,7 @@ settings, slow, config = json.loads(sys.argv[1]), float(sys.argv[2]), sys.argv[3
 for name, value in settings.items():
     jax.config.update(name, value)
 from mlmjax.weights.checkpoints import Checkpoints
-from mlmjax.cli.commands import run
+from mlmjax.cli.main import run
 save, wait = Checkpoints.save, Checkpoints.wait
 def slow_save(self, *args, **kwargs):
     time.sleep(slow)

@@ -163,7 +163,7 @@ import json, os, signal, sys
 import jax
 for name, value in json.loads(sys.argv[1]).items():
     jax.config.update(name, value)
-from mlmjax.cli.commands import run
+from mlmjax.cli.main import run
 from mlmjax.training.run.log import MetricsLog
 write = MetricsLog.write
 def write_and_die(self, step, split, values):
