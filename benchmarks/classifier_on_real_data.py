@@ -61,8 +61,7 @@ def fitting(s: Study) -> None:
         s.accuracy(f"fit, {head}", fit.predict(test[0]), test[1], seconds=seconds)
         s.rows[-1]["history"] = fit.history_
         fit.save_pretrained(s.out / ("fitted" if head == "mlm" else "fitted-head"))
-    table = [dict(zip(("text", "label"), row, strict=True)) for row in zip(*train, strict=True)]
-    s.accuracy("TF-IDF", tfidf_regression(table, [{"text": text} for text in test[0]]), test[1])
+    s.accuracy("TF-IDF", tfidf_regression(*train, test[0]), test[1])
 
 
 def orders(s: Study) -> None:
@@ -208,8 +207,7 @@ def documents(s: Study) -> None:
         asked = Classifier(str(folder), progress=False, long_text=rule)
         s.accuracy(f"posts of more than 126 tokens, {rule}", asked.predict(texts), gold)
         s.rows[-1]["passes"] = asked.prompts
-    table = [dict(zip(("text", "label"), row, strict=True)) for row in train]
-    s.accuracy("TF-IDF", tfidf_regression(table, [{"text": text} for text in texts]), gold)
+    s.accuracy("TF-IDF", tfidf_regression(*zip(*train, strict=True), texts), gold)
 
 
 def several(s: Study) -> None:

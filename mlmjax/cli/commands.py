@@ -1,12 +1,12 @@
-"""The command line: thin commands over the Python API, and errors turned into exit codes."""
+"""Define the commands of `mlmjax`, each a thin layer over the Python API."""
 
 import gc
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -18,8 +18,15 @@ from mlmjax.errors import EXIT_FAILED
 if TYPE_CHECKING:
     from mlmjax.config.run import RunConfig
 
-
 CLASSIFY_CHUNK = 256
+
+# Options that several commands share.
+_config = click.argument("config")
+_overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+_revision = click.option("--revision", default=None, help="Revision of a Hub model.")
+_dtype = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
+_batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=None)
+_json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,15 +38,15 @@ def cli() -> None:
 @cli.command()
 @click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
 def demo(out: str) -> None:
-    """Ask, fine-tune, test and export the packaged model on bundled textbook passages, offline."""
+    """Fine-tune, test and export the packaged model on bundled textbook passages, offline."""
     from mlmjax.cli.demo import run_demo
 
     run_demo(Path(out))
 
 
 @cli.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_config
+@_overrides
 def prepare(config: str, overrides: tuple[str, ...]) -> None:
     """Turn the sources of CONFIG.toml into packed rows on disk, and report on them."""
     from mlmjax.data.preparing.report import write_rows_report
@@ -51,21 +58,21 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
         rows = prepare_rows(run_config)
     except KeyboardInterrupt:
         partial = f"{run_config.data.rows}.partial"
-        click.echo(f"stopped; what is done lies in {partial}; the same command goes on", err=True)
+        click.echo(f"stopped; finished work is in {partial}; the same command resumes", err=True)
         raise
     if os.access(rows, os.W_OK) or (rows / "report").exists():
         click.echo(f"report: {write_rows_report(rows, load_tokenizer(run_config))}")
     else:
-        click.echo(f"report: none is there, and none can be written to {rows}")
+        click.echo(f"report: there is none, and {rows} cannot be written")
 
 
 @cli.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_config
+@_overrides
 @click.option("--profile", default=None, metavar="FIRST:LAST", help="Trace these updates.")
-@click.option("--coordinator", default=None, metavar="HOST:PORT", help="Where process 0 listens.")
-@click.option("--processes", type=click.IntRange(min=1), default=None, help="How many there are.")
-@click.option("--process", type=click.IntRange(min=0), default=None, help="Which one this is.")
+@click.option("--coordinator", default=None, metavar="HOST:PORT", help="Address of process 0.")
+@click.option("--processes", type=click.IntRange(min=1), default=None, help="Number of processes.")
+@click.option("--process", type=click.IntRange(min=0), default=None, help="Number of this one.")
 def train(
     config: str,
     overrides: tuple[str, ...],
@@ -76,8 +83,8 @@ def train(
 ) -> None:
     """Run the training of CONFIG.toml; the same command again resumes it.
 
-    On a TPU pod, under SLURM, Open MPI and Kubernetes the processes of a run find one another;
-    elsewhere --coordinator, --processes and --process say where and which they are.
+    On a TPU pod and under SLURM, Open MPI and Kubernetes, the processes of a run find one another.
+    Elsewhere, give --coordinator, --processes and --process.
     """
     run_config = _load(config, overrides)
     from mlmjax.parallel.launch import joined
@@ -89,14 +96,17 @@ def train(
 
 
 @cli.command()
-@click.argument("config")
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_config
+@_overrides
 @click.option(
-    "--topology", required=True, metavar="KIND:SHAPE", help="As in v5e:16x16, v5p:4x4x4, cpu:8."
+    "--topology", required=True, metavar="KIND:SHAPE", help="Such as v5e:16x16, v5p:4x4x4, cpu:8."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_json
 def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> int:
-    """Compile CONFIG.toml for devices that need not be here; exit code 1 if it does not fit."""
+    """Check ahead of time whether CONFIG.toml fits a TPU topology (no TPU needed).
+
+    The exit code is 1 if it does not fit.
+    """
     run_config = _load(config, overrides)
     from mlmjax.reporting.terminal import say
     from mlmjax.training.planning.plan import make_plan, report
@@ -107,23 +117,25 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 
 
 @cli.command()
-@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@_overrides
 @click.option(
     "--model",
     "models",
     multiple=True,
-    help="Folder or hub id of the model (none: mlmjax-small, packaged); with --suite several.",
+    help="Folder or Hub id of the model (default: the packaged mlmjax-small). Repeat it with "
+    "--suite.",
 )
 @click.option("--task", default=None, help="Name of a shipped task, or a task file (TOML).")
-@click.option("--suite", default=None, help="In place of a task: paper, or a suite file (TOML).")
+@click.option("--suite", default=None, help="Instead of a task: paper, or a suite file (TOML).")
 @click.option(
-    "--data", default=None, help="Local file of the task's rows; for a suite a folder of files."
+    "--data", default=None, help="File with the task's rows; for a suite, a folder of files."
 )
 @click.option(
     "--baseline",
     "baselines",
     multiple=True,
-    help="transformers:FOLDER_OR_ID, fine-tuned beside the models of a suite.",
+    metavar="FOLDER",
+    help="Results of benchmarks/torch_baseline.py, as one more row of a suite's tables.",
 )
 @click.option(
     "--protocol",
@@ -132,76 +144,78 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     show_default=True,
     help="How options are scored; published follows the paper's scripts.",
 )
-@click.option("--limit", type=click.IntRange(min=1), default=None, help="Only the first N rows.")
-@click.option("--out", default=None, help="Folder for the results; a suite goes on from it.")
-@click.option("--revision", default=None, help="Revision of a hub model.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--batch-size", type=click.IntRange(min=1), default=None)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Only the first N rows; for a suite, N drawn rows.",
+)
+@click.option("--out", default=None, help="Folder for the results; a suite resumes from it.")
+@_revision
+@_dtype
+@_batch_size
 @click.option(
     "--order-rows",
     type=click.IntRange(min=0),
     default=200,
     show_default=True,
-    help="Rows asked up to 3 times again under other orders of their options; 0: none.",
+    help="Measure order sensitivity on N rows (asks each again with up to 3 other orders of its "
+    "options); 0 turns it off.",
 )
-def evaluate(
-    overrides: tuple[str, ...],
-    models: tuple[str, ...],
-    task: str | None,
-    suite: str | None,
-    data: str | None,
-    baselines: tuple[str, ...],
-    protocol: str,
-    limit: int | None,
-    out: str | None,
-    revision: str | None,
-    dtype: str,
-    batch_size: int | None,
-    order_rows: int,
-) -> None:
-    """Score a model on a task and print the results as JSON; or run a whole suite into --out.
+@click.pass_context
+def evaluate(context: click.Context, /, **given: Any) -> None:
+    """Score a model on a task and print the results as JSON, or run a whole suite into --out.
 
-    KEY=VALUE change the settings of a suite, as in sweep.epochs=[1] seeds=2 limit=500.
+    KEY=VALUE changes a setting of a suite, such as sweep.epochs=[1] seeds=2 limit=500.
     """
-    if (task is None) == (suite is None):
+    if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
-    if suite is not None:
-        if out is None:
-            raise click.UsageError("--suite needs --out, the folder of its results.")
-        if protocol != "default":
-            raise click.UsageError("--protocol is of a task; a suite's entries name their own.")
-        context = click.get_current_context()
-        if context.get_parameter_source("order_rows") is not ParameterSource.DEFAULT:
-            raise click.UsageError("--order-rows is of a task; a suite asks in one order.")
-        changes = [*overrides, *([f"limit={limit}"] if limit else [])]
-        from mlmjax.config.suite import load_suite
-        from mlmjax.evaluation.suite.suite import run_suite
-        from mlmjax.reporting.terminal import counting, say
-        from mlmjax.weights.hub import PACKAGED
+    if given["suite"] is not None:
+        _reject(context, "a task", "protocol", "order_rows")
+        _evaluate_suite(given)
+    else:
+        _reject(context, "--suite", "baselines", "overrides")
+        _evaluate_task(given)
 
-        try:
-            run_suite(
-                *load_suite(suite, changes),
-                models or [PACKAGED],
-                data=data,
-                out=out,
-                baselines=baselines,
-                revision=revision,
-                dtype=dtype,
-                batch_size=batch_size,
-                tell=say,
-                counting=counting,
-            )
-        except KeyboardInterrupt:
-            say(f"stopped; what is done lies in {out}; the same command goes on")
-            raise
-        _tell_packaged(not models)
-        click.echo(f"report: {Path(out) / 'suite.md'}")
-        return
-    assert task is not None
-    if len(models) > 1 or baselines or overrides:
-        found = "several --model" if len(models) > 1 else "--baseline" if baselines else "KEY=VALUE"
-        raise click.UsageError(f"{found}: is for --suite alone.")
+
+def _reject(context: click.Context, owner: str, *names: str) -> None:
+    """Raise `UsageError` for options that belong to the other kind of evaluation."""
+    shown = {parameter.name: parameter for parameter in context.command.params}
+    for name in names:
+        is_given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if is_given and context.params[name] not in ((), "default"):
+            option = shown[name].opts[0] if name != "overrides" else "KEY=VALUE"
+            raise click.UsageError(f"{option} belongs to {owner}.")
+
+
+def _evaluate_suite(given: Mapping[str, Any]) -> None:
+    if given["out"] is None:
+        raise click.UsageError("--suite needs --out, the folder of its results.")
+    from mlmjax.config.suite import load_suite
+    from mlmjax.evaluation.suite.suite import run_suite
+    from mlmjax.reporting.terminal import counting, say
+    from mlmjax.weights.hub import PACKAGED
+
+    limit = [f"limit={given['limit']}"] if given["limit"] else []
+    options = ("data", "out", "baselines", "revision", "dtype", "batch_size")
+    try:
+        run_suite(
+            *load_suite(given["suite"], [*given["overrides"], *limit]),
+            given["models"] or [PACKAGED],
+            **{name: given[name] for name in options},
+            tell=say,
+            counting=counting,
+        )
+    except KeyboardInterrupt:
+        say(f"stopped; finished results are in {given['out']}; the same command resumes")
+        raise
+    _report_packaged(not given["models"])
+    click.echo(f"report: {Path(given['out']) / 'suite.md'}")
+
+
+def _evaluate_task(given: Mapping[str, Any]) -> None:
+    if len(given["models"]) > 1:
+        raise click.UsageError("several --model belong to --suite.")
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
@@ -210,29 +224,20 @@ def evaluate(
     from mlmjax.weights.hub import PACKAGED, fetch
     from mlmjax.weights.pretrained import load_pretrained
 
-    (model,) = models or [PACKAGED]
-    definition = load_task(task)
-    loaded, tokenizer = load_pretrained(model, revision=revision, dtype=dtype)
-    _tell_packaged(not models)
-    folder = fetch(model, revision=revision, local_files_only=True)
-    known = contamination(definition, data, read_training_manifest(folder))
+    (model,) = given["models"] or [PACKAGED]
+    task = load_task(given["task"])
+    loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
+    _report_packaged(not given["models"])
+    folder = fetch(model, revision=given["revision"], local_files_only=True)
+    known = contamination(task, given["data"], read_training_manifest(folder))
     for line in known.lines:
         say(line)
     if (folder / CLASSIFIER).exists():
-        say("the model is a classifier with a prompt of its own; it is asked by the task's prompt")
+        say("the model is a classifier with its own prompt; the task's prompt is used instead")
+    options = ("data", "protocol", "limit", "out", "batch_size", "order_rows")
     with counting("rows scored") as progress:
         results = run_evaluation(
-            loaded,
-            tokenizer,
-            definition,
-            data=data,
-            protocol=protocol,
-            limit=limit,
-            out=out,
-            batch_size=batch_size,
-            progress=progress,
-            known=known,
-            order_rows=order_rows,
+            *loaded, task, **{name: given[name] for name in options}, progress=progress, known=known
         )
     click.echo(json.dumps(results, indent=2, ensure_ascii=False))
 
@@ -240,11 +245,11 @@ def evaluate(
 @cli.command()
 @click.argument("a")
 @click.argument("b")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@_json
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Tell which of two evaluations of the same rows is better, and whether that may be chance.
+    """Compare two evaluations of the same rows (paired significance test).
 
-    A and B are folders that `mlmjax evaluate --out` wrote.
+    A and B are folders written by `mlmjax evaluate --out`.
     """
     from mlmjax.evaluation.compare import compare_results, lines
 
@@ -256,17 +261,19 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 @cli.command()
 @click.option(
-    "--model", default=None, help="Folder or hub id of the model (none: mlmjax-small, packaged)."
+    "--model",
+    default=None,
+    help="Folder or Hub id of the model (default: the packaged mlmjax-small).",
 )
 @click.option(
     "--labels",
     default=None,
     help='Labels as "a,b,c", or a file with one label or label<TAB>description per line; '
-    "a saved classifier brings its own.",
+    "a saved classifier has its own.",
 )
-@click.option("--revision", default=None, help="Revision of a hub model.")
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-@click.option("--batch-size", type=click.IntRange(min=1), default=None)
+@_revision
+@_dtype
+@_batch_size
 @click.argument("file", default="-")
 def classify(
     model: str | None,
@@ -276,15 +283,15 @@ def classify(
     batch_size: int | None,
     file: str,
 ) -> None:
-    """Classify each line of FILE (or - for standard input); one JSON line per input line."""
-    gc.set_threshold(50_000, 10, 10)  # as `main` says, and seldom before the end too
+    """Classify each line of FILE (or - for standard input); print one JSON line per input line."""
+    gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
     from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
     names = None if labels is None else read_labels(labels)
     if file != "-":
-        for _ in read_lines(file):  # a bad line is refused before any answer is printed
+        for _ in read_lines(file):  # a bad line raises an error before any answer is printed
             pass
     predictor = Predictor.from_pretrained(
         PACKAGED if model is None else model,
@@ -293,21 +300,22 @@ def classify(
         dtype=dtype,
         batch_size=batch_size,
     )
-    _tell_packaged(model is None)
+    _report_packaged(model is None)
     lines = read_lines(file)
     while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
         for answer in predictor.answers(chunk):
             click.echo(json.dumps(answer, ensure_ascii=False))
     if predictor.shortened:
-        say(f"{predictor.shortened} of the texts did not fit the model; their ends were cut off")
+        say(f"{predictor.shortened} of the texts did not fit the model and were truncated")
 
 
-def _tell_packaged(is_used: bool) -> None:
+def _report_packaged(is_used: bool) -> None:
+    """Say on stderr that the packaged model answers."""
     from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
     if is_used:
-        say(f"no --model: the packaged {PACKAGED} answers, a small model for trying things out")
+        say(f"no --model: using the packaged {PACKAGED}, a small model for trying things out")
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

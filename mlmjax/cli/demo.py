@@ -1,4 +1,4 @@
-"""The main job from end to end, offline: ask, fine-tune, compare, export, reload, report."""
+"""Show the main job end to end, offline: fine-tune, compare, export, reload, report."""
 
 import json
 import os
@@ -36,9 +36,9 @@ from mlmjax.weights import hub, pretrained
 
 TRAIN, WATCHED, TEST = "train.jsonl", "watched.jsonl", "test.jsonl"
 ATTRIBUTION = "ATTRIBUTION.md"
-TRAINED = 600  # paragraphs, of the 2,000 there are: about a minute on two cores
-WATCHED_AT_MOST = 80  # paragraphs after those trained on, for the curve of the held-out loss
-READ_BACK = 100  # paragraphs that the exported model is asked too
+TRAINED = 600  # paragraphs of 2,000; training takes about a minute on two cores
+WATCHED_AT_MOST = 80  # paragraphs after those, for the curve of the held-out loss
+READ_BACK = 100  # paragraphs that the exported model answers too
 OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
 SENTENCES = (
@@ -54,29 +54,29 @@ SENTENCES = (
 def run_demo(
     out: Path, overrides: Sequence[str] = (), *, limit: int | None = None
 ) -> dict[str, float]:
-    """Ask the packaged model, fine-tune it, test both; return the accuracy of each method.
+    """Test the packaged model before and after fine-tuning; return the accuracy of each method.
 
     The texts are the bundled textbook paragraphs. Results go to stdout, progress to stderr. `out`
     gets `report.html`, the texts, the run's configuration, the task and the model in Hugging Face
-    format. In the same folder again, training goes on where it stopped (or is found complete) and
-    the rest is done anew. `overrides` are those of `load_config`; `limit` keeps the first
-    paragraphs of each file, for a quick look.
+    format. In the same folder, a second call resumes the training, or finds it complete, and
+    repeats the rest. `overrides` are those of `load_config`; `limit` keeps the first paragraphs of
+    each file, for a quick look.
 
-    Raises `InputError` for a folder of another run, `RunError` when the exported model does not
-    answer exactly as the one it was written from.
+    Raises `InputError` for a folder of another run, `RunError` if the exported model does not give
+    exactly the answers of the model in memory.
     """
     started = time.perf_counter()
     labels = write_files(out, limit)
     config = load_config(out / "run.toml", overrides)
     source = config.init_from or hub.PACKAGED
-    train, test = read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST)
-    texts, truth = [row["text"] for row in test], [row["label"] for row in test]
+    (train_texts, train_gold), (texts, gold) = (
+        ([row["text"] for row in rows], [row["label"] for row in rows])
+        for rows in (read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST))
+    )
+    say(f"\n1/5  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
+    zero_shot = Classifier(source, labels, template=PROMPT).predict(texts).tolist()
 
-    say(f"\n1/5  {source} as it is, asked about {len(test):,} paragraphs")
-    asked = Classifier(source, labels, template=PROMPT)
-    zero_shot = asked.predict(texts).tolist()
-
-    say(f"\n2/5  Fine-tuned by answer token prediction on {len(train):,} other paragraphs")
+    say(f"\n2/5  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
     training = time.perf_counter()
     with redirect_stdout(sys.stderr):
         state = run_training(config)
@@ -86,60 +86,55 @@ def run_demo(
     probabilities = classifier.predict_proba(texts)
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
 
-    say("\n3/5  The same network with a classification head, fine-tuned on as many paragraphs")
-    head = Classifier(source, labels, head="classification", **recipe(config, len(train)))
-    head.fit([row["text"] for row in train], [row["label"] for row in train])
+    say("\n3/5  fine-tuning with a classification head on the same paragraphs")
+    head = Classifier(source, labels, head="classification", **recipe(config, len(train_texts)))
+    head.fit(train_texts, train_gold)
 
-    say("\n4/5  TF-IDF and logistic regression")
-    commonest = Counter(truth).most_common(1)[0][1]
+    say("\n4/5  TF-IDF + logistic regression")
     methods = [
         Method("chance", 1 / len(labels)),
-        Method("always the commonest subject", commonest / len(truth)),
-        measured("this model as it is, zero-shot", zero_shot, truth),
-        measured("this model, fine-tuned by answer token prediction", predicted, truth, True),
-        measured("a classification head in its place", head.predict(texts).tolist(), truth),
-        measured("TF-IDF + logistic regression", tfidf_regression(train, test), truth),
+        Method("majority subject", Counter(gold).most_common(1)[0][1] / len(gold)),
+        measure("zero-shot", zero_shot, gold),
+        measure("fine-tuned by answer token prediction", predicted, gold, is_ours=True),
+        measure("fine-tuned with a classification head", head.predict(texts).tolist(), gold),
+        measure(
+            "TF-IDF + logistic regression", tfidf_regression(train_texts, train_gold, texts), gold
+        ),
     ]
 
-    say("\n5/5  Export, reload, compare")
+    say("\n5/5  export, reload, compare")
     folder = out / "model"
     classifier.save_pretrained(folder)
-    reloaded = Classifier.from_pretrained(folder)
     shown = [*SENTENCES, *texts[:READ_BACK]]
-    again = reloaded.predict_proba(shown)
+    again = Classifier.from_pretrained(folder).predict_proba(shown)
     check_same(folder, classifier.predict_proba(shown), again)
-    sentences = answers_of(labels, SENTENCES, again[: len(SENTENCES)])
-
-    print_results(methods, sentences, folder, len(test), len(shown))
+    sentences = make_answers(labels, SENTENCES, again[: len(SENTENCES)])
+    print_results(methods, sentences, folder, tested=len(texts), compared=len(shown))
+    answers = make_answers(labels, texts, probabilities, gold)
     report = Report(
         title="A masked language model that answers",
-        summary=(
-            f"{source}, a small ModernBERT, names the right one of {len(labels)} subjects for "
-            f"{methods[2].accuracy:.0%} of {len(test)} textbook paragraphs as it is, and for "
-            f"{methods[3].accuracy:.0%} after {seconds:.0f} seconds of training on "
-            f"{len(train):,} others."
-        ),
+        summary=f"{source}, a small ModernBERT, finds the subject (one of {len(labels)}) of "
+        f"{methods[2].accuracy:.0%} of {len(texts)} textbook paragraphs zero-shot, and of "
+        f"{methods[3].accuracy:.0%} after {seconds:.0f} seconds of training on "
+        f"{len(train_texts):,} other paragraphs.",
         prompt=PROMPT,
         methods=methods,
         curve=read_jsonl(Path(config.out) / METRICS),
         labels=labels,
-        confusion=confusion_matrix(truth, predicted, labels=labels),
-        answers=[
-            Answer(texts[i], dict(zip(labels, probabilities[i].tolist(), strict=True)), truth[i])
-            for i in (truth.index(label) for label in labels)
-        ],
+        confusion=confusion_matrix(gold, predicted, labels=labels),
+        answers=[answers[gold.index(label)] for label in labels],
         sentences=sentences,
         facts=facts(config, model, seconds),
         commands=commands(out, labels),
     )
     write_report(report, out / "report.html")
     print(f"\nreport: {out / 'report.html'}")
-    print(f"all of it took {time.perf_counter() - started:.0f} seconds")
+    print(f"total time: {time.perf_counter() - started:.0f} seconds")
     return {method.name: method.accuracy for method in methods}
 
 
 def recipe(config: RunConfig, examples: int) -> dict[str, Any]:
-    """Return how a classification head is fine-tuned to be compared with a run."""
+    """Return the settings that fine-tune a classification head as a run is trained."""
     rows = sum(len(source) for source in open_rows(Path(config.data.rows), "train"))
     return {
         "epochs": max(1, round(config.steps * config.data.batch_size / rows)),
@@ -172,7 +167,7 @@ def write_files(out: Path, limit: int | None = None) -> list[str]:
         "prompt": PROMPT,
         "labels": labels,
     }
-    # A string or a list of strings is written alike in JSON and TOML.
+    # A string and a list of strings are the same in JSON and TOML.
     written = {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
     for name in ("run.toml", "subjects.toml"):
         text = (source / name).read_text(encoding="utf-8")
@@ -181,28 +176,27 @@ def write_files(out: Path, limit: int | None = None) -> list[str]:
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder of the demo; raises `InputError` if it cannot be, or holds other's files."""
+    """Make the folder of the demo; raise `InputError` if it holds files of others."""
     if out == Path(hub.PACKAGED):
         raise InputError(
             f"{out}: is the name of the packaged model, which a folder of that name would hide; "
-            "give another in --out"
+            "give another --out"
         )
     taken = [name for name in OWN_FILES if os.path.lexists(out / name)]
     if taken and not (out / "data" / ATTRIBUTION).is_file():
         raise InputError(
-            f"{out / taken[0]}: is in the demo's way and not of its making; give another folder "
-            "in --out"
+            f"{out / taken[0]}: already exists and was not written by the demo; give another --out"
         )
     try:
         (out / "data").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"{out}: cannot be a folder for the demo ({error.strerror}); give another in --out"
+            f"{out}: cannot be used as the demo's folder ({error.strerror}); give another --out"
         ) from error
 
 
 def trained_model(config: RunConfig, state: TrainState) -> tuple[ModernBertForMaskedLM, Tokenizer]:
-    """Return the model of a run's final state, its parameters on the host, and its tokenizer."""
+    """Return the model of a run's final state and its tokenizer."""
     model, tokenizer = pretrained.load_pretrained(
         Path(config.out) / "export", local_files_only=True
     )
@@ -210,34 +204,37 @@ def trained_model(config: RunConfig, state: TrainState) -> tuple[ModernBertForMa
     return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer
 
 
-def measured(
-    name: str, predicted: Sequence[str], truth: Sequence[str], is_ours: bool = False
+def measure(
+    name: str, predicted: Sequence[str], gold: Sequence[str], is_ours: bool = False
 ) -> Method:
-    """Return a method with its accuracy and the 95 % interval of that.
+    """Return a method with its accuracy and the 95 % interval of the accuracy.
 
-    >>> measured("guess", ["a", "a", "b", "b"], ["a", "b", "b", "b"]).accuracy
+    >>> measure("guess", ["a", "a", "b", "b"], ["a", "b", "b", "b"]).accuracy
     0.75
     """
-    correct = sum(map(str.__eq__, predicted, truth))
-    return Method(name, correct / len(truth), wilson_interval(correct, len(truth)), is_ours)
+    correct = sum(map(str.__eq__, predicted, gold))
+    return Method(name, correct / len(gold), wilson_interval(correct, len(gold)), is_ours)
 
 
-def answers_of(
-    labels: Sequence[str], texts: Sequence[str], probabilities: np.ndarray
+def make_answers(
+    labels: Sequence[str],
+    texts: Sequence[str],
+    probabilities: np.ndarray,
+    gold: Sequence[str | None] | None = None,
 ) -> list[Answer]:
-    """Return each text with its row of probabilities `[texts, labels]`."""
+    """Return each text with its row of probabilities `[texts, labels]` and its gold label."""
     return [
-        Answer(text, dict(zip(labels, row.tolist(), strict=True)))
-        for text, row in zip(texts, probabilities, strict=True)
+        Answer(text, dict(zip(labels, row.tolist(), strict=True)), truth)
+        for text, row, truth in zip(texts, probabilities, gold or [None] * len(texts), strict=True)
     ]
 
 
 def check_same(folder: Path, before: np.ndarray, after: np.ndarray) -> None:
-    """Raise `RunError` unless two tables of probabilities are the same, bit by bit."""
+    """Raise `RunError` unless two tables of probabilities are bit-identical."""
     differing = int(np.any(before != after, axis=1).sum())
     if differing:
         raise RunError(
-            f"{folder}: the exported model gives other probabilities for {differing} of "
+            f"{folder}: the exported model gives different probabilities for {differing} of "
             f"{len(before)} texts, by up to {np.abs(before - after).max():.1e}; expected the same"
         )
 
@@ -246,10 +243,11 @@ def print_results(
     methods: Sequence[Method],
     sentences: Sequence[Answer],
     folder: Path,
+    *,
     tested: int,
     compared: int,
 ) -> None:
-    """Print the table of accuracies, the sentences with their answers, and the export check."""
+    """Print the accuracies, the sentences with their answers, and the export check."""
     width = max(len(method.name) for method in methods)
     print(f"\n{f'accuracy on {tested} held-out paragraphs':{width}}           95 % interval")
     for method in methods:
@@ -257,19 +255,18 @@ def print_results(
         if method.interval:
             interval = "   {:.1%} to {:.1%}".format(*method.interval)
         print(f"{method.name:{width}}  {method.accuracy:6.1%}{interval}")
-    print("\nsentences of our own")
+    print("\nnew sentences")
     for answer in sentences:
-        ranked = sorted(answer.probabilities.items(), key=lambda item: -item[1])[:3]
-        shares = ", ".join(f"{label} {share:.0%}" for label, share in ranked)
+        shares = ", ".join(f"{label} {share:.0%}" for label, share in answer.best())
         print(f"  {answer.text}\n    {shares}")
     print(
-        f"\nexport: {folder} (Hugging Face format); read back, it gives the same probabilities, "
-        f"bit by bit, for {compared} texts"
+        f"\nexport: {folder} (Hugging Face format); reloaded, it gives bit-identical "
+        f"probabilities for {compared} texts"
     )
 
 
 def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> dict[str, str]:
-    """Return what the report says about the run."""
+    """Return the facts that the report gives about the run."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     shape = model.config
     return {
@@ -277,28 +274,28 @@ def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> di
         f"{shape.num_attention_heads} heads, {parameters:,} parameters, most of them the "
         f"{shape.vocab_size:,} word vectors",
         "training": f"{config.steps} updates of {config.data.batch_size} rows with "
-        f"{config.data.seq_length} tokens, {seconds:.0f} seconds, data preparation included",
+        f"{config.data.seq_length} tokens, {seconds:.0f} seconds including data preparation",
         "machine": f"{jax.default_backend().upper()}, {os.cpu_count()} cores",
         "software": f"mlmjax {__version__}, jax {jax.__version__}",
         "texts": "OpenStax textbooks, CC BY 4.0; every book is named in data/ATTRIBUTION.md",
-        "check": "the exported model, read back, gives the same probabilities, bit by bit",
+        "check": "the exported model, reloaded, gives bit-identical probabilities",
     }
 
 
 def commands(out: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what a reader can do next, each with the command for it."""
+    """Return the next steps for a reader, each with its command."""
     model, task, run = (quote(str(out / name)) for name in ("model", "subjects.toml", "run.toml"))
     return [
         (
-            "Ask the model about texts of your own, one per line:",
+            "Classify your own texts, one per line:",
             f"mlmjax classify --model {model} --labels {quote(','.join(labels))} FILE",
         ),
         (
-            "Repeat the test, with one line per paragraph in DIR/predictions.jsonl:",
+            "Repeat the test; DIR/predictions.jsonl gets one line per paragraph:",
             f"mlmjax evaluate --model {model} --task {task} --out DIR",
         ),
         (
-            "Train again with other settings:",
+            "Train again with different settings:",
             f"mlmjax train {run} out=runs/mine seed=1",
         ),
     ]

@@ -1,4 +1,4 @@
-"""Labels and texts as the command line is given them, in files or on standard input."""
+"""Read labels and texts from files, standard input or the command line."""
 
 import errno
 import sys
@@ -18,7 +18,7 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
     try:
         content = path.read_bytes() if path.is_file() else None
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # as a long list of names is
+        if error.errno != errno.ENAMETOOLONG:  # a long list of names, not a path
             raise InputError(
                 f"--labels {argument}: cannot be read ({error.strerror}); give a text file"
             ) from error
@@ -32,8 +32,8 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
         names = [name.strip() for name in argument.split(",")]
         if not all(names):
             raise InputError(
-                f"--labels {argument!r}: label {names.index('') + 1} is blank; take out the comma "
-                "too many, or give it a name"
+                f"--labels {argument!r}: label {names.index('') + 1} is blank; remove the extra "
+                "comma, or give it a name"
             )
         return names
     labels: dict[str, str] = {}
@@ -42,14 +42,14 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
             continue
         name, _, description = (part.strip() for part in line.partition("\t"))
         if not name or name in labels:
-            found = "the label is blank" if not name else f"the label {name!r} stands there twice"
+            found = "the label is blank" if not name else f"the label {name!r} is repeated"
             raise InputError(f"{argument}, line {number}: {found}; expected distinct labels")
         labels[name] = description
     return labels if any(labels.values()) else list(labels)
 
 
 def read_lines(file: str) -> Iterator[str]:
-    """Yield the texts of a file or of standard input (`-`), one per line, none of them blank."""
+    """Yield the texts of a file or of standard input (`-`), one per line; reject blank lines."""
     if file == "-":
         yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
         return
@@ -65,7 +65,7 @@ def read_lines(file: str) -> Iterator[str]:
 def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         try:
-            # Editors on Windows open a file with a byte order mark, which is no text.
+            # Editors on Windows begin a file with a byte order mark.
             yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InputError(
@@ -78,7 +78,7 @@ def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             raise InputError(
-                f"{where}, line {number}: the text is blank; remove the line or give it a text"
+                f"{where}, line {number}: the text is blank; remove the line or write a text"
             )
         yield line
     if not number:

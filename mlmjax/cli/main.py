@@ -1,4 +1,4 @@
-"""The entry point: exit codes, environment and compile cache."""
+"""Start `mlmjax`: environment, compile cache, and errors turned into exit codes."""
 
 import atexit
 import gc
@@ -25,10 +25,10 @@ from mlmjax.errors import (
 
 
 def keep_compiled() -> None:
-    """Have JAX keep compiled programs in `~/.cache/mlmjax/xla`, unless it is told otherwise.
+    """Let JAX cache compiled programs in `~/.cache/mlmjax/xla`.
 
-    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` keeps
-    nothing. A folder that cannot be written is left alone.
+    `JAX_COMPILATION_CACHE_DIR` names another folder, `JAX_ENABLE_COMPILATION_CACHE=false` turns the
+    cache off. A folder that cannot be written is not used.
     """
     enabled = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower()
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or enabled in ("false", "0", "no", "off"):
@@ -44,7 +44,7 @@ def keep_compiled() -> None:
 
 
 def _processor() -> str:
-    """Name what this processor can do: a program compiled for one may not run on another."""
+    """Return a name for the features of this processor; programs of others may not run on it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             features = next((line for line in file if line.startswith(("flags", "Features"))), "")
@@ -55,32 +55,30 @@ def _processor() -> str:
 
 MAX_DETAIL_LINES = 20
 
-
-# On a CPU, XLA by default orders a program for concurrency: a training step then keeps a quarter to
-# a half more in memory and `remat` saves nothing, and it is no faster on few cores.
+# By default XLA orders a CPU program for concurrency: a training step then needs a quarter to a
+# half more memory, `remat` saves nothing, and it is no faster on few cores.
 FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
-    """Run one command and return its exit code; every message to people goes to stderr."""
+    """Run one command and return its exit code; messages go to stderr."""
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
-    # A failed save leaves other writes of it unfinished, each with a traceback; the error is ours.
+    # A failed save leaves unfinished writes, each with a traceback; we print the error once.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("mlmjax").setLevel(logging.INFO)
     if logging.lastResort:
         logging.lastResort.setLevel(logging.INFO)
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
-
     keep_compiled()
-    # Of a cache that is full or was moved; the program is compiled anew.
+    # The cache may be full or gone; the program is then compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
     def fail(message: str, details: Sequence[str], code: int) -> int:
         if debug:
             traceback.print_exc()
-        return _tell(program, message, details, code)
+        return _print_error(program, message, details, code)
 
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False)
@@ -107,7 +105,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     return result if isinstance(result, int) else 0
 
 
-def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
+def _print_error(program: str, message: str, details: Sequence[str], code: int) -> int:
     first, *rest = [*message.splitlines(), *details] or [""]
     click.echo(f"{program}: {first}", err=True)
     for line in rest[:MAX_DETAIL_LINES]:
@@ -119,13 +117,13 @@ def _tell(program: str, message: str, details: Sequence[str], code: int) -> int:
 
 def main() -> None:
     """Entry point of the `mlmjax` command."""
-    # What was imported and compiled lives to the end: looking through all of it for cycles once
-    # more took a sixth of a short command's time.
+    # Imported modules and compiled programs live to the end; a last search of them for cycles takes
+    # a sixth of a short command's time.
     atexit.register(gc.freeze)
     try:
         code = run(sys.argv[1:])
-    except SystemExit as asked:
-        code = asked.code if isinstance(asked.code, int) else EXIT_FAILED
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else EXIT_FAILED
     if "mlmjax.parallel.launch" not in sys.modules:
         sys.exit(code)
     from mlmjax.parallel.launch import leave

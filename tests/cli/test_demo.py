@@ -179,10 +179,8 @@ class TestBaselines:
         rows = [
             {"text": f"{word} x{i}", "label": word} for i in range(9) for word in ("art", "law")
         ]
-        assert tfidf_regression(rows, [{"text": "law y"}, {"text": "art z"}]) == [
-            "law",
-            "art",
-        ]
+        texts, labels = zip(*((row["text"], row["label"]) for row in rows), strict=True)
+        assert tfidf_regression(texts, labels, ["law y", "art z"]) == ["law", "art"]
 
 
 def run(out, *overrides):
@@ -248,7 +246,7 @@ class TestRun:
         before = (out / "model" / "model.safetensors").read_bytes()
         _, _, said = show(out, capfd)
         assert "complete at step 2" in said
-        assert "step 2/2  validation" not in said
+        assert "step 2/2 | validation" not in said
         assert (out / "model" / "model.safetensors").read_bytes() == before
 
     def test_another_run_in_the_same_folder_is_refused(self, out):
@@ -259,7 +257,7 @@ class TestRun:
     def test_a_folder_of_another_program_is_left_alone(self, tmp_path, name):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text("mine")
-        with pytest.raises(InputError, match="is in the demo's way and not of its making"):
+        with pytest.raises(InputError, match="already exists and was not written by the demo"):
             run(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert (tmp_path / name / "README.md").read_text() == "mine"

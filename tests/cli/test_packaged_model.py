@@ -11,7 +11,7 @@ import mlmjax
 from mlmjax.cli import commands
 from mlmjax.cli.demo import PROMPT, read_jsonl
 from mlmjax.errors import InputError
-from mlmjax.evaluation.suite.entrants import Contender
+from mlmjax.evaluation.suite.entrants import SuiteModel
 from mlmjax.weights import hub
 
 ROOT = Path(__file__).parents[2]
@@ -89,13 +89,13 @@ def test_every_command_uses_it_where_no_model_is_given(tmp_path):
     )
     assert plain.stdout == named.stdout
     assert len(plain.stdout.splitlines()) == 3
-    assert "the packaged mlmjax-small answers" in plain.stderr
+    assert "using the packaged mlmjax-small" in plain.stderr
     assert "packaged" not in named.stderr
     task = ROOT / "configs/tasks/subjects.toml"
     asked = ["evaluate", "--task", str(task), "--limit", "16", "--order-rows", "0"]
     found = CliRunner().invoke(commands.cli, asked, catch_exceptions=False)
     assert json.loads(found.stdout)["n"] == 16
-    assert "the packaged mlmjax-small answers" in found.stderr
+    assert "using the packaged mlmjax-small" in found.stderr
 
 
 def test_tells_what_it_was_trained_on():
@@ -113,6 +113,6 @@ def test_tells_what_it_was_trained_on():
 
 def test_the_experiments_are_of_this_model():
     found = json.loads((ROOT / "docs/experiments/results.json").read_text())
-    identity = Contender("mlmjax-small", None, "float32", None).identity
+    identity = SuiteModel("mlmjax-small", None, "float32", None).identity
     for name in ("small_zero_shot", "small_fine_tune"):
         assert found["suites"][name]["models"]["mlmjax-small"] == identity

@@ -184,7 +184,7 @@ def test_odd_texts_are_answered_one_line_each(perform):
     answers = [json.loads(line) for line in out.splitlines()]
     assert len(answers) == len(ODD) + 1
     assert all(sum(a["probabilities"].values()) == pytest.approx(1.0) for a in answers)
-    assert err == "1 of the texts did not fit the model; their ends were cut off\n"
+    assert err == "1 of the texts did not fit the model and were truncated\n"
 
 
 def test_marks_of_windows_are_no_text(good, perform, monkeypatch, capsys):

@@ -6,7 +6,9 @@ import numpy as np
 from flax import nnx
 from small_models import noisy, small_config
 
-from mlmjax.config.suite import load_suite
+from mlmjax.config.suite import Sweep, load_suite
+from mlmjax.config.task import Task
+from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.suite import run_suite
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.weights.pretrained import save_pretrained
@@ -64,6 +66,34 @@ def reviews(count, seed):
     return rows
 
 
+REVIEWS = Task(
+    name="reviews",
+    prompt="{text}\n{options}[unused0] [MASK]",
+    shorten={"text": "tail"},
+    answer="label",
+    labels=("bad", "good"),
+)
+SWEEP = Sweep(batch_size=8, max_length=40)
+
+
+def questions(count, seed):
+    """The same rows as questions of the task."""
+    return [
+        Question(
+            index,
+            f"row {index}",
+            {"text": row["text"], "options": ["bad", "good"]},
+            ("bad", "good").index(row["label"]),
+            "",
+        )
+        for index, row in enumerate(reviews(count, seed))
+    ]
+
+
+def right(log_probs, asked):
+    return np.mean(log_probs.argmax(axis=1) == [question.gold for question in asked])
+
+
 def write_rows(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -106,7 +136,7 @@ class Told:
 
     @property
     def computed(self):
-        return [line for line in self.cells if "was there" not in line]
+        return [line for line in self.cells if "already computed" not in line]
 
     @property
     def cells(self):

@@ -1,11 +1,10 @@
-"""Who takes part in a suite: models with their heads, and what they are measured against."""
+"""Entrants of a suite: models with their heads under every setting of the sweep, and TF-IDF."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -13,77 +12,90 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from mlmjax.config.run import Head
-from mlmjax.config.suite import Suite
+from mlmjax.config.suite import Suite, Sweep
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, RunError
+from mlmjax.evaluation.evaluate import Progress, measure_order, slot_scorer
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.sweep import Answers, answer_fine_tuned, read_texts
-from mlmjax.evaluation.suite.torch_baseline import answer_by_transformers, fingerprint
-from mlmjax.model.modernbert import Model, ModernBertForMaskedLM
+from mlmjax.model.modernbert import ModernBertForMaskedLM, with_classifier
+from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.storage import CONFIG, TOKENIZER_FILES, hash_file
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.finetune import fine_tune
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import load_pretrained
 from mlmjax.weights.tensor_files import WEIGHTS, weight_map
 
-Rows = Sequence[Mapping[str, str]]
-
-
-def tfidf_regression(train: Rows, test: Rows) -> list[str]:
-    """Fit TF-IDF and logistic regression on `text` and `label`; return the labels of `test`."""
-    words = make_pipeline(
-        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
-    )
-    words.fit([row["text"] for row in train], [row["label"] for row in train])
-    return [str(label) for label in words.predict([row["text"] for row in test])]
-
-
 METHODS: Mapping[Head, str] = {"mlm": "MLM head", "classification": "classification head"}
 
 
-class Contender:
-    """A model of the suite, loaded when it is first asked; `digest` is the hash of its files."""
+class Setting(NamedTuple):
+    """One point of a sweep."""
+
+    epochs: int
+    learning_rate: float
+
+
+class DivergedError(RunError):
+    """A training whose loss was no longer finite."""
+
+
+class Answers(NamedTuple):
+    """Log probabilities `[questions, labels]`, truncated texts, and the mean loss per epoch.
+
+    `order` is the result of `measure_order`, None if the order was not changed.
+    """
+
+    log_probs: np.ndarray
+    shortened: int
+    losses: list[float]
+    order: dict[str, Any] | None = None
+
+
+class SuiteModel:
+    """A model of the suite, loaded on first use; `digest` is the hash of its files."""
 
     def __init__(self, name: str, revision: str | None, dtype: str, batch_size: int | None):
         self.name, self.dtype, self.batch_size = name, dtype, batch_size
         self.folder = hub.fetch(name, revision=revision)
         self.training = read_training_manifest(self.folder)
-        self._loaded: tuple[Model, Tokenizer] | None = None
+        self._loaded: tuple[ModernBertForMaskedLM, Tokenizer] | None = None
         self.load()
-        self.rest()
-        names = set((weight_map(self.folder) or {}).values()) or {WEIGHTS}
-        files = [self.folder / name for name in (CONFIG, *TOKENIZER_FILES, *sorted(names))]
-        lines = [f"{path.name} {hash_file(path)}" for path in files if path.exists()]
-        self.digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        self.unload()
+        weights = set((weight_map(self.folder) or {}).values()) or {WEIGHTS}
+        files = [self.folder / name for name in (CONFIG, *TOKENIZER_FILES, *sorted(weights))]
+        self.digest = hash_files([path for path in files if path.exists()])
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a result depends on of the model."""
+        """The properties of the model that its results depend on."""
         return {"model": self.digest, "dtype": self.dtype}
 
-    def load(self) -> tuple[Any, Tokenizer]:
-        """Load the model unless it is; raises `InputError` for one without an MLM head."""
+    def load(self) -> tuple[ModernBertForMaskedLM, Tokenizer]:
+        """Load the model and its tokenizer; raise `InputError` for one without an MLM head."""
         if self._loaded is None:
-            self._loaded = load_pretrained(self.folder, dtype=self.dtype)
-            if not isinstance(self._loaded[0], ModernBertForMaskedLM):
+            model, tokenizer = load_pretrained(self.folder, dtype=self.dtype)
+            if not isinstance(model, ModernBertForMaskedLM):
                 raise InputError(
-                    f"{self.name}: is a {type(self._loaded[0]).__name__}; a suite asks and "
-                    "fine-tunes masked language models (give others as --baseline transformers:)"
+                    f"{self.name}: is a {type(model).__name__}; a suite evaluates and fine-tunes "
+                    "masked language models; give a model with an MLM head"
                 )
+            self._loaded = model, tokenizer
         return self._loaded
 
-    def rest(self) -> None:
-        """Give its memory back; several models are not held at once."""
+    def unload(self) -> None:
+        """Free the model's memory; several models are not held at once."""
         self._loaded = None
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entrant:
     """A row of the fine-tuned table: a method on a model.
 
-    `identity` is what its results depend on besides task, rows, setting and seed; `answer` takes
-    what `answer_fine_tuned` takes after the tokenizer and the head.
+    `identity` is what its results depend on besides task, rows, setting and seed. `answer` takes
+    the arguments of `answer_fine_tuned` after the head. `source` is a model of the suite. `cells`
+    is the folder of results that were computed elsewhere; such an entrant computes nothing.
     """
 
     model: str
@@ -91,50 +103,142 @@ class Contestant:
     key: str
     identity: Mapping[str, Any]
     answer: Callable[..., Answers]
+    source: SuiteModel | None = None
+    cells: Path | None = None
 
 
-def contestants(
-    suite: Suite, contenders: Sequence[Contender], baselines: Mapping[str, Path]
-) -> Iterator[Contestant]:
-    """Yield every model with every head of the suite, then the baselines."""
-    for contender in contenders:
+def hash_files(paths: Sequence[Path]) -> str:
+    """Return one hash of the names and contents of files."""
+    lines = [f"{path.name} {hash_file(path)}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def make_entrants(suite: Suite, models: Sequence[SuiteModel]) -> Iterator[Entrant]:
+    """Yield every model with every head of the suite."""
+    for model in models:
         for head in suite.heads:
-            yield Contestant(
-                contender.name, METHODS[head], head, contender.identity, _with_head(contender, head)
+            yield Entrant(
+                model=model.name,
+                method=METHODS[head],
+                key=head,
+                identity=model.identity,
+                answer=_answer_with(model, head),
+                source=model,
             )
-    for name, folder in baselines.items():
-        identity = {
-            "model": fingerprint(folder),
-            "libraries": {library: version(library) for library in ("torch", "transformers")},
-        }
-        yield Contestant(name, "transformers", "transformers", identity, _by_torch(folder))
 
 
-def _with_head(contender: Contender, head: Head) -> Callable[..., Answers]:
+def _answer_with(source: SuiteModel, head: Head) -> Callable[..., Answers]:
     def answer(task: Task, *arguments: Any, **options: Any) -> Answers:
-        model, tokenizer = contender.load()
-        options["batch_size"] = contender.batch_size
-        return answer_fine_tuned(model, tokenizer, task, head, *arguments, **options)
+        options["batch_size"] = source.batch_size
+        return answer_fine_tuned(*source.load(), task, head, *arguments, **options)
 
     return answer
 
 
-def _by_torch(folder: Path) -> Callable[..., Answers]:
-    return lambda *arguments, **options: answer_by_transformers(folder, *arguments, **options)
+def settings_of(sweep: Sweep) -> list[Setting]:
+    """Return the points of a sweep, in the order in which equally good ones are preferred.
+
+    >>> settings_of(Sweep(epochs=(2, 1), learning_rate=(5e-5, 2e-5)))[:2]
+    [Setting(epochs=1, learning_rate=2e-05), Setting(epochs=1, learning_rate=5e-05)]
+    """
+    return [Setting(e, rate) for e in sorted(sweep.epochs) for rate in sorted(sweep.learning_rate)]
+
+
+def choose(scores: Mapping[Setting, float | None]) -> Setting | None:
+    """Return the setting with the best score on validation rows; None if all have diverged.
+
+    Ties go to fewer epochs, then to the lower learning rate.
+
+    >>> choose({Setting(2, 2e-5): 0.5, Setting(1, 5e-5): 0.5, Setting(1, 3e-5): None})
+    Setting(epochs=1, learning_rate=5e-05)
+    """
+    known = [(setting, score) for setting, score in scores.items() if score is not None]
+    return min(known, key=lambda one: (-one[1], one[0]), default=(None, 0.0))[0]
+
+
+def answer_fine_tuned(
+    model: ModernBertForMaskedLM,
+    tokenizer: Tokenizer,
+    task: Task,
+    head: Head,
+    train: Sequence[Question],
+    asked: Sequence[Question],
+    setting: Setting,
+    sweep: Sweep,
+    *,
+    seed: int,
+    batch_size: int | None = None,
+    order_rows: int = 0,
+    progress: Progress | None = None,
+) -> Answers:
+    """Fine-tune a copy of the model with one head on `train`, and let it answer `asked`.
+
+    The head `mlm` learns to give the answer's token at the slot of the task's prompt;
+    `classification` puts a new linear layer, drawn by `seed`, over the pooled text of
+    `Task.for_head`. Equal seeds give equal answers. Raises `DivergedError`.
+    """
+    longest = min(sweep.max_length, model.config.max_position_embeddings)
+    scorer: RowScorer
+    if head == "classification":
+        classifier = with_classifier(model, task.label_names, seed=seed)
+        template = task.for_head().head_template()
+        scorer = HeadScorer(
+            classifier, tokenizer, template, batch_size=batch_size, max_length=longest
+        )
+    else:
+        scorer = slot_scorer(model, tokenizer, task, train, batch_size, longest)
+    prompts = scorer.prompts([q.row for q in train], where=[q.where for q in train])
+    scorer.shortened = 0
+    targets = np.array([question.gold for question in train])
+    if isinstance(scorer, Scorer):
+        targets = np.array([ids[0] for ids in scorer.verbalizer.ids(tokenizer)])[targets]
+    losses: list[float] = []
+    try:
+        scorer.model = fine_tune(
+            scorer.model,
+            prompts,
+            targets,
+            epochs=setting.epochs,
+            learning_rate=setting.learning_rate,
+            batch_size=sweep.batch_size,
+            weight_decay=sweep.weight_decay,
+            warmup=sweep.warmup,
+            seed=seed,
+            pad_id=tokenizer.pad_id,
+            after_epoch=lambda _, loss: losses.append(loss),
+            progress=progress,
+        )
+    except RunError as error:
+        raise DivergedError(str(error)) from error
+    log_probs = scorer.log_probs([q.row for q in asked], where=[q.where for q in asked])
+    shortened = scorer.shortened
+    order = measure_order(scorer, task, asked, log_probs, order_rows)
+    return Answers(log_probs, shortened, losses, order)
+
+
+def read_texts(task: Task, questions: Sequence[Question]) -> list[str]:
+    """Return the text that TF-IDF and baselines read: the fields of `Task.for_head`, by line."""
+    fields = task.for_head().head_template().fields
+    return ["\n".join(question.row[name] for name in fields) for question in questions]
+
+
+def tfidf_regression(
+    texts: Sequence[str], labels: Sequence[str], asked: Sequence[str]
+) -> list[str]:
+    """Fit TF-IDF and logistic regression on labelled texts; return the labels of `asked`."""
+    words = make_pipeline(
+        TfidfVectorizer(sublinear_tf=True), LogisticRegression(C=10.0, max_iter=1000)
+    )
+    words.fit(texts, labels)
+    return [str(label) for label in words.predict(asked)]
 
 
 def answer_by_tfidf(task: Task, train: Sequence[Question], asked: Sequence[Question]) -> Answers:
-    """Answer by TF-IDF and logistic regression: all probability on the predicted label."""
+    """Answer by TF-IDF and logistic regression: the predicted label gets all probability."""
     names = task.label_names
-    texts = [
-        [
-            {"text": text, "label": names[question.gold]}
-            for text, question in zip(read_texts(task, part), part, strict=True)
-        ]
-        for part in (train, asked)
-    ]
+    gold = [names[question.gold] for question in train]
     try:
-        found = tfidf_regression(*texts)
+        found = tfidf_regression(read_texts(task, train), gold, read_texts(task, asked))
     except ValueError as error:  # no word is left of any text
         raise InputError(f"task {task.name}: TF-IDF cannot read the rows: {error}") from error
     log_probs = np.full((len(asked), len(names)), -np.inf, np.float32)

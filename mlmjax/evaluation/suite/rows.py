@@ -1,4 +1,4 @@
-"""The rows of a suite's tasks: local files found by patterns, or datasets of the hub."""
+"""Read the rows of a suite's tasks, from local files found by patterns or from the hub."""
 
 import fnmatch
 import hashlib
@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +19,21 @@ from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.text.checks import check_row, for_each_row
 from mlmjax.text.prompts import Template
 
+PARTS = ("train", "validation", "test")
 SAMPLE_SEED, HELD_OUT_SEED = 0, 1
 _BETWEEN = re.compile(r"(\[[^\]]*\])|[^a-z0-9*?\[]+|\[")
 
 
 class NoDataError(InputError):
-    """A part of a task is nowhere to be found; the message says where it was looked for."""
+    """A part of a task that was not found; the message says where it was searched."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an entry; a zero-shot one has `test` alone.
+    """The rows of an entry; a zero-shot entry has only `test`.
 
-    `held_out` tells that `validation` was drawn from the training rows; `left_out` counts rows of
-    all parts that were dropped or blank. `task` and `data` are where `test` was read from.
+    `held_out` is True if `validation` was drawn from the training rows. `left_out` counts rows of
+    all parts that were dropped or blank. `task` and `data` say where `test` was read.
     """
 
     task: Task
@@ -42,28 +44,32 @@ class Rows:
     held_out: bool
     left_out: int
 
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """The hash of each part's questions and correct answers."""
+        return {name: hash_questions(getattr(self, name)) for name in PARTS}
+
 
 def read_rows(planned: Planned, suite: Suite, folder: Path | None) -> Rows:
-    """Read all parts of an entry, from files of `folder`, else from the hub.
+    """Read all parts of an entry from files of `folder`, or without it from the hub.
 
-    Raises `NoDataError` where a part is not there, `InputError` for rows that cannot be asked.
+    Raises `NoDataError` for a part that is not there, `InputError` for rows that cannot be used.
     """
     entry, task = planned
-    test_task, data = place_of(task, entry.test, folder, "test")
-    parts: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
+    test_task, data = locate_part(task, entry.test, folder, "test")
+    parts: dict[str, list[Question]] = {name: [] for name in PARTS}
     left_out = 0
-    for number, (name, part) in enumerate(
-        (("train", entry.train), ("validation", entry.validation), ("test", entry.test))
-    ):
+    for number, name in enumerate(PARTS):
+        part = getattr(entry, name)
         if part is None:
             continue
         try:
-            where = place_of(task, part, folder, name)
+            place = locate_part(task, part, folder, name)
         except NoDataError:
             if name == "validation":
                 continue
             raise
-        questions, missing = _read(*where)
+        questions, missing = _read(*place)
         left_out += missing
         parts[name] = sample(questions, suite.limit, [SAMPLE_SEED, number])
     held_out = entry.kind == "fine-tune" and not parts["validation"]
@@ -73,16 +79,16 @@ def read_rows(planned: Planned, suite: Suite, folder: Path | None) -> Rows:
         )
     if entry.kind == "fine-tune" and len({question.gold for question in parts["train"]}) < 2:
         raise InputError(
-            f"task {task.name}: its {len(parts['train'])} training rows have one label alone; "
+            f"task {task.name}: its {len(parts['train'])} training rows have only one label; "
             "expected two or more; give more rows, or a higher limit"
         )
     return Rows(test_task, data, **parts, held_out=held_out, left_out=left_out)
 
 
-def place_of(task: Task, part: Part, folder: Path | None, name: str) -> tuple[Task, Path | None]:
-    """Say where a part is: the task with the part's place on the hub, and the local file if any.
+def locate_part(task: Task, part: Part, folder: Path | None, name: str) -> tuple[Task, Path | None]:
+    """Return the task with the part's place on the hub, and the local file if there is a folder.
 
-    Raises `NoDataError` where it is in neither.
+    Raises `NoDataError` if the part is in neither.
     """
     if folder is not None:
         return task, find_file(folder, part.files, f"{name} rows of {task.name}")
@@ -92,46 +98,48 @@ def place_of(task: Task, part: Part, folder: Path | None, name: str) -> tuple[Ta
         return task, None
     if part.split is None or (part.hub or task.hub) is None:
         raise NoDataError(f"{name} rows of {task.name}: are not on the hub; give a folder (--data)")
-    place = {"hub": part.hub or task.hub, "split": part.split, "data": None}
-    if part.hub is not None:  # another dataset: nothing of the task's own place holds for it
-        place |= {key: getattr(part, key) for key in ("subset", "folder", "revision")}
-    else:
-        own = {key: getattr(part, key) for key in ("subset", "folder", "revision")}
-        place |= {key: value for key, value in own.items() if value is not None}
+    place = {key: getattr(part, key) for key in ("subset", "folder", "revision")}
+    if part.hub is None:  # the task's own dataset; otherwise nothing of the task's place applies
+        place = {key: value for key, value in place.items() if value is not None}
+    place |= {"hub": part.hub or task.hub, "split": part.split, "data": None}
     return task.model_copy(update=place), None
 
 
 def find_file(folder: Path, patterns: Sequence[str], what: str) -> Path:
-    """Find the one file of a folder, or below it, that the first fitting pattern means.
+    """Find the one file in or below a folder that matches the first pattern with a match.
 
-    Patterns and names are compared in lower case, with one `_` for everything between letters and
-    digits. Raises `NoDataError` if none fits, `InputError` if several do.
+    Patterns and names are compared as `normalize_name` writes them. Raises `NoDataError` if no file
+    matches, `InputError` if several match one pattern.
     """
     found = _files(folder)
     for pattern in patterns:
-        wanted = plain(pattern)
+        wanted = normalize_name(pattern)
         fits = [
             path
             for path in found
-            if fnmatch.fnmatchcase(plain(path.name), wanted)
-            or fnmatch.fnmatchcase(plain(str(path.relative_to(folder))), wanted)
+            if fnmatch.fnmatchcase(normalize_name(path.name), wanted)
+            or fnmatch.fnmatchcase(normalize_name(str(path.relative_to(folder))), wanted)
         ]
         if len(fits) > 1:
             names = ", ".join(str(path.relative_to(folder)) for path in fits[:5])
             raise InputError(
-                f"{folder}: {what}: {len(fits)} files fit {pattern!r} ({names}); keep one of them "
-                "in the folder, or name it in a suite file of your own"
+                f"{folder}: {what}: {len(fits)} files match {pattern!r} ({names}); keep one of "
+                "them in the folder, or name it in your own suite file"
             )
         if fits:
             return fits[0]
-    looked = " or ".join(map(repr, patterns)) or "a pattern, of which it has none"
-    raise NoDataError(f"{what}: no file of {folder} fits {looked}")
+    wanted = " or ".join(map(repr, patterns))
+    raise NoDataError(
+        f"{what}: no file of {folder} matches {wanted}"
+        if patterns
+        else f"{what}: the suite names no files for them"
+    )
 
 
-def plain(name: str) -> str:
-    """Write a name as patterns see it.
+def normalize_name(name: str) -> str:
+    """Write a name in lower case, with one `_` for everything between letters and digits.
 
-    >>> plain("SST-2/train.tsv"), plain("mmlu_[0-9]*")
+    >>> normalize_name("SST-2/train.tsv"), normalize_name("mmlu_[0-9]*")
     ('sst_2_train_tsv', 'mmlu_[0-9]*')
     """
     return _BETWEEN.sub(lambda found: found[1] or "_", name.lower())
@@ -139,7 +147,7 @@ def plain(name: str) -> str:
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"{folder}: is no folder; give the folder of the suite's files as data")
+        raise InputError(f"{folder}: is not a folder; give the folder of the suite's files as data")
     return sorted(
         path
         for path in folder.rglob("*")
@@ -149,7 +157,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
-    """Read the questions of a part and check that each can be asked; count those left out."""
+    """Read and check the questions of a part; also return how many rows were left out."""
     if data is None and task.data is None:
         try:
             next(iter(read_source(task.location())))
@@ -165,7 +173,7 @@ def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
 
 
 def sample(questions: list[Question], count: int | None, seed: list[int]) -> list[Question]:
-    """Draw that many questions without putting back, in the order they stand.
+    """Draw that many questions without replacement, and keep their order.
 
     >>> sample(list("abcdef"), 3, [0, 0])
     ['d', 'e', 'f']
@@ -179,7 +187,7 @@ def sample(questions: list[Question], count: int | None, seed: list[int]) -> lis
 def hold_out(
     questions: list[Question], share: float, name: str
 ) -> tuple[list[Question], list[Question]]:
-    """Split training questions into those to train on and a seeded share to choose on.
+    """Hold out a seeded share of the training questions as validation questions.
 
     >>> hold_out(list("abcdef"), 0.3, "t")
     (['a', 'b', 'e', 'f'], ['c', 'd'])
@@ -187,8 +195,8 @@ def hold_out(
     count = max(1, round(share * len(questions)))
     if count >= len(questions):
         raise InputError(
-            f"task {name}: has {len(questions)} training rows, of which {count} would be held out "
-            "to choose the setting; give more rows, or a higher limit"
+            f"task {name}: has {len(questions)} training rows, and {count} would be held out to "
+            "choose the setting; give more rows, or a higher limit"
         )
     drawn = set(
         np.random.default_rng(HELD_OUT_SEED).choice(len(questions), count, replace=False).tolist()
@@ -197,8 +205,8 @@ def hold_out(
     return kept, [question for i, question in enumerate(questions) if i in drawn]
 
 
-def digest(questions: Sequence[Question]) -> str:
-    """Return the hash of what is asked and of the right answers, whatever file they came from."""
+def hash_questions(questions: Sequence[Question]) -> str:
+    """Return the hash of questions and their correct answers, not of the file they came from."""
     found = hashlib.sha256()
     for question in questions:
         line = [sorted(question.row.items()), question.gold]

@@ -1,53 +1,68 @@
-"""A suite of evaluations: what is run, in cells that a stopped run goes on from."""
+"""Run a suite of evaluations; a stopped run resumes from its results."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mlmjax._version import __version__
 from mlmjax.config.suite import Planned, Suite
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import contamination
 from mlmjax.errors import InputError, printable
+from mlmjax.evaluation.evaluate import Progress, measure_order, score_questions, slot_scorer
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.entrants import Contender, Contestant, answer_by_tfidf, contestants
-from mlmjax.evaluation.suite.report import Line, line_of, write_report
-from mlmjax.evaluation.suite.results import Cells, Result, result_of
-from mlmjax.evaluation.suite.rows import NoDataError, Rows, digest, read_rows
-from mlmjax.evaluation.suite.sweep import (
+from mlmjax.evaluation.suite.entrants import (
     Answers,
     DivergedError,
-    Progress,
+    Entrant,
     Setting,
-    asked_in_orders,
+    SuiteModel,
+    answer_by_tfidf,
     choose,
+    make_entrants,
     settings_of,
 )
-from mlmjax.evaluation.suite.torch_baseline import find_baseline, fingerprint
-from mlmjax.scoring.scorers import Scorer
-from mlmjax.storage import alone_in
-from mlmjax.text.prompts import Template
+from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
+from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result, open_results
+from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
+from mlmjax.storage import alone_in, read_json
+from mlmjax.text.verbalizer import option_letters
 from mlmjax.training.run.resume import check_run_folder
 
 SWEEP_SEED = 0
-"""The seed that settings are chosen with; the reported ones are 1, 2, ..."""
+"""The seed of the trainings that choose a setting; reported trainings have seeds 1, 2, ..."""
 
-ASKED = ("name", "prompt", "shorten", "labels", "verbalizer", "bare", "normalize", "head_prompt")
+TASK_KEYS = (
+    "name",
+    "prompt",
+    "shorten",
+    "labels",
+    "verbalizer",
+    "bare",
+    "normalize",
+    "head_prompt",
+)
 """The keys of a task that its answers depend on."""
 
+CELLS = "cells"
 Counting = Callable[[str], AbstractContextManager[Progress]]
-"""Gives a context with a function that shows `(done, total)`, as `log.counting`."""
+"""Gives a context with a function that shows `(done, total)`, as `terminal.counting`."""
 
 
-class Bench:
-    """Where cells are computed or found, and told of."""
+@dataclass
+class Run:
+    """One run of a suite: where its results are, and how it reports progress."""
 
-    def __init__(self, cells: Cells, total: int, tell: Callable[[str], None], counting: Counting):
-        self.cells, self.total, self.tell, self.counting = cells, total, tell, counting
-        self.done = 0
+    suite: Suite
+    cells: Path
+    tell: Callable[[str], None]
+    counting: Counting
+    total: int
+    done: int = 0
 
     def result(
         self,
@@ -55,30 +70,24 @@ class Bench:
         identity: Mapping[str, Any],
         asked: Sequence[Question],
         labels: Sequence[str],
-        compute: Callable[[Progress], Answers],
+        answer: Callable[[Progress], Answers],
+        cells: Path | None = None,
     ) -> Result:
-        """Return the result of a cell, computed unless it is there."""
+        """Return a result, computed unless it is in `cells` (by default the run's own)."""
 
-        def fresh() -> Result:
+        def compute() -> Result:
             try:
                 with self.counting(what) as progress:
-                    answers = compute(progress)
+                    return make_result(asked, labels, answer(progress))
             except DivergedError as error:
                 return Result(diverged=str(error))
-            return result_of(
-                asked,
-                labels,
-                answers.log_probs,
-                shortened=answers.shortened,
-                losses=answers.losses,
-                order=answers.order,
-            )
 
         started = time.perf_counter()
-        result, is_new = self.cells.get({"version": __version__, **identity}, asked, labels, fresh)
+        identity = {"version": __version__, **identity}
+        result, is_new = find_or_compute(cells or self.cells, identity, compute)
         self.done += 1
         found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
-        took = f"{time.perf_counter() - started:.1f} s" if is_new else "was there"
+        took = f"{time.perf_counter() - started:.1f} s" if is_new else "already computed"
         self.tell(f"[{self.done}/{self.total}] {what}: {found} ({took})")
         return result
 
@@ -91,57 +100,56 @@ def run_suite(
     out: str | Path,
     data: str | Path | None = None,
     baselines: Sequence[str] = (),
+    others: Sequence[Entrant] = (),
     revision: str | None = None,
     dtype: str = "float32",
     batch_size: int | None = None,
     tell: Callable[[str], None],
     counting: Counting,
 ) -> dict[str, Any]:
-    """Run the planned entries of a suite (`suite_config.load_suite`) and write the results.
+    """Run the planned entries of a suite (`config.suite.load_suite`) and write the results.
 
-    Zero-shot entries are asked of every model. Fine-tuned ones are trained with every head of the
-    suite and every baseline (`transformers:FOLDER_OR_ID`): each setting of the sweep once, the one
-    with the best headline on validation rows then with every seed, and only these see the test
-    rows. `data` is the folder in which files are looked for; without it parts come from the hub.
-    Entries without data are told of and listed with the reason.
+    Every model answers the zero-shot entries. Fine-tuned entries are trained with every head of the
+    suite and with `others`: each setting of the sweep once, then the one with the best main metric
+    on validation rows with every seed. Only these see the test rows. `baselines` are folders of
+    suites that were run elsewhere with other entrants; their results are read. `data` is the folder
+    of the files; without it parts come from the hub. Entries without data are reported and listed
+    with the reason.
 
-    Each cell is written whole to `out`/cells and found again by the content of the model, task,
-    rows and setting, so the same call goes on where it was stopped. Writes `suite.json` (what is
-    returned), `suite.md` and `suite.png`. Raises `InputError` for anything that cannot be loaded
-    or asked, before the first cell is computed, and where no entry finds its data.
+    Each result is written whole to `out`/cells and found again by the content of the model, task,
+    rows and setting, so that the same call resumes a stopped run. Writes `suite.json` (which is
+    returned), `suite.md` and `suite.png`. Raises `InputError` before the first result is computed
+    for anything that cannot be loaded or answered, and if no entry finds its data.
     """
     if len(set(models)) < len(models) or len(set(baselines)) < len(baselines):
-        raise InputError("a model is named twice; every model and baseline is run once")
-    folders = {name: find_baseline(name) for name in baselines}
-    contenders = [Contender(name, revision, dtype, batch_size) for name in models]
-    folder = None if data is None else Path(data)
-    present, missing = _look(suite, planned, folder)
-    missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
-    absent = [f"task {one['task']}: {one['reason']}" for one in missing]
+        raise InputError("a model is named twice; name every model and baseline once")
+    others = [*others, *(one for name in baselines for one in read_baselines(name))]
+    loaded = [SuiteModel(name, revision, dtype, batch_size) for name in models]
+    entrants = [*make_entrants(suite, loaded), *others]
+    folder, out = None if data is None else Path(data), Path(out)
+    present, missing = _find_entries(suite, planned, folder)
+    reasons = [f"task {one['task']}: {one['reason']}" for one in missing]
     if not present:
         raise InputError(
             f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
-            f"with its files: {absent[0]}",
-            absent[1:],
+            f"with its files: {reasons[0]}",
+            reasons[1:],
         )
-    with alone_in(Path(out), check_run_folder):
-        for line in absent:
-            tell(printable(f"left out: {line}"))
-        entrants = list(contestants(suite, contenders, folders))
-        total = sum(
-            len(contenders) if entry.kind == "zero-shot" else 1 + _trainings(suite, entrants)
-            for entry, _ in present
-        )
-        bench = Bench(Cells(Path(out) / "cells"), total, tell, counting)
+    total = sum(_count_results(suite, one, loaded, entrants) for one in present)
+    run = Run(suite, out / CELLS, tell, counting, total)
+    _check_baselines(run, present, others, folder)
+    with alone_in(out, check_run_folder):
+        for reason in reasons:
+            tell(printable(f"left out: {reason}"))
+        open_results(run.cells)
         lines: list[Line] = []
         for one in present:
             rows = read_rows(one, suite, folder)
             if one.entry.kind == "zero-shot":
-                lines += [
-                    _zero_shot(bench, suite, one, rows, contender) for contender in contenders
-                ]
+                lines += [_ask_zero_shot(run, one, rows, model) for model in loaded]
             else:
-                lines += _fine_tuned(bench, suite, one, rows, entrants, contenders)
+                lines.append(_run_tfidf(run, one, rows))
+                lines += [_fine_tune(run, one, rows, entrant) for entrant in entrants]
         about = {
             "suite": suite.name,
             "description": suite.description,
@@ -150,16 +158,68 @@ def run_suite(
             "seeds": suite.seeds,
             "order_rows": suite.order_rows,
             "sweep": suite.sweep.model_dump(),
-            "models": {contender.name: contender.identity for contender in contenders},
-            "baselines": {name: fingerprint(path) for name, path in folders.items()},
+            "models": {model.name: model.identity for model in loaded},
+            "baselines": {one.model: one.identity["model"] for one in others},
         }
-        return write_report(Path(out), about, lines, missing)
+        return write_report(out, about, lines, missing)
 
 
-def _look(
+def read_baselines(name: str) -> list[Entrant]:
+    """Return the baselines of a suite that was run elsewhere; raise `InputError` for others."""
+    if name.startswith("transformers:"):
+        model = name.removeprefix("transformers:") or "FOLDER_OR_ID"
+        raise InputError(
+            f"--baseline {name}: mlmjax does not run torch; run `python "
+            f"benchmarks/torch_baseline.py {model} --suite SUITE --out FOLDER` in the repository, "
+            "then give --baseline FOLDER"
+        )
+    folder = Path(name)
+    found = read_json(folder, JSON).get("baselines") if (folder / JSON).is_file() else None
+    if not isinstance(found, dict) or not found:
+        raise InputError(
+            f"--baseline {name}: is not a folder with results of baselines; give a folder written "
+            "by benchmarks/torch_baseline.py"
+        )
+    return [
+        Entrant(
+            model=model,
+            method="transformers",
+            key="transformers",
+            identity={"model": digest},
+            answer=_refuse(name),
+            cells=folder / CELLS,
+        )
+        for model, digest in found.items()
+    ]
+
+
+def _refuse(name: str) -> Callable[..., Answers]:
+    def answer(task: Task, *_: Any, **options: Any) -> NoReturn:
+        raise InputError(
+            f"--baseline {name}: has no result for {task.name} with these rows and settings; run "
+            "benchmarks/torch_baseline.py with the same suite, data, settings and version of "
+            "mlmjax"
+        )
+
+    return answer
+
+
+def _check_baselines(
+    run: Run, present: Sequence[Planned], others: Sequence[Entrant], folder: Path | None
+) -> None:
+    """Raise `InputError` for a baseline without all of its results, before hours of work."""
+    silent = replace(run, tell=lambda _: None)
+    for one in present:
+        if one.entry.kind == "fine-tune" and (stored := [o for o in others if o.cells]):
+            rows = read_rows(one, run.suite, folder)
+            for entrant in stored:
+                _fine_tune(silent, one, rows, entrant)
+
+
+def _find_entries(
     suite: Suite, planned: Sequence[Planned], folder: Path | None
 ) -> tuple[list[Planned], list[dict[str, Any]]]:
-    """Read everything once, so that bad rows are refused before hours of work."""
+    """Read all rows once, so that bad rows raise an error before hours of work."""
     present, missing = [], []
     for one in planned:
         try:
@@ -169,150 +229,135 @@ def _look(
             missing.append(
                 {"task": one.task.name, "reason": error.message, "tables": one.entry.tables}
             )
+    missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
     return present, missing
 
 
-def _trainings(suite: Suite, entrants: Sequence[Contestant]) -> int:
+def _count_results(
+    suite: Suite, one: Planned, models: Sequence[SuiteModel], entrants: Sequence[Entrant]
+) -> int:
+    if one.entry.kind == "zero-shot":
+        return len(models)
     settings = len(settings_of(suite.sweep))
-    return len(entrants) * ((settings if settings > 1 else 0) + suite.seeds)
+    return 1 + len(entrants) * ((settings if settings > 1 else 0) + suite.seeds)
 
 
-def _zero_shot(
-    bench: Bench, suite: Suite, planned: Planned, rows: Rows, contender: Contender
-) -> Line:
+def _task_identity(task: Task, method: str) -> dict[str, Any]:
+    values = task.model_dump(mode="json")
+    return {"task": {key: values[key] for key in TASK_KEYS}, "method": method}
+
+
+def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) -> Line:
+    """Let a model answer the test rows of a task."""
     entry, task = planned
-    count = len(task.label_names) or max(len(question.row["options"]) for question in rows.test)
-    verbalizer = task.verbalizer_for(count)
+    order_rows = run.suite.order_rows
 
-    def compute(progress: Progress) -> Answers:
-        scorer = Scorer(
-            *contender.load(),
-            Template(task.prompt, shorten=dict(task.shorten)),
-            verbalizer,
-            normalize=task.normalize,
-            batch_size=contender.batch_size,
-        )
-        done = 0
-
-        def report(scored: int) -> None:
-            nonlocal done
-            done += scored
-            progress(done, len(rows.test))
-
-        asked = [question.row for question in rows.test]
-        where = [question.where for question in rows.test]
-        log_probs = scorer.log_probs(asked, where=where, progress=report)
+    def answer(progress: Progress) -> Answers:
+        scorer = slot_scorer(*model.load(), task, rows.test, model.batch_size)
+        log_probs = score_questions(scorer, rows.test, progress)
         shortened = scorer.shortened
-        order = asked_in_orders(scorer, task, rows.test, log_probs, suite.order_rows)
+        order = measure_order(scorer, task, rows.test, log_probs, order_rows)
         return Answers(log_probs, shortened, [], order)
 
-    identity = {
-        **_of_task(task, "zero-shot"),
-        **contender.identity,
-        "order_rows": suite.order_rows,
-        "asked": digest(rows.test),
-    }
-    what = f"{task.name}, zero-shot, {contender.name}"
-    result = bench.result(what, identity, rows.test, verbalizer.labels, compute)
-    contender.rest()
-    return line_of(
+    result = run.result(
+        f"{task.name}, zero-shot, {model.name}",
+        {
+            **_task_identity(task, "zero-shot"),
+            **model.identity,
+            "order_rows": order_rows,
+            "asked": hash_questions(rows.test),
+        },
+        rows.test,
+        task.label_names or option_letters(max(len(q.row["options"]) for q in rows.test)),
+        answer,
+    )
+    model.unload()
+    return summarize(
         planned,
         rows,
         [result],
-        model=contender.name,
+        model=model.name,
         method="zero-shot",
         published=entry.published.get("zero-shot"),
-        known=contamination(rows.task, rows.data, contender.training),
+        known=contamination(rows.task, rows.data, model.training),
     )
 
 
-def _of_task(task: Task, method: str) -> dict[str, Any]:
-    values = task.model_dump(mode="json")
-    return {"task": {key: values[key] for key in ASKED}, "method": method}
+def _run_tfidf(run: Run, planned: Planned, rows: Rows) -> Line:
+    """Let TF-IDF and logistic regression answer the test rows of a task."""
+    task = planned.task
+    result = run.result(
+        f"{task.name}, TF-IDF + logistic regression",
+        {
+            **_task_identity(task, "tfidf"),
+            "scikit-learn": version("scikit-learn"),
+            "train": rows.hashes["train"],
+            "asked": rows.hashes["test"],
+        },
+        rows.test,
+        task.label_names,
+        lambda _: answer_by_tfidf(task, rows.train, rows.test),
+    )
+    return summarize(planned, rows, [result], model="", method="TF-IDF + logistic regression")
 
 
-def _fine_tuned(
-    bench: Bench,
-    suite: Suite,
-    planned: Planned,
-    rows: Rows,
-    entrants: Sequence[Contestant],
-    contenders: Sequence[Contender],
-) -> Iterator[Line]:
+def _fine_tune(run: Run, planned: Planned, rows: Rows, entrant: Entrant) -> Line:
+    """Choose a setting on the validation rows, train it with every seed, and test that."""
     entry, task = planned
-    labels = task.label_names
-    hashes = {name: digest(getattr(rows, name)) for name in ("train", "validation", "test")}
+    settings = settings_of(run.suite.sweep)
+    tried: dict[Setting, float | None] = {}
+    if len(settings) > 1:
+        for setting in settings:
+            result = _train(run, task, rows, entrant, setting, SWEEP_SEED, "validation")
+            tried[setting] = result.metrics.get(task.metric)
+    chosen = choose(tried) if tried else settings[0]
+    results = [
+        _train(run, task, rows, entrant, chosen, SWEEP_SEED + 1 + number, "test")
+        for number in range(run.suite.seeds)
+        if chosen
+    ]
+    source = entrant.source
+    if source:
+        source.unload()
+    return summarize(
+        planned,
+        rows,
+        results,
+        model=entrant.model,
+        method=entrant.method,
+        published=entry.published.get(entrant.key),  # type: ignore[call-overload]
+        known=contamination(rows.task, rows.data, source.training) if source else None,
+        chosen=chosen,
+        tried=tried,
+    )
 
-    def cell(contestant: Contestant, setting: Setting, seed: int, part: str) -> Result:
-        asked = getattr(rows, part)
-        shared = suite.sweep.model_dump(exclude={"epochs", "learning_rate", "held_out"})
-        # Only what is reported is asked in other orders, and only of the head that reads options.
-        is_asked_again = contestant.key == "mlm" and part == "test"
-        order = {"order_rows": suite.order_rows} if is_asked_again else {}
-        identity = {
-            **_of_task(task, contestant.key),
-            **contestant.identity,
-            "train": hashes["train"],
+
+def _train(
+    run: Run, task: Task, rows: Rows, entrant: Entrant, setting: Setting, seed: int, part: str
+) -> Result:
+    """Return the result of one training, on the validation or the test rows."""
+    sweep, asked = run.suite.sweep, getattr(rows, part)
+    shared = sweep.model_dump(exclude={"epochs", "learning_rate", "held_out"})
+    # Only reported results measure the order of options, and only the MLM head reads options.
+    is_measured = entrant.key == "mlm" and part == "test"
+    order = {"order_rows": run.suite.order_rows} if is_measured else {}
+    return run.result(
+        f"{task.name}, {entrant.method}, {entrant.model}, {part}, epochs {setting.epochs}, "
+        f"learning rate {setting.learning_rate:g}, seed {seed}",
+        {
+            **_task_identity(task, entrant.key),
+            **entrant.identity,
+            "train": rows.hashes["train"],
             "part": part,
-            "asked": hashes[part],
+            "asked": rows.hashes[part],
             "setting": {**setting._asdict(), **shared},
             "seed": seed,
             **order,
-        }
-        what = (
-            f"{task.name}, {contestant.method}, {contestant.model}, {part}, epochs "
-            f"{setting.epochs}, learning rate {setting.learning_rate:g}, seed {seed}"
-        )
-
-        def compute(progress: Progress) -> Answers:
-            return contestant.answer(
-                task, rows.train, asked, setting, suite.sweep, seed=seed, progress=progress, **order
-            )
-
-        return bench.result(what, identity, asked, labels, compute)
-
-    identity = {
-        **_of_task(task, "tfidf"),
-        "scikit-learn": version("scikit-learn"),
-        "train": hashes["train"],
-        "asked": hashes["test"],
-    }
-    result = bench.result(
-        f"{task.name}, TF-IDF + logistic regression",
-        identity,
-        rows.test,
-        labels,
-        lambda _: answer_by_tfidf(task, rows.train, rows.test),
+        },
+        asked,
+        task.label_names,
+        lambda progress: entrant.answer(
+            task, rows.train, asked, setting, sweep, seed=seed, progress=progress, **order
+        ),
+        entrant.cells,
     )
-    yield line_of(planned, rows, [result], model="", method="TF-IDF + logistic regression")
-
-    known = {
-        contender.name: contamination(rows.task, rows.data, contender.training)
-        for contender in contenders
-    }
-    for contestant in entrants:
-        settings = settings_of(suite.sweep)
-        tried: dict[Setting, float | None] = {}
-        if len(settings) > 1:
-            for setting in settings:
-                found = cell(contestant, setting, SWEEP_SEED, "validation")
-                tried[setting] = found.metrics.get(task.metric)
-        chosen = choose(tried) if tried else settings[0]
-        results = [
-            cell(contestant, chosen, seed, "test")
-            for seed in range(SWEEP_SEED + 1, SWEEP_SEED + 1 + suite.seeds)
-            if chosen
-        ]
-        for contender in contenders:
-            contender.rest()
-        yield line_of(
-            planned,
-            rows,
-            results,
-            model=contestant.model,
-            method=contestant.method,
-            published=entry.published.get(contestant.key),  # type: ignore[call-overload]
-            known=known.get(contestant.model),
-            chosen=chosen,
-            tried=tried,
-        )

@@ -1,66 +1,75 @@
-"""A sequence classification model of transformers, fine-tuned in torch, as a baseline."""
+"""Fine-tune a sequence classification model of transformers in torch, as a baseline of a suite.
 
-import hashlib
-import importlib.util
+    python benchmarks/torch_baseline.py FOLDER_OR_ID --suite paper --data DATA --out results/bert
+    mlmjax evaluate --suite paper --data DATA --out results/paper --baseline results/bert
+
+The first command writes a folder of results, the second reads them as one more row of its tables.
+"""
+
 import inspect
 import math
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
+import torch
+import transformers
 
+from mlmjax.cli.main import run
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig
-from mlmjax.config.suite import Sweep
+from mlmjax.config.suite import Sweep, load_suite
 from mlmjax.config.tables import decode
 from mlmjax.config.task import Task
 from mlmjax.errors import InputError, first_line
+from mlmjax.evaluation.evaluate import Progress
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.sweep import Answers, DivergedError, Progress, Setting, read_texts
-from mlmjax.storage import CONFIG, hash_file
+from mlmjax.evaluation.suite.entrants import (
+    Answers,
+    DivergedError,
+    Entrant,
+    Setting,
+    hash_files,
+    read_texts,
+)
+from mlmjax.evaluation.suite.suite import run_suite
+from mlmjax.reporting.terminal import counting, say
+from mlmjax.storage import CONFIG, hash_value
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.weights import hub
 
-PREFIX = "transformers:"
 _FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 
-def find_baseline(name: str) -> Path:
-    """Return the folder of `transformers:FOLDER_OR_ID`; its weights have to be safetensors.
+def make_baseline(name: str) -> Entrant:
+    """Return the entrant of a folder or hub id; its weights have to be safetensors.
 
-    Raises `InputError` for another kind of baseline, a folder that is not there, and where torch
-    and transformers are not installed.
+    Raises `InputError` for a folder that is not there or has no such weights.
     """
-    source = name.removeprefix(PREFIX)
-    if source == name or not source.strip():
-        raise InputError(
-            f"--baseline {name!r}: is unknown; expected {PREFIX}FOLDER_OR_ID, a model of "
-            "transformers (majority and TF-IDF stand in every table)"
-        )
-    if missing := [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]:
-        raise InputError(
-            f"--baseline {name}: needs {' and '.join(missing)}, which are not installed; "
-            "run pip install 'mlmjax[oracle]'"
-        )
-    folder = Path(source).expanduser()
+    folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = hub.packaged(source) or folder
+        folder = hub.packaged(name) or folder
     if not folder.is_dir():
-        hub.fetch(source, weights=False)  # refuses what is neither a folder nor a hub id
-        folder = hub.download(source, None, False, _FILES)
+        hub.fetch(name, weights=False)  # raises for what is neither a folder nor a hub id
+        folder = hub.download(name, None, False, _FILES)
     if not (folder / CONFIG).is_file() or not list(folder.glob("*.safetensors")):
         raise InputError(
-            f"{source}: has no {CONFIG} or no *.safetensors; give the folder of a model saved "
+            f"{name}: has no {CONFIG} or no *.safetensors; give the folder of a model saved "
             "by transformers (weights as pickles are not read)"
         )
-    return folder
-
-
-def fingerprint(folder: Path) -> str:
-    """Return the hash of everything in the folder that the model is made of."""
-    names = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
-    lines = [f"{path.name} {hash_file(path)}" for path in names]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    files = sorted({path for pattern in _FILES for path in folder.glob(pattern)})
+    libraries = [version(library) for library in ("torch", "transformers")]
+    return Entrant(
+        model=f"transformers:{name}",
+        method="transformers",
+        key="transformers",
+        identity={"model": hash_value([hash_files(files), *libraries])},
+        answer=partial(answer_by_transformers, folder),
+    )
 
 
 def answer_by_transformers(
@@ -76,12 +85,10 @@ def answer_by_transformers(
 ) -> Answers:
     """Fine-tune the model in torch on `train` under one setting, and let it answer `asked`.
 
-    The protocol is that of `sweep.answer_fine_tuned`: the same text, optimizer, clipping, schedule
-    and order of rows. The tokenizer cuts long texts at their end. No code of the folder is run.
+    The protocol is that of `answer_fine_tuned`: the same text, optimizer, clipping, schedule and
+    order of rows. The tokenizer truncates long texts at their end. No code of the folder is run.
     Raises `DivergedError`, and `InputError` for what transformers cannot load.
     """
-    import torch
-
     torch.manual_seed(seed)
     model, tokenizer = _load(folder, task)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,7 +111,7 @@ def answer_by_transformers(
         _groups(model, sweep.weight_decay), betas=(ours.b1, ours.b2), eps=ours.eps
     )
 
-    # What a tokenizer gives besides, such as token types, is not for every model.
+    # Not every model takes what its tokenizer gives, such as token types.
     known = inspect.signature(model.forward).parameters
 
     def batch(questions: Sequence[Question]) -> dict[str, Any]:
@@ -148,9 +155,7 @@ def answer_by_transformers(
 
 
 def _load(folder: Path, task: Task) -> tuple[Any, Any]:
-    import transformers
-
-    transformers.logging.set_verbosity_error()  # else it tells of the new head, every time
+    transformers.logging.set_verbosity_error()  # it warns about the new head every time
     transformers.logging.disable_progress_bar()
     names = dict(enumerate(task.label_names))
     try:
@@ -158,7 +163,7 @@ def _load(folder: Path, task: Task) -> tuple[Any, Any]:
             folder,
             id2label=names,
             label2id={name: number for number, name in names.items()},
-            ignore_mismatched_sizes=True,  # its own head may be one of other labels
+            ignore_mismatched_sizes=True,  # its own head may have other labels
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -166,7 +171,7 @@ def _load(folder: Path, task: Task) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-    except Exception as error:  # whatever a stranger's folder makes transformers raise
+    except Exception as error:  # a stranger's folder makes transformers raise anything
         raise InputError(
             f"{folder}: transformers cannot load it as a sequence classification model "
             f"({type(error).__name__}: {first_line(error):.200}); give another baseline"
@@ -192,3 +197,28 @@ def _batches(count: int, size: int, seed: list[int]) -> Iterator[np.ndarray]:
     order = np.random.default_rng(seed).permutation(count)
     for start in range(0, count, size):
         yield order[start : start + size]
+
+
+@click.command()
+@click.argument("model", metavar="FOLDER_OR_ID")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--suite", required=True, help="paper, or a suite file (TOML).")
+@click.option("--data", default=None, help="Folder of the suite's files.")
+@click.option("--out", required=True, help="Folder for the results.")
+def main(model: str, overrides: Sequence[str], suite: str, data: str | None, out: str) -> None:
+    """Fine-tune a model of transformers on the tasks of a suite."""
+    definition, planned = load_suite(suite, overrides)
+    run_suite(
+        definition,
+        [one for one in planned if one.entry.kind == "fine-tune"],
+        [],
+        out=out,
+        data=data,
+        others=[make_baseline(model)],
+        tell=say,
+        counting=counting,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], main, Path(__file__).name))

@@ -1,4 +1,4 @@
-"""Fine-tuning both heads and a model of transformers on one task; the choice of a setting."""
+"""Fine-tuning of both heads on one task, and the choice of a setting."""
 
 import doctest
 
@@ -6,57 +6,28 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_models import noisy, small_config
-from suite_files import reviews
+from suite_files import REVIEWS, SWEEP, questions, right
 
 from mlmjax.config.suite import HEADS, Sweep
 from mlmjax.config.tables import decode
-from mlmjax.config.task import Task
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite import sweep as sweep_module
-from mlmjax.evaluation.suite.sweep import (
+from mlmjax.evaluation.suite import entrants
+from mlmjax.evaluation.suite.entrants import (
     DivergedError,
     Setting,
     answer_fine_tuned,
     choose,
-    read_template,
     read_texts,
     settings_of,
 )
-from mlmjax.evaluation.suite.torch_baseline import answer_by_transformers
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.statistics.metrics import bootstrap, macro_f1, mcc, mean_interval
-
-TASK = Task(
-    name="reviews",
-    prompt="{text}\n{options}[unused0] [MASK]",
-    shorten={"text": "tail"},
-    answer="label",
-    labels=("bad", "good"),
-)
-SWEEP = Sweep(batch_size=8, max_length=40)
-
-
-def questions(count, seed):
-    return [
-        Question(
-            index,
-            f"row {index}",
-            {"text": row["text"], "options": ["bad", "good"]},
-            ("bad", "good").index(row["label"]),
-            "",
-        )
-        for index, row in enumerate(reviews(count, seed))
-    ]
 
 
 @pytest.fixture(scope="module")
 def model():
     config = small_config(num_hidden_layers=1)
     return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), scale=0.02)
-
-
-def right(log_probs, asked):
-    return np.mean(log_probs.argmax(axis=1) == [question.gold for question in asked])
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -66,12 +37,12 @@ def test_a_head_learns_by_its_seed_and_leaves_the_model_as_it_was(model, tokeniz
 
     def answer(seed, rows=asked):
         return answer_fine_tuned(
-            model, tokenizer, TASK, head, train, rows, Setting(20, 1e-2), SWEEP, seed=seed
+            model, tokenizer, REVIEWS, head, train, rows, Setting(10, 1e-2), SWEEP, seed=seed
         )
 
     answers = answer(1)
     assert right(answers.log_probs, asked) > 0.9
-    assert len(answers.losses) == 20
+    assert len(answers.losses) == 10
     assert answers.losses[-1] < 0.5 * answers.losses[0]
     assert answers.shortened == 0
     after = [np.asarray(leaf) for leaf in nnx.to_flat_state(nnx.state(model)).leaves]
@@ -89,40 +60,16 @@ def test_a_training_that_diverges_says_so(model, tokenizer):
     rows = questions(8, 1)
     with pytest.raises(DivergedError, match="not finite"):
         answer_fine_tuned(
-            model, tokenizer, TASK, "mlm", rows, rows, Setting(3, 1e30), SWEEP, seed=0
+            model, tokenizer, REVIEWS, "mlm", rows, rows, Setting(3, 1e30), SWEEP, seed=0
         )
-
-
-def test_a_model_of_transformers_learns_the_same_rows(tmp_path, tokenizer):
-    tiny = pytest.importorskip("tiny_models")
-    tiny.torch.set_num_threads(1)
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep")}
-    tiny.write_model(tmp_path, "ModernBertForSequenceClassification", vocab_size=50368, **ids)
-    tokenizer.save(tmp_path)
-    train, asked = questions(48, 1), questions(20, 2)
-    asked.append(Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, ""))
-
-    def answer(seed, rate=5e-3):
-        return answer_by_transformers(
-            tmp_path, TASK, train, asked, Setting(6, rate), SWEEP, seed=seed
-        )
-
-    answers = answer(1)
-    assert right(answers.log_probs, asked) > 0.9
-    np.testing.assert_allclose(np.exp(answers.log_probs).sum(axis=1), 1.0, atol=1e-5)
-    assert answers.shortened == 1
-    assert np.array_equal(answer(1).log_probs, answers.log_probs)
-    assert not np.array_equal(answer(2).log_probs, answers.log_probs)
-    with pytest.raises(DivergedError):
-        answer(1, rate=1e30)
 
 
 def test_heads_and_baselines_read_the_fields_alone(tokenizer):
-    task = TASK.model_copy(
+    task = REVIEWS.model_copy(
         update={"prompt": "Read {{this}}.\n{title}\n{text}\n{options}A: [unused0] [MASK]"}
     )
     row = {"title": "On [MASK]", "text": "a {b}", "options": ["bad", "good"]}
-    template = read_template(task)
+    template = task.for_head().head_template()
     assert template.fields == ("title", "text")
     assert template.shorten == {"text": "tail"}
     (text,) = read_texts(task, [Question(0, "", row, 0, "")])
@@ -167,4 +114,4 @@ def test_intervals_of_a_mean_over_seeds_keep_the_rows_together():
 
 
 def test_examples_in_the_documentation():
-    assert doctest.testmod(sweep_module).failed == 0
+    assert doctest.testmod(entrants).failed == 0
