@@ -1,37 +1,46 @@
-"""The report on prepared rows that people look at: figures as JSON, a page and pictures."""
+"""The report on prepared rows: figures as JSON, and a page with pictures for people."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest
-from mlmjax.data.preparing.census import Counted, Drawn, count
 from mlmjax.data.preparing.prepare import shortages
-from mlmjax.data.preparing.rows_charts import bars, fates, lengths
-from mlmjax.data.preparing.rows_page import KEPT, NOT_SELECTED, TOP, page
 from mlmjax.data.reading.files import BROKEN_FILE
+from mlmjax.data.rows import RowSource
 from mlmjax.errors import InputError
-from mlmjax.reporting.charts import own_style, save
+from mlmjax.reporting.charts import (
+    ACCENT,
+    INK,
+    OTHER,
+    add_legend,
+    hide_left_axis,
+    new_figure,
+    own_style,
+    picture_label,
+    save,
+    set_percent_ticks,
+)
 from mlmjax.reporting.markdown import visible
-from mlmjax.storage import build_folder
+from mlmjax.reporting.pages import render
+from mlmjax.storage import build_folder, hash_file
 from mlmjax.text.tokenizer import Tokenizer
 
 PROMPTS = 20
 REPORT = "report"
-MAX_SOURCES = 24
-_GROUPS = {
-    "task excluded by": "task excluded by its name",
-    "overlaps": "shares text with an evaluation set",
-}
+KEPT, NOT_SELECTED = "in the rows", "left out by data.select"
+LENGTH_KINDS = {"with_answer": "with an answer", "without": "without an answer"}
 
 
 def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) -> Path:
-    """Write `report/` into a finished rows folder, unless it is there; return the page's path.
+    """Write `report/` into a finished rows folder if it is missing; return the page's path.
 
     `report.md` is the page, `report.json` has all figures, the pictures are PNG files. The same
     rows give the same bytes. Raises `InputError` for damaged rows, for a tokenizer that they were
@@ -42,61 +51,158 @@ def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) 
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         raise InputError(
             f"{folder}: was made with another tokenizer (sha256 {manifest.tokenizer_sha256[:12]}"
-            f"..., not {tokenizer.sha256[:12]}...); give that one, or the "
-            "report would show other texts"
+            f"..., not {tokenizer.sha256[:12]}...); give that one, because the report shows texts"
         )
     target = folder / REPORT
-    if not (target / "report.md").is_file():
+    page = target / "report.md"
+    if not page.is_file():
         if "train" not in manifest.splits or not manifest.splits.keys() <= set(SPLITS):
             raise InputError(
                 f"{folder}: has the splits {sorted(manifest.splits)}, expected train and perhaps "
                 "validation; delete it and prepare again"
             )
-        drawn = {"train": PROMPTS}
         with build_folder(target) as partial:
             if partial is not None:
-                counted = {
-                    split: count(folder, split, draw=drawn.get(split, 0), seed=seed)
-                    for split in manifest.splits
-                }
-                _write(partial, figures(manifest, counted, tokenizer), counted)
-    if not (target / "report.md").is_file():
-        raise InputError(f"{target}: has no report.md; delete the folder to have it written again")
-    return target / "report.md"
+                _write(partial, figures(folder, manifest, tokenizer, seed))
+    if not page.is_file():
+        raise InputError(f"{target}: has no report.md; delete the folder to write it again")
+    return page
 
 
-def _write(folder: Path, found: dict[str, Any], counted: Mapping[str, Counted]) -> None:
+def _write(folder: Path, found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     train = found["splits"]["train"]
-    with own_style():
-        save(fates(*_fates(found["sources"])), folder / "records.png")
-        save(lengths(counted["train"].lengths), folder / "lengths.png")
-        if train["tasks"]:
-            title = "Examples by task, training split, plain text left out"
-            save(bars(*_top(train["tasks"].items(), "tasks"), title), folder / "tasks.png")
-        answers = [(one["text"], one["examples"]) for one in train["answers"]]
-        if answers:
-            title = "Examples by the token of their answer, training split"
-            save(bars(*_top(answers, "tokens"), title), folder / "answers.png")
-    (folder / "report.md").write_text(page(found), encoding="utf-8")
+    save(draw_records(found["sources"]), folder / "records.png")
+    save(draw_lengths(train["lengths"], found["seq_length"]), folder / "lengths.png")
+    lengths = [
+        {"split": split, "kind": LENGTH_KINDS[kind], **describe_lengths(counts)}
+        for split, one in found["splits"].items()
+        for kind, counts in one["lengths"].items()
+        if counts
+    ]
+    page = render("data/preparing/report.md.j2", found=found, lengths=lengths)
+    (folder / "report.md").write_text(page, encoding="utf-8")
 
 
-def _top(
-    counts: Iterable[tuple[str, int]], what: str
-) -> tuple[list[tuple[str, int]], int, str | None]:
-    """Return what `bars` draws of counts in descending order, and says of the others."""
-    ordered = list(counts)
-    others = ordered[TOP:]
-    total, n = sum(n for _, n in ordered), sum(n for _, n in others)
-    rest = f"not shown: {len(others):,} other {what}, {n:,} examples ({n / max(total, 1):.1%})"
-    return ordered[:TOP], total, rest if others else None
+@dataclass
+class Counted:
+    """One split, counted.
+
+    `lengths[kind, n]` counts the examples of n tokens, with an answer (0) and without (1). `tasks`
+    counts examples by the number of their task, without plain text, and `pairs` by the numbers of
+    task and answer token. `drawn` holds the drawn examples, in the order of the rows.
+    """
+
+    lengths: np.ndarray
+    tasks: Counter[int]
+    pairs: Counter[tuple[int, int]]
+    drawn: list[dict[str, Any]]
 
 
-def figures(
-    manifest: Manifest, counted: Mapping[str, Counted], tokenizer: Tokenizer
+def count_split(
+    folder: Path, manifest: Manifest, split: str, tokenizer: Tokenizer, *, draw: int, seed: int
+) -> Counted:
+    """Count the examples of a split, and draw some of them, each equally likely.
+
+    Memory does not grow with the rows: one block of one row file is in memory. Raises `InputError`
+    for a damaged row file, which is compared with the hash of the manifest.
+    """
+    total = sum(entry.examples for entry in manifest.splits[split])
+    rng = np.random.default_rng([seed])
+    wanted = np.sort(rng.choice(total, min(draw, total), replace=False))
+    found = Counted(np.zeros((2, manifest.seq_length + 1), np.int64), Counter(), Counter(), [])
+    seen = 0
+    for entry, source in _open_files(folder, manifest, split):
+        before = seen
+        for tokens, sizes, places, tasks, _, labels in source.blocks():
+            starts = np.cumsum(sizes) - sizes
+            has_answer = places >= 0
+            for kind, which in enumerate((has_answer, ~has_answer)):
+                found.lengths[kind] += np.bincount(sizes[which], minlength=manifest.seq_length + 1)
+            answers = tokens[(starts + places)[has_answer]].astype(np.int64)
+            pairs = tasks[has_answer].astype(np.int64) << 32 | answers
+            found.pairs.update({divmod(pair, 2**32): n for pair, n in _counts(pairs).items()})
+            if not entry.text:
+                found.tasks.update(_counts(tasks))
+            first, last = np.searchsorted(wanted, [seen, seen + len(sizes)])
+            for number in wanted[first:last].tolist():
+                at = number - seen
+                ids = tokens[starts[at] : starts[at] + sizes[at]].astype(np.uint32)
+                facts = {"number": number, "source": entry.name, "task": manifest.tasks[tasks[at]]}
+                example = _example(ids, int(places[at]), float(labels[at]), tokenizer)
+                found.drawn.append(facts | example)
+            seen += len(sizes)
+        if seen - before != entry.examples:
+            what = f"{seen - before} examples, the manifest says {entry.examples}"
+            raise _damaged(source.path, what)
+    return found
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    numbers, counts = np.unique(values, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _open_files(
+    folder: Path, manifest: Manifest, split: str
+) -> Iterator[tuple[RowFile, RowSource]]:
+    """Open one row file after another, and check its hash."""
+    first = 0
+    for entry in manifest.splits[split]:
+        if entry.rows:
+            source = RowSource(folder, split, entry, manifest, first, None)
+            if hash_file(source.path) != entry.sha256:
+                raise _damaged(source.path, "its hash is not that of the manifest")
+            yield entry, source
+        first += entry.examples
+
+
+def _damaged(path: Path, what: str) -> InputError:
+    return InputError(
+        f"{path}: row file is damaged: {what}; delete {path.parent.parent} and prepare again"
+    )
+
+
+def _example(
+    ids: np.ndarray, answer_position: int, label: float, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Return all figures of the report as JSON values; no time and no machine's name."""
+    """Describe an example as the model sees it, with the mask in the place of the answer."""
+    answer = None
+    if answer_position >= 0:
+        answer = int(ids[answer_position])
+        ids[answer_position] = tokenizer.mask_id
+    return {
+        "tokens": len(ids),
+        "answer_id": answer,
+        "answer": None if answer is None else token_text(tokenizer, answer),
+        "label": label if math.isfinite(label) else None,
+        "ids": ids.tolist(),
+        "text": tokenizer.decode(ids),
+    }
+
+
+def token_text(tokenizer: Tokenizer, number: int) -> str:
+    """Return a token in visible characters: a space as `␣`, part of a character by its name.
+
+    >>> token_text(Tokenizer.from_pretrained(), 329)
+    '␣A'
+    """
+    text = tokenizer.backend.decode([number], skip_special_tokens=False)
+    if not text or "\ufffd" in text:
+        text = tokenizer.backend.id_to_token(number) or ""
+    return visible(text).replace(" ", "␣")
+
+
+def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
+    """Return all figures of the report as JSON values, without times or names of machines."""
+    draws = {"train": PROMPTS, "validation": 0}
+    counted = {
+        split: count_split(folder, manifest, split, tokenizer, draw=draws[split], seed=seed)
+        for split in manifest.splits
+    }
+    configured = manifest.config.get("data", {})
+    selection = manifest.selection
     return {
         "version": manifest.version,
         "format": manifest.format,
@@ -105,73 +211,31 @@ def figures(
         "seq_length": manifest.seq_length,
         "config": manifest.config,
         "sources": [
-            _source(report, manifest, origin, split)
+            _source_figures(report, manifest, origin, split)
             for split, key in (("train", "sources"), ("validation", "validation_sources"))
-            for report, origin in zip(getattr(manifest, key), _origins(manifest, key), strict=True)
+            for report, origin in zip(getattr(manifest, key), configured.get(key, []), strict=True)
         ],
-        "exclusions": _exclusions(manifest),
-        "selection": manifest.selection
-        and {**manifest.selection.model_dump(), "shortages": shortages(manifest.selection)},
-        "weights": _weights(manifest.splits["train"]),
+        "exclusions": _exclusion_figures(manifest, configured.get("exclude", {})),
+        "selection": selection and {**selection.model_dump(), "shortages": shortages(selection)},
+        "weights": _weight_figures(manifest.splits["train"]),
         "splits": {
-            split: _split(split, files, manifest, counted[split], tokenizer)
+            split: _split_figures(split, files, manifest, counted[split], tokenizer)
             for split, files in manifest.splits.items()
         },
-        "prompts": [_prompt(one, tokenizer) for one in counted["train"].drawn],
+        "prompts": counted["train"].drawn,
     }
 
 
-def _origins(manifest: Manifest, key: str) -> list[dict[str, Any]]:
-    """Return the sources as configured."""
-    tables = _list(_table(manifest.config.get("data")).get(key))
-    reports = len(getattr(manifest, key))
-    return [_table(t) for t in (tables + [{}] * reports)[:reports]]
-
-
-def _table(found: Any) -> dict[str, Any]:
-    """Return a table of the configuration, which the manifest has as whatever JSON it holds."""
-    return found if isinstance(found, dict) else {}
-
-
-def _list(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else []
-
-
-def _exclusions(manifest: Manifest) -> dict[str, Any]:
-    """Return all that `data.exclude` names, and the records that each kept out, be it none."""
-    exclude = _table(_table(manifest.config.get("data")).get("exclude"))
-    dropped: Counter[str] = Counter()
-    for report in manifest.sources:
-        dropped.update(report.dropped)
-    places: dict[str, list[str]] = {}
-    for one in map(_table, _list(manifest.config.get("evaluation"))):
-        # A set of several files is configured as several entries of one task.
-        own = places.setdefault(str(one.get("task")), [])
-        own += [str(path) for path in _table(one.get("files"))]
-        hub = [one[k] for k in ("hub", "subset", "folder", "split", "revision") if one.get(k)]
-        own += [" ".join(map(str, hub))] if hub else []
-    globs = dict.fromkeys(g for g in _list(exclude.get("tasks")) if isinstance(g, str))
-    return {
-        "ngram": exclude.get("ngram"),
-        "tasks": [{"glob": g, "records": dropped[f"task excluded by {g!r}"]} for g in globs],
-        "overlap": [
-            {"set": name, "data": data, "records": dropped[f"overlaps {name}"]}
-            for name, data in places.items()
-        ],
-    }
-
-
-def _source(
+def _source_figures(
     report: SourceReport, manifest: Manifest, origin: Mapping[str, Any], split: str
 ) -> dict[str, Any]:
     files = {s: [f for f in fs if f.name == report.name] for s, fs in manifest.splits.items()}
     in_rows = {s: sum(f.examples for f in fs) for s, fs in files.items()}
-    where = {k: origin[k] for k in ("hub", "subset", "folder", "revision") if origin.get(k)}
     return {
         "name": report.name,
         "configured_for": split,
         "plain_text": any(f.text for fs in files.values() for f in fs) or bool(origin.get("text")),
-        "from": where,
+        "from": {k: origin[k] for k in ("hub", "subset", "folder", "revision") if origin.get(k)},
         "records": report.records,
         "examples": report.examples,
         "examples_in_rows": in_rows,
@@ -179,7 +243,7 @@ def _source(
         "dropped": {why: n for why, n in report.dropped.items() if why != BROKEN_FILE},
         "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
-        "normalized": dict.fromkeys(_list(origin.get("normalize")), 0) | report.normalized,
+        "normalized": dict.fromkeys(origin.get("normalize", ()), 0) | report.normalized,
         "broken_files_named": report.broken_files,
         "broken": report.broken,
         "hits": report.hits,
@@ -187,88 +251,108 @@ def _source(
     }
 
 
-def _weights(files: list[RowFile]) -> list[dict[str, Any]]:
-    """Return for each source how much of what is drawn comes from it, and how often it repeats.
-
-    `repeats` is the share of draws over the share of rows: what is drawn twice as often as it
-    would be without weights has 2.
-    """
-    sources = {
-        file.name: file.weight if 0 < (file.weight or 0) < math.inf else None
-        for file in files
-        if file.rows
+def _exclusion_figures(manifest: Manifest, exclude: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every rule of `data.exclude`, with the number of records it kept out, even 0."""
+    dropped = sum((Counter(report.dropped) for report in manifest.sources), Counter[str]())
+    places: dict[str, list[str]] = {}
+    for one in manifest.config.get("evaluation", []):
+        # A set of several files is configured as several entries of one task.
+        own = places.setdefault(one["task"], [])
+        own += one.get("files", {})
+        hub = [one[k] for k in ("hub", "subset", "folder", "split", "revision") if one.get(k)]
+        own += [" ".join(hub)] if hub else []
+    return {
+        "ngram": exclude.get("ngram"),
+        "tasks": [
+            {"glob": glob, "records": dropped[f"task excluded by {glob!r}"]}
+            for glob in dict.fromkeys(exclude.get("tasks", ()))
+        ],
+        "overlap": [
+            {"set": name, "data": data, "records": dropped[f"overlaps {name}"]}
+            for name, data in places.items()
+        ],
     }
-    weighted = None not in sources.values()
-    rows = {name: sum(f.rows for f in files if f.name == name) for name in sources}
-    drawn = {name: (weight if weighted else rows[name]) or 0 for name, weight in sources.items()}
-    found = []
-    for name, weight in sources.items():
-        of_rows, of_draws = rows[name] / sum(rows.values()), drawn[name] / sum(drawn.values())
-        found.append(
-            {
-                "source": name,
-                "rows": rows[name],
-                "tokens": sum(f.tokens for f in files if f.name == name),
-                "weight": weight,
-                "share_of_rows": of_rows,
-                "share_of_draws": of_draws,
-                "repeats": of_draws / of_rows,
-            }
-        )
-    return found
 
 
-def _split(
+def _weight_figures(files: list[RowFile]) -> list[dict[str, Any]]:
+    """Return for each source the share of draws that comes from it, and how often it repeats.
+
+    `repeats` is the share of draws over the share of rows: 2 for what is drawn twice as often as
+    without weights.
+    """
+    weights = {file.name: file.weight for file in files if file.rows}
+    rows = Counter[str]()
+    tokens = Counter[str]()
+    for file in files:
+        rows[file.name] += file.rows
+        tokens[file.name] += file.tokens
+    is_weighted = None not in weights.values()
+    draws = {name: (weight if is_weighted else rows[name]) or 0 for name, weight in weights.items()}
+    return [
+        {
+            "source": name,
+            "rows": rows[name],
+            "tokens": tokens[name],
+            "weight": weight,
+            "share_of_rows": (of_rows := rows[name] / rows.total()),
+            "share_of_draws": (of_draws := draws[name] / sum(draws.values())),
+            "repeats": of_draws / of_rows,
+        }
+        for name, weight in weights.items()
+    ]
+
+
+def _split_figures(
     split: str, files: list[RowFile], manifest: Manifest, counted: Counted, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    selection = manifest.selection
-    tasks = np.argsort(-counted.tasks, kind="stable")
-    answers = np.argsort(-counted.answers, kind="stable")
+    sets = len(manifest.selection.sets) if manifest.selection and split == "train" else 0
+    answers: Counter[int] = Counter()
+    for (_, answer), n in counted.pairs.items():
+        answers[answer] += n
     return {
         **_totals(files, manifest.seq_length),
         "sets": [
             _totals([f for f in files if f.level <= level], manifest.seq_length)
-            for level in range(len(selection.sets) if selection and split == "train" else 0)
+            for level in range(sets)
         ],
         "sources": {
             name: _totals([f for f in files if f.name == name], manifest.seq_length)
             for name in dict.fromkeys(file.name for file in files)
         },
-        "tasks": {manifest.tasks[i]: int(counted.tasks[i]) for i in tasks if counted.tasks[i]},
+        "tasks": {manifest.tasks[number]: n for number, n in _most_common(counted.tasks)},
         "answers": [
-            {
-                "id": int(i),
-                "text": token_text(tokenizer, int(i)),
-                "examples": int(counted.answers[i]),
-            }
-            for i in answers
-            if counted.answers[i]
+            {"id": number, "text": token_text(tokenizer, number), "examples": n}
+            for number, n in _most_common(answers)
         ],
-        "answers_by_task": _answers_by_task(counted.pairs, manifest.tasks, tokenizer),
+        "answers_by_task": list(_answers_by_task(counted.pairs, manifest.tasks, tokenizer)),
         "lengths": {
             name: {str(n): int(row[n]) for n in np.flatnonzero(row)}
-            for name, row in zip(("with_answer", "without"), counted.lengths, strict=True)
+            for name, row in zip(LENGTH_KINDS, counted.lengths, strict=True)
         },
     }
 
 
+def _most_common(counts: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Return numbers and their counts, the largest count first, then the smallest number."""
+    return Counter(dict(sorted(counts.items()))).most_common()
+
+
 def _answers_by_task(
-    pairs: np.ndarray, tasks: list[str], tokenizer: Tokenizer
-) -> list[dict[str, Any]]:
-    """Return how one-sided the answers of each task are, the largest task first."""
-    ordered = pairs[np.lexsort((pairs[:, 1], -pairs[:, 2], pairs[:, 0]))]
-    numbers, first, different = np.unique(ordered[:, 0], return_index=True, return_counts=True)
-    examples = np.add.reduceat(ordered[:, 2], first) if len(first) else first
-    return [
-        {
-            "task": tasks[numbers[i]],
-            "examples": int(examples[i]),
-            "answers": int(different[i]),
-            "commonest": token_text(tokenizer, int(ordered[first[i], 1])),
-            "commonest_share": float(ordered[first[i], 2] / examples[i]),
+    pairs: Mapping[tuple[int, int], int], tasks: list[str], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Yield how one-sided the answers of each task are, the largest task first."""
+    by_task: dict[int, dict[int, int]] = {}
+    for (task, answer), n in pairs.items():
+        by_task.setdefault(task, {})[answer] = n
+    for task, examples in _most_common({task: sum(by_task[task].values()) for task in by_task}):
+        (commonest, n), *_ = _most_common(by_task[task])
+        yield {
+            "task": tasks[task],
+            "examples": examples,
+            "answers": len(by_task[task]),
+            "commonest": token_text(tokenizer, commonest),
+            "commonest_share": n / examples,
         }
-        for i in np.argsort(-examples, kind="stable")
-    ]
 
 
 def _totals(files: list[RowFile], seq_length: int) -> dict[str, Any]:
@@ -282,51 +366,123 @@ def _totals(files: list[RowFile], seq_length: int) -> dict[str, Any]:
     }
 
 
-def _prompt(one: Drawn, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return an example as the model is asked: the answer's place holds the mask."""
-    shown = one.ids.copy()
-    answer = None
-    if one.answer_position >= 0:
-        answer = int(one.ids[one.answer_position])
-        shown[one.answer_position] = tokenizer.mask_id
-    return {
-        "number": one.number,
-        "source": one.source,
-        "task": one.task,
-        "tokens": len(one.ids),
-        "answer_id": answer,
-        "answer": None if answer is None else token_text(tokenizer, answer),
-        "label": one.label if math.isfinite(one.label) else None,
-        "ids": shown.tolist(),
-        "text": tokenizer.decode(shown),
-    }
+def describe_lengths(counts: Mapping[str, int]) -> dict[str, float]:
+    """Return number, mean, extremes and percentiles of the lengths of examples.
 
-
-def token_text(tokenizer: Tokenizer, number: int) -> str:
-    """Return a token as one can see it: a space as `␣`, and part of a character by its name.
-
-    >>> token_text(Tokenizer.from_pretrained(), 329)
-    '␣A'
+    >>> describe_lengths({"2": 3, "10": 1})["mean"]
+    4.0
     """
-    text = tokenizer.backend.decode([number], skip_special_tokens=False)
-    if not text or "\ufffd" in text:
-        text = tokenizer.backend.id_to_token(number) or ""
-    return visible(text).replace(" ", "␣")
+    sizes, totals = np.array([int(n) for n in counts]), np.cumsum(list(counts.values()))
+    total = int(totals[-1])
+    found = {"number": total, "mean": float(sizes @ np.diff(totals, prepend=0)) / total}
+    for name, share in (("shortest", 0), ("median", 0.5), ("90 %", 0.9), ("99 %", 0.99)):
+        found[name] = int(sizes[np.searchsorted(totals, share * total)])
+    return found | {"longest": int(sizes[-1])}
 
 
-def _fates(sources: list[dict[str, Any]]) -> tuple[dict[str, dict[str, int]], tuple[str, ...]]:
-    """Return what became of the records of each source, like reasons together, the rest summed."""
-    found: dict[str, dict[str, int]] = {}
+_MOST_SOURCES = 24
+_KEPT_COLORS = {KEPT: ACCENT, NOT_SELECTED: "#99d3cd"}
+_REASONS = ["#b45309", "#e9b872", "#9f1239", "#f0a3b0", "#6d28d9", "#c4b5ec", "#475569", "#cbd5e1"]
+_OTHER_REASONS = "other reasons"
+_KINDS = {
+    "task excluded by": "task excluded by its name",
+    "overlaps": "shares text with an evaluation set",
+}
+_LEAST_LABELLED, _NARROW = 0.025, 0.06
+_BINS = 64
+
+
+def _fates(sources: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
+    """Return what became of the records of each source; similar reasons, small sources together."""
+    found: dict[str, Counter[str]] = {}
     ordered = sorted(sources, key=lambda source: -source["records"])
-    named = ordered if len(ordered) <= MAX_SOURCES else ordered[: MAX_SOURCES - 1]
+    named = ordered if len(ordered) <= _MOST_SOURCES else ordered[: _MOST_SOURCES - 1]
     for source in sources:
-        own = any(source is one for one in named)
-        name = source["name"] if own else f"other {len(ordered) - len(named)} sources"
-        fate = found.setdefault(name, {})
-        left = source["records"] - sum(source["dropped"].values()) - source["not_selected"]
-        fate[KEPT] = fate.get(KEPT, 0) + left
-        fate[NOT_SELECTED] = fate.get(NOT_SELECTED, 0) + source["not_selected"]
-        for reason, n in source["dropped"].items():
-            group = next((g for start, g in _GROUPS.items() if reason.startswith(start)), reason)
-            fate[group] = fate.get(group, 0) + n
-    return found, (KEPT, NOT_SELECTED)
+        is_named = any(source is one for one in named)
+        name = source["name"] if is_named else f"other {len(ordered) - len(named)} sources"
+        fate = found.setdefault(name, Counter())
+        dropped, not_selected = source["dropped"], source["not_selected"]
+        fate[KEPT] += source["records"] - sum(dropped.values()) - not_selected
+        fate[NOT_SELECTED] += not_selected
+        for reason, n in dropped.items():
+            kinds = (kind for start, kind in _KINDS.items() if reason.startswith(start))
+            fate[next(kinds, reason)] += n
+    return found
+
+
+@own_style()
+def draw_records(sources: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw for each source what became of its records, in shares."""
+    fates = _fates(sources)
+    totals = sum(fates.values(), Counter[str]())
+    reasons = sorted(totals.keys() - _KEPT_COLORS.keys(), key=lambda name: (-totals[name], name))
+    if len(reasons) > len(_REASONS):
+        for fate in fates.values():
+            for name in reasons[len(_REASONS) - 1 :]:
+                fate[_OTHER_REASONS] += fate.pop(name, 0)
+        reasons = [*reasons[: len(_REASONS) - 1], _OTHER_REASONS]
+    colors = _KEPT_COLORS | dict(zip(reasons, _REASONS, strict=False))
+    figure, axes = new_figure(0.38 * len(fates) + 1.8)
+    figure.suptitle(
+        "What became of the records of each source, both splits together", color=INK, fontsize=10
+    )
+    whole = np.maximum([sum(fate.values()) for fate in fates.values()], 1)
+    left = np.zeros(len(fates))
+    legend: dict[str, Any] = {}
+    for name, color in colors.items():
+        shares = np.array([fate[name] for fate in fates.values()]) / whole
+        if not shares.any():
+            continue
+        bars = axes.barh(range(len(fates)), shares, left=left, color=color, height=0.66)
+        legend[picture_label(name, 44)] = bars
+        for row in np.flatnonzero(shares >= _LEAST_LABELLED).tolist():
+            axes.text(
+                left[row] + shares[row] / 2,
+                row,
+                f"{shares[row]:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8 if shares[row] >= _NARROW else 6.5,
+                color="white" if _is_dark(color) else INK,
+            )
+        left = left + shares
+    names = [
+        f"{picture_label(name, 26)}\n{sum(fate.values()):,} records" for name, fate in fates.items()
+    ]
+    axes.set_yticks(range(len(fates)), names, parse_math=False, fontsize=8)
+    axes.set_ylim(len(fates) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    set_percent_ticks(axes, "x")
+    hide_left_axis(axes)
+    add_legend(figure, legend, ncols=2)
+    return figure
+
+
+def _is_dark(color: str) -> bool:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return 0.3 * red + 0.59 * green + 0.11 * blue < 140
+
+
+@own_style()
+def draw_lengths(lengths: Mapping[str, Mapping[str, int]], longest: int) -> Figure:
+    """Draw how many examples have how many tokens."""
+    width = max(1, -(-longest // _BINS))
+    edges = np.arange(1, longest + width + 1, width)
+    figure, axes = new_figure(3.1)
+    figure.suptitle("Examples by their number of tokens, training split", color=INK, fontsize=10)
+    below = np.zeros(len(edges) - 1)
+    for (kind, counts), color in zip(lengths.items(), (ACCENT, OTHER), strict=True):
+        if counts:
+            sizes, numbers = zip(*counts.items(), strict=True)
+            binned, _ = np.histogram(np.array(sizes, int), edges, weights=numbers)
+            bar = {"align": "edge", "width": width * 0.92, "label": LENGTH_KINDS[kind]}
+            axes.bar(edges[:-1] - 0.5, binned, bottom=below, color=color, **bar)
+            below = below + binned
+    axes.set_xlim(0, longest + 1)
+    axes.set_xlabel(f"tokens of an example (rows hold {longest:,})", color=INK, fontsize=9)
+    axes.set_ylabel("examples", color=INK, fontsize=9)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    if axes.patches:
+        axes.legend(frameon=False, fontsize=9)
+    return figure

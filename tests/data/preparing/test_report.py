@@ -1,5 +1,6 @@
 """The report on rows: its figures are those of the rows, and no text in them can break it."""
 
+import doctest
 import json
 import re
 import tracemalloc
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from row_files import HOSTILE, content, write_table
 from training import write_records, write_tokenizer
 
@@ -16,9 +18,17 @@ from mlmjax import InputError
 from mlmjax.cli.main import run
 from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.preparing import census, prepare, shuffle
-from mlmjax.data.preparing.report import token_text, write_rows_report
+from mlmjax.data.preparing import prepare, report, shuffle
+from mlmjax.data.preparing.report import (
+    KEPT,
+    count_split,
+    draw_lengths,
+    draw_records,
+    token_text,
+    write_rows_report,
+)
 from mlmjax.data.rows import open_rows
+from mlmjax.reporting.charts import save
 from mlmjax.reporting.markdown import cell, fenced, visible
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -63,13 +73,17 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def report(folder, tokenizer):
+def page(folder, tokenizer):
     return write_rows_report(folder, tokenizer)
 
 
 @pytest.fixture(scope="module")
-def found(report):
-    return json.loads((report.parent / "report.json").read_bytes())
+def found(page):
+    return json.loads((page.parent / "report.json").read_bytes())
+
+
+def count(folder, tokenizer, draw=0, seed=0):
+    return count_split(folder, read_manifest(folder), "train", tokenizer, draw=draw, seed=seed)
 
 
 def examples(folder, split):
@@ -158,19 +172,17 @@ def test_prompts_are_examples_of_the_rows_with_the_answer_masked(folder, found, 
         assert (one["source"], one["task"]) == (source.name, manifest.tasks[example.task])
 
 
-def test_every_example_is_as_likely_to_be_drawn(folder):
+def test_every_example_is_as_likely_to_be_drawn(folder, tokenizer):
     total = sum(file.examples for file in read_manifest(folder).splits["train"])
     draws = 150
     drawn = [
-        one.number
-        for seed in range(draws)
-        for one in census.count(folder, "train", draw=20, seed=seed).drawn
+        one["number"] for seed in range(draws) for one in count(folder, tokenizer, 20, seed).drawn
     ]
     quarters = np.bincount(np.array(drawn) * 4 // total, minlength=4)
     assert quarters.sum() == draws * 20
     assert np.abs(quarters / quarters.sum() - 0.25).max() < 0.04
-    everything = census.count(folder, "train", draw=10**6).drawn
-    assert [one.number for one in everything] == list(range(total))
+    everything = count(folder, tokenizer, 10**6).drawn
+    assert [one["number"] for one in everything] == list(range(total))
 
 
 def markdown(text):
@@ -190,8 +202,8 @@ def markdown(text):
     return ["\n".join(block) for block in blocks], outside
 
 
-def test_no_text_breaks_the_page(report, found):
-    page = report.read_text()
+def test_no_text_breaks_the_page(page, found):
+    page = page.read_text()
     blocks, outside = markdown(page)
     assert blocks == [visible(one["text"], keep="\n") for one in found["prompts"]]
     heads = [line for line in outside if line.startswith("#")]
@@ -226,21 +238,17 @@ def test_any_text_stays_in_its_place(text):
         assert one.count("`") == 2
 
 
-def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(report, folder, tokenizer):
-    before = content(report.parent)
-    assert set(before) == {
-        "report.md",
-        "report.json",
-        *(f"{name}.png" for name in ("records", "tasks", "answers", "lengths")),
-    }
+def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, tokenizer):
+    before = content(page.parent)
+    assert set(before) == {"report.md", "report.json", "records.png", "lengths.png"}
     rows = {path: path.read_bytes() for path in folder.rglob("*.arrow")}
-    report.parent.rename(folder.parent / "old")
+    page.parent.rename(folder.parent / "old")
     partial = folder / "report.partial"
     partial.mkdir()  # as a kill leaves it
     (partial / ".building").touch()
-    (partial / "tasks.png").write_bytes(b"half a pic")
-    assert write_rows_report(folder, tokenizer) == report
-    assert content(report.parent) == before
+    (partial / "records.png").write_bytes(b"half a pic")
+    assert write_rows_report(folder, tokenizer) == page
+    assert content(page.parent) == before
     assert {path: path.read_bytes() for path in folder.rglob("*.arrow")} == rows
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",
@@ -248,25 +256,25 @@ def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(report, folder, 
         "train",
         "validation",
     }
-    at = report.stat().st_mtime_ns
-    assert write_rows_report(folder, tokenizer) == report
-    assert report.stat().st_mtime_ns == at
+    at = page.stat().st_mtime_ns
+    assert write_rows_report(folder, tokenizer) == page
+    assert page.stat().st_mtime_ns == at
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer):
-    def peak(count):
+    def peak(examples):
         path = write_table(
-            tmp_path / f"{count}.jsonl",
-            [{"input": f"{i} " + "word " * (i % 40), "answer": "yes"} for i in range(count)],
+            tmp_path / f"{examples}.jsonl",
+            [{"input": f"{i} " + "word " * (i % 40), "answer": "yes"} for i in range(examples)],
         )
         source = SourceConfig(path=path, prompt="{input}", answer="answer")
         config = DataConfig(
-            rows=str(tmp_path / str(count)), seq_length=64, pack=False, sources=(source,)
+            rows=str(tmp_path / str(examples)), seq_length=64, pack=False, sources=(source,)
         )
         rows = prepare.prepare(config, tokenizer)
-        census.count(rows, "train", draw=20)
+        count(rows, tokenizer, 20)
         tracemalloc.start()
-        census.count(rows, "train", draw=20)
+        count(rows, tokenizer, 20)
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return most
@@ -299,8 +307,8 @@ def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokeni
         assert not (rows / "report").exists()
     file.write_bytes(sound)
     page = write_rows_report(rows, tokenizer)
-    assert "No example has an answer" in page.read_text()
-    assert "No example has a task." in page.read_text()
+    assert "No training example has an answer token." in page.read_text()
+    assert "No training example has a task." in page.read_text()
     assert {path.name for path in page.parent.glob("*.png")} == {"records.png", "lengths.png"}
 
 
@@ -341,3 +349,250 @@ data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer"
     assert run(["prepare", "run.toml"]) == 0
     assert content(page.parent) == first
     assert content(tmp_path / "rows" / "train") == rows
+
+
+def written(config, tokenizer):
+    """Prepare rows; return the page of their report, its figures, and the lines printed."""
+    rows = prepare.prepare(config, tokenizer)
+    page = write_rows_report(rows, tokenizer)
+    found = json.loads((page.parent / "report.json").read_bytes())
+    return page.read_text(), found, "\n".join(prepare.summary(read_manifest(rows)))
+
+
+def cells(page):
+    """Return the cells of all table rows of a page whose texts are harmless."""
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    return [[one.strip(" `") for one in line.strip("|").split("|")] for line in lines]
+
+
+def test_what_is_broken_is_named(tmp_path, tokenizer):
+    good = '{"text": "Some words."}\n'
+    for name, lines in (("a", [good, "{\n", good]), ("b", [good])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "c.parquet").write_bytes(b"PAR1 no such thing")
+    paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.parquet"))
+    source = SourceConfig(path=paths, text="text", broken="skip", name="s")
+    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
+    page, found, printed = written(config, tokenizer)
+    (told,) = found["sources"]
+    assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
+    assert "a.jsonl line 2" in page
+    assert ["s", "file 1 of 1"] in [row[:2] for row in cells(page)]
+    assert ["s", "record 1 of 1"] in [row[:2] for row in cells(page)]
+    assert "4 records, 3 examples, 1 broken file, 1 dropped (broken record)" in printed
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer, workers):
+    (tmp_path / "a.jsonl").write_text('{"text": "Some words."}\n' + "{\n" * 44)
+    paths = [str(tmp_path / "a.jsonl")]
+    for i in range(23):
+        paths.append(str(tmp_path / f"b{i:02}.parquet"))
+        (tmp_path / f"b{i:02}.parquet").write_bytes(b"PAR1 no such thing")
+    source = SourceConfig(path=tuple(paths), text="text", broken="skip", name="s")
+    config = DataConfig(
+        rows=str(tmp_path / "rows"), seq_length=8, sources=(source,), workers=workers
+    )
+    page, found, printed = written(config, tokenizer)
+    told = [row for row in cells(page) if row[0] == "s" and row[1].startswith(("file", "record "))]
+    assert [row[1] for row in told] == [
+        *(f"file {n} of 23" for n in range(1, 21)),
+        *(f"record {n} of 44" for n in range(1, 6)),
+    ]
+    for row, path in zip(told[:20], paths[1:21], strict=True):
+        assert row[2].startswith(path)
+    assert "23 broken files, 44 dropped (broken record)" in printed
+    assert found["sources"][0]["records"] == 45
+    assert len(found["sources"][0]["broken"]) == 20
+
+
+def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
+    rows = [{"text": f"Text {i}.", "label": i % 3} for i in range(30)]
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows),
+        prompt="{text}",
+        answer="label",
+        labels=("a", "b", "c"),
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=(source,))
+    page = write_rows_report(prepare.prepare(config, tokenizer, head="classification"), tokenizer)
+    found = json.loads((page.parent / "report.json").read_bytes())
+    assert found["splits"]["train"]["answers"] == []
+    for one in found["prompts"]:
+        number = int(re.search(r"Text (\d+)", one["text"])[1])
+        assert one["label"] == number % 3
+        assert "[MASK]" not in one["text"]
+    assert page.read_text().count(" tokens, label ") == 20
+
+
+def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
+    question = "Which of the two rivers that meet in the old town is the longer one of the pair"
+    for name, text in (("rivers", question), ("towns", question.replace("rivers", "roads"))):
+        write_table(tmp_path / f"{name}.jsonl", [{"q": text, "a": "yes"}])
+        (tmp_path / f"{name}.toml").write_text(
+            f'name = "{name}"\ndata = "{name}.jsonl"\nprompt = "{{q}}"\nanswer = "a"\n'
+            'labels = ["yes", "no"]\nverbalizer = "words"\n'
+        )
+    again = write_table(tmp_path / "again.jsonl", [{"q": "Nothing of that", "a": "no"}])
+    rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 4}"} for i in range(40)]
+    rows += [{"q": f"So, {question}?", "a": "no", "t": "t0"}] * 3
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
+    )
+    rivers, towns = (str(tmp_path / f"{name}.toml") for name in ("rivers", "towns"))
+    overlap = ({"task": rivers}, {"task": rivers, "data": again}, {"task": towns})
+    exclude = ExcludeConfig.model_validate(
+        {"tasks": ("t3", "*nowhere'*"), "overlap": overlap, "ngram": 14}, strict=False
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), exclude=exclude)
+    page, found, _ = written(config, tokenizer)
+    told = found["exclusions"]
+    assert told["ngram"] == 14
+    assert told["tasks"] == [
+        {"glob": "t3", "records": 10},
+        {"glob": "*nowhere'*", "records": 0},
+    ]
+    assert told["overlap"] == [
+        {"set": "rivers", "data": [str(tmp_path / "rivers.jsonl"), again], "records": 3},
+        {"set": "towns", "data": [str(tmp_path / "towns.jsonl")], "records": 0},
+    ]
+    table = cells(page)
+    assert ["task", "*nowhere'*", "", "0"] in table
+    assert ["text", "towns", str(tmp_path / "towns.jsonl"), "0"] in table
+    assert "14 words in a row" in page
+    assert "`data.exclude` is empty" not in page
+    config = DataConfig(rows=str(tmp_path / "others"), sources=(source,))
+    page, found, _ = written(config, tokenizer)
+    assert found["exclusions"] == {"ngram": 13, "tasks": [], "overlap": []}
+    assert "`data.exclude` is empty" in page
+
+
+@pytest.mark.parametrize("per_task", [None, 20])
+def test_a_set_that_is_too_small_is_told(tmp_path, tokenizer, per_task):
+    rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 2}"} for i in range(60)]
+    source = SourceConfig(
+        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
+    )
+    config = DataConfig(
+        rows=str(tmp_path / "rows"),
+        sources=(source,),
+        select=SelectConfig(sizes=(20, 3000), per_task=per_task),
+    )
+    page, _, printed = written(config, tokenizer)
+    found, limits = (60, "") if per_task is None else (40, " within the limits")
+    told = f"asked 3000, found {found}: there are no more{limits}"
+    assert f"| 3,000 | {found} ({told}) |" in page
+    assert f"{found} examples ({told}), at most {found // 2} a task" in printed
+    assert page.count("there are no more") == printed.count("there are no more") == 1
+
+
+def test_weights_are_told_as_what_is_drawn(tmp_path, tokenizer):
+    paths = [
+        write_table(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}."} for i in range(count)])
+        for name, count in (("a", 30), ("b", 10))
+    ]
+
+    def told(*weights):
+        sources = tuple(
+            SourceConfig(path=path, text="text", name=name, weight=weight)
+            for name, path, weight in zip("ab", paths, weights, strict=True)
+        )
+        rows = str(tmp_path / f"rows{weights}")
+        page, found, _ = written(DataConfig(rows=rows, pack=False, sources=sources), tokenizer)
+        tokens = {one["source"]: f"{one['tokens']:,}" for one in found["weights"]}
+        return tokens, cells(page), page
+
+    tokens, lines, _ = told(2.0, 6.0)
+    assert ["a", "30", tokens["a"], "2", "75.00%", "25.00%", "0.33"] in lines
+    assert ["b", "10", tokens["b"], "6", "25.00%", "75.00%", "3.00"] in lines
+    tokens, lines, page = told(None, None)
+    assert ["a", "30", tokens["a"], "none", "75.00%", "75.00%", "1.00"] in lines
+    assert ["b", "10", tokens["b"], "none", "25.00%", "25.00%", "1.00"] in lines
+    assert "No source has a `weight`" in page
+
+
+def test_answers_are_counted_by_task(tmp_path, tokenizer):
+    rows = [
+        {"q": f"Is {i} odd?", "a": "yes" if i % 2 or i % 3 == 0 else "no", "t": f"t{i % 40}"}
+        for i in range(2000)
+    ]
+    rows += [{"q": f"Is {i} one?", "a": "no", "t": "big"} for i in range(90)]
+    rows += [{"q": f"Is {i} two?", "a": "yes", "t": "big"} for i in range(10)]
+    text = [{"text": f"Some words {i}."} for i in range(500)]
+    sources = (
+        SourceConfig(path=write_table(tmp_path / "t.jsonl", text), text="text", name="plain"),
+        SourceConfig(
+            path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t"
+        ),
+    )
+    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=sources)
+    page, found, _ = written(config, tokenizer)
+    train = found["splits"]["train"]
+    assert train["answers_by_task"][0] == {
+        "task": "big",
+        "examples": 100,
+        "answers": 2,
+        "commonest": "␣no",
+        "commonest_share": 0.9,
+    }
+    assert ["big", "100", "2", "␣no", "90.00%"] in cells(page)
+    assert "20 of 41 tasks have only one answer. The 30 largest tasks:" in page
+    assert ["other 11 tasks", "550", "26.19%"] in cells(page)
+    assert len(train["answers_by_task"]) == 41
+    assert "plain" not in train["tasks"]
+    assert "The 500 examples of plain text are not a task." in page
+    assert ["big", "100", "4.76%"] in cells(page)  # of the 2,100 that are no plain text
+    counted = count(tmp_path / "rows", tokenizer)
+    assert counted.pairs.total() == counted.tasks.total() == 2100
+    for task, examples in counted.tasks.items():
+        assert examples == sum(n for (number, _), n in counted.pairs.items() if number == task)
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def source(name, records, not_selected=0, **dropped):
+    return {"name": name, "records": records, "not_selected": not_selected, "dropped": dropped}
+
+
+def test_pictures_take_any_names(tmp_path):
+    names = [*HOSTILE, "", " ", "$", "\\", "العربية", "a\n\nb"]
+    many = [source(name, 30, **dict.fromkeys(names, 2)) for name in names]
+    for number, sources in enumerate((many, [source("s", 0)], many * 3)):
+        save(draw_records(sources), tmp_path / f"{number}.png")
+    for longest in (1, 3, 63, 64, 65, 1000):
+        counts = dict.fromkeys(map(str, range(1, longest + 1)), 1)
+        save(draw_lengths({"with_answer": counts, "without": counts}, longest), tmp_path / "l.png")
+    save(draw_lengths({"with_answer": {}, "without": {}}, 9), tmp_path / "m.png")
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+
+
+def test_pictures_say_what_they_count():
+    drawn = draw_lengths({"with_answer": {"3": 2}, "without": {"9": 1}}, 9)
+    assert any("training split" in text for text in texts(drawn))
+    shown = texts(draw_records([source("s", 1000, x=31, y=25)]))
+    assert any("records" in text and "both splits" in text for text in shown)
+    assert {KEPT, "x", "y", "94%", "3%", "2%"} <= set(shown)
+    assert "2%" not in texts(draw_records([source("s", 1000, x=24)]))
+    # Similar reasons are one, and those beyond the colours another.
+    reasons = {"overlaps a": 2, "overlaps b": 2, **{f"r{n}": 2 for n in range(9)}}
+    shown = texts(draw_records([source(f"s{n}", 100 - n, **reasons) for n in range(30)]))
+    assert "shares text with an evaluation set" in shown
+    assert "other reasons" in shown
+    assert "r8" not in shown
+    assert sum("records" in text for text in set(shown)) == 24 + 1
+    assert any(text.startswith("other 7 sources") for text in shown)
+
+
+def test_bars_hold_every_length_once():
+    counts = {kind: {str(n): n for n in range(1, 131)} for kind in ("with_answer", "without")}
+    heights = [patch.get_height() for patch in draw_lengths(counts, 130).axes[0].patches]
+    assert sum(heights) == 130 * 131
+    assert heights[0] == 1 + 2 + 3  # three lengths a bar
+
+
+def test_examples_in_the_docstrings():
+    for module in (prepare, report):
+        assert doctest.testmod(module).attempted
+        assert not doctest.testmod(module).failed
