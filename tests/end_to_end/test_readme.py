@@ -158,7 +158,7 @@ def test_two_processes_of_the_pods_page_run(folder, tmp_path):
     for name in ("configs", "my.jsonl"):
         (tmp_path / name).symlink_to(folder / name)
     done = run_script(script, tmp_path, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="true")
-    assert "cpu:2: not judged" in done.stdout
+    assert "cpu:2: no verdict" in done.stdout
     assert "export: runs/atp-tiny/export" in done.stdout
     assert "Gloo" not in done.stdout
     assert "Gloo" in done.stderr  # or it prints no more, and need not be kept away

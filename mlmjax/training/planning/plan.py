@@ -1,4 +1,4 @@
-"""What a run will need on machines that need not be there: its programs compiled, and reported."""
+"""Whether a run fits a machine that is not here, the nearest change that fits, and a report."""
 
 import json
 import math
@@ -19,75 +19,78 @@ _RESHARDING = "Involuntary full rematerialization"
 _UNKNOWN_FLAG = "Unknown flag"
 _KILLED = -9
 _UNITS = {"GiB": 2**30, "MiB": 2**20}
-_TERA = 1e12
 
 
 def make_plan(config: RunConfig, topology: str, *, say: Say = lambda line: None) -> dict[str, Any]:
-    """Compile the programs of a run for a topology, and find what would make them fit.
+    """Compile the programs of a run for a topology, and find a change that makes them fit.
 
-    `topology` is `KIND:SHAPE` as in `"v5e:16x16"`, or `"cpu:8"` for simulated devices. Every
-    program is compiled in a process of its own, so neither the devices of this one nor a compiler
-    that aborts matter. Returns plain values (bytes are those of one device): `fits` (None for
-    simulated devices, which have no memory to judge by), `machine`, `training`, `scoring`,
-    `assumptions`, and where training does not fit `tried`, the changes compiled one after another
-    up to the first that does, which is `change` (None: none did). Each one tried has the figures
-    of its training, or its refusal, and where that fits its `scoring`.
-    `say` is told what is being compiled.
+    `topology` is `KIND:SHAPE` as in `"v5e:16x16"`, or `"cpu:8"` for simulated devices. A child
+    process compiles, so that neither the devices of this process nor a compiler that aborts
+    matter. `say` gets a line for each compilation.
 
-    Raises `InputError` for an unknown topology, a missing compiler, and what a run would refuse.
+    Returns plain values (bytes are those of one device): `fits` (None for simulated devices, which
+    have no memory limit), `machine`, `training`, `scoring` and `assumptions`. If training does not
+    fit, `tried` lists the changes compiled so far, each with the figures of its training or its
+    refusal, and `change` is the first that fits, or None.
+
+    Raises `InputError` for an unknown topology, a missing compiler, and what a run would reject.
     """
     described = parse_topology(topology)
     check_run(config, described)
     say(f"compiling for {described.name}")
-    answer = _ask(config, described)
+    answer = _compile(config, described)
     verdicts = [answer[program]["fits"] for program in PROGRAMS]
     plan = {"fits": None if None in verdicts else all(verdicts), **answer}
-    if _is_done(config, answer["training"], answer["scoring"]):
+    if _needs_no_change(config, answer["training"], answer["scoring"]):
         return plan
     plan["tried"], plan["change"] = [], None
     for change in changes(config, answer["machine"]["mesh"]):
         tried = _try(config, change, described, say)
         plan["tried"].append({"change": change, **tried})
-        if _is_done(config, tried, tried["scoring"]):
+        if _needs_no_change(config, tried, tried["scoring"]):
             plan["change"] = change
             break
     return plan
 
 
-def _is_done(config: RunConfig, training: dict[str, Any], scoring: dict[str, Any] | None) -> bool:
-    """Tell whether no change of the training is needed, or none would help.
+def _needs_no_change(
+    config: RunConfig, training: dict[str, Any], scoring: dict[str, Any] | None
+) -> bool:
+    """Tell whether everything fits that a change of the training can make smaller.
 
-    Of the MLM head, scoring is of prompts, which no setting of the training makes smaller; of a
-    classification head it is the validation, which has the rows of a micro-batch.
+    Validation of a classification head has the rows of a micro-batch. Scoring with the MLM head
+    has prompts, which no setting of the training makes smaller.
     """
     programs = [training, scoring] if config.head == "classification" else [training]
     return all(program is not None and program["fits"] is not False for program in programs)
 
 
 def _try(config: RunConfig, change: dict[str, Any], topology: Topology, say: Say) -> dict[str, Any]:
-    """Compile with a change; one that cannot be is refused, like one that does not fit."""
+    """Compile with a change; report an invalid change like one that does not fit."""
     try:
-        candidate = changed(config, change)
+        candidate = apply_change(config, change)
         check_run(candidate, topology)
-        say(f"does not fit; compiling with {_told(change)}")
-        training = _ask(candidate, topology, ["training"])["training"]
-        scoring = _ask(candidate, topology, ["scoring"])["scoring"] if training["fits"] else None
+        say(f"does not fit; compiling with {_join(change)}")
+        training = _compile(candidate, topology, ["training"])["training"]
+        scoring = None
+        if training["fits"]:
+            scoring = _compile(candidate, topology, ["scoring"])["scoring"]
     except InputError as error:
         return {"fits": False, "refusal": {"message": error.message}, "scoring": None}
     return {**training, "scoring": scoring}
 
 
 def changes(config: RunConfig, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield what makes a training step smaller, the cheapest in time first.
+    """Yield changes that make a training step smaller, the cheapest in time first.
 
-    Recomputation, then micro-batches half as large again and again, then parameters and optimizer
-    state cut over twice as many devices. Each change keeps the ones before it.
+    Each change includes the ones before it: activation checkpointing, then half as large
+    micro-batches again and again, then twice as many devices for `fsdp` again and again.
     """
     change: dict[str, Any] = {}
-    for remat in ("dots", "layer"):
-        if ("none", "dots", "layer").index(remat) > ("none", "dots", "layer").index(config.remat):
-            change["remat"] = remat
-            yield dict(change)
+    levels = ("none", "dots", "layer")
+    for remat in levels[levels.index(config.remat) + 1 :]:
+        change["remat"] = remat
+        yield dict(change)
     data, shards = config.data, mesh["data"] * mesh["fsdp"]
     accumulate = data.accumulate
     while data.batch_size % (shards * accumulate * 2) == 0:
@@ -99,8 +102,8 @@ def changes(config: RunConfig, mesh: dict[str, int]) -> Iterator[dict[str, Any]]
         yield {**change, "data.accumulate": accumulate, "mesh.fsdp": fsdp, "mesh.data": rest}
 
 
-def changed(config: RunConfig, change: dict[str, Any]) -> RunConfig:
-    """Return the configuration with dotted keys set to other values."""
+def apply_change(config: RunConfig, change: dict[str, Any]) -> RunConfig:
+    """Return the configuration with other values of dotted keys."""
     table = config.model_dump(mode="json")
     for key, value in change.items():
         *outer, last = key.split(".")
@@ -111,10 +114,10 @@ def changed(config: RunConfig, change: dict[str, Any]) -> RunConfig:
     return parse_config(table)
 
 
-def _ask(
+def _compile(
     config: RunConfig, topology: Topology, programs: Sequence[str] = PROGRAMS
 ) -> dict[str, Any]:
-    """Have a fresh process compile; raises its `InputError`, or one for a compiler that dies."""
+    """Compile in a child process; raise its `InputError`, or one if its compiler dies."""
     request = {
         "config": config.model_dump(mode="json"),
         "topology": topology.name,
@@ -130,52 +133,52 @@ def _ask(
         text=True,
         check=False,
     )
-    lines = done.stdout.splitlines()
+    lines, errors = done.stdout.splitlines(), done.stderr.splitlines()
     if done.returncode or not lines:
-        raise _died(topology, done.returncode, done.stderr.splitlines())
+        raise _explain_death(topology, done.returncode, errors)
     answer: dict[str, Any] = json.loads(lines[-1])
     if "error" in answer:
         raise InputError(answer["error"][0], answer["error"][1:])
-    resharded = sum(_RESHARDING in line for line in done.stderr.splitlines())
+    resharded = sum(_RESHARDING in line for line in errors)
     if resharded:
         answer["assumptions"].append(
-            f"slow: {resharded} arrays are gathered whole on every device to be cut anew"
+            f"slow: every device gathers {resharded} whole arrays to shard them differently"
         )
     return answer
 
 
-def _died(topology: Topology, status: int, errors: list[str]) -> InputError:
-    """Tell why a compiler ended without an answer, as far as its last lines say."""
+def _explain_death(topology: Topology, status: int, errors: list[str]) -> InputError:
+    """Explain why a compiler ended without an answer, from its last lines."""
     flag = next((line for line in errors if _UNKNOWN_FLAG in line), None)
     if flag is not None:
         flag = flag.partition(_UNKNOWN_FLAG)[2].partition(": ")[2].strip()
         return InputError(
-            f"XLA_FLAGS: {flag} is no flag of this compiler; take it out of the environment"
+            f"XLA_FLAGS: {flag} is not a flag of this compiler; remove it from the environment"
         )
     if status == _KILLED:
         return InputError(
             f"--topology {topology.name}: the compiler was killed, most likely because this "
             "machine has too little memory to compile; plan on a larger one"
         )
-    says = [line for line in errors if "Check failed" in line]
+    checks = [line for line in errors if "Check failed" in line]
     return InputError(
         f"--topology {topology.name}: the compiler stopped (exit status {status}) without an "
         "answer; try another shape or a smaller model",
-        (says or errors)[-3:],
+        (checks or errors)[-3:],
     )
 
 
 def report(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines people read of a plan."""
+    """Yield the lines of a plan for people."""
     machine, training, scoring = plan["machine"], plan["training"], plan["scoring"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in machine["mesh"].items())
-    verdict = {True: "fits", False: "DOES NOT FIT", None: "not judged: simulated devices"}
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "no verdict for simulated devices"}
     yield f"{machine['topology']}: {verdict[plan['fits']]}"
     unused = machine["devices"] - machine["used"]
     limit = machine["memory"]
     yield (
         f"  {machine['used']} x {machine['device']}"
-        + (f", {_sized(limit, 'GiB')} each" if limit else "")
+        + (f", {_format_size(limit, 'GiB')} each" if limit else "")
         + f"; mesh {mesh}"
         + (f"; {unused} devices unused" if unused else "")
     )
@@ -189,10 +192,10 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
         f"{training['accumulate']} micro-batch(es), remat {training['remat']}; "
         f"{training['tokens_per_device']} tokens per device"
     )
-    yield from _program(training, machine)
+    yield from _report_program(training, limit)
     yield f"  model FLOPs      {training['model_flops']:.4g}" + (
-        f", {_seconds(training['seconds_at_peak'])} at the peak of "
-        f"{machine['peak_flops'] / _TERA:.4g} TFLOP/s per device"
+        f", {_format_seconds(training['seconds_at_peak'])} at the peak of "
+        f"{machine['peak_flops'] / 1e12:.4g} TFLOP/s per device"
         if machine["peak_flops"]
         else ""
     )
@@ -200,75 +203,77 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
         f"scoring: {scoring['rows']} rows of {scoring['seq_length']} tokens on "
         f"{scoring['devices']} device(s)"
     )
-    yield from _program(scoring, machine)
-    yield from _advice(plan, machine)
+    yield from _report_program(scoring, limit)
+    yield from _report_changes(plan, limit)
     for assumption in plan["assumptions"]:
         yield f"note: {assumption}"
 
 
-def _advice(plan: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
-    """Say what was tried, what fits, and what is left to do."""
+def _report_changes(plan: dict[str, Any], limit: int | None) -> Iterator[str]:
     for tried in plan.get("tried", ()):
-        yield f"tried {_told(tried['change'])}: {_outcome(tried, machine)}"
-    scoring, rest = plan["scoring"], "take more devices or a shorter seq_length"
+        yield f"tried {_join(tried['change'])}: {_outcome(tried, limit)}"
+    scoring = plan["scoring"]
     if plan.get("change"):
         scoring = plan["tried"][-1]["scoring"]
         fits = "that fits" if scoring["fits"] else "with which the training step fits"
-        yield f"nearest change {fits}: {_told(plan['change'])}"
+        yield f"nearest change {fits}: {_join(plan['change'])}"
     elif "change" in plan:
-        yield f"none of these fits; {rest}"
+        yield "no change fits; use more devices or a smaller seq_length"
     if scoring and scoring["fits"] is False:
         yield f"scoring does not fit: {scoring['what_helps']}"
 
 
-def _program(program: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
+def _report_program(program: dict[str, Any], limit: int | None) -> Iterator[str]:
     unit = _unit(program)
-    yield f"  {_outcome(program, machine)}"
-    for name in ("parameters", "optimizer_state", "batch"):
-        if name in program:
-            yield f"    {name.replace('_', ' '):<17}{_sized(program[name], unit)}"
+    yield f"  {_outcome(program, limit)}"
+    sizes: dict[str, float] = {}
+    for key in ("parameters", "optimizer_state", "batch"):
+        if key in program:
+            sizes[key] = program[key]
     if "memory" in program:
         memory = program["memory"]
-        kept = memory["outputs"] - memory["outputs_in_arguments"]
-        temporaries = _sized(memory["temporaries"], unit)
-        yield f"    {'temporaries':<17}{temporaries} (activations, gradients)"
-        yield f"    {'outputs':<17}{_sized(kept, unit)} beside the arguments' place"
-        yield f"    {'code':<17}{_sized(memory['code'], unit)}"
-        for kind, found in program["collectives"].items():
-            yield f"  {kind:<19}{_sized(found['bytes'], unit)}, {found['count']} a step"
-    seconds = ", ".join(f"{name} {_seconds(value)}" for name, value in program["seconds"].items())
-    yield f"  {seconds}"
+        sizes["temporaries"] = memory["temporaries"]
+        sizes["outputs"] = memory["outputs"] - memory["outputs_in_arguments"]
+        sizes["code"] = memory["code"]
+    notes = {"temporaries": " (activations, gradients)", "outputs": " that reuse no argument"}
+    for key, size in sizes.items():
+        yield f"    {key.replace('_', ' '):<17}{_format_size(size, unit)}{notes.get(key, '')}"
+    for kind, found in program.get("collectives", {}).items():
+        yield f"  {kind:<19}{_format_size(found['bytes'], unit)}, {found['count']} per step"
+    seconds = program["seconds"].items()
+    yield "  " + ", ".join(f"{name} {_format_seconds(value)}" for name, value in seconds)
 
 
-def _outcome(program: dict[str, Any], machine: dict[str, Any]) -> str:
-    unit, limit = _unit(program), machine["memory"]
+def _outcome(program: dict[str, Any], limit: int | None) -> str:
+    unit = _unit(program)
     if "memory" in program:
-        of = f" of {_sized(limit, 'GiB')}" if limit else ""
-        return f"{_sized(program['memory']['total'], unit)}{of} per device"
+        available = f" of {_format_size(limit, 'GiB')}" if limit else ""
+        return f"{_format_size(program['memory']['total'], unit)}{available} per device"
     refusal = program["refusal"]
     if "needed" not in refusal:
-        return f"refused: {refusal['message']}"
-    return f"refused: {_sized(refusal['needed'], unit)} of {_sized(refusal['available'], unit)}"
+        return f"rejected: {refusal['message']}"
+    needed, available = (_format_size(refusal[key], unit) for key in ("needed", "available"))
+    return f"rejected: needs {needed} of {available}"
 
 
-def _told(change: dict[str, Any]) -> str:
+def _join(change: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in change.items())
 
 
 def _unit(program: dict[str, Any]) -> str:
-    """Choose the unit of all figures of a program by what it needs in all."""
+    """Choose one unit for all sizes of a program."""
     needed = program["memory"]["total"] if "memory" in program else math.inf
     return "GiB" if needed >= _UNITS["GiB"] else "MiB"
 
 
-def _sized(size: float, unit: str) -> str:
+def _format_size(size: float, unit: str) -> str:
     return f"{size / _UNITS[unit]:.{3 if unit == 'GiB' else 2}f} {unit}"
 
 
-def _seconds(seconds: float) -> str:
-    """Write a time in the unit it is read best in.
+def _format_seconds(seconds: float) -> str:
+    """Format a time in its most readable unit.
 
-    >>> _seconds(0.0123), _seconds(7.25), _seconds(190)
+    >>> _format_seconds(0.0123), _format_seconds(7.25), _format_seconds(190)
     ('12.3 ms', '7.2 s', '3 min 10 s')
     """
     if seconds < 1e-3:

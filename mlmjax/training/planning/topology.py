@@ -1,5 +1,6 @@
-"""Machines described by name: TPU slices that need not be there, and simulated CPU devices."""
+"""Machines by name: described TPU slices and simulated CPU devices."""
 
+import importlib.util
 import math
 import os
 import re
@@ -12,12 +13,12 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """A kind of TPU: how its compiler calls it, how its slices look, and what a device holds.
+    """A kind of TPU.
 
-    `memory` is what the compiler leaves to a program, of the HBM of one device (a chip, but half
-    a chip of 7x), in bytes, as libtpu 0.0.48 states it when it refuses one. `sides`, `most`: the
-    dimensions of a slice, and the chips of the largest (Google Cloud's pages of each TPU version).
-    `devices`: how many one chip counts as.
+    `name` is the compiler's. `sides` is the number of dimensions of a slice and `most` its largest
+    number of chips, as Google Cloud's pages of each TPU version say. `memory` is the bytes of HBM
+    that a program may use on one device, as libtpu 0.0.48 states when it rejects one. `devices` is
+    the number of devices per chip.
     """
 
     name: str
@@ -29,116 +30,109 @@ class Chip(NamedTuple):
     devices: int = 1
 
 
+_FLAT = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
+_CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"
+
 CHIPS = {
+    # In v4 the two cores of a chip are one device, as JAX has it on the hardware.
     "v4": Chip(
-        # One device for the two cores of a chip, as JAX has it on the hardware.
         "v4",
         3,
         4096,
         30.75 * GIB,
-        "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, ... 12x16x16",
+        f"{_CUBES}, 4x4x8, ... 12x16x16",
         {"chip_config_name": "megacore"},
     ),
-    "v5e": Chip("v5e", 2, 256, 15.75 * GIB, "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-    "v5p": Chip(
-        "v5p", 3, 8960, 95.73 * GIB, "1x1x1, 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ... 16x20x28"
-    ),
-    "v6e": Chip("v6e", 2, 256, 31.24 * GIB, "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"),
-    "7x": Chip(
-        "tpu7x",
-        3,
-        9216,
-        94.74 * GIB,
-        "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, ... 16x16x36",
-        devices=2,
-    ),
+    "v5e": Chip("v5e", 2, 256, 15.75 * GIB, _FLAT),
+    "v5p": Chip("v5p", 3, 8960, 95.73 * GIB, f"1x1x1, {_CUBES}, ... 16x20x28"),
+    "v6e": Chip("v6e", 2, 256, 31.24 * GIB, _FLAT),
+    "7x": Chip("tpu7x", 3, 9216, 94.74 * GIB, f"{_CUBES}, ... 16x16x36", devices=2),
 }
 
 
 class Topology(NamedTuple):
-    """A machine by name: `kind` of `CHIPS` and the sides of the slice, or `"cpu"` and how many."""
+    """A machine: a `kind` of `CHIPS` with the sides of a slice, or `"cpu"` with a number."""
 
     kind: str
     shape: tuple[int, ...]
 
     @property
     def platform(self) -> str:
-        """`"cpu"` or `"tpu"`."""
+        """Return `"cpu"` or `"tpu"`."""
         return "cpu" if self.kind == "cpu" else "tpu"
 
     @property
     def name(self) -> str:
-        """The name it is read from, as in `"v5e:16x16"`."""
+        """Return the name that `parse_topology` reads, as in `"v5e:16x16"`."""
         return f"{self.kind}:{'x'.join(map(str, self.shape))}"
 
     @property
     def devices(self) -> int:
-        """How many devices JAX sees there."""
+        """Return the number of devices that JAX sees there."""
         each = 1 if self.kind == "cpu" else CHIPS[self.kind].devices
         return math.prod(self.shape) * each
 
     @property
     def memory(self) -> float | None:
-        """Bytes a program may use on one device; None for simulated devices, which have none."""
+        """Return the bytes a program may use on one device; None for simulated devices."""
         return None if self.kind == "cpu" else CHIPS[self.kind].memory
 
 
 def parse_topology(name: str) -> Topology:
-    """Read the name of a topology; raises `InputError` that lists the known kinds and shapes.
+    """Parse the name of a topology; raise `InputError` that lists the known kinds and shapes.
 
     >>> parse_topology("v5e:16x16"), parse_topology("cpu:8").platform
     (Topology(kind='v5e', shape=(16, 16)), 'cpu')
     """
     if not name.strip():
-        raise _refused(name, "is empty")
+        raise _reject(name, "is empty")
     kind, _, sides = name.strip().lower().partition(":")
     kind = kind.removeprefix("tpu").lstrip("-")
     chip = CHIPS.get(kind)
     if chip is None and kind != "cpu":
-        raise _refused(name, f"unknown kind {kind!r}; known are {', '.join(CHIPS)} and cpu")
+        raise _reject(name, f"unknown kind {kind!r}; the kinds are {', '.join(CHIPS)} and cpu")
     if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", sides):
-        raise _refused(name, f"found {sides!r} for a shape; expected whole numbers from 1, as 2x4")
+        raise _reject(name, f"shape {sides!r}; expected whole numbers from 1, as in 2x4")
     shape = tuple(map(int, sides.split("x")))
     chips = math.prod(shape)
     if chip is None:
         if len(shape) > 1 or chips > 512:
-            raise _refused(name, f"found {sides}; expected 1 to 512 simulated devices, as in cpu:8")
+            raise _reject(name, f"found {sides}; expected 1 to 512 simulated devices, as in cpu:8")
         return Topology(kind, shape)
     if len(shape) != chip.sides:
-        raise _refused(name, f"found {len(shape)} side(s); a {kind} slice has {chip.sides}")
+        raise _reject(name, f"found {len(shape)} side(s); a {kind} slice has {chip.sides}")
     if chips > chip.most:
-        raise _refused(name, f"found {chips} chips; a {kind} slice has at most {chip.most}")
+        raise _reject(name, f"found {chips} chips; a {kind} slice has at most {chip.most}")
     if chip.sides == 2 and max(shape) > 16:
-        raise _refused(name, f"found a side of {max(shape)}; in {kind} none is longer than 16")
+        raise _reject(name, f"found a side of {max(shape)}; a {kind} slice has sides of at most 16")
     if chips > 1 and (shape[0] % 2 or shape[1] % 2):
-        raise _refused(
+        raise _reject(
             name,
             f"found {sides}; hosts of a {kind} slice have 2x2 chips, so the first two sides "
-            "are even",
+            "must be even",
         )
     return Topology(kind, shape)
 
 
-def _refused(name: str, why: str) -> InputError:
+def _reject(name: str, why: str) -> InputError:
     known = [f"{kind}: {chip.shapes}" for kind, chip in CHIPS.items()]
     return InputError(
-        f"--topology {name!r}: {why}; give KIND:SHAPE, as v5e:16x16 or cpu:8",
+        f"--topology {name!r}: {why}; give KIND:SHAPE, as in v5e:16x16 or cpu:8",
         ["KIND: SHAPES", *known, "cpu: a number of simulated devices, 1 to 512"],
     )
 
 
 def environment(topology: Topology) -> dict[str, str]:
-    """Return what the environment of a process must hold before JAX starts there."""
+    """Return the variables that a process for this topology needs before JAX starts."""
     count = "--xla_force_host_platform_device_count"
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(count)]
-    # The seconds told are those of a compilation, not of finding one.
+    # Without a cache, because the report states how long compiling takes.
     values = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     values["XLA_FLAGS"] = " ".join(flags)
     if topology.platform == "cpu":
         return values | {"JAX_NUM_CPU_DEVICES": str(topology.shape[0])}
+    # The TPU is only described, so JAX must neither look for one nor wait for a busy one.
     return values | {
-        # Described, not looked for: nobody is asked which TPU this machine is, and one that is
-        # busy here does not stand in the way.
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_NUM_CPU_DEVICES": "1",
@@ -146,9 +140,9 @@ def environment(topology: Topology) -> dict[str, str]:
 
 
 def devices_of(topology: Topology) -> list[Any]:
-    """Return the devices of a topology: described ones, or those of a CPU (`environment`).
+    """Return described TPU devices, or simulated CPU devices (see `environment`).
 
-    Raises `InputError` for a slice the compiler does not know, and where libtpu is missing.
+    Raises `InputError` for a slice that the compiler does not know and if libtpu is missing.
     """
     import jax
 
@@ -169,21 +163,20 @@ def devices_of(topology: Topology) -> list[Any]:
     name = f"{chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # the errors of JAX and of libtpu have no type of their own
+    except Exception as error:  # JAX and libtpu raise no type of their own here.
         if _lacks_libtpu(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "
                 "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "
                 "'mlmjax[plan]'"
             ) from error
-        says = str(error).partition("\n")[0]
-        raise _refused(
-            topology.name, f"the TPU compiler knows no {topology.kind} slice of this shape ({says})"
+        first_line = str(error).partition("\n")[0]
+        raise _reject(
+            topology.name,
+            f"the TPU compiler does not know a {topology.kind} slice of this shape ({first_line})",
         ) from error
     return list(described.devices)
 
 
 def _lacks_libtpu(error: BaseException) -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("libtpu") is None or "libtpu" in str(error)

@@ -49,19 +49,19 @@ def planned(**changes):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v9:2x2", "unknown kind 'v9'; known are v4, v5e, v5p, v6e, 7x and cpu"),
+        ("v9:2x2", "unknown kind 'v9'; the kinds are v4, v5e, v5p, v6e, 7x and cpu"),
         ("", "is empty"),
-        ("v5e", "found '' for a shape"),
-        ("v5e:ax2", "found 'ax2' for a shape"),
-        ("v5e:02x2", "found '02x2' for a shape"),
-        ("v5e:\u0662x2", "for a shape"),  # a digit, but not of ASCII
-        ("v6e:0x4", "found '0x4' for a shape"),
+        ("v5e", "shape ''"),
+        ("v5e:ax2", "shape 'ax2'"),
+        ("v5e:02x2", "shape '02x2'"),
+        ("v5e:\u0662x2", "expected whole numbers"),  # a digit, but not of ASCII
+        ("v6e:0x4", "shape '0x4'"),
         ("v5e:2x2x2", r"found 3 side\(s\); a v5e slice has 2"),
         ("v5p:4x4", r"found 2 side\(s\); a v5p slice has 3"),
         ("v5e:32x2", "found a side of 32"),
         ("v5e:3x5", "found 3x5; hosts of a v5e slice have 2x2 chips"),
         ("v5p:100x100x100", "found 1000000 chips; a v5p slice has at most 8960"),
-        ("cpu:0", "found '0' for a shape"),
+        ("cpu:0", "shape '0'"),
         ("cpu:513", "found 513; expected 1 to 512"),
         ("cpu:2x2", "found 2x2; expected 1 to 512"),
     ],
@@ -79,7 +79,7 @@ def test_a_shape_that_only_the_compiler_refuses_is_told_in_our_words(monkeypatch
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
     monkeypatch.setattr("mlmjax.training.planning.topology._lacks_libtpu", lambda error: False)
-    with pytest.raises(InputError, match="knows no v5e slice of this shape") as caught:
+    with pytest.raises(InputError, match="does not know a v5e slice of this shape") as caught:
         devices_of(parse_topology("v5e:2x2"))
     assert "pages more" not in caught.value.message
 
@@ -177,7 +177,7 @@ def test_loops_count_as_often_as_they_go_round():
 
     shape = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spec)
     text = jax.jit(program).lower(shape).compile().as_text()
-    assert programs.collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
+    assert programs.count_collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
 
 
 # As a TPU's compiler writes it: no trip count, collectives in parts they run beside, named groups.
@@ -219,7 +219,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_tpu():
-    assert programs.collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
+    assert programs.count_collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
         "all-gather": {"count": 10, "bytes": 9 * 8 * 128 * 2 + 8 * 4},
         "reduce-scatter": {"count": 1, "bytes": 256},
     }
@@ -228,9 +228,9 @@ def test_collectives_of_a_tpu():
 def test_a_refusal_for_want_of_memory_is_an_answer():
     says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     says += "temporaries (600.00G) exceeds available HBM (15.75G). HLO module: jit_step."
-    found = programs.refusal(RuntimeError(says))
+    found = programs.read_refusal(RuntimeError(says))
     assert (found["needed"], found["available"]) == (600 * 2**30, 15.75 * 2**30)
-    assert programs.refusal(RuntimeError("INTERNAL: broken")) is None
+    assert programs.read_refusal(RuntimeError("INTERNAL: broken")) is None
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -245,23 +245,23 @@ def test_targets_of_a_row_are_those_of_the_loader(tmp_path, pack):
         "sources": [{"path": str(source), "prompt": "{q}", "answer": "a"}],
     }
     config = config_of(data=data, objective={"dummy_mlm_share": 0.2})
-    bound = programs._target_width(config, [])
+    bound = programs.bound_targets(config, [])
     tokenizer = load_tokenizer(config)
     prepare(config.data, tokenizer)
     assumptions = []
-    width = programs._target_width(config, assumptions)
+    width = programs.bound_targets(config, assumptions)
     assert width == open_loaders(config, tokenizer).train.target_width <= bound
-    assert "as the rows in" in assumptions[0]
+    assert "from the rows in" in assumptions[0]
     # `train` refuses these rows under other settings: nothing is counted by them.
     other = config_of(data={**data, "seq_length": 64}, objective={"dummy_mlm_share": 0.2})
     assumptions = []
-    width = programs._target_width(other, assumptions)
+    width = programs.bound_targets(other, assumptions)
     assert "rows made differently: data.seq_length is 64, the rows have 32" in assumptions[0]
-    assert "as many as there can be" in assumptions[1]
+    assert "the most possible" in assumptions[1]
     other = config_of(
         data={**data, "rows": "none", "seq_length": 64}, objective={"dummy_mlm_share": 0.2}
     )
-    assert width == programs._target_width(other, [])
+    assert width == programs.bound_targets(other, [])
 
 
 def test_changes_go_from_the_cheapest_on():
@@ -272,7 +272,7 @@ def test_changes_go_from_the_cheapest_on():
     assert [c.get("data.accumulate") for c in found[2:]] == [2, 4, 4, 4]
     assert [c.get("mesh.fsdp") for c in found[4:]] == [4, 8]
     for change in found:
-        changed = plan.changed(config_of(data={"batch_size": 32}), change)
+        changed = plan.apply_change(config_of(data={"batch_size": 32}), change)
         assert changed.remat == change["remat"]
     assert "remat" not in next(plan.changes(config_of(remat="layer"), mesh))
 
@@ -312,7 +312,7 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
                 found[name] = fake_program(2**30 if fits else 28 * 2**30, fits)
         return {"machine": {**MACHINE, "mesh": mesh}, **found, "assumptions": []}
 
-    monkeypatch.setattr(plan, "_ask", ask)
+    monkeypatch.setattr(plan, "_compile", ask)
     return asked
 
 
@@ -334,8 +334,8 @@ def test_the_nearest_change_that_fits_is_found_by_compiling(monkeypatch):
     assert "nearest change that fits: remat=layer data.accumulate=2" in text
     fake_compiler(monkeypatch, lambda config: False)
     text = "\n".join(plan.report(plan.make_plan(config_of(), "v5e:2x4")))
-    assert "none of these fits" in text
-    assert "refused: 28.000 GiB of 2.000 GiB" in text
+    assert "no change fits" in text
+    assert "rejected: needs 28.000 GiB of 2.000 GiB" in text
 
 
 def test_what_cannot_be_compiled_does_not_end_the_search(monkeypatch):
@@ -350,7 +350,7 @@ def test_what_cannot_be_compiled_does_not_end_the_search(monkeypatch):
     assert "fsdp = 32 does not divide 16" in first
     assert "data is -3" in second
     text = "\n".join(plan.report(found))
-    assert "tried mesh.fsdp=32: refused: mesh: parameter" in text
+    assert "tried mesh.fsdp=32: rejected: mesh: parameter" in text
     assert "training step: 16 rows" in text
 
 
@@ -384,7 +384,7 @@ def test_figures_of_a_program_have_one_unit_and_seconds_are_readable():
     training, _, scoring = text.partition("\nscoring")
     assert "1.000 GiB of 2.000 GiB per device" in training
     assert "MiB" not in training
-    assert "all-gather         0.003 GiB, 2 a step" in training
+    assert "all-gather         0.003 GiB, 2 per step" in training
     assert "512.00 MiB of 2.000 GiB per device" in scoring
     assert scoring.count("GiB") == 1
     assert "98.1 ms at the peak" in training
@@ -395,7 +395,7 @@ def test_figures_of_a_program_have_one_unit_and_seconds_are_readable():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"parallel": "pmap"}, "parallel: a plan is for 'pjit'"),
+        ({"parallel": "pmap"}, "parallel: only 'pjit' can be planned"),
         ({"data": {"batch_size": 12}}, "batch of 12 rows cannot be divided"),
         (
             {"data": {"batch_size": 16, "batch_start": 4, "batch_warmup": 2}},
@@ -409,7 +409,7 @@ def test_figures_of_a_program_have_one_unit_and_seconds_are_readable():
     ],
 )
 def test_what_needs_no_compiler_is_refused_before_it_starts(changes, says, monkeypatch):
-    monkeypatch.setattr(plan, "_ask", None)
+    monkeypatch.setattr(plan, "_compile", None)
     said = []
     with pytest.raises(InputError, match=says):
         plan.make_plan(config_of(**changes), "cpu:8", say=said.append)
@@ -421,8 +421,11 @@ def test_a_compiler_that_aborts_is_told(monkeypatch):
     with pytest.raises(InputError, match="the compiler stopped"):
         plan.make_plan(config_of(), "cpu:8")
     topology, says = parse_topology("cpu:8"), "x.cc:234] Unknown flag in XLA_FLAGS: --nope=1"
-    assert "XLA_FLAGS: --nope=1 is no flag" in plan._died(topology, 1, ["more", says]).message
-    assert "too little memory" in plan._died(topology, -9, []).message
+    assert (
+        "XLA_FLAGS: --nope=1 is not a flag"
+        in plan._explain_death(topology, 1, ["more", says]).message
+    )
+    assert "too little memory" in plan._explain_death(topology, -9, []).message
 
 
 def test_the_command_prints_figures(tmp_path, capsys, monkeypatch):
@@ -439,7 +442,7 @@ def test_the_command_prints_figures(tmp_path, capsys, monkeypatch):
     assert found["machine"]["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
     assert found["scoring"]["seq_length"] == 64
     text = "\n".join(plan.report(found))
-    assert "cpu:4: not judged: simulated devices" in text
+    assert "cpu:4: no verdict for simulated devices" in text
     assert "attention auto: banded" in text
     assert "optimizer state" in text
     assert run(["plan", str(file), "mesh.fsdp=3", "--topology", "cpu:4"]) == 2
