@@ -1,7 +1,7 @@
-"""A text classifier in the shape of scikit-learn: zero-shot through the mask, or fine-tuned."""
+"""The scikit-learn estimator: a text classifier, zero-shot at the mask or fine-tuned."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -11,63 +11,115 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
-from mlmjax.classification.fitting import Recipe, held_out, learn, shown_with
-from mlmjax.classification.labels import label_numbers
+from mlmjax.classification.fitting import HeldOut, Recipe, learn, split_rows
+from mlmjax.classification.labels import label_numbers, list_answers, right_columns
 from mlmjax.classification.predictor import Predictor
-from mlmjax.classification.prompter import Question, make_asking
+from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, parameters, with_classifier
 from mlmjax.reporting.markdown import fenced, number
 from mlmjax.reporting.terminal import bar
+from mlmjax.scoring.engine import Progress
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.weights.pretrained import save_pretrained
 
 
 class Classifier(Predictor, ClassifierMixin, BaseEstimator):
-    """Assigns each text one of the labels, or several, by the answer at the slot.
+    """Classify texts by labels, zero-shot or fine-tuned.
 
-    `source` is a folder, a hub id, or a `(model, tokenizer)` pair. `labels` is a list of names or a
-    table `{name: description}`, at least two; None takes those a saved classifier has, else those
-    that `fit` sees, sorted. Without `fit` the answers are zero-shot. As in scikit-learn the
-    constructor only stores its arguments, and nothing is read before it is needed.
+    This is a scikit-learn estimator: X is a list of texts, y a list of label names. Without `fit`
+    the answers are zero-shot. The constructor only stores its arguments; the model is loaded when
+    it is first needed. Of the arguments whose default is None, those of a saved classifier keep
+    their saved value; otherwise the value named here applies.
 
-    How it asks (None: as a saved classifier does, else the first named):
+    Parameters
+    ----------
+    source : str, Path or (model, tokenizer)
+        A folder, a hub id, or a model with its tokenizer.
+    labels : list or dict, default=None
+        At least two names, or a table `{name: description}`; the prompt shows the descriptions.
+        None: the labels that `fit` sees, sorted.
+    head : {"mlm", "classification"}, default=None
+        "mlm" answers at the slot of a prompt. "classification" reads the text with a new last
+        layer, which `fit` trains. None: the head of the model.
+    answer : {"letters", "words", "continuation"}, default=None
+        "letters" names the options A, B, ..., and more than 457 options 1, 2, ... "words" scores
+        the labels themselves, which must be one token each. "continuation" scores labels of any
+        length, at one forward pass for each token. None: "letters" if the prompt has `{options}`,
+        otherwise "words".
+    template : str or Template, default=None
+        The whole prompt. It has the field `{text}`, and `{options}`, `{examples}` and `{label}`
+        where they are used. None: a general prompt.
+    instruction : str, default=None
+        The first sentence of the prompt. None: a general instruction.
+    examples : list of (text, label), default=None
+        Few-shot examples. Each prompt shows as many as fit, in turns of their labels. None: no
+        examples.
+    orders : int or "all", default=None
+        The number of cyclic orders of the options to average over, at one forward pass each. `fit`
+        trains on these orders, so use the same ones afterwards. None: 1.
+    long_text : {"shorten", "mean", "max"}, default=None
+        "shorten" truncates a text that is too long at its end. "mean" and "max" score overlapping
+        windows of it, and take the mean or the maximum of each probability. None: "shorten".
+    multi_label : bool, default=None
+        True: several labels may apply to a text, and each is a question of yes or no. Right answers
+        are then lists of names, predictions are columns of 0 and 1, and probabilities do not sum to
+        1. None: False.
+    abstain_below : float, default=None
+        A text whose best probability is lower is answered by the empty string. None: 0.
+    dtype : {"float32", "bfloat16"}, default="float32"
+        The type to compute in. "bfloat16" is faster and needs less memory.
+    batch_size : int, default=None
+        The number of prompts in a batch. None: as many as fill a budget of tokens.
+    max_length : int, default=None
+        The most tokens in a prompt. None: as many as the model reads.
+    revision : str, default=None
+        The revision of a hub id. None: the newest.
+    local_files_only : bool, default=False
+        True: read a hub id only from the local cache.
+    epochs : int, default=3
+        Passes of `fit` over the training texts.
+    learning_rate : float, default=3e-5
+        The highest learning rate of `fit`, from which it falls linearly.
+    train_batch_size : int, default=32
+        The number of prompts in an update of `fit`.
+    weight_decay : float, default=0.01
+        The weight decay of AdamW in `fit`.
+    warmup : float, default=0.05
+        The share of updates during which the learning rate rises.
+    seed : int, default=0
+        The seed of all that `fit` draws at random. Equal seeds give equal weights.
+    validation_share : float, default=0.0
+        The share of the training texts that `fit` holds out, label by label, to measure accuracy
+        and loss.
+    patience : int, default=None
+        The number of epochs without improvement on held-out texts after which `fit` stops and
+        keeps the best epoch's weights. None: all epochs run, and the last weights are kept.
+    progress : bool, default=None
+        True shows progress, False does not. None: a bar on a terminal if the work takes long.
 
-    - `head`: "mlm", the answer at the slot, or "classification", a last layer that `fit` trains.
-    - `answer`: "letters", options in the prompt named A, B, ... (past 457 of them 1, 2, ...);
-      "words", the label itself, which has to be one token; "continuation", a label of any number of
-      tokens by its pseudo-log-likelihood at the slot, one forward pass for each of its tokens.
-    - More labels than one prompt holds are asked in rounds (`shortlist.in_rounds`).
-    - `instruction` replaces the first sentence of the prompt; `template` (a `Template`, or its
-      text) the whole of it. It has the field `{text}`, as a rule `{options}`, and `{examples}`
-      and `{label}` where these are used.
-    - `examples`: pairs of text and label to stand in the prompt, as many as fit, by turns of label.
-    - `orders`: 1, the options as given; k or "all" evenly spaced cyclic orders, their
-      probabilities averaged, at that many forward passes. `fit` shows each example in one of these
-      orders, and a fitted classifier is to be asked in those it was fitted in.
-    - `long_text`: "shorten" a text that is too long at its end (counted in `shortened`), or ask
-      windows of it and take the "mean" of their probabilities, or each label's "max".
-    - `multi_label`: each label is a question of yes or no; labels are lists of names, answers
-      columns of 0 and 1, probabilities do not sum to 1.
-    - `abstain_below`: a text whose best probability is lower is answered by "".
-
-    `epochs` to `patience` are those of `fit` (`learning.Recipe`). `progress` shows a bar: None on a
-    terminal when it takes long. `classes_` has the labels in the order given, `history_` an entry
-    per epoch of `fit`.
+    Attributes
+    ----------
+    classes_ : array of str
+        The labels, in the order of the columns of `predict_proba`.
+    history_ : list of dict
+        The loss of each epoch of `fit`, and accuracy and loss on held-out texts.
+    calibration_, conformal_, threshold_
+        What `calibrate`, `conform` and `abstain` found, or None.
     """
 
     def set_params(self, **params: Any) -> "Classifier":
-        """Set constructor arguments; what was loaded or fitted under others is dropped."""
+        """Set constructor arguments, and drop what was loaded or fitted with others."""
         super().set_params(**params)
         for name in [name for name in vars(self) if name.endswith("_")]:
             delattr(self, name)
         return self
 
     def __sklearn_tags__(self) -> Any:
-        """Tell scikit-learn that this takes a list of texts."""
+        """Return the tags of an estimator for lists of texts."""
         tags = super().__sklearn_tags__()
         tags.input_tags.one_d_array = tags.input_tags.string = True
         tags.input_tags.two_d_array = False
@@ -78,13 +130,11 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     def score(
         self, texts: Iterable[str], labels: Iterable[Any], sample_weight: Any = None
     ) -> float:
-        """Return the accuracy on labelled texts; of several labels all have to be right."""
+        """Return the accuracy on labelled texts; of several labels all must be right."""
         predicted = self.predict(texts)
-        truth = label_numbers(labels, list(self.classes_), self.settings_.multi_label, known=False)
-        if self.settings_.multi_label:
-            return float(accuracy_score(truth, predicted, sample_weight=sample_weight))
-        names = [*self.classes_, ""]
-        right = [names[number] for number in truth]
+        multi_label, names = self.settings_.multi_label, [*self.classes_, ""]
+        truth = label_numbers(labels, names[:-1], multi_label, known=False)
+        right = truth if multi_label else [names[number] for number in truth]
         return float(accuracy_score(right, predicted, sample_weight=sample_weight))
 
     def fit(
@@ -93,71 +143,51 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         labels: Iterable[Any],
         *,
         validation: tuple[Iterable[str], Iterable[Any]] | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **recipe: Any,
     ) -> "Classifier":
         """Fine-tune on labelled texts, always from the source's weights.
 
         `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
-        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`. Equal
-        seeds give equal weights. `validation` is a pair of texts and labels, else
-        `validation_share` of the rows is held out; their accuracy and loss after each epoch stand
-        in `history_`. `progress` is called with updates done and updates in all.
+        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share` and `patience`.
+        `validation` is a pair of texts and labels; without it `validation_share` of the rows is
+        held out. `history_` has their accuracy and loss after each epoch. `progress` is called with
+        the number of updates done and their total.
 
-        Raises `InputError` for blank texts, labels that are not among `classes_`, fewer than two
-        distinct labels, and lengths that differ; `RunError` when the loss is no longer finite.
+        Raises `InputError` for blank texts, labels that are not in `classes_`, fewer than two
+        distinct labels, and lengths that differ; `RunError` if the loss is no longer finite.
         """
-        how = self._recipe(recipe)
-        texts, labels = list(check_list(texts, "texts")), _rows(labels, "labels")
+        chosen = self._recipe(recipe)
+        texts, labels = list(check_list(texts, "texts")), list_answers(labels)
         settings, model, tokenizer, _ = self._read(seen=labels)
-        several, names = settings.multi_label, list(settings.labels)
-        if how.patience is not None and validation is None and not how.validation_share:
+        if chosen.patience is not None and validation is None and not chosen.validation_share:
             raise InputError(
-                f"fit: patience is {how.patience}, but no texts are held out to be patient about; "
-                "give validation or validation_share, or leave patience out"
+                f"fit: patience is {chosen.patience}, but no texts are held out to measure "
+                "improvement; give validation or validation_share, or leave patience out"
             )
-        truth = label_numbers(labels, names, several)
-        if len({str(one) for one in truth}) < 2:
-            found = ", ".join(sorted({repr(one) for one in labels})) or "none"
-            raise InputError(f"fit: the distinct labels are {found}; expected at least two")
-        if len(texts) != len(truth):
-            raise InputError(f"fit: {len(texts)} texts and {len(truth)} labels; give one per text")
+        truth = _training_truth(texts, labels, settings)
         if settings.head == "classification":
-            model = with_classifier(model, names, seed=how.seed)
-        asking = make_asking(settings, model, tokenizer, batch_size=self.batch_size)
-        # What was learned of the probabilities of other weights does not hold for these.
+            model = with_classifier(model, list(settings.labels), seed=chosen.seed)
+        # What was learned about the probabilities of other weights does not hold for these.
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
-        other = type(self)(**self.get_params(deep=False))
-        other._keep(settings.model_copy(update=fresh), asking)
-        train: Sequence[int] = range(len(texts))
-        out = None
-        if validation is not None:
-            if not isinstance(validation, Sequence) or len(validation) != 2:
-                raise InputError("validation: expected a pair of texts and their labels")
-            out = (
-                list(check_list(validation[0], "validation texts")),
-                _rows(validation[1], "validation labels"),
-            )
-        elif how.validation_share:
-            train, rows = held_out([str(one) for one in truth], how.validation_share, how.seed)
-            out = [texts[i] for i in rows], [labels[i] for i in rows]
-        if out is not None and not out[0]:
-            raise InputError("validation: there is no text to hold out; give more rows")
-        examples = other._examples(train, texts, truth, how.seed)
-        judge = None if out is None else other._judge(*out)
-        with bar("fine-tuning", self.progress) as shown:
-            model, history = learn(asking, examples, how, judge=judge, progress=progress or shown)
-        asking.scorer.model = model
-        self._keep(other.settings_, asking)
+        settings = settings.model_copy(update=fresh)
+        prompter = Prompter(settings, model, tokenizer, self.batch_size)
+        numbers, held_out = _hold_out(texts, truth, validation, chosen, settings)
+        examples = prompter.examples(numbers, texts, truth, chosen.seed)
+        with bar("fine-tuning", self.progress) as show:
+            shown = progress or show
+            history = learn(prompter, examples, chosen, held_out=held_out, progress=shown)
+        self._keep(settings, prompter)
         self.history_ = history
         return self
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
-        """Write the model as a Hugging Face folder, and all else of the classifier beside it.
+        """Write the model as a Hugging Face folder, with the settings of the classifier.
 
-        `Classifier.from_pretrained(path)` brings all of it back; raises as `hf.save_pretrained`.
+        `Classifier.from_pretrained(path)` restores all of it. Raises what
+        `mlmjax.save_pretrained` raises.
         """
-        scorer = self._ready().scorer
+        scorer = self._load().scorer
         values = self.settings_.model_dump(mode="json", exclude_none=True)
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None and not hasattr(self, "history_"):
@@ -169,61 +199,60 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
 
     def _recipe(self, given: Mapping[str, Any]) -> Recipe:
         own = {name: getattr(self, name) for name in Recipe.model_fields}
-        own["batch_size"] = self.train_batch_size
-        values = {**own, **given}
+        values = {**own, "batch_size": self.train_batch_size, **given}
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
         return decode(Recipe, plain, "fit")
 
-    def _examples(
-        self, rows: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
-    ) -> tuple[list[Any], list[int]]:
-        """Return prompts to learn from, and the columns of their answers."""
-        names = check_texts(texts)
-        questions: list[Question] = []
-        answers: list[int] = []
-        where: list[str] = []
-        size, labels = self._size(), len(self.classes_)
-        for row in rows:
-            asked = self._questions(texts[row])
-            if self.settings_.multi_label:
-                golds = [0 if has else 1 for has in truth[row]]
-            else:
-                golds = [self._order()[truth[row]]]
-                if self.settings_.head == "mlm":
-                    drawn = shown_with(truth[row], labels, size, np.random.default_rng([seed, row]))
-                    asked = [asked[0]._replace(choice=drawn)]
-            questions += asked
-            answers += golds
-            where += [names[row]] * len(asked)
-        return self.asking_.examples(questions, answers, where, seed=seed)
 
-    def _judge(self, texts: Sequence[str], labels: Sequence[Any]) -> Callable[[Model], Any]:
-        """Return the function from a model to its accuracy and loss on these texts."""
+def _training_truth(texts: Sequence[str], labels: Sequence[Any], settings: Settings) -> list[Any]:
+    """Return the label numbers of training texts; raises `InputError` if nothing can be learned."""
+    truth = label_numbers(labels, list(settings.labels), settings.multi_label)
+    if len({str(one) for one in truth}) < 2:
+        found = ", ".join(sorted({repr(one) for one in labels})) or "none"
+        raise InputError(f"fit: the distinct labels are {found}; expected at least two")
+    if len(texts) != len(truth):
+        raise InputError(f"fit: {len(texts)} texts and {len(truth)} labels; give one per text")
+    check_texts(texts)
+    return truth
+
+
+def _hold_out(
+    texts: Sequence[str],
+    truth: Sequence[Any],
+    validation: Any,
+    recipe: Recipe,
+    settings: Settings,
+) -> tuple[Sequence[int], HeldOut | None]:
+    """Return the numbers of the texts to train on, and the held-out texts if there are any."""
+    train: Sequence[int] = range(len(texts))
+    multi_label = settings.multi_label
+    if validation is not None:
+        if not isinstance(validation, Sequence) or len(validation) != 2:
+            raise InputError("validation: expected a pair of texts and their labels")
+        texts = list(check_list(validation[0], "validation texts"))
+        answers = list_answers(validation[1], "validation labels")
+        truth = label_numbers(answers, list(settings.labels), multi_label)
         check_texts(texts)
-        truth = self._gold(labels, len(texts))
-
-        def judge(model: Model) -> tuple[float, float]:
-            self.asking_.scorer.model = model
-            raw = np.concatenate(list(self._raw(texts)))
-            right = raw.argmax(axis=1) == truth
-            return float(right.mean()), float(-raw[np.arange(len(truth)), truth].mean())
-
-        return judge
-
-
-def _rows(labels: Any, what: str) -> list[Any]:
-    """Return right answers as a list; raise `InputError` for anything but a list of rows."""
-    return list(check_list(labels, what, "one per text", columns=2))
+    elif recipe.validation_share:
+        train, rows = split_rows([str(one) for one in truth], recipe.validation_share, recipe.seed)
+        texts, truth = [texts[i] for i in rows], [truth[i] for i in rows]
+    else:
+        return train, None
+    if not texts:
+        raise InputError("validation: there is no text to hold out; give more rows")
+    if len(texts) != len(truth):
+        raise InputError(f"validation: {len(texts)} texts and {len(truth)} labels; give one each")
+    return train, HeldOut(texts, right_columns(truth, multi_label))
 
 
 LABELS = 100
-"""Labels shown; all of them stand in the settings beside the card."""
+"""The most labels that a card shows; the settings have all of them."""
 
 
 def classifier_card(model: Model, settings: Settings) -> str:
-    """Return the text of README.md for a model and the settings of the classifier it belongs to.
+    """Return the README.md of a classifier's folder.
 
-    Labels and prompt may be a stranger's: they stand in code blocks that they cannot end.
+    Labels and prompt may come from strangers, so they stand in code blocks that they cannot end.
     """
     text = (resources.files("mlmjax") / "assets" / "classifier_card.md").read_text(encoding="utf-8")
     shown = [_one_line(label) for label in settings.shown[:LABELS]]

@@ -1,30 +1,28 @@
-"""Fine-tuning a classifier: which prompts it learns from, and which epoch's weights it keeps."""
+"""Fine-tuning a classifier: its recipe, held-out texts, and the epoch whose weights are kept."""
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from pydantic import Field, FiniteFloat
 
-from mlmjax.classification.prompter import Asking
+from mlmjax.classification.prompter import Prompter
 from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
+from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.scorers import MOST_ROWS, HeadScorer, Scorer
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import fine_tune
 
-Judge = Callable[[Model], tuple[float, float]]
-"""From a model to its accuracy and its mean loss on texts held out."""
-
 
 class Recipe(StrictTable):
-    """How a classifier is fine-tuned; the defaults are from the middle of the paper's sweep.
+    """Hold the numbers of a fine-tuning; defaults are from the middle of the paper's sweep.
 
-    With texts held out, `patience` ends the training after that many epochs in a row that are no
-    better, and the best epoch's weights are kept; None makes all epochs and keeps the last.
+    With held-out texts, `patience` ends the training after that many epochs in a row without
+    improvement, and the best epoch's weights are kept. None runs all epochs and keeps the last.
     """
 
     epochs: Annotated[int, Field(ge=1)] = 3
@@ -37,30 +35,34 @@ class Recipe(StrictTable):
     patience: Annotated[int, Field(ge=1)] | None = None
 
 
+class HeldOut(NamedTuple):
+    """Texts that are not trained on, and the right column of each row of their scores."""
+
+    texts: Sequence[str]
+    columns: np.ndarray
+
+    def judge(self, prompter: Prompter) -> tuple[float, float]:
+        """Return the prompter's accuracy and mean loss on these texts."""
+        scores = np.concatenate(list(prompter.stream(self.texts)))
+        right = scores.argmax(axis=1) == self.columns
+        of_gold = scores[np.arange(len(self.columns)), self.columns]
+        return float(right.mean()), float(-of_gold.mean())
+
+
 def learn(
-    asking: Asking,
+    prompter: Prompter,
     examples: tuple[Sequence[Prompt], Sequence[int]],
     recipe: Recipe,
     *,
-    judge: Judge | None,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[Model, list[dict[str, float]]]:
-    """Return the fine-tuned model and an entry per epoch: `epoch, loss`, and what `judge` says.
+    held_out: HeldOut | None,
+    progress: Progress | None,
+) -> list[dict[str, float]]:
+    """Fine-tune the prompter's model, and return what is known of each epoch.
 
-    `examples` are prompts and the columns of their answers, as `Asking.examples` gives them.
+    `examples` are prompts and the columns of their answers, from `Prompter.examples`. An epoch's
+    entry has `epoch` and `loss`, with held-out texts `validation_accuracy` and `validation_loss`.
     """
-    scorer = asking.scorer
-    prompts, columns = examples
-    if isinstance(scorer, HeadScorer):
-        answers = np.array(columns)
-    elif isinstance(scorer, Scorer):
-        first_forms = [ids[0] for ids in scorer.verbalizer.ids(scorer.tokenizer)]
-        answers = np.array(first_forms)[list(columns)]
-    else:
-        raise InputError(
-            "fit: labels of several tokens cannot be trained on as one answer; fit with "
-            "answer='letters', which any labels can have"
-        )
+    scorer = prompter.scorer
     history: list[dict[str, float]] = []
     best: tuple[float, float] | None = None
     kept: Any = None
@@ -70,9 +72,10 @@ def learn(
         nonlocal best, kept, since
         entry: dict[str, float] = {"epoch": len(history) + 1, "loss": loss}
         history.append(entry)
-        if judge is None:
+        if held_out is None:
             return False
-        accuracy, held_out_loss = judge(model)
+        scorer.model = model
+        accuracy, held_out_loss = held_out.judge(prompter)
         entry |= {"validation_accuracy": accuracy, "validation_loss": held_out_loss}
         if recipe.patience is None:
             return False
@@ -82,10 +85,11 @@ def learn(
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 
+    prompts, columns = examples
     model = fine_tune(
         scorer.model,
         prompts,
-        answers,
+        _targets(prompter, columns),
         epochs=recipe.epochs,
         learning_rate=recipe.learning_rate,
         batch_size=recipe.batch_size,
@@ -98,15 +102,30 @@ def learn(
     )
     if kept is not None:
         model = nnx.merge(nnx.split(model)[0], jax.tree.map(jax.numpy.asarray, kept))
-    return model, history
+    scorer.model = model
+    return history
 
 
-def held_out(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split rows into those to train on and those held out, of each group in proportion.
+def _targets(prompter: Prompter, columns: Sequence[int]) -> np.ndarray:
+    """Return what is learned at each prompt: a head's label number, or a token at the slot."""
+    scorer = prompter.scorer
+    if isinstance(scorer, HeadScorer):
+        return np.array(columns)
+    if isinstance(scorer, Scorer):
+        first_forms = [ids[0] for ids in scorer.verbalizer.ids(scorer.tokenizer)]
+        return np.array(first_forms)[list(columns)]
+    raise InputError(
+        "fit: labels of several tokens cannot be learned as one answer; fit with "
+        "answer='letters', which works for any labels"
+    )
+
+
+def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Split rows into those to train on and those held out, a share of each group.
 
     Of a group of two or more at least one is held out.
 
-    >>> held_out(["a"] * 4 + ["b"] * 4, 0.25, seed=0)
+    >>> split_rows(["a"] * 4 + ["b"] * 4, 0.25, seed=0)
     ([0, 1, 2, 4, 6, 7], [3, 5])
     """
     rng = np.random.default_rng([seed, 1])
@@ -118,15 +137,3 @@ def held_out(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int],
         out += rows[:count].tolist()
         train += rows[count:].tolist()
     return sorted(train), sorted(out)
-
-
-def shown_with(gold: int, labels: int, size: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Return the labels that an example shows: all, or of more than fit its own and others drawn.
-
-    >>> shown_with(4, 6, 3, np.random.default_rng(0))
-    (3, 4, 5)
-    """
-    if labels <= size:
-        return tuple(range(labels))
-    others = np.delete(np.arange(labels), gold)
-    return tuple(sorted([gold, *rng.choice(others, size - 1, replace=False).tolist()]))

@@ -1,6 +1,6 @@
-"""Right answers, as people give them, turned into numbers of labels."""
+"""Labels and right answers, as people give them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -9,45 +9,80 @@ from mlmjax.errors import InputError
 from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
 
 
-def seen_labels(labels: Sequence[Any], several: bool) -> list[str]:
+def label_table(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
+    """Return `{name: description}`; raises `InputError` for blank, repeated or too few names.
+
+    >>> label_table(["sports", "world"])
+    {'sports': '', 'world': ''}
+    """
+    if isinstance(labels, Mapping):
+        table: dict[Any, Any] = dict(labels)
+    else:
+        names = list(check_list(labels, "labels"))
+        for number, name in enumerate(names, 1):
+            check_text(name, f"labels: label {number}")
+        table = dict.fromkeys(names, "")
+        if len(table) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise InputError(f"labels: {twice!r} appears twice; expected distinct names")
+    for name, description in table.items():
+        check_text(name, f"labels: name {name!r}")
+        check_text(description, f"labels: the description of {name!r}")
+        if not name.strip():
+            raise InputError(f"labels: {name!r} is blank; expected a name")
+        if name.endswith("\0"):  # NumPy's arrays of text end there.
+            raise InputError(f"labels: {name!r} ends in a NUL character; remove it")
+    if len(table) < 2:
+        raise InputError(
+            f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"
+        )
+    return {str(name): description.strip() for name, description in table.items()}
+
+
+def list_answers(answers: Any, what: str = "labels") -> list[Any]:
+    """Return right answers as a list; raise `InputError` for anything but a list of rows."""
+    return list(check_list(answers, what, "one per text", columns=2))
+
+
+def seen_labels(answers: Sequence[Any], multi_label: bool) -> list[str]:
     """Return the distinct names among right answers, sorted.
 
-    >>> seen_labels(["b", "a", "b"], several=False), seen_labels([["b"], ["a", "b"]], several=True)
+    >>> seen_labels(["b", "a", "b"], False), seen_labels([["b"], ["a", "b"]], True)
     (['a', 'b'], ['a', 'b'])
     """
-    if not several:
-        return sorted(set(for_each_row(_name, name_rows(check_list(labels, "labels")))))
-    if any(not isinstance(one, list | tuple | set | frozenset) for one in labels):
-        raise InputError("labels: numbers tell no names; give labels to the classifier as well")
-    names = for_each_row(lambda row: list(map(_name, row)), name_rows(labels))
+    if not multi_label:
+        return sorted(set(for_each_row(_name, name_rows(check_list(answers, "labels")))))
+    if any(not isinstance(row, list | tuple | Set) for row in answers):
+        raise InputError("labels: rows of numbers have no names; give the classifier its labels")
+    names = for_each_row(lambda row: list(map(_name, row)), name_rows(answers))
     return sorted(set().union(*names))
 
 
 def label_numbers(
-    labels: Iterable[Any], names: Sequence[str], several: bool, *, known: bool = True
+    answers: Iterable[Any], names: Sequence[str], multi_label: bool, *, known: bool = True
 ) -> list[Any]:
-    """Return the number of each row's label; with `several`, a tuple of bool, one per label.
+    """Return the number of each row's label; with `multi_label`, a tuple of bool, one per label.
 
-    With several labels a row is a list of names, or a row of 0 and 1 for each label. Raises
-    `InputError` that names each row whose label is no text or none of `names`; with `known` False
-    a label that is none of them is -1 (of several labels all have to be known).
+    With `multi_label` a row is a list of names, or 0 or 1 for each label. Raises `InputError` that
+    lists each row whose label is not text or not among `names`. With `known` False an unknown label
+    is -1 (with `multi_label` it is still an error).
 
-    >>> label_numbers(["b", "a"], ["a", "b"], several=False)
+    >>> label_numbers(["b", "a"], ["a", "b"], False)
     [1, 0]
-    >>> label_numbers([["b"], [], [1, 0]], ["a", "b"], several=True)
+    >>> label_numbers([["b"], [], [1, 0]], ["a", "b"], True)
     [(False, True), (False, False), (True, False)]
     """
     index = {str(name): i for i, name in enumerate(names)}
 
     def number(label: Any) -> int:
         name = _name(label)
-        if name not in index and known:
-            raise _unknown(name, index)
+        if known:
+            _check_known(name, index)
         return index.get(name, -1)
 
-    if several:
-        return for_each_row(lambda row: _indicator(row, index), name_rows(labels))
-    return for_each_row(number, name_rows(check_list(labels, "labels")))
+    if multi_label:
+        return for_each_row(lambda row: _flags(row, index), name_rows(list_answers(answers)))
+    return for_each_row(number, name_rows(check_list(answers, "labels")))
 
 
 def _name(label: Any) -> str:
@@ -60,60 +95,37 @@ def _name(label: Any) -> str:
     return str(label)
 
 
-def _indicator(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
+def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
+    """Tell for each label whether it is among a row's labels, given as names or as 0 and 1."""
     if not is_listing(row):
         raise InputError(
             f"its labels are {row!r:.60} ({type(row).__name__}); expected a list of names"
         )
     entries = list(row)
-    if entries and not any(isinstance(entry, str) for entry in entries):
-        flags = [
-            entry in (0, 1)
-            for entry in entries
-            if isinstance(entry, int | float | np.number | np.bool_)
-        ]
-        if len(entries) != len(index) or len(flags) != len(entries) or not all(flags):
-            raise InputError(
-                f"its labels are {entries!r:.60}; expected names, or 0 or 1 for each of the "
-                f"{len(index)} labels"
-            )
-        return tuple(bool(entry) for entry in entries)
-    names = set(map(_name, entries))
-    for name in sorted(names):
-        if name not in index:
-            raise _unknown(name, index)
-    return tuple(name in names for name in index)
-
-
-def _unknown(name: str, index: Mapping[str, int]) -> InputError:
-    return InputError(f"label {name!r:.60} is none of {', '.join(index):.200}")
-
-
-def described(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
-    """Return `{name: description}`; raises `InputError` for blank, repeated or too few names.
-
-    >>> described(["sports", "world"])
-    {'sports': '', 'world': ''}
-    """
-    if isinstance(labels, Mapping):
-        table: dict[Any, Any] = dict(labels)
-    else:
-        names = list(check_list(labels, "labels"))
-        for number, name in enumerate(names, 1):
-            check_text(name, f"labels: label {number}")
-        table = dict.fromkeys(names, "")
-        if len(table) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise InputError(f"labels: {twice!r} stands there twice; expected distinct names")
-    for name, description in table.items():
-        check_text(name, f"labels: name {name!r}")
-        check_text(description, f"labels: the description of {name!r}")
-        if not name.strip():
-            raise InputError(f"labels: {name!r} is blank; expected a name")
-        if name.endswith("\0"):  # numpy's arrays of text end there
-            raise InputError(f"labels: {name!r} ends in a NUL character; take it off")
-    if len(table) < 2:
+    if not entries or any(isinstance(entry, str) for entry in entries):
+        names = set(map(_name, entries))
+        for name in sorted(names):
+            _check_known(name, index)
+        return tuple(name in names for name in index)
+    numeric = int | float | np.number | np.bool_
+    are_flags = all(isinstance(entry, numeric) and entry in (0, 1) for entry in entries)
+    if len(entries) != len(index) or not are_flags:
         raise InputError(
-            f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"
+            f"its labels are {entries!r:.60}; expected names, or 0 or 1 for each of the "
+            f"{len(index)} labels"
         )
-    return {str(name): description.strip() for name, description in table.items()}
+    return tuple(map(bool, entries))
+
+
+def _check_known(name: str, index: Mapping[str, int]) -> None:
+    if name not in index:
+        raise InputError(f"label {name!r:.60} is not one of {', '.join(index):.200}")
+
+
+def right_columns(truth: Sequence[Any], multi_label: bool) -> np.ndarray:
+    """Return the right column of each row of scores: the label's, or yes and no for each label.
+
+    >>> right_columns([(False, True), (True, True)], True).tolist()
+    [1, 0, 0, 0]
+    """
+    return 1 - np.array(truth, int).reshape(-1) if multi_label else np.array(truth)

@@ -1,169 +1,258 @@
-"""Questions about texts: every one becomes the prompts that are asked, their scores one answer."""
+"""The prompter: a text becomes prompts, and their scores become one answer."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlmjax.classification.context import JOINT, Shot, Shots, windows_of
+from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText, Settings
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
 from mlmjax.scoring.continuation import ContinuationScorer
-from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics import option_orders
+from mlmjax.text.checks import check_list, check_texts
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, all_option_names, usable_option_names
 
 YES_NO = ("yes", "no")
+OPTIONAL = ("examples",)
+"""Fields of a prompt that may be blank."""
+
+CHUNK_PROMPTS = 4096
+"""About this many prompts are laid out together; texts are read as they are needed."""
 
 
-class Question(NamedTuple):
-    """A text, the numbers of the options it chooses among, and the label it is asked about if any.
+class Query(NamedTuple):
+    """A text, the numbers of the options to choose among, and the label it is about, if any.
 
-    `label` is that label's name, and `fields` what the prompt says of it.
+    `fields` holds what the prompt says of that label.
     """
 
     text: str
     choice: tuple[int, ...]
-    fields: Mapping[str, str] = {}
     label: str | None = None
+    fields: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True)
-class Asking:
-    """How questions are asked: the scorer, what options say, their orders, windows and examples.
+class Prompter:
+    """Asks a model about texts in the way that a classifier's settings say.
 
-    `shown[i]` is the text of option i in the prompt, `names[i]` what few-shot examples call it.
-    With `own_names` the answers are the scorer's labels whatever their order in the prompt, else
-    the letters (or numbers) of the options. `shifts` is how many cyclic orders of the options are
-    asked, None all of them. Of a text that is too long `long_text` says whether it is shortened, or
-    asked in windows whose probabilities are averaged ("mean"), or of which each option's highest
-    counts ("max"; rows sum to 1 again).
+    A text becomes one query, or one for each label where several may apply. A query becomes a
+    prompt for each order of its options and each window of its text. `shown` holds the options'
+    texts in the prompt, and `names` what few-shot examples call them. With `own_names` the answers
+    are the scorer's labels; otherwise they are the options' letters or numbers, which depend on
+    their order.
     """
 
-    scorer: RowScorer
-    shown: tuple[str, ...]
-    names: tuple[str, ...]
-    own_names: bool = False
-    shifts: int | None = 1
-    long_text: LongText = "shorten"
-    shots: Shots | None = None
+    def __init__(
+        self, settings: Settings, model: Model, tokenizer: Tokenizer, batch_size: int | None = None
+    ):
+        template = make_template(settings)
+        answer = "head" if settings.head == "classification" else settings.answer
+        if answer is None:
+            # Unless the prompt lists the options, a model cannot know what B means.
+            answer = "letters" if "options" in template.fields else "words"
+        self.settings = settings
+        self.names = YES_NO if settings.multi_label else tuple(settings.labels)
+        self.shown = YES_NO if settings.multi_label else settings.shown
+        options = {"batch_size": batch_size, "max_length": settings.max_length}
+        self.scorer = make_scorer(answer, self.names, (model, tokenizer, template), options)
+        self.own_names = answer != "letters"
+        if self.own_names and settings.orders != 1:
+            raise InputError(
+                f"orders is {settings.orders!r}, but these answers are not letters of options, "
+                "so they have no order to change; leave orders out"
+            )
+        self.shifts = None if settings.orders == "all" else settings.orders
+        shots = [Shot(example.text, example.labels) for example in settings.examples]
+        self.shots = Shots(shots, tokenizer) if shots else None
 
-    def ask(
-        self, questions: Sequence[Question], where: Sequence[str], progress: Progress | None = None
-    ) -> list[np.ndarray]:
-        """Return the log probabilities of each question's choice.
+    @cached_property
+    def size(self) -> int:
+        """The number of options in one prompt; more are asked in rounds."""
+        template, scorer = self.scorer.template, self.scorer
+        if self.settings.multi_label or self.own_names or "options" not in template.fields:
+            return len(self.names)
+        return group_size(template, scorer.tokenizer, self.shown, scorer.max_length)
 
-        They are in the order of the choice, whatever order was asked. `where` names each question
-        in messages; `progress` is called with prompts done since its last call.
+    def stream(self, texts: Iterable[str], part: int = CHUNK_PROMPTS) -> Iterator[np.ndarray]:
+        """Yield the log probabilities of at most `part` texts at a time, as `log_probs` does."""
+        labels = len(self.settings.labels)
+        each = (labels if self.settings.multi_label else 1) * (self.shifts or labels)
+        size = min(part, max(16, CHUNK_PROMPTS // each))
+        first, pending = 0, iter(check_list(texts, "texts"))
+        while chunk := list(islice(pending, size)):
+            yield self.log_probs(chunk, first)
+            first += len(chunk)
+
+    def log_probs(self, texts: Sequence[str], first: int = 0) -> np.ndarray:
+        """Return log probabilities before calibration, `[texts, labels]`.
+
+        With several labels per text they are those of yes and no, `[texts * labels, 2]`. `first` is
+        the index of the first text in messages.
         """
-        asked = [self.rows(question) for question in questions]
-        names = [name for name, rows in zip(where, asked, strict=True) for _ in rows]
-        flat = [row for rows in asked for _, row in rows]
-        scores = self.scorer.log_probs(flat, where=names, progress=progress)
+        queries, where = self._queries_of(texts, first)
+
+        def ask(numbers: Sequence[int], choices: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+            asked = [queries[n]._replace(choice=c) for n, c in zip(numbers, choices, strict=True)]
+            return self.ask(asked, [where[number] for number in numbers])
+
+        return np.array(in_rounds(ask, [query.choice for query in queries], self.size))
+
+    def log_probs_by_name(self, texts: Sequence[str]) -> np.ndarray:
+        """Return log probabilities under cyclic orders, `[queries, orders, option names]`.
+
+        There are up to 8 orders. Raises `InputError` unless every prompt holds all options, named
+        by letters or numbers, in the order given.
+        """
+        count = len(self.names)
+        if self.own_names or self.shifts != 1 or self.size < count:
+            raise InputError(
+                "method 'order' needs options named by letters, all of them in one prompt, asked "
+                "in one order; use another method"
+            )
+        queries, where = self._queries_of(texts, 0)
+        scores = []
+        for shift in option_orders.shifts(count, min(count, 8)):
+            moved = [
+                query._replace(choice=tuple(option_orders.shifted(query.choice, shift)))
+                for query in queries
+            ]
+            scores.append(self.ask(moved, where))
+        return np.array(scores).transpose(1, 0, 2)
+
+    def queries(self, text: str) -> list[Query]:
+        """Return the queries about a text: one, or one for each label if several may apply."""
+        settings = self.settings
+        if settings.multi_label:
+            shown = zip(settings.labels, settings.shown, strict=True)
+            return [Query(text, (0, 1), name, {"label": said}) for name, said in shown]
+        if settings.head == "classification":  # whose labels may be in another order
+            return [Query(text, tuple(self.scorer.labels.index(name) for name in self.names))]
+        return [Query(text, tuple(range(len(self.names))))]
+
+    def _queries_of(self, texts: Sequence[str], first: int) -> tuple[list[Query], list[str]]:
+        """Check texts, and return their queries with the name of each in messages."""
+        names = check_texts(texts, first)
+        queries = [self.queries(text) for text in texts]
+        where = [name for name, own in zip(names, queries, strict=True) for _ in own]
+        return [query for own in queries for query in own], where
+
+    def ask(self, queries: Sequence[Query], where: Sequence[str]) -> list[np.ndarray]:
+        """Return the log probabilities of each query's options, in the order of its choice.
+
+        `where` names each query in messages.
+        """
+        rows = [self.rows(query) for query in queries]
+        names = [name for name, own in zip(where, rows, strict=True) for _ in own]
+        scores = self.scorer.log_probs([row for own in rows for _, row in own], where=names)
         answers, start = [], 0
-        for question, rows in zip(questions, asked, strict=True):
-            answers.append(self._pooled(question, rows, scores[start : start + len(rows)]))
-            start += len(rows)
+        for query, own in zip(queries, rows, strict=True):
+            shifts = [shift for shift, _ in own]
+            answers.append(self._pooled(query, shifts, scores[start : start + len(own)]))
+            start += len(own)
         return answers
 
-    def rows(self, question: Question) -> list[tuple[int, dict[str, Any]]]:
-        """Return the prompts of a question as `(shift, row)`, windows of one order together."""
-        count = len(question.choice)
-        shifts = [0] if self.own_names else option_orders.shifts(count, self.shifts)
-        found = []
+    def rows(self, query: Query) -> list[tuple[int, dict[str, Any]]]:
+        """Return the prompts of a query as `(shift, row)`, the windows of one order together."""
+        shifts = [0] if self.own_names else option_orders.shifts(len(query.choice), self.shifts)
+        rows = []
         for shift in shifts:
-            order = option_orders.shifted(question.choice, shift)
-            row = {**question.fields, "options": [self.shown[i] for i in order]}
-            pieces, examples = self._fitted(question, row, order)
-            found += [(shift, row | {"text": piece, "examples": examples}) for piece in pieces]
-        return found
+            order = option_orders.shifted(query.choice, shift)
+            row = {**query.fields, "options": [self.shown[i] for i in order]}
+            windows, examples = self._fitted(query, row, order)
+            rows += [(shift, row | {"text": text, "examples": examples}) for text in windows]
+        return rows
 
     def examples(
-        self,
-        questions: Sequence[Question],
-        answers: Sequence[int],
-        where: Sequence[str],
-        *,
-        seed: int = 0,
+        self, numbers: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
     ) -> tuple[list[Prompt], list[int]]:
-        """Return prompts to train on and the column of each one's answer.
+        """Return prompts to train on, and the column of each one's answer.
 
-        `answers` are option numbers. Each question is shown in one of its orders, drawn by
-        `[seed, its number]`: in turns they could agree with the order of the labels, and the answer
-        would always be the same letter. Every window of a text is an example.
+        `numbers` are the texts to use. Each query is shown in one of its orders, drawn at random:
+        in turns they could follow the order of the labels, and the answer would always be the same
+        letter. Of more labels than one prompt holds, a query shows its own and others drawn at
+        random. Every window of a text is an example.
         """
-        rows, columns, names = [], [], []
-        for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
-            asked = self.rows(question)
-            shifts = sorted({shift for shift, _ in asked})
-            drawn = shifts[np.random.default_rng([seed, number]).integers(len(shifts))]
-            for shift, row in asked:
-                if shift == drawn:
-                    rows.append(row)
-                    names.append(where[number])
-                    order = option_orders.shifted(question.choice, shift)
-                    columns.append(answer if self.own_names else order.index(answer))
-        return self.scorer.prompts(rows, where=names), columns
+        names = check_texts(texts)
+        rows, columns, where = [], [], []
+        drawn = 0
+        for number in numbers:
+            queries = self.queries(texts[number])
+            if self.settings.multi_label:
+                answers = [YES_NO.index("yes" if applies else "no") for applies in truth[number]]
+            else:
+                answers = [queries[0].choice[truth[number]]]
+                rng = np.random.default_rng([seed, number])
+                choice = draw_options(queries[0].choice, answers[0], self.size, rng)
+                queries = [queries[0]._replace(choice=choice)]
+            for query, answer in zip(queries, answers, strict=True):
+                prompts = self.rows(query)
+                shifts = sorted({shift for shift, _ in prompts})
+                chosen = shifts[np.random.default_rng([seed, drawn]).integers(len(shifts))]
+                order = option_orders.shifted(query.choice, chosen)
+                own = [row for shift, row in prompts if shift == chosen]
+                rows += own
+                where += [names[number]] * len(own)
+                columns += [answer if self.own_names else order.index(answer)] * len(own)
+                drawn += 1
+        return self.scorer.prompts(rows, where=where), columns
 
     def _fitted(
-        self, question: Question, row: Mapping[str, Any], order: Sequence[int]
+        self, query: Query, row: Mapping[str, Any], order: Sequence[int]
     ) -> tuple[list[str], str]:
-        """Cut the text into windows, and give the few-shot examples that fit beside it."""
-        scorer = self.scorer
-        if self.long_text == "shorten" and self.shots is None:
-            return [question.text], ""
-        fixed = scorer.template.length(scorer.tokenizer, {**row, "text": "", "examples": ""})
-        uses = scorer.template.uses("text")
-        room = scorer.max_length - fixed - JOINT * uses
-        if self.long_text == "shorten" or room < uses:
-            pieces = [question.text]
+        """Return the windows of a query's text, and the few-shot examples that fit next to it."""
+        long_text, template = self.settings.long_text, self.scorer.template
+        if long_text == "shorten" and self.shots is None:
+            return [query.text], ""
+        tokenizer, uses = self.scorer.tokenizer, template.uses("text")
+        fixed = template.length(tokenizer, {**row, "text": "", "examples": ""})
+        room = self.scorer.max_length - fixed - JOINT * uses
+        if long_text == "shorten" or room < uses:
+            windows = [query.text]
         else:
-            pieces = windows_of(scorer.tokenizer, question.text, room // uses)
-        if self.shots is None or len(pieces) > 1:
-            return pieces, ""
-        left = room - uses * len(scorer.tokenizer.encode_plain(question.text))
-        left //= max(1, scorer.template.uses("examples"))
-        return pieces, self.shots.fill(left, lambda shot: self._answer_of(shot, question, order))
+            windows = windows_of(tokenizer, query.text, room // uses)
+        if self.shots is None or len(windows) > 1:
+            return windows, ""
+        left = room - uses * len(tokenizer.encode_plain(query.text))
+        left //= max(1, template.uses("examples"))
+        return windows, self.shots.fill(left, lambda shot: self._answer_of(shot, query, order))
 
-    def _answer_of(self, shot: Shot, question: Question, order: Sequence[int]) -> str | None:
-        """Return what a few-shot example is answered by, None where it is none of the options."""
+    def _answer_of(self, shot: Shot, query: Query, order: Sequence[int]) -> str | None:
+        """Return the answer of a few-shot example, or None if it is not among the options."""
         wanted = shot.labels[0] if shot.labels else None
-        if question.label is not None:
-            wanted = YES_NO[question.label not in shot.labels]
+        if query.label is not None:
+            wanted = YES_NO[query.label not in shot.labels]
         names = [self.names[i] for i in order]
         if wanted not in names:
             return None
         if self.own_names:
             return wanted
-        kind = self.scorer.template.names
-        return all_option_names(kind)[names.index(wanted)]
+        return all_option_names(self.scorer.template.names)[names.index(wanted)]
 
-    def _pooled(
-        self, question: Question, rows: Sequence[tuple[int, Any]], scores: np.ndarray
-    ) -> np.ndarray:
-        """Put the scores of a question's prompts together: first windows, then orders."""
-        count = len(question.choice)
-        by_shift: dict[int, list[np.ndarray]] = {}
-        for (shift, _), score in zip(rows, scores, strict=True):
-            by_shift.setdefault(shift, []).append(score[:count] if not self.own_names else score)
+    def _pooled(self, query: Query, shifts: Sequence[int], scores: np.ndarray) -> np.ndarray:
+        """Pool the scores of a query's prompts: first over windows, then over orders."""
+        if self.own_names:  # and so there is one order
+            return _over_windows(scores, self.settings.long_text)[list(query.choice)]
+        count = len(query.choice)
         answers = []
-        for shift, windows in by_shift.items():
-            pooled = _over_windows(np.array(windows), self.long_text)
-            answers.append(
-                pooled[list(question.choice)]
-                if self.own_names
-                else option_orders.unshifted(pooled, shift, count)
+        for shift in dict.fromkeys(shifts):
+            windows = np.array(
+                [s[:count] for s, of in zip(scores, shifts, strict=True) if of == shift]
             )
+            pooled = _over_windows(windows, self.settings.long_text)
+            answers.append(option_orders.unshifted(pooled, shift, count))
         return option_orders.pooled(np.array(answers)) if len(answers) > 1 else answers[0]
 
 
 def _over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
-    """[windows, labels] -> [labels]."""
+    """Pool the log probabilities of a text's windows, `[windows, labels]` to `[labels]`."""
     if len(log_probs) == 1:
         return log_probs[0]
     if rule == "mean":
@@ -172,12 +261,22 @@ def _over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
     return best - np.logaddexp.reduce(best)
 
 
-OPTIONAL = ("examples",)
-"""Fields of a prompt that may be blank."""
+def draw_options(
+    choice: tuple[int, ...], gold: int, size: int, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Return the options that an example shows: all, or its own and others drawn at random.
+
+    >>> draw_options((0, 1, 2, 3, 4, 5), 4, 3, np.random.default_rng(0))
+    (3, 4, 5)
+    """
+    if len(choice) <= size:
+        return choice
+    others = np.delete(np.array(choice), choice.index(gold))
+    return tuple(sorted([gold, *rng.choice(others, size - 1, replace=False).tolist()]))
 
 
 def make_template(settings: Settings) -> Template:
-    """Return the template; raises `InputError` where its fields are not those of the question."""
+    """Return the template; raises `InputError` if its fields do not suit the settings."""
     template = Template(
         settings.template,
         shorten=dict(settings.shorten),
@@ -190,7 +289,7 @@ def make_template(settings: Settings) -> Template:
     if not needed <= fields <= allowed:
         raise InputError(
             f"template: its fields are {', '.join(template.fields) or 'none'}; expected "
-            f"{_braced(needed)}" + (f", and may have {_braced(allowed - needed)}")
+            f"{_braced(needed)}, and may have {_braced(allowed - needed)}"
         )
     if settings.examples and "examples" not in fields:
         raise InputError("template: has no {examples}, where the examples given would stand")
@@ -201,57 +300,37 @@ def _braced(names: Iterable[str]) -> str:
     return " and ".join(f"{{{name}}}" for name in sorted(names)) or "no others"
 
 
-def make_asking(
-    settings: Settings, model: Model, tokenizer: Tokenizer, *, batch_size: int | None
-) -> Asking:
-    """Return how a classifier of these settings asks; raises `InputError` where it cannot."""
-    template = make_template(settings)
-    options: dict[str, Any] = {"batch_size": batch_size, "max_length": settings.max_length}
-    names, answer = tuple(settings.labels), settings.answer
-    if answer is None:
-        # Without the options before its eyes a model cannot know what B stands for.
-        answer = "letters" if "options" in template.fields else "words"
-    own_names = settings.head == "classification" or answer != "letters"
-    if settings.multi_label:
-        names = YES_NO
-    scorer: RowScorer
-    if settings.head == "classification":
-        scorer = HeadScorer(model, tokenizer, template, **options)
-        if set(scorer.labels) != set(names):
+def make_scorer(
+    answer: str,
+    names: tuple[str, ...],
+    parts: tuple[Model, Tokenizer, Template],
+    options: Mapping[str, Any],
+) -> RowScorer:
+    """Return the scorer of a way to answer; raises `InputError` if the labels do not suit it."""
+    if answer == "head":
+        head = HeadScorer(*parts, **options)
+        if set(head.labels) != set(names):
             raise InputError(
-                f"labels: the classification head has {_few(scorer.labels)}; found {_few(names)}; "
+                f"labels: the classification head has {_few(head.labels)}; found {_few(names)}; "
                 "give the same labels, or none"
             )
-    elif answer == "continuation":
-        scorer = ContinuationScorer(model, tokenizer, template, names, **options, optional=OPTIONAL)
-    elif answer == "words":
-        scorer = Scorer(
-            model, tokenizer, template, Verbalizer.words(names), **options, optional=OPTIONAL
-        )
-    else:
-        columns = usable_option_names(settings.names, tokenizer, len(names))
-        if len(columns) < 2:
-            raise InputError(
-                f"labels: the tokenizer has no two option names of one token ({settings.names}); "
-                "give answer='words' or another tokenizer"
-            )
-        verbalizer = Verbalizer({name: (f" {name}",) for name in columns})
-        scorer = Scorer(model, tokenizer, template, verbalizer, **options, optional=OPTIONAL)
-    if own_names and settings.orders != 1:
+        return head
+    if answer == "continuation":
+        return ContinuationScorer(*parts, names, **options, optional=OPTIONAL)
+    verbalizer = Verbalizer.words(names) if answer == "words" else _letters(parts, len(names))
+    return Scorer(*parts, verbalizer, **options, optional=OPTIONAL)
+
+
+def _letters(parts: tuple[Model, Tokenizer, Template], count: int) -> Verbalizer:
+    """Return option names as labels, as many as the tokenizer has of one token."""
+    kind = parts[2].names
+    names = usable_option_names(kind, parts[1], count)
+    if len(names) < 2:
         raise InputError(
-            f"orders is {settings.orders!r}, but the answers here are no letters of options, "
-            "so that there is no order to change; leave orders out"
+            f"labels: the tokenizer has no two option names of one token ({kind}); "
+            "give answer='words' or another tokenizer"
         )
-    shots = [Shot(example.text, example.labels) for example in settings.examples]
-    return Asking(
-        scorer,
-        shown=YES_NO if settings.multi_label else settings.shown,
-        names=names,
-        own_names=own_names,
-        shifts=None if settings.orders == "all" else settings.orders,
-        long_text=settings.long_text,
-        shots=Shots(shots, tokenizer) if shots else None,
-    )
+    return Verbalizer({name: (f" {name}",) for name in names})
 
 
 def _few(names: Sequence[str]) -> str:

@@ -1,90 +1,73 @@
-"""More labels than one prompt holds: rounds over groups of them, and what that says of each."""
+"""More labels than one prompt holds: groups of labels compete in rounds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mlmjax.classification.prompter import Asking, Question
 from mlmjax.errors import InputError
-from mlmjax.text.prompts import option_lines
+from mlmjax.text.prompts import Template, option_lines
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import usable_option_names
 
 TEXT_SHARE = 8
-"""One in this many tokens of a prompt is kept for the text when labels are cut into groups."""
+"""One in this many tokens of a prompt is kept for the text when labels are split into groups."""
 
-Ask = Callable[[Sequence[Question], Sequence[str]], list[np.ndarray]]
+Ask = Callable[[Sequence[int], Sequence[tuple[int, ...]]], list[np.ndarray]]
+"""From the numbers of queries and the options of each to the options' log probabilities."""
 
 
-def together(asking: Asking, labels: int) -> int:
-    """Return how many labels are asked about in one prompt: all of them, where they fit.
+def group_size(
+    template: Template, tokenizer: Tokenizer, shown: Sequence[str], max_length: int
+) -> int:
+    """Return how many of the options `shown` stand in one prompt: all of them if they fit.
 
     Groups are of equal size, as few as leave an eighth of the prompt for the text and have an
-    option name for each label. Raises `InputError` where not even two labels fit.
+    option name for each label. Raises `InputError` if not even two labels fit.
     """
-    template, scorer = asking.scorer.template, asking.scorer
-    if asking.own_names or "options" not in template.fields:
-        return labels
-    names = len(usable_option_names(template.names, scorer.tokenizer, labels))
-    lines = [option_lines([text], template.names) for text in asking.shown]
-    tokens = np.array([len(ids) + 1 for ids in scorer.tokenizer.encode_plain_batch(lines)])
+    labels = len(shown)
+    names = len(usable_option_names(template.names, tokenizer, labels))
+    lines = [option_lines([text], template.names) for text in shown]
+    tokens = np.array([len(ids) + 1 for ids in tokenizer.encode_plain_batch(lines)])
     empty: dict[str, Any] = dict.fromkeys(template.fields, "") | {"options": []}
-    fixed = template.length(scorer.tokenizer, empty)
-    room = scorer.max_length - scorer.max_length // TEXT_SHARE - fixed
+    room = max_length - max_length // TEXT_SHARE - template.length(tokenizer, empty)
     for count in range(1, labels):
         size = -(-labels // count)
         # Later rounds mix labels of all groups, so the longest ones have to fit together.
         if size <= names and np.sort(tokens)[-size:].sum() <= room:
             return size
     if labels <= names:
-        return labels  # the template says what is too long, and by how much
+        return labels  # The template's error says what is too long, and by how much.
     longest = int(tokens.argmax())
     raise InputError(
-        f"labels: no two of the {labels} labels fit beside a text in {scorer.max_length} tokens; "
-        f"the longest has {tokens[longest]} ({asking.shown[longest]!r:.60}); "
+        f"labels: no two of the {labels} labels fit in {max_length} tokens next to a text; "
+        f"the longest has {tokens[longest]} ({shown[longest]!r:.60}); "
         "give shorter descriptions or a larger max_length"
     )
 
 
-def in_rounds(
-    ask: Ask, questions: Sequence[Question], where: Sequence[str], size: int
-) -> list[np.ndarray]:
-    """Return the log probabilities of each question's choice, at most `size` options in a prompt.
+def in_rounds(ask: Ask, choices: Sequence[tuple[int, ...]], size: int) -> list[np.ndarray]:
+    """Return the log probabilities of each query's options, at most `size` options in a prompt.
 
-    The options are cut into groups of equal size, and each group is asked. The best of every group,
-    as many as fit in one prompt together, go on to the next round, which is done in the same way.
-    What the next round gives to those of a group is the group's probability; within the group,
-    those that went on keep their share of it and divide it as the next round does, the others keep
-    the share that the first round gave them. Sums to 1; with one group it is the plain answer.
-    Prompts for n options: n / size, and those of the next round.
+    The options are split into groups of equal size. The best of every group, as many as fit in one
+    prompt together, go on to the next round. The sum that the next round gives to a group's
+    options is the group's probability. Within the group, the options that went on divide their
+    share as the next round does; the others keep the share of the first round. The result sums to
+    1. With one group it is the plain answer.
     """
-    longest = max(len(question.choice) for question in questions)
-    if longest <= size:
-        return ask(questions, where)
-    cuts = [_cut(question.choice, size) for question in questions]
-    flat = [
-        question._replace(choice=group)
-        for question, groups in zip(questions, cuts, strict=True)
-        for group in groups
-    ]
-    names = [name for name, groups in zip(where, cuts, strict=True) for _ in groups]
-    first = iter(ask(flat, names))
-    rounds = [[next(first) for _ in groups] for groups in cuts]
-    kept = [
-        [_best(scores, max(1, size // len(groups))) for scores in found]
-        for groups, found in zip(cuts, rounds, strict=True)
-    ]
+    if max(map(len, choices)) <= size:
+        return ask(range(len(choices)), choices)
+    cuts = [_cut(choice, size) for choice in choices]
+    numbers = [number for number, groups in enumerate(cuts) for _ in groups]
+    scores = iter(ask(numbers, [group for groups in cuts for group in groups]))
+    rounds = [[next(scores) for _ in groups] for groups in cuts]
+    kept = [[_best(found, max(1, size // len(groups))) for found in groups] for groups in rounds]
     narrowed = [
-        question._replace(
-            choice=tuple(group[i] for group, best in zip(groups, chosen, strict=True) for i in best)
-        )
-        for question, groups, chosen in zip(questions, cuts, kept, strict=True)
+        tuple(group[i] for group, best in zip(groups, chosen, strict=True) for i in best)
+        for groups, chosen in zip(cuts, kept, strict=True)
     ]
-    final = in_rounds(ask, narrowed, where, size)
-    return [
-        _together(found, chosen, last)
-        for found, chosen, last in zip(rounds, kept, final, strict=True)
-    ]
+    final = in_rounds(ask, narrowed, size)
+    return [_join(*parts) for parts in zip(rounds, kept, final, strict=True)]
 
 
 def _cut(choice: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
@@ -98,13 +81,13 @@ def _best(log_probs: np.ndarray, count: int) -> list[int]:
     return sorted(np.argsort(-log_probs, kind="stable")[:count].tolist())
 
 
-def _together(
+def _join(
     rounds: Sequence[np.ndarray], kept: Sequence[Sequence[int]], last: np.ndarray
 ) -> np.ndarray:
-    """Join a round's groups `[options]` and the next round's answer for those that were kept.
+    """Join a round's groups `[options]` with the next round's answer for the options kept.
 
     >>> first = [np.log([0.8, 0.2]), np.log([0.5, 0.5])]
-    >>> np.exp(_together(first, [[0], [1]], np.log([0.9, 0.1]))).round(3).tolist()
+    >>> np.exp(_join(first, [[0], [1]], np.log([0.9, 0.1]))).round(3).tolist()
     [0.72, 0.18, 0.05, 0.05]
     """
     joined, start = [], 0

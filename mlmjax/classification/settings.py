@@ -1,11 +1,11 @@
-"""What a classifier is, beside its weights: labels, prompt, how it asks, and its calibration."""
+"""The settings of a classifier: what is saved with its weights, and how they are settled."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlmjax.classification.labels import described, seen_labels
+from mlmjax.classification.labels import label_table, seen_labels
 from mlmjax.config.data import ShortenSide
 from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode
@@ -41,7 +41,7 @@ class Example(StrictTable):
 
 
 class Settings(StrictTable):
-    """What `save_pretrained` writes beside the model; `labels` maps each name to a description."""
+    """What `save_pretrained` writes next to the model; `labels` maps names to descriptions."""
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     labels: Mapping[str, str]
@@ -65,7 +65,7 @@ class Settings(StrictTable):
         for example in self.examples:
             for name in example.labels:
                 if name not in self.labels:
-                    raise ValueError(f"examples: label {name!r:.60} is none of the labels")
+                    raise ValueError(f"examples: label {name!r:.60} is not one of the labels")
         columns = 2 if self.multi_label else len(self.labels)
         bias = None if self.calibration is None else self.calibration.bias
         if bias is not None and len(bias) != columns:
@@ -74,35 +74,15 @@ class Settings(StrictTable):
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """What the prompt says of each label: its name, and its description if it has one."""
+        """The text of each label in the prompt: its name, and its description if it has one."""
         return tuple(f"{name}: {d}" if d else name for name, d in self.labels.items())
 
 
-def default_template(
-    *, head: Head, answer: Answer | None, multi_label: bool, instruction: str | None, shots: bool
-) -> str:
-    """Return the prompt of a classifier that was given none of its own."""
-    if head == "classification":
-        return "{text}" if instruction is None else f"{_literal(instruction)}\n{{text}}"
-    examples = "{examples}" if shots else ""
-    if multi_label:
-        first = _literal(instruction or LABEL_INSTRUCTION)
-        middle = f"LABEL:\n{{label}}\n{examples}TEXT:\n{{text}}\nCHOICES:\n{{options}}\nANSWER:\n"
-    elif answer in ("words", "continuation"):
-        first, middle = _literal(instruction or NAME_INSTRUCTION), f"{examples}TEXT:\n{{text}}\n"
-    elif shots:  # what the examples' answers mean has to be known before they are read
-        first = _literal(instruction or INSTRUCTION)
-        middle = f"CHOICES:\n{{options}}\n{examples}TEXT:\n{{text}}\nANSWER:\n"
-    else:
-        first = _literal(instruction or INSTRUCTION)
-        middle = "TEXT:\n{text}\nCHOICES:\n{options}\nANSWER:\n"
-    return f"{first}\n{middle}{ASK}"
+LEARNED = ("calibration", "conformal", "abstain_below")
+"""Settings found from texts; they hold only for the prompts that they were found with."""
 
-
-def _literal(text: str) -> str:
-    """Return a text as a template has to have it to mean itself, braces and all."""
-    check_text(text, "instruction")
-    return text.replace("{", "{{").replace("}", "}}")
+ASKED = Settings.model_fields.keys() - {"format", "instruction", *LEARNED}
+"""Settings that decide what the model reads; the instruction is part of the template."""
 
 
 def settle(
@@ -112,136 +92,148 @@ def settle(
     tokenizer: Tokenizer,
     seen: Sequence[Any] | None,
 ) -> Settings:
-    """Put together what the constructor was given, what was saved, and what is usual.
+    """Combine the constructor's arguments, the saved settings and the defaults, in this order.
 
-    `given` are the constructor's arguments, None where the saved ones count; labels come last from
-    the model's head or the ones `seen` in training. Raises `InputError` for what does not fit.
+    An argument that is None in `given` leaves the choice to the others. Labels may also come from
+    the answers `seen` in training, or else from the model's head. Raises `InputError` for settings
+    that do not go together.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
-
-    def value(name: str, usual: Any) -> Any:
-        if given[name] is not None:
-            return given[name]
-        return usual if saved is None else getattr(saved, name)
-
-    head = value("head", "classification" if has_head else "mlm")
-    if has_head and head == "mlm":
+    if saved is None:
+        values = {name: field.default for name, field in Settings.model_fields.items()}
+        values["head"] = "classification" if has_head else "mlm"
+    else:
+        values = dict(saved)
+    plain = ("head", "answer", "multi_label", "orders", "long_text", "max_length", "instruction")
+    values |= {name: given[name] for name in plain if given[name] is not None}
+    if has_head and values["head"] == "mlm":
         raise InputError(
             "head is 'mlm', but a ModernBertForSequenceClassification has no masked-language-model "
             "head to answer with; leave head out, or give a ModernBertForMaskedLM"
         )
-    several = value("multi_label", False)
-    labels = given["labels"] if given["labels"] is not None else saved.labels if saved else None
-    if labels is None and seen is not None:
-        labels = seen_labels(seen, several)
-    if labels is None and has_head:
-        labels = HeadScorer.labels_of(model)
-    if labels is None:
-        raise InputError("the classifier has no labels; give labels, or call fit first")
-    table = described(labels)
-    same_labels = saved is not None and saved.labels.keys() == table.keys()
-    # Examples are about labels; of others they say nothing.
-    examples: Any = saved.examples if saved is not None and same_labels else ()
-    if given["examples"] is not None:
-        pairs = check_list(given["examples"], "examples")
-        examples = [_example(pair, i, table, several) for i, pair in enumerate(pairs)]
-    answer, instruction = value("answer", None), value("instruction", None)
-    usual = default_template(
-        head=head,
-        answer=answer,
-        multi_label=several,
-        instruction=instruction,
-        shots=bool(examples),
-    )
-    own: str | None = None
-    shorten: Mapping[str, Any] = {"text": "tail"}
-    names: OptionNames = "letters"
-    if isinstance(given["template"], Template):
-        template = given["template"]
-        own, shorten, names = template.text, template.shorten, template.names
-    elif given["template"] is not None:
-        own = given["template"]
-    elif saved is not None and saved.template != _usual_of(saved):
-        own, shorten, names = saved.template, saved.shorten, saved.names
-    elif saved is not None:
-        shorten = saved.shorten
-    if own is not None and given["instruction"] is not None:
-        raise InputError(
-            "instruction: there is a template as well, given or saved; write the instruction into "
-            "it, and give that as template"
-        )
-
-    def enough(kind: OptionNames) -> bool:
-        return len(usable_option_names(kind, tokenizer, len(table))) == len(table)
-
-    if not several and not enough(names) and enough("numbers"):
-        names = "numbers"
-    if several and (answer not in (None, "letters") or head == "classification"):
-        raise InputError(
-            "multi_label asks yes or no about every label, by letters at the slot; leave out "
-            "answer and head"
-        )
-    if head == "classification" and (examples or answer is not None):
-        raise InputError(
-            "a classification head reads the text alone; leave out examples and answer"
-        )
-    settings = decode(
-        Settings,
-        {
-            "labels": table,
-            "template": usual if own is None else own,
-            "shorten": dict(shorten),
-            "names": names,
-            "max_length": value("max_length", None),
-            "head": head,
-            "answer": answer,
-            "multi_label": several,
-            "orders": value("orders", 1),
-            "long_text": value("long_text", "shorten"),
-            "instruction": instruction,
-            "examples": tuple(examples),
-        },
-        "classifier",
-    )
+    values["labels"] = _labels(given["labels"], saved, seen, model, values["multi_label"])
+    values["examples"] = _examples(given["examples"], saved, values)
+    values |= _template(given, saved, values, tokenizer)
+    _check_combination(values)
+    settings = decode(Settings, values | dict.fromkeys(LEARNED), "classifier")
     learned: dict[str, Any] = {}
-    # What was learned of probabilities holds for the questions it was learned with.
-    # Of labels also the order counts, which tables that are equal need not have.
-    as_saved = saved is not None and list(settings.labels) == list(saved.labels)
-    if as_saved and all(getattr(settings, name) == getattr(saved, name) for name in _ASKED):
-        learned = {name: getattr(saved, name) for name in _LEARNED}
+    # The order of the labels counts too, and equal tables may differ in it.
+    same_labels = saved is not None and list(settings.labels) == list(saved.labels)
+    if same_labels and all(getattr(settings, name) == getattr(saved, name) for name in ASKED):
+        learned = {name: getattr(saved, name) for name in LEARNED}
     if given["abstain_below"] is not None:
         learned["abstain_below"] = check_share(given["abstain_below"], "abstain_below")
     return settings.model_copy(update=learned)
 
 
-_LEARNED = ("calibration", "conformal", "abstain_below")
-_ASKED = (
-    *("labels", "template", "shorten", "names", "max_length", "head", "answer", "multi_label"),
-    *("orders", "long_text", "examples"),
-)
+def default_template(values: Mapping[str, Any]) -> str:
+    """Return the prompt of settings that were given none of their own."""
+    instruction, shots = values["instruction"], bool(values["examples"])
+    if values["head"] == "classification":
+        return "{text}" if instruction is None else f"{_literal(instruction)}\n{{text}}"
+    examples = "{examples}" if shots else ""
+    if values["multi_label"]:
+        usual = LABEL_INSTRUCTION
+        middle = f"LABEL:\n{{label}}\n{examples}TEXT:\n{{text}}\nCHOICES:\n{{options}}\nANSWER:\n"
+    elif values["answer"] in ("words", "continuation"):
+        usual, middle = NAME_INSTRUCTION, f"{examples}TEXT:\n{{text}}\n"
+    elif shots:  # The options come first, because the examples' answers refer to them.
+        usual = INSTRUCTION
+        middle = f"CHOICES:\n{{options}}\n{examples}TEXT:\n{{text}}\nANSWER:\n"
+    else:
+        usual, middle = INSTRUCTION, "TEXT:\n{text}\nCHOICES:\n{options}\nANSWER:\n"
+    return f"{_literal(instruction or usual)}\n{middle}{ASK}"
 
 
-def _usual_of(saved: Settings) -> str:
-    return default_template(
-        head=saved.head,
-        answer=saved.answer,
-        multi_label=saved.multi_label,
-        instruction=saved.instruction,
-        shots=bool(saved.examples),
-    )
+def _literal(text: str) -> str:
+    """Escape the braces of a text, so that a template shows it as it is written."""
+    check_text(text, "instruction")
+    return text.replace("{", "{{").replace("}", "}}")
 
 
-def _example(pair: Any, number: int, labels: Mapping[str, str], several: bool) -> dict[str, Any]:
+def _labels(
+    given: Any, saved: Settings | None, seen: Sequence[Any] | None, model: Model, multi_label: bool
+) -> dict[str, str]:
+    """Return the labels with their descriptions, from the first source that has any."""
+    labels = given if given is not None else saved.labels if saved else None
+    if labels is None and seen is not None:
+        labels = seen_labels(seen, multi_label)
+    if labels is None and isinstance(model, ModernBertForSequenceClassification):
+        labels = HeadScorer.labels_of(model)
+    if labels is None:
+        raise InputError("the classifier has no labels; give labels, or call fit first")
+    return label_table(labels)
+
+
+def _examples(given: Any, saved: Settings | None, values: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Return the few-shot examples; the saved ones only if they are about the same labels."""
+    labels, multi_label = values["labels"], values["multi_label"]
+    if given is not None:
+        pairs = check_list(given, "examples")
+        return tuple(_example(pair, i, labels, multi_label) for i, pair in enumerate(pairs))
+    return saved.examples if saved is not None and saved.labels.keys() == labels.keys() else ()
+
+
+def _example(
+    pair: Any, number: int, labels: Mapping[str, str], multi_label: bool
+) -> dict[str, Any]:
     where = f"examples: example {number + 1}"
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
         raise InputError(f"{where} is {pair!r:.60}; expected a pair of a text and its label")
     text, given = pair
     check_text(text, f"{where}: text")
-    names = tuple(given) if several and not isinstance(given, str) else (given,)
+    names = tuple(given) if multi_label and not isinstance(given, str) else (given,)
     for name in names:
         check_text(name, f"{where}: label")
         if name not in labels:
-            raise InputError(f"{where}: label {name!r:.60} is none of {', '.join(labels):.200}")
+            raise InputError(f"{where}: label {name!r:.60} is not one of {', '.join(labels):.200}")
     if not text.strip():
         raise InputError(f"{where}: its text is blank; give it some text or leave it out")
     return {"text": str(text), "labels": names}
+
+
+def _template(
+    given: Mapping[str, Any],
+    saved: Settings | None,
+    values: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """Return the prompt's text, the fields it may shorten, and the names of its options."""
+    usual = default_template(values)
+    own: str | None = None
+    shorten: Mapping[str, Any] = {"text": "tail"}
+    names: OptionNames = "letters"
+    template = given["template"]
+    if isinstance(template, Template):
+        own, shorten, names = template.text, template.shorten, template.names
+    elif template is not None:
+        own = template
+    elif saved is not None:
+        shorten = saved.shorten
+        if saved.template != default_template(dict(saved)):
+            own, names = saved.template, saved.names
+    if own is not None and given["instruction"] is not None:
+        raise InputError(
+            "instruction: there is a template too, given or saved; write the instruction into it "
+            "and give that as template"
+        )
+    count = len(values["labels"])
+
+    def suffices(kind: OptionNames) -> bool:
+        return len(usable_option_names(kind, tokenizer, count)) == count
+
+    if not values["multi_label"] and not suffices(names) and suffices("numbers"):
+        names = "numbers"
+    return {"template": usual if own is None else own, "shorten": dict(shorten), "names": names}
+
+
+def _check_combination(values: Mapping[str, Any]) -> None:
+    """Raise `InputError` for ways to answer that exclude each other."""
+    answer, has_head = values["answer"], values["head"] == "classification"
+    if values["multi_label"] and (answer not in (None, "letters") or has_head):
+        raise InputError(
+            "multi_label asks yes or no about every label, by letters at the slot; leave out "
+            "answer and head"
+        )
+    if has_head and (values["examples"] or answer is not None):
+        raise InputError("a classification head reads only the text; leave out examples and answer")

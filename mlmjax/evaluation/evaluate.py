@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
+from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
 from mlmjax.statistics.option_orders import order_sensitivity
@@ -21,9 +22,6 @@ from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]
-"""A function of `(done, total)`."""
 
 
 def run_evaluation(
@@ -142,18 +140,10 @@ def score_questions(
     scorer: RowScorer, questions: Sequence[Question], progress: Progress | None = None
 ) -> np.ndarray:
     """Return the log probabilities of the labels, `[questions, labels]`."""
-    done = 0
-
-    def report(rows: int) -> None:
-        nonlocal done
-        done += rows
-        if progress:
-            progress(done, len(questions))
-
     return scorer.log_probs(
         [question.row for question in questions],
         where=[question.where for question in questions],
-        progress=report,
+        progress=progress,
     )
 
 

@@ -1,4 +1,4 @@
-"""Labels of several tokens, scored by their own pseudo-log-likelihood in the place of the slot."""
+"""The scorer of labels of several tokens: their pseudo-log-likelihood at the slot."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,27 +6,27 @@ from typing import Any
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import Model, ModernBertForMaskedLM
+from mlmjax.model.modernbert import Model
 from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.likelihood import log_prob_of_target, word_ends
-from mlmjax.scoring.scorers import RowScorer
+from mlmjax.scoring.scorers import RowScorer, check_masked_lm
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
 BLOCK = 64
-"""Prompts whose sequences are held in memory at once."""
+"""The number of prompts whose sequences are in memory together."""
 
 
 class ContinuationScorer(RowScorer):
-    """The probability of every label for every row, each label standing where the slot is.
+    """Score labels of any number of tokens, each put in place of the slot.
 
-    A label's score is the sum of the log probabilities of its tokens, each masked in turn together
-    with those that follow it in its word (Kauf and Ivanova 2023), under the softmax over the whole
-    vocabulary; scores are normalised over the labels. That takes one forward pass for each token of
-    each label. A longer label is less probable for its length alone, which calibration by a blank
-    text takes out.
+    A label's score is the sum of the log probabilities of its tokens under the softmax over the
+    whole vocabulary. Each token is masked in turn together with the later tokens of its word (Kauf
+    and Ivanova 2023), so a row takes one forward pass for each token of each label. Scores are
+    normalised over the labels. Longer labels are less probable only because of their length;
+    calibration on a blank text corrects that.
     """
 
     def __init__(
@@ -35,16 +35,9 @@ class ContinuationScorer(RowScorer):
         tokenizer: Tokenizer,
         template: Template,
         labels: Sequence[str],
-        *,
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        optional: Sequence[str] = (),
+        **options: Any,
     ):
-        if not isinstance(model, ModernBertForMaskedLM):
-            raise InputError(
-                f"a {type(model).__name__} has no masked-language-model head to score with; "
-                "expected a ModernBertForMaskedLM"
-            )
+        check_masked_lm(model)
         for label in labels:
             check_text(label, f"label {label!r}")
         self._tokens = tokenizer.encode_plain_batch([f" {label}" for label in labels])
@@ -56,16 +49,7 @@ class ContinuationScorer(RowScorer):
                     "labels that differ"
                 )
             seen[tokens] = label
-        super().__init__(
-            model,
-            tokenizer,
-            template,
-            labels,
-            log_prob_of_target,
-            batch_size=batch_size,
-            max_length=max_length,
-            optional=optional,
-        )
+        super().__init__(model, tokenizer, template, labels, log_prob_of_target, **options)
         longest = max(range(len(labels)), key=lambda i: len(self._tokens[i]))
         self.max_length -= len(self._tokens[longest]) - 1
         if self.max_length < 1:
@@ -87,11 +71,11 @@ class ContinuationScorer(RowScorer):
             block = prompts[start : start + BLOCK]
             results.append(self._block(block))
             if progress:
-                progress(len(block))
+                progress(start + len(block), len(prompts))
         return np.concatenate(results)
 
     def _block(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        """[rows, labels] log probabilities of a few prompts."""
+        """Return the log probabilities of a few prompts, `[prompts, labels]`."""
         sequences, positions, targets = [], [], []
         for prompt in prompts:
             before, after = prompt.ids[: prompt.slot], prompt.ids[prompt.slot + 1 :]
@@ -101,9 +85,9 @@ class ContinuationScorer(RowScorer):
                     sequences.append([*before, *tokens[:at], *hidden, *tokens[stop:], *after])
                     positions.append(len(before) + at)
                     targets.append(tokens[at])
-        found = self.engine.run(
+        log_probs = self.engine.run(
             sequences, np.array(positions, np.int32), np.array(targets, np.int32)
         ).reshape(len(prompts), -1)
         ends = np.cumsum([len(tokens) for tokens in self._tokens])[:-1]
-        scores = np.stack([part.sum(axis=1) for part in np.split(found, ends, axis=1)], axis=1)
+        scores = np.stack([part.sum(axis=1) for part in np.split(log_probs, ends, axis=1)], axis=1)
         return np.asarray(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))

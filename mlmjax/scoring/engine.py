@@ -1,4 +1,4 @@
-"""One jitted function over token sequences of any length: buckets, batches, devices, memory."""
+"""The engine: token sequences of any length through one jitted function."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -23,16 +23,23 @@ from mlmjax.parallel.sharding import (
 )
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int], None]
+Progress = Callable[[int, int], None]
+"""Called with the number of items done and their total."""
+
 Forward = Callable[..., Any]
 """From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`.
 
-It has to be hashable; those that are equal share what is compiled.
+It has to be hashable; equal ones share compiled programs.
 """
 
 
+def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return the progress of a part of the work, which follows `before` of `total` items."""
+    return progress and (lambda done, _: progress(before + done, total))
+
+
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
-    """Return the lengths that sequences are padded to: four to a doubling, ending at `max_length`.
+    """Return the lengths that sequences are padded to: four per doubling, up to `max_length`.
 
     >>> bucket_lengths(300)
     (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 300)
@@ -46,13 +53,13 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
 
 
 class Engine:
-    """Runs sequences of token ids through a model, a jitted `forward` of which says what is read.
+    """Run `forward`, jitted, over token sequences of any length.
 
-    Sequences are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
-    many as fill a token budget; a sequence that comes alone is a batch of its own unless the full
-    one is compiled already), cut over all local devices, so that there are at most two compilations
-    per bucket. A batch that the devices have no memory for is halved, and stays so; `forward` must
-    give each row a result that does not depend on the others.
+    Sequences are padded to one of `buckets`. A batch of a bucket has a fixed number of rows
+    (`batch_size`, or as many as fill a token budget), sharded over all local devices. A sequence
+    that comes alone is its own batch unless the full batch is compiled already, so there are at
+    most two compilations per bucket. If the devices have no memory for a batch, it is halved for
+    good. `forward` must give each row a result that does not depend on the other rows.
     """
 
     def __init__(
@@ -75,12 +82,12 @@ class Engine:
 
     @property
     def compilations(self) -> int:
-        """How many shapes of batches there were so far, each a program of its own."""
+        """The number of batch shapes so far, each of which is one program."""
         return len(self._shapes)
 
     @property
     def padding_share(self) -> float:
-        """The share of padding among all tokens that went through the model so far."""
+        """The share of padding among all tokens that the model has read so far."""
         return 1.0 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     def run(
@@ -89,11 +96,10 @@ class Engine:
         *columns: np.ndarray,
         progress: Progress | None = None,
     ) -> Any:
-        """Return what `forward` gives for each sequence, in their order: arrays `[sequences, ...]`.
+        """Return the results of `forward` in the order of the sequences, `[sequences, ...]`.
 
-        `columns` are more arrays of one entry per sequence. There has to be a sequence. `progress`
-        is called with the number of sequences done since its last call. Raises `RunError` where
-        the devices' memory does not hold even one sequence each.
+        `columns` are more arrays with one entry per sequence. There must be at least one sequence.
+        Raises `RunError` if the devices' memory does not hold even one sequence each.
         """
         lengths = np.array([len(ids) for ids in sequences])
         order = np.argsort(-lengths, kind="stable")
@@ -106,10 +112,11 @@ class Engine:
                         results = jax.tree.map(
                             lambda a: np.empty((len(order), *a.shape[1:]), a.dtype), scored
                         )
-                    jax.tree.map(_put(members), results, scored)
+                    for into, values in zip(*map(jax.tree.leaves, (results, scored)), strict=True):
+                        into[members] = values[: len(members)]
                     done += len(members)
                     if progress:
-                        progress(len(members))
+                        progress(done, len(order))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
@@ -117,10 +124,10 @@ class Engine:
         return results
 
     def rows_of(self, length: int, sequences: int) -> int:
-        """Count the rows of a batch of this length, a multiple of the devices.
+        """Return the number of rows of a batch of this length, a multiple of the devices.
 
-        Who asks about one sequence waits for it, and would wait for rows of padding; unless the
-        batch is compiled already, since compiling takes longer than they do.
+        Somebody waits for a sequence that comes alone, so it is not padded with rows; unless the
+        full batch is compiled already, because compiling takes longer than the rows.
         """
         devices = self.mesh.size
         rows = self.batch_size or rows_of(length) * devices
@@ -133,14 +140,14 @@ class Engine:
         rows = self.rows_of(bucket, sequences)
         if rows == self.mesh.size:
             raise RunError(
-                f"the memory of the devices does not hold one text of {length} tokens each; "
-                "give a smaller max_length, dtype bfloat16, or a device with more memory"
+                f"the devices' memory does not hold one text of {length} tokens each; give a "
+                "smaller max_length, dtype bfloat16, or a device with more memory"
             ) from error
         self._halvings += 1
         while self.rows_of(bucket, sequences) == rows:
             self._halvings += 1
         log.info(
-            "not enough memory for %d rows of %d tokens; going on with %d",
+            "not enough memory for %d rows of %d tokens; continuing with %d rows",
             rows,
             length,
             self.rows_of(bucket, sequences),
@@ -156,7 +163,7 @@ class Engine:
         order: np.ndarray,
         columns: Sequence[np.ndarray],
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Yield `(indices, results)`; one batch is in flight while the next is laid out."""
+        """Yield `(indices, results)`; one batch runs while the next is laid out."""
         state = self._state()
         waiting = None
         for members, arrays in self._batches(sequences, lengths, order, columns):
@@ -175,10 +182,10 @@ class Engine:
         order: np.ndarray,
         columns: Sequence[np.ndarray],
     ) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
-        """Lay out sequences, longest first, as `(their indices, arrays of a bucket's shape)`.
+        """Yield batches, longest sequences first, as `(their indices, arrays)`.
 
-        A batch is filled with the next shorter ones even where these would fit a smaller bucket, so
-        that only the last batch of all has rows of padding.
+        A batch is filled with the next shorter sequences even if they fit a smaller bucket, so that
+        only the last batch has rows of padding.
         """
         start = 0
         while start < len(order):
@@ -190,7 +197,7 @@ class Engine:
             for row, member in enumerate(members):
                 ids[row, : lengths[member]] = sequences[member]
                 segment_ids[row, : lengths[member]] = 1
-            # Rows left over repeat the first one's columns: results of theirs are dropped.
+            # Unused rows repeat the first row's columns; their results are dropped.
             filled = np.resize(members, rows)
             filled[len(members) :] = members[0]
             self.real_tokens += int(lengths[members].sum())
@@ -201,7 +208,7 @@ class Engine:
             start += rows
 
     def _state(self) -> Any:
-        """Return the model's parameters on all devices, placed again only when they are others."""
+        """Return the model's parameters on all devices; only changed ones are placed again."""
         _, state = nnx.split(self.model)
         leaves = jax.tree.leaves(state)
         known, placed = self._placed
@@ -213,9 +220,9 @@ class Engine:
 
 
 def as_computed(model: Model, state: Any) -> Any:
-    """Round the weights of products once, as each product would round them for every batch.
+    """Round the weights of matrix products once, instead of in every batch.
 
-    `state` holds the model's parameters, or shapes in their place.
+    `state` holds the model's parameters or their shapes.
     """
     products = {
         ".".join(map(str, (*path, "weight")))
@@ -230,8 +237,8 @@ def as_computed(model: Model, state: Any) -> Any:
 
 
 def _computed_graph(model: Model) -> Any:
-    """Return the model's graph without what only its files said, which no forward pass reads."""
-    bare: Any = nnx.merge(*nnx.split(model))  # other modules with the same arrays
+    """Return the model's graph without facts about its files, which no forward pass reads."""
+    bare: Any = nnx.merge(*nnx.split(model))  # New modules with the same arrays.
     bare.source_dtypes = ()
     for _, module in nnx.iter_graph(bare):
         if hasattr(module, "config"):
@@ -241,21 +248,14 @@ def _computed_graph(model: Model) -> Any:
 
 @lru_cache(maxsize=64)
 def _jitted(graphdef: Any, forward: Forward) -> Any:
-    """Return the jitted call; engines of like models that read the same share what is compiled."""
+    """Return the jitted call; engines of equal graphs and forwards share compiled programs."""
     return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
 
 
-def _put(members: np.ndarray) -> Callable[[np.ndarray, np.ndarray], None]:
-    def put(into: np.ndarray, values: np.ndarray) -> None:
-        into[members] = values[: len(members)]
-
-    return put
-
-
 def rows_of(length: int, platform: str | None = None) -> int:
-    """Count the rows of one device's batch of sequences of this length, where nobody says.
+    """Return the default number of rows on one device for sequences of this length.
 
-    A CPU's matrix products are at full speed from about 1024 tokens. `platform`: the one in use.
+    A CPU's matrix products reach full speed at about 1024 tokens. `platform` defaults to JAX's.
     """
     budget = 1024 if (platform or jax.default_backend()) == "cpu" else 65536
     return max(1, budget // length)

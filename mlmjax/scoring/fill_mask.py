@@ -1,4 +1,4 @@
-"""Fills the masks of texts."""
+"""The likeliest tokens for the masks of a text."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -12,7 +12,8 @@ import numpy as np
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Progress
-from mlmjax.scoring.likelihood import _check_finite, _encoded, _engine
+from mlmjax.scoring.likelihood import check_finite, encode_texts
+from mlmjax.scoring.scorers import check_masked_lm, make_engine
 from mlmjax.text.prompts import MASK, WHITE_SPACE
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -20,7 +21,7 @@ MASKS_AT_ONCE = 8
 
 
 class Filled(NamedTuple):
-    """One answer for a mask: the token's text, its id, its probability among the vocabulary."""
+    """A token for a mask: its text, its id, and its probability among the whole vocabulary."""
 
     token: str
     id: int
@@ -37,23 +38,23 @@ def fill_mask(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[list[list[Filled]]]:
-    """Return, for each text and each `[MASK]` in it, the likeliest tokens; see `MaskFiller`.
+    """Return the likeliest tokens for each `[MASK]` of each text, as `MaskFiller` does.
 
-    `progress` is called with the number of masks filled since its last call.
+    `progress` is called with the number of masks filled and the total of the texts read so far.
     """
     filler = MaskFiller(model, tokenizer, top_k=top_k, batch_size=batch_size, max_length=max_length)
     return filler.fill(texts, progress=progress)
 
 
 class MaskFiller:
-    """Says which tokens are likeliest in the place of every `[MASK]` of a text.
+    """Predict the likeliest tokens for every `[MASK]` of a text.
 
-    Only here is `[MASK]` written in a text the mask; every other special token's name stays text.
-    White space before a mask belongs to the answer, as the tokenizer has it. The masks of one text
-    are predicted in one pass, each without knowing the answers to the others.
+    Only here does `[MASK]` in a text mean the mask; names of other special tokens stay text. White
+    space before a mask belongs to the answer if the tokenizer says so. The masks of a text are
+    predicted in one pass, each without knowing the answers to the others.
 
-    Special and `[unused*]` tokens are never among the answers, but probabilities are those of the
-    softmax over the whole vocabulary, so that they need not sum to 1 even for the largest `top_k`.
+    Special and `[unused*]` tokens are never answers. Probabilities are those of the softmax over
+    the whole vocabulary, so they do not sum to 1 even for the largest `top_k`.
     """
 
     def __init__(
@@ -70,21 +71,23 @@ class MaskFiller:
             raise InputError(
                 f"top_k is {top_k!r}; expected 1 to {len(answers)}, the tokens that can answer"
             )
+        check_masked_lm(model)
         self.tokenizer, self.top_k = tokenizer, top_k
         is_answer = np.isin(np.arange(model.config.vocab_size), answers)
         forward = partial(_likeliest, is_answer, top_k)
-        self.engine = _engine(model, tokenizer, forward, batch_size, max_length)
+        self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
 
     def fill(
         self, texts: Iterable[str], *, progress: Progress | None = None
     ) -> list[list[list[Filled]]]:
-        """Fill the masks of texts, any iterable of them; it is read in chunks.
+        """Fill the masks of texts, any iterable of them, read in chunks.
 
-        Raises `InputError` naming each row that is no text, has no mask, or is too long; `RunError`
-        for probabilities that are not finite.
+        Raises `InputError` that lists each row that is not text, has no mask, or is too long, and
+        `RunError` for probabilities that are not finite.
         """
-        results = []
-        for chunk in _encoded(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
+        results: list[list[list[Filled]]] = []
+        done = 0
+        for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
             slots = [np.flatnonzero(ids == self.tokenizer.mask_id) for ids in chunk]
             passes: list[tuple[Any, np.ndarray]] = [
                 (ids, group)
@@ -94,20 +97,19 @@ class MaskFiller:
             counts = np.array([len(group) for _, group in passes], np.int32)
             padded = [np.resize(group, MASKS_AT_ONCE) for _, group in passes]
             log_probs, tokens = self.engine.run(
-                [ids for ids, _ in passes],
-                np.array(padded, np.int32),
-                counts,
+                [ids for ids, _ in passes], np.array(padded, np.int32), counts
             )
             is_used = np.arange(MASKS_AT_ONCE) < counts[:, None]
             log_probs, tokens = log_probs[is_used], tokens[is_used]
-            _check_finite(log_probs)
+            check_finite(log_probs)
             filled = zip(
                 np.exp(log_probs.astype(np.float64)).tolist(), tokens.tolist(), strict=True
             )
             answers = map(self._filled, filled)
             results += [list(islice(answers, len(own))) for own in slots]
+            done += len(tokens)
             if progress:
-                progress(len(tokens))
+                progress(done, done)
         return results
 
     def _ids(self, text: str) -> list[int]:
@@ -137,7 +139,7 @@ def _likeliest(
     slots: jax.Array,
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """[batch, seq] ids, [batch, slots] -> log probabilities and tokens [batch, slots, top_k]."""
+    """Return log probabilities and tokens, `[batch, slots, top_k]`, of slots `[batch, slots]`."""
     hidden = model.encode(ids, segment_ids)
     at_slots = jnp.take_along_axis(hidden, slots[:, :, None], axis=1)
     shape = (slots.shape[1], slots.shape[0], top_k)

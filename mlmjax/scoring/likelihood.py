@@ -1,4 +1,4 @@
-"""What a masked language model says of plain text: how probable it is, and what a mask stands for.
+"""The pseudo-log-likelihood of texts: how probable a model finds each token.
 
 Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659); Kauf and Ivanova
 2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588).
@@ -6,7 +6,7 @@ Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659)
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -15,8 +15,8 @@ import numpy as np
 
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.engine import Engine, Forward, Progress
-from mlmjax.scoring.scorers import make_engine
+from mlmjax.scoring.engine import Progress, part_of
+from mlmjax.scoring.scorers import check_masked_lm, make_engine
 from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
@@ -27,10 +27,7 @@ CHUNK_TOKENS = 1 << 22
 
 
 class ScoredToken(NamedTuple):
-    """One token of a text: how it reads, its id, its log probability, if it begins a word.
-
-    Where a token is a part of a character, `text` is U+FFFD.
-    """
+    """A token of a text with its log probability; `text` is U+FFFD for a part of a character."""
 
     text: str
     id: int
@@ -40,23 +37,23 @@ class ScoredToken(NamedTuple):
 
 @dataclass(frozen=True)
 class TextScore:
-    """The pseudo-log-likelihood of a text in nats: of each token, and their sum."""
+    """The pseudo-log-likelihood of a text in nats, token by token."""
 
     tokens: tuple[ScoredToken, ...]
 
     @property
     def total(self) -> float:
-        """The sum over the tokens."""
+        """Return the sum over the tokens."""
         return sum(token.log_prob for token in self.tokens)
 
     @property
     def per_token(self) -> float:
-        """The mean over the tokens."""
+        """Return the mean over the tokens."""
         return self.total / len(self.tokens)
 
     @property
     def per_word(self) -> float:
-        """The mean over the words, as `data.pieces.word_starts` counts them."""
+        """Return the mean over the words that `text.words.word_starts` finds."""
         return self.total / sum(token.starts_word for token in self.tokens)
 
 
@@ -70,9 +67,9 @@ def pseudo_log_likelihood(
     max_length: int | None = None,
     progress: Progress | None = None,
 ) -> list[TextScore]:
-    """Return how probable each text is to the model, token by token; see `TextScorer`.
+    """Return the pseudo-log-likelihood of each text, token by token, as `TextScorer` does.
 
-    `progress` is called with the number of tokens scored since its last call.
+    `progress` is called with the number of tokens scored and the total of the texts read so far.
     """
     scorer = TextScorer(
         model, tokenizer, method=method, batch_size=batch_size, max_length=max_length
@@ -81,16 +78,16 @@ def pseudo_log_likelihood(
 
 
 class TextScorer:
-    """Scores texts by pseudo-log-likelihood; kept, it compiles nothing twice.
+    """Score texts by pseudo-log-likelihood; keep one for many calls, since it compiles once.
 
     Every token is predicted from the rest of its text between [CLS] and [SEP], under the softmax
-    over the whole vocabulary: one sequence through the model for each token. With
-    `method="original"` (Salazar et al. 2020) the token alone is masked; with `"word_l2r"` (Kauf and
-    Ivanova 2023) also the later tokens of its word, so that the end of a word does not give away
-    its beginning. Nothing in a text becomes a special token.
+    over the whole vocabulary, so a text takes one sequence through the model for each token. With
+    `method="original"` (Salazar et al. 2020) only the token is masked. With `"word_l2r"` (Kauf and
+    Ivanova 2023) the later tokens of its word are masked too, so that the end of a word does not
+    give away its beginning. Nothing in a text becomes a special token.
 
-    A text that does not fit `max_length` tokens with [CLS] and [SEP] (default: the model's
-    `max_position_embeddings`) is refused, not cut.
+    A text of more than `max_length` tokens with [CLS] and [SEP] (default: the model's
+    `max_position_embeddings`) is an error; it is never truncated.
     """
 
     def __init__(
@@ -106,33 +103,30 @@ class TextScorer:
             raise InputError(
                 f"method is {method!r}; expected one of {', '.join(map(repr, get_args(Method)))}"
             )
+        check_masked_lm(model)
         self.tokenizer, self.method = tokenizer, method
-        self.engine = _engine(model, tokenizer, log_prob_of_target, batch_size, max_length)
+        self.engine = make_engine(model, tokenizer, log_prob_of_target, batch_size, max_length)
 
     def score(self, texts: Iterable[str], *, progress: Progress | None = None) -> list[TextScore]:
-        """Score texts, any iterable of them; it is read in chunks.
+        """Score texts, any iterable of them, read in chunks.
 
-        Raises `InputError` naming each row that is blank, no text, or too long; `RunError` for
-        scores that are not finite.
+        Raises `InputError` that lists each row that is blank, not text, or too long, and `RunError`
+        for scores that are not finite.
         """
-        results = []
-        for chunk in _encoded(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
-            log_probs = np.concatenate(
-                [
-                    self.engine.run(
-                        [s.ids for s in part],
-                        np.array([s.slot for s in part], np.int32),
-                        np.array([s.target for s in part], np.int32),
-                        progress=progress,
-                    )
-                    for part in _chunks(
-                        (s for ids in chunk for s in self._masked(ids)),
-                        lambda s: len(s.ids),
-                        CHUNK_TOKENS,
-                    )
-                ]
-            )
-            _check_finite(log_probs)
+        results: list[TextScore] = []
+        done = total = 0
+        for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
+            total += sum(len(ids) - 2 for ids in chunk)
+            sequences = chain.from_iterable(map(self._masked, chunk))
+            parts = []
+            for part in split_by_size(sequences, lambda one: len(one.ids), CHUNK_TOKENS):
+                slots, targets = np.array([one[1:] for one in part], np.int32).T
+                shown = part_of(progress, done, total)
+                ids = [one.ids for one in part]
+                parts.append(self.engine.run(ids, slots, targets, progress=shown))
+                done += len(part)
+            log_probs = np.concatenate(parts)
+            check_finite(log_probs)
             values = iter(log_probs.tolist())
             results += [self._text_score(ids, islice(values, len(ids) - 2)) for ids in chunk]
         return results
@@ -144,7 +138,7 @@ class TextScorer:
         return ids
 
     def _masked(self, ids: np.ndarray) -> Iterator["_Masked"]:
-        """Yield the sequence that predicts each token, one after the other."""
+        """Yield the sequences that predict each token of a text."""
         ends = word_ends(word_starts(self.tokenizer)(ids[1:-1])) + 1
         for slot in range(1, len(ids) - 1):
             masked = ids.copy()
@@ -165,7 +159,7 @@ class TextScorer:
 
 
 def word_ends(starts: np.ndarray) -> np.ndarray:
-    """Return, from bool `[tokens]`, where the word that each token belongs to ends.
+    """Return the end of each token's word, from the tokens that start words, bool `[tokens]`.
 
     >>> word_ends(np.array([True, False, True])).tolist()
     [2, 2, 3]
@@ -174,7 +168,7 @@ def word_ends(starts: np.ndarray) -> np.ndarray:
 
 
 class _Masked(NamedTuple):
-    """A sequence with masks, the slot that is read, and the token that stood there."""
+    """A sequence with masks, the slot to read, and the token that was there."""
 
     ids: np.ndarray
     slot: int
@@ -184,32 +178,17 @@ class _Masked(NamedTuple):
 def log_prob_of_target(
     model: Any, ids: jax.Array, segment_ids: jax.Array, slots: jax.Array, targets: jax.Array
 ) -> jax.Array:
-    """[batch, seq] ids -> [batch] log probabilities of the targets at the slots."""
+    """Return the log probabilities `[batch]` of the targets at the slots of ids `[batch, seq]`."""
     hidden = model.encode(ids, segment_ids)
     at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
     log_probs = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
     return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
 
 
-def _engine(
-    model: ModernBertForMaskedLM,
-    tokenizer: Tokenizer,
-    forward: Forward,
-    batch_size: int | None,
-    max_length: int | None,
-) -> Engine:
-    if not isinstance(model, ModernBertForMaskedLM):
-        raise InputError(
-            f"a {type(model).__name__} has no masked-language-model head to read; "
-            "expected a ModernBertForMaskedLM"
-        )
-    return make_engine(model, tokenizer, forward, batch_size, max_length)
-
-
-def _encoded(
+def encode_texts(
     texts: Iterable[str], ids_of: Callable[[str], list[int]], tokenizer: Tokenizer, longest: int
 ) -> Iterator[list[np.ndarray]]:
-    """Yield texts chunk by chunk as ids between [CLS] and [SEP]; an error names every bad row."""
+    """Yield chunks of texts as ids between [CLS] and [SEP]; an error lists every bad row."""
 
     def encode(text: str) -> np.ndarray:
         check_filled(text, "the text")
@@ -221,7 +200,7 @@ def _encoded(
         return np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32)
 
     first = 0
-    for chunk in _chunks(check_list(texts, "texts"), _characters, CHUNK_CHARACTERS):
+    for chunk in split_by_size(check_list(texts, "texts"), _characters, CHUNK_CHARACTERS):
         yield for_each_row(encode, name_rows(chunk, first))
         first += len(chunk)
 
@@ -230,10 +209,12 @@ def _characters(text: Any) -> int:
     return 1 + (len(text) if isinstance(text, str) else 0)
 
 
-def _chunks(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Iterator[list[Any]]:
-    """Yield runs of items, each closed by the item with which its size reaches the limit.
+def split_by_size(
+    items: Iterable[Any], size: Callable[[Any], int], limit: int
+) -> Iterator[list[Any]]:
+    """Yield runs of items; the item with which a run reaches the limit ends it.
 
-    >>> list(_chunks(["ab", "c", "defg", "h"], len, 3))
+    >>> list(split_by_size(["ab", "c", "defg", "h"], len, 3))
     [['ab', 'c'], ['defg'], ['h']]
     """
     chunk: list[Any] = []
@@ -248,6 +229,7 @@ def _chunks(items: Iterable[Any], size: Callable[[Any], int], limit: int) -> Ite
         yield chunk
 
 
-def _check_finite(log_probs: np.ndarray) -> None:
+def check_finite(log_probs: np.ndarray) -> None:
+    """Raise `RunError` for scores that are not finite."""
     if not np.isfinite(log_probs).all():
         raise RunError("the model's scores are not finite; its weights are broken")

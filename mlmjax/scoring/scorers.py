@@ -1,9 +1,9 @@
-"""Label probabilities at the slot, by one forward pass for each row."""
+"""Scorers: rows become prompts, and prompts become probabilities of labels."""
 
 import itertools
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from mlmjax.model.modernbert import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
 )
-from mlmjax.scoring.engine import Engine, Forward, Progress
+from mlmjax.scoring.engine import Engine, Forward, Progress, part_of
 from mlmjax.text.checks import check_list, check_row, for_each_row, name_rows
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -35,7 +35,7 @@ def make_engine(
     batch_size: int | None,
     max_length: int | None,
 ) -> Engine:
-    """Return the engine of a model and its tokenizer; raises `InputError` for what cannot be."""
+    """Return the engine of a model and its tokenizer; raises `InputError` for bad options."""
     if tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
@@ -61,15 +61,21 @@ def make_engine(
     )
 
 
-class RowScorer(ABC):
-    """What is common to scorers: rows become prompts, and prompts log probabilities of the labels.
+def check_masked_lm(model: Any) -> None:
+    """Raise `InputError` for a model that cannot predict masked tokens."""
+    if not isinstance(model, ModernBertForMaskedLM):
+        raise InputError(
+            f"a {type(model).__name__} has no masked-language-model head to score with; "
+            "expected a ModernBertForMaskedLM"
+        )
 
-    Prompts are padded to one of `buckets`, each with a fixed number of rows (`batch_size`, or as
-    many as fill a token budget; a prompt that comes alone is a batch of its own unless the full one
-    is compiled already), so that there are at most two compilations per bucket. Texts that make a
-    prompt longer than `max_length` (default: the model's `max_position_embeddings`) are shortened
-    by the template, and such rows are counted in `shortened`; `scored` counts all. Fields named in
-    `optional` may be blank, others are refused then.
+
+class RowScorer(ABC):
+    """Turn rows into prompts, and prompts into log probabilities of the labels.
+
+    `Engine` explains buckets and `batch_size`. The template shortens texts that make a prompt
+    longer than `max_length` (default: the model's `max_position_embeddings`). `shortened` counts
+    such rows, `scored` all rows. Only fields named in `optional` may be blank.
     """
 
     def __init__(
@@ -80,8 +86,8 @@ class RowScorer(ABC):
         labels: Sequence[str],
         forward: Forward,
         *,
-        batch_size: int | None,
-        max_length: int | None,
+        batch_size: int | None = None,
+        max_length: int | None = None,
         optional: Sequence[str] = (),
     ):
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
@@ -92,7 +98,7 @@ class RowScorer(ABC):
 
     @property
     def model(self) -> Model:
-        """The model that answers; another one of the same shapes may be set."""
+        """The model that answers; it may be replaced by another of the same shapes."""
         return self.engine.model
 
     @model.setter
@@ -106,12 +112,12 @@ class RowScorer(ABC):
 
     @property
     def compilations(self) -> int:
-        """How many shapes of batches there were so far, each a program of its own."""
+        """The number of batch shapes so far, each of which is one program."""
         return self.engine.compilations
 
     @property
     def padding_share(self) -> float:
-        """The share of padding among all tokens that went through the model so far."""
+        """The share of padding among all tokens that the model has read so far."""
         return self.engine.padding_share
 
     def log_probs(
@@ -121,21 +127,22 @@ class RowScorer(ABC):
         where: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """Score rows of `{field: text}` and give log probabilities, float32 `[rows, labels]`.
+        """Return the log probabilities of rows of `{field: text}`, float32 `[rows, labels]`.
 
-        A row may hold `"options"`, a list of texts; its columns past their number are -inf.
-        Any iterable will do: it is read in chunks. `where` names each row in messages (default:
-        its number); `progress` is called with the number of rows done since its last call.
-        Raises `InputError` naming each row that cannot be scored, `RunError` for scores that are
-        not finite.
+        A row may hold `"options"`, a list of texts; its columns past their number are -inf. `rows`
+        is any iterable, read in chunks. `where` names each row in messages (default: its number).
+        `progress` is called with the number of rows done and their total (of rows read so far, if
+        `rows` has no length). Raises `InputError` that lists each row that cannot be scored, and
+        `RunError` for scores that are not finite.
         """
         results = [np.zeros((0, len(self.labels)), np.float32)]
         first, pending = 0, iter(check_list(rows, "rows", "rows"))
         while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
-            names = where[first : first + len(chunk)] if where else None
-            prompts = self.prompts(chunk, where=names, first=first)
-            results.append(self._score(chunk, prompts, progress))
-            first += len(chunk)
+            stop = first + len(chunk)
+            prompts = self.prompts(chunk, where=where and where[first:stop], first=first)
+            total = len(rows) if isinstance(rows, Sized) else stop
+            results.append(self._score(chunk, prompts, part_of(progress, first, total)))
+            first = stop
             self.scored += len(chunk)
         scores = np.concatenate(results)
         if np.isnan(scores).any():
@@ -149,9 +156,9 @@ class RowScorer(ABC):
         where: Sequence[str] | None = None,
         first: int = 0,
     ) -> list[Prompt]:
-        """Check and tokenise rows (`first`: the index of the first of them), as `log_probs` does.
+        """Check rows and turn them into prompts; `first` is the index of the first row.
 
-        Raises `InputError` that lists each row refused, by its name in `where` or its number.
+        Raises `InputError` that lists each bad row by its name in `where`, or by its number.
         """
         names = where or [name for name, _ in name_rows(rows, first)]
         fields, count = self.template.fields, len(self.labels)
@@ -173,15 +180,15 @@ class RowScorer(ABC):
 
 
 class Scorer(RowScorer):
-    """The probability of every label for every row, by one forward pass per row.
+    """Score the labels of a verbalizer at the slot, in one forward pass per row.
 
-    The encoder runs in the model's compute dtype; the head runs at the slot alone, and the
-    log-softmax in float32. A row's result does not depend on its neighbours or its bucket.
+    The encoder runs in the model's compute dtype, the head only at the slot, and the log-softmax in
+    float32. A row's result does not depend on its neighbours or its bucket.
 
-    `normalize="labels"` is the softmax over the verbalizer's own labels (over the row's first
-    `len(row["options"])` labels where it has options); the probabilities of a label's surface forms
-    are summed. `normalize="vocabulary"` is that sum under the softmax over the whole vocabulary,
-    which is how the published MMLU figures were made.
+    `normalize="labels"` is the softmax over the verbalizer's labels (over the first
+    `len(row["options"])` of them if the row has options); the probabilities of a label's surface
+    forms are summed. `normalize="vocabulary"` is that sum under the softmax over the whole
+    vocabulary, as in the published MMLU figures.
     """
 
     def __init__(
@@ -196,11 +203,7 @@ class Scorer(RowScorer):
         max_length: int | None = None,
         optional: Sequence[str] = (),
     ):
-        if not isinstance(model, ModernBertForMaskedLM):
-            raise InputError(
-                f"a {type(model).__name__} has no masked-language-model head to score with; "
-                "expected a ModernBertForMaskedLM"
-            )
+        check_masked_lm(model)
         if normalize not in ("labels", "vocabulary"):
             raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         self.verbalizer, self.normalize = verbalizer, normalize
@@ -230,7 +233,7 @@ class Scorer(RowScorer):
 
 @dataclass(frozen=True)
 class _AtSlot:
-    """Reads the label log probabilities at the slots; `forms` are the tokens of each label."""
+    """Read the log probabilities of labels at the slots; `forms` are the tokens of each label."""
 
     forms: tuple[tuple[int, ...], ...]
     over_vocabulary: bool
@@ -243,7 +246,7 @@ class _AtSlot:
         slots: jax.Array,
         own_labels: jax.Array,
     ) -> jax.Array:
-        """[batch, seq] ids -> [batch, labels] log probabilities."""
+        """Return log probabilities `[batch, labels]` of ids `[batch, seq]`."""
         widest = max(map(len, self.forms))
         form_ids = np.array([[*ids, *[ids[0]] * (widest - len(ids))] for ids in self.forms])
         is_form = np.array([[i < len(ids) for i in range(widest)] for ids in self.forms])
@@ -262,10 +265,10 @@ class _AtSlot:
 
 
 class HeadScorer(RowScorer):
-    """The probability of every label for every row, by a classification head.
+    """Score the labels of a classification head, in one forward pass per row.
 
-    `template` is made with `slot=False`; the labels are those of the model's own `id2label`. Raises
-    `InputError` for a model that has no such head, or whose head is not one of several classes.
+    The template needs `slot=False`. The labels are those of the model's `id2label`. Raises
+    `InputError` for a model without such a head, and for a head with fewer than two classes.
     """
 
     def __init__(
@@ -273,9 +276,7 @@ class HeadScorer(RowScorer):
         model: Model,
         tokenizer: Tokenizer,
         template: Template,
-        *,
-        batch_size: int | None = None,
-        max_length: int | None = None,
+        **options: Any,
     ):
         if not isinstance(model, ModernBertForSequenceClassification):
             raise InputError(
@@ -285,7 +286,7 @@ class HeadScorer(RowScorer):
         kind, count = model.config.problem_type or SINGLE_LABEL, model.config.num_labels
         if kind != SINGLE_LABEL or count < 2:
             raise InputError(
-                f"the head is one of {kind} with {count} outputs; expected one class of two or more"
+                f"the head is for {kind} with {count} outputs; expected one class of two or more"
             )
         super().__init__(
             model,
@@ -293,8 +294,7 @@ class HeadScorer(RowScorer):
             template,
             self.labels_of(model),
             _head_scores,
-            batch_size=batch_size,
-            max_length=max_length,
+            **options,
         )
 
     def _score(

@@ -254,3 +254,31 @@ def _zeroed(scores: np.ndarray, missing: float = 0.0) -> np.ndarray:
     """Shift scores so that the largest of the last axis is 0; -inf becomes `missing`."""
     top = scores.max(axis=-1, keepdims=True)
     return np.where(np.isfinite(scores), scores - np.where(np.isfinite(top), top, 0.0), missing)
+
+
+def abstention_threshold(
+    confidences: np.ndarray, is_right: np.ndarray, *, accuracy: float, least: int
+) -> float:
+    """Return the lowest confidence from which on a share `accuracy` of the answers is right.
+
+    At least `least` answers have that confidence or more (all of them if there are fewer). Raises
+    `InputError` if no threshold does.
+
+    >>> is_right = np.array([True, False, True, False])
+    >>> abstention_threshold(np.array([0.9, 0.5, 0.7, 0.8]), is_right, accuracy=0.6, least=1)
+    0.7
+    """
+    order = np.argsort(-confidences, kind="stable")
+    ranked = confidences[order]
+    accuracies = np.cumsum(is_right[order]) / (np.arange(len(order)) + 1)
+    # Answers of equal confidence are given together or not at all.
+    is_last = np.append(ranked[1:] < ranked[:-1], True)
+    is_allowed = is_last & (np.arange(len(order)) >= min(least, len(order)) - 1)
+    reached = np.flatnonzero((accuracies >= accuracy) & is_allowed)
+    if not len(reached):
+        raise InputError(
+            f"no threshold reaches an accuracy of {accuracy} with {least} or more answers to these "
+            f"{len(order)} texts, but at most {accuracies[is_allowed].max():.3f}; ask for less, or "
+            "give more texts"
+        )
+    return float(ranked[reached[-1]])

@@ -212,7 +212,7 @@ def test_it_works_inside_scikit_learn(pair):
     [
         (["one"], "found one; expected at least two"),
         ([], "found none"),
-        (["a", "a"], "'a' stands there twice"),
+        (["a", "a"], "'a' appears twice"),
         (["a", " "], "' ' is blank"),
         (["a", 1], "is int"),
         ("ab", "labels: is one str"),
@@ -247,7 +247,7 @@ def test_bad_texts_are_refused(fitted, texts, message):
     [
         (["a", "b"], ["sports"], {}, "fit: the distinct labels are 'sports'"),
         (["a"], ["sports", "money"], {}, "1 texts and 2 labels"),
-        (["a", "b"], ["sports", "mony"], {}, r"row 2 \(index 1\): label 'mony' is none of"),
+        (["a", "b"], ["sports", "mony"], {}, r"row 2 \(index 1\): label 'mony' is not one of"),
         (["a", "b"], ["sports", 1], {}, r"row 2 \(index 1\): label: is int"),
         (["a", ""], ["sports", "money"], {}, r"row 2 \(index 1\): field 'text': is blank"),
         (["a", "b"], ["sports", "money"], {"epochs": 0}, "epochs: found 0"),

@@ -94,10 +94,10 @@ def test_training_ends_when_held_out_texts_say_so_and_keeps_the_best(pair):
 
 
 def classifier_rows(labels, classifier):
-    from mlmjax.classification.fitting import held_out
+    from mlmjax.classification.fitting import split_rows
 
     names = [str(["sports", "money"].index(label)) for label in labels]
-    return held_out(names, classifier.validation_share, classifier.seed)[0]
+    return split_rows(names, classifier.validation_share, classifier.seed)[0]
 
 
 def test_hyperparameters_can_be_searched(pair):

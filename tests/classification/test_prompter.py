@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 from small_models import noisy, small_config
 from training import write_tokenizer
 
-from mlmjax.classification import context, fitting, rounds
-from mlmjax.classification import context as fewshot
-from mlmjax.classification import labels as truth
+from mlmjax.classification import context, fitting, labels, prompter, rounds
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.context import Shot, Shots, windows_of
-from mlmjax.classification.prompter import Question
+from mlmjax.classification.prompter import Prompter, Query
 from mlmjax.classification.rounds import in_rounds
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
@@ -46,7 +44,7 @@ def scored(pair, template, rows, labels):
 
 
 @pytest.mark.parametrize(
-    "module", [context, fewshot, rounds, truth, fitting, continuation], ids=str
+    "module", [context, rounds, labels, fitting, prompter, continuation], ids=str
 )
 def test_docstring_examples(module):
     assert doctest.testmod(module, extraglobs={"Tokenizer": Tokenizer}).failed == 0
@@ -74,7 +72,7 @@ def test_more_labels_than_fit_are_asked_in_rounds(pair):
     labels = [f"label number {i}" for i in range(90)]
     classifier = Classifier(pair, labels, template=SHORT)
     probabilities = classifier.predict_proba(TEXTS)
-    size = classifier._size()
+    size = classifier.asking_.size
     assert 2 < size < 90
     assert classifier.prompts == len(TEXTS) * (-(-90 // size) + 1)
     assert (probabilities > 0).all()
@@ -91,7 +89,7 @@ def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
     assert len(usable_option_names("letters", tokenizer, 60)) == 26
     classifier = Classifier((model, tokenizer), [str(i) for i in range(60)], template=SHORT)
     probabilities = classifier.predict_proba(TEXTS)
-    assert classifier._size() <= 26
+    assert classifier.asking_.size <= 26
     assert classifier.settings_.names == "letters"
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
@@ -116,19 +114,20 @@ def test_rounds_are_a_distribution_that_follows_scores(labels, size, seed):
     truth = np.random.default_rng(seed).normal(size=labels) * 3
     asked = []
 
-    def ask(questions, where):
-        asked.extend(len(question.choice) for question in questions)
-        scores = [truth[list(question.choice)] for question in questions]
+    def ask(numbers, choices):
+        asked.extend(map(len, choices))
+        assert list(numbers) == [0] * len(choices)
+        scores = [truth[list(choice)] for choice in choices]
         return [score - np.logaddexp.reduce(score) for score in scores]
 
-    question = Question("text", tuple(range(labels)))
-    [found] = in_rounds(ask, [question], ["row 1"], size)
+    choice = tuple(range(labels))
+    [found] = in_rounds(ask, [choice], size)
     assert max(asked) <= size
     np.testing.assert_allclose(np.exp(found).sum(), 1)
     assert (np.exp(found) > 0).all()
     if labels <= size:
         np.testing.assert_allclose(found, truth - np.logaddexp.reduce(truth))
-    groups = rounds._cut(question.choice, size)
+    groups = rounds._cut(choice, size)
     for group in groups:  # inside a group that had one round alone, odds are the model's
         pairs = [(i, j) for i in group for j in group if truth[i] > truth[j]]
         assert all(found[i] > found[j] for i, j in pairs)
@@ -234,7 +233,7 @@ def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
     classifier = Classifier(pair, labels, examples=pool, max_length=160, orders="all")
     probabilities = classifier.predict_proba(["a match"])
     assert classifier.examples_shown == {3: 2}
-    rows = [row for _, row in classifier.asking_.rows(classifier._questions("a match")[0])]
+    rows = [row for _, row in classifier.asking_.rows(Query("a match", (0, 1)))]
     blocks = "".join(
         f"TEXT:\n{text}\nAnswer: {{{letter}}}\n\n"
         for text, letter in (("goal one", 0), ("bank one", 1), ("goal two", 0))
@@ -299,9 +298,9 @@ def test_answers_are_objects_that_say_when_nothing_is_sure(pair):
 def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer):
     truth, texts = [["money"], [], ["money", "sports"]], ["the bank", "the old", "goal bank"]
     classifier = Classifier(pair, ["sports", "money"], multi_label=True, orders=2)
-    classifier._ready()
     flags = [(False, True), (False, False), (True, True)]
-    prompts, columns = classifier._examples(range(3), texts, flags, seed=0)
+    prompter = Prompter(classifier._read()[0], *pair)
+    prompts, columns = prompter.examples(range(3), texts, flags, seed=0)
     found = []
     for prompt, column in zip(prompts, columns, strict=True):
         lines = tokenizer.decode(prompt.ids).splitlines()
@@ -365,12 +364,12 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"examples": [("x", "c")]}, "example 1: label 'c' is none of a, b"),
+        ({"examples": [("x", "c")]}, "example 1: label 'c' is not one of a, b"),
         ({"examples": ["x"]}, "example 1 is 'x'; expected a pair"),
         ({"examples": [(" ", "a")]}, "its text is blank"),
         ({"examples": [("x", "a")], "template": SHORT}, "has no {examples}"),
         ({"orders": 0}, "orders"),
-        ({"orders": 2, "answer": "words"}, "no letters of options"),
+        ({"orders": 2, "answer": "words"}, "not letters of options"),
         ({"long_text": "first"}, "long_text"),
         ({"instruction": "Say.", "template": SHORT}, "write the instruction into it"),
         ({"multi_label": True, "head": "classification"}, "leave out answer and head"),

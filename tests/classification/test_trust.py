@@ -214,12 +214,12 @@ def test_broken_files_are_refused(classifier, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], None), "needs texts|there is none"),
+        (([], None), "needs texts|list is empty"),
         ((["a"], None, "temperature"), "takes labels"),
         ((["a"], ["sports"], "batch"), "takes no labels"),
         ((["a"], None, "magic"), "method is 'magic'"),
         ((["a", "b"], ["sports"]), "2 texts and 1 labels"),
-        ((["a"], ["nobody"]), "label 'nobody' is none of"),
+        ((["a"], ["nobody"]), "label 'nobody' is not one of"),
         (([" "], None), "blank"),
     ],
 )

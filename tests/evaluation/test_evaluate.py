@@ -344,7 +344,7 @@ def test_heads_of_other_labels_are_refused(tokenizer, reviews, tmp_path):
     rows = [{"text": "x", "choices": ["a", "b"], "label": 0}]
     with pytest.raises(InputError, match="asks for each row's own options"):
         answer(head_model(["a", "b"]), tokenizer, tmp_path, rows, labels=None, options="choices")
-    with pytest.raises(InputError, match="the head is one of regression"):
+    with pytest.raises(InputError, match="the head is for regression"):
         run_evaluation(head_model(["a"], problem_type="regression"), tokenizer, reviews)
     for prompt, message in (("{text} [MASK]", "reads no slot"), ("no field", "names no field")):
         with pytest.raises(ValueError, match=message):

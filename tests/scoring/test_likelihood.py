@@ -110,7 +110,7 @@ def test_alone_in_company_and_in_chunks(scorers, monkeypatch):
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 40)
     monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 100)
     counted = []
-    chunked = scorer.score(iter(TEXTS), progress=counted.append)
+    chunked = scorer.score(iter(TEXTS), progress=lambda *at: counted.append(at))
     for other in (alone, chunked):
         for one, two in zip(together, other, strict=True):
             assert [token[:2] for token in one.tokens] == [token[:2] for token in two.tokens]
@@ -119,7 +119,9 @@ def test_alone_in_company_and_in_chunks(scorers, monkeypatch):
                 [token.log_prob for token in two.tokens],
                 atol=1e-4,
             )
-    assert sum(counted) == sum(len(score.tokens) for score in together)
+    total = sum(len(score.tokens) for score in together)
+    assert counted[-1] == (total, total)
+    assert counted == sorted(counted)
 
 
 def test_sequences_of_a_long_text_do_not_exist_all_at_once(ours, monkeypatch):
@@ -197,8 +199,10 @@ def test_masks_alone_in_company_and_in_chunks(filler, monkeypatch):
     alone = [filler.fill([text])[0] for text in MASKED]
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 10)
     counted = []
-    chunked = filler.fill(iter(MASKED), progress=counted.append)
-    assert sum(counted) == sum(map(len, together))
+    chunked = filler.fill(iter(MASKED), progress=lambda *at: counted.append(at))
+    total = sum(map(len, together))
+    assert counted[-1] == (total, total)
+    assert counted == sorted(counted)
     for other in (alone, chunked):
         for one, two in zip(together, other, strict=True):
             for a, b in zip(one, two, strict=True):

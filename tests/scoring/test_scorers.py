@@ -186,9 +186,11 @@ def test_any_iterable_is_read_in_chunks(scorer, monkeypatch):
     items = rows(25)
     whole, done = scorer.log_probs(items), []
     monkeypatch.setattr(scorers, "CHUNK_ROWS", 10)
-    in_chunks = scorer.log_probs(iter(items), progress=done.append)
+    in_chunks = scorer.log_probs(iter(items), progress=lambda *at: done.append(at))
     np.testing.assert_allclose(np.exp(in_chunks), np.exp(whole), atol=1e-5)
-    assert sum(done) == 25
+    assert done == [(10, 10), (20, 20), (25, 25)]
+    scorer.log_probs(items, progress=lambda *at: done.append(at))
+    assert done[3:] == [(10, 25), (20, 25), (25, 25)]
     with pytest.raises(InputError, match=r"row 24 \(index 23\)"):
         scorer.log_probs([*items[:23], {"text": " ", "options": LABELS}])
 
