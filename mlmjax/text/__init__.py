@@ -1,4 +1,4 @@
-"""Text to tokens: the tokenizer, labels as tokens, prompts with one slot.
+"""Turn text into tokens: the tokenizer, labels as tokens, prompts with one slot.
 
 Text, labels and templates enter; token ids and the position of the slot leave. This room never
 loads jax and knows no files but the tokenizer's.

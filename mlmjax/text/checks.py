@@ -65,9 +65,9 @@ def check_share(value: Any, what: str) -> float:
 def check_row(
     row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
 ) -> None:
-    """Raise `InputError` for a row that cannot be scored: a missing, blank or non-text field.
+    """Raise `InputError` for a row that cannot be scored: a field missing, blank or not text.
 
-    Fields of `optional` may be blank.
+    Fields in `optional` may be blank.
 
     >>> check_row({"text": " "}, ["text"], 2)
     Traceback (most recent call last):
@@ -80,7 +80,7 @@ def check_row(
             continue
         if field not in row:
             known = ", ".join(map(repr, row)) or "none"
-            raise InputError(f"has no field {field!r}, which the prompt names; its fields: {known}")
+            raise InputError(f"has no field {field!r}, which the prompt needs; its fields: {known}")
         if field in optional:
             check_text(row[field], f"field {field!r}")
         else:
@@ -88,7 +88,7 @@ def check_row(
     options = row.get("options")
     if options is None:
         if "options" in fields:
-            raise InputError("has no 'options', which the prompt names; give it a list of texts")
+            raise InputError("has no 'options', which the prompt needs; give a list of texts")
         return
     if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
         raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
@@ -99,7 +99,7 @@ def check_row(
 
 
 def check_filled(text: Any, what: str) -> None:
-    """Raise `InputError`, opened by `what`, for what is blank or no text."""
+    """Raise `InputError` that begins with `what` for a blank text or no text."""
     check_text(text, what)
     if not text.strip():
         raise InputError(f"{what}: is blank; give it some text or leave the row out")
@@ -108,14 +108,14 @@ def check_filled(text: Any, what: str) -> None:
 def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
     """Return the name of each text in messages, the first being number `first`.
 
-    Raises `InputError` that names each one that is blank or no text.
+    Raises `InputError` that names each one that is blank or not text.
     """
     for_each_row(lambda text: check_filled(text, "field 'text'"), name_rows(texts, first))
     return [name for name, _ in name_rows(texts, first)]
 
 
 def check_text(text: Any, what: str) -> None:
-    """Raise `InputError`, opened by `what`, unless `text` is a string of whole characters."""
+    """Raise `InputError` that begins with `what` unless `text` is a valid string."""
     if not isinstance(text, str):
         raise InputError(f"{what}: is {type(text).__name__} ({text!r:.60}); expected text")
     try:

@@ -1,4 +1,4 @@
-"""Prompts: a template that no text can break, and the verbalizer of its labels."""
+"""Render prompts from a template that no text can break."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from mlmjax.text.checks import check_list, check_text, for_each_row, name_rows
 from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
 
-# Unicode's White_Space, which is what a token with lstrip or rstrip swallows (str.isspace differs).
+# Unicode's White_Space, which a token with lstrip or rstrip includes (str.isspace differs).
 WHITE_SPACE = (
     "".join(
         map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029])
@@ -26,7 +26,7 @@ _OPTIONS = "options"
 
 
 class Prompt(NamedTuple):
-    """One tokenised prompt: ids, the position of `[MASK]` (-1: none), tokens cut per field."""
+    """Hold the ids of a prompt, the position of `[MASK]` (-1: none), and tokens cut per field."""
 
     ids: list[int]
     slot: int
@@ -46,24 +46,23 @@ _Part: TypeAlias = str | _Field | _Token
 
 @dataclass(frozen=True)
 class Template:
-    """The text around a row's fields: `{field}`, `{options}`, `{{` and `}}` for braces.
+    """Render rows into prompts: `{field}`, `{options}`, `{{` and `}}` for braces.
 
-    `[MASK]`, `[unused0]`, `[SEP]` and `[CLS]` written in the template are its own tokens; in a
-    field they are ordinary text. A template without `[MASK]` gets ` [unused0] [MASK]` at its end.
-    [CLS] and a last [SEP] are added around the prompt.
+    `[MASK]`, `[unused0]`, `[SEP]` and `[CLS]` in the template are special tokens; in a field they
+    are ordinary text. ` [unused0] [MASK]` is appended if `[MASK]` is missing. [CLS] and a last
+    [SEP] are added around the prompt.
 
-    `shorten` names the part that a field loses when the prompt is too long: `"head"`, `"tail"` or
-    `"middle"`, whose two sides are then joined. Of several such fields the longest are cut first,
-    down to one common number of tokens. Nothing else of a prompt is ever cut.
+    `shorten` says which part of a field to truncate if the prompt is too long: `"head"`, `"tail"`
+    or `"middle"`. Of several such fields the longest are truncated first, down to one common
+    number of tokens. Nothing else of a prompt is ever truncated.
 
-    The prompt is one string cut at the template's own tokens; each stretch is encoded as a whole,
+    The prompt is one string cut at the template's special tokens; each part is encoded as a whole,
     so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
-    option (`- 1: text` with `names="numbers"`), last newline included; lines inside a field or an
-    option, also ones that look like an option, stay the text they are. One field may be blank, not
-    all of them.
+    option (`- 1: text` with `names="numbers"`), last newline included. A line inside a field or an
+    option is only text, even if it looks like an option. One field may be blank, but not all.
 
-    With `slot=False` a prompt is only read, as the classification head does: it has no `[MASK]` and
-    no anchor, and its slot is -1.
+    With `slot=False`, for the classification head, a prompt has no `[MASK]` and no anchor, and its
+    slot is -1.
 
     Raises `InputError` for a malformed template.
     """
@@ -93,11 +92,11 @@ class Template:
         object.__setattr__(self, "_parts", parts)
 
     def uses(self, name: str) -> int:
-        """Return how often a field stands in the template."""
+        """Return how often the template uses a field."""
         return sum(part == _Field(name) for part in self._parts)
 
     def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
-        """Return the tokens of a row's prompt before anything is cut; a field may be blank."""
+        """Return the number of tokens of a prompt before truncation; fields may be blank."""
         texts = {name: row.get(name) or "" for name in self.fields}
         if _OPTIONS in self.fields:
             texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names)
@@ -113,8 +112,8 @@ class Template:
     def render(self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int) -> Prompt:
         """Return the prompt of a row, at most `max_length` tokens.
 
-        Raises `InputError` that names the field for one that is missing or no text, for a row
-        whose fields are all blank, and for a prompt that shortening cannot make fit.
+        Raises `InputError` that names a field that is missing or not text, for a row whose fields
+        are all blank, and for a prompt that does not fit even after truncation.
         """
         texts = self._texts(row)
         return self._fit(tokenizer, texts, self._assemble(tokenizer, [texts])[0], max_length)
@@ -139,7 +138,7 @@ class Template:
         )
 
     def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
-        """Return the text of every field of the template, options as their lines."""
+        """Return the text of every field of the template, options as lines."""
         if not isinstance(row, Mapping):
             raise InputError(f"row is {type(row).__name__}; expected an object of field -> text")
         for name in self.fields:
@@ -161,7 +160,7 @@ class Template:
         }
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """Return the ids of many rows, whatever their length, `[CLS]` and last `[SEP]` included."""
+        """Return the ids of many rows before truncation, `[CLS]` and last `[SEP]` included."""
         own = [getattr(tokenizer, _TOKENS[p.name]) for p in self._parts if isinstance(p, _Token)]
         texts = [stretch for row in rows for stretch in self._stretches(row, own, tokenizer)]
         encoded = iter(tokenizer.encode_plain_batch(texts))
@@ -176,9 +175,9 @@ class Template:
     def _stretches(
         self, texts: Mapping[str, str], own: Sequence[int], tokenizer: Tokenizer
     ) -> list[str]:
-        """Return the text before, between and after the template's own tokens.
+        """Return the text before, between and after the template's special tokens.
 
-        White space beside a token that swallows it is taken off, as in a whole string.
+        White space next to a token that includes it is removed, as in a whole string.
         """
         stretches = [""]
         for part in self._parts:
@@ -196,7 +195,7 @@ class Template:
     def _fit(
         self, tokenizer: Tokenizer, texts: dict[str, str], ids: list[int], max_length: int
     ) -> Prompt:
-        """Shorten the fields until the prompt fits, and check what every prompt must be."""
+        """Truncate fields until the prompt fits, and check the prompt."""
         shortened: dict[str, int] = {}
         if len(ids) > max_length:
             ids, shortened = self._shortened(tokenizer, texts, len(ids), max_length)
@@ -211,14 +210,14 @@ class Template:
     def _shortened(
         self, tokenizer: Tokenizer, texts: dict[str, str], length: int, max_length: int
     ) -> tuple[list[int], dict[str, int]]:
-        """Cut the shortenable fields, the longest first down to one level, until the rest fits.
+        """Truncate the fields of `shorten`, the longest first, until the prompt fits.
 
-        Each field is encoded once for its offsets; after that only what is kept is encoded again.
+        Each field is encoded once for its offsets; then only the kept text is encoded again.
         """
         if not self.shorten:
             raise InputError(
                 f"the prompt has {length} tokens and at most {max_length} fit; "
-                "name the fields that may be cut in shorten, or shorten the text"
+                "name the fields to truncate in shorten, or shorten the text"
             )
         spans = {name: tokenizer.plain_offsets(texts[name]) for name in self.shorten}
         uses = {name: self.uses(name) for name in spans}
@@ -239,12 +238,12 @@ class Template:
             budget -= len(ids) - max_length
         raise InputError(
             f"the prompt has {fixed} tokens without {', '.join(spans)} and at most {max_length} "
-            "fit, which leaves no room; shorten the rest of the prompt or allow more tokens"
+            "fit, so there is no room; shorten the rest of the prompt or allow more tokens"
         )
 
 
 def _parse(text: str) -> Iterator[_Part]:
-    """Yield the template's literal texts, fields and own tokens, in order."""
+    """Yield the template's literal texts, fields and special tokens, in order."""
     literal, end = "", 0
     for match in _BRACES.finditer(text):
         literal += text[end : match.start()]
@@ -260,8 +259,8 @@ def _parse(text: str) -> Iterator[_Part]:
             )
         if not name.strip() or ":" in name or "!" in name:
             raise InputError(
-                f"template: {match[0]!r} at character {match.start() + 1} is no field; "
-                "expected a plain name, as in {text}"
+                f"template: {match[0]!r} at character {match.start() + 1} is not a field; "
+                "expected a plain name, such as {text}"
             )
         yield from _literals(literal)
         yield _Field(name)
@@ -276,7 +275,7 @@ def _literals(text: str) -> Iterator[str | _Token]:
 
 
 def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
-    """Make the parts end in anchor and mask where there is no mask, and check the pair."""
+    """Append anchor and mask if there is no mask, and check the pair."""
     anchor, mask = _Token(ANCHOR), _Token(MASK)
     if mask in parts:
         if parts.count(mask) > 1:
@@ -293,24 +292,24 @@ def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
     before = _without_space(before)
     if anchor not in before[-1:]:
         raise InputError(
-            f"template: {MASK} does not stand directly after {ANCHOR}; "
-            f"write {ANCHOR} {MASK}, or leave both out to have them at the end"
+            f"template: {MASK} is not directly after {ANCHOR}; write {ANCHOR} {MASK}, or leave "
+            "both out to append them"
         )
     return (*before, *after)
 
 
 def _without_slot(parts: list[_Part]) -> tuple[_Part, ...]:
-    """Refuse parts that ask for an answer where none is read."""
+    """Raise `InputError` for parts of a slot, which a classification head does not read."""
     for token in (MASK, ANCHOR):
         if _Token(token) in parts:
             raise InputError(
-                f"template: has {token}, but a classification head reads no slot; leave it out"
+                f"template: has {token}, which a classification head does not read; leave it out"
             )
     return tuple(parts)
 
 
 def _without_space(parts: list[_Part]) -> list[_Part]:
-    """Return the parts without a last one that is white space alone."""
+    """Return the parts without a last one of only white space."""
     last = parts[-1] if parts else None
     return parts[:-1] if isinstance(last, str) and not last.strip(WHITE_SPACE) else parts
 
@@ -324,7 +323,7 @@ def _check_options(options: Any) -> None:
 
 
 def option_lines(options: Collection[str], names: OptionNames = "letters") -> str:
-    r"""Return what `{options}` becomes.
+    r"""Return the text of `{options}`.
 
     >>> option_lines(["sports", "world"])
     '- A: sports\n- B: world\n'
@@ -334,7 +333,7 @@ def option_lines(options: Collection[str], names: OptionNames = "letters") -> st
 
 
 def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Return how many tokens each field keeps: short fields whole, long ones one common length.
+    """Return the tokens each field keeps: short fields whole, long ones one common length.
 
     >>> _level({"a": 10, "b": 900, "c": 500}, {"a": 1, "b": 1, "c": 1}, 210)
     {'a': 10, 'b': 100, 'c': 100}
@@ -349,10 +348,10 @@ def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> 
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], kept: int, side: str) -> tuple[str, int]:
-    """Return the text of at most `kept` of its tokens, and how many were cut.
+    """Return the text of at most `kept` of its tokens, and the number of tokens removed.
 
-    `spans` is where each token stands in the text. The parts that are kept begin and end between
-    characters: tokens that share a character go together.
+    `spans` has the characters of each token. Tokens that share a character are kept or removed
+    together.
     """
     if kept >= len(spans):
         return text, 0

@@ -1,4 +1,4 @@
-"""The tokenizer: special ids by name, and text encoding that no text can subvert."""
+"""Encode text so that no text can become a special token; find special ids by name."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ _MAX_BYTES = {
 
 
 class Tokenizer:
-    """A fast tokenizer with the special ids a masked model needs, and plain-text encoding.
+    """Encode plain text with a fast tokenizer, and hold its special ids.
 
     Attributes: `backend` (the `tokenizers.Tokenizer`, truncation and padding off), `vocab_size`
     (ids are `0 .. vocab_size - 1`), `cls_id`, `sep_id`, `pad_id`, `mask_id`, `anchor_id`
     (`[unused0]`), `special_ids` (every special token and every `[unused*]`: never masked, never a
-    target), `lstrip_ids` and `rstrip_ids` (tokens that swallow the white space before or after
-    them), `files` (name -> bytes, what `save` writes) and `sha256` of `files["tokenizer.json"]`.
+    target), `lstrip_ids` and `rstrip_ids` (tokens that include the white space before or after
+    them), `files` (name -> bytes, written by `save`) and `sha256` of `files["tokenizer.json"]`.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
@@ -59,7 +59,7 @@ class Tokenizer:
         if missing:
             raise InputError(
                 f"{path}: has no token {', '.join(missing)}; expected a tokenizer with "
-                f"{', '.join(names[r] for r in _ROLES)} and {ANCHOR}, as ModernBERT's has"
+                f"{', '.join(names[r] for r in _ROLES)} and {ANCHOR}, such as ModernBERT's"
             )
         self.cls_id, self.sep_id, self.pad_id, self.mask_id = (tokens[names[r]] for r in _ROLES)
         self.anchor_id = tokens[ANCHOR]
@@ -69,8 +69,8 @@ class Tokenizer:
         distinct = {self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.anchor_id}
         if len(distinct) < len(_ROLES) + 1:
             raise InputError(
-                f"{path}: one token plays two parts of [CLS], [SEP], [PAD], [MASK], {ANCHOR}; "
-                "expected five different tokens"
+                f"{path}: two of [CLS], [SEP], [PAD], [MASK], {ANCHOR} are one token; expected "
+                "five different tokens"
             )
         self.lstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("lstrip"))
         self.rstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("rstrip"))
@@ -80,7 +80,7 @@ class Tokenizer:
             if flags.get("lstrip") and name not in taken
         }
         self._plain, self._renumber = _plain(table, taken, path)
-        # Text may be unknown to a word-level vocabulary; any other special id would be a breach.
+        # A word-level vocabulary may not know a text; any other special id would be a breach.
         self._forbidden = self.special_ids - {tokens.get(names.get("unk", "[UNK]"), -1)}
         for name in sorted(taken):
             self.encode_plain(name)
@@ -89,8 +89,8 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path | None = None) -> "Tokenizer":
         """Read `tokenizer.json` (and its two companions) from a folder; None: the packaged one.
 
-        Raises `InputError` for a folder without it, a file that is too large or no JSON, ids with
-        holes, missing or doubled special tokens. Truncation and padding settings are taken out.
+        Raises `InputError` for a folder without it, a file that is too large or not JSON, ids with
+        gaps, missing or repeated special tokens. Truncation and padding settings are removed.
 
         >>> Tokenizer.from_pretrained().mask_id
         50284
@@ -102,7 +102,7 @@ class Tokenizer:
         folder = Path(path)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(
-                f"{folder}: has no tokenizer.json; give a folder that a fast tokenizer was saved to"
+                f"{folder}: has no tokenizer.json; give the folder of a fast tokenizer"
             )
         names = [name for name in _MAX_BYTES if (folder / name).is_file()]
         return cls({name: _read(folder / name) for name in names}, str(folder))
@@ -111,7 +111,7 @@ class Tokenizer:
         return Tokenizer, (self.files, self.where)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Encode text alone: no [CLS] or [SEP], and nothing in it becomes a special token.
+        """Encode only the text: no [CLS] or [SEP], and nothing in it becomes a special token.
 
         >>> Tokenizer.from_pretrained().encode_plain(" A")
         [329]
@@ -121,35 +121,35 @@ class Tokenizer:
     def encode_plain_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode many texts at once, each as `encode_plain` does.
 
-        Raises `InputError` for what is no text, and for a text that this tokenizer cannot encode.
+        Raises `InputError` for a value that is not text or that this tokenizer cannot encode.
         """
         for text in texts:
             check_text(text, "text")
         try:
             encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # What the library raises has no narrower type.
+        except Exception as error:  # The library's errors have no narrower type.
             raise InputError(
                 f"{self.where}: cannot encode a text ({error}); expected a tokenizer that takes "
-                "any text, as a byte-level one does, or that knows its own unknown token"
+                "any text, such as a byte-level one, or that has its unknown token"
             ) from error
         return [self._checked(encoding.ids) for encoding in encodings]
 
     def plain_offsets(self, text: str) -> list[tuple[int, int]]:
-        """Return where each token of `encode_plain(text)` stands, `[start, end)` in characters."""
+        """Return the span of each token of `encode_plain(text)`, `[start, end)` in characters."""
         check_text(text, "text")
         return self._plain.encode(text, add_special_tokens=False).offsets
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens written out.
 
-        Where an added word took the white space before it along, one space is written.
+        The white space before an added word becomes one space.
         """
         numbers = [int(i) for i in ids]
         bad = [i for i in numbers if not 0 <= i < self.vocab_size]
         if bad:
             raise InputError(f"token id {bad[0]}: expected 0 to {self.vocab_size - 1}")
         text = ""
-        # Word by word: a byte-level decoder takes the letters of an added word for bytes.
+        # Word by word, because a byte-level decoder reads the letters of an added word as bytes.
         for is_word, run in groupby(numbers, self._words.__contains__):
             if not is_word:
                 text += self.backend.decode(list(run), skip_special_tokens=False)
@@ -159,7 +159,7 @@ class Tokenizer:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write the files this tokenizer was read from into a folder, bytes unchanged."""
+        """Write the files of this tokenizer into a folder, bytes unchanged."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
@@ -172,7 +172,7 @@ class Tokenizer:
             found = self.backend.id_to_token(next(i for i in ids if i in self._forbidden))
             raise InputError(
                 f"{self.where}: plain text becomes the special token {found}; expected a tokenizer "
-                "that makes special tokens from added tokens only"
+                "whose special tokens are added tokens"
             )
         return ids
 
@@ -185,7 +185,7 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
     if len(data) > limit:
-        raise InputError(f"{path}: is larger than {limit >> 20} MiB; that is no tokenizer file")
+        raise InputError(f"{path}: is larger than {limit >> 20} MiB, so not a tokenizer file")
     return data
 
 
@@ -203,14 +203,14 @@ def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(table))
     except BaseException as error:
-        # A panic of the Rust library is no Exception, and a bad file can cause one.
+        # A panic of the Rust library is not an Exception, and a bad file can cause one.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{where}: is not a tokenizer the library can read ({error})") from error
 
 
 def _baked_in(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of somebody's run, replaced: they would cut, pad or alter every text."""
+    """Return replacements for saved settings that would cut, pad or alter every text."""
     found = [key for key in ("truncation", "padding") if table.get(key) is not None]
     settings: dict[str, Any] = dict.fromkeys(found)
     if isinstance(table.get("model"), dict) and table["model"].get("dropout"):
@@ -224,7 +224,7 @@ def _added_tokens(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]
     added: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     if not isinstance(entries, list):
-        raise InputError(f"{where}: added_tokens is no list")
+        raise InputError(f"{where}: added_tokens is not a list; expected a list of objects")
     for entry in entries:
         content = entry.get("content") if isinstance(entry, dict) else None
         token_id = entry.get("id") if isinstance(entry, dict) else None
@@ -234,8 +234,8 @@ def _added_tokens(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]
             )
         if content in added or token_id in seen:
             raise InputError(
-                f"{where}: added_tokens names {content!r} or its id {token_id} twice; "
-                "expected every token once"
+                f"{where}: added_tokens repeats {content!r} or its id {token_id}; expected every "
+                "token once"
             )
         added[content] = {**entry, "special": bool(entry.get("special"))}
         seen.add(token_id)
@@ -246,20 +246,20 @@ def _check_ids(tokens: dict[str, int], added: dict[str, dict[str, Any]], where: 
     for content, entry in added.items():
         if tokens.get(content) != entry["id"]:
             raise InputError(
-                f"{where}: added token {content!r} says id {entry['id']}, its place gives "
-                f"{tokens.get(content)}; expected ids without holes"
+                f"{where}: added token {content!r} has id {entry['id']}, but its place gives "
+                f"{tokens.get(content)}; expected ids without gaps"
             )
     ids = set(tokens.values())
     if ids != set(range(len(tokens))):
-        hole = next(i for i in range(len(tokens)) if i not in ids)
+        gap = next(i for i in range(len(tokens)) if i not in ids)
         raise InputError(
-            f"{where}: {len(tokens)} tokens, but none has id {hole}; expected each of 0 to "
+            f"{where}: {len(tokens)} tokens, but no token has id {gap}; expected each of 0 to "
             f"{len(tokens) - 1} once"
         )
 
 
 def _special_names(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str, str]:
-    """Return role -> token text, from the companion files, else ModernBERT's names."""
+    """Return role -> token text, from the other files, or ModernBERT's names."""
     names: dict[str, str] = {}
     for file, table in tables.items():
         for role in (*_ROLES, *_OTHER_ROLES):
@@ -279,7 +279,7 @@ def _special_names(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str
 def _plain(
     table: dict[str, Any], taken: set[str], where: str
 ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """Build the copy that knows no special token, and its ids that differ from the original's."""
+    """Build a copy without special tokens, and the map of its ids that differ."""
     kept = [entry for entry in table.get("added_tokens") or [] if entry["content"] not in taken]
     plain = _backend({**table, "added_tokens": kept, "post_processor": None}, where)
     here = plain.get_vocab(with_added_tokens=True)

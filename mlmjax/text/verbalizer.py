@@ -1,9 +1,9 @@
-"""The map from each label to the one token that stands for it at the slot."""
+"""Map each label to the token that stands for it at the slot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product, takewhile
+from itertools import compress, product, takewhile
 from string import ascii_uppercase
 from typing import Literal
 
@@ -12,13 +12,13 @@ from mlmjax.text.checks import check_text
 from mlmjax.text.tokenizer import Tokenizer
 
 OptionNames = Literal["letters", "numbers"]
-_NUMBERS = 9999  # tokenizers have one token for the first few hundred
+_NUMBERS = 9999  # Tokenizers have one token for the first few hundred.
 
 
 def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Return the first `n` option names that are one token after a space: A..Z, then AA..
+    """Return the first `n` option names that are one token after a space: A to Z, then AA on.
 
-    `tokenizer` None means the packaged one. Raises `InputError` when there are not that many.
+    `tokenizer` None means the packaged one. Raises `InputError` if it has fewer.
 
     >>> option_letters(4)
     ['A', 'B', 'C', 'D']
@@ -29,7 +29,7 @@ def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
 def option_names(n: int, kind: OptionNames, tokenizer: Tokenizer | None = None) -> list[str]:
     """Return the first `n` letters, as `option_letters`, or the numbers from 1 on.
 
-    Numbers end at the first that is not one token after a space: 557 is the last of ModernBERT's.
+    Numbers end before the first that is not one token after a space: ModernBERT has 1 to 557.
 
     >>> option_names(3, "numbers")
     ['1', '2', '3']
@@ -49,28 +49,46 @@ def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> t
     """Return every option name of a kind that the tokenizer has, in order."""
     if tokenizer is None:
         return _packaged_names(kind)
-    return (_letters if kind == "letters" else _numbers)(tokenizer)
+    if kind == "numbers":
+        return _leading_tokens([str(n) for n in range(1, _NUMBERS + 1)], tokenizer)
+    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
+    return tuple(compress(names, _are_tokens(names, tokenizer)))
 
 
 def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> tuple[str, ...]:
     """Return the names of at most `most` options, up to the first that is not one token.
 
-    Prompts name their options by the packaged tokenizer's names, whatever tokenizer reads them.
+    Prompts use the packaged tokenizer's names for options, whatever tokenizer reads them.
     """
-    few = kind == "letters" and most <= len(ascii_uppercase)  # the packaged one is not needed
-    names = ascii_uppercase[:most] if few else all_option_names(kind)[:most]
+    few = kind == "letters" and most <= len(ascii_uppercase)  # Needs no packaged tokenizer.
+    return _leading_tokens(
+        ascii_uppercase[:most] if few else all_option_names(kind)[:most], tokenizer
+    )
+
+
+@cache
+def _packaged_names(kind: OptionNames) -> tuple[str, ...]:
+    return all_option_names(kind, Tokenizer.from_pretrained())
+
+
+def _leading_tokens(names: Sequence[str], tokenizer: Tokenizer) -> tuple[str, ...]:
+    """Return the names before the first that is not one token after a space."""
+    pairs = zip(names, _are_tokens(names, tokenizer), strict=True)
+    return tuple(name for name, _ in takewhile(lambda pair: pair[1], pairs))
+
+
+def _are_tokens(names: Sequence[str], tokenizer: Tokenizer) -> list[bool]:
     encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
-    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
-    return tuple(name for name, _ in whole)
+    return [len(ids) == 1 for ids in encoded]
 
 
 @dataclass(frozen=True)
 class Verbalizer:
-    """The surface forms of each label, each of which must be exactly one token.
+    """Hold the surface forms of each label, each exactly one token.
 
-    `forms` maps a label to its forms, a list or one string, the leading space included: `" A"` is
-    what follows the anchor in training, `"A"` is another token. The probability of a label is the
-    sum over its forms. Raises `InputError` for fewer than two labels and for blank ones.
+    `forms` maps a label to its forms, a list or one string, with the leading space: `" A"` follows
+    the anchor in training, `"A"` is another token. The probability of a label is the sum over its
+    forms. Raises `InputError` for fewer than two labels and for blank ones.
 
     >>> Verbalizer({"yes": [" yes"], "no": " no"}).labels
     ('yes', 'no')
@@ -105,7 +123,7 @@ class Verbalizer:
     ) -> "Verbalizer":
         """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU.
 
-        With `names="numbers"` they are " 1", " 2", ...
+        With `names="numbers"` they are named " 1", " 2", ...
         """
         _check_distinct(labels)
         chosen = option_names(len(labels), names)
@@ -118,20 +136,20 @@ class Verbalizer:
 
     @classmethod
     def words(cls, labels: Sequence[str]) -> "Verbalizer":
-        """Let each label be named by itself, after a space."""
+        """Name each label by itself, after a space."""
         _check_distinct(labels)
         return cls({label: (f" {label}",) for label in labels})
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The labels in the order given."""
+        """Return the labels in the given order."""
         return tuple(self.forms)
 
     def ids(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
         """Return the token of every form, label by label.
 
-        Raises `InputError` that shows the pieces of a form that is not exactly one token, and for
-        a token that two forms share.
+        Raises `InputError` for a form that is not exactly one token, with its pieces, and for a
+        token that two forms share.
         """
         pairs = [(label, form) for label, forms in self.forms.items() for form in forms]
         encoded = tokenizer.encode_plain_batch([form for _, form in pairs])
@@ -153,7 +171,7 @@ class Verbalizer:
             if ids[0] in owners:
                 raise InputError(
                     f"{where} is the same token as a form of label {owners[ids[0]]!r}; "
-                    "each form must be a token of its own"
+                    "each form needs another token"
                 )
             owners[ids[0]] = label
             result[label] += (ids[0],)
@@ -167,22 +185,4 @@ def _check_distinct(labels: Sequence[str]) -> None:
         check_text(label, f"label {number}")
     if len(set(labels)) < len(labels):
         label = next(label for at, label in enumerate(labels) if label in labels[:at])
-        raise InputError(f"label {label!r}: stands twice; expected every label once")
-
-
-@cache
-def _packaged_names(kind: OptionNames) -> tuple[str, ...]:
-    return all_option_names(kind, Tokenizer.from_pretrained())
-
-
-def _letters(tokenizer: Tokenizer) -> tuple[str, ...]:
-    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
-    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
-    return tuple(name for name, ids in zip(names, encoded, strict=True) if len(ids) == 1)
-
-
-def _numbers(tokenizer: Tokenizer) -> tuple[str, ...]:
-    names = [str(number) for number in range(1, _NUMBERS + 1)]
-    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
-    whole = takewhile(lambda pair: len(pair[1]) == 1, zip(names, encoded, strict=True))
-    return tuple(name for name, _ in whole)
+        raise InputError(f"label {label!r}: is repeated; list every label once")

@@ -1,4 +1,4 @@
-"""New words for a tokenizer: each one token, wherever it stands in text."""
+"""Add words to a tokenizer, and find where words begin."""
 
 import json
 import unicodedata
@@ -13,15 +13,15 @@ from mlmjax.text.tokenizer import UNUSED, Tokenizer
 
 
 def add_words(tokenizer: Tokenizer, words: Sequence[str], *, whole_words: bool = True) -> Tokenizer:
-    """Return a tokenizer that knows each new word as one token, with the next free ids.
+    """Return a tokenizer with each new word as one token, with the next free ids.
 
-    A word may have spaces and hyphens inside. Its token takes the white space before it along
-    (line ends too), so that "word" and " word" are the same id. It is found between word boundaries
-    only, or anywhere with `whole_words=False` (for scripts without spaces). Text without new words
-    has the ids it had.
+    A word may contain spaces and hyphens. Its token includes the white space before it (line ends
+    too), so "word" and " word" have the same id. It is found only between word boundaries, or
+    anywhere with `whole_words=False` (for scripts without spaces). Text without new words keeps
+    its ids.
 
     Raises `InputError` that lists every word that is blank, has outer white space, control
-    characters or the text of a special token, stands twice, or is one token already.
+    characters or the text of a special token, is repeated, or is one token already.
 
     >>> larger = add_words(Tokenizer.from_pretrained(), ["angioplasty"])
     >>> larger.encode_plain("an angioplasty"), larger.encode_plain("angioplasty")
@@ -32,7 +32,7 @@ def add_words(tokenizer: Tokenizer, words: Sequence[str], *, whole_words: bool =
     problems = list(_problems(tokenizer, words))
     if problems:
         raise InputError(problems[0], problems[1:])
-    # As an added token of the library: whatever the tokenizer does to text, it does around these.
+    # An added token of the library: the tokenizer processes the text around it.
     flags = {
         "single_word": whole_words,
         "lstrip": True,
@@ -45,7 +45,7 @@ def add_words(tokenizer: Tokenizer, words: Sequence[str], *, whole_words: bool =
     table = tables["tokenizer.json"]
     added = [{"id": number, "content": word, **flags} for number, word in numbered.items()]
     table["added_tokens"] = [*(table.get("added_tokens") or []), *added]
-    for table in tables.values():  # transformers keeps the same list once more
+    for table in tables.values():  # transformers keeps a second copy of the list.
         if isinstance(table.get("added_tokens_decoder"), dict):
             for number, word in numbered.items():
                 table["added_tokens_decoder"][str(number)] = {"content": word, **flags}
@@ -54,14 +54,14 @@ def add_words(tokenizer: Tokenizer, words: Sequence[str], *, whole_words: bool =
     for number, word in numbered.items():
         if larger.encode_plain_batch([word, f" {word}"]) != [[number]] * 2:
             raise InputError(
-                f"new word {word!r:.80}: this tokenizer cuts it up before it is found (by another "
-                "added token, or by its normalizer); leave it out"
+                f"new word {word!r:.80}: another added token or the normalizer of this tokenizer "
+                "splits it; leave it out"
             )
     return larger
 
 
 def _problems(tokenizer: Tokenizer, words: Sequence[str]) -> Iterator[str]:
-    """Say of each word why it cannot be a new token, if it cannot."""
+    """Yield why a word cannot be a new token, for each such word."""
     normalizer = tokenizer.backend.normalizer
     specials = [tokenizer.backend.id_to_token(i) or "" for i in sorted(tokenizer.special_ids)]
     seen: set[str] = set()
@@ -73,14 +73,14 @@ def _problems(tokenizer: Tokenizer, words: Sequence[str]) -> Iterator[str]:
         if not plain.strip():
             problem = "is blank; expected some text"
         elif word != word.strip():
-            problem = f"has outer white space; write {word.strip()!r}, which takes it along"
+            problem = f"has outer white space; write {word.strip()!r}, which includes it"
         elif any(map(_is_odd, word)) or "  " in word:
             problem = "has control characters, or white space other than single spaces; expected "
             problem += "ordinary text"
         elif inside:
             problem = f"holds the text of the special token {inside[0]}; choose another word"
         elif plain in seen:
-            problem = "stands twice; expected every word once"
+            problem = "is repeated; list every word once"
         elif _is_known(tokenizer, word):
             problem = "is one token already; leave it out"
         else:
@@ -97,9 +97,9 @@ def _is_known(tokenizer: Tokenizer, word: str) -> bool:
 
 
 def _is_odd(character: str) -> bool:
-    """Tell controls, line ends and unusual spaces from what words are made of.
+    """Tell whether a character is a control, a line end or an unusual space.
 
-    Joiners (U+200C, U+200D) are format characters, but stand inside words of some languages.
+    Joiners (U+200C, U+200D) are format characters, but occur inside words of some languages.
     """
     return unicodedata.category(character)[0] in "CZ" and character not in " \u200c\u200d"
 
@@ -109,12 +109,12 @@ _SPACE, _LETTER, _DIGIT, _OTHER = range(4)
 
 @lru_cache(maxsize=1)
 def word_starts(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the function from ids `[tokens]` to bool `[tokens]`: which of them begin a word.
+    """Return the function from ids `[tokens]` to bool `[tokens]`: True where a word begins.
 
-    A piece begins a word if white space opens it, or if its first character is of another kind
-    (letter, digit, anything else) than the last one before it. Special tokens and runs of white
-    space are words of their own. In scripts written without spaces a run of letters is one word.
-    The kinds are found once for a vocabulary.
+    A piece begins a word if it starts with white space, or if its first character is of another
+    kind (letter, digit, other) than the last one before it. Each special token and each run of
+    white space is a word. In scripts without spaces a run of letters is one word. The kinds are
+    computed once for a vocabulary.
 
     >>> tokenizer = Tokenizer.from_pretrained()
     >>> ids = tokenizer.encode_plain("An untokenizable (sub)word, 3.14")
@@ -140,7 +140,7 @@ def word_starts(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _texts(tokenizer: Tokenizer) -> list[str]:
-    """Return the text of every token as it stands after a letter, whatever marks a word."""
+    """Return the text of every token after a letter, whatever marks a word."""
     backend = tokenizer.backend
     stem = tokenizer.encode_plain("a")[-1:]
     before = backend.decode(stem, skip_special_tokens=False)
@@ -153,7 +153,7 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _kind(character: str) -> int:
-    """Tell the kind of a character; a part of one (U+FFFD) and a combining mark are letters."""
+    """Return the kind of a character; a part of one (U+FFFD) and a combining mark are letters."""
     if character.isspace():
         return _SPACE
     if character.isnumeric():

@@ -346,7 +346,10 @@ def test_heads_of_other_labels_are_refused(tokenizer, reviews, tmp_path):
         answer(head_model(["a", "b"]), tokenizer, tmp_path, rows, labels=None, options="choices")
     with pytest.raises(InputError, match="the head is for regression"):
         run_evaluation(head_model(["a"], problem_type="regression"), tokenizer, reviews)
-    for prompt, message in (("{text} [MASK]", "reads no slot"), ("no field", "names no field")):
+    for prompt, message in (
+        ("{text} [MASK]", "head does not read"),
+        ("no field", "names no field"),
+    ):
         with pytest.raises(ValueError, match=message):
             task(head_prompt=prompt)
 

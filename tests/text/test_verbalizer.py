@@ -109,7 +109,7 @@ def test_a_word_unknown_to_the_tokenizer_is_refused():
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (["a", "b", "a"], "label 'a': stands twice"),
+        (["a", "b", "a"], "label 'a': is repeated"),
         (["a"], "has 1 labels"),
         (["a", " \n"], "is blank"),
         (["a", 3], "label 2: is int"),

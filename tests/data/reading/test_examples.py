@@ -141,7 +141,7 @@ def test_without_options_the_label_is_its_own_answer(table, tokenizer):
     [
         (("yes", "entailment"), "{text}", r"labels: label 'entailment'.*' entail' \+ 'ment'"),
         (("yes",), "{text}", "at least two"),
-        (("yes", "yes"), PROMPT, "labels: label 'yes': stands twice"),
+        (("yes", "yes"), PROMPT, "labels: label 'yes': is repeated"),
         (("yes", " "), PROMPT, "blank"),
         ({"0": "yes", "1": "yes"}, PROMPT, "at least two"),
         (("yes", "no"), "{text", "prompt: template"),

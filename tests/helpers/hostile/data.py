@@ -259,7 +259,7 @@ SOURCES = {
     "with two slots": (["prompt={prompt} [unused0] [MASK] [unused0] [MASK]"], "has 2 [MASK]"),
     "with a slot without an anchor": (["prompt={prompt} [MASK]"], "directly after [unused0]"),
     "with an open brace": (["prompt={prompt"], "single '{'"),
-    "with a format in its field": (["prompt={prompt!r}"], "is no field"),
+    "with a format in its field": (["prompt={prompt!r}"], "is not a field"),
     "with options that are no list": (["prompt={prompt} {options}"], "column 'options'"),
     "with a column that is not there": (["prompt={promt}"], "did you mean 'prompt'?"),
     "that shortens no field": (['shorten={ prompts = "tail" }'], "prompts"),

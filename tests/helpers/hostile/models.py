@@ -202,7 +202,7 @@ TOKENIZERS = {
         "twice",
     ),
     "with a token twice": (added(1, content="[CLS]"), "added_tokens names '[CLS]'"),
-    "with a wrong id": (added(4, id=9999), "expected ids without holes"),
+    "with a wrong id": (added(4, id=9999), "expected ids without gaps"),
     "with added tokens of text": (part("added_tokens", "x"), "tokenizer.json: "),
     "without [MASK]": (without("[MASK]"), "has no token [MASK]"),
     "without [unused0]": (without("[unused0]"), "has no token [unused0]"),
@@ -212,7 +212,7 @@ TOKENIZERS = {
     ),
     "that calls one token two names": (
         write("model/tokenizer_config.json", '{"mask_token": "[SEP]"}'),
-        "one token plays two parts",
+        "are one token; expected five",
     ),
     "that calls a special by a number": (
         write("model/tokenizer_config.json", '{"mask_token": 7}'),

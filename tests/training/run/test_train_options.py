@@ -158,7 +158,10 @@ def test_without_labels_a_number_is_predicted(folder, capsys):
         ({"source": {"labels": ["red", "red"]}}, "'red', 'red'; expected two or more, distinct"),
         ({"source": {"answer": "text"}}, "line 1: column 'text' is .* expected a number"),
         ({"source": {"labels": COLORS[:2]}}, "column 'label' is 2; expected one of"),
-        ({"source": {"labels": COLORS, "prompt": "{text} [MASK]"}}, "reads no slot; leave it out"),
+        (
+            {"source": {"labels": COLORS, "prompt": "{text} [MASK]"}},
+            "head does not read; leave it out",
+        ),
     ],
 )
 def test_what_a_classification_head_cannot_be_trained_on_is_refused(folder, changes, message):
