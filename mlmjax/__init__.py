@@ -1,91 +1,69 @@
-"""mlmjax: masked language models that answer, in JAX.
+"""Train and prompt masked language models that answer, in JAX.
 
-Names are loaded on first use, so that reading a configuration or a data file never imports jax.
+Names are loaded on first use, so reading a configuration or a data file does not import jax.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mlmjax._version import __version__
-from mlmjax.errors import InputError, RunError
+from mlmjax._version import __version__ as __version__
+from mlmjax.errors import InputError as InputError
+from mlmjax.errors import RunError as RunError
 
-if TYPE_CHECKING:
-    from mlmjax.classification.classifier import Classifier
-    from mlmjax.config.run import RunConfig, load_config
-    from mlmjax.data.batch import Batch
-    from mlmjax.evaluation.evaluate import run_evaluation
-    from mlmjax.model.architecture import ModelConfig
-    from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
-    from mlmjax.model.vocabulary import resize_token_embeddings
-    from mlmjax.scoring.fill_mask import fill_mask
-    from mlmjax.scoring.likelihood import pseudo_log_likelihood
-    from mlmjax.scoring.scorers import Scorer
-    from mlmjax.text.prompts import Template
-    from mlmjax.text.tokenizer import Tokenizer
-    from mlmjax.text.verbalizer import Verbalizer
-    from mlmjax.training.run.train import run_training
-    from mlmjax.training.step import TrainState, create_train_state, make_train_step
-    from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
+    from mlmjax import data as data
+    from mlmjax.classification.classifier import Classifier as Classifier
+    from mlmjax.config.run import RunConfig as RunConfig
+    from mlmjax.config.run import load_config as load_config
+    from mlmjax.data.batch import Batch as Batch
+    from mlmjax.evaluation.evaluate import run_evaluation as run_evaluation
+    from mlmjax.model.architecture import ModelConfig as ModelConfig
+    from mlmjax.model.modernbert import ModernBertForMaskedLM as ModernBertForMaskedLM
+    from mlmjax.model.modernbert import (
+        ModernBertForSequenceClassification as ModernBertForSequenceClassification,
+    )
+    from mlmjax.model.vocabulary import resize_token_embeddings as resize_token_embeddings
+    from mlmjax.scoring.fill_mask import fill_mask as fill_mask
+    from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
+    from mlmjax.scoring.scorers import Scorer as Scorer
+    from mlmjax.text.prompts import Template as Template
+    from mlmjax.text.tokenizer import Tokenizer as Tokenizer
+    from mlmjax.text.verbalizer import Verbalizer as Verbalizer
+    from mlmjax.training.run.train import run_training as run_training
+    from mlmjax.training.step import TrainState as TrainState
+    from mlmjax.training.step import create_train_state as create_train_state
+    from mlmjax.training.step import make_train_step as make_train_step
+    from mlmjax.weights.pretrained import load_pretrained as load_pretrained
+    from mlmjax.weights.pretrained import save_pretrained as save_pretrained
 
-_HOMES = {
-    "Batch": "data.batch",
-    "Classifier": "classification.classifier",
-    "ModelConfig": "model.architecture",
-    "ModernBertForMaskedLM": "model.modernbert",
-    "ModernBertForSequenceClassification": "model.modernbert",
-    "RunConfig": "config.run",
-    "Scorer": "scoring.scorers",
-    "Template": "text.prompts",
-    "Tokenizer": "text.tokenizer",
-    "TrainState": "training.step",
-    "Verbalizer": "text.verbalizer",
-    "create_train_state": "training.step",
-    "fill_mask": "scoring.fill_mask",
-    "load_config": "config.run",
-    "load_pretrained": "weights.pretrained",
-    "make_train_step": "training.step",
-    "pseudo_log_likelihood": "scoring.likelihood",
-    "resize_token_embeddings": "model.vocabulary",
-    "run_evaluation": "evaluation.evaluate",
-    "run_training": "training.run.train",
-    "save_pretrained": "weights.pretrained",
+_NAMES = {
+    "classification.classifier": ["Classifier"],
+    "config.run": ["RunConfig", "load_config"],
+    "data.batch": ["Batch"],
+    "evaluation.evaluate": ["run_evaluation"],
+    "model.architecture": ["ModelConfig"],
+    "model.modernbert": ["ModernBertForMaskedLM", "ModernBertForSequenceClassification"],
+    "model.vocabulary": ["resize_token_embeddings"],
+    "scoring.fill_mask": ["fill_mask"],
+    "scoring.likelihood": ["pseudo_log_likelihood"],
+    "scoring.scorers": ["Scorer"],
+    "text.prompts": ["Template"],
+    "text.tokenizer": ["Tokenizer"],
+    "text.verbalizer": ["Verbalizer"],
+    "training.run.train": ["run_training"],
+    "training.step": ["TrainState", "create_train_state", "make_train_step"],
+    "weights.pretrained": ["load_pretrained", "save_pretrained"],
 }
-
-__all__ = [
-    "Batch",
-    "Classifier",
-    "InputError",
-    "ModelConfig",
-    "ModernBertForMaskedLM",
-    "ModernBertForSequenceClassification",
-    "RunConfig",
-    "RunError",
-    "Scorer",
-    "Template",
-    "Tokenizer",
-    "TrainState",
-    "Verbalizer",
-    "__version__",
-    "create_train_state",
-    "data",
-    "fill_mask",
-    "load_config",
-    "load_pretrained",
-    "make_train_step",
-    "pseudo_log_likelihood",
-    "resize_token_embeddings",
-    "run_evaluation",
-    "run_training",
-    "save_pretrained",
-]
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = ["InputError", "RunError", "__version__", "data", *_MODULES]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
     if name == "data":
         return import_module("mlmjax.data")
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'mlmjax' has no attribute {name!r}")
-    return getattr(import_module(f"mlmjax.{_HOMES[name]}"), name)
+    return getattr(import_module(f"mlmjax.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import mlmjax
+
 PACKAGE = Path(__file__).parents[1] / "mlmjax"
 WITHOUT_JAX = ("text", "config", "statistics", "data")
 MOST_FILES, MOST_LINES = 8, 600
@@ -111,3 +113,17 @@ def test_folders_are_small_and_say_what_they_are_for():
 def test_files_are_read_in_one_sitting():
     long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().split("\n")))}
     assert not {name: n for name, n in long.items() if n > MOST_LINES}
+
+
+def test_type_checkers_see_the_public_names():
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    table = {name: f"mlmjax.{home}.{name}" for name, home in mlmjax._MODULES.items()}
+    assert seen == table | {"data": "mlmjax.data"}
+    assert set(dir(mlmjax)) == {*table, "data", "InputError", "RunError", "__version__"}
