@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hostile.data import INJECTED
-from hostile.generate import all_cases
+from hostile.generate import all_cases, write_cases
+from hostile.good import write_good
 from hostile.texts import ODD
 from hostile.weights import NORM
 from safetensors.numpy import load_file, save_file
@@ -39,17 +40,12 @@ MOST_LINES = 22  # the first, 20 details, and how many more there are
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Everything that the script writes."""
-    folder = tmp_path_factory.mktemp("hostile") / "corpus"
-    script = ROOT / "tests" / "hostile" / "generate.py"
-    subprocess.run([sys.executable, script, folder], check=True, capture_output=True)
+def good(tmp_path_factory):
+    """Write the inputs that every case changes a copy of."""
+    folder = tmp_path_factory.mktemp("hostile") / "good"
+    folder.mkdir()
+    write_good(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def good(corpus):
-    return corpus / "good"
 
 
 @pytest.fixture(scope="module")
@@ -243,10 +239,11 @@ def test_an_older_run_without_checkpoints_does_not_pass_for_this_one(good, tmp_p
     assert weights.read_bytes() != before
 
 
-def test_the_script_writes_every_case(corpus, good, tmp_path):
-    table = json.loads((corpus / "cases.json").read_text())
+def test_the_script_writes_every_case(good, tmp_path):
+    write_cases(good, tmp_path / "corpus")
+    table = json.loads((tmp_path / "corpus" / "cases.json").read_text())
     assert [case["folder"] for case in table] == list(CASES)
     assert {case["exit"] for case in table} == {0, 2}
     for name in (case["folder"] for case in table[::20]):
         CASES[name].write(good, tmp_path / name)
-        assert contents(tmp_path / name) == contents(corpus / name)
+        assert contents(tmp_path / name) == contents(tmp_path / "corpus" / name)

@@ -30,13 +30,11 @@ def all_cases() -> dict[str, Case]:
     return named
 
 
-def write_corpus(folder: Path) -> None:
-    """Write the good inputs, every case, and the table of cases into a new folder."""
-    (folder / "good").mkdir(parents=True)
-    write_good(folder / "good")
+def write_cases(good: Path, folder: Path) -> None:
+    """Write every case, made from the good inputs, and the table of cases into a folder."""
     table = []
     for name, case in all_cases().items():
-        case.write(folder / "good", folder / name)
+        case.write(good, folder / name)
         table.append(
             {
                 "folder": name,
@@ -50,5 +48,8 @@ def write_corpus(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_corpus(Path(sys.argv[1]))
-    print(f"{len(all_cases())} cases in {sys.argv[1]}")
+    corpus = Path(sys.argv[1])
+    (corpus / "good").mkdir(parents=True)
+    write_good(corpus / "good")
+    write_cases(corpus / "good", corpus)
+    print(f"{len(all_cases())} cases in {corpus}")

@@ -175,8 +175,8 @@ DEMO = {
     "that is a file": (write("demo", "precious"), "demo"),
     "below a file": (write("demo", "precious"), "demo"),
     "that is a link to nowhere": (link("demo", "nowhere/at/all"), "demo"),
-    "with somebody's run file": (write("demo/run.toml", "precious"), "demo/run.toml: is in the"),
-    "with somebody's data": (write("demo/data/train.jsonl", "precious"), "demo/data: is in the"),
+    "with somebody's run file": (write("demo/run.toml", "precious"), "demo/run.toml: already"),
+    "with somebody's data": (write("demo/data/train.jsonl", "precious"), "demo/data: already"),
 }
 
 

@@ -31,7 +31,7 @@ TASKS = {
         {**NO_LABELS, "prompt": '"Q: {text}"'},
         "the prompt has no {options}",
     ),
-    "with a label twice": ({"labels": '["bad", "bad", "good"]'}, "labels holds a label twice"),
+    "with a label twice": ({"labels": '["bad", "bad", "good"]'}, "labels repeats a label"),
     "with one label": ({"labels": '["red"]'}, "labels needs at least two"),
     "with a blank label": ({"labels": '["red", " "]'}, "labels holds a blank label"),
     "with labels of numbers": ({"labels": "[1, 2]"}, "labels"),
