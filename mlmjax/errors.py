@@ -1,4 +1,4 @@
-"""The one error type for everything a user can get wrong."""
+"""Define the errors shown to users, their exit codes and their wording."""
 
 import errno
 import os
@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """A refusal of user input: where, what was found, what was expected, what to do.
+    """Reject user input: where, what was found, what was expected, what to do.
 
-    `message` is one line complete in itself; `details` are further lines (each one problem of
-    many). The command line prints the message, at most 20 details, and exits with code 2.
+    `message` is one complete line; `details` are further lines, each one problem of many. The
+    command line prints the message, at most 20 details, and exits with code 2.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
@@ -26,7 +27,7 @@ class InputError(ValueError):
 
 
 def printable(text: str) -> str:
-    r"""Write out what would not print, or would do something to a terminal instead.
+    r"""Escape characters that do not print or that control a terminal.
 
     >>> print(printable("naïve\n\x1b[2J"))
     naïve\n\x1b[2J
@@ -37,7 +38,7 @@ def printable(text: str) -> str:
 
 
 class RunError(RuntimeError):
-    """A run that could not go on for a reason outside its input: a non-finite loss, a full disk.
+    """Stop a run for a reason outside its input: a non-finite loss, a full disk.
 
     The command line prints it and exits with code 1.
     """
@@ -46,7 +47,7 @@ class RunError(RuntimeError):
 def full_disk(error: BaseException) -> str | None:
     """Return the system's words for a full disk, quota or size limit if that is the error.
 
-    They are looked for in the text, because libraries that write in other languages give no number.
+    The text is searched, because errors of libraries in other languages have no number.
     """
     words = map(os.strerror, _FULL)
     return next((found for found in words if found in str(error)), None)
@@ -68,6 +69,3 @@ def write_advice(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type if it has no text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,4 +1,4 @@
-"""Read strangers' files safely; write our own files and folders whole or not at all."""
+"""Read strangers' files safely; write files and folders whole or not at all."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ TRAINING = "training_manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 LOCK = ".lock"
 PARTIAL = ".partial"
-"""Ending of the name of a file or folder that is not whole yet."""
+"""Ending of the name of an unfinished file or folder."""
 MAX_JSON_BYTES = 16 * 2**20
 
 _BUILDING = ".building"
@@ -96,17 +96,17 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
-    """Give a new folder to write into, and move it to `path` when the block ends.
+    """Yield a new folder to write into, and move it to `path` when the block ends.
 
-    An older folder there is replaced only if it holds nothing but `replaceable` names (a name
-    that starts with `*` stands for its ending). Raises `InputError` for any other folder or file
-    there, `RunError` when writing fails; the old folder stays then, and nothing else is left.
+    An older folder is replaced only if it holds nothing but `replaceable` names (`*` and an ending
+    match any name with that ending). Raises `InputError` for any other folder or file there, and
+    `RunError` when writing fails. Then the old folder stays, and nothing else is left.
     """
     path = path.expanduser()
     _check_replaceable(path, replaceable)
     new = _hidden(path, "new")
     try:
-        with _moved(new, path):
+        with _move_when_done(new, path):
             new.mkdir(parents=True)
             yield new
     finally:
@@ -115,12 +115,11 @@ def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path | None]:
-    """Give a folder to build in, and move it to `folder` when the block ends.
+    """Yield a folder to build in, locked, and move it to `folder` when the block ends.
 
-    It holds what a process that was killed, or failed, left behind. Gives None when `folder` is
-    there already, perhaps because another process finished it while this one waited. Raises
-    `InputError` when the place cannot be written, or holds a folder that is not ours; `RunError`
-    when writing fails.
+    It holds the work of a process that was killed or failed. Yields None if `folder` exists, also
+    if another process finished it while this one waited. Raises `InputError` if the place cannot
+    be written or holds somebody else's folder, and `RunError` when writing fails.
     """
     partial = folder.with_name(folder.name + PARTIAL)
     lock = FileLock(folder.with_name(f".{folder.name}{LOCK}"))
@@ -136,7 +135,7 @@ def build_folder(folder: Path) -> Iterator[Path | None]:
                 return
             _open_partial(folder, partial)
             try:
-                with _moved(partial, folder):
+                with _move_when_done(partial, folder):
                     yield partial
             finally:
                 if not any(partial.glob("*/*.json")):
@@ -151,7 +150,10 @@ def _open_partial(folder: Path, partial: Path) -> None:
     try:
         names = {entry.name for entry in partial.iterdir()} if partial.exists() else set()
         if partial.is_symlink() or (names and _BUILDING not in names):
-            raise InputError(f"{partial}: is in the way and not ours to delete; move it elsewhere")
+            raise InputError(
+                f"{partial}: is not an unfinished folder of mlmjax, so it is not deleted; move it "
+                "elsewhere"
+            )
         partial.mkdir(exist_ok=True)
         (partial / _BUILDING).touch()
     except OSError as error:
@@ -166,20 +168,20 @@ def _not_writable(folder: Path, error: OSError) -> InputError:
 
 
 def unmark(folder: Path) -> None:
-    """Remove the mark of a folder being built, which a killed process left in a finished one."""
+    """Remove the mark of an unfinished folder that a killed process left in a finished one."""
     with suppress(OSError):
         if folder.is_dir() and any(path.name != _BUILDING for path in folder.iterdir()):
             (folder / _BUILDING).unlink()
 
 
 def is_there(folder: Path) -> bool:
-    """Tell whether a name is taken, if only by a broken link; an empty folder does not count."""
+    """Tell whether a name is taken, even by a broken link; an empty folder does not count."""
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
 @contextmanager
-def _moved(new: Path, path: Path) -> Iterator[None]:
-    """Move `new` to `path` when the block ends; a folder there is kept until that succeeded."""
+def _move_when_done(new: Path, path: Path) -> Iterator[None]:
+    """Move `new` to `path` when the block ends; keep a folder there until that succeeds."""
     old = _hidden(path, "old")
     try:
         yield
@@ -203,7 +205,7 @@ def _hidden(path: Path, kind: str) -> Path:
 
 
 def _check_replaceable(path: Path, replaceable: Collection[str]) -> None:
-    """Raise `InputError` where something other than an older model folder is."""
+    """Raise `InputError` for anything but an older folder of a model."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -223,15 +225,17 @@ def _check_replaceable(path: Path, replaceable: Collection[str]) -> None:
 
 @contextmanager
 def alone_in(out: Path, check: Callable[[Path], None] = lambda out: None) -> Iterator[None]:
-    """Make a run folder and lock it for this process; `check` looks whose it is.
+    """Make a run folder, lock it for this process, and `check` that it is ours.
 
-    Raises `InputError` if it cannot be made, or another process has locked it.
+    Raises `InputError` if it cannot be made or is locked by another process.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = FileLock(out / LOCK).acquire(blocking=False)
     except Timeout as error:
-        raise InputError(f"{out}: another process is training there; name another out") from error
+        raise InputError(
+            f"{out}: another process uses it; choose another folder for out"
+        ) from error
     except OSError as error:
         raise InputError(
             f"{out}: cannot be written ({error.strerror or error}); give a folder for out"
@@ -242,7 +246,7 @@ def alone_in(out: Path, check: Callable[[Path], None] = lambda out: None) -> Ite
 
 
 def hash_value(value: Any) -> str:
-    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
+    """Return the SHA-256 of a JSON value; the order of keys does not matter."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
@@ -257,7 +261,7 @@ def hash_file(path: Path) -> str:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return name, size and hash of a file."""
+    """Return the path, size and hash of a file."""
     return {"path": str(path), "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
@@ -267,9 +271,9 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
 
 
 def check_name(folder: Path) -> None:
-    """Raise `InputError` for a place where Orbax could save and not read back.
+    """Raise `InputError` for a folder where Orbax can save but not restore.
 
-    It searches its own folders by patterns, in which some characters have a meaning.
+    Orbax finds its folders by patterns, in which some characters have a meaning.
     """
     if odd := set("*?[") & set(str(folder.expanduser().absolute())):
         raise InputError(
@@ -278,8 +282,8 @@ def check_name(folder: Path) -> None:
         )
 
 
-def reached(path: str | os.PathLike[str]) -> epath.Path:
-    """Return a folder or an address as a path; raises `InputError` if it cannot be reached."""
+def open_place(path: str | os.PathLike[str]) -> epath.Path:
+    """Return a folder or an address as a path; raise `InputError` if it cannot be reached."""
     if not is_remote(path):
         check_name(Path(path))
         return epath.Path(Path(path).expanduser().absolute())
@@ -290,5 +294,5 @@ def reached(path: str | os.PathLike[str]) -> epath.Path:
     except Exception as error:
         raise InputError(
             f"{path}: cannot be reached ({first_line(error)}); expected gs://, s3:// or az://, "
-            "what fsspec needs for it (gcsfs, s3fs, adlfs), and the rights of this machine"
+            "the package that fsspec needs (gcsfs, s3fs, adlfs), and permission for this machine"
         ) from error

@@ -47,7 +47,7 @@ class Calibration(StrictTable):
         >>> np.exp(halved.apply(np.log([[0.5, 0.5]]))).round(3).tolist()
         [[0.333, 0.667]]
         """
-        scores = checked(log_probs, ("rows", "labels"))
+        scores = check_log_probs(log_probs, ("rows", "labels"))
         if self.bias is not None:
             if len(self.bias) != scores.shape[1]:
                 raise InputError(
@@ -100,7 +100,7 @@ def batch_calibration(log_probs: np.ndarray) -> Calibration:
     >>> np.exp(batch_calibration(np.log([[0.8, 0.2], [0.6, 0.4]])).bias).round(3).tolist()
     [0.7, 0.3]
     """
-    scores = checked(log_probs, ("rows", "labels"))
+    scores = check_log_probs(log_probs, ("rows", "labels"))
     return Calibration(method="batch", bias=_log_mean(scores), rows=len(scores))
 
 
@@ -111,7 +111,7 @@ def null_calibration(null_log_probs: np.ndarray) -> Calibration:
     for inputs such as `N/A` (Zhao et al. 2021, arXiv 2102.09690), and domain-conditional pointwise
     mutual information for the prompt without the text (Holtzman et al. 2021, arXiv 2104.08315).
     """
-    scores = checked(null_log_probs, ("inputs", "labels"))
+    scores = check_log_probs(null_log_probs, ("inputs", "labels"))
     return Calibration(method="null", bias=_log_mean(scores), rows=len(scores))
 
 
@@ -129,7 +129,7 @@ def order_calibration(log_probs: np.ndarray) -> Calibration:
     >>> np.exp(order_calibration(likes_a).bias).round(3).tolist()
     [0.6, 0.4]
     """
-    scores = checked(log_probs, ("rows", "shifts", "labels"))
+    scores = check_log_probs(log_probs, ("rows", "shifts", "labels"))
     asked = np.isfinite(scores).any(axis=2, keepdims=True)
     has = np.isfinite(scores).any(axis=1)
     number = asked.sum(axis=1)
@@ -154,8 +154,8 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
     1706.04599). Raises `InputError` if there is none: every answer is right, so that no
     confidence is too high, or the probabilities say no more of the labels than a guess.
     """
-    scores = checked(log_probs, ("rows", "labels"))
-    truth = checked_gold(gold, scores)
+    scores = check_log_probs(log_probs, ("rows", "labels"))
+    truth = check_gold(gold, scores)
     scores = _zeroed(log_softmax(scores), missing=-np.inf)
     of_gold = scores[np.arange(len(scores)), truth]
     values = np.where(np.isfinite(scores), scores, 0.0)
@@ -182,7 +182,7 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
     return Calibration(method="temperature", temperature=temperature, rows=len(scores))
 
 
-def checked(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
+def check_log_probs(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
     """Return log probabilities as float64; raise `InputError` for anything else.
 
     They are finite, or -inf for a label that a row does not have. Every row has a label.
@@ -204,7 +204,7 @@ def checked(log_probs: np.ndarray, axes: Sequence[str]) -> np.ndarray:
     return scores
 
 
-def checked_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarray:
+def check_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the index of each row's gold label, int `[rows]`, for log probabilities or sets.
 
     Raises `InputError` for another number of labels, and for a label that the row does not have.

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError
-from mlmjax.statistics.calibration import checked, checked_gold, log_softmax
+from mlmjax.statistics.calibration import check_gold, check_log_probs, log_softmax
 from mlmjax.statistics.metrics import wilson_interval
 
 Method = Literal["lac", "aps"]
@@ -50,7 +50,7 @@ class Conformal(StrictTable):
 
     def sets(self, log_probs: np.ndarray, coverage: float) -> np.ndarray:
         """Return which labels are in each row's set, bool `[rows, labels]`; `lac` may have none."""
-        scores = _scores(checked(log_probs, ("rows", "labels")), self.method)
+        scores = _scores(check_log_probs(log_probs, ("rows", "labels")), self.method)
         return scores <= self.threshold(coverage)
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,8 +79,8 @@ def fit(
     """
     if method not in ("lac", "aps"):
         raise InputError(f"method is {method!r}; expected 'lac' or 'aps'")
-    scores = checked(log_probs, ("rows", "labels"))
-    truth = checked_gold(gold, scores)
+    scores = check_log_probs(log_probs, ("rows", "labels"))
+    truth = check_gold(gold, scores)
     of_gold = _scores(scores, method)[np.arange(len(scores)), truth]
     return Conformal(method=method, scores=tuple(of_gold.tolist()))
 
@@ -100,7 +100,7 @@ def coverage(sets: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, An
             f"sets has shape {list(sets.shape)} and dtype {sets.dtype}; expected bool "
             "[rows, labels], not empty"
         )
-    truth = checked_gold(gold, sets)
+    truth = check_gold(gold, sets)
     hits, sizes = int(sets[np.arange(len(sets)), truth].sum()), sets.sum(axis=1)
     return {
         "rows": len(sets),

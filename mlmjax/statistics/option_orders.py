@@ -7,7 +7,7 @@ import numpy as np
 
 from mlmjax.config.suite import ORDER_ROWS, SHIFTS
 from mlmjax.errors import InputError
-from mlmjax.statistics.calibration import checked, checked_gold
+from mlmjax.statistics.calibration import check_gold, check_log_probs
 from mlmjax.statistics.metrics import wilson_interval
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ def sensitivity(
     `position_spread` (largest minus smallest of the latter), and `pooled_accuracy`, of the
     probabilities averaged over shifts.
     """
-    scores = checked(log_probs, ("rows", "shifts", "labels"))
+    scores = check_log_probs(log_probs, ("rows", "shifts", "labels"))
     asked = np.isfinite(scores).any(axis=2)
     number = asked.sum(axis=1)
     if not all(row[:n].all() for row, n in zip(asked, number, strict=True)):
@@ -101,7 +101,7 @@ def sensitivity(
     }
     if gold is None:
         return found
-    truth = checked_gold(gold, scores[:, 0])
+    truth = check_gold(gold, scores[:, 0])
     right = answers == truth[:, None]
     options = np.isfinite(scores[:, 0]).sum(axis=1)
     moved = [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.statistics.calibration import checked, checked_gold, log_softmax
+from mlmjax.statistics.calibration import check_gold, check_log_probs, log_softmax
 
 BINS = 15
 
@@ -31,8 +31,8 @@ def confidence(
 
     Probabilities are over the labels that the row has, and sum to 1.
     """
-    scores = checked(log_probs, ("rows", "labels"))
-    truth = checked_gold(gold, scores)
+    scores = check_log_probs(log_probs, ("rows", "labels"))
+    truth = check_gold(gold, scores)
     return np.exp(log_softmax(scores).max(axis=1)), scores.argmax(axis=1) == truth
 
 
@@ -106,8 +106,8 @@ def calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict
     >>> {name: round(value, 3) for name, value in found.items()}
     {'nll': 0.367, 'brier': 0.2, 'ece': 0.3, 'ece_equal_mass': 0.3, 'confidence': 0.7}
     """
-    scores = checked(log_probs, ("rows", "labels"))
-    truth = checked_gold(gold, scores)
+    scores = check_log_probs(log_probs, ("rows", "labels"))
+    truth = check_gold(gold, scores)
     scores = log_softmax(scores)
     sure, right = confidence(scores, truth)
     rows = np.arange(len(scores))

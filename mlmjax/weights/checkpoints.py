@@ -18,7 +18,7 @@ from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import leaf_path
-from mlmjax.storage import check_name, reached
+from mlmjax.storage import check_name, open_place
 
 
 def fingerprints(state: Any) -> dict[str, int]:
@@ -109,7 +109,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
-        self.folder = reached(folder)
+        self.folder = open_place(folder)
         self._saving: int | None = None
         self._cleared = False
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]

@@ -87,7 +87,7 @@ def test_a_folder_of_something_else_is_left_alone(config, tokenizer, tmp_path):
     with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
         prepare(config, tokenizer)
     (tmp_path / "rows").rename(tmp_path / "rows.partial")
-    with pytest.raises(InputError, match="in the way and not ours to delete"):
+    with pytest.raises(InputError, match="is not an unfinished folder of mlmjax"):
         prepare(config, tokenizer)
     assert (tmp_path / "rows.partial" / "thesis.tex").read_text() == "precious"
 

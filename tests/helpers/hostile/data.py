@@ -346,7 +346,7 @@ FOLDERS = {
     "that are a link to nowhere": (link("rows", "nowhere"), "rows"),
     "with something in the way of a new one": (
         all_of(remove("rows"), write("rows.partial/thesis.txt", "precious")),
-        "is in the way and not ours to delete",
+        "is not an unfinished folder of mlmjax",
     ),
 }
 

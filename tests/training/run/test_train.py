@@ -381,7 +381,7 @@ def test_a_folder_that_is_no_runs_is_refused(folder, straight):
 
 
 def test_two_processes_do_not_train_in_one_folder(folder, straight):
-    message = "another process is training there"
+    message = "another process uses it"
     with train_module.alone_in(folder / "out"), pytest.raises(InputError, match=message):
         run_training(make_config(folder))
 

@@ -1,0 +1,125 @@
+"""Files and folders are there whole or not at all, and locked while they are made."""
+
+import os
+
+import pytest
+
+from mlmjax.errors import InputError, RunError
+from mlmjax.storage import (
+    alone_in,
+    build_folder,
+    describe_file,
+    hash_file,
+    hash_value,
+    read_json,
+    replace_folder,
+    write_json,
+    write_whole,
+)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def fail(*arguments):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("os.fsync", fail)
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"a": "ä"})
+    write_json(path, {"b": [1]})
+    assert path.read_text() == '{\n  "b": [\n    1\n  ]\n}\n'
+    assert read_json(tmp_path, "a.json") == {"b": [1]}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_a_file_that_cannot_be_written_stays(tmp_path, full_disk):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(RunError, match=r"a: cannot be written \(No space left .*free some space"):
+        write_whole(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "made"
+    for content in ("old", "new"):
+        with replace_folder(path, {"a", "*.bin"}) as folder:
+            (folder / "a").write_text(content)
+            (folder / "x.bin").touch()
+    assert (path / "a").read_text() == "new"
+    with (
+        pytest.raises(RunError, match="made: cannot be written"),
+        replace_folder(path, {"a", "*.bin"}) as folder,
+    ):
+        (folder / "a").write_text("newer")
+        raise OSError(28, os.strerror(28))
+    assert (path / "a").read_text() == "new"
+    (path / "thesis").touch()
+    with (
+        pytest.raises(InputError, match=r"not part of a model \(thesis\)"),
+        replace_folder(path, {"a"}),
+    ):
+        pass
+    assert names(tmp_path) == ["made"]
+
+
+def test_a_folder_is_built_once_and_from_what_is_left(tmp_path):
+    path = tmp_path / "made"
+
+    def stop():
+        with build_folder(path) as folder:
+            (folder / "stage").mkdir()
+            (folder / "stage" / "a.json").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stop()
+    assert names(tmp_path) == ["made.partial"]
+    with build_folder(path) as folder:
+        assert (folder / "stage" / "a.json").exists()
+    with build_folder(path) as folder:
+        assert folder is None
+    assert names(tmp_path) == ["made"]
+    assert names(path) == ["stage"]
+
+
+def test_somebody_elses_unfinished_folder_stays(tmp_path):
+    (tmp_path / "made.partial").mkdir()
+    (tmp_path / "made.partial" / "thesis").touch()
+    with (
+        pytest.raises(InputError, match="not an unfinished folder"),
+        build_folder(tmp_path / "made"),
+    ):
+        pass
+    assert names(tmp_path) == ["made.partial"]
+
+
+def test_a_run_folder_has_one_process_and_is_checked(tmp_path):
+    def check(out):
+        raise InputError("not ours")
+
+    message = "another process uses it"
+    with alone_in(tmp_path), pytest.raises(InputError, match=message), alone_in(tmp_path):
+        pass
+    with pytest.raises(InputError, match="not ours"), alone_in(tmp_path, check):
+        pass
+    with alone_in(tmp_path):
+        pass
+
+
+def test_hashes(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    assert hash_file(path).startswith("ba7816bf")
+    assert describe_file(path) == {"path": str(path), "bytes": 3, "sha256": hash_file(path)}
+    assert hash_value({"a": 1, "b": "\udcff"}) == hash_value({"b": "\udcff", "a": 1})
+    with pytest.raises(InputError, match="cannot be read"):
+        hash_file(tmp_path / "b")
