@@ -98,9 +98,8 @@ def test_lower_rooms_do_not_name_jax(name):
 def test_lower_rooms_load_without_jax():
     lower = ", ".join(f"mlmjax.{name}" for name in MODULES if name.split(".")[0] in WITHOUT_JAX)
     # Windows has no fcntl.
-    code = (
-        f"import sys; sys.modules['fcntl'] = None; import {lower}; sys.exit('jax' in sys.modules)"
-    )
+    code = f"import sys; sys.modules['fcntl'] = None; import {lower}"
+    code += "; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
