@@ -228,7 +228,7 @@ def test_a_file_that_is_no_result_is_refused(folder, done, tmp_path):
     [
         ("sweep.epochs=[0]", "sweep.epochs"),
         ("sweep.epochs=[]", "sweep.epochs"),
-        ("sweep.epochs=[1, 1]", "a value twice"),
+        ("sweep.epochs=[1, 1]", "repeats a value"),
         ("sweep.learning_rate=[nan]", "sweep.learning_rate"),
         ("sweep.learning_rate=[-1.0]", "sweep.learning_rate"),
         ("sweep.held_out=1.0", "sweep.held_out"),

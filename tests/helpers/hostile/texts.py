@@ -18,7 +18,7 @@ LABELS = {
     "a comma": (",", "label 1 is blank"),
     "with a comma at the end": ("red,", "label 2 is blank"),
     "with two commas": ("red,,blue", "label 2 is blank"),
-    "twice": ("red, red", "stands there twice"),
+    "twice": ("red, red", "appears twice"),
     "one": ("red", "neither a file"),
     "in a file that is not there": ("absent.txt", "neither a file"),
     "in a folder": ("model", "neither a file"),
