@@ -19,6 +19,7 @@ from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import local_mesh
+from mlmjax.scoring.engine import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.optimizer import make_schedule, make_update
@@ -41,7 +42,7 @@ def fine_tune(
     seed: int,
     pad_id: int,
     after_epoch: Callable[[Model, float], bool | None] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Return a copy of the model, trained to give `answers` to the prompts.
 

@@ -16,9 +16,10 @@ from mlmjax.config.suite import Suite, Sweep
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.evaluate import Progress, measure_order, slot_scorer
+from mlmjax.evaluation.evaluate import measure_order, slot_scorer
 from mlmjax.evaluation.questions import Question
 from mlmjax.model.modernbert import ModernBertForMaskedLM, with_classifier
+from mlmjax.scoring.engine import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.storage import CONFIG, TOKENIZER_FILES, hash_file
 from mlmjax.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from mlmjax.config.suite import Planned, Suite
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import contamination
 from mlmjax.errors import InputError, printable
-from mlmjax.evaluation.evaluate import Progress, measure_order, score_questions, slot_scorer
+from mlmjax.evaluation.evaluate import measure_order, score_questions, slot_scorer
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import (
     Answers,
@@ -29,6 +29,7 @@ from mlmjax.evaluation.suite.entrants import (
 from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
 from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result, open_results
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
+from mlmjax.scoring.engine import Progress
 from mlmjax.storage import alone_in, read_json
 from mlmjax.text.verbalizer import option_letters
 from mlmjax.training.run.resume import check_run_folder
