@@ -1,7 +1,7 @@
-"""What a model was trained on, told by its own folder, and what that means for an evaluation."""
+"""The training data of a model, as its folder records it, and what an evaluation finds in it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,14 +17,14 @@ from mlmjax.errors import InputError
 from mlmjax.storage import TRAINING, hash_file, read_json
 
 NAMED = 5
-"""Tasks named in one finding; of more, the number is told."""
+"""At most this many task names are listed in a finding."""
 
 Status = Literal["unknown", "found", "excluded", "none found"]
 _PLACE = ("hub", "subset", "folder", "split", "revision")
 
 
 class TrainingFile(StrictTable):
-    """A file that was read: its name without its folder, and its content's hash."""
+    """A file that was read: its name without the folder, and the hash of its content."""
 
     name: str
     sha256: str
@@ -40,20 +40,20 @@ class _Place(StrictTable):
 
 
 class TrainingSource(_Place):
-    """A source that was trained on: files, or a dataset of the hub."""
+    """A source of training data: files, or a dataset of the hub."""
 
     name: str
 
 
 class ExcludedSet(_Place):
-    """An evaluation set with which no example shared `ngram` words in a row."""
+    """An evaluation set that shares no `ngram` words in a row with any example."""
 
     task: str
     ngram: int
 
 
 class TrainingRun(StrictTable):
-    """One run: what it started from, its sources, the tasks it saw, and what it kept out."""
+    """One run: what it started from, its sources and tasks, and what it kept out."""
 
     init_from: str | None
     tasks: list[str]
@@ -63,7 +63,7 @@ class TrainingRun(StrictTable):
 
 
 class TrainingManifest(StrictTable):
-    """The runs that made a model, first to last; `training_manifest.json` of its folder."""
+    """The runs that made a model, in order: `training_manifest.json` in its folder."""
 
     format: Literal[1]
     runs: list[TrainingRun]
@@ -74,7 +74,7 @@ class TrainingManifest(StrictTable):
 
 
 class Contamination(NamedTuple):
-    """What is known: the status, what was found of the evaluation in training, and remarks."""
+    """Whether a model saw an evaluation in training: the status, the findings, and remarks."""
 
     status: Status
     trained_on: list[str]
@@ -82,7 +82,7 @@ class Contamination(NamedTuple):
 
     @property
     def lines(self) -> list[str]:
-        """What is told to people, a line each."""
+        """The lines to print."""
         if self.status == "found":
             return [f"not zero-shot: the model was {one}" for one in self.trained_on]
         return [f"contamination: {self.status}: {remark}" for remark in self.remarks]
@@ -94,30 +94,25 @@ NOTHING_KNOWN = Contamination("unknown", [], ["the model folder has no training 
 def training_manifest(
     init_from: str | None, rows: Manifest, before: TrainingManifest | None
 ) -> TrainingManifest:
-    """Tell what a run trained on; `before` is what the model it started from tells.
+    """Return the manifest of a run; `before` is that of the model it started from.
 
-    Names of files come without their folders, so that an export can be given away.
+    Files are named without their folders, so that an export can be published.
     """
     data = rows.config["data"]
+    exclude = data.get("exclude", {})
     sources = [
         TrainingSource(
             name=report.name,
-            files=[
-                TrainingFile(name=Path(file.path).name, sha256=file.sha256) for file in report.files
-            ],
+            files=_files({file.path: file.sha256 for file in report.files}),
             **({key: source[key] for key in _PLACE} if source["hub"] is not None else {}),
         )
         for source, report in zip(data["sources"], rows.sources, strict=True)
     ]
-    ngram = data.get("exclude", {}).get("ngram", 0)
     excluded = [
         ExcludedSet(
             task=one["task"],
-            ngram=ngram,
-            files=[
-                TrainingFile(name=Path(path).name, sha256=digest)
-                for path, digest in one.get("files", {}).items()
-            ],
+            ngram=exclude.get("ngram", 0),
+            files=_files(one.get("files", {})),
             **{key: one[key] for key in _PLACE if key in one},
         )
         for one in rows.config.get("evaluation", [])
@@ -126,14 +121,18 @@ def training_manifest(
         init_from=init_from,
         tasks=sorted({task for file in rows.splits["train"] for task in file.examples_per_task}),
         sources=sources,
-        excluded_tasks=list(data.get("exclude", {}).get("tasks", [])),
+        excluded_tasks=list(exclude.get("tasks", [])),
         excluded=excluded,
     )
     return TrainingManifest(format=1, runs=[*(before.runs if before else []), run])
 
 
+def _files(digests: Mapping[str, str]) -> list[TrainingFile]:
+    return [TrainingFile(name=Path(path).name, sha256=digests[path]) for path in digests]
+
+
 def read_training_manifest(folder: Path) -> TrainingManifest | None:
-    """Read `training_manifest.json` of a model folder; None where it has none.
+    """Read `training_manifest.json` of a model folder; None if there is no such file.
 
     Raises `InputError` for a file that is broken or of another format.
     """
@@ -145,19 +144,19 @@ def read_training_manifest(folder: Path) -> TrainingManifest | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise InputError(
-            f"{folder / TRAINING}: is no training manifest of format 1: {where}: "
-            f"{first['msg']}; take the file away to go on without knowing what it told"
+            f"{folder / TRAINING}: is not a training manifest of format 1: {where}: "
+            f"{first['msg']}; remove the file to continue without its facts"
         ) from error
 
 
 def contamination(
     task: Task, data: str | Path | None, training: TrainingManifest | None
 ) -> Contamination:
-    """Look for an evaluation in what a model was trained on.
+    """Look for an evaluation in the training data of a model.
 
-    Found is a source file that is the very file of the evaluation, the same dataset of the hub
-    (whatever split of it), and a task whose name has that of the evaluation in it. Excluded is an
-    evaluation whose texts every run kept out by overlap, read from the same file or dataset.
+    It is found in a source file with the same content, in the same dataset of the hub (any split),
+    and in a task whose name contains the name of the evaluation. It is excluded if every run kept
+    out texts that overlap with this very file or dataset.
     """
     if training is None:
         return NOTHING_KNOWN
@@ -166,22 +165,23 @@ def contamination(
     found = [line for run in training.runs for line in _findings(run, task, place, digests)]
     if found:
         return Contamination("found", list(dict.fromkeys(found)), [])
-    remarks = []
-    held_out = [_held_out(run, task, place, digests) for run in training.runs]
+    held_out = [_is_held_out(run, task, place, digests) for run in training.runs]
     status: Status = "excluded" if held_out and all(held_out) else "none found"
     if status == "excluded":
         ngrams = sorted({one.ngram for run in training.runs for one in run.excluded})
-        told = " or ".join(map(str, ngrams))
-        remarks.append(
-            f"examples that share {told} words in a row with {task.name} were kept out of training"
-        )
+        remarks = [
+            f"examples that share {' or '.join(map(str, ngrams))} words in a row with {task.name} "
+            "were kept out of training"
+        ]
     else:
-        other = any(one.task == task.name for run in training.runs for one in run.excluded)
-        remarks.append(
-            f"no file, dataset or task of the training manifest is that of {task.name}; examples "
-            "that share text with it were "
-            + ("kept out of some runs alone, or by another copy of it" if other else "not kept out")
+        is_partly = any(one.task == task.name for run in training.runs for one in run.excluded)
+        how = (
+            "kept out only of some runs, or by another copy of it" if is_partly else "not kept out"
         )
+        remarks = [
+            f"the training manifest names no file, dataset or task of {task.name}; examples that "
+            f"share text with it were {how}"
+        ]
     start = training.runs[0].init_from if training.runs else None
     if start is not None:
         remarks.append(f"what {start} was trained on is not known")
@@ -193,7 +193,7 @@ def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, 
     found = []
     for source in run.sources:
         found += [
-            f"trained on the very file of this evaluation: {digests[file.sha256]} (in the source "
+            f"trained on the file of this evaluation, {digests[file.sha256]} (in the source "
             f"{source.name}, as {file.name}, sha256 {file.sha256[:12]}...)"
             for file in source.files
             if file.sha256 in digests
@@ -202,18 +202,18 @@ def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, 
         wanted = place.hub or task.hub, task.subset, task.folder
         if source.hub is not None and tuple(getattr(source, key) for key in keys) == wanted:
             found.append(
-                f"trained on the dataset {source.name} of this evaluation, split {source.split}"
+                f"trained on the dataset of this evaluation, {source.name}, split {source.split}"
             )
     names = [name for name in run.tasks if is_named(task.name, name)]
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        told = ", ".join(map(repr, names[:NAMED])) + more
-        found.append(f"trained on what is named like this evaluation, {task.name}: {told}")
+        listed = ", ".join(map(repr, names[:NAMED])) + more
+        found.append(f"trained on tasks named like this evaluation, {task.name}: {listed}")
     return found
 
 
 def is_named(evaluation: str, task: str) -> bool:
-    """Tell whether the name of a training task has that of an evaluation in it, as whole words.
+    """Tell whether the name of a training task contains that of an evaluation as whole words.
 
     >>> [is_named("ag_news", name) for name in ("task1541_agnews_topic", "ag_news_subset:1.0.0")]
     [True, True]
@@ -232,8 +232,8 @@ def _name_pattern(evaluation: str) -> re.Pattern[str] | None:
     return re.compile(r"(?<![^\W_])" + r"[\W_]*".join(letters) + r"(?![^\W_])")
 
 
-def _held_out(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> bool:
-    """Tell whether a run kept out the texts of this very file or dataset, read by this task."""
+def _is_held_out(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> bool:
+    """Tell whether a run kept out the texts that this task reads from this file or dataset."""
     known = [one for one in run.excluded if one.task == task.name]
     if place.hub is None:
         return digests.keys() <= {file.sha256 for one in known for file in one.files}

@@ -1,9 +1,9 @@
-"""Batches as a pure function of seed and step: which rows, which objective, which masks."""
+"""Batches of packed rows, as a pure function of seed and step."""
 
 import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -18,85 +18,64 @@ from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
+PREFETCH_THREADS = 2
+PREFETCH_BATCHES = 4
+
+AnyBatch = TypeVar("AnyBatch")
 RowNumbers = slice | Sequence[int] | np.ndarray | None
+"""Rows of the global batch; None: all."""
+
+Drawn = tuple[int, Any]
+"""The epoch of a row, and its columns (`RowSource.columns`); None for a row of padding."""
 
 
 class RowOrder:
-    """The order in which the rows of some sources are drawn.
+    """The order in which rows are drawn; the rows of update `step` follow those of all before.
 
-    Training rows come shuffled, again in every epoch, without end. When no source has a weight,
-    one epoch is every row of all sources once; when all have one, each source is shuffled and
-    repeated by itself and gives the share of rows that its weight says. Validation rows come in
-    order, once: `epoch_steps` batches, the last filled up with rows that are all padding.
-
-    Raises `InputError` for no rows at all, rows of another `seq_length` or tokenizer, and weights
-    given to some sources only.
+    Training rows are shuffled in every epoch, without end. If no source has a weight, an epoch is
+    every row of all sources once. If all have one, each source is shuffled and repeated by itself,
+    and gives the share of rows that its weight says. Validation rows come in order, once:
+    `epoch_steps` batches, the last one filled up with padding.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[RowSource],
-        *,
-        seed: int,
-        batch_size: int | RowSchedule,
-        seq_length: int,
-        tokenizer: Tokenizer,
-    ):
-        _check(sources, seq_length, tokenizer)
-        if isinstance(batch_size, int):
-            if batch_size < 1:
-                raise InputError(f"batch_size {batch_size}: expected at least one row")
-            batch_size = RowSchedule(batch_size, batch_size)
-        self.schedule = batch_size
+    def __init__(self, sources: Sequence[RowSource], seed: int, schedule: RowSchedule):
+        self.schedule = schedule
         self._sources = list(sources)
         self._ends = list(accumulate(len(source) for source in sources))
-        self._seed = seed
-        self._shuffled = sources[0].split == "train"
-        self._streams = self._make_streams() if self._shuffled else []
+        self._is_shuffled = sources[0].split == "train"
+        if self._is_shuffled:
+            self._open_streams(seed)
 
-    def _make_streams(self) -> list[tuple[int, int, Any]]:
-        """One endless shuffled stream of row numbers per weighted source, or one of all rows."""
+    def _open_streams(self, seed: int) -> None:
+        """Make an endless shuffled stream of each weighted source, or one of all rows."""
         # grain imports jax, and data modules must be importable without it.
         import grain
 
-        weighted = self._sources[0].weight is not None
-        names = [source.name for source in self._sources]
-        # A source may have several files, which come one after another.
-        last = [
-            number + 1 == len(names) or name != names[number + 1]
-            for number, name in enumerate(names)
-        ]
-        ends = [end for end, is_last in zip(self._ends, last, strict=True) if is_last]
-        ends = ends if weighted else ends[-1:]
-        streams = []
-        for number, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
-            order = grain.MapDataset.range(end - start).shuffle(seed=seed).repeat()
-            streams.append((start, end - start, order))
-        if len(streams) > 1:
-            positions = [
-                grain.MapDataset.range(2**62).map(
-                    lambda position, number=number: (number, position)
-                )
-                for number in range(len(streams))
+        groups = [self._sources]
+        if self._sources[0].weight is not None:
+            # The files of a source come one after another.
+            groups = [list(group) for _, group in groupby(self._sources, lambda one: one.name)]
+        self._lengths = [sum(map(len, group)) for group in groups]
+        self._starts = [0, *accumulate(self._lengths)]
+        self._streams = []
+        for number, length in enumerate(self._lengths):
+            own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+            self._streams.append(grain.MapDataset.range(length).shuffle(seed=own_seed).repeat())
+        self._mixture: Any = None
+        if len(groups) > 1:
+            numbered = [
+                grain.MapDataset.range(2**62).map(lambda place, number=number: (number, place))
+                for number in range(len(groups))
             ]
-            weights = [
-                float(source.weight or 0.0)
-                for source, is_last in zip(self._sources, last, strict=True)
-                if is_last
-            ]
-            self._mixture = grain.MapDataset.mix(positions, weights)
-        return streams
+            weights = [float(group[0].weight or 0.0) for group in groups]
+            self._mixture = grain.MapDataset.mix(numbered, weights)
 
     def epoch_steps(self) -> int:
         """Count the batches of full size that hold every row once."""
         return -(-self._ends[-1] // self.schedule.full)
 
-    def read(self, step: int, rows: RowNumbers = None) -> Iterator[tuple[int, Any]]:
-        """Give epoch and columns (`RowSource.columns`) of each row, None for a row of padding.
-
-        `rows` are those of the global rows of the batch that one process needs.
-        """
+    def read(self, step: int, rows: RowNumbers = None) -> Iterator[Drawn]:
+        """Yield the rows of one batch, or the `rows` of it that one process needs."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         first = self.schedule.before(step)
@@ -112,15 +91,14 @@ class RowOrder:
             yield epoch, self._sources[source].columns(row - start)
 
     def _locate(self, number: int) -> tuple[int, int] | None:
-        """Epoch and row number of the `number`-th row drawn; None past the end of validation."""
-        if not self._shuffled:
+        """Return epoch and row of the `number`-th draw; None after the end of validation."""
+        if not self._is_shuffled:
             return (0, number) if number < self._ends[-1] else None
-        stream, position = (0, number) if len(self._streams) == 1 else self._mixture[number]
-        start, length, order = self._streams[stream]
-        return position // length, start + order[position]
+        stream, place = (0, number) if self._mixture is None else self._mixture[number]
+        return place // self._lengths[stream], self._starts[stream] + self._streams[stream][place]
 
 
-def _check(sources: Sequence[RowSource], seq_length: int, tokenizer: Tokenizer) -> None:
+def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tokenizer) -> None:
     if not sources:
         raise InputError("there are no rows to read; expected at least one source with rows")
     for source in sources:
@@ -135,22 +113,20 @@ def _check(sources: Sequence[RowSource], seq_length: int, tokenizer: Tokenizer) 
                 f"{source.tokenizer_sha256[:12]}, this one has {tokenizer.sha256[:12]}); prepare "
                 "other rows, or give that tokenizer"
             )
-    weighted = [source.weight is not None for source in sources]
-    if sources[0].split == "train" and any(weighted) and not all(weighted):
-        without = [source.name for source in sources if source.weight is None]
+    without = [source.name for source in sources if source.weight is None]
+    if sources[0].split == "train" and 0 < len(without) < len(sources):
         raise InputError(
             f"data.sources: {', '.join(without)} has no weight while others have; give every "
             "source a weight (its share of the rows), or none (every row once per epoch)"
         )
 
 
-PREFETCH_THREADS = 2
-PREFETCH_BATCHES = 4
-AnyBatch = TypeVar("AnyBatch")
-
-
 class _Loader(ABC, Generic[AnyBatch]):
-    """What loaders share: the order of the rows, their layout, reading ahead."""
+    """The order of rows, their layout, and reading ahead.
+
+    Raises `InputError` if there are no rows, for rows of another `seq_length` or tokenizer, and if
+    only some sources have a weight.
+    """
 
     def __init__(
         self,
@@ -161,13 +137,12 @@ class _Loader(ABC, Generic[AnyBatch]):
         seq_length: int,
         tokenizer: Tokenizer,
     ):
-        self._order = RowOrder(
-            row_sources,
-            seed=seed,
-            batch_size=batch_size,
-            seq_length=seq_length,
-            tokenizer=tokenizer,
-        )
+        _check_sources(row_sources, seq_length, tokenizer)
+        if isinstance(batch_size, int):
+            if batch_size < 1:
+                raise InputError(f"batch_size {batch_size}: expected at least one row")
+            batch_size = RowSchedule(batch_size, batch_size)
+        self._order = RowOrder(row_sources, seed, batch_size)
         self._seed = seed
         self._seq_length = seq_length
         self._pad_id = tokenizer.pad_id
@@ -183,17 +158,16 @@ class _Loader(ABC, Generic[AnyBatch]):
     def batch(self, step: int, rows: RowNumbers = None) -> AnyBatch:
         """Assemble the batch of one step, or only the `rows` of it that one process needs.
 
-        `rows` indexes the global rows of the batch: the global batch is the same, row by row,
-        however it is divided.
+        `rows` indexes the global batch, which is the same, row by row, however it is divided.
         """
         return self._assemble(step, rows)[0]
 
     def tasks(self, step: int, rows: RowNumbers = None) -> np.ndarray:
-        """Give the task number of each target (or labelled row), `UNUSED` where none is."""
+        """Return the task number of each target (or labelled row), `UNUSED` where there is none."""
         return self._assemble(step, rows)[1]
 
     def example_indices(self, step: int, rows: RowNumbers = None) -> list[np.ndarray]:
-        """Give, for each row, the indices of the examples in it, int64 `[examples]`."""
+        """Return, for each row, the indices of the examples in it, int64 `[examples]`."""
         return [
             np.empty(0, np.int64) if columns is None else columns[4]
             for _, columns in self._order.read(step, rows)
@@ -202,15 +176,14 @@ class _Loader(ABC, Generic[AnyBatch]):
     def batches(
         self, start: int, stop: int, rows: RowNumbers | Callable[[int], RowNumbers] = None
     ) -> Iterator[tuple[int, AnyBatch]]:
-        """Iterate over `(step, batch)` for steps `start..stop-1`, read ahead in threads.
+        """Yield `(step, batch)` for steps `start..stop-1`, read ahead in threads.
 
-        `rows` are those of the global rows that one process needs, or a function of the step that
-        gives them.
+        `rows` are the global rows that one process needs, or a function of the step that gives
+        them.
         """
         # grain imports jax, and data modules must be importable without it.
         import grain
 
-        steps = grain.MapDataset.range(start, stop)
         reader = grain.ReadOptions(
             num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES
         )
@@ -218,32 +191,28 @@ class _Loader(ABC, Generic[AnyBatch]):
         def read(step: int) -> tuple[int, AnyBatch]:
             return step, self.batch(step, rows(step) if callable(rows) else rows)
 
-        yield from steps.map(read).to_iter_dataset(reader)
+        yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(reader)
 
     @abstractmethod
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
-        """Give the batch of one step, and the task of each target (or labelled row)."""
+        """Return the batch of one step, and the task of each target (or labelled row)."""
 
-    def _layout(
-        self, contents: Sequence[tuple[int, Any]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _layout(self, drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lay out tokens, segments and positions of rows, as `packing.lay_out`."""
-        rows = [None if columns is None else columns[:2] for _, columns in contents]
+        rows = [None if columns is None else columns[:2] for _, columns in drawn]
         return lay_out(rows, self._seq_length, self._pad_id)
 
 
 class Loader(_Loader[Batch]):
-    """Assembles batches of packed rows, masked; the rows come in the order of `RowOrder`.
+    """Assembles batches of packed, masked rows, in the order of `RowOrder`.
 
     The objective of an example and its masked positions are drawn by
-    `default_rng([seed, epoch, example])`: plain text is always trained by MLM, an example with an
-    answer by dummy MLM with `dummy_mlm_share`, by MLM with `mlm_share`, otherwise by ATP.
-    `mask_rate` gives the share masked by the step, `objective.mlm_rate` where it is None;
-    `objective.masking` says whether tokens, whole words or spans are drawn.
+    `default_rng([seed, epoch, example])`. Plain text is always trained by MLM. An example with an
+    answer is trained by dummy MLM with `dummy_mlm_share`, by MLM with `mlm_share`, otherwise by
+    ATP. `mask_rate` gives the share to mask at a step, by default `objective.mlm_rate`.
+    `objective.masking` says whether tokens, whole words or spans are masked.
 
-    `target_width` is the provable bound on targets per row (`schedule.target_width`).
-
-    Raises `InputError` as `RowOrder`.
+    `target_width` bounds the targets of a row (`schedule.target_width`).
     """
 
     def __init__(
@@ -259,8 +228,8 @@ class Loader(_Loader[Batch]):
         self._objective = objective
         self._mask_rate = mask_rate or (lambda step: objective.mlm_rate)
         self._mask_id = tokenizer.mask_id
-        self._maskable = np.ones(tokenizer.vocab_size, bool)
-        self._maskable[list(tokenizer.special_ids)] = False
+        self._is_maskable = np.ones(tokenizer.vocab_size, bool)
+        self._is_maskable[list(tokenizer.special_ids)] = False
         self._word_starts = None if objective.masking == "token" else word_starts(tokenizer)
         self.target_width = target_width(
             objective,
@@ -270,57 +239,47 @@ class Loader(_Loader[Batch]):
         )
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[Batch, np.ndarray]:
-        contents = list(self._order.read(step, rows))
-        input_ids, segment_ids, position_ids = self._layout(contents)
+        drawn = list(self._order.read(step, rows))
+        input_ids, segment_ids, position_ids = self._layout(drawn)
         rate = self._mask_rate(step)
-        targets = np.full((4, len(contents), self.target_width), UNUSED, np.int32)
-        for row, (epoch, columns) in enumerate(contents):
+        targets = np.full((4, len(drawn), self.target_width), UNUSED, np.int32)
+        for row, (epoch, columns) in enumerate(drawn):
             if columns is None:
                 continue
             tokens, lengths, answers, tasks, indices, _ = columns
             starts = np.cumsum(lengths) - lengths
-            drawn = [
-                self._draw(tokens[start : start + length], answer, (epoch, index), rate)
-                for start, length, answer, index in zip(
-                    starts.tolist(),
-                    lengths.tolist(),
-                    answers.tolist(),
-                    indices.tolist(),
-                    strict=True,
-                )
-            ]
-            counts = [len(positions) for _, positions in drawn]
-            positions = np.concatenate(
-                [p + start for (_, p), start in zip(drawn, starts, strict=True)]
-            )
-            objectives = np.repeat([objective for objective, _ in drawn], counts)
-            width = len(positions)
-            targets[0, row, :width] = positions
-            targets[1, row, :width] = np.where(
-                objectives == DUMMY_MLM, self._mask_id, input_ids[row, positions]
-            )
-            targets[2, row, :width] = objectives
-            targets[3, row, :width] = np.repeat(tasks, counts)
+            facts = (starts.tolist(), lengths.tolist(), answers.tolist(), indices.tolist())
+            objectives, masked = [], []
+            for start, length, answer, index in zip(*facts, strict=True):
+                example = tokens[start : start + length]
+                objective, positions = self._draw(example, answer, (epoch, index), rate)
+                objectives.append(objective)
+                masked.append(positions + start)
+            counts = [len(positions) for positions in masked]
+            positions = np.concatenate(masked)
+            of_targets = np.repeat(objectives, counts)
+            originals = np.where(of_targets == DUMMY_MLM, self._mask_id, input_ids[row, positions])
+            found = (positions, originals, of_targets, np.repeat(tasks, counts))
+            targets[:, row, : len(positions)] = found
             input_ids[row, positions] = self._mask_id
-        batch = Batch(input_ids, segment_ids, position_ids, *targets[:3])
-        return batch, targets[3]
+        return Batch(input_ids, segment_ids, position_ids, *targets[:3]), targets[3]
 
     def _draw(
         self, tokens: np.ndarray, answer: int, key: tuple[int, int], rate: float
     ) -> tuple[int, np.ndarray]:
-        """Draw the objective of one example, and the positions within it that are masked."""
+        """Draw the objective of one example, and the positions in it to mask."""
         config = self._objective
-        if answer >= 0 and config.dummy_mlm_share + config.mlm_share == 0:
+        masked_share = config.dummy_mlm_share + config.mlm_share
+        if answer >= 0 and masked_share == 0:
             return ATP, np.array([answer])
         rng = np.random.default_rng([self._seed, *key])
-        if answer < 0:
-            objective = MLM
-        else:
+        objective = MLM
+        if answer >= 0:
             draw = rng.random()
-            if draw >= config.dummy_mlm_share + config.mlm_share:
+            if draw >= masked_share:
                 return ATP, np.array([answer])
             objective = DUMMY_MLM if draw < config.dummy_mlm_share else MLM
-        maskable = np.flatnonzero(self._maskable[tokens])
+        maskable = np.flatnonzero(self._is_maskable[tokens])
         if self._word_starts is None:
             return objective, draw_positions(maskable, rate, rng)
         spans = config.masking == "span"
@@ -331,10 +290,10 @@ class LabelLoader(_Loader[LabelBatch]):
     """Assembles batches of labelled texts, one per row, for the classification head."""
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[LabelBatch, np.ndarray]:
-        contents = list(self._order.read(step, rows))
-        labels = np.full(len(contents), np.nan, np.float32)
-        tasks = np.full(len(contents), UNUSED, np.int32)
-        for row, (_, columns) in enumerate(contents):
+        drawn = list(self._order.read(step, rows))
+        labels = np.full(len(drawn), np.nan, np.float32)
+        tasks = np.full(len(drawn), UNUSED, np.int32)
+        for row, (_, columns) in enumerate(drawn):
             if columns is not None:
                 (labels[row],), (tasks[row],) = columns[5], columns[3]
-        return LabelBatch(*self._layout(contents)[:2], labels), tasks
+        return LabelBatch(*self._layout(drawn)[:2], labels), tasks

@@ -95,14 +95,14 @@ def test_the_very_file_is_found_whatever_it_is_called(trained, capsys, model):
     status, found, err = evaluate(trained, "quiz", copy, capsys, model)
     assert status == "found"
     (line,) = found
-    assert "trained on the very file of this evaluation: copy.jsonl" in line
+    assert "trained on the file of this evaluation, copy.jsonl" in line
     assert f"not zero-shot: the model was {line}" in err
 
 
 def test_a_task_of_the_same_name_is_found(trained, capsys):
     status, found, err = evaluate(trained, "Colo_r", fresh(trained), capsys)
     assert status == "found"
-    assert found == ["trained on what is named like this evaluation, Colo_r: 'color'"]
+    assert found == ["trained on tasks named like this evaluation, Colo_r: 'color'"]
     assert found[0] in err
 
 
@@ -155,7 +155,7 @@ def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
     data.write_text('{"text": "other", "label": "a"}\n')
     known = look([kept_out], data)
     assert known.status == "none found"
-    assert "kept out of some runs alone, or by another copy of it" in known.remarks[0]
+    assert "kept out only of some runs, or by another copy of it" in known.remarks[0]
     # A file or a task that was trained on is worse than what was kept out.
     assert look([kept_out, run_of(tasks=["a quiz"])], data).status == "found"
     assert look([run_of(init_from="org/base")], data).remarks[1] == (
@@ -171,7 +171,7 @@ def test_datasets_of_the_hub_are_told_by_their_id():
     trained_on = run_of(sources=[TrainingSource(name="mine", **{**place, "split": "train"})])
     known = look([kept_out, trained_on], **place)
     assert known.status == "found"
-    assert known.trained_on == ["trained on the dataset mine of this evaluation, split train"]
+    assert known.trained_on == ["trained on the dataset of this evaluation, mine, split train"]
     assert look([trained_on], **{**place, "subset": "other"}, name="x").status == "none found"
 
 
@@ -180,7 +180,7 @@ def test_datasets_of_the_hub_are_told_by_their_id():
     [
         ("{", "is not valid JSON"),
         ("[]", "expected an object"),
-        ('{"format": 2, "runs": []}', "no training manifest of format 1: format"),
+        ('{"format": 2, "runs": []}', "not a training manifest of format 1: format"),
         ('{"format": 1, "runs": [{"tasks": 5}]}', r"runs\.0\.init_from"),
         ("[" * 10**5, "is not valid JSON"),
     ],
