@@ -1,4 +1,7 @@
-"""From records in files to batches of packed rows; nothing here imports jax."""
+"""Turn records in files into batches of packed rows.
+
+Files and data configurations enter; rows folders and batches leave. This folder never loads jax.
+"""
 
 from mlmjax.data.batch import Batch, Example
 from mlmjax.data.masking import mask_answer, mask_dummy, mask_random

@@ -1,4 +1,4 @@
-"""The training data of a model, as its folder records it, and what an evaluation finds in it."""
+"""Record what a model was trained on, and look for an evaluation in it."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ _PLACE = ("hub", "subset", "folder", "split", "revision")
 
 
 class TrainingFile(StrictTable):
-    """A file that was read: its name without the folder, and the hash of its content."""
+    """Name a file that was read, without its folder, and the hash of its content."""
 
     name: str
     sha256: str
@@ -40,20 +40,20 @@ class _Place(StrictTable):
 
 
 class TrainingSource(_Place):
-    """A source of training data: files, or a dataset of the hub."""
+    """Name a source of training data: files, or a dataset of the hub."""
 
     name: str
 
 
 class ExcludedSet(_Place):
-    """An evaluation set that shares no `ngram` words in a row with any example."""
+    """Name an evaluation set that shares no `ngram` words in a row with any example."""
 
     task: str
     ngram: int
 
 
 class TrainingRun(StrictTable):
-    """One run: what it started from, its sources and tasks, and what it kept out."""
+    """Describe one run: its start, its sources and tasks, and what it kept out."""
 
     init_from: str | None
     tasks: list[str]
@@ -63,7 +63,7 @@ class TrainingRun(StrictTable):
 
 
 class TrainingManifest(StrictTable):
-    """The runs that made a model, in order: `training_manifest.json` in its folder."""
+    """List the runs that made a model, in order: `training_manifest.json` in its folder."""
 
     format: Literal[1]
     runs: list[TrainingRun]
@@ -74,7 +74,7 @@ class TrainingManifest(StrictTable):
 
 
 class Contamination(NamedTuple):
-    """Whether a model saw an evaluation in training: the status, the findings, and remarks."""
+    """Say whether a model saw an evaluation in training: status, findings and remarks."""
 
     status: Status
     trained_on: list[str]
@@ -82,7 +82,7 @@ class Contamination(NamedTuple):
 
     @property
     def lines(self) -> list[str]:
-        """The lines to print."""
+        """Return the lines to print."""
         if self.status == "found":
             return [f"not zero-shot: the model was {one}" for one in self.trained_on]
         return [f"contamination: {self.status}: {remark}" for remark in self.remarks]
@@ -213,7 +213,7 @@ def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, 
 
 
 def is_named(evaluation: str, task: str) -> bool:
-    """Tell whether the name of a training task contains that of an evaluation as whole words.
+    """Tell whether the name of a training task contains that of an evaluation.
 
     >>> [is_named("ag_news", name) for name in ("task1541_agnews_topic", "ag_news_subset:1.0.0")]
     [True, True]
@@ -233,7 +233,7 @@ def _name_pattern(evaluation: str) -> re.Pattern[str] | None:
 
 
 def _is_held_out(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> bool:
-    """Tell whether a run kept out the texts that this task reads from this file or dataset."""
+    """Tell whether a run kept out the texts of this task in these files."""
     known = [one for one in run.excluded if one.task == task.name]
     if place.hub is None:
         return digests.keys() <= {file.sha256 for one in known for file in one.files}

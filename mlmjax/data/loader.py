@@ -1,4 +1,4 @@
-"""Batches of packed rows, as a pure function of seed and step."""
+"""Assemble batches of packed rows, as a pure function of seed and step."""
 
 import bisect
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ Drawn = tuple[int, Any]
 
 
 class RowOrder:
-    """The order in which rows are drawn; the rows of update `step` follow those of all before.
+    """Draw rows in an order that depends only on the seed.
 
     Training rows are shuffled in every epoch, without end. If no source has a weight, an epoch is
     every row of all sources once. If all have one, each source is shuffled and repeated by itself,
@@ -122,7 +122,7 @@ def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tok
 
 
 class _Loader(ABC, Generic[AnyBatch]):
-    """The order of rows, their layout, and reading ahead.
+    """Draw rows, lay them out, and read ahead.
 
     Raises `InputError` if there are no rows, for rows of another `seq_length` or tokenizer, and if
     only some sources have a weight.
@@ -156,7 +156,7 @@ class _Loader(ABC, Generic[AnyBatch]):
         return self._order.schedule.rows(step)
 
     def batch(self, step: int, rows: RowNumbers = None) -> AnyBatch:
-        """Assemble the batch of one step, or only the `rows` of it that one process needs.
+        """Assemble the batch of one step, or the `rows` of it that one process needs.
 
         `rows` indexes the global batch, which is the same, row by row, however it is divided.
         """
@@ -204,7 +204,7 @@ class _Loader(ABC, Generic[AnyBatch]):
 
 
 class Loader(_Loader[Batch]):
-    """Assembles batches of packed, masked rows, in the order of `RowOrder`.
+    """Assemble batches of packed, masked rows, in the order of `RowOrder`.
 
     The objective of an example and its masked positions are drawn by
     `default_rng([seed, epoch, example])`. Plain text is always trained by MLM. An example with an
@@ -287,7 +287,7 @@ class Loader(_Loader[Batch]):
 
 
 class LabelLoader(_Loader[LabelBatch]):
-    """Assembles batches of labelled texts, one per row, for the classification head."""
+    """Assemble batches of labelled texts, one per row, for the classification head."""
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[LabelBatch, np.ndarray]:
         drawn = list(self._order.read(step, rows))

@@ -1,4 +1,4 @@
-"""What a rows folder says of itself."""
+"""Read and check the manifest of a rows folder."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,14 @@ from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 
 FORMAT = 3
-"""Version of the row files and the manifest; raised whenever the same input gives other bytes."""
-
+"""Version of row files and manifest; it grows whenever the same input gives other bytes."""
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 
 
 class SourceFile(StrictTable):
-    """One file that was read: its name as configured, its size in bytes, its content's hash."""
+    """Describe a file that was read: its name as configured, its size, the hash of its content."""
 
     path: str
     bytes: NonNegativeInt
@@ -26,7 +25,7 @@ class SourceFile(StrictTable):
 
 
 class RowFile(StrictTable):
-    """One file of rows of one source in one split, with what it holds."""
+    """Describe a file of rows of one source in one split, and what it holds."""
 
     name: str
     file: str
@@ -44,7 +43,7 @@ class RowFile(StrictTable):
 
 
 class SourceReport(StrictTable):
-    """What reading one source gave: files, records, and why records were dropped (as `Counts`)."""
+    """Count what became of the records of one source; see `reading.examples.Counts`."""
 
     name: str
     files: list[SourceFile]
@@ -59,7 +58,7 @@ class SourceReport(StrictTable):
 
 
 class NestedSet(StrictTable):
-    """A set of examples chosen: its size as asked (None: no limit) and found, the cap by task."""
+    """Describe a selected set: its size as asked (None: no limit) and found, its cap by task."""
 
     asked: PositiveInt | None
     examples: NonNegativeInt
@@ -67,10 +66,10 @@ class NestedSet(StrictTable):
 
 
 class SelectionReport(StrictTable):
-    """What was chosen of the examples with an answer, before some are held out for validation.
+    """Count what was selected of the examples with an answer, before some are held out.
 
-    `one_answer` counts the tasks that have no second answer, which `answer_share` leaves as they
-    are; `unbalanced` and `capped` the examples it and the caps left out.
+    `one_answer` counts the tasks without a second answer, which `answer_share` does not change.
+    `unbalanced` and `capped` count the examples that `answer_share` and the caps left out.
     """
 
     sets: list[NestedSet]
@@ -80,7 +79,7 @@ class SelectionReport(StrictTable):
 
 
 class Manifest(StrictTable):
-    """What a rows folder holds and what it was made from; never a time or a machine's name."""
+    """Describe what a rows folder holds and was made from, without times or machine names."""
 
     format: int
     version: str
@@ -98,7 +97,7 @@ class Manifest(StrictTable):
 def read_manifest(path: str | Path) -> Manifest:
     """Read `manifest.json` of a rows folder.
 
-    Raises `InputError` when there is none, or it is broken, or of another format version.
+    Raises `InputError` if it is missing, broken, or of another format version.
     """
     file = Path(path) / MANIFEST
     try:

@@ -1,11 +1,11 @@
-"""The three training objectives as masks over one example: pure numpy, inputs never modified.
+"""Mask one example for each of the three training objectives, in numpy.
 
-Every function gives `(input_ids, target_positions, target_ids)`, int32; positions are sorted. A
-selected token always becomes `[MASK]`: the recipe has no share of random or unchanged tokens
-(ModernBERT-Large-Instruct, arXiv 2502.03793, and its published training code).
+Every function returns `(input_ids, target_positions, target_ids)`, int32, with sorted positions,
+and never changes its inputs. A selected token always becomes `[MASK]`: the recipe has no share of
+random or unchanged tokens (ModernBERT-Large-Instruct, arXiv 2502.03793, and its training code).
 
-What is drawn are tokens, whole words, or spans of words (SpanBERT, arXiv 1907.10529, section 3.1);
-the number of masked positions is the same for all three.
+The masks are drawn as tokens, whole words, or spans of words (SpanBERT, arXiv 1907.10529, section
+3.1). The number of masked positions is the same for all three.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,17 +22,17 @@ Masking = Literal["token", "whole_word", "span"]
 SPAN_LENGTHS = np.arange(1, 11)
 SPAN_SHARES = 0.2 * 0.8 ** (SPAN_LENGTHS - 1)
 SPAN_SHARES /= SPAN_SHARES.sum()
-"""Words in a span: geometric, of what is not above 10, so 3.8 in the mean."""
+"""Shares of spans by their number of words: geometric up to 10, with a mean of 3.8."""
 
 
 def mask_answer(ids: Ids, answer_position: int, *, mask_id: int) -> Masked:
-    """Mask the answer alone: answer token prediction (ATP).
+    """Mask only the answer: answer token prediction (ATP).
 
     >>> inputs, positions, targets = mask_answer([1, 5, 7, 2], 2, mask_id=9)
     >>> inputs.tolist(), positions.tolist(), targets.tolist()
     ([1, 5, 9, 2], [2], [7])
 
-    Raises `InputError` for a position outside the example, and for ids that are no whole numbers.
+    Raises `InputError` for a position outside the example, and for ids that are not whole numbers.
     """
     inputs = _as_ids(ids)
     if not 0 <= answer_position < len(inputs):
@@ -53,12 +53,12 @@ def mask_random(
     masking: Masking = "token",
     word_starts: np.ndarray | None = None,
 ) -> Masked:
-    """Mask a share of the tokens, the target is the original token: masked language modelling.
+    """Mask a share of the tokens, which are the targets: masked language modelling.
 
     Exactly `max(1, round(rate * maskable))` positions are drawn without replacement from those
-    whose token is not in `special_ids`; the answer may be among them. With `masking` other than
-    `"token"` they are drawn as `draw_words` does; `word_starts`, bool `[tokens]`, says where words
-    begin (`pieces.word_starts`).
+    whose token is not in `special_ids`; the answer may be one of them. `draw_words` draws them if
+    `masking` is not `"token"`; `word_starts`, bool `[tokens]`, says where words begin
+    (`text.words.word_starts`).
 
     >>> rng = np.random.default_rng(0)
     >>> inputs, positions, targets = mask_random(
@@ -68,7 +68,7 @@ def mask_random(
     ([1, 5, 6, 9, 9, 2], [3, 4], [7, 8])
 
     Raises `InputError` for a rate outside (0, 1), for an example with nothing to mask, and for
-    words asked for without `word_starts`, one for each token.
+    words without `word_starts` for each token.
     """
     inputs = _as_ids(ids)
     maskable = np.flatnonzero(~np.isin(inputs, list(special_ids)))
@@ -94,7 +94,7 @@ def mask_dummy(
     masking: Masking = "token",
     word_starts: np.ndarray | None = None,
 ) -> Masked:
-    """Mask as `mask_random` does, the target at each position is the `[MASK]` token itself.
+    """Mask as `mask_random` does; every target is the `[MASK]` token itself.
 
     >>> rng = np.random.default_rng(0)
     >>> inputs, positions, targets = mask_dummy(
@@ -116,9 +116,9 @@ def mask_dummy(
 
 
 def draw_positions(maskable: np.ndarray, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw `max(1, round(rate * maskable))` of the positions given; int32, sorted.
+    """Draw `max(1, round(rate * maskable))` of the positions; int32, sorted.
 
-    Raises `InputError` for a rate outside (0, 1) and when there are no positions.
+    Raises `InputError` for a rate outside (0, 1) and if there are no positions.
     """
     count = _budget(maskable, rate)
     return np.sort(rng.choice(maskable, count, replace=False)).astype(np.int32)
@@ -132,15 +132,15 @@ def draw_words(
     *,
     spans: bool = False,
 ) -> np.ndarray:
-    """Draw whole words, or spans of them, of as many positions as `draw_positions`; sorted.
+    """Draw whole words, or spans of them, with as many positions as `draw_positions`; sorted.
 
-    Words come in random order until the number is reached; one that is too long for what is left
-    of it is passed over. Only when every word left is too long, the first of them is cut: as many
-    of its tokens as are missing, side by side, are masked. So the number is exact, and at most one
-    word is masked in part. A special token ends a word.
+    Words are taken in random order until the number is reached; a word that is too long for the
+    rest is skipped. If all words left are too long, the first of them is masked in part: adjacent
+    tokens, as many as are missing. So the number is exact, and at most one word is masked in part.
+    A special token ends a word.
 
-    `spans`: the order is that of spans, each of 1 to 10 words (`SPAN_SHARES`), begun at words in
-    random order that are not in one yet; a special token ends a span.
+    With `spans`, the order is that of spans of 1 to 10 words (`SPAN_SHARES`), which begin at words
+    in random order that are not in a span yet. A special token ends a span.
 
     >>> starts = np.array([1, 1, 0, 0, 1, 0, 1, 1], bool)  # words of 1, 3, 2, 1 and 1 tokens
     >>> rng = np.random.default_rng(1)
@@ -174,12 +174,12 @@ def _budget(maskable: np.ndarray, rate: float) -> int:
     if not 0.0 < rate < 1.0:
         raise InputError(f"mask rate {rate} is not between 0 and 1 (both excluded)")
     if len(maskable) == 0:
-        raise InputError("nothing to mask: the example holds special tokens only")
+        raise InputError("nothing to mask: the example holds only special tokens")
     return max(1, round(rate * len(maskable)))
 
 
 def _take(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
-    """Take sizes in order, each if it fits what is left; return which, and what is left.
+    """Take sizes in order if they fit the rest; return which, and the rest.
 
     >>> _take(np.array([2, 3, 2, 1, 1]), 4)
     (array([ True, False,  True, False, False]), 0)
@@ -202,7 +202,7 @@ def _span_order(
     budget: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Order words by the spans that begin at them, until those fill the budget; then the rest."""
+    """Order words by random spans until these fill the budget; the other words follow."""
     lengths = rng.choice(SPAN_LENGTHS, len(words), p=SPAN_SHARES)
     stretches = np.append(np.flatnonzero(is_apart), len(words))
     stop = stretches[np.cumsum(is_apart)]
@@ -223,7 +223,7 @@ def _span_order(
 
 
 def _as_ids(ids: Ids) -> np.ndarray:
-    """Copy to int32 `[tokens]`, so that masking never writes into what the caller holds."""
+    """Copy to int32 `[tokens]`, so that masking never writes into the caller's array."""
     given = np.asarray(ids)
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise InputError(

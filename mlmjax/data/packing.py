@@ -1,4 +1,4 @@
-"""Best-fit packing of examples into rows of a fixed number of tokens."""
+"""Pack examples into rows of a fixed number of tokens, and lay rows out as arrays."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
@@ -8,17 +8,18 @@ import numpy as np
 from mlmjax.errors import InputError
 
 WINDOW_ROWS = 512
-"""How many rows' worth of tokens `pack_stream` looks at together: bounds its memory."""
+"""Rows' worth of tokens that `pack_stream` packs together, which bounds its memory."""
 
 T = TypeVar("T", bound=Sized)
 
 
 def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
-    """Pack examples into rows of at most `seq_length` tokens; give the indices in each row.
+    """Pack examples into rows of at most `seq_length` tokens; return the indices in each row.
 
-    Best fit decreasing: from the longest to the shortest, each example goes to the fullest row it
-    still fits (D. S. Johnson, Near-optimal bin packing algorithms, 1973). The same lengths always
-    give the same rows; every example is in exactly one. Time is O(n log n + n seq_length / 64).
+    Best fit decreasing: from the longest to the shortest, each example goes to the fullest row that
+    has room for it (D. S. Johnson, Near-optimal bin packing algorithms, 1973). The same lengths
+    always give the same rows, and every example is in exactly one. Time is O(n log n + n seq_length
+    / 64).
 
     >>> pack(["aaaa", "bb", "ccc", "d"], 5)
     [[0, 3], [1, 2]]
@@ -36,8 +37,8 @@ def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
             )
     rows: list[list[int]] = []
     rows_by_free: dict[int, list[int]] = {}
-    # Bit f is set while some row has f tokens free, so the best fit is the lowest set bit at or
-    # above the length: one shift instead of a search.
+    # Bit f is set while some row has f free tokens, so the best fit is the lowest set bit at or
+    # above the length.
     free_sizes = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
@@ -58,10 +59,10 @@ def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
 
 
 def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
-    """Pack a stream: `pack` over windows of `WINDOW_ROWS` rows' worth of tokens.
+    """Pack a stream in windows of `WINDOW_ROWS` rows' worth of tokens.
 
-    Memory is bounded by the window however long the stream is, and the same stream gives the same
-    rows. A window wastes at most its own last rows, so padding stays close to packing all at once.
+    The window bounds memory, and the same stream gives the same rows. A window wastes at most its
+    last rows, so padding is close to that of packing all at once.
     """
     window: list[T] = []
     tokens = 0

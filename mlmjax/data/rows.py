@@ -1,4 +1,4 @@
-"""Packed rows on disk: Arrow files with random access, and the manifest that describes them."""
+"""Write packed rows to Arrow files, and read them in any order."""
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,17 +11,21 @@ import pyarrow as pa
 from mlmjax.data.batch import Example
 from mlmjax.data.manifest import Manifest, RowFile, read_manifest
 from mlmjax.errors import InputError, first_line
+from mlmjax.storage import hash_file
 
 ROWS_PER_CHUNK = 256
-"""Rows per Arrow record batch: what is buffered while writing, and mapped at once while reading."""
+"""Rows per Arrow record batch, which is buffered in writing and mapped in reading."""
+
+
+def token_type(vocab_size: int) -> pa.DataType:
+    """Return the type of stored tokens: 16 bits, half the disk, if the vocabulary allows it."""
+    return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
 def _schema(vocab_size: int) -> pa.Schema:
-    """Arrow columns of a row; tokens take 16 bits where the vocabulary allows, half the disk."""
-    token = pa.uint16() if vocab_size <= 2**16 else pa.uint32()
     return pa.schema(
         [
-            ("tokens", pa.list_(token)),
+            ("tokens", pa.list_(token_type(vocab_size))),
             ("lengths", pa.list_(pa.int32())),
             ("answer_positions", pa.list_(pa.int32())),
             ("tasks", pa.list_(pa.int32())),
@@ -35,9 +39,9 @@ def _schema(vocab_size: int) -> pa.Schema:
 def write_rows(
     path: Path, rows: Iterable[list[Example]], *, vocab_size: int, seq_length: int
 ) -> dict[str, Any]:
-    """Write rows of examples to one Arrow file; give the counts `RowFile` holds.
+    """Write rows of examples to one Arrow file; return the counts that `RowFile` holds.
 
-    Each row carries the CRC-32 of its content, checked at every read.
+    Each row carries the CRC-32 of its content, which every read checks.
     """
     schema = _schema(vocab_size)
     counts: dict[str, Any] = {"rows": 0, "examples": 0, "tokens": 0, "max_examples_per_row": 0}
@@ -99,11 +103,11 @@ def _to_arrow(chunk: list[tuple[np.ndarray, ...]], schema: pa.Schema) -> pa.Reco
 
 
 class RowSource:
-    """The rows of one source in one split: `source[i]` is the list of examples of row `i`.
+    """Read the rows of one file: `source[i]` is the list of examples of row `i`.
 
-    The file is memory mapped; `len`, `name`, `weight` (None: by its rows), `text` (plain text,
+    The file is memory mapped. `len`, `name`, `weight` (None: by its rows), `text` (plain text,
     without answers), `max_examples_per_row`, `seq_length` and `tokenizer_sha256` come from the
-    manifest. Example indices are numbered through all sources of the split.
+    manifest. Examples are numbered through all files of the split.
     """
 
     def __init__(
@@ -127,32 +131,33 @@ class RowSource:
         self._vocab_size = manifest.vocab_size
         self._tasks = len(manifest.tasks)
         self._first_example = first_example
+        self._sha256 = entry.sha256
         self._chunks = self._open(entry)
         self._views: list[Any] = [None] * len(self._chunks)
 
     def _open(self, entry: RowFile) -> list[pa.RecordBatch]:
         if Path(entry.file).name != entry.file:
-            raise self._broken("its name in the manifest leads out of the rows folder")
+            raise self.damaged("its name in the manifest leads out of the rows folder")
         try:
             size = self.path.stat().st_size
             if size != entry.bytes:
-                raise self._broken(f"{size} bytes, the manifest says {entry.bytes}")
+                raise self.damaged(f"{size} bytes, the manifest says {entry.bytes}")
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             if reader.schema != _schema(self._vocab_size):
-                raise self._broken("other columns than the manifest's format has")
+                raise self.damaged("other columns than the manifest's format has")
             chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             for chunk in chunks:
                 chunk.validate()
         except (OSError, pa.ArrowException) as error:
-            raise self._broken(first_line(error)) from error
+            raise self.damaged(first_line(error)) from error
         full, last = divmod(self._rows, ROWS_PER_CHUNK)
         expected = [ROWS_PER_CHUNK] * full + ([last] if last else [])
         if [chunk.num_rows for chunk in chunks] != expected:
-            raise self._broken(f"not the {self._rows} rows of the manifest")
+            raise self.damaged(f"not the {self._rows} rows of the manifest")
         return chunks
 
     def _map(self, chunk: int) -> Any:
-        """Make numpy views of one chunk: (offsets, values) of each list column, and the CRCs."""
+        """Return numpy views of one chunk: (offsets, values) of each list column, and CRCs."""
         *lists, crcs = self._chunks[chunk].columns
         try:
             views = (
@@ -160,11 +165,17 @@ class RowSource:
                 crcs.to_numpy(),
             )
         except (ValueError, pa.ArrowException) as error:
-            raise self._broken(f"chunk {chunk} cannot be read") from error
+            raise self.damaged(f"chunk {chunk} cannot be read") from error
         self._views[chunk] = views
         return views
 
-    def _broken(self, what: str) -> InputError:
+    def check_hash(self) -> None:
+        """Raise `InputError` if the file is not the one of the manifest."""
+        if hash_file(self.path) != self._sha256:
+            raise self.damaged("its hash is not that of the manifest")
+
+    def damaged(self, what: str) -> InputError:
+        """Return the error for a damaged file."""
         return InputError(
             f"{self.path}: row file is damaged: {what}; delete {self.path.parent.parent} and "
             "prepare again"
@@ -184,8 +195,10 @@ class RowSource:
         ]
 
     def columns(self, row: int) -> tuple[np.ndarray, ...]:
-        """Read one row as arrays: tokens `[tokens]`, and lengths, answer positions (within the
-        example), tasks, example indices and labels, each `[examples]`.
+        """Read one row as arrays, with all the checks of `source[i]`.
+
+        These are tokens `[tokens]`, and lengths, answer positions (in the example), tasks, example
+        indices and labels, each `[examples]`.
         """
         if not 0 <= row < self._rows:
             raise IndexError(f"row {row} of {self._rows} in {self.path}")
@@ -195,50 +208,40 @@ class RowSource:
         columns = [values[offsets[offset] : offsets[offset + 1]] for offsets, values in lists]
         crc = crcs[offset]
         if _crc(columns) != crc:
-            raise self._broken(f"the checksum of row {row} does not match")
+            raise self.damaged(f"the checksum of row {row} does not match")
         tokens, lengths, answers, tasks, indices, labels = columns
-        sound = (
+        is_sound = (
             len(lengths) == len(answers) == len(tasks) == len(indices) == len(labels) > 0
             and lengths.min() > 0
             and lengths.sum() == len(tokens) <= self.seq_length
             and self._within_bounds(tokens, lengths, answers, tasks)
         )
-        if not sound:
-            raise self._broken(f"row {row} holds lengths, ids or positions out of bounds")
+        if not is_sound:
+            raise self.damaged(f"row {row} holds lengths, ids or positions out of bounds")
         return tokens, lengths, answers, tasks, indices + self._first_example, labels
 
     def _within_bounds(self, *columns: np.ndarray) -> bool:
         tokens, lengths, answers, tasks = columns
         return bool(
             tokens.max() < self._vocab_size
+            and lengths.max() <= self.seq_length
             and (answers < lengths).all()
             and answers.min() >= -1
             and 0 <= tasks.min() <= tasks.max() < self._tasks
         )
 
     def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
-        """Read all rows in order, `ROWS_PER_CHUNK` at a time: what `columns` gives of each, joined.
+        """Yield the columns of all rows in order, those of `ROWS_PER_CHUNK` rows joined.
 
-        Bounds are checked, but not the CRC-32 of every row: the file's hash tells as much.
+        Only bounds are checked: call `check_hash` first.
         """
         for number in range(len(self._chunks)):
             lists, _ = self._map(number)
-            self._views[number] = None  # Who goes through all should not hold all.
+            self._views[number] = None  # Reading all rows must not hold them all.
             columns = [values[offsets[0] : offsets[-1]] for offsets, values in lists]
-            of_rows = [np.diff(offsets) for offsets, _ in lists]
             tokens, lengths, answers, tasks, indices, labels = columns
-            first = np.cumsum(of_rows[1]) - of_rows[1]
-            sound = (
-                min(n.min() for n in of_rows) > 0
-                and [len(column) for column in columns] == [n.sum() for n in of_rows]
-                and all((n == of_rows[1]).all() for n in of_rows[2:])
-                and lengths.min() > 0
-                and (np.add.reduceat(lengths, first, dtype=np.int64) == of_rows[0]).all()
-                and of_rows[0].max() <= self.seq_length
-                and self._within_bounds(tokens, lengths, answers, tasks)
-            )
-            if not sound:
-                raise self._broken(f"chunk {number} holds lengths, ids or positions out of bounds")
+            if not self._within_bounds(tokens, lengths, answers, tasks):
+                raise self.damaged(f"chunk {number} holds ids, positions or tasks out of bounds")
             yield tokens, lengths, answers, tasks, indices + self._first_example, labels
 
 
@@ -249,17 +252,17 @@ def open_rows(
     *,
     level: int | None = None,
 ) -> list[RowSource]:
-    """Open the row files of one split: one `RowSource` for each, those of a source together.
+    """Open the row files of one split; the files of a source are next to each other.
 
     `level` leaves out the rows of larger nested sets (None: all). `weights` by source name replace
     those of the manifest, because a mixture may change without preparing again. Raises `InputError`
-    for a split that is not there and for damaged files.
+    for a missing split and for damaged files.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     if split not in manifest.splits:
         raise InputError(
-            f"{folder}: has no split {split!r}; there are: {', '.join(manifest.splits)}"
+            f"{folder}: has no split {split!r}; its splits: {', '.join(manifest.splits)}"
         )
     sources, first_example = [], 0
     for entry in manifest.splits[split]:
@@ -267,9 +270,9 @@ def open_rows(
         if entry.rows and (level is None or entry.level <= level):
             sources.append(RowSource(folder, split, entry, manifest, first_example, weight))
         first_example += entry.examples
-    there = {source.name for source in sources}
+    names = {source.name for source in sources}
     for name, weight in (weights or {}).items() if split == "train" else ():
-        if weight is not None and name not in there:
+        if weight is not None and name not in names:
             raise InputError(
                 f"{folder}: the source {name} has the weight {weight} and no row to draw, because "
                 "all of its examples are held out for validation; give it more data, hold out "

@@ -1,4 +1,4 @@
-"""What an update reads, as a function of its number: how many rows, and the share masked."""
+"""Schedule the rows of each update, and the share of tokens that it masks."""
 
 import math
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from mlmjax.errors import InputError
 
 @dataclass(frozen=True)
 class RowSchedule:
-    """Rows per update: from `start` to `full` in equal steps, reached at update `warmup`.
+    """Grow the rows per update from `start` to `full` in equal steps until update `warmup`.
 
-    The sizes are the multiples of `start`, because every size is a program of its own to compile.
+    The sizes are the multiples of `start`, because every size needs its own compiled program.
 
     >>> schedule = RowSchedule(start=2, full=6, warmup=4)
     >>> [schedule.rows(step) for step in range(6)], [schedule.before(step) for step in range(6)]
@@ -27,23 +27,24 @@ class RowSchedule:
 
     @cached_property
     def begins(self) -> list[int]:
-        """The updates at which the batch grows by `start` rows, the very first among them."""
+        """Return the updates at which the batch grows by `start` rows, the first one included."""
         last = self.full // self.start - 1
         return [-(-stage * self.warmup // max(last, 1)) for stage in range(last + 1)]
 
     def rows(self, step: int) -> int:
-        """Count the rows of the update after `step` others."""
+        """Count the rows of update `step`, from 0."""
         return self.start * sum(begin <= step for begin in self.begins)
 
     def before(self, step: int) -> int:
-        """Count the rows of all updates before that one."""
+        """Count the rows of all updates before `step`."""
         return self.start * sum(max(0, step - begin) for begin in self.begins)
 
 
 def row_schedule(data: DataConfig, steps: int) -> RowSchedule:
-    """Return the rows per update of a run of `steps` updates; raises `InputError` for misfits.
+    """Return the rows per update of a run of `steps` updates.
 
-    With `accumulate` the micro-batch keeps its size and their number grows.
+    With `accumulate`, the micro-batch keeps its size and their number grows. Raises `InputError`
+    for sizes that do not divide each other, and for a growth that is longer than the run.
     """
     if data.batch_start is None:
         return RowSchedule(data.batch_size, data.batch_size)
@@ -58,17 +59,17 @@ def row_schedule(data: DataConfig, steps: int) -> RowSchedule:
     warmup = updates_of(data.batch_warmup, steps)
     if not 0 < warmup <= steps:
         raise InputError(
-            f"data.batch_warmup: {warmup} updates of {steps} steps; expected 1 to {steps} to grow "
-            "in, or no batch_start"
+            f"data.batch_warmup: {warmup} updates of {steps} steps; expected 1 to {steps}, or no "
+            "batch_start"
         )
     return RowSchedule(data.batch_start, data.batch_size, warmup)
 
 
 def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
-    """Return the share of tokens MLM masks, by the number of updates done before.
+    """Return the function from an update, counted from 0, to the share of tokens MLM masks.
 
-    Linear from `mlm_rate` at the first update to `mlm_rate_end` at the last, as Ankner et al. 2023
-    (arXiv 2305.15096) found best; constant without `mlm_rate_end`.
+    It is linear from `mlm_rate` at the first update to `mlm_rate_end` at the last, which Ankner et
+    al. 2023 (arXiv 2305.15096) found best, or constant without `mlm_rate_end`.
 
     >>> rate = mask_rate(ObjectiveConfig(mlm_rate=0.3, mlm_rate_end=0.1), 5)
     >>> [round(rate(step), 3) for step in range(5)]
@@ -81,11 +82,11 @@ def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
 
 
 def target_width(objective: ObjectiveConfig, seq_length: int, examples: int, text: bool) -> int:
-    """Bound the targets of one row, whatever the update.
+    """Return the most targets a row can have in any update.
 
-    They are one for each of the at most `examples` examples in a row, and `ceil(rate *
-    seq_length)` of the highest rate when anything but ATP can be drawn; `text`: some rows hold
-    plain text, which is always masked at random.
+    They are one for each of the `examples` a row holds at most, and `ceil(rate * seq_length)` at
+    the highest rate if anything but ATP can be drawn. With `text`, some rows hold plain text, which
+    is always masked at random.
 
     >>> target_width(ObjectiveConfig(mlm_share=0.1, mlm_rate=0.25), 64, 8, text=False)
     24
@@ -95,6 +96,6 @@ def target_width(objective: ObjectiveConfig, seq_length: int, examples: int, tex
 
 
 def widest_mask(objective: ObjectiveConfig, seq_length: int) -> int:
-    """Count the positions that can be masked at most in one row, whatever the update."""
+    """Return the most positions that can be masked in a row in any update."""
     rate = max(objective.mlm_rate, objective.mlm_rate_end or 0.0)
     return math.ceil(rate * seq_length)

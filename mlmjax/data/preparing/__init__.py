@@ -1,5 +1,5 @@
-"""From examples to packed rows on disk.
+"""Turn examples into packed rows on disk.
 
-A data configuration enters; a rows folder with its manifest and report leaves. This room never
-loads jax.
+A data configuration enters; a rows folder with its manifest and report leaves. This folder
+never loads jax.
 """

@@ -1,4 +1,4 @@
-"""From staged examples to row files: selection, hold-out, shuffle, packing."""
+"""Build row files from staged examples: selection, hold-out, shuffle, packing."""
 
 import shutil
 from collections import Counter
@@ -35,7 +35,7 @@ _HELD_OUT = LEFT_OUT
 
 
 class Group(NamedTuple):
-    """Examples that are shuffled and packed together: one level of one source in one split."""
+    """Name examples that are shuffled and packed together: a level of a source in a split."""
 
     split: str
     source: int
@@ -80,7 +80,7 @@ def build_rows(
 
 
 def _packed_folder(folder: Path, staged: Staged, config: DataConfig) -> Path:
-    """Return the folder for the rows of this very choice, and delete the rows of any other."""
+    """Return the folder for rows of these examples; delete packed rows of any others."""
     identity = [staged.units, config.model_dump(mode="json", exclude={"workers"})]
     packed = folder / "packed" / hash_value(identity)[:24]
     if not packed.exists():
@@ -141,7 +141,7 @@ def _report_selection(staged: Staged, chosen: Selection, config: DataConfig) -> 
 
 
 def _levels(piece: Piece, chosen: Selection | None) -> np.ndarray:
-    """Return the smallest nested set each example is in; `LEFT_OUT` or above if it is in none."""
+    """Return the smallest nested set of each example; `LEFT_OUT` or above for none."""
     level = np.zeros(piece.chunk.examples, np.int64)
     if chosen is not None and piece.unit.split == "train":
         has_answer = piece.chunk.answer >= 0
@@ -152,7 +152,7 @@ def _levels(piece: Piece, chosen: Selection | None) -> np.ndarray:
 def _groups_of(
     piece: Piece, chosen: Selection | None, held_out: int
 ) -> tuple[list[Group], np.ndarray]:
-    """Return the groups of a piece, and for each example the number of its group (-1: left out)."""
+    """Return the groups of a piece, and the number of each example's (-1: left out)."""
     level = _levels(piece, chosen)
     is_held_out = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
     code = np.where(level >= LEFT_OUT, -1, np.where(is_held_out, _HELD_OUT, level))
@@ -240,7 +240,7 @@ def pack_bucket(
     pack: bool,
     out: str,
 ) -> dict[str, Any]:
-    """Pack the examples of a bucket into rows, and write them to `out`; return their counts."""
+    """Pack the examples of a bucket into rows in the file `out`; return their counts."""
     vocab_size = tokenizer.vocab_size
     examples = read_bucket(Path(bucket), vocab_size)
     rows = pack_stream(examples, seq_length) if pack else ([example] for example in examples)

@@ -1,4 +1,4 @@
-"""From configured sources to packed rows on disk, once; a second run changes nothing."""
+"""Prepare packed rows on disk from configured sources, once."""
 
 import logging
 import shutil

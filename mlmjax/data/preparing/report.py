@@ -1,4 +1,4 @@
-"""The report on prepared rows: figures as JSON, and a page with pictures for people."""
+"""Report on prepared rows: figures as JSON, and a page with pictures for people."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from mlmjax.reporting.charts import (
 )
 from mlmjax.reporting.markdown import visible
 from mlmjax.reporting.pages import render
-from mlmjax.storage import build_folder, hash_file
+from mlmjax.storage import build_folder
 from mlmjax.text.tokenizer import Tokenizer
 
 PROMPTS = 20
@@ -87,7 +87,7 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
 
 @dataclass
 class Counted:
-    """One split, counted.
+    """Count the examples of one split.
 
     `lengths[kind, n]` counts the examples of n tokens, with an answer (0) and without (1). `tasks`
     counts examples by the number of their task, without plain text, and `pairs` by the numbers of
@@ -113,7 +113,11 @@ def count_split(
     wanted = np.sort(rng.choice(total, min(draw, total), replace=False))
     found = Counted(np.zeros((2, manifest.seq_length + 1), np.int64), Counter(), Counter(), [])
     seen = 0
-    for entry, source in _open_files(folder, manifest, split):
+    for entry in manifest.splits[split]:
+        if not entry.rows:
+            continue
+        source = RowSource(folder, split, entry, manifest, seen, None)
+        source.check_hash()
         before = seen
         for tokens, sizes, places, tasks, _, labels in source.blocks():
             starts = np.cumsum(sizes) - sizes
@@ -135,7 +139,7 @@ def count_split(
             seen += len(sizes)
         if seen - before != entry.examples:
             what = f"{seen - before} examples, the manifest says {entry.examples}"
-            raise _damaged(source.path, what)
+            raise source.damaged(what)
     return found
 
 
@@ -144,30 +148,10 @@ def _counts(values: np.ndarray) -> dict[int, int]:
     return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
-def _open_files(
-    folder: Path, manifest: Manifest, split: str
-) -> Iterator[tuple[RowFile, RowSource]]:
-    """Open one row file after another, and check its hash."""
-    first = 0
-    for entry in manifest.splits[split]:
-        if entry.rows:
-            source = RowSource(folder, split, entry, manifest, first, None)
-            if hash_file(source.path) != entry.sha256:
-                raise _damaged(source.path, "its hash is not that of the manifest")
-            yield entry, source
-        first += entry.examples
-
-
-def _damaged(path: Path, what: str) -> InputError:
-    return InputError(
-        f"{path}: row file is damaged: {what}; delete {path.parent.parent} and prepare again"
-    )
-
-
 def _example(
     ids: np.ndarray, answer_position: int, label: float, tokenizer: Tokenizer
 ) -> dict[str, Any]:
-    """Describe an example as the model sees it, with the mask in the place of the answer."""
+    """Describe an example as the model sees it, with its answer masked."""
     answer = None
     if answer_position >= 0:
         answer = int(ids[answer_position])
@@ -183,7 +167,7 @@ def _example(
 
 
 def token_text(tokenizer: Tokenizer, number: int) -> str:
-    """Return a token in visible characters: a space as `␣`, part of a character by its name.
+    """Return a token in visible characters, with `␣` for a space.
 
     >>> token_text(Tokenizer.from_pretrained(), 329)
     '␣A'
@@ -275,7 +259,7 @@ def _exclusion_figures(manifest: Manifest, exclude: Mapping[str, Any]) -> dict[s
 
 
 def _weight_figures(files: list[RowFile]) -> list[dict[str, Any]]:
-    """Return for each source the share of draws that comes from it, and how often it repeats.
+    """Return for each source its share of all draws, and how often it repeats.
 
     `repeats` is the share of draws over the share of rows: 2 for what is drawn twice as often as
     without weights.

@@ -1,4 +1,4 @@
-"""Which examples are kept of many: caps by task, a limit on one answer's share, nested sizes."""
+"""Select some of many examples: caps by task, a limit on one answer's share, nested sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 BITS = 8
-"""Examples are first counted in 2**BITS bins of their hash, so memory does not grow with them."""
+"""Examples are first counted in 2**BITS bins of their hash, so that memory stays bounded."""
 
 UNBALANCED, CAPPED = 254, 255
-"""In place of the level, for what is left out: too common an answer, or above its task's cap."""
+"""In place of a level: the answer is too common, or the task has reached its cap."""
 
 LEFT_OUT = UNBALANCED
-"""Numbers of levels are below."""
+"""The number of any level is smaller."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 class Members(NamedTuple):
-    """What selecting looks at: for each example, its task, its answer's token and its hash."""
+    """Describe examples by task, token of the answer, and hash, each `[examples]`."""
 
     task: np.ndarray
     answer: np.ndarray
@@ -36,7 +36,7 @@ class Members(NamedTuple):
 
     @property
     def cap_key(self) -> np.ndarray:
-        """Another hash: those of an answer that was thinned out have low keys, all of them."""
+        """Return another hash, because the limit on an answer leaves it only low keys."""
         return mix(~self.key)
 
 
@@ -45,10 +45,11 @@ Scan = Callable[[], Iterable[Members]]
 
 
 class Selection(NamedTuple):
-    """Thresholds on the hash: by (task, answer) for dominating answers, by level and task for caps.
+    """Hold thresholds on the hash: by (task, answer) for common answers, by level and task.
 
-    An example is in a level when its hash is below both. `sizes` tells how many are, `per_task`
-    the most of any task, `one_answer` how many tasks have a single answer.
+    An example is in a level if its hash is below both. Of each level, `sizes` is the number of
+    examples, and `per_task` the most of any task. `one_answer` counts the tasks that have a single
+    answer.
     """
 
     answers: Mapping[tuple[int, int], int]
@@ -61,11 +62,8 @@ class Selection(NamedTuple):
         """Return the lowest level each example is in, or why in none: uint8 `[examples]`."""
         below = members.cap_key[None, :] <= self.caps[:, members.task]
         level = np.where(below.any(axis=0), below.argmax(axis=0), CAPPED).astype(np.uint8)
-        level[~self._balanced(members)] = UNBALANCED
+        level[~_is_balanced(members, self.answers)] = UNBALANCED
         return level
-
-    def _balanced(self, members: Members) -> np.ndarray:
-        return members.key <= _thresholds(members, self.answers)
 
 
 def select(
@@ -76,14 +74,14 @@ def select(
     per_task: int | None = None,
     answer_share: float | None = None,
 ) -> Selection:
-    """Choose the examples of nested sets by their hashes; the same examples, the same choice.
+    """Select nested sets of examples by their hashes; the same examples give the same sets.
 
-    `counts` has the number of examples by task and answer token. First, in every task of two or
-    more answers, the commonest answers are thinned out until none has more than `answer_share` of
-    what is left (or, where there are too few answers for that, as many as the rarest). Then every
-    task is capped at `per_task`, and for each size (None: no limit) at the lowest number that makes
-    the set that large: what is cut are the largest tasks, down to one common number. A smaller set
-    is a part of every larger one. Examples of equal hash stay together.
+    `counts` has the number of examples by task and answer token. First, in every task with two or
+    more answers, the most common answers are thinned out until none has more than `answer_share`
+    of what is left (or, with too few answers for that, as many as the rarest). Then every task is
+    capped at `per_task`, and for each size (None: no limit) at the lowest number that makes the set
+    that large, so that the largest tasks are cut to one common number. A smaller set is a part of
+    every larger one. Examples of equal hash stay together.
     """
     tasks = 1 + max((task for task, _ in counts), default=-1)
     limits = _balance(counts, answer_share)
@@ -95,33 +93,34 @@ def select(
         kept[task] += limits.get((task, answer), count)
     wanted = np.stack([_cap(kept, size, per_task) for size in sizes])
     caps = _find_caps(scan, answers, wanted, kept)
-    sizes_found, most = wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
-    return Selection(answers, caps, sizes_found, most, int((different == 1).sum()))
+    found, most = wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
+    return Selection(answers, caps, found, most, int((different == 1).sum()))
 
 
 def _balance(
     counts: Mapping[tuple[int, int], int], share: float | None
 ) -> dict[tuple[int, int], int]:
-    """Return how many to keep of every answer that dominates its task.
+    """Return how many to keep of every answer that is too common in its task.
 
     >>> _balance({(0, 7): 90, (0, 8): 10, (0, 9): 20, (1, 7): 50}, 0.5)
     {(0, 7): 30}
     """
+    if share is None:
+        return {}
     by_task: dict[int, list[int]] = {}
     for (task, _), count in counts.items():
         by_task.setdefault(task, []).append(count)
     most: dict[int, int] = {}
-    for task, sizes in by_task.items() if share is not None else ():
+    for task, sizes in by_task.items():
         ordered = np.sort(np.array(sizes))
         if len(ordered) < 2:
             continue
-        # With the k commonest answers cut to m each, m = share (rest + k m).
-        assert share is not None
         most[task] = int(ordered[0])
         for k in range(1, len(ordered)):
             if k * share >= 1:
                 break
-            m = share * ordered[: len(ordered) - k].sum() / (1 - k * share)
+            # With the k most common answers cut to m each, m = share (rest + k m).
+            m = share * ordered[:-k].sum() / (1 - k * share)
             if m >= ordered[-k - 1]:
                 most[task] = max(int(m), 1)
                 break
@@ -133,7 +132,7 @@ def _balance(
 
 
 def _cap(kept: np.ndarray, size: int | None, per_task: int | None) -> np.ndarray:
-    """Return how many of each task make a set of at least `size` (all, where there are fewer).
+    """Return how many of each task make a set of at least `size`, or all.
 
     >>> _cap(np.array([100, 10, 50]), 90, None).tolist()
     [40, 10, 40]
@@ -152,37 +151,41 @@ def _cap(kept: np.ndarray, size: int | None, per_task: int | None) -> np.ndarray
 
 
 def _find_answers(scan: Scan, limits: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], int]:
-    slots = {group: slot for slot, group in enumerate(limits)}
-    if not slots:
+    """Return the thresholds that leave so many of each answer."""
+    if not limits:
         return {}
-
-    def slot_of(members: Members) -> np.ndarray:
-        return _lookup(members, slots, -1)
-
-    found = _smallest(scan, lambda m: m.key, slot_of, np.array([list(limits.values())]))
+    slots = {group: slot for slot, group in enumerate(limits)}
+    found = _find_smallest(
+        scan,
+        key_of=lambda members: members.key,
+        slot_of=lambda members: _look_up(members, slots, -1, np.int64),
+        wanted=np.array([list(limits.values())]),
+    )
     return {group: int(found[0, slot]) for group, slot in slots.items()}
 
 
 def _find_caps(
     scan: Scan, answers: Mapping[tuple[int, int], int], wanted: np.ndarray, kept: np.ndarray
 ) -> np.ndarray:
+    """Return the thresholds that leave `wanted` of each level and task, `[levels, tasks]`."""
     caps = np.where(wanted < kept, np.uint64(0), np.uint64(2**64 - 1))
     (cut,) = np.nonzero((wanted < kept).any(axis=0))
-    if not len(cut):
-        return caps
-    slot_of_task = np.full(len(kept), -1)
-    slot_of_task[cut] = np.arange(len(cut))
-
-    def slot_of(members: Members) -> np.ndarray:
-        balanced = members.key <= _thresholds(members, answers)
-        return np.where(balanced, slot_of_task[members.task], -1)
-
-    found = _smallest(scan, lambda m: m.cap_key, slot_of, wanted[:, cut])
-    caps[:, cut] = np.where(wanted[:, cut] < kept[cut], found, caps[:, cut])
+    if len(cut):
+        slots = np.full(len(kept), -1)
+        slots[cut] = np.arange(len(cut))
+        found = _find_smallest(
+            scan,
+            key_of=lambda members: members.cap_key,
+            slot_of=lambda members: np.where(
+                _is_balanced(members, answers), slots[members.task], -1
+            ),
+            wanted=wanted[:, cut],
+        )
+        caps[:, cut] = np.where(wanted[:, cut] < kept[cut], found, caps[:, cut])
     return caps
 
 
-def _smallest(
+def _find_smallest(
     scan: Scan,
     key_of: Callable[[Members], np.ndarray],
     slot_of: Callable[[Members], np.ndarray],
@@ -190,7 +193,7 @@ def _smallest(
 ) -> np.ndarray:
     """Return for each level and slot the `wanted`-th smallest hash, uint64 `[levels, slots]`.
 
-    Two passes: one counts in bins, the other reads the bin each answer lies in.
+    The first of two passes counts in bins, the second reads the bins of the results.
     """
     levels, slots = wanted.shape
     bins = np.zeros((slots, 2**BITS), np.int64)
@@ -212,27 +215,23 @@ def _smallest(
             for one in np.unique(slot[near]).tolist():
                 held.setdefault((level, one), []).append(key[near[slot[near] == one]])
     found = np.zeros((levels, slots), np.uint64)
-    for (level, slot_number), parts in held.items():
-        rank = int(wanted[level, slot_number] - before[level, slot_number])
+    for place, parts in held.items():
+        rank = int(wanted[place] - before[place])
         values = np.sort(np.concatenate(parts))
-        found[level, slot_number] = values[min(rank, len(values)) - 1] if rank > 0 else 0
+        found[place] = values[min(rank, len(values)) - 1] if rank > 0 else 0
     return found
 
 
-def _thresholds(members: Members, answers: Mapping[tuple[int, int], int]) -> np.ndarray:
-    return _lookup(members, answers, 2**64 - 1, np.uint64)
+def _is_balanced(members: Members, answers: Mapping[tuple[int, int], int]) -> np.ndarray:
+    return members.key <= _look_up(members, answers, 2**64 - 1, np.uint64)
 
 
-def _lookup(
-    members: Members,
-    values: Mapping[tuple[int, int], int],
-    default: int,
-    dtype: type = np.int64,
+def _look_up(
+    members: Members, values: Mapping[tuple[int, int], int], default: int, dtype: type
 ) -> np.ndarray:
-    """Look up a value by (task, answer), group by group: a chunk has few of those."""
-    result: np.ndarray = np.full(len(members.key), default, dtype)
+    """Return the value for each (task, answer), group by group because groups are few."""
     if not values:
-        return result
+        return np.full(len(members.key), default, dtype)
     code = members.task.astype(np.int64) << 32 | (members.answer.astype(np.int64) + 1)
     groups, inverse = np.unique(code, return_inverse=True)
     found = [values.get((int(g) >> 32, (int(g) & (2**32 - 1)) - 1), default) for g in groups]

@@ -1,4 +1,4 @@
-"""A shuffle of more examples than memory holds: by hash into buckets on disk, each sorted alone."""
+"""Shuffle more examples than memory holds, in sorted buckets on disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -8,17 +8,21 @@ import numpy as np
 import pyarrow as pa
 
 from mlmjax.data.batch import Example
+from mlmjax.data.rows import token_type
 
 CHUNK_TOKENS = 2**20
 
+BUCKET_TOKENS = 2**24
+"""About the tokens of a bucket, which is what memory has to hold to sort and pack it."""
+
 
 class Chunk(NamedTuple):
-    """Some examples as columns: `tokens` of all, one after another, cut at `offsets`.
+    """Hold some examples as columns: `tokens` of all, one after another, cut at `offsets`.
 
-    `answer` is the id of the answer's token or the number of its class (-1: none),
-    `answer_position` where a token stands, `task` a number, `key` the hash of what the model is
-    shown, `label` that of a classification head; each `[examples]`, offsets one longer. In the
-    buckets of `data.shuffle` the key is the place in the order.
+    `answer` is the id of the answer token or the number of its class (-1: none), `answer_position`
+    the place of that token, `task` a number, `key` the hash of what the model is shown, `label` the
+    class or value for a classification head; each `[examples]`, offsets one longer. In buckets the
+    key is the place in the shuffled order.
     """
 
     tokens: np.ndarray
@@ -31,12 +35,12 @@ class Chunk(NamedTuple):
 
     @property
     def examples(self) -> int:
-        """How many examples these are."""
+        """Count the examples."""
         return len(self.key)
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each example."""
+        """Count the tokens of each example."""
         return np.diff(self.offsets)
 
     def take(self, members: np.ndarray) -> "Chunk":
@@ -49,10 +53,10 @@ class Chunk(NamedTuple):
 
 
 def chunk_schema(vocab_size: int) -> pa.Schema:
-    """Return the Arrow columns of a chunk; tokens take 16 bits where the vocabulary allows."""
+    """Return the Arrow columns of a chunk."""
     return pa.schema(
         [
-            ("tokens", pa.list_(pa.uint16() if vocab_size <= 2**16 else pa.uint32())),
+            ("tokens", pa.list_(token_type(vocab_size))),
             ("answer", pa.int32()),
             ("answer_position", pa.int32()),
             ("task", pa.int32()),
@@ -64,22 +68,19 @@ def chunk_schema(vocab_size: int) -> pa.Schema:
 
 def to_arrow(chunk: Chunk, schema: pa.Schema) -> pa.RecordBatch:
     """Return a chunk as a record batch."""
-    token = schema.field("tokens").type.value_type
+    tokens = pa.array(chunk.tokens, schema.field("tokens").type.value_type)
     arrays = [
-        pa.ListArray.from_arrays(
-            pa.array(chunk.offsets, pa.int32()), pa.array(chunk.tokens, token)
-        ),
+        pa.ListArray.from_arrays(pa.array(chunk.offsets, pa.int32()), tokens),
         *(pa.array(c, f.type) for c, f in zip(chunk[2:], list(schema)[1:], strict=True)),
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def from_arrow(batch: pa.RecordBatch) -> Chunk:
-    """Return views of a record batch; nothing is copied, and nothing read before it is used."""
+    """Return views of a record batch, which is read only when they are used."""
     tokens, *others = batch.columns
-    offsets = tokens.offsets.to_numpy()
     columns = [column.to_numpy() for column in others]
-    return Chunk(tokens.values.to_numpy(), offsets, *columns)
+    return Chunk(tokens.values.to_numpy(), tokens.offsets.to_numpy(), *columns)
 
 
 def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
@@ -92,34 +93,30 @@ def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
             held.append(example)
             tokens += len(example[0])
             if tokens >= CHUNK_TOKENS:
-                writer.write_batch(to_arrow(_columns(held), schema))
+                writer.write_batch(to_arrow(_to_chunk(held), schema))
                 held, tokens = [], 0
         if held:
-            writer.write_batch(to_arrow(_columns(held), schema))
+            writer.write_batch(to_arrow(_to_chunk(held), schema))
 
 
-def _columns(examples: list[tuple]) -> Chunk:
-    ids, *others = zip(*examples, strict=True)
+def _to_chunk(examples: list[tuple]) -> Chunk:
+    ids, *others, keys, labels = zip(*examples, strict=True)
     offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])])
-    answer, position, task = (np.array(column, np.int32) for column in others[:3])
-    keys, labels = np.array(others[3], np.uint64), np.array(others[4], np.float32)
-    return Chunk(np.concatenate(ids), offsets, answer, position, task, keys, labels)
+    answer, position, task = (np.array(column, np.int32) for column in others)
+    key, label = np.array(keys, np.uint64), np.array(labels, np.float32)
+    return Chunk(np.concatenate(ids), offsets, answer, position, task, key, label)
 
 
 def read_stage(path: Path) -> Iterator[Chunk]:
-    """Give the chunks of a stage in order, as views of the mapped file."""
+    """Yield the chunks of a stage in order, as views of the mapped file."""
     with pa.memory_map(str(path)) as source:
         reader = pa.ipc.open_file(source)
         for number in range(reader.num_record_batches):
             yield from_arrow(reader.get_batch(number))
 
 
-BUCKET_TOKENS = 2**24
-"""Tokens in a bucket, about: what is sorted and packed together, and so what memory has to hold."""
-
-
 class Bucket(NamedTuple):
-    """A part of one group of examples: its file, and how many examples and tokens are in it."""
+    """Describe a part of one group of examples: its file, its examples and tokens."""
 
     path: Path
     group: int
@@ -133,11 +130,11 @@ def scatter(
     folder: Path,
     vocab_size: int,
 ) -> list[Bucket]:
-    """Write examples into the buckets of their groups; give the buckets in order, group by group.
+    """Write examples into buckets of their groups; return the buckets, group by group.
 
-    `chunks` give the examples, whose `key` is their place in the order (64 bits), and the group of
-    each (-1: left out). `tokens` are those of each group. Buckets are consecutive stretches of the
-    order, so that all of a group, each sorted, are the group in order.
+    `chunks` yield examples, whose `key` is their place in the order (64 bits), and the group of
+    each (-1: left out). `tokens` counts those of each group. A bucket is a stretch of the order, so
+    that the buckets of a group, each sorted, are the group in order.
     """
     counts = [max(1, -(-total // BUCKET_TOKENS)) for total in tokens]
     first = np.concatenate([[0], np.cumsum(counts)])
@@ -146,15 +143,15 @@ def scatter(
     totals = np.zeros((len(paths), 2), np.int64)
     for chunk, group in chunks:
         (used,) = np.nonzero(group >= 0)
-        of = group[used]
+        own = group[used]
         share = (chunk.key[used] >> np.uint64(32)).astype(np.int64)
-        bucket = first[of] + (share * np.array(counts)[of] >> 32)
+        bucket = first[own] + (share * np.array(counts)[own] >> 32)
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
         for members in np.split(order, edges[1:]) if len(order) else ():
             number = int(bucket[members[0]])
             part = chunk.take(used[members])
-            # Opened for each write: a group of any size must not run out of open files.
+            # Opened for each write, so that many buckets do not run out of open files.
             with paths[number].open("ab") as file:
                 file.write(to_arrow(part, schema).serialize())
             totals[number] += part.examples, len(part.tokens)
@@ -167,7 +164,7 @@ def scatter(
 
 
 def read_bucket(path: Path, vocab_size: int) -> Iterator[Example]:
-    """Read the examples of a bucket in order, numbered from 0."""
+    """Yield the examples of a bucket in order, numbered from 0."""
     schema = chunk_schema(vocab_size)
     with pa.memory_map(str(path)) as source:
         messages = pa.ipc.MessageReader.open_stream(source)

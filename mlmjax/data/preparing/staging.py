@@ -1,4 +1,4 @@
-"""Staging: every file of the sources is read and tokenised, and what became of it is counted."""
+"""Stage sources: read and tokenise every file, and count what becomes of its records."""
 
 import json
 import os
@@ -31,7 +31,7 @@ _PROGRESS_EVERY = 1000
 
 
 class Unit(NamedTuple):
-    """What one job reads: a file of a source, or a whole source, with the `_stats` of its files."""
+    """Describe what one job reads: a file of a source, or a whole source."""
 
     split: str
     source: int
@@ -40,7 +40,7 @@ class Unit(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Some staged examples of one unit, each with a hash `[examples]` that no other one has.
+    """Hold some staged examples of one unit, each with its own hash, `[examples]`.
 
     The key of the chunk is a hash of the prompt (or document), which is equal for equal prompts.
     `draw` also depends on the place among all examples.
@@ -52,7 +52,7 @@ class Piece(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """The staged units, the answers to their jobs, the numbers of all tasks, and `workers`."""
+    """Hold the staged units, the answers of their jobs, and the numbers of all tasks."""
 
     units: list[Unit]
     answers: list[Job]
@@ -84,7 +84,7 @@ def stage(
     evaluation: list[dict[str, Any]],
     progress: Callable[[str, int], None],
 ) -> Staged:
-    """Read and tokenise all sources into `folder/stage`; units that are there are not read again.
+    """Read and tokenise all sources into `folder/stage`, except finished units.
 
     `evaluation` identifies the excluded evaluation sets. Raises `InputError` as `read_examples`,
     for all sources before it reads one of them.
@@ -147,13 +147,13 @@ def _units(
 
 
 def _stats(path: str) -> list[int]:
-    """Return what changes when a file does; copying or unpacking cannot set back the last."""
+    """Return what changes with a file; copying or unpacking cannot reset the last."""
     stat = Path(path).stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _count_workers(units: list[Unit]) -> int:
-    """Count the processes to start: one per core, or one if it reads all data in seconds."""
+    """Return one process per core, or one if that reads all data in seconds."""
     if sum(size for unit in units for size, *_ in unit.stats) <= _BYTES_WORTH_PROCESSES:
         return 1
     # Only Linux tells which cores a process may use.
@@ -195,7 +195,7 @@ def stage_unit(
 
 
 def _answer(source: SourceConfig, one: Encoded) -> int:
-    """Return the token of an answer, else its class, 0 for a value, -1 for plain text."""
+    """Return the token or class of an answer; 0 for a value, -1 for plain text."""
     if one.answer_position >= 0:
         return int(one.ids[one.answer_position])
     if source.text is not None:
@@ -220,7 +220,7 @@ def check_unchanged(staged: Staged) -> None:
 
 
 def report_sources(staged: Staged, config: DataConfig, split: str) -> list[SourceReport]:
-    """Add up what became of the records of each source that is configured for a split.
+    """Add up what became of the records of each source of a split.
 
     Raises `InputError` for a source without an example.
     """

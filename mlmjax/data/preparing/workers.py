@@ -1,4 +1,4 @@
-"""Jobs in parallel, which a killed run resumes: finished work is on disk and is not repeated."""
+"""Run jobs in parallel; after a kill, finished work is on disk and not repeated."""
 
 import json
 import logging
@@ -107,7 +107,7 @@ _worker: Tokenizer
 
 
 def _begin(parent: int, tokenizer: Tokenizer) -> None:
-    """Set up a worker, which ends with the process that started it and leaves Ctrl-C to it."""
+    """Set up a worker, which ends with its parent process and ignores Ctrl-C."""
     global _worker
     _worker = tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)

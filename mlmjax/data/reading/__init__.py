@@ -1,4 +1,5 @@
-"""From files to examples: sources are read, answers checked, evaluation sets excluded.
+"""Turn files into examples: read sources, check answers, exclude evaluation sets.
 
-Files enter; tokenised examples leave, one at a time. This room never loads jax and writes no files.
+Files enter; tokenised examples leave, one at a time. This folder never loads jax and never writes
+a file.
 """

@@ -1,4 +1,4 @@
-"""Answers of records: one token, one of the labels, or a number."""
+"""Read the answers of records: one token, one of the labels, or a number."""
 
 import re
 from collections import Counter
@@ -95,7 +95,7 @@ MANY_TOKENS = "answer is not one token"
 
 
 class AnswerReader:
-    """Reads the answers of the records of a source: tokens, numbers of labels, or values.
+    """Read the answers of a source: tokens, numbers of labels, or values.
 
     The MLM head takes a token: that of `" " + answer` where it is one, or with `labels` that of the
     label's letter (or of its name, if the prompt lists no options). The classification head takes

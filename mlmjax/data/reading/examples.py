@@ -1,4 +1,4 @@
-"""From records to examples: prompt and one-token answer, labelled row, or plain text."""
+"""Turn records into examples: prompts with answers, labelled rows, or plain text."""
 
 import hashlib
 import math
@@ -42,9 +42,9 @@ BROKEN_SHOWN = 20
 
 
 class Encoded(NamedTuple):
-    """A tokenised record: ids uint32 `[tokens]`, the position of the answer (-1: none), its task.
+    """Hold a tokenised record, or a window of one.
 
-    `key` is a 64-bit hash of what the model is shown: of the prompt with its slot open, or of the
+    `ids` are uint32 `[tokens]`, and `answer_position` is -1 without an answer token. `key` is a 64-bit hash of what the model is shown: of the prompt with its slot open, or of the
     whole document that a window is from. Equal prompts have equal keys, whatever their answers.
     `label` is the number of the class, or the value of a regression (NaN: none).
     """
@@ -57,7 +57,7 @@ class Encoded(NamedTuple):
 
 
 class SharedText(NamedTuple):
-    """A record that shares words with an evaluation set, and these words."""
+    """Name a record that shares words with an evaluation set, and these words."""
 
     where: str
     words: str
@@ -65,7 +65,7 @@ class SharedText(NamedTuple):
 
 @dataclass
 class Counts:
-    """What became of the records of a source: read, made examples, dropped and why, shortened.
+    """Count what becomes of the records of a source.
 
     `normalized` counts the answers that each rule changed. `hits` has, for each evaluation set, the
     first `HITS_SHOWN` records that share text with it. `broken` has the messages of the first
@@ -147,7 +147,7 @@ def read_examples(
 
 
 class _Reader(ABC):
-    """Makes examples of the records of one source: records, kept records, examples."""
+    """Turn the records of one source into examples: records, kept records, examples."""
 
     columns: Sequence[str]
     named: Sequence[str] = ()
@@ -222,7 +222,7 @@ class _Reader(ABC):
 
 
 class _Windows(_Reader):
-    """Plain text, in windows."""
+    """Read plain text in windows."""
 
     def __init__(self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, *others: Any):
         super().__init__(source, tokenizer, seq_length, *others)
@@ -260,7 +260,7 @@ class _Windows(_Reader):
 
 
 class _Kept(NamedTuple):
-    """A record that gives an example, the fields of its prompt, and its answer."""
+    """Hold a record that gives an example, the fields of its prompt, and its answer."""
 
     record: Record
     row: dict[str, Any]
@@ -268,7 +268,7 @@ class _Kept(NamedTuple):
 
 
 class _Prompts(_Reader):
-    """Prompts with their answers."""
+    """Read prompts with their answers."""
 
     def __init__(
         self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, head: Head, *others: Any
@@ -313,7 +313,7 @@ class _Prompts(_Reader):
                 yield Encoded(ids, prompt.slot, task, key, one.answer)
 
     def _usable(self, records: Sequence[Record], counts: Counts) -> list[Record]:
-        """Drop records of excluded tasks, and those that speak of the mask itself."""
+        """Drop records of excluded tasks, and those that contain `[MASK]`."""
         for record in records:
             for name in self.texts:
                 require_text(record, name)
@@ -343,7 +343,7 @@ class _Prompts(_Reader):
                 yield _Kept(record, row, answer)
 
     def _render(self, kept: Sequence[_Kept]) -> list[Prompt]:
-        """Encode the whole prompts together; only what is too long is looked at again."""
+        """Encode all prompts together, whole; few are too long."""
         rows = [one.row for one in kept]
         try:
             return self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH)

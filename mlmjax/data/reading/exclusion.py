@@ -1,10 +1,11 @@
-"""What is kept out of training so that a model can be tested on it: tasks and evaluation sets."""
+"""Keep tasks and evaluation sets out of training, so that a model can be tested on them."""
 
 import fnmatch
 import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from mlmjax.config.data import EvaluationSet, ExcludeConfig, Location
@@ -15,15 +16,15 @@ from mlmjax.errors import InputError
 from mlmjax.storage import hash_file
 
 _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
-"""The keys of a task that decide which texts its rows hold."""
+"""Keys of a task that decide which texts its rows hold."""
 
 
 class Exclusion:
-    """The records that `[data.exclude]` keeps out, by their task's name and by their text.
+    """Find the records that `[data.exclude]` keeps out, by the name of their task or their text.
 
-    Made once and asked for each record; the evaluation sets are read when it is made. Raises
-    `InputError` for an unknown task, for a set without data here or on the hub, for one of the hub
-    without a commit, and for rows that cannot be read, naming file and row.
+    The constructor reads the evaluation sets. It raises `InputError` for an unknown task, for a set
+    without data here or on the hub, for a set on the hub without a commit, and for rows that cannot
+    be read, with file and row.
     """
 
     def __init__(self, config: ExcludeConfig):
@@ -33,15 +34,15 @@ class Exclusion:
         if config.overlap:
             texts: dict[str, Iterable[str]] = {}
             for one in config.overlap:
-                task, place = _opened(one)
-                # A set may have several files: each is an entry of the same task.
+                task, place, _ = _open(one)
+                # A set of several files has one entry for each.
                 texts[task.name] = itertools.chain(
                     texts.get(task.name, ()), _texts(task, place, config.ngram)
                 )
             self.index = OverlapIndex.of(texts, config.ngram)
 
     def pattern(self, task: str) -> str | None:
-        """Return the first pattern that a task's name matches, whatever its case; or None.
+        """Return the first pattern that the name of a task matches, in any case; or None.
 
         >>> exclusion = Exclusion(ExcludeConfig(tasks=("*mmlu*", "glue/rte:*")))
         >>> exclusion.pattern("GLUE/RTE:2.0.0"), exclusion.pattern("glue/wnli:2.0.0")
@@ -57,47 +58,48 @@ class Exclusion:
 
 
 def evaluation_identity(config: ExcludeConfig) -> list[dict[str, Any]]:
-    """Describe the evaluation sets of `[data.exclude]` by their content, as JSON values.
+    """Describe the content of the evaluation sets of `[data.exclude]`, as JSON values.
 
-    Of each: `task` (its name), `texts` (a hash of how the task reads a row), and `files` (sha256 by
-    path), or of a dataset of the hub `hub`, `subset`, `folder`, `split` and `revision`. Raises
-    `InputError` as `Exclusion`.
+    Each has `task` (its name), `texts` (a hash of how the task reads a row), and `files` (SHA-256
+    by path), or for the hub `hub`, `subset`, `folder`, `split` and `revision`. Raises `InputError`
+    as `Exclusion`.
     """
     return [_identity(one) for one in config.overlap]
 
 
 def _identity(one: EvaluationSet) -> dict[str, Any]:
-    task, place = _opened(one)
+    task, place, files = _open(one)
     reading = task.model_dump_json(include=_TEXT_KEYS).encode()
     found = {"task": task.name, "texts": hashlib.sha256(reading).hexdigest()}
     if place.hub is None:
-        return {**found, "files": {str(path): hash_file(path) for path in source_files(place)}}
+        return {**found, "files": {str(path): hash_file(path) for path in files}}
     hub = place.model_dump(mode="json", include={"hub", "subset", "folder", "split", "revision"})
     return {**found, **hub}
 
 
-def _opened(one: EvaluationSet) -> tuple[Task, Location]:
+def _open(one: EvaluationSet) -> tuple[Task, Location, list[Path]]:
+    """Return the task of an evaluation set, and where its rows are."""
     where = f"data.exclude.overlap: {one.task}"
     try:
         task = load_task(one.task)
         place = task.location(one.data)
-        source_files(place)
+        files = source_files(place)
     except InputError as error:
         hint = f'; or name its rows here: {{ task = "{one.task}", data = "FILE" }}'
         raise InputError(f"{where}: {error.message}{hint}", error.details) from error
     if not place.is_pinned:
         raise InputError(
-            f"{where}: hub dataset {place.hub} has no commit as its revision, so that its rows "
-            "could change; pin it in the task file, or give a file of its rows as data"
+            f"{where}: hub dataset {place.hub} has no commit as its revision, so its rows could "
+            "change; pin it in the task file, or give a file of its rows as data"
         )
-    return task, place
+    return task, place, files
 
 
 def _texts(task: Task, place: Location, ngram: int) -> Iterator[str]:
-    """Stream the texts of an evaluation set: the fields of each row, and its own long options.
+    """Yield the fields of each row of an evaluation set, and its own long options.
 
-    The wording of the prompt and the labels that all rows have are no part of them, and options
-    below `ngram` words are left out: "the president of the United States" is no question.
+    The wording of the prompt and the labels of all rows are left out. So are options below `ngram`
+    words, because many texts hold "the president of the United States".
     """
     for record in read_source(place):
         try:

@@ -1,4 +1,4 @@
-"""Records of one data file, streamed: parquet, JSONL, CSV and plain text, from strangers."""
+"""Read the records of a stranger's data file: parquet, JSONL, CSV or plain text."""
 
 import csv
 import difflib
@@ -14,32 +14,31 @@ from mlmjax.config.columns import Column, alternatives_of, columns_read, names_i
 from mlmjax.errors import InputError, first_line
 
 MAX_LINE_BYTES = 32 * 2**20
-"""A longer line (or CSV field) is refused, so that one hostile line cannot fill the memory."""
+"""A longer line (or CSV field) is an error, so that one hostile line cannot fill memory."""
 
 TEXT_BLOCK = 64 * 2**10
 """Characters after which a document of a `.txt` file ends at the next blank line."""
 
 _READ_AHEAD = 2**14
-"""What is lost before the place where a compressed file is broken."""
+"""Bytes that may be lost before the place where a compressed file is damaged."""
 
 _COMPRESSION = {".zst": "zstd", ".gz": "gzip"}
 _PARQUET_BATCH = 512
-
 
 BROKEN_RECORD = "broken record"
 BROKEN_FILE = "rest of a broken file"
 
 Broken = Callable[[str, InputError], None]
-"""Told of something broken, and what it is: raises the error, or counts it for reading to go on."""
+"""Gets `BROKEN_RECORD` or `BROKEN_FILE`, and raises the error, or counts it to read on."""
 
 
 def stop(what: str, error: InputError) -> None:
-    """Raise the error, whatever is broken."""
+    """Raise the error."""
     raise error
 
 
 class Record(NamedTuple):
-    """One row of a data file: its fields, and where it stands, to open an error message with."""
+    """Hold the fields of a row of a data file, and its place for error messages."""
 
     fields: dict[str, Any]
     where: str
@@ -52,21 +51,21 @@ def read_file(
     named: Collection[str] = (),
     broken: Broken = stop,
 ) -> Iterator[Record]:
-    """Stream the records of one file; the format follows from its name.
+    """Stream the records of one file, whose format follows from its name.
 
     `.parquet`; `.jsonl`, `.ndjson`, `.json` (one object per line); `.csv`, `.tsv` (a header, then
     rows); `.txt` (documents of at least `TEXT_BLOCK` characters that end at a blank line, field
-    `text`). All but parquet may be compressed: `.zst`, `.gz`. `columns` are those that are needed
-    (None: all); other columns may be left out of the records. Class numbers in the columns
-    `named` become names where a parquet file written by `datasets` stores them.
+    `text`). All but parquet may be compressed: `.zst`, `.gz`. `columns` are the needed ones (None:
+    all); records may lack other columns. Class numbers in the columns `named` become names if a
+    parquet file of `datasets` stores these.
 
-    `broken` is told of a record that cannot be read, and of a file whose rest cannot be, and what
-    it does not raise is left out. A line of a CSV file may be part of several records, so that one
-    which is not text breaks the rest of its file.
+    `broken` gets the errors of a record, and of a file whose rest cannot be read. What it does not
+    raise is skipped. In a CSV file, a line that is not text breaks the rest of the file, because
+    it may be part of several records.
 
-    Raises `InputError` that names the file and the line or row, for a file that cannot be read, is
-    empty, broken or cut short, has no such column, has a line above `MAX_LINE_BYTES`, or is not
-    UTF-8. A fault of the disk or the network is always raised.
+    Raises `InputError` with file and line or row, for a file that cannot be read, is empty, damaged
+    or truncated, lacks a column, has a line above `MAX_LINE_BYTES`, or is not UTF-8. Errors of the
+    disk or the network are always raised.
     """
     path = Path(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -95,15 +94,15 @@ def read_file(
         broken(BROKEN_FILE, error)
 
 
-class _Damage(Exception):  # noqa: N818 - carries an error to where it is told
-    """What a library raised in the middle of a file, and where that was."""
+class _Damage(Exception):  # noqa: N818 - carries an error to where it is reported
+    """Carry the error of a library in the middle of a file, and its place."""
 
     def __init__(self, where: str, error: Exception):
         self.where, self.error = where, error
 
 
 def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
-    """Give up a file; a fault that has a number is the system's and not the file's."""
+    """Give up a file; an error with a number is the system's, so it is always raised."""
     what = getattr(error, "strerror", None) or first_line(error)
     refusal = InputError(f"{where}: cannot be read: {what}")
     if getattr(error, "errno", None) is not None:
@@ -114,9 +113,9 @@ def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
 def require_columns(
     where: str, columns: Collection[Column] | None, present: Collection[str]
 ) -> list[str]:
-    """Return which of the columns that are there will be read, sorted.
+    """Return the columns of a file that will be read, sorted.
 
-    Raises `InputError` when a needed column is not there, with what is and the nearest name.
+    Raises `InputError` for a column that is missing, with the nearest name and all others.
     """
     read: set[str] = set()
     for column in columns or ():
@@ -135,7 +134,7 @@ def require_columns(
 
 
 def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
-    """Decode line by line, numbered from 1; a byte order mark at the start is dropped."""
+    """Yield numbered lines, from 1, without a byte order mark at the start."""
     number = 0
     while True:
         number += 1
@@ -199,14 +198,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return table
 
 
 def _read_csv(
     stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
 ) -> Iterator[Record]:
-    # The limit is one of the csv module, not of one reader; raised only, never lowered.
+    # The limit is that of the whole csv module, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     tabs = any(suffix.lower() == ".tsv" for suffix in Path(where).suffixes)
     reader = csv.reader(
@@ -250,7 +249,7 @@ def _read_text(
     for number, line in _lines(stream, where, broken):
         block.append(line)
         size += len(line)
-        # A text without blank lines is cut at a line end, so that memory stays bounded.
+        # A text without blank lines is cut at the end of a line, so that memory stays bounded.
         if size >= TEXT_BLOCK and (not line.strip() or size >= 16 * TEXT_BLOCK):
             yield Record({"text": "".join(block)}, f"{where} line {start}")
             block, size, start = [], 0, number + 1
@@ -309,7 +308,7 @@ def _value(scalar: pa.Scalar, where: str) -> Any:
 
 
 def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
-    """Find the class names that `datasets` stores in a parquet schema, by column.
+    """Return the class names that `datasets` stores in a parquet schema, by column.
 
     >>> class_names({b"huggingface": b'{"info": {"features": {"label": '
     ...              b'{"names": ["bad", "good"], "_type": "ClassLabel"}}}}'})
@@ -334,7 +333,7 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 def name_classes(
     fields: dict[str, Any], names: Mapping[str, list[str]], where: str
 ) -> dict[str, Any]:
-    """Replace class numbers by their names, for the columns that have names.
+    """Replace class numbers by names, in columns that have names.
 
     >>> name_classes({"label": 1, "text": "fine"}, {"label": ["bad", "good"]}, "row 1")
     {'label': 'good', 'text': 'fine'}

@@ -1,4 +1,4 @@
-"""Texts that share a run of words with an evaluation set: an index of word n-grams."""
+"""Find texts that share a run of words with an evaluation set, by word n-grams."""
 
 import re
 import unicodedata
@@ -10,18 +10,18 @@ import numpy as np
 
 NGRAM = 13
 SHORTEST = 6
-"""Words of the shortest text that is looked for: a shorter one stands in unrelated texts too."""
+"""Words of the shortest text to look for; shorter ones occur in unrelated texts too."""
 
 MOST_TEXTS = 10
-"""A run of words in more texts of one evaluation set is its wording, not the content of one."""
+"""A run of words in more texts of an evaluation set is its wording, not its content."""
 
-# Letters and digits in a row; ideographs and kana, which no space divides, one by one.
+# Runs of letters and digits; ideographs and kana, which no space divides, one by one.
 _WORD = re.compile(r"[^\W_぀-ヿ㐀-鿿]+|[぀-ヿ㐀-鿿]")
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2**64
 
 
 class Hit(NamedTuple):
-    """What a text shares with an evaluation set: the set's name, and the first shared words."""
+    """Name an evaluation set, and the first words that a text shares with it."""
 
     name: str
     words: str
@@ -37,16 +37,16 @@ def words_of(text: str) -> list[str]:
 
 
 class OverlapIndex:
-    """The word n-grams of evaluation sets, to tell which other texts share one.
+    """Index the word n-grams of evaluation sets, to find other texts that share one.
 
-    Texts are compared by their words alone: case, punctuation and white space do not count. A text
-    of at least `n` words is looked for by every `n` words in a row, as is customary (n = 13: Brown
-    et al. 2020, arXiv 2005.14165, appendix C); one of `SHORTEST` to `n` - 1 words as a whole; a
-    shorter one is not looked for. Words in a row that stand in more than `MOST_TEXTS` different
-    texts of a set (of a short one: in more rows) are its wording and do not count.
+    Only words are compared, without case, punctuation and white space. A text of at least `n` words
+    is found by any `n` words in a row, as is customary (n = 13: Brown et al. 2020, arXiv
+    2005.14165, appendix C). A text of `SHORTEST` to `n` - 1 words is found as a whole, a shorter
+    one never. Words in a row that occur in more than `MOST_TEXTS` different texts of a set (for a
+    short text: rows) are its wording and do not count.
 
-    What is kept is bounded by the evaluation sets: their words, and of every n-gram a hash of 8
-    bytes and an owner of 2. Words that stand in two sets count for the first.
+    Memory depends on the evaluation sets only: their words, and 10 bytes for every n-gram. Words in
+    two sets count for the first.
     """
 
     def __init__(self, texts: Mapping[str, Iterable[str]], n: int):
@@ -60,7 +60,7 @@ class OverlapIndex:
         owners = np.repeat(np.arange(len(sets), dtype=np.uint16), [len(one) for one in runs])
         self._runs, first = np.unique(_joined(runs), return_index=True)
         self._owners = owners[first]
-        # By the hash of its first words, each short text: its length, its hash, its owner.
+        # Short texts by the hash of their first words: length, hash, owner.
         self._short: dict[int, list[tuple[int, int, int]]] = {}
         for owner, one in enumerate(sets):
             self._add_short(owner, one)
@@ -79,13 +79,13 @@ class OverlapIndex:
         return cls(texts, n)
 
     def __len__(self) -> int:
-        """Count the distinct runs of words that are looked for."""
+        """Count the distinct runs of words in the index."""
         return len(self._runs) + sum(map(len, self._short.values()))
 
     def hit(self, text: str) -> Hit | None:
-        """Return the first words that a text shares with an evaluation set, and whose; or None.
+        """Return the first words that a text shares with an evaluation set; or None.
 
-        `n` words in a row come before short texts.
+        Runs of `n` words are looked for before short texts.
         """
         words = words_of(text)
         if len(words) < self.shortest:
@@ -104,7 +104,7 @@ class OverlapIndex:
         return None
 
     def _number(self, texts: Iterable[str]) -> list[tuple[np.ndarray, int]]:
-        """Turn texts into the numbers of their words, each distinct one with how often it comes."""
+        """Return the word numbers of each distinct text, and how often it occurs."""
         found: Counter[bytes] = Counter()
         for text in texts:
             words = words_of(text)
@@ -114,7 +114,7 @@ class OverlapIndex:
         return [(np.frombuffer(key, np.int32), count) for key, count in found.items()]
 
     def _sums(self, ids: np.ndarray) -> np.ndarray:
-        """Sum up, modulo 2**64, the words' values times powers of the base; `[words + 1]`."""
+        """Return running sums, modulo 2**64, of word values times powers; `[words + 1]`."""
         if len(ids) > len(self._powers):
             size = 2 ** len(ids).bit_length()
             self._powers = _powers(_BASE, size)
@@ -124,14 +124,14 @@ class OverlapIndex:
         return sums
 
     def _hashes(self, sums: np.ndarray, length: int) -> np.ndarray:
-        """Hash every run of `length` words: the polynomial of its words' values in the base."""
+        """Hash every run of `length` words, as a polynomial of word values in the base."""
         runs = max(0, len(sums) - length)
         return (sums[length:] - sums[:runs]) * self._inverses[:runs]
 
     def _content(
         self, texts: list[tuple[np.ndarray, int]], length: int, *, repeats: bool = False
     ) -> np.ndarray:
-        """Hash the runs of words of a set but for its wording; sorted."""
+        """Hash the runs of words in a set, except its wording; sorted."""
         parts = [np.unique(self._hashes(self._sums(ids), length)) for ids, _ in texts]
         times = [count if repeats else 1 for _, count in texts]
         hashes, inverse = np.unique(_joined(parts), return_inverse=True)
@@ -139,9 +139,9 @@ class OverlapIndex:
         return hashes[np.bincount(inverse, weights, len(hashes)) <= MOST_TEXTS]
 
     def _add_short(self, owner: int, texts: list[tuple[np.ndarray, int]]) -> None:
-        """Remember the texts of a set that are shorter than n words."""
+        """Index the texts of a set that are shorter than n words."""
         for length in sorted({len(ids) for ids, _ in texts if len(ids) < self.n}):
-            # A long text of many rows is a passage they ask about; a short one is how they ask.
+            # A long text in many rows is a passage they ask about, a short one is their wording.
             content = self._content(texts, length, repeats=True)
             for ids, _ in texts:
                 sums = self._sums(ids)
@@ -171,7 +171,7 @@ def _member(table: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _find(table: np.ndarray, values: np.ndarray) -> tuple[int, int] | None:
-    """Return the first of the values that is in a sorted table, and its place there."""
+    """Return the places of the first value that is in a sorted table, in both."""
     found = np.flatnonzero(_member(table, values))
     if not len(found):
         return None

@@ -1,4 +1,4 @@
-"""Records of a configured source: local files by glob, or a dataset of the hub."""
+"""Read the records of a configured source: local files by glob, or a hub dataset."""
 
 import glob
 import logging
@@ -24,10 +24,10 @@ log = logging.getLogger(__name__)
 
 
 def source_files(source: Location) -> list[Path]:
-    """List the local files of a source, those of a glob in sorted order; none for a hub dataset.
+    """List the local files of a source, those of a glob sorted; a hub dataset has none.
 
-    A path is a file, or a glob in which `**` reaches into folders. Raises `InputError` when no
-    file matches, and for a file that two paths match.
+    A path is a file, or a glob in which `**` reaches into folders. Raises `InputError` if no file
+    matches, and for a file that two paths match.
     """
     files: list[Path] = []
     for path in source.paths:
@@ -35,8 +35,8 @@ def source_files(source: Location) -> list[Path]:
         doubled = [file for file in found if file in files]
         if doubled:
             raise InputError(
-                f"{path}: {doubled[0]} is read already for another path of the source; name every "
-                "file once"
+                f"{path}: {doubled[0]} also matches another path of the source; name every file "
+                "once"
             )
         files += found
     return files
@@ -66,10 +66,10 @@ def read_source(
     """Stream the first `limit` records of a source, file by file in sorted order.
 
     The fields of a record are `names`, each with the value of the column that `source.columns`
-    gives for it, else of the column it is itself (`columns.look_up`); None: all columns as the
-    files hold them. Class numbers become names for those of the `names` that are `named`, where
-    the data bring them. Raises `InputError` that names file and line or row; for a hub dataset,
-    its id and row. `broken` as in `read_file`; what a hub dataset cannot give is always raised.
+    gives for it, or of the column of that name (`config.columns.look_up`); None: all columns.
+    Class numbers in the columns `named` become names, if the data have them. Raises `InputError`
+    with file and line or row; for a hub dataset, with its id and row. `broken` is that of
+    `read_file`; errors of a hub dataset are always raised.
     """
     columns = None if names is None else {name: source.columns.get(name, name) for name in names}
     wanted = None if columns is None else tuple(columns.values())
@@ -89,7 +89,7 @@ def read_source(
 def _renamed(
     records: Iterable[Record], columns: Mapping[str, Column], broken: Broken
 ) -> Iterator[Record]:
-    """Give records with the named columns."""
+    """Yield records with the named columns."""
     for record in records:
         try:
             fields = {name: look_up(record.fields, column) for name, column in columns.items()}
@@ -108,7 +108,7 @@ def _read_hub(
     where = f"hub dataset {source.hub}"
     if not source.is_pinned:
         log.warning(
-            "%s: revision is %r and not a commit, so the rows may change between two runs",
+            "%s: revision is %r, not a commit, so rows may change between two runs",
             where,
             source.revision,
         )
@@ -151,7 +151,7 @@ def _read_hub(
 
 
 def _unreadable(where: str, error: Exception) -> InputError:
-    """Turn what `datasets` raises (of many types, from many libraries) into one line."""
+    """Turn the errors of `datasets`, which have many types, into one line."""
     return InputError(
         f"{where}: cannot be read: {first_line(error)}; check the id, subset, split and "
         "revision, and the connection"

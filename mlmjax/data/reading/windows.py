@@ -1,4 +1,4 @@
-"""How a long document is cut into windows: by length alone, or where a sentence ends."""
+"""Cut a long document into windows, at any token or where a sentence ends."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 _CLOSERS = re.escape("\"'”’»›)]}」』】〉》）］")
 _SPACED = re.escape(".!?…‼⁇⁈⁉؟۔։።፧")
 _UNSPACED = re.escape("。｡！？।॥")
-# Possessive, and begun only at the first of a run, so that hostile text takes linear time.
+# Possessive, and starts only at the first of a run, so that hostile text takes linear time.
 _SENTENCE = re.compile(
     rf"(?<![{_SPACED}])[{_SPACED}]++[{_CLOSERS}]*+(?=\s|\Z)|[{_UNSPACED}]++[{_CLOSERS}]*+"
 )
@@ -24,13 +24,13 @@ _LONGEST_ABBREVIATION = 8
 
 
 def sentence_ends(text: str) -> list[tuple[int, int]]:
-    """Return `(end, next)` in characters for every sentence: where it ends, and the next begins.
+    """Return `(end, next)` for every sentence: the characters where it ends and the next begins.
 
-    A blank line ends a sentence, and so does a sentence terminator with the quotes and brackets
-    that close after it, if white space follows (which Chinese, Japanese and Hindi do not need). It
-    does not before a lower-case letter, and a full stop does not after an initial or a common
-    abbreviation: the idea of Unicode's sentence boundaries (UAX 29, rule SB8) with a few words it
-    cannot know. Takes time linear in the length of the text, whatever it holds.
+    A blank line ends a sentence. So does a terminator, with the quotes and brackets that close
+    after it, if white space follows (not needed in Chinese, Japanese and Hindi). It does not before
+    a lower-case letter, and a full stop does not after an initial or a common abbreviation. The
+    idea is that of Unicode's sentence boundaries (UAX 29, rule SB8), plus some abbreviations. The
+    time is linear in the length of any text.
 
     >>> text = 'Dr. B. Lee paid 3.50. "Why?" she asked. No end\\n\\nA title'
     >>> [text[:end].rsplit(" ", 1)[-1] for end, _ in sentence_ends(text)]
@@ -53,17 +53,17 @@ def sentence_ends(text: str) -> list[tuple[int, int]]:
 
 
 def sentence_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the numbers of tokens, int64, before which a document may be cut: sentences begin.
+    """Return the numbers of the tokens that begin a sentence, int64: a cut may precede them.
 
-    `offsets` are those of the tokens in characters. White space between two sentences goes with
-    the first as far as its tokens allow. A sentence that begins within a token has no cut.
+    `offsets` are those of the tokens in characters. White space between two sentences goes with the
+    first if its tokens allow. A sentence that begins inside a token has no cut.
 
     >>> sentence_cuts("Hi. The\\n\\nEnd.", [(0, 2), (2, 3), (3, 7), (7, 9), (9, 12), (12, 13)])
     array([2, 4])
     """
     spans = np.array(offsets, np.int64).reshape(-1, 2)
     gaps = np.array(sentence_ends(text), np.int64).reshape(-1, 2)
-    # Several tokens may share one character: between them nothing can be cut.
+    # No cut can separate tokens that share one character.
     whole = np.flatnonzero(spans[:-1, 1] <= spans[1:, 0]) + 1
     begins = spans[whole, 0]
     last = np.searchsorted(begins, gaps[:, 1], "right") - 1
@@ -75,10 +75,10 @@ def sentence_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 def windows(
     ids: Sequence[int], width: int, cuts: np.ndarray | Sequence[int] = ()
 ) -> Iterator[Sequence[int]]:
-    """Cut a document into windows of at most `width` tokens that lose nothing.
+    """Cut a document into windows of at most `width` tokens, without losing any.
 
-    Each is as long as it can be: it ends at the last of the `cuts` (token numbers, sorted) within
-    reach, and where there is none, as in a sentence longer than a window, it is full.
+    Each is as long as possible: it ends at the last of the `cuts` (token numbers, sorted) within
+    reach, or is full if there is none, as in a sentence longer than a window.
 
     >>> list(windows("abcdefghij", 4, [3, 5, 6]))
     ['abc', 'def', 'ghij']
@@ -102,7 +102,7 @@ def _next(text: str, end: int) -> int:
 
 
 def _is_abbreviation(text: str, end: int) -> bool:
-    """Tell whether the full stop that ends at `end` follows an initial or an abbreviation."""
+    """Tell whether the full stop before `end` follows an initial or an abbreviation."""
     match = _LAST_WORD.search(text[max(0, end - _LONGEST_ABBREVIATION) : end])
     return match is not None and (
         (len(match[1]) == 1 and match[1].isupper() and match[1] != "I")

@@ -240,7 +240,7 @@ def test_a_manifest_that_does_not_fit_its_rows_is_refused(config, tokenizer, edi
 
 def test_a_split_that_is_not_there_is_refused(config, tokenizer):
     folder = prepare(change(config, validation_rows=0), tokenizer)
-    with pytest.raises(InputError, match="has no split 'validation'; there are: train"):
+    with pytest.raises(InputError, match="has no split 'validation'; its splits: train"):
         open_rows(folder, "validation")
 
 

@@ -422,7 +422,7 @@ def test_paths_may_be_many(tmp_path):
     assert [r.fields["text"] for r in read_source(many)] == ["c.csv", "a.jsonl", "b.jsonl"]
     assert many.title == ", ".join(paths)
     twice = decode(SourceConfig, table | {"path": [*paths, str(tmp_path / "a.jsonl")]}, "run.toml")
-    with pytest.raises(InputError, match=r"a\.jsonl is read already for another path"):
+    with pytest.raises(InputError, match=r"a\.jsonl also matches another path"):
         source_files(twice)
     with pytest.raises(InputError, match="at least 1 item"):
         decode(SourceConfig, table | {"path": []}, "run.toml")

@@ -44,7 +44,7 @@ FILES = {
     "JSONL of blank lines": ("x.jsonl", "\n\n \n", "no example is left"),
     "JSONL a list": ("x.jsonl", json.dumps(ROWS), "x.jsonl line 1: is a JSON list"),
     "JSONL of numbers": ("x.jsonl", "1\n2\n", "x.jsonl line 1: is a JSON int"),
-    "JSONL with a key twice": ("x.jsonl", '{"prompt": "a", "prompt": "b"}\n', "stands twice"),
+    "JSONL with a key twice": ("x.jsonl", '{"prompt": "a", "prompt": "b"}\n', "occurs twice"),
     "JSONL nested deeply": ("x.jsonl", "[" * 100_000 + "\n", "x.jsonl line 1: is not valid JSON"),
     "JSONL with a number of 5000 digits": (
         "x.jsonl",
