@@ -17,7 +17,7 @@ SPLITS = ("train", "validation")
 
 
 class SourceFile(StrictTable):
-    """Describe a file that was read: its name as configured, its size, the hash of its content."""
+    """Describe a file that was read: its name as configured, size and hash."""
 
     path: str
     bytes: NonNegativeInt
@@ -58,7 +58,7 @@ class SourceReport(StrictTable):
 
 
 class NestedSet(StrictTable):
-    """Describe a selected set: its size as asked (None: no limit) and found, its cap by task."""
+    """Describe a selected set: its size asked (None: all) and found, its cap by task."""
 
     asked: PositiveInt | None
     examples: NonNegativeInt

@@ -1,4 +1,4 @@
-"""Pack examples into rows of a fixed number of tokens, and lay rows out as arrays."""
+"""Pack examples into rows of a fixed length, and lay rows out as arrays."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar

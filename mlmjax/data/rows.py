@@ -18,7 +18,7 @@ ROWS_PER_CHUNK = 256
 
 
 def token_type(vocab_size: int) -> pa.DataType:
-    """Return the type of stored tokens: 16 bits, half the disk, if the vocabulary allows it."""
+    """Return the type of stored tokens: 16 bits if the vocabulary allows it."""
     return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
@@ -252,7 +252,7 @@ def open_rows(
     *,
     level: int | None = None,
 ) -> list[RowSource]:
-    """Open the row files of one split; the files of a source are next to each other.
+    """Open the row files of one split, those of a source next to each other.
 
     `level` leaves out the rows of larger nested sets (None: all). `weights` by source name replace
     those of the manifest, because a mixture may change without preparing again. Raises `InputError`

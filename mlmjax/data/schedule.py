@@ -66,7 +66,7 @@ def row_schedule(data: DataConfig, steps: int) -> RowSchedule:
 
 
 def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
-    """Return the function from an update, counted from 0, to the share of tokens MLM masks.
+    """Return the share of tokens MLM masks, as a function of the update from 0.
 
     It is linear from `mlm_rate` at the first update to `mlm_rate_end` at the last, which Ankner et
     al. 2023 (arXiv 2305.15096) found best, or constant without `mlm_rate_end`.

@@ -35,7 +35,7 @@ _HELD_OUT = LEFT_OUT
 
 
 class Group(NamedTuple):
-    """Name examples that are shuffled and packed together: a level of a source in a split."""
+    """Name examples that are packed together: a level of a source in a split."""
 
     split: str
     source: int

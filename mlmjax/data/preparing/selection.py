@@ -1,4 +1,4 @@
-"""Select some of many examples: caps by task, a limit on one answer's share, nested sizes."""
+"""Select some of many examples, by caps, shares of answers, and nested sizes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple

@@ -195,7 +195,7 @@ def stage_unit(
 
 
 def _answer(source: SourceConfig, one: Encoded) -> int:
-    """Return the token or class of an answer; 0 for a value, -1 for plain text."""
+    """Return an answer's token or class; 0 for a value, -1 for plain text."""
     if one.answer_position >= 0:
         return int(one.ids[one.answer_position])
     if source.text is not None:

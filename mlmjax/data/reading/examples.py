@@ -44,8 +44,9 @@ BROKEN_SHOWN = 20
 class Encoded(NamedTuple):
     """Hold a tokenised record, or a window of one.
 
-    `ids` are uint32 `[tokens]`, and `answer_position` is -1 without an answer token. `key` is a 64-bit hash of what the model is shown: of the prompt with its slot open, or of the
-    whole document that a window is from. Equal prompts have equal keys, whatever their answers.
+    `ids` are uint32 `[tokens]`, and `answer_position` is -1 without an answer token. `key` is a
+    64-bit hash of what the model is shown: of the prompt with its slot open, or of the whole
+    document that a window is from. Equal prompts have equal keys, whatever their answers.
     `label` is the number of the class, or the value of a regression (NaN: none).
     """
 

@@ -1,4 +1,4 @@
-"""Keep tasks and evaluation sets out of training, so that a model can be tested on them."""
+"""Keep tasks and evaluation sets out of training, to test models on them."""
 
 import fnmatch
 import hashlib
@@ -20,7 +20,7 @@ _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
 
 
 class Exclusion:
-    """Find the records that `[data.exclude]` keeps out, by the name of their task or their text.
+    """Find the records that `[data.exclude]` keeps out, by their task or text.
 
     The constructor reads the evaluation sets. It raises `InputError` for an unknown task, for a set
     without data here or on the hub, for a set on the hub without a commit, and for rows that cannot
@@ -42,7 +42,7 @@ class Exclusion:
             self.index = OverlapIndex.of(texts, config.ngram)
 
     def pattern(self, task: str) -> str | None:
-        """Return the first pattern that the name of a task matches, in any case; or None.
+        """Return the first pattern that a task's name matches, in any case; or None.
 
         >>> exclusion = Exclusion(ExcludeConfig(tasks=("*mmlu*", "glue/rte:*")))
         >>> exclusion.pattern("GLUE/RTE:2.0.0"), exclusion.pattern("glue/wnli:2.0.0")

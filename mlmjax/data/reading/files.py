@@ -38,7 +38,7 @@ def stop(what: str, error: InputError) -> None:
 
 
 class Record(NamedTuple):
-    """Hold the fields of a row of a data file, and its place for error messages."""
+    """Hold the fields of a row of a data file, and its place for errors."""
 
     fields: dict[str, Any]
     where: str
@@ -102,7 +102,7 @@ class _Damage(Exception):  # noqa: N818 - carries an error to where it is report
 
 
 def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
-    """Give up a file; an error with a number is the system's, so it is always raised."""
+    """Give up a file; raise an error with a number, which is the system's."""
     what = getattr(error, "strerror", None) or first_line(error)
     refusal = InputError(f"{where}: cannot be read: {what}")
     if getattr(error, "errno", None) is not None:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def source_files(source: Location) -> list[Path]:
-    """List the local files of a source, those of a glob sorted; a hub dataset has none.
+    """List the local files of a source, sorted within a glob; none for the hub.
 
     A path is a file, or a glob in which `**` reaches into folders. Raises `InputError` if no file
     matches, and for a file that two paths match.

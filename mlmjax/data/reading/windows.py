@@ -53,7 +53,7 @@ def sentence_ends(text: str) -> list[tuple[int, int]]:
 
 
 def sentence_cuts(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return the numbers of the tokens that begin a sentence, int64: a cut may precede them.
+    """Return the numbers of the tokens that begin a sentence, int64.
 
     `offsets` are those of the tokens in characters. White space between two sentences goes with the
     first if its tokens allow. A sentence that begins inside a token has no cut.

@@ -133,7 +133,7 @@ LONG = b'{"text": "' + b"a" * 2000 + b'"}\n'
         (
             "a.jsonl",
             b'{"text": "x", "text": "y"}',
-            "line 1: is not valid JSON .key .text. stands twice",
+            "line 1: is not valid JSON .key .text. occurs twice",
         ),
         (
             "a.jsonl",
@@ -301,7 +301,7 @@ def test_a_hub_source_without_a_commit_is_refused(revision):
 def test_a_location_without_a_commit_is_read_with_a_warning(asked, caplog, revision):
     records = list(read_source(Location(hub="some/one", revision=revision)))
     assert [r.fields for r in records] == [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
-    assert f"revision is {revision!r} and not a commit" in caplog.text
+    assert f"revision is {revision!r}, not a commit" in caplog.text
 
 
 @pytest.mark.parametrize(
