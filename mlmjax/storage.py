@@ -55,22 +55,30 @@ def plain_file(folder: Path, name: str) -> Path:
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """Read a JSON object of bounded size; raise `InputError` for anything else."""
-    path = plain_file(folder, name)
+    content = read_bounded(plain_file(folder, name), MAX_JSON_BYTES)
+    return parse_object(content, str(folder / name))
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Read a file of at most `most` bytes; raise `InputError` for anything else."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise InputError(
-                f"{folder / name}: is {size} bytes long; expected at most {MAX_JSON_BYTES}"
-            )
-        value = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            content = file.read(most + 1)
     except OSError as error:
-        raise InputError(f"{folder / name}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if len(content) > most:
+        raise InputError(f"{path}: is larger than {most >> 20} MiB; expected a smaller file")
+    return content
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; raise `InputError` that begins with `where` for anything else."""
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{folder / name}: is not valid JSON: {error}") from error
+        raise InputError(f"{where}: is not valid JSON ({error})") from error
     if not isinstance(value, dict):
-        raise InputError(
-            f"{folder / name}: holds a JSON {type(value).__name__}; expected an object"
-        )
+        raise InputError(f"{where}: holds a JSON {type(value).__name__}; expected an object")
     return value
 
 

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,15 @@ class StrictTable(BaseModel):
     """Hold exactly the declared keys, frozen and without conversion of types."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for `from_dict`."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "") -> Self:
+        """Decode plain values; raise `InputError` that names each wrong one."""
+        return decode(cls, values, where or cls.__name__.lower())
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
-from mlmjax.text.verbalizer import Verbalizer, option_letters
+from mlmjax.text.verbalizer import Verbalizer, option_names
 
 Cleaning = Literal["newsgroup"]
 _HEADER_LINE = re.compile(r"[!-9;-~]+:|[ \t]")  # RFC 1036: a name and a colon, or a continuation
@@ -223,7 +223,7 @@ class Task(StrictTable):
 
     def verbalizer_for(self, label_count: int) -> Verbalizer:
         """Return the verbalizer of the first `label_count` labels (or options)."""
-        labels = (self.label_names or option_letters(label_count))[:label_count]
+        labels = (self.label_names or option_names(label_count))[:label_count]
         if self.verbalizer == "letters":
             return Verbalizer.letters(labels, bare=self.bare)
         if self.verbalizer == "words":

@@ -16,7 +16,7 @@ from mlmjax.data.reading.files import Record
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.text.checks import for_each_row
-from mlmjax.text.verbalizer import option_letters
+from mlmjax.text.verbalizer import option_names
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def _question(task: Task, index: int, record: Record) -> Question | Literal["dro
     row["options"] = task.options_of(record.fields)
     names: Sequence[str] = task.label_names
     if task.options is not None:
-        names = option_letters(len(row["options"]))
+        names = option_names(len(row["options"]))
         if task.option_names is not None:
             names = [_key(name) for name in option_list(task.option_names, record.fields)]
             if len(names) != len(row["options"]):

@@ -1,13 +1,13 @@
 """Calibrate label probabilities by a bias per label and a temperature."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from mlmjax.config.tables import StrictTable, decode
+from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 
 METHODS = ("batch", "null", "order", "temperature")
@@ -79,15 +79,6 @@ class Calibration(StrictTable):
             temperature=self.temperature * other.temperature,
             rows=min(self.rows, other.rows),
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the calibration as plain values for `from_dict`."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "calibration") -> "Calibration":
-        """Read plain values strictly; raise `InputError` that names each wrong one."""
-        return decode(cls, values, where)
 
 
 def batch_calibration(log_probs: np.ndarray) -> Calibration:

@@ -1,14 +1,14 @@
 """Predict sets of labels that contain the right one with a chosen probability (conformal)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
-from mlmjax.config.tables import StrictTable, decode
+from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
 from mlmjax.statistics.calibration import check_gold, check_log_probs, log_softmax
 from mlmjax.statistics.metrics import wilson_interval
@@ -52,15 +52,6 @@ class Conformal(StrictTable):
         """Return which labels are in each row's set, bool `[rows, labels]`; `lac` may have none."""
         scores = _scores(check_log_probs(log_probs, ("rows", "labels")), self.method)
         return scores <= self.threshold(coverage)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the scores as plain values for `from_dict`."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any], where: str = "conformal") -> "Conformal":
-        """Read plain values strictly; raise `InputError` that names each wrong one."""
-        return decode(cls, values, where)
 
 
 def fit(

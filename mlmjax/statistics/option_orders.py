@@ -71,20 +71,17 @@ def pooled(log_probs: np.ndarray) -> np.ndarray:
     return np.asarray(np.logaddexp.reduce(scores, axis=-2) - np.log(asked)[..., None])
 
 
-def sensitivity(
-    log_probs: np.ndarray, gold: Sequence[int] | np.ndarray | None = None
-) -> dict[str, Any]:
+def sensitivity(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> dict[str, Any]:
     """Return how answers `[rows, shifts, labels]` depend on the order of the options.
 
     Columns are in the given order (`unshifted`). A row was prompted with the first of
     `shifts(its options, number of shifts)`; its other shifts are -inf throughout. A row changes if
     its most probable option differs between its shifts.
 
-    Gives `rows`, `shifts` (the most of any row), `changed` (a share) and `changed_ci95` (Wilson).
-    With `gold` (an index per row) also `accuracy_by_shift` and `accuracy_by_position` (of the gold
-    option, 0 is the first), each a list of `{"rows", "accuracy"}` (None without rows),
-    `position_spread` (largest minus smallest of the latter), and `pooled_accuracy`, of the
-    probabilities averaged over shifts.
+    Gives `rows`, `shifts` (the most of any row), `changed` (a share), `changed_ci95` (Wilson),
+    `accuracy_by_shift` and `accuracy_by_position` (of the gold option, 0 is the first), each a list
+    of `{"rows", "accuracy"}` (None without rows), `position_spread` (largest minus smallest of the
+    latter), and `pooled_accuracy`, of the probabilities averaged over shifts.
     """
     scores = check_log_probs(log_probs, ("rows", "shifts", "labels"))
     asked = np.isfinite(scores).any(axis=2)
@@ -93,14 +90,6 @@ def sensitivity(
         raise InputError("log_probs: a row has a shift of -inf before a prompted one")
     answers = scores.argmax(axis=2)
     changed = int(((answers != answers[:, :1]) & asked).any(axis=1).sum())
-    found = {
-        "rows": len(scores),
-        "shifts": int(number.max()),
-        "changed": changed / len(scores),
-        "changed_ci95": list(wilson_interval(changed, len(scores))),
-    }
-    if gold is None:
-        return found
     truth = check_gold(gold, scores[:, 0])
     right = answers == truth[:, None]
     options = np.isfinite(scores[:, 0]).sum(axis=1)
@@ -112,7 +101,11 @@ def sensitivity(
         _share(right[asked & (position == place)]) for place in range(int(options.max()))
     ]
     known = [one["accuracy"] for one in by_position if one["accuracy"] is not None]
-    return found | {
+    return {
+        "rows": len(scores),
+        "shifts": int(number.max()),
+        "changed": changed / len(scores),
+        "changed_ci95": list(wilson_interval(changed, len(scores))),
         "accuracy_by_shift": [
             _share(right[row, i]) for i, row in enumerate(asked.T[: number.max()])
         ],

@@ -12,6 +12,7 @@ from typing import Any
 import tokenizers
 
 from mlmjax.errors import InputError
+from mlmjax.storage import parse_object, read_bounded
 from mlmjax.text.checks import check_text
 
 ANCHOR = "[unused0]"
@@ -38,7 +39,7 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
         self.files = dict(files)
         self.where = where
-        tables = {name: _parse(data, f"{where}/{name}") for name, data in files.items()}
+        tables = {name: parse_object(data, f"{where}/{name}") for name, data in files.items()}
         table = tables.pop("tokenizer.json")
         path = f"{where}/tokenizer.json"
         self.backend = _backend(table, path)
@@ -105,7 +106,9 @@ class Tokenizer:
                 f"{folder}: has no tokenizer.json; give the folder of a fast tokenizer"
             )
         names = [name for name in _MAX_BYTES if (folder / name).is_file()]
-        return cls({name: _read(folder / name) for name in names}, str(folder))
+        return cls(
+            {name: read_bounded(folder / name, _MAX_BYTES[name]) for name in names}, str(folder)
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.files, self.where)
@@ -175,28 +178,6 @@ class Tokenizer:
                 "whose special tokens are added tokens"
             )
         return ids
-
-
-def _read(path: Path) -> bytes:
-    limit = _MAX_BYTES[path.name]
-    try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
-    if len(data) > limit:
-        raise InputError(f"{path}: is larger than {limit >> 20} MiB, so not a tokenizer file")
-    return data
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        table = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not valid JSON ({error})") from error
-    if not isinstance(table, dict):
-        raise InputError(f"{where}: holds a JSON {type(table).__name__}; expected an object")
-    return table
 
 
 def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:

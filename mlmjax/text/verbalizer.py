@@ -15,24 +15,16 @@ OptionNames = Literal["letters", "numbers"]
 _NUMBERS = 9999  # Tokenizers have one token for the first few hundred.
 
 
-def option_letters(n: int, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Return the first `n` option names that are one token after a space: A to Z, then AA on.
+def option_names(
+    n: int, kind: OptionNames = "letters", tokenizer: Tokenizer | None = None
+) -> list[str]:
+    """Return the first `n` option names: letters A to Z, then AA on, or numbers from 1.
 
-    `tokenizer` None means the packaged one. Raises `InputError` if it has fewer.
+    Each is one token after a space, and numbers end at the first that is not: ModernBERT has 1 to
+    557. `tokenizer` None means the packaged one. Raises `InputError` if it has fewer.
 
-    >>> option_letters(4)
-    ['A', 'B', 'C', 'D']
-    """
-    return option_names(n, "letters", tokenizer)
-
-
-def option_names(n: int, kind: OptionNames, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Return the first `n` letters, as `option_letters`, or the numbers from 1 on.
-
-    Numbers end before the first that is not one token after a space: ModernBERT has 1 to 557.
-
-    >>> option_names(3, "numbers")
-    ['1', '2', '3']
+    >>> option_names(4), option_names(3, "numbers")
+    (['A', 'B', 'C', 'D'], ['1', '2', '3'])
     """
     if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
         return list(ascii_uppercase[:n])

@@ -9,14 +9,14 @@ from texts import small_table
 import mlmjax.text.verbalizer
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import Verbalizer, option_letters
+from mlmjax.text.verbalizer import Verbalizer, option_names
 
 
-def test_option_letters(tokenizer):
-    assert option_letters(4) == list("ABCD")
-    assert option_letters(0) == []
-    names = option_letters(457)
-    assert option_letters(457, tokenizer) == names
+def test_option_names(tokenizer):
+    assert option_names(4) == list("ABCD")
+    assert option_names(0) == []
+    names = option_names(457)
+    assert option_names(457, tokenizer=tokenizer) == names
     assert names[:26] == [chr(65 + i) for i in range(26)]
     assert names[26:] == sorted(names[26:])
     assert len(set(names)) == 457
@@ -25,10 +25,10 @@ def test_option_letters(tokenizer):
     assert ids[:3] == [(329,), (378,), (330,)]
     assert len({i for row in ids for i in row}) == 457
     with pytest.raises(InputError, match=r"458 options: .* at most 457"):
-        option_letters(458)
+        option_names(458)
     small = Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})
     with pytest.raises(InputError, match=r"has 0 option names"):
-        option_letters(2, small)
+        option_names(2, tokenizer=small)
 
 
 def test_verbalizers(tokenizer):

@@ -31,7 +31,7 @@ from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
 from mlmjax.scoring.engine import Progress
 from mlmjax.storage import alone_in, read_json
-from mlmjax.text.verbalizer import option_letters
+from mlmjax.text.verbalizer import option_names
 from mlmjax.training.run.resume import check_run_folder
 
 SWEEP_SEED = 0
@@ -269,7 +269,7 @@ def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) ->
             "asked": hash_questions(rows.test),
         },
         rows.test,
-        task.label_names or option_letters(max(len(q.row["options"]) for q in rows.test)),
+        task.label_names or option_names(max(len(q.row["options"]) for q in rows.test)),
         answer,
     )
     model.unload()

@@ -36,7 +36,7 @@ CONFIGS = {
     "a list": (write(CONFIG, "[1]"), "holds a JSON list; expected an object"),
     "nested deeply": (write(CONFIG, NESTED), "is not valid JSON"),
     "a value nested deeply": (raw("extra", NESTED), "is not valid JSON"),
-    "too large": (write(CONFIG, b" " * (17 * 2**20)), "bytes long; expected at most"),
+    "too large": (write(CONFIG, b" " * (17 * 2**20)), "is larger than 16 MiB"),
     "linked from outside": (outside("config.json", "../outside/config.json"), "outside its"),
     "vocabulary of 10^12": (config(vocab_size=10**12), "vocab_size: found 10000"),
     "vocabulary of 5000 digits": (raw("vocab_size", "9" * 5000), "config.json: is not valid JSON"),
