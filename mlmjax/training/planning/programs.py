@@ -27,7 +27,7 @@ from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
 from mlmjax.data.preparing.prepare import check_same
 from mlmjax.data.schedule import row_schedule, target_width
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 from mlmjax.model.attention import automatic, check_platform, splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import as_computed, rows_of
@@ -210,8 +210,9 @@ def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
         except jax.errors.JaxRuntimeError as error:
             refusal = read_refusal(error)
             if refusal is None:
-                first_line = str(error).partition("\n")[0]
-                raise InputError(f"the compiler rejects this program: {first_line}") from error
+                raise InputError(
+                    f"the compiler rejects this program: {first_line(error)}"
+                ) from error
             return {"fits": False, "refusal": refusal, "seconds": seconds()}
         times.append(time.perf_counter())
     return {

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, first_line
 
 GIB = 2**30
 
@@ -170,10 +170,10 @@ def devices_of(topology: Topology) -> list[Any]:
                 "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "
                 "'mlmjax[plan]'"
             ) from error
-        first_line = str(error).partition("\n")[0]
         raise _reject(
             topology.name,
-            f"the TPU compiler does not know a {topology.kind} slice of this shape ({first_line})",
+            f"the TPU compiler does not know a {topology.kind} slice of this shape "
+            f"({first_line(error)})",
         ) from error
     return list(described.devices)
 
