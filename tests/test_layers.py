@@ -76,6 +76,28 @@ def test_imports_run_one_way(name):
             assert ORDER.index(other) <= ORDER.index(room), f"{name} imports {target}"
 
 
+def defined_names(tree):
+    """Return the names that a module defines itself, anywhere in it."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+DEFINED = {name: defined_names(ast.parse(path.read_text())) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_names_are_imported_from_where_they_are_defined(name):
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        module = getattr(node, "module", None) or ""
+        if isinstance(node, ast.ImportFrom) and (home := module.removeprefix("mlmjax.")) in DEFINED:
+            assert {alias.name for alias in node.names} <= DEFINED[home], f"{name} from {module}"
+
+
 def test_neither_files_nor_folders_form_a_circle():
     assert not circle_of(IMPORTS)
     folders = {}
