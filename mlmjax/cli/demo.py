@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix
 
 from mlmjax._version import __version__
 from mlmjax.classification.classifier import Classifier
-from mlmjax.cli.demo_report import Answer, Method, Report, write_report
+from mlmjax.cli.demo_report import Answer, Method, page
 from mlmjax.config.run import RunConfig, load_config
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
@@ -111,7 +111,7 @@ def run_demo(
     sentences = make_answers(labels, SENTENCES, again[: len(SENTENCES)])
     print_results(methods, sentences, folder, tested=len(texts), compared=len(shown))
     answers = make_answers(labels, texts, probabilities, gold)
-    report = Report(
+    report = page(
         title="A masked language model that answers",
         summary=f"{source}, a small ModernBERT, finds the subject (one of {len(labels)}) of "
         f"{methods[2].accuracy:.0%} of {len(texts)} textbook paragraphs zero-shot, and of "
@@ -127,7 +127,7 @@ def run_demo(
         facts=facts(config, model, seconds),
         commands=commands(out, labels),
     )
-    write_report(report, out / "report.html")
+    (out / "report.html").write_text(report, encoding="utf-8")
     print(f"\nreport: {out / 'report.html'}")
     print(f"total time: {time.perf_counter() - started:.0f} seconds")
     return {method.name: method.accuracy for method in methods}

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,47 +40,30 @@ class Answer:
         return self.best()[0][0]
 
 
-@dataclass(frozen=True)
-class Report:
-    """The content of the page.
+def page(
+    *,
+    methods: Sequence[Method],
+    curve: Sequence[Mapping[str, Any]],
+    labels: Sequence[str],
+    confusion: np.ndarray,
+    **texts: Any,
+) -> str:
+    """Return the page as HTML; every text in it is escaped.
 
     `curve` is the run's metrics.jsonl; `confusion` counts texts, `[gold label, predicted label]`.
+    `texts` are the other values of the template: `title, summary, prompt, answers, sentences,
+    facts, commands`.
     """
-
-    title: str
-    summary: str
-    prompt: str
-    methods: Sequence[Method]
-    curve: Sequence[Mapping[str, Any]]
-    labels: Sequence[str]
-    confusion: np.ndarray
-    answers: Sequence[Answer]
-    sentences: Sequence[Answer]
-    facts: Mapping[str, str]
-    commands: Sequence[tuple[str, str]]
-
-
-def page(report: Report) -> str:
-    """Return the page as HTML; every text in it is escaped."""
     return render(
         "cli/demo_report.html.j2",
-        report=report,
         style=stylesheet(),
         accuracy=embedded_picture(
-            accuracy_figure(report.methods), "accuracy of each method on the test texts"
+            accuracy_figure(methods), "accuracy of each method on the test texts"
         ),
-        curve=embedded_picture(
-            curve_figure(report.curve), "loss and accuracy over the training updates"
-        ),
-        confusion=embedded_picture(
-            confusion_figure(report.labels, report.confusion), "confusion matrix"
-        ),
+        curve=embedded_picture(curve_figure(curve), "loss and accuracy over the training updates"),
+        confusion=embedded_picture(confusion_figure(labels, confusion), "confusion matrix"),
+        **texts,
     )
-
-
-def write_report(report: Report, path: Path) -> None:
-    """Write the page; the folder must exist."""
-    path.write_text(page(report), encoding="utf-8")
 
 
 @charts.own_style()

@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
 
 CELL, LONG_CELL = 100, 400
 """Characters shown of a name, and of a message or a path."""
@@ -62,13 +61,6 @@ def fenced(text: str) -> str:
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{visible(text, keep=chr(10))}\n{fence}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a table; a column whose head ends in `:` is aligned to the right."""
-    names = [name.removesuffix(":") for name in head]
-    rule = ["--:" if name.endswith(":") else "---" for name in head]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (names, rule, *rows))
 
 
 def number(value: int) -> str:

@@ -28,9 +28,7 @@ def _environment() -> jinja2.Environment:
         markdown.share,
     ):
         environment.filters[function.__name__] = function
-    environment.globals.update(
-        table=markdown.table, LONG=markdown.LONG_CELL, METRIC_NAMES=markdown.METRIC_NAMES
-    )
+    environment.globals.update(LONG=markdown.LONG_CELL, METRIC_NAMES=markdown.METRIC_NAMES)
     return environment
 
 

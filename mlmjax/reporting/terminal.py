@@ -5,10 +5,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from mlmjax.parallel.processes import is_first
 
@@ -41,40 +47,21 @@ def describe(values: Mapping[str, float | None]) -> str:
     )
 
 
-class Talk:
+class Talk(ExitStack):
     """Show a training: a progress bar on a terminal, plain lines in a pipe.
 
     Only the first process of a run prints.
     """
 
     def __init__(self, total: int, done: int = 0):
+        super().__init__()
         self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
         self._progress: Progress | None = None
         self._total = total
         if self._console.is_terminal and is_first():
-            self._progress = Progress(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
-                console=self._console,
-            )
+            figures = TextColumn("{task.fields[figures]}")
+            self._progress = self.enter_context(_bar("training", self._console, figures))
             self._bar = self._progress.add_task("", total=total, completed=done, figures="")
-
-    def __enter__(self) -> "Talk":
-        if self._progress:
-            self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._progress:
-            self._progress.stop()
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -94,15 +81,19 @@ class Talk:
             self.say(f"step {step}/{self._total} | {name}{describe(values)}")
 
 
+def _bar(what: str, console: Console, *more: ProgressColumn) -> Progress:
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *more
+    return Progress(*columns, console=console)
+
+
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that shows `(done, total)`: a bar on a terminal, else ten lines."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if console.is_terminal:
-        columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console) as progress:
-            bar = progress.add_task("", total=None)
-            yield lambda done, total: progress.update(bar, completed=done, total=total)
+        with _bar(what, console) as progress:
+            task = progress.add_task("", total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
         return
     shown = 0
 
@@ -122,23 +113,18 @@ def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | 
     If `shown` is True, it is that of `counting`. If `shown` is None and stderr is a terminal, a bar
     appears after two seconds.
     """
-    if shown:
-        with counting(what) as progress:
-            yield progress
-    elif shown is None and sys.stderr.isatty():
-        with ExitStack() as stack:
-            started = time.monotonic()
-            inner: list[Callable[[int, int], None]] = []
+    with ExitStack() as stack:
+        started = time.monotonic()
+        inner: list[Callable[[int, int], None]] = []
 
-            def patient(done: int, total: int) -> None:
-                if not inner and done < total and time.monotonic() - started > PATIENCE_SECONDS:
-                    inner.append(stack.enter_context(counting(what)))
-                if inner:
-                    inner[0](done, total)
+        def show(done: int, total: int) -> None:
+            late = done < total and time.monotonic() - started > PATIENCE_SECONDS
+            if not inner and (shown or late):
+                inner.append(stack.enter_context(counting(what)))
+            if inner:
+                inner[0](done, total)
 
-            yield patient
-    else:
-        yield None
+        yield show if shown or (shown is None and sys.stderr.isatty()) else None
 
 
 def say(text: str) -> None:

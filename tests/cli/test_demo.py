@@ -6,14 +6,13 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import mlmjax
 from mlmjax.cli import demo
-from mlmjax.cli.demo_report import Answer, Method, Report, page, write_report
+from mlmjax.cli.demo_report import Answer, Method, page
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 
@@ -113,7 +112,7 @@ class TestTool:
 
 
 LABELS = ["art", "law", "war"]
-REPORT = Report(
+REPORT = dict(  # noqa: C408
     title="Title",
     summary="Summary",
     prompt="{text}\nSubject: [unused0] [MASK]",
@@ -151,7 +150,7 @@ class Page(HTMLParser):
 
 class TestReport:
     def test_needs_nothing_outside_itself(self):
-        tags = Page(page(REPORT)).tags
+        tags = Page(page(**REPORT)).tags
         pictures = [attrs["src"] for tag, attrs in tags if tag == "img"]
         assert len(pictures) == 3
         assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
@@ -159,19 +158,15 @@ class TestReport:
         assert not [attrs for _, attrs in tags if "http" in str(attrs)]
 
     def test_shows_texts_as_they_are(self):
-        shown = Page(page(REPORT))
+        shown = Page(page(**REPORT))
         for text in ("<script>a & b</script>", "mlmjax classify < FILE", "2 cores", "[unused0]"):
             assert text in shown.text
 
     def test_says_what_was_right_and_wrong(self):
-        text = Page(page(REPORT)).text
+        text = Page(page(**REPORT)).text
         assert text.count("✓ correct: law") == 1
         assert text.count("✗ the book says: war") == 1
         assert text.count("70%") == 1  # the bar of the right answer
-
-    def test_is_written_as_utf8(self, tmp_path):
-        write_report(REPORT, tmp_path / "report.html")
-        assert "✓" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 class TestBaselines:
@@ -199,19 +194,7 @@ def show(out, capfd):
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """The folder of one demo, whose second run finds everything compiled."""
-    names = (
-        "jax_enable_compilation_cache",
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-    )
-    before = [getattr(jax.config, name) for name in names]
-    values = [True, str(tmp_path_factory.mktemp("compiled")), 0.0]
-    for name, value in zip(names, values, strict=True):
-        jax.config.update(name, value)
-    yield tmp_path_factory.mktemp("demo") / "out"
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
+    return tmp_path_factory.mktemp("demo") / "out"
 
 
 class TestRun:
@@ -227,8 +210,9 @@ class TestRun:
         assert f"report: {out / 'report.html'}" in lines
         assert "step 2/2" in said
         assert "step" not in printed
-        page = Page((out / "report.html").read_text(encoding="utf-8"))
-        assert "astronomy" in page.text
+        shown = Page((out / "report.html").read_text(encoding="utf-8"))
+        assert "astronomy" in shown.text
+        assert "✓" in shown.text or "✗" in shown.text
         assert (out / "data" / "ATTRIBUTION.md").read_bytes() == (
             ASSETS / "ATTRIBUTION.md"
         ).read_bytes()

@@ -86,4 +86,4 @@ def test_results_of_a_suite_are_found_and_kept(written, monkeypatch):
         counting=counting,
     )
     assert content(written / "suite" / "cells") == before
-    assert not [line for line in lines if line.startswith("[") and "was there" not in line]
+    assert not [line for line in lines if line.startswith("[") and "already computed" not in line]

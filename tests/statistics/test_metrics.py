@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score, matthews_corrcoef
 
-from mlmjax.reporting.terminal import counting
 from mlmjax.statistics import metrics
 
 
@@ -95,18 +94,3 @@ def test_intervals_of_little_data_are_figures(gold, predicted, f1, f1_interval):
     assert (found["macro_f1"], found["macro_f1_ci95"]) == (f1, f1_interval)
     assert found["mcc"] == (1 if set(gold) == set(predicted) == {"a", "b"} else 0)
     assert found["mcc_ci95"] == [found["mcc"]] * 2
-
-
-def test_rows_are_counted_in_tenths(capsys):
-    with counting("rows") as show:
-        for done in range(1, 101):
-            show(done, 100)
-    err = capsys.readouterr().err
-    assert err.splitlines() == [f"rows {done}/100" for done in range(10, 101, 10)]
-
-
-def test_rows_are_counted_by_a_bar_on_a_terminal(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with counting("rows") as show:
-        show(3, 4)
-    assert "3/4" in capsys.readouterr().err

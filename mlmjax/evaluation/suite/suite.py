@@ -181,28 +181,18 @@ def read_baselines(name: str) -> list[Entrant]:
             f"--baseline {name}: is not a folder with results of baselines; give a folder written "
             "by benchmarks/torch_baseline.py"
         )
-    return [
-        Entrant(
-            model=model,
-            method="transformers",
-            key="transformers",
-            identity={"model": digest},
-            answer=_refuse(name),
-            cells=folder / CELLS,
-        )
-        for model, digest in found.items()
-    ]
 
-
-def _refuse(name: str) -> Callable[..., Answers]:
-    def answer(task: Task, *_: Any, **options: Any) -> NoReturn:
+    def refuse(task: Task, *_: Any, **options: Any) -> NoReturn:
         raise InputError(
             f"--baseline {name}: has no result for {task.name} with these rows and settings; run "
-            "benchmarks/torch_baseline.py with the same suite, data, settings and version of "
-            "mlmjax"
+            "benchmarks/torch_baseline.py with the same suite, data, settings and version of mlmjax"
         )
 
-    return answer
+    kind = "transformers"
+    return [
+        Entrant(model, kind, kind, {"model": digest}, refuse, cells=folder / CELLS)
+        for model, digest in found.items()
+    ]
 
 
 def _check_baselines(

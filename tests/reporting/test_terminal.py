@@ -1,0 +1,66 @@
+"""Lines and progress bars."""
+
+import doctest
+import sys
+
+from mlmjax.reporting import terminal
+from mlmjax.reporting.terminal import Talk, bar, counting
+
+
+def test_examples_in_the_documentation():
+    assert doctest.testmod(terminal).attempted
+    assert not doctest.testmod(terminal).failed
+
+
+def test_rows_are_counted_in_tenths(capsys):
+    with counting("rows") as show:
+        for done in range(1, 101):
+            show(done, 100)
+    err = capsys.readouterr().err
+    assert err.splitlines() == [f"rows {done}/100" for done in range(10, 101, 10)]
+
+
+def test_rows_are_counted_by_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with counting("rows") as show:
+        show(3, 4)
+    assert "3/4" in capsys.readouterr().err
+
+
+def test_a_bar_appears_when_work_takes_long_or_is_asked_for(capsys, monkeypatch):
+    with bar("rows", False) as show:
+        assert show is None
+    with bar("rows", None) as show:
+        assert show is None  # no terminal
+    with bar("rows", True) as show:
+        show(1, 2)
+    assert capsys.readouterr().err == "rows 1/2\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with bar("rows", None) as show:
+        show(1, 2)
+        assert not capsys.readouterr().err
+        monkeypatch.setattr(terminal, "PATIENCE_SECONDS", -1.0)
+        show(1, 2)
+    assert "1/2" in capsys.readouterr().err
+
+
+def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
+    values = {"loss": 0.71, "answer_accuracy": 0.8, "tokens_per_second": 1732.0}
+    with Talk(40) as talk:
+        talk.step(20)
+        talk.figures(20, "train", values)
+        talk.figures(20, "validation", {"loss": 0.5, "mfu": float("nan")})
+        talk.say("[saved]")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 20/40 | loss 0.710 | accuracy 0.800 | 1,732 tok/s",
+        "step 20/40 | validation | loss 0.500",
+        "[saved]",
+    ]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Talk(40, done=10) as talk:
+        talk.step(20)
+        talk.figures(20, "train", values)
+        talk.figures(20, "validation", values)
+    shown = capsys.readouterr().err
+    assert "20/40" in shown
+    assert "validation | loss 0.710" in shown
