@@ -45,7 +45,7 @@ class RunError(RuntimeError):
 
 
 def full_disk(error: BaseException) -> str | None:
-    """Return the system's words for a full disk, quota or size limit if that is the error.
+    """Return the system's words for a full disk, quota or size limit, or None.
 
     The text is searched, because errors of libraries in other languages have no number.
     """
@@ -54,7 +54,7 @@ def full_disk(error: BaseException) -> str | None:
 
 
 def write_failed(path: Path, error: Exception) -> RunError:
-    """Return the error of a run that could not write a file, with what to do."""
+    """Return the error for a failed write, with what to do."""
     reason = full_disk(error) or getattr(error, "strerror", None) or error
     return RunError(f"{path}: cannot be written ({reason}); {write_advice(error)}")
 
@@ -67,5 +67,5 @@ def write_advice(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type if it has no text."""
+    """Return the first line of an error's text, or its type without text."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

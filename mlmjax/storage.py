@@ -98,13 +98,13 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file of indented JSON whole or not at all; raise `RunError` when writing fails."""
+    """Write indented JSON whole or not at all; raise `RunError` when writing fails."""
     write_whole(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
 @contextmanager
 def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
-    """Yield a new folder to write into, and move it to `path` when the block ends.
+    """Yield a new folder to write into; move it to `path` at the end.
 
     An older folder is replaced only if it holds nothing but `replaceable` names (`*` and an ending
     match any name with that ending). Raises `InputError` for any other folder or file there, and
@@ -123,7 +123,7 @@ def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
 
 @contextmanager
 def build_folder(folder: Path) -> Iterator[Path | None]:
-    """Yield a folder to build in, locked, and move it to `folder` when the block ends.
+    """Yield a locked folder to build in; move it to `folder` at the end.
 
     It holds the work of a process that was killed or failed. Yields None if `folder` exists, also
     if another process finished it while this one waited. Raises `InputError` if the place cannot
@@ -176,14 +176,14 @@ def _not_writable(folder: Path, error: OSError) -> InputError:
 
 
 def unmark(folder: Path) -> None:
-    """Remove the mark of an unfinished folder that a killed process left in a finished one."""
+    """Remove the mark of an unfinished folder that a killed process left."""
     with suppress(OSError):
         if folder.is_dir() and any(path.name != _BUILDING for path in folder.iterdir()):
             (folder / _BUILDING).unlink()
 
 
 def is_there(folder: Path) -> bool:
-    """Tell whether a name is taken, even by a broken link; an empty folder does not count."""
+    """Tell whether a name is taken by anything but an empty folder."""
     return os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
 
 
@@ -291,7 +291,7 @@ def check_name(folder: Path) -> None:
 
 
 def open_place(path: str | os.PathLike[str]) -> epath.Path:
-    """Return a folder or an address as a path; raise `InputError` if it cannot be reached."""
+    """Return a folder or an address as a path; raise `InputError` if unreachable."""
     if not is_remote(path):
         check_name(Path(path))
         return epath.Path(Path(path).expanduser().absolute())

@@ -61,7 +61,7 @@ class Location(StrictTable):
 
     @property
     def title(self) -> str:
-        """Return its title in reports: its name, or its paths, or its hub id and subset."""
+        """Return its title in reports: name, or paths, or hub id and subset."""
         place = ", ".join(self.paths) or "/".join(filter(None, [self.hub, self.subset]))
         return self.name or place
 
@@ -72,7 +72,7 @@ class Location(StrictTable):
 
 
 class SourceConfig(Location):
-    """Describe one source of training text, and how a record becomes a prompt and an answer.
+    """Describe a source of training text, and how a record becomes an example.
 
     Exactly one of `prompt` (an instruction or labelled example, with `answer`) and `text` (the
     column of plain text, trained by MLM only; `cut` says where a long one is cut). A field of the
@@ -150,7 +150,7 @@ class SourceConfig(Location):
 
 
 class EvaluationSet(StrictTable):
-    """Name an evaluation set: a shipped task or a task file, and a file to read instead of its own.
+    """Name a task, and a file to read instead of its own.
 
     A string is short for the table with only the task.
     """
@@ -165,7 +165,7 @@ class EvaluationSet(StrictTable):
 
 
 class ExcludeConfig(StrictTable):
-    """Say what to keep out of training, so that a model can be tested on it.
+    """Exclude evaluation data from training.
 
     `tasks` are globs (`*`, `?`, `[...]`) on the task of a record, whatever its case. `overlap` are
     evaluation sets; a record that shares `ngram` consecutive words with their texts is excluded.

@@ -71,7 +71,10 @@ class OptimizerConfig(StrictTable):
 
 
 class ScheduleConfig(StrictTable):
-    """Set the learning rate over the run; `warmup` and `decay`: fractions (< 1) or steps (>= 1)."""
+    """Set the learning rate over the run.
+
+    `warmup` and `decay` are fractions (< 1) or steps (>= 1).
+    """
 
     name: Literal["wsd", "cosine", "linear"] = "wsd"
     warmup: NonNegativeFloat = 0.05
@@ -189,7 +192,7 @@ class RunConfig(StrictTable):
 
 
 def updates_of(amount: float, steps: int) -> int:
-    """Turn a duration into updates: below 1 it is a fraction of the run, else a number of them.
+    """Turn a duration into updates: below 1 it is a fraction of the run.
 
     >>> updates_of(0.05, 200), updates_of(25, 200)
     (10, 25)

@@ -18,7 +18,7 @@ Few = Annotated[int, Field(gt=0, le=1000)]
 
 
 class Part(StrictTable):
-    """Say where one split of a task is: patterns of its local file, and its place on the hub.
+    """Locate one split of a task: patterns of local files, and the hub.
 
     Omitted keys of the hub are those of the task; without `split` the hub does not have this part.
     """
@@ -101,7 +101,7 @@ class Sweep(StrictTable):
 
 
 class Suite(StrictTable):
-    """Hold what to evaluate: entries, the sweep, and the number of seeds of the chosen setting.
+    """Hold what to evaluate: entries, the sweep, and the number of seeds.
 
     `limit` draws that many rows of every part; `tasks` keeps only the entries of these tasks.
     `order_rows` of the test rows answered by letters are prompted again in other orders (0: none).
@@ -168,7 +168,7 @@ def load_suite(
 
 
 def _task_of(entry: Entry, suite: Path) -> Task:
-    """Load the task of an entry; raise `InputError` if it has no labels to fine-tune on."""
+    """Load the task of an entry; raise `InputError` if it cannot be fine-tuned."""
     is_file = entry.task.endswith(".toml")
     task = load_task(suite.parent / entry.task if is_file else entry.task).under(entry.protocol)
     if entry.kind == "fine-tune" and not task.label_names:

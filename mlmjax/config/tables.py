@@ -63,13 +63,13 @@ def _tuples(value: Any) -> Any:
 
 
 def shipped_names(kind: str) -> list[str]:
-    """Return the names of the files of a kind that are shipped with the package: tasks, suites."""
+    """Return the names of the shipped files of a kind: task or suite."""
     shipped = files("mlmjax") / "assets" / f"{kind}s"
     return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
 
 
 def find_file(kind: str, name_or_path: str | Path) -> Path:
-    """Return the path of a shipped task or suite by its name, or of a TOML file.
+    """Return the path of a shipped task or suite, or of a TOML file.
 
     Raises `InputError` for an unknown name, with the nearest one.
     """
@@ -85,7 +85,7 @@ def find_file(kind: str, name_or_path: str | Path) -> Path:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Ask in a message whether the nearest known name was meant; empty if none is near.
+    """Ask whether the nearest known name was meant; empty if none is near.
 
     >>> nearest("mmlu_prp", ["agnews", "mmlu_pro"])
     "did you mean 'mmlu_pro'? "
@@ -95,7 +95,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def override(table: dict[str, Any], change: str) -> None:
-    """Set one dotted key of plain values by `key=value`; raise `InputError` if it cannot be set."""
+    """Set one dotted key of plain values by `key=value`; raise `InputError` if impossible."""
     key, separator, text = change.partition("=")
     if not separator or not key:
         raise InputError(f"override {change!r}: expected key=value, as in data.batch_size=64")

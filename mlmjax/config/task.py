@@ -52,7 +52,7 @@ CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"newsgroup": newsgroup}
 
 
 class Protocol(StrictTable):
-    """Hold what a named protocol changes in its task; omitted keys are those of the task."""
+    """Hold the changes of a named protocol; omitted keys are those of the task."""
 
     prompt: str | None = None
     shorten: Mapping[str, ShortenSide] | None = None
@@ -125,7 +125,7 @@ class Task(StrictTable):
         return self
 
     def _check_prompts(self) -> None:
-        """Check that every prompt reads the row, and that a prompt has the field of each column."""
+        """Check that every prompt reads the row, and every column has a field."""
         fields: set[str] = set()
         for protocol in (Protocol(), *self.protocols.values()):
             prompt = self.prompt if protocol.prompt is None else protocol.prompt
@@ -238,7 +238,7 @@ def _row_fields(prompt: str) -> tuple[str, ...]:
 
 
 def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:
-    """Return the values of a row in a column that holds a list, or in several columns."""
+    """Return the values of a row in a column of lists, or in several columns."""
     if isinstance(options, tuple):
         return [look_up(record, column) for column in options]
     values = look_up(record, options)
@@ -248,10 +248,10 @@ def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> li
 
 
 def load_task(name_or_path: str | Path) -> Task:
-    """Read a shipped task by its name, or a task file; a `data` file is relative to the task file.
+    """Read a shipped task by its name, or a task file.
 
-    Raises `InputError` for an unknown name (with the nearest one), and for every wrong key and
-    value of the file.
+    A `data` file is relative to the task file. Raises `InputError` for an unknown name (with the
+    nearest one), and for every wrong key and value of the file.
     """
     path = find_file("task", name_or_path)
     task = decode(Task, read_toml(path), where=str(path))

@@ -1,6 +1,6 @@
 """Check texts, rows and lists; name every bad row in one error."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,7 @@ _Result = TypeVar("_Result")
 
 
 def is_listing(values: Any) -> bool:
-    """Tell whether a value is a collection or stream of values, not one text or table."""
+    """Tell whether a value is a collection or stream, not one text or table."""
     return isinstance(values, Iterable) and not isinstance(values, str | bytes | Mapping)
 
 
@@ -42,7 +42,7 @@ def name_rows(rows: Iterable[_Result], first: int = 0) -> Iterator[tuple[str, _R
 def for_each_row(
     act: Callable[[Any], _Result], named_rows: Iterable[tuple[str, Any]]
 ) -> list[_Result]:
-    """Return the results of `act` for each row; raise one `InputError` that names every bad row."""
+    """Apply `act` to each row; raise one `InputError` that names every bad row."""
     results, problems = [], []
     for name, row in named_rows:
         try:
@@ -62,39 +62,55 @@ def check_share(value: Any, what: str) -> float:
     return float(value)
 
 
+def check_fields(row: Any, fields: Sequence[str]) -> None:
+    """Raise `InputError` for a row without a text for each field; `options` are a list of texts."""
+    if not isinstance(row, Mapping):
+        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
+    for field in fields:
+        if field not in row:
+            known = ", ".join(map(repr, row)) or "none"
+            raise InputError(
+                f"has no field {field!r}, which the prompt needs; its fields: {known:.200}"
+            )
+        if field == "options":
+            check_options(row[field])
+        else:
+            check_text(row[field], f"field {field!r}")
+
+
+def check_options(options: Any) -> None:
+    """Raise `InputError` for options that are not a list of at least one text."""
+    check_list(options, "field 'options'")
+    if not isinstance(options, Collection) or not len(options):
+        raise InputError("field 'options' has no option; expected a list of texts")
+    for number, option in enumerate(options, 1):
+        check_text(option, f"option {number}")
+
+
 def check_row(
     row: Any, fields: Sequence[str], label_count: int, optional: Sequence[str] = ()
 ) -> None:
-    """Raise `InputError` for a row that cannot be scored: a field missing, blank or not text.
+    """Raise `InputError` for a row that cannot be scored.
 
-    Fields in `optional` may be blank.
+    Its fields, except those in `optional`, and its options are not blank, and there are labels for
+    all options.
 
     >>> check_row({"text": " "}, ["text"], 2)
     Traceback (most recent call last):
     mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
     """
-    if not isinstance(row, Mapping):
-        raise InputError(f"is {row!r:.60} ({type(row).__name__}); expected {{field: text}}")
+    check_fields(row, fields)
     for field in fields:
-        if field == "options":
-            continue
-        if field not in row:
-            known = ", ".join(map(repr, row)) or "none"
-            raise InputError(f"has no field {field!r}, which the prompt needs; its fields: {known}")
-        if field in optional:
-            check_text(row[field], f"field {field!r}")
-        else:
+        if field not in ("options", *optional):
             check_filled(row[field], f"field {field!r}")
-    options = row.get("options")
-    if options is None:
-        if "options" in fields:
-            raise InputError("has no 'options', which the prompt needs; give a list of texts")
+    if row.get("options") is None:
         return
-    if not isinstance(options, list | tuple | np.ndarray) or len(options) == 0:
-        raise InputError(f"'options' is {options!r:.60}; expected a list of at least one text")
-    if len(options) > label_count:
-        raise InputError(f"has {len(options)} options; the verbalizer has {label_count} labels")
-    for number, option in enumerate(options, 1):
+    check_options(row["options"])
+    if len(row["options"]) > label_count:
+        raise InputError(
+            f"has {len(row['options'])} options; the verbalizer has {label_count} labels"
+        )
+    for number, option in enumerate(row["options"], 1):
         check_filled(option, f"option {number}")
 
 

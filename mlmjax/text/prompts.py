@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError
-from mlmjax.text.checks import check_list, check_text, for_each_row, name_rows
+from mlmjax.text.checks import check_fields, check_text, for_each_row, name_rows
 from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
 
@@ -26,7 +26,7 @@ _OPTIONS = "options"
 
 
 class Prompt(NamedTuple):
-    """Hold the ids of a prompt, the position of `[MASK]` (-1: none), and tokens cut per field."""
+    """Hold a prompt: ids, position of `[MASK]` (-1: none), tokens cut per field."""
 
     ids: list[int]
     slot: int
@@ -139,18 +139,7 @@ class Template:
 
     def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
         """Return the text of every field of the template, options as lines."""
-        if not isinstance(row, Mapping):
-            raise InputError(f"row is {type(row).__name__}; expected an object of field -> text")
-        for name in self.fields:
-            if row.get(name) is None:
-                raise InputError(
-                    f"field {name!r} is {'None' if name in row else 'missing'}; the template "
-                    f"needs {', '.join(self.fields)}; the row has {', '.join(map(repr, row)):.200}"
-                )
-            if name == _OPTIONS:
-                _check_options(row[name])
-            else:
-                check_text(row[name], f"field {name!r}")
+        check_fields(row, self.fields)
         given = [row[name] if name != _OPTIONS else "".join(row[name]) for name in self.fields]
         if given and not any(text.strip() for text in given):
             raise InputError(f"field {', '.join(map(repr, self.fields))} is blank; expected text")
@@ -314,14 +303,6 @@ def _without_space(parts: list[_Part]) -> list[_Part]:
     return parts[:-1] if isinstance(last, str) and not last.strip(WHITE_SPACE) else parts
 
 
-def _check_options(options: Any) -> None:
-    check_list(options, "field 'options'")
-    if not isinstance(options, Collection) or not len(options):
-        raise InputError("field 'options' has no option; expected a list of texts")
-    for number, text in enumerate(options, 1):
-        check_text(text, f"option {number}")
-
-
 def option_lines(options: Collection[str], names: OptionNames = "letters") -> str:
     r"""Return the text of `{options}`.
 
@@ -348,7 +329,7 @@ def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> 
 
 
 def _cut(text: str, spans: Sequence[tuple[int, int]], kept: int, side: str) -> tuple[str, int]:
-    """Return the text of at most `kept` of its tokens, and the number of tokens removed.
+    """Return at most `kept` tokens of a text, and the number of tokens removed.
 
     `spans` has the characters of each token. Tokens that share a character are kept or removed
     together.

@@ -1,4 +1,4 @@
-"""Encode text so that no text can become a special token; find special ids by name."""
+"""Encode text so that no text can become a special token."""
 
 import hashlib
 import json
@@ -114,7 +114,7 @@ class Tokenizer:
         return Tokenizer, (self.files, self.where)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Encode only the text: no [CLS] or [SEP], and nothing in it becomes a special token.
+        """Encode only the text, without [CLS] and [SEP]; nothing becomes a special token.
 
         >>> Tokenizer.from_pretrained().encode_plain(" A")
         [329]

@@ -1,4 +1,4 @@
-"""Map each label to the token that stands for it at the slot."""
+"""Map each label to its token at the slot."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _NUMBERS = 9999  # Tokenizers have one token for the first few hundred.
 def option_names(
     n: int, kind: OptionNames = "letters", tokenizer: Tokenizer | None = None
 ) -> list[str]:
-    """Return the first `n` option names: letters A to Z, then AA on, or numbers from 1.
+    """Return the first `n` option names: A to Z, then AA on, or numbers.
 
     Each is one token after a space, and numbers end at the first that is not: ModernBERT has 1 to
     557. `tokenizer` None means the packaged one. Raises `InputError` if it has fewer.
@@ -48,7 +48,7 @@ def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> t
 
 
 def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> tuple[str, ...]:
-    """Return the names of at most `most` options, up to the first that is not one token.
+    """Return up to `most` option names, ending before the first of several tokens.
 
     Prompts use the packaged tokenizer's names for options, whatever tokenizer reads them.
     """
@@ -113,7 +113,7 @@ class Verbalizer:
     def letters(
         cls, labels: Sequence[str], bare: bool = False, names: OptionNames = "letters"
     ) -> "Verbalizer":
-        """Name the labels " A", " B", ... in order; `bare` adds "A", as published for MMLU.
+        """Name the labels " A", " B", ...; `bare` adds "A", as published for MMLU.
 
         With `names="numbers"` they are named " 1", " 2", ...
         """

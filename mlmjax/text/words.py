@@ -90,7 +90,7 @@ def _problems(tokenizer: Tokenizer, words: Sequence[str]) -> Iterator[str]:
 
 
 def _is_known(tokenizer: Tokenizer, word: str) -> bool:
-    """Tell whether a word is an ordinary token already, alone or after a space."""
+    """Tell whether a word is an ordinary token already, bare or after a space."""
     encoded = tokenizer.encode_plain_batch([word, f" {word}"])
     known = any(len(ids) == 1 and ids[0] not in tokenizer.special_ids for ids in encoded)
     return known or tokenizer.backend.token_to_id(word) is not None
@@ -153,7 +153,7 @@ def _texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def _kind(character: str) -> int:
-    """Return the kind of a character; a part of one (U+FFFD) and a combining mark are letters."""
+    """Return the kind of a character; U+FFFD and combining marks are letters."""
     if character.isspace():
         return _SPACE
     if character.isnumeric():

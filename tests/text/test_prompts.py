@@ -265,14 +265,14 @@ def test_a_wrong_shorten_is_refused(shorten, message):
     [
         (
             {"options": ["a"]},
-            r"field 'x' is missing; the template needs x, options; the row has 'o",
+            r"has no field 'x', which the prompt needs; its fields: 'options'",
         ),
-        ({"x": None, "options": ["a"]}, "field 'x' is None"),
+        ({"x": None, "options": ["a"]}, "field 'x': is NoneType"),
         ({"x": 3, "options": ["a"]}, "field 'x': is int"),
         ({"x": ["t"], "options": ["a"]}, "field 'x': is list"),
         ({"x": b"t", "options": ["a"]}, "field 'x': is bytes"),
         ({"x": "\udfff", "options": ["a"]}, "field 'x': holds half a character"),
-        ({"x": "t"}, "field 'options' is missing"),
+        ({"x": "t"}, "has no field 'options'"),
         ({"x": "t", "options": "ab"}, "field 'options': is one str; expected a list"),
         ({"x": "t", "options": {"a": "b"}}, "field 'options': is one dict; expected a list"),
         (
@@ -285,7 +285,7 @@ def test_a_wrong_shorten_is_refused(shorten, message):
         ({"x": "t", "options": ["a", 2]}, "option 2: is int"),
         ({"x": "t", "options": ["a"] * 458}, "458 options: .* give at most 457"),
         ({"x": " \n", "options": ["", "\t"]}, "field 'x', 'options' is blank"),
-        ("t", "row is str; expected an object"),
+        ("t", r"is 't' \(str\); expected \{field: text\}"),
     ],
 )
 def test_a_bad_row_is_refused_alone_and_by_number(tokenizer, row, message):
