@@ -27,7 +27,7 @@ from mlmjax import ModelConfig, ModernBertForMaskedLM
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.data.batch import MLM, UNUSED, Batch
 from mlmjax.errors import InputError
-from mlmjax.model.attention import attend, automatic
+from mlmjax.model.attention import attend, choose_implementation
 from mlmjax.parallel.sharding import platform
 from mlmjax.training.flops import forward_flops, peak_flops, training_flops
 from mlmjax.training.optimizer import make_optimizer
@@ -59,7 +59,7 @@ def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
 
 def attention(config: ModelConfig, tokens: int) -> Iterator[Row]:
     """Forward, and forward with backward, of every way to attend that runs here."""
-    ways = dict.fromkeys(("dense", "banded", automatic(platform())))
+    ways = dict.fromkeys(("dense", "banded", choose_implementation(platform())))
     for length, window, way in itertools.product(LENGTHS, (config.window, None), ways):
         if way == "dense" and length > 2048:
             continue

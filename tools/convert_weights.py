@@ -52,7 +52,7 @@ class Tensors(Mapping[str, np.ndarray]):
             if weights.problems:
                 raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
             self._read, names = weights.read, list(weights.headers)
-        self._names = [name for name in names if not pretrained.HARMLESS.fullmatch(name)]
+        self._names = [name for name in names if not pretrained.DERIVED.fullmatch(name)]
 
     def __getitem__(self, name: str) -> np.ndarray:
         # A tied decoder may be stored or left out; either way it is the embedding.
@@ -84,7 +84,7 @@ def to_jax(source: str, target: Path) -> None:
     folder = hub.fetch(source)
     if is_model(folder):
         raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
-    model = pretrained.load_model(folder)
+    model = pretrained.read_model(folder)
     save_model(target, model, _tokenizer(folder, model))
     click.echo(f"{target}: written, {len(parameters(model))} parameters")
 
@@ -161,8 +161,8 @@ def _largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[int,
 def _tokenizer(folder: Path, model: Model) -> Any:
     if not os.path.lexists(folder / TOKENIZER_FILES[0]):
         return None
-    tokenizer = pretrained.load_tokenizer(folder)
-    pretrained.check_tokenizer(folder, read_json(folder, CONFIG), tokenizer)
+    tokenizer = pretrained.read_tokenizer(folder)
+    pretrained.check_tokenizer(folder, model.config, read_json(folder, CONFIG), tokenizer)
     return tokenizer
 
 

@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -18,13 +16,13 @@ from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import Model, parameters, with_classifier
-from mlmjax.reporting.markdown import fenced, number
+from mlmjax.model.modernbert import Model, with_classifier
+from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import bar
 from mlmjax.scoring.engine import Progress
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
-from mlmjax.weights.pretrained import save_pretrained
+from mlmjax.weights.pretrained import model_card, save_pretrained
 
 
 class Classifier(Predictor, ClassifierMixin, BaseEstimator):
@@ -254,22 +252,17 @@ def classifier_card(model: Model, settings: Settings) -> str:
 
     Labels and prompt may come from strangers, so they stand in code blocks that they cannot end.
     """
-    text = (resources.files("mlmjax") / "assets" / "classifier_card.md").read_text(encoding="utf-8")
     shown = [_one_line(label) for label in settings.shown[:LABELS]]
     if more := len(settings.shown) - len(shown):
         shown.append(f"... and {number(more)} more")
-    return Template(text).substitute(
-        name=type(model).__name__,
-        layers=model.config.num_hidden_layers,
-        hidden=model.config.hidden_size,
-        parameters=number(sum(leaf.size for leaf in parameters(model).values())),
-        labels=fenced("\n".join(shown)),
-        applies=(
-            "Several may apply to a text, or none."
-            if settings.multi_label
-            else "One of them applies to a text."
-        ),
-        prompt=fenced(settings.template),
+    return model_card(
+        model,
+        template="classifier_card.md",
+        library="mlmjax",
+        pipeline="text-classification",
+        labels=shown,
+        multi_label=settings.multi_label,
+        prompt=settings.template,
     )
 
 

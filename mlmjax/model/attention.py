@@ -1,4 +1,4 @@
-"""Attention over packed rows: one function, several ways to compute it.
+"""Attention over packed rows: one function and several implementations.
 
 `dense` is the reference; the others give the same numbers in less time or memory.
 """
@@ -15,11 +15,106 @@ from mlmjax.errors import InputError
 from mlmjax.model.blockwise import attend_at_once, attend_by_blocks, visible
 from mlmjax.parallel.sharding import BATCH_AXES, mesh_sizes, platform
 
+IMPLEMENTATIONS = get_args(AttentionName)
+# The splash kernels take sequences of a multiple of this many tokens.
 SPLASH_TILE = 128
-"""What the kernels cut the sequence into multiples of."""
+_GPUS = ("gpu", "cuda")
 
 
-_KERNELS = ("", "_dkv", "_dq")  # forward, and the two backward: for keys and values, for queries
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    window: int | None,
+    implementation: str = "auto",
+    block: int = SPLASH_TILE,
+) -> jax.Array:
+    """Attend to tokens of the same segment, at most `window` positions away (None: any distance).
+
+    `query`, `key`, `value`: `[batch, heads, seq, head_dim]`. `segment_ids`: int32 `[batch, seq]`,
+    0 is padding; None means one segment without padding. Returns `[batch, heads, seq, head_dim]` in
+    the dtype of `query`. At padding the result and its gradient are zero.
+
+    `implementation` is `"dense"` (the reference: all scores at once), `"banded"` (local layers in
+    O(seq x window), long global layers in blocks of queries; any backend), `"cudnn"` (global layers
+    by cuDNN, local ones banded), `"splash"` (Pallas kernels for TPU, `block` queries and keys at a
+    time), or `"auto"`.
+    Raises `InputError` if the implementation cannot run here.
+    """
+    length = query.shape[2]
+    if window is not None and window >= length - 1:
+        window = None
+    implementation = _resolve(implementation, query)
+    if implementation == "splash":
+        return _without_padding(splash(query, key, value, segment_ids, window, block), segment_ids)
+    if implementation == "cudnn" and window is None:
+        return _cudnn(query, key, value, segment_ids)
+    if segment_ids is None:
+        segment_ids = jnp.ones((1, length), jnp.int32)
+    plain = attend_at_once if implementation == "dense" else attend_by_blocks
+    return plain(query, key, value, segment_ids, window)
+
+
+def _resolve(implementation: str, query: jax.Array) -> str:
+    """Return the implementation for these arrays; raises `InputError` if it cannot run."""
+    where = platform()
+    refusal = _cudnn_refusal(query)
+    if implementation == "auto":
+        chosen = choose_implementation(where)
+        return "banded" if chosen == "cudnn" and refusal else chosen
+    check_platform(implementation, where)
+    if implementation == "cudnn" and refusal:
+        raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
+    return implementation
+
+
+def choose_implementation(where: str) -> str:
+    """Return what `"auto"` means on a platform; a GPU uses cuDNN for arrays that cuDNN takes."""
+    return "splash" if where == "tpu" else "cudnn" if where in _GPUS else "banded"
+
+
+def check_platform(implementation: str, where: str) -> None:
+    """Raise `InputError` for an implementation that is unknown or cannot run on a platform."""
+    if implementation not in IMPLEMENTATIONS:
+        raise InputError(
+            f"attention: found {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    needs = {"splash": ("a TPU", ("tpu",)), "cudnn": ("an NVIDIA GPU", _GPUS)}
+    what, platforms = needs.get(implementation, ("", (where,)))
+    if where not in platforms:
+        raise InputError(
+            f"attention {implementation!r} needs {what}, and this is {where}; set attention to "
+            "'auto'"
+        )
+
+
+def _cudnn_refusal(query: jax.Array) -> str | None:
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16, not {query.dtype}"
+    head_dim = query.shape[3]
+    if head_dim % 8 or head_dim > 128:
+        return f"takes a head_dim that is a multiple of 8 up to 128, not {head_dim}"
+    return None
+
+
+def _cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
+) -> jax.Array:
+    """Compute global attention with cuDNN's fused kernel."""
+    mask = None
+    if segment_ids is not None:
+        positions = np.arange(query.shape[2])
+        mask = visible(segment_ids, segment_ids, positions, positions, None)
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    try:
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    except RuntimeError as error:
+        raise InputError(
+            f"attention 'cudnn' cannot run here ({error}); set attention to 'banded'"
+        ) from error
+    return _without_padding(jnp.swapaxes(mixed, 1, 2), segment_ids)
 
 
 def splash(
@@ -32,10 +127,10 @@ def splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attend as `attention.attend` does, except at padding, which sees itself.
+    """Attend with the TPU splash kernels, as `attend` does except at padding, which sees itself.
 
-    `block` is how many queries meet how many keys at a time; see `splash_block`. Each device runs
-    the kernel on its own rows and heads, because the compiler cannot cut a kernel. `interpret` runs
+    `block` is the number of queries and of keys per step; see `splash_block`. Each device runs the
+    kernel on its own rows and heads, because the compiler cannot shard a kernel. `interpret` runs
     it without a TPU.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -49,7 +144,8 @@ def splash(
     missing = -length % SPLASH_TILE
     shape = (length + missing, length + missing)
     size = splash_block(length, block)
-    blocks: dict[str, Any] = {f"block_{x}{of}": size for x in ("q", "kv") for of in _KERNELS}
+    kernels = ("", "_dkv", "_dq")  # forward, gradient of keys and values, gradient of queries
+    blocks: dict[str, Any] = {f"block_{x}{of}": size for x in ("q", "kv") for of in kernels}
     sizes = splash_attention_kernel.BlockSizes(**blocks)
     mask = (
         splash_attention_mask.FullMask(shape)
@@ -83,7 +179,7 @@ def splash(
 
 
 def splash_block(length: int, wanted: int) -> int:
-    """Return the largest block, at most `wanted`, that a sequence (filled to tiles) divides into.
+    """Return the largest block, at most `wanted`, that divides the padded sequence.
 
     >>> splash_block(2048, 512), splash_block(600, 512), splash_block(700, 512)
     (512, 128, 384)
@@ -93,110 +189,8 @@ def splash_block(length: int, wanted: int) -> int:
     return SPLASH_TILE * max(n for n in range(1, most + 1) if tiles % n == 0)
 
 
-IMPLEMENTATIONS = get_args(AttentionName)
-_GPUS = ("gpu", "cuda")
-
-
-def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array | None,
-    *,
-    window: int | None,
-    implementation: str = "auto",
-    block: int = SPLASH_TILE,
-) -> jax.Array:
-    """Attend to the tokens of the same segment, `window` rows to each side or (None) all.
-
-    `query`, `key`, `value`: `[batch, heads, seq, head_dim]`. `segment_ids`: int32 `[batch, seq]`,
-    0 is padding; None means one segment without padding. Returns `[batch, heads, seq, head_dim]` in
-    the dtype of `query`; at padding it is zero, and so is its gradient.
-
-    `implementation` is `"dense"` (the reference: all scores at once), `"banded"` (local layers in
-    O(seq x window), long global layers in blocks of queries; any backend), `"cudnn"` (global layers
-    by cuDNN, local ones banded), `"splash"` (Pallas kernels for TPU, `block` queries and keys at a
-    time), or `"auto"`.
-    Raises `InputError` where the implementation cannot run here.
-    """
-    length = query.shape[2]
-    if window is not None and window >= length - 1:
-        window = None
-    if implementation == "auto":
-        implementation = _choose(query)
-    _check(implementation, query)
-    if implementation == "splash":
-        return _without_padding(splash(query, key, value, segment_ids, window, block), segment_ids)
-    if implementation == "cudnn" and window is None:
-        return _cudnn(query, key, value, segment_ids)
-    if segment_ids is None:
-        segment_ids = jnp.ones((1, length), jnp.int32)
-    way = attend_at_once if implementation == "dense" else attend_by_blocks
-    return way(query, key, value, segment_ids, window)
-
-
-def _choose(query: jax.Array) -> str:
-    """Pick by platform; what is not a matter of platform `banded` decides by shape."""
-    choice = automatic(platform())
-    return "banded" if choice == "cudnn" and _cudnn_refusal(query) else choice
-
-
-def automatic(where: str) -> str:
-    """Return what `"auto"` is on a platform; on a GPU, where cuDNN takes the arrays."""
-    return "splash" if where == "tpu" else "cudnn" if where in _GPUS else "banded"
-
-
-def check_platform(implementation: str, where: str) -> None:
-    """Raise `InputError` for an implementation that is unknown, or not for this platform."""
-    if implementation not in IMPLEMENTATIONS:
-        raise InputError(
-            f"attention: found {implementation!r}; expected one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    needs = {"splash": ("a TPU", ("tpu",)), "cudnn": ("an NVIDIA GPU", _GPUS)}
-    what, platforms = needs.get(implementation, ("", (where,)))
-    if where not in platforms:
-        raise InputError(
-            f"attention {implementation!r} needs {what}, and this is {where}; set attention to "
-            "'auto'"
-        )
-
-
-def _check(implementation: str, query: jax.Array) -> None:
-    check_platform(implementation, platform())
-    refusal = _cudnn_refusal(query) if implementation == "cudnn" else None
-    if refusal:
-        raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
-
-
-def _cudnn_refusal(query: jax.Array) -> str | None:
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"computes in bfloat16 or float16, not {query.dtype}"
-    head_dim = query.shape[3]
-    if head_dim % 8 or head_dim > 128:
-        return f"takes a head_dim that is a multiple of 8 up to 128, not {head_dim}"
-    return None
-
-
-def _cudnn(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None
-) -> jax.Array:
-    """Global attention by cuDNN's fused kernel."""
-    mask = None
-    if segment_ids is not None:
-        rows = np.arange(query.shape[2])
-        mask = visible(segment_ids, segment_ids, rows, rows, None)
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    try:
-        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
-    except RuntimeError as error:
-        raise InputError(
-            f"attention 'cudnn' cannot run here ({error}); set attention to 'banded'"
-        ) from error
-    return _without_padding(jnp.swapaxes(mixed, 1, 2), segment_ids)
-
-
 def _without_padding(mixed: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Zero the rows at padding, which kernels fill with some average."""
+    """Set the result at padding to zero, where kernels return an average."""
     if segment_ids is None:
         return mixed
     return jnp.where((segment_ids != 0)[:, None, :, None], mixed, jnp.zeros((), mixed.dtype))

@@ -1,11 +1,14 @@
-"""The parts ModernBERT is made of, with the names of the checkpoint's parameters.
+"""The encoder: from token ids to one vector per token.
 
+Attributes carry the names of the checkpoint's parameters. Parameters, norms, softmax and rotary
+positions are float32. Matrix products take the compute dtype and accumulate in float32.
 Source: "Smarter, Better, Faster, Longer" (arXiv 2412.13663) and transformers 5.23.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +17,181 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
+from mlmjax.config.run import SPLASH_BLOCKS, Remat
 from mlmjax.errors import InputError
-from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.attention import attend
-from mlmjax.model.cpu import _once
-from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, _out_std, truncated_normal
+from mlmjax.model.architecture import LOCAL, ModelConfig
+from mlmjax.model.attention import IMPLEMENTATIONS, attend
+from mlmjax.model.cpu import compute_once
+from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, output_std, truncated_normal
 from mlmjax.parallel.sharding import constrain
+
+Rope = tuple[jax.Array, jax.Array]
+"""Cosines and sines of the rotary positions, each `[batch, 1, seq, head_dim / 2]`."""
+
+# Activations kept for the backward pass. "dots" keeps the outputs of matrix products, "layer" only
+# the input of each layer.
+_STORED = {"dots": jax.checkpoint_policies.save_only_these_names("product")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a model computes what its configuration describes.
+
+    `dtype` is float32 or bfloat16, by name or type. `attention` is an implementation of
+    `attention.attend`. `remat` is what the backward pass computes again: "none", "dots" (all but
+    matrix products) or "layer" (all but the input of each layer). `splash_blocks` are the blocks of
+    the TPU kernels in global and in local layers. Raises `InputError`.
+    """
+
+    dtype: Any = "float32"
+    attention: str = "auto"
+    remat: str = "none"
+    splash_blocks: tuple[int, int] = SPLASH_BLOCKS
+
+    def __post_init__(self) -> None:
+        for name, known in (("attention", IMPLEMENTATIONS), ("remat", get_args(Remat))):
+            found = getattr(self, name)
+            if found not in known:
+                raise InputError(f"{name}: found {found!r}; expected one of {', '.join(known)}")
+        if self.dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+            raise InputError(f"dtype: found {self.dtype!r}; expected 'float32' or 'bfloat16'")
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+
+
+DEFAULT_OPTIONS = Options()
+
+
+class Encoder(nnx.Module):
+    """Embeddings, the stack of layers and the final norm."""
+
+    def __init__(self, config: ModelConfig, options: Options, rngs: nnx.Rngs):
+        self.config, self.options = config, options
+        self.embeddings = Embeddings(config, rngs)
+        self.layers = nnx.List(
+            [Layer(config, index, rngs) for index in range(config.num_hidden_layers)]
+        )
+        self.final_norm = LayerNorm(config)
+
+    def __call__(
+        self,
+        input_ids: ArrayLike,
+        segment_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> Any:
+        """Encode `[batch, seq]` to `[batch, seq, hidden]` in the compute dtype.
+
+        Tokens with the same non-zero segment id attend to each other; 0 is padding, so a Hugging
+        Face `attention_mask` is a valid value. None means one segment and no padding. Local windows
+        count positions in the row; `position_ids` (default 0, 1, 2, ...) are for rotary positions
+        only. Values at padding are finite but meaningless. With `output_hidden_states` the result
+        is `(hidden, states)`: the embeddings, then the output of each layer, the last one after the
+        final norm.
+
+        Raises `InputError` for arrays of the wrong rank, shape or dtype, and for ids outside the
+        vocabulary. Traced ids outside the vocabulary give NaN instead.
+        """
+        config, kinds = self.config, self.config.layer_types
+        ids, segments, positions = _check_inputs(
+            input_ids, segment_ids, position_ids, config.vocab_size
+        )
+        ropes: dict[str, Rope] = {
+            kind: _rope_tables(positions, config.head_dim, config.rope_theta(kind))
+            for kind in sorted(set(kinds))
+        }
+        with jax.named_scope("embeddings"):
+            hidden = _shard_rows(self.embeddings(ids, self.options.dtype))
+        states = [hidden]
+        scanned, period = range(0), 0
+        # Without remat a scan would store more than unrolled layers do.
+        if self.options.remat != "none" and not output_hidden_states:
+            scanned, period = _find_periods(kinds)
+        for index, kind in enumerate(kinds):
+            if index not in scanned:
+                with jax.named_scope(f"layer_{index}"):
+                    hidden = self._forward(self.layers[index], kind)(hidden, ropes[kind], segments)
+            elif index == scanned.start:
+                with jax.named_scope(f"layers_{scanned[0]}_to_{scanned[-1]}"):
+                    hidden = self._scan(scanned, period, hidden, ropes, segments)
+            states.append(hidden)
+        with jax.named_scope("final_norm"):
+            hidden = self.final_norm(hidden, self.options.dtype)
+        return (hidden, (*states[:-1], hidden)) if output_hidden_states else hidden
+
+    def _forward(
+        self, layer: "Layer", kind: str
+    ) -> Callable[[jax.Array, Rope, jax.Array | None], jax.Array]:
+        """Return the forward pass of one layer, with its recomputation."""
+        is_local = kind == LOCAL
+        attend_here = partial(
+            attend,
+            window=self.config.window if is_local else None,
+            implementation=self.options.attention,
+            block=self.options.splash_blocks[is_local],
+        )
+
+        def forward(hidden: jax.Array, rope: Rope, segment_ids: jax.Array | None) -> jax.Array:
+            return layer(hidden, rope, segment_ids, attend_here)
+
+        if self.options.remat == "none":
+            return forward
+        return jax.checkpoint(forward, policy=_STORED.get(self.options.remat))
+
+    def _scan(
+        self,
+        scanned: range,
+        period: int,
+        hidden: jax.Array,
+        ropes: dict[str, Rope],
+        segment_ids: jax.Array | None,
+    ) -> jax.Array:
+        """Apply equal periods of layers as one loop, so that only one period is compiled."""
+        graphs, stacked = [], []
+        for first in range(scanned.start, scanned.start + period):
+            parts = [nnx.split(self.layers[i]) for i in range(first, scanned.stop, period)]
+            graphs.append(parts[0][0])
+            stacked.append(jax.tree.map(lambda *x: jnp.stack(x), *(state for _, state in parts)))
+        kinds = self.config.layer_types[scanned.start : scanned.start + period]
+
+        def body(hidden: jax.Array, states: Any) -> tuple[jax.Array, None]:
+            for graph, state, kind in zip(graphs, states, kinds, strict=True):
+                forward = self._forward(nnx.merge(graph, state), kind)
+                hidden = forward(hidden, ropes[kind], segment_ids)
+            return hidden, None
+
+        return jax.lax.scan(body, hidden, stacked)[0]
+
+
+def _find_periods(kinds: Sequence[str]) -> tuple[range, int]:
+    """Return the layers that form equal periods, and the period; empty if they are too few.
+
+    They have to be more than half of the layers. Layer 0 has no attention norm and stays out.
+
+    >>> _find_periods(("full", "local", "local", "full", "local", "local", "full", "local"))
+    (range(1, 7), 3)
+    """
+    best, best_period = range(0), 0
+    for period in range(1, len(kinds) // 2 + 1):
+        end = 1 + period
+        while end < len(kinds) and kinds[end] == kinds[end - period]:
+            end += 1
+        repeats = (end - 1) // period
+        if repeats > 1 and period * repeats > max(len(best), len(kinds) // 2):
+            best, best_period = range(1, 1 + period * repeats), period
+    return best, best_period
+
+
+class Embeddings(nnx.Module):
+    """Token vectors and their norm; there is no position embedding."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.tok_embeddings = Embedding(config, rngs)
+        self.norm = LayerNorm(config)
+
+    def __call__(self, input_ids: jax.Array, dtype: Any) -> jax.Array:
+        """Map `[batch, seq]` to `[batch, seq, hidden]`."""
+        return self.norm(self.tok_embeddings(input_ids), dtype)
 
 
 class Embedding(nnx.Module):
@@ -35,30 +207,43 @@ class Embedding(nnx.Module):
         self.pad_token_id = config.pad_token_id
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
-        """Look up `[batch, seq]`; an id outside the vocabulary gives NaN, never another token."""
-        # The table is cut along hidden: a device looks up its columns for the rows of all devices
-        # that hold the others, then columns are exchanged for rows. Left to itself, the compiler
-        # may gather every row on every device.
+        """Look up `[batch, seq]`; an id outside the vocabulary gives NaN."""
+        # The table is sharded along hidden. Each device looks up its columns for all rows, and then
+        # columns are exchanged for rows. Otherwise the compiler may gather all rows on all devices.
         input_ids = constrain(input_ids, "data", None)
         rows = jnp.take(self.weight[...], input_ids, axis=0, mode="fill")
         rows = constrain(rows, "data", None, "fsdp")
         if self.pad_token_id is not None:
-            # As in torch, where `padding_idx` keeps the padding vector out of the gradient.
+            # The padding vector gets no gradient, like `padding_idx` in torch.
             is_pad = (input_ids == self.pad_token_id)[..., None]
             rows = jnp.where(is_pad, jax.lax.stop_gradient(rows), rows)
-        return cut_rows(constrain(rows, "data", None, "fsdp"))
+        return _shard_rows(constrain(rows, "data", None, "fsdp"))
 
 
-class Embeddings(nnx.Module):
-    """Token vectors and their norm; there is no position embedding."""
+class Layer(nnx.Module):
+    """One pre-norm block; the first layer of a model has no attention norm."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.tok_embeddings = Embedding(config, rngs)
-        self.norm = LayerNorm(config)
+    def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs):
+        self.attn_norm = LayerNorm(config) if index else None
+        self.attn = Attention(config, rngs)
+        self.mlp_norm = LayerNorm(config)
+        self.mlp = GatedMLP(config, rngs)
 
-    def __call__(self, input_ids: jax.Array, dtype: Any) -> jax.Array:
-        """Map `[batch, seq]` to `[batch, seq, hidden]`."""
-        return self.norm(self.tok_embeddings(input_ids), dtype)
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: Rope,
+        segment_ids: jax.Array | None,
+        attend_here: Callable[..., jax.Array],
+    ) -> jax.Array:
+        """Map `[batch, seq, hidden]` to the same shape; `attend_here` is `attend` with options."""
+        normed = x if self.attn_norm is None else self.attn_norm(x, x.dtype)
+        with jax.named_scope("attention"):
+            x = _shard_rows((x + self.attn(normed, rope, segment_ids, attend_here)).astype(x.dtype))
+            x = checkpoint_name(compute_once(x, rope), "product")
+        with jax.named_scope("mlp"):
+            x = _shard_rows((x + self.mlp(self.mlp_norm(x, x.dtype))).astype(x.dtype))
+            return compute_once(x, rope)
 
 
 class Attention(nnx.Module):
@@ -73,16 +258,14 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
         self.Wqkv = make((config.hidden_size,), (3, *heads), std=config.initializer_range)
-        self.Wo = make(heads, (config.hidden_size,), std=_out_std(config))
+        self.Wo = make(heads, (config.hidden_size,), std=output_std(config))
 
     def __call__(
         self,
         x: jax.Array,
-        rope: tuple[jax.Array, jax.Array],
+        rope: Rope,
         segment_ids: jax.Array | None,
-        window: int | None,
-        implementation: str,
-        block: int,
+        attend_here: Callable[..., jax.Array],
     ) -> jax.Array:
         """Map `[batch, seq, hidden]` to float32 of the same shape."""
         query, key, value = jnp.transpose(self.Wqkv(x), (2, 0, 3, 1, 4))
@@ -92,20 +275,12 @@ class Attention(nnx.Module):
             )
             for array in (_rotate(query, rope), _rotate(key, rope), value)
         )
-        mixed = attend(
-            query,
-            key,
-            value,
-            segment_ids,
-            window=window,
-            implementation=implementation,
-            block=block,
-        )
+        mixed = attend_here(query, key, value, segment_ids)
         return self.Wo(checkpoint_name(jnp.transpose(mixed, (0, 2, 1, 3)), "product"))
 
 
 class GatedMLP(nnx.Module):
-    """The gated feed-forward block: `Wo(activation(a) * b)` where `Wi` gives both a and b."""
+    """The gated feed-forward block: `Wo(activation(a) * b)`, where `Wi` gives a and b."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         make = partial(
@@ -113,7 +288,7 @@ class GatedMLP(nnx.Module):
         )
         hidden, width = config.hidden_size, config.intermediate_size
         self.Wi = make((hidden,), (2, width), std=config.initializer_range)
-        self.Wo = make((width,), (hidden,), std=_out_std(config))
+        self.Wo = make((width,), (hidden,), std=output_std(config))
         self.activation = config.hidden_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -124,123 +299,24 @@ class GatedMLP(nnx.Module):
         return self.Wo(gated.astype(x.dtype))
 
 
-class Layer(nnx.Module):
-    """One pre-norm block; the first of a model has no attention norm."""
-
-    def __init__(self, config: ModelConfig, index: int, rngs: nnx.Rngs):
-        self.attn_norm = LayerNorm(config) if index else None
-        self.attn = Attention(config, rngs)
-        self.mlp_norm = LayerNorm(config)
-        self.mlp = GatedMLP(config, rngs)
-
-    def __call__(self, x: jax.Array, rope: tuple[jax.Array, jax.Array], *more: Any) -> jax.Array:
-        """Map `[batch, seq, hidden]` to the same; the arguments are those of `Attention`."""
-        normed = x if self.attn_norm is None else self.attn_norm(x, x.dtype)
-        with jax.named_scope("attention"):
-            x = cut_rows((x + self.attn(normed, rope, *more)).astype(x.dtype))
-            x = checkpoint_name(_once(x, rope), "product")
-        with jax.named_scope("mlp"):
-            x = cut_rows((x + self.mlp(self.mlp_norm(x, x.dtype))).astype(x.dtype))
-            return _once(x, rope)
+def _rope_tables(position_ids: jax.Array, head_dim: int, theta: float) -> Rope:
+    """Compute cosines and sines in float32 (RoFormer, arXiv 2104.09864)."""
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    angles = position_ids[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
-class Encoder(nnx.Module):
-    """The stack of layers under both models."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.embeddings = Embeddings(config, rngs)
-        self.layers = nnx.List(
-            [Layer(config, index, rngs) for index in range(config.num_hidden_layers)]
-        )
-        self.final_norm = LayerNorm(config)
-
-
-class PredictionHead(nnx.Module):
-    """Dense, activation, norm: before the decoder and before the classifier alike."""
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        hidden = (config.hidden_size,)
-        self.dense = Linear(
-            hidden,
-            hidden,
-            bias=config.classifier_bias,
-            std=_out_std(config),
-            cutoff=config.initializer_cutoff_factor,
-            rngs=rngs,
-        )
-        self.norm = LayerNorm(config)
-        self.activation = config.classifier_activation
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Map `[..., hidden]` to the same."""
-        return self.norm(ACTIVATIONS[self.activation](self.dense(x)), x.dtype)
-
-
-class DecoderBias(nnx.Module):
-    """What the tied decoder owns: its bias, where it has one."""
-
-    def __init__(self, config: ModelConfig):
-        self.bias = (
-            nnx.Param(jnp.zeros(config.vocab_size, jnp.float32)) if config.decoder_bias else None
-        )
-
-
-def cut_rows(hidden: jax.Array) -> jax.Array:
-    """Cut the rows of `[batch, seq, hidden]` over the devices that share a batch."""
-    return constrain(hidden, "batch", None, None)
-
-
-def _rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turn float32 `[batch, heads, seq, head_dim]`, the two halves of a head being the pairs."""
+def _rotate(x: jax.Array, rope: Rope) -> jax.Array:
+    """Rotate float32 `[batch, heads, seq, head_dim]`; the two halves of a head form the pairs."""
     cos, sin = rope
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-# What the backward pass finds stored of a layer besides its input, where not everything is: with
-# "dots" whatever took a matrix product to make, all at the compute dtype.
-_STORED = {"dots": jax.checkpoint_policies.save_only_these_names("product")}
-
-
-def _apply_layer(
-    layer: Layer,
-    window: int | None,
-    implementation: str,
-    block: int,
-    hidden: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
-    segment_ids: jax.Array | None,
-) -> jax.Array:
-    return layer(hidden, rope, segment_ids, window, implementation, block)
-
-
-def _repetition(kinds: Sequence[str]) -> tuple[range, int]:
-    """Find the layers that are equal periods, and the period; none, unless they are most layers.
-
-    Layer 0 is left out, because it has no attention norm.
-
-    >>> _repetition(("full", "local", "local", "full", "local", "local", "full", "local"))
-    (range(1, 7), 3)
-    """
-    best, best_period = range(0), 0
-    for period in range(1, len(kinds) // 2 + 1):
-        end = 1 + period
-        while end < len(kinds) and kinds[end] == kinds[end - period]:
-            end += 1
-        repeats = (end - 1) // period
-        if repeats > 1 and period * repeats > max(len(best), len(kinds) // 2):
-            best, best_period = range(1, 1 + period * repeats), period
-    return best, best_period
-
-
-def _rope_tables(
-    position_ids: jax.Array, head_dim: int, theta: float
-) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[batch, 1, seq, head_dim / 2]`, float32 (RoFormer, arXiv 2104.09864)."""
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
-    angles = position_ids[:, None, :, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def _shard_rows(hidden: jax.Array) -> jax.Array:
+    """Shard the rows of `[batch, seq, hidden]` over the devices that share a batch."""
+    return constrain(hidden, "batch", None, None)
 
 
 def _check_inputs(
@@ -249,36 +325,36 @@ def _check_inputs(
     position_ids: ArrayLike | None,
     vocab_size: int,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    ids = _token_ids("input_ids", input_ids, 2, vocab_size)
+    ids = check_token_ids("input_ids", input_ids, 2, vocab_size)
     if position_ids is None:
         positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
     else:
-        positions = _like_ids("position_ids", position_ids, ids)
-    return (
-        ids,
-        None if segment_ids is None else _like_ids("segment_ids", segment_ids, ids),
-        positions,
-    )
+        positions = _check_like_ids("position_ids", position_ids, ids)
+    segments = None if segment_ids is None else _check_like_ids("segment_ids", segment_ids, ids)
+    return ids, segments, positions
 
 
-def _token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.Array:
+def check_token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.Array:
+    """Return token ids as unsigned integers; raises `InputError` for anything else."""
     ids = jnp.asarray(values)
     if ids.ndim != rank or not jnp.issubdtype(ids.dtype, jnp.integer):
         expected = f"whole numbers {['[n]', '[batch, seq]'][rank - 1]}"
         raise InputError(f"{name}: found {ids.dtype} {list(ids.shape)}; expected {expected}")
     if not isinstance(values, jax.core.Tracer) and ids.size:
-        known = np.asarray(values)  # In numpy, because jit also traces operations on known arrays.
+        known = np.asarray(
+            values
+        )  # in numpy, because jit traces jax operations on known arrays too
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= vocab_size:
             raise InputError(
                 f"{name}: found {low if low < 0 else high}; expected ids from 0 to "
                 f"{vocab_size - 1} (does the tokenizer belong to this model?)"
             )
-    # Unsigned, so that a traced negative id is out of range too instead of counting from the end.
+    # A traced negative id becomes too large, where a signed one would count from the end.
     return ids.astype(jnp.uint32)
 
 
-def _like_ids(name: str, values: ArrayLike, input_ids: jax.Array) -> jax.Array:
+def _check_like_ids(name: str, values: ArrayLike, input_ids: jax.Array) -> jax.Array:
     array = jnp.asarray(values)
     whole = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
     if array.shape != input_ids.shape or not whole:

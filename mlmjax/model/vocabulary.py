@@ -1,25 +1,28 @@
 """A larger vocabulary: new words for the tokenizer, and rows for them in the embedding."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Literal, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
-from mlmjax.parallel.sharding import leaf_path
+from mlmjax.model.modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    abstract_model,
+    parameters,
+    with_parameters,
+)
 from mlmjax.text.checks import check_text
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import add_words
 
 Model = TypeVar("Model", ModernBertForMaskedLM, ModernBertForSequenceClassification)
 
-# One entry per token; the decoder is tied to the embedding and has no matrix of its own.
-_PER_TOKEN = ("model.embeddings.tok_embeddings.weight", "decoder.bias")
+# Parameters with one entry per token; the decoder's matrix is the embedding.
+_PER_TOKEN = {"model.embeddings.tok_embeddings.weight", "decoder.bias"}
 
 
 def resize_token_embeddings(
@@ -68,7 +71,7 @@ def resize_token_embeddings(
     ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
     sources = _sources(tokenizer, words, texts, start)
 
-    def resized(table: np.ndarray) -> np.ndarray:
+    def resize(table: np.ndarray) -> np.ndarray:
         """Cut or extend `[vocab, ...]` and fill in the rows of the new words."""
         mean: np.ndarray = _mean(table, ordinary)
         spare = np.broadcast_to(mean, (max(rows - old_rows, 0), *mean.shape))
@@ -77,26 +80,13 @@ def resize_token_embeddings(
             result[token] = mean if source is None else _mean(table, source)
         return result
 
-    config = dataclasses.replace(model.config, vocab_size=rows)
-    options = {"dtype": model.dtype, "attention": model.attention, "remat": model.remat}
-    abstract = nnx.eval_shape(lambda: type(model)(config, rngs=nnx.Rngs(0), **options))
-    graphdef, params = nnx.split(abstract)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.state(model, nnx.Param))
-    old = {leaf_path(path): leaf for path, leaf in leaves}
-
-    def fill(path: Any, _: Any) -> jax.Array:
-        name = leaf_path(path)
-        # A copy: an array that shared numpy's memory could not be donated to a step.
-        return (
-            jnp.array(resized(np.asarray(old[name])), copy=True)
-            if name in _PER_TOKEN
-            else old[name]
-        )
-
-    resized_model: Any = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, params))
-    if hasattr(model, "source_dtypes"):
-        resized_model.source_dtypes = model.source_dtypes
-    return resized_model, larger
+    values = parameters(model)
+    for name in _PER_TOKEN & values.keys():
+        # A copy, because an array that shares numpy's memory cannot be donated to a step.
+        values[name] = jnp.array(resize(np.asarray(values[name])), copy=True)
+    config = replace(model.config, vocab_size=rows)
+    abstract = abstract_model(type(model).__name__, config, model.options)
+    return with_parameters(abstract, values), larger
 
 
 def _words(new_tokens: Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:

@@ -153,6 +153,12 @@ def leaf_path(key_path: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(key_path), simple=True, separator=".").removesuffix(".value")
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their dotted names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {leaf_path(path): leaf for path, leaf in leaves}
+
+
 def parameter_specs(sizes: Mapping[str, int], abstract_params: Any) -> Any:
     """Return the `PartitionSpec` of every parameter, as a tree like `abstract_params`.
 

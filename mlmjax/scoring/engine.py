@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -78,7 +77,7 @@ class Engine:
         self.mesh = local_mesh(batch_size)
         self._halvings = 0
         self._placed: tuple[list[Any], Any] = ([], None)
-        self.jitted = _jitted(_computed_graph(model), forward)
+        self.jitted = _jitted(nnx.split(model)[0], forward)
 
     @property
     def compilations(self) -> int:
@@ -234,16 +233,6 @@ def as_computed(model: Model, state: Any) -> Any:
         return leaf.astype(model.dtype) if leaf_path(path) in products else leaf
 
     return jax.tree_util.tree_map_with_path(rounded, state)
-
-
-def _computed_graph(model: Model) -> Any:
-    """Return the model's graph without facts about its files, which no forward pass reads."""
-    bare: Any = nnx.merge(*nnx.split(model))  # New modules with the same arrays.
-    bare.source_dtypes = ()
-    for _, module in nnx.iter_graph(bare):
-        if hasattr(module, "config"):
-            module.config = replace(module.config, extra={})
-    return nnx.split(bare)[0]
 
 
 @lru_cache(maxsize=64)

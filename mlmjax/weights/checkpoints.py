@@ -1,5 +1,6 @@
-"""Checkpoints of runs and of models, whole and verified. Nothing else knows Orbax."""
+"""Save and restore the checkpoints of a run with Orbax, whole and verified."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -17,81 +18,15 @@ from jax.sharding import SingleDeviceSharding
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
-from mlmjax.parallel.sharding import leaf_path
-from mlmjax.storage import check_name, open_place
+from mlmjax.parallel.sharding import named_leaves
+from mlmjax.storage import open_place
 
-
-def fingerprints(state: Any) -> dict[str, int]:
-    """Return the sum of every array's bits as 32-bit words, modulo 2**32, by the array's path.
-
-    Any change of one word changes it, and it is the same for every sharding. All processes of a
-    run have to call this together.
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    # Piece by piece, each on its own device: no device has to wait for another one.
-    pieces = [
-        [
-            _fingerprint(piece.data)
-            for piece in jnp.asarray(leaf).addressable_shards
-            if not piece.replica_id
-        ]
-        for _, leaf in leaves
-    ]
-    sums = np.array([sum(map(int, some)) for some in jax.device_get(pieces)], np.uint64)
-    if jax.process_count() > 1:
-        low = (sums % 2**32).astype(np.uint32)
-        sums = multihost_utils.process_allgather(low).astype(np.uint64).sum(axis=0)
-    return {leaf_path(path): int(n % 2**32) for (path, _), n in zip(leaves, sums, strict=True)}
-
-
-@jax.jit
-def _fingerprint(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.uint8) if x.dtype == bool else x
-    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def verify(state: Any, expected: Mapping[str, int]) -> None:
-    """Raise `ValueError` that names the first array whose bits are not those of `expected`."""
-    found = fingerprints(state)
-    changed = [name for name in found if found[name] != expected.get(name)]
-    if changed:
-        raise ValueError(f"{changed[0]} is not what was saved")
-
-
-def describe(tree: Any) -> dict[str, str]:
-    """Return dtype and shape of every array (or abstract one) by its path.
-
-    >>> describe({"a": np.zeros((2, 3), np.float32)})
-    {'a': 'float32 [2, 3]'}
-    """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {
-        leaf_path(path): f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}" for path, leaf in leaves
-    }
-
-
-def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Raise `InputError` that lists how a saved tree and the expected one (`describe`) differ."""
-    problems = [
-        f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
-        f"{expected.get(name, 'nothing')}"
-        for name in sorted(saved.keys() | expected.keys())
-        if saved.get(name) != expected.get(name)
-    ]
-    if problems:
-        raise InputError(
-            f"{where}: is the checkpoint of another model: {problems[0]} (differences: "
-            f"{len(problems)}); give the configuration it was saved with, or another folder",
-            problems[1:],
-        )
-
-
-# What a step's folder holds; what a model's folder holds beside config.json and the tokenizer.
 STATE, RECORD = "state", "record"
+"""The two items of a step's folder: its arrays, and what is said of them."""
 
-
-# When one array cannot be read, those still being read report to an event loop that is gone.
+# Orbax logs every step it takes, and the tracebacks of errors that it raises too.
+logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
+# When one array cannot be read, readers of others report to an event loop that no longer exists.
 _unraisable = sys.unraisablehook
 sys.unraisablehook = lambda found: (
     None if str(found.exc_value) == "Event loop is closed" else _unraisable(found)
@@ -99,13 +34,12 @@ sys.unraisablehook = lambda found: (
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder/STEP`: written in the background, whole or not at all.
+    """The checkpoints of one run, in `folder/STEP`, each whole or not there.
 
-    `folder` may be an address that Orbax and fsspec reach, such as `gs://bucket/run`.
-
-    The newest `keep_last` are kept, and the `keep_best` with the smallest validation loss as well.
-    Every array is saved with a fingerprint, and restoring verifies it. Use as a context, or call
-    `close`; a save that failed in the background raises `RunError` at the next call.
+    `folder` may be an address that Orbax and fsspec reach, such as `gs://bucket/run`. The newest
+    `keep_last` are kept, and the `keep_best` with the smallest validation loss. Every array is
+    saved with a fingerprint, which restoring verifies. Writing goes on in the background: use this
+    as a context, or call `close`. A save that failed raises `RunError` at the next call.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
@@ -127,10 +61,10 @@ class Checkpoints:
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
-                    # Only with these does Orbax write the metrics, which the next process needs.
+                    # Orbax writes metrics only with these two; the next process needs them.
                     best_fn=_loss,
                     best_mode="min",
-                    # Orbax does it in the background of every opening, also of one that only reads.
+                    # Orbax would do it in the background, even when it is opened only to read.
                     cleanup_tmp_directories=False,
                 ),
                 item_handlers={
@@ -148,7 +82,7 @@ class Checkpoints:
         try:
             self.close()
         except RunError:
-            if kind is None:  # what went wrong first says more
+            if kind is None:  # an earlier error says more
                 raise
 
     def save(
@@ -160,9 +94,9 @@ class Checkpoints:
     ) -> None:
         """Save any tree of arrays under `step`; writing goes on in the background.
 
-        `metrics` with a finite "loss" makes the step a candidate for the best; `metadata` is a
-        JSON object that says whose state this is (see `metadata()`). A step that is there already
-        is left alone. Raises `RunError` if this or the save before it fails.
+        `metrics` with a finite "loss" makes the step a candidate for the best. `metadata` is a JSON
+        object that says whose state this is (see `metadata()`). A step that exists is not written
+        again. Raises `RunError` if this save or the one before it fails.
         """
         step = int(step)
         self.wait()
@@ -189,7 +123,7 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def _clear(self) -> None:
-        """Remove what saves that were cut off have left, before the first save of this process."""
+        """Remove what interrupted saves left, before the first save of this process."""
         if not self._cleared and processes.is_first():
             for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 with suppress(OSError):
@@ -197,14 +131,14 @@ class Checkpoints:
             self._cleared = True
 
     def latest(self) -> int | None:
-        """Return the newest step that is saved whole, or None."""
+        """Return the newest whole step, or None."""
         return max(self.steps(), default=None)
 
     def resumable(self) -> int | None:
-        """Return the newest step, as `latest` does, if saving can go on after it.
+        """Return the newest whole step, or None, if the run can save after it.
 
-        Raises `InputError` for the rest of a later one: its place is taken, and saving would fail
-        when the run comes to it.
+        Raises `InputError` for a later step that is not whole: its folder would make saving fail
+        when the run reaches it.
         """
         latest = self.latest() or 0
         if later := [step for step in self._numbered() if step > latest]:
@@ -216,7 +150,7 @@ class Checkpoints:
         return latest or None
 
     def steps(self) -> list[int]:
-        """Return all steps that are saved whole, in order."""
+        """Return all whole steps in order."""
         self.wait()
         parts = (STATE, RECORD, "_CHECKPOINT_METADATA")
         return [
@@ -226,19 +160,19 @@ class Checkpoints:
         ]
 
     def _numbered(self) -> list[int]:
-        # Orbax renames a finished folder into place, but lists any with a number for a name.
+        # Orbax moves a finished folder into place, but lists any folder named by a number.
         return sorted(self._manager.all_steps())
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """Return the `metadata` that was given to `save`; raises `InputError`."""
+        """Return the `metadata` given to `save`; raises `InputError`."""
         return self._record(step)["metadata"]
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Return the state saved under `step`, bit by bit, on the shardings of `abstract_state`.
 
         `abstract_state` is a tree of `jax.ShapeDtypeStruct` (or arrays). Raises `InputError` that
-        names the first leaf that differs if the checkpoint is of another model, and one that says
-        what to do if it is damaged.
+        names the leaves that differ if the checkpoint is of another model, and one that says what
+        to do if it is damaged.
         """
         record = self._record(step)
         abstract = jax.tree.map(_abstract, abstract_state)
@@ -252,14 +186,14 @@ class Checkpoints:
         return state
 
     def wait(self) -> None:
-        """Return when no save is under way; raises `RunError` if one failed."""
+        """Wait for the last save; raises `RunError` if it failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Wait for the last save, and let go of threads and files; raises `RunError` as `wait`."""
+        """Wait for the last save and close threads and files; raises `RunError` as `wait`."""
         try:
             self._manager.close()
         except Exception as error:
@@ -272,13 +206,9 @@ class Checkpoints:
         try:
             args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=args)[RECORD]
-            if not all(
-                isinstance(record[key], dict) for key in ("metadata", "arrays", "fingerprints")
-            ):
-                raise ValueError(f"{RECORD} is not what was saved")
+            return {key: dict(record[key]) for key in ("metadata", "arrays", "fingerprints")}
         except Exception as error:
             raise self._damaged(step, error) from error
-        return record
 
     def _failed(self, error: Exception) -> RunError:
         reason = full_disk(error) or f"{first_line(error):.200}"
@@ -296,6 +226,72 @@ class Checkpoints:
         )
 
 
+def fingerprints(state: Any) -> dict[str, int]:
+    """Return the sum of each array's bits as 32-bit words, modulo 2**32, by the array's path.
+
+    Any change of one word changes the sum, and no sharding does. All processes of a run have to
+    call this together.
+    """
+    leaves = named_leaves(state)
+    # Each piece is summed on its own device, so that no device waits for another.
+    pieces = [
+        [
+            _fingerprint(piece.data)
+            for piece in jnp.asarray(leaf).addressable_shards
+            if not piece.replica_id
+        ]
+        for leaf in leaves.values()
+    ]
+    sums = np.array([sum(map(int, some)) for some in jax.device_get(pieces)], np.uint64)
+    if jax.process_count() > 1:
+        low = (sums % 2**32).astype(np.uint32)
+        sums = multihost_utils.process_allgather(low).astype(np.uint64).sum(axis=0)
+    return {name: int(n % 2**32) for name, n in zip(leaves, sums, strict=True)}
+
+
+@jax.jit
+def _fingerprint(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.uint8) if x.dtype == bool else x
+    words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def verify(state: Any, expected: Mapping[str, int]) -> None:
+    """Raise `ValueError` that names the first array whose bits are not those of `expected`."""
+    found = fingerprints(state)
+    changed = [name for name in found if found[name] != expected.get(name)]
+    if changed:
+        raise ValueError(f"{changed[0]} is not what was saved")
+
+
+def describe(tree: Any) -> dict[str, str]:
+    """Return dtype and shape of every array (or abstract one) by its path.
+
+    >>> describe({"a": np.zeros((2, 3), np.float32)})
+    {'a': 'float32 [2, 3]'}
+    """
+    return {
+        name: f"{np.dtype(leaf.dtype).name} {list(leaf.shape)}"
+        for name, leaf in named_leaves(tree).items()
+    }
+
+
+def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
+    """Raise `InputError` that lists how a saved tree and the expected one (`describe`) differ."""
+    problems = [
+        f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
+        f"{expected.get(name, 'nothing')}"
+        for name in sorted(saved.keys() | expected.keys())
+        if saved.get(name) != expected.get(name)
+    ]
+    if problems:
+        raise InputError(
+            f"{where}: is the checkpoint of another model: {problems[0]} (differences: "
+            f"{len(problems)}); give the configuration it was saved with, or another folder",
+            problems[1:],
+        )
+
+
 def _loss(metrics: Any) -> float:
     return metrics["loss"]
 
@@ -303,33 +299,3 @@ def _loss(metrics: Any) -> float:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _saved_tree(folder: Path) -> Any:
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(folder).item_metadata
-            return getattr(tree, "tree", tree)
-    except Exception as error:
-        raise InputError(
-            f"{folder}: is damaged or no checkpoint ({first_line(error):.200})"
-        ) from error
-
-
-def _restored(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -> Any:
-    check_name(folder)
-    device = SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        _saved_tree(folder) if abstract is None else abstract,
-    )
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(folder, abstract)
-        if expected is not None:
-            verify(tree, expected)
-        return tree
-    except Exception as error:
-        raise InputError(
-            f"{folder}: is damaged ({first_line(error):.200}); write the checkpoint again"
-        ) from error

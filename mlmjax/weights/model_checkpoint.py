@@ -1,9 +1,9 @@
-"""An Orbax checkpoint of a model alone."""
+"""Write and read an Orbax checkpoint of one model, without a run."""
 
 import json
-import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,36 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
-from mlmjax.errors import InputError
-from mlmjax.model.architecture import ModelConfig
+from mlmjax.errors import InputError, first_line
+from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import CLASSES, Model, abstract_model
-from mlmjax.parallel.sharding import leaf_path
 from mlmjax.storage import CONFIG, TOKENIZER_FILES, check_name, read_json, replace_folder
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub, pretrained
-from mlmjax.weights.checkpoints import RECORD, STATE, _restored, check_same, describe, fingerprints
-from mlmjax.weights.pretrained import to_hf_layout
+from mlmjax.weights.checkpoints import RECORD, STATE, check_same, describe, fingerprints, verify
 
 PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
 MODEL_FILES = frozenset(
     {CONFIG, MODEL_RECORD, PARAMS} | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
-# Orbax tells of every step it takes, and prints tracebacks of errors that it raises as well.
-logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
 
 
 def save_model(path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer | None) -> None:
-    """Write a model alone: config.json, tokenizer files, `params/` (Orbax), checkpoint.json.
+    """Write a folder of config.json, tokenizer files, `params/` (Orbax) and checkpoint.json.
 
-    The dtypes of the files it was loaded from are kept, so that it can go back bit by bit. The
-    folder appears whole or not at all. Raises `InputError` and `RunError` as `hf.save_pretrained`.
+    The last one keeps the dtypes of the files the model was loaded from, so that it can be exported
+    bit by bit. The folder appears whole or not at all. Raises `InputError` and `RunError` as
+    `save_pretrained`.
     """
     check_name(Path(path))
     params = nnx.state(model, nnx.Param)
     values = model.config.to_hf() | {"architectures": [type(model).__name__]}
     record = {
         "format": MODEL_FORMAT,
-        "source_dtypes": dict(getattr(model, "source_dtypes", ())),
+        "source_dtypes": dict(model.config.source_dtypes),
         "arrays": describe(params),
         "fingerprints": fingerprints(params),
     }
@@ -58,25 +56,23 @@ def save_model(path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer 
 def load_model(
     path: str | os.PathLike[str], *, dtype: str = "float32", attention: str = "auto"
 ) -> tuple[Model, Tokenizer | None]:
-    """Read what `save_model` wrote; the tokenizer is None where none was saved.
+    """Read what `save_model` wrote; the tokenizer is None if none was saved.
 
-    Raises `InputError` for a damaged folder, and for one whose arrays are not those of its
-    config.json.
+    Raises `InputError` for a damaged folder, and for arrays that do not fit its config.json.
     """
     folder = Path(path).expanduser().absolute()
-    record = _model_record(folder)
-    config = ModelConfig.from_hf(read_json(folder, CONFIG))
+    record = _read_record(folder)
+    config = pretrained.read_config(folder, read_json(folder, CONFIG))
     names = config.architectures or ()
     if len(names) != 1 or names[0] not in CLASSES:
         raise InputError(f"{folder / CONFIG}: architectures is {names}; expected a class")
-    model: Any = abstract_model(names[0], config, dtype=dtype, attention=attention)
+    config = replace(config, source_dtypes=record["source_dtypes"])
+    model = abstract_model(names[0], config, Options(dtype=dtype, attention=attention))
     graphdef, params = nnx.split(model)
     check_same(folder, record["arrays"], describe(params))
-    model = nnx.merge(graphdef, _restored(folder / PARAMS, params, record["fingerprints"]))
-    if record["source_dtypes"]:
-        model.source_dtypes = tuple(sorted(record["source_dtypes"].items()))
+    model = nnx.merge(graphdef, _restore(folder / PARAMS, params, record["fingerprints"]))
     has_tokenizer = (folder / TOKENIZER_FILES[0]).exists()
-    return model, pretrained.load_tokenizer(folder) if has_tokenizer else None
+    return model, pretrained.read_tokenizer(folder) if has_tokenizer else None
 
 
 def is_model(folder: Path) -> bool:
@@ -85,41 +81,35 @@ def is_model(folder: Path) -> bool:
 
 
 def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
-    """Return the parameters of a model's or a run's checkpoint as tensors of a Hugging Face folder.
+    """Return the parameters of a checkpoint as tensors of a Hugging Face folder.
 
-    `folder` is what `save_model` wrote, one step of `Checkpoints`, or a folder of such steps or a
-    run with one (the newest step then); None for anything else. The dtypes are those of the files
-    the model was loaded from, where they are known. Raises `InputError` for damaged files.
+    `folder` is what `save_model` wrote, one step of `Checkpoints`, or a folder of steps or a run
+    (then the newest step counts); None for anything else. The dtypes are those of the files the
+    model was loaded from, if they are known. Raises `InputError` for damaged files.
     """
     folder = folder.expanduser().absolute()
     if is_model(folder):
-        record = _model_record(folder)
-        tensors = _named(_restored(folder / PARAMS, None, record["fingerprints"]))
+        record = _read_record(folder)
+        tensors = pretrained.to_hf_tensors(_restore(folder / PARAMS, None, record["fingerprints"]))
         dtypes = record["source_dtypes"]
         if pretrained.DECODER in dtypes:
             tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING]
         return {name: x.astype(dtypes.get(name, x.dtype)) for name, x in tensors.items()}
-    for place in (folder, folder / "checkpoints"):
-        steps = [int(entry.name) for entry in place.glob("*") if entry.name.isdecimal()]
-        if steps and not (place / STATE).is_dir():
-            folder = place / str(max(steps))
+    for parent in (folder, folder / "checkpoints"):
+        steps = [int(entry.name) for entry in parent.glob("*") if entry.name.isdecimal()]
+        if steps and not (parent / STATE).is_dir():
+            folder = parent / str(max(steps))
             break
     if not (folder / STATE).is_dir():
         return None
     record = read_json(folder / RECORD, "metadata")
-    state = _restored(folder / STATE, None, record.get("fingerprints"))
+    state = _restore(folder / STATE, None, record.get("fingerprints"))
     if not isinstance(state, Mapping) or "params" not in state:
         raise InputError(f"{folder}: holds a state without params; give a training run's folder")
-    return _named(state["params"])
+    return pretrained.to_hf_tensors(state["params"])
 
 
-def _named(params: Any) -> dict[str, np.ndarray]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    named = ((leaf_path(path), np.asarray(leaf)) for path, leaf in leaves)
-    return {name: to_hf_layout(name, value) for name, value in named}
-
-
-def _model_record(folder: Path) -> dict[str, Any]:
+def _read_record(folder: Path) -> dict[str, Any]:
     record = read_json(folder, MODEL_RECORD)
     tables = [record.get(key) for key in ("source_dtypes", "arrays", "fingerprints")]
     known = set(pretrained.DTYPES.values())
@@ -128,3 +118,25 @@ def _model_record(folder: Path) -> dict[str, Any]:
     if not known.issuperset(map(str, record["source_dtypes"].values())):
         raise InputError(f"{folder / MODEL_RECORD}: expected dtypes {', '.join(sorted(known))}")
     return record
+
+
+def _restore(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -> Any:
+    """Return the arrays of a folder, all on one device; None restores whatever tree is there."""
+    check_name(folder)
+    device = SingleDeviceSharding(jax.devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            if abstract is None:
+                tree = checkpointer.metadata(folder).item_metadata
+                abstract = getattr(tree, "tree", tree)
+            shapes = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract
+            )
+            restored = checkpointer.restore(folder, shapes)
+        if expected is not None:
+            verify(restored, expected)
+        return restored
+    except Exception as error:
+        raise InputError(
+            f"{folder}: is damaged ({first_line(error):.200}); write the checkpoint again"
+        ) from error

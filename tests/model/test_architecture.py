@@ -143,7 +143,7 @@ def assert_same(config, theirs):
     for kind in (GLOBAL, LOCAL):
         assert config.rope_theta(kind) == theirs.rope_parameters[kind]["rope_theta"]
     assert config.window == theirs.sliding_window
-    derived = {"layer_types", "rope_parameters", "extra", "architectures"}
+    derived = {"layer_types", "rope_parameters", "extra", "source_dtypes", "architectures"}
     derived |= {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
     if theirs.label2id is None:  # left out there, derived from id2label here
         derived.add("label2id")

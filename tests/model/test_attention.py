@@ -103,7 +103,7 @@ def test_dense_is_the_definition(window, packed):
 @example(length=75, window=None, packed=True, seed=0, where="cpu")
 def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, where):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "platform", lambda: where)
+        patch.setattr(blockwise, "is_single_cpu", lambda: where == "cpu")
         patch.setattr(blockwise, "_BLOCK", 8)
         ids = segments(length, seed) if packed else None
         dense, banded = paths(ids, window, "dense", "banded")
@@ -116,7 +116,7 @@ def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, 
     [(512, 64), (513, 63), (770, 65), (1000, 130), (520, 200), (600, None), (512, None)],
 )
 def test_banded_is_dense_with_its_own_blocks(monkeypatch, length, window, where):
-    monkeypatch.setattr(blockwise, "platform", lambda: where)
+    monkeypatch.setattr(blockwise, "is_single_cpu", lambda: where == "cpu")
     dense, banded = paths(segments(length), window, "dense", "banded")
     assert_paths_equal(dense, banded, heads((3, 1, length, 4)))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from noisy_models import build, config_of, loss_and_gradients, padded_batch
 
 from mlmjax.model.architecture import GLOBAL, LOCAL
-from mlmjax.model.encoder import _repetition
+from mlmjax.model.encoder import _find_periods
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 
 PATTERNS = {
@@ -40,13 +40,13 @@ def assert_equal(first, second):
 def test_a_loop_gives_the_same_numbers(pattern):
     remat, changes = PATTERNS[pattern]
     config = config_of(**changes)
-    assert _repetition(config.layer_types)[0]
+    assert _find_periods(config.layer_types)[0]
     assert_equal(run(config, remat=remat), run(config))
 
 
 def test_layers_without_a_pattern_stay_single():
     for kinds in ([GLOBAL], [GLOBAL, LOCAL, GLOBAL], [GLOBAL, LOCAL, GLOBAL, GLOBAL, LOCAL, LOCAL]):
-        assert not _repetition(kinds)[0]
+        assert not _find_periods(kinds)[0]
 
 
 def test_the_compiler_sees_one_period():
@@ -70,8 +70,8 @@ def test_hidden_states_are_those_of_every_layer():
 
 
 @given(st.lists(st.sampled_from([GLOBAL, LOCAL]), min_size=1, max_size=30))
-def test_repetition_is_true_and_leaves_out_the_first_layer(kinds):
-    layers, period = _repetition(kinds)
+def test_find_periods_is_true_and_leaves_out_the_first_layer(kinds):
+    layers, period = _find_periods(kinds)
     if layers:
         assert 0 not in layers
         assert len(layers) > len(kinds) // 2
@@ -81,4 +81,4 @@ def test_repetition_is_true_and_leaves_out_the_first_layer(kinds):
 
 @pytest.mark.parametrize(("layers", "scanned"), [(22, range(1, 22)), (28, range(1, 28))])
 def test_base_and_large_are_a_first_layer_and_periods_of_three(layers, scanned):
-    assert _repetition(config_of(num_hidden_layers=layers).layer_types) == (scanned, 3)
+    assert _find_periods(config_of(num_hidden_layers=layers).layer_types) == (scanned, 3)

@@ -83,15 +83,14 @@ def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
 
 
 def test_what_only_files_said_of_a_model_is_no_other_program(model):
-    config = replace(model.config, extra={"dtype": "bfloat16"})
-    same = ModernBertForMaskedLM(config, rngs=nnx.Rngs(1))
-    same.source_dtypes = (("decoder.bias", "bfloat16"),)
-    wider = ModernBertForMaskedLM(replace(config, local_attention=4), rngs=nnx.Rngs(1))
+    said = {"extra": {"dtype": "bfloat16"}, "source_dtypes": {"decoder.bias": "bfloat16"}}
+    same = ModernBertForMaskedLM(replace(model.config, **said), rngs=nnx.Rngs(1))
+    wider = ModernBertForMaskedLM(replace(same.config, local_attention=4), rngs=nnx.Rngs(1))
     ours = make(model)
     assert make(same).jitted is ours.jitted
     assert make(wider).jitted is not ours.jitted
     assert same.config.extra == {"dtype": "bfloat16"}
-    assert same.source_dtypes == (("decoder.bias", "bfloat16"),)
+    assert same.config.source_dtypes == {"decoder.bias": "bfloat16"}
 
 
 class ScarceMemory:

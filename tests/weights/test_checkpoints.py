@@ -362,16 +362,15 @@ def test_orbax_is_quiet_and_others_are_not(state, tmp_path, caplog, capfd):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_model_checkpoint_keeps_everything(name, tmp_path):
-    config = dataclasses.replace(CONFIG, extra={"note": 1}, num_labels=None)
-    model = make_model(config, name)
-    model.source_dtypes = (("head.dense.weight", "bfloat16"),)
+    said = {"extra": {"note": 1}, "source_dtypes": {"head.dense.weight": "bfloat16"}}
+    model = make_model(dataclasses.replace(CONFIG, **said), name)
     save_model(tmp_path / "m", model, None)
     again, tokenizer = load_model(tmp_path / "m", dtype="bfloat16")
     assert tokenizer is None
     assert type(again).__name__ == name
     assert again.dtype == jnp.bfloat16
     assert again.config.extra["note"] == 1
-    assert again.source_dtypes == model.source_dtypes
+    assert again.config.source_dtypes == model.config.source_dtypes
     assert bits(nnx.state(again)) == bits(nnx.state(model))
     save_model(tmp_path / "m", again, None)  # replaces the older one
 

@@ -154,7 +154,7 @@ def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
         tensors[name] = tensors[name].astype(dtype)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     model, tokenizer = load_pretrained(folder)
-    assert len(set(dict(model.source_dtypes).values())) == 3
+    assert len(set(model.config.source_dtypes.values())) == 3
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
 
@@ -231,7 +231,7 @@ def test_derived_buffers_of_older_exports_are_dropped(folder):
     tensors["model.layers.0.attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     save_file(tensors, folder / WEIGHTS)
     model, _ = load_pretrained(folder)
-    assert "model.layers.0.attn.rotary_emb.inv_freq" not in dict(model.source_dtypes)
+    assert "model.layers.0.attn.rotary_emb.inv_freq" not in model.config.source_dtypes
 
 
 def test_computing_in_bfloat16_keeps_float32_parameters(source):

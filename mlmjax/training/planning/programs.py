@@ -28,7 +28,7 @@ from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
 from mlmjax.data.preparing.prepare import check_same
 from mlmjax.data.schedule import row_schedule, target_width
 from mlmjax.errors import InputError, first_line
-from mlmjax.model.attention import automatic, check_platform, splash_block
+from mlmjax.model.attention import check_platform, choose_implementation, splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import as_computed, rows_of
 from mlmjax.scoring.scorers import Scorer
@@ -86,7 +86,7 @@ def compile_run(
     mesh = sharding.make_mesh(config.mesh, devices)
     compiler = "jaxlib" if topology.platform == "cpu" else "libtpu"
     attention = config.attention
-    chosen = automatic(topology.platform) if attention == "auto" else attention
+    chosen = choose_implementation(topology.platform) if attention == "auto" else attention
     blocks = [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
     machine = {
         "topology": topology.name,

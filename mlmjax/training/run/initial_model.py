@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mlmjax.config.run import RunConfig
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import (
     Model,
     ModernBertForMaskedLM,
@@ -51,7 +52,7 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer]:
     if config.init_from is not None:
         where = config.init_from
         model, tokenizer = pretrained.load_pretrained(
-            where, revision=config.revision, dtype=config.dtype, attention=config.attention
+            where, revision=config.revision, **_options(config)
         )
         tokenizer = own or tokenizer
         if config.head == "classification":
@@ -65,8 +66,7 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer]:
         where = "[model]"
         tokenizer = own or Tokenizer.from_pretrained()
         model = _described(config, tokenizer)
-    _set_ways(config, model)
-    pretrained.check_tokenizer(Path(where), model.config.to_hf(), tokenizer)
+    pretrained.check_tokenizer(Path(where), model.config, model.config.to_hf(), tokenizer)
     _check_architecture(config, where, model.config)
     return model, tokenizer
 
@@ -85,16 +85,10 @@ def describe_start(config: RunConfig) -> Model:
             architecture = ModelConfig.from_hf(PUBLISHED[where])
         else:
             folder = hub.fetch(where, revision=config.revision, weights=False)
-            architecture = ModelConfig.from_hf(read_json(folder, CONFIG))
+            architecture = pretrained.read_config(folder, read_json(folder, CONFIG))
         model = _of_head(config, architecture)
-    _set_ways(config, model)
     _check_architecture(config, config.init_from or "[model]", model.config)
     return model
-
-
-def _set_ways(config: RunConfig, model: Any) -> None:
-    """Tell a model how to compute what it computes in training."""
-    model.remat, model.splash_blocks = config.remat, config.splash_blocks
 
 
 def _check_architecture(config: RunConfig, where: str, architecture: ModelConfig) -> None:
@@ -116,7 +110,7 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     """Load the tokenizer of a run without its model."""
     if config.init_from is None or config.tokenizer is not None:
         return Tokenizer.from_pretrained(config.tokenizer)
-    return pretrained.load_tokenizer(
+    return pretrained.read_tokenizer(
         hub.fetch(config.init_from, revision=config.revision, weights=False)
     )
 
@@ -138,9 +132,13 @@ def _of_head(config: RunConfig, architecture: ModelConfig) -> Any:
     if config.head == "classification":
         architecture = labelled_config(architecture, config.label_names)
         kind = ModernBertForSequenceClassification
-    return abstract_model(
-        kind.__name__, architecture, dtype=config.dtype, attention=config.attention
-    )
+    return abstract_model(kind.__name__, architecture, Options(**_options(config)))
+
+
+def _options(config: RunConfig) -> dict[str, Any]:
+    return {
+        name: getattr(config, name) for name in ("dtype", "attention", "remat", "splash_blocks")
+    }
 
 
 def initial_parameters(config: RunConfig, model: Any, params: Any, mesh: Mesh) -> Any:

@@ -252,9 +252,8 @@ def _finish(run: Run, graphdef: Any, params: Any, tokenizer: Tokenizer) -> None:
         whole = gather_on_first(params)  # Every process takes part; the first one writes.
         if processes.is_first():
             model = nnx.merge(graphdef, whole)
-            card = pretrained.model_card(model) + training_card(
-                config, run.loaders.manifest, report
-            )
+            sections = training_card(config, run.loaders.manifest, report)
+            card = pretrained.model_card(model, sections=sections)
             told = training_manifest(config.init_from, run.loaders.manifest, run.before).text()
             files = {TRAINING: told}
             pretrained.save_pretrained(
