@@ -41,20 +41,21 @@ def trained(tmp_path_factory):
     """A run on records of the tasks color and animal, and a run that started from its export."""
     folder = tmp_path_factory.mktemp("runs")
     with quick_compiles(folder):
-        first = make_config(folder, steps=4)
+        short = {"steps": 1, "checkpoint__every": 1, "schedule__warmup": 0, "schedule__decay": 0}
+        short["data__validation_rows"] = 0
+        first = make_config(folder, model__num_hidden_layers=1, **short)
         run_training(first)
         (folder / "other.jsonl").write_text('{"body": "the sun and the moon"}\n')
         source = {"path": str(folder / "other.jsonl"), "text": "body", "name": "books"}
         second = make_config(
             folder,
             out=str(folder / "second"),
-            steps=4,
             model=None,
             tokenizer=None,
             init_from=str(folder / "out" / "export"),
             data__rows=str(folder / "more"),
-            data__validation_rows=0,
             data__sources=[source],
+            **short,
         )
         run_training(second)
         yield folder

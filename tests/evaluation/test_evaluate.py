@@ -279,7 +279,7 @@ def test_unknown_tasks_and_protocols_are_refused(model, tokenizer, reviews, capl
         run_evaluation(model, tokenizer, reviews, protocol="published")
     with pytest.raises(InputError, match=r"hub dataset a/b: cannot be read"):
         run_evaluation(model, tokenizer, task(hub="a/b"))
-    assert "a/b: revision is None and not a commit" in caplog.text
+    assert "a/b: revision is None, not a commit" in caplog.text
     with pytest.raises(InputError, match=r"20newsgroups_raw: has neither data nor hub; .*--data"):
         run_evaluation(model, tokenizer, "20newsgroups_raw")
     with pytest.raises(InputError, match="task reviews: path: is blank"):

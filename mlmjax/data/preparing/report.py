@@ -372,7 +372,7 @@ _KINDS = {
     "task excluded by": "task excluded by its name",
     "overlaps": "shares text with an evaluation set",
 }
-_LEAST_LABELLED, _NARROW = 0.025, 0.06
+_LEAST_LABELLED = 0.025
 _BINS = 64
 
 
@@ -419,16 +419,9 @@ def draw_records(sources: Sequence[Mapping[str, Any]]) -> Figure:
             continue
         bars = axes.barh(range(len(fates)), shares, left=left, color=color, height=0.66)
         legend[picture_label(name, 44)] = bars
-        for row in np.flatnonzero(shares >= _LEAST_LABELLED).tolist():
-            axes.text(
-                left[row] + shares[row] / 2,
-                row,
-                f"{shares[row]:.0%}",
-                ha="center",
-                va="center",
-                fontsize=8 if shares[row] >= _NARROW else 6.5,
-                color="white" if _is_dark(color) else INK,
-            )
+        labels = [f"{share:.0%}" if share >= _LEAST_LABELLED else "" for share in shares]
+        label_color = "white" if _is_dark(color) else INK
+        axes.bar_label(bars, labels, label_type="center", fontsize=7, color=label_color)
         left = left + shares
     names = [
         f"{picture_label(name, 26)}\n{sum(fate.values()):,} records" for name, fate in fates.items()

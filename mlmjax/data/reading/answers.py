@@ -23,15 +23,6 @@ _LETTER = re.compile(r"\(([^\W\d_])\)|([^\W\d_])[.):]")
 _INITIALS = re.compile(r"(?:[^\W\d_]\.)+")
 
 
-def strip(answer: str) -> str:
-    """Remove outer white space, as is done for every answer.
-
-    >>> strip(" yes\\n")
-    'yes'
-    """
-    return answer.strip()
-
-
 def letter(answer: str) -> str:
     """Remove brackets and punctuation around a single letter.
 
@@ -53,20 +44,11 @@ def period(answer: str) -> str:
     return answer if _INITIALS.fullmatch(answer) else answer[:-1]
 
 
-def lower(answer: str) -> str:
-    """Convert to lower case.
-
-    >>> lower("Yes")
-    'yes'
-    """
-    return answer.lower()
-
-
 RULES: dict[AnswerRule, Callable[[str], str]] = {
-    "strip": strip,
+    "strip": str.strip,
     "letter": letter,
     "period": period,
-    "lower": lower,
+    "lower": str.lower,
 }
 
 

@@ -39,7 +39,7 @@ class Exclusion:
                 texts[task.name] = itertools.chain(
                     texts.get(task.name, ()), _texts(task, place, config.ngram)
                 )
-            self.index = OverlapIndex.of(texts, config.ngram)
+            self.index = OverlapIndex(texts, config.ngram)
 
     def pattern(self, task: str) -> str | None:
         """Return the first pattern that a task's name matches, in any case; or None.

@@ -47,9 +47,15 @@ class OverlapIndex:
 
     Memory depends on the evaluation sets only: their words, and 10 bytes for every n-gram. Words in
     two sets count for the first.
+
+    >>> index = OverlapIndex({"quiz": ["Which river flows through the city of Vienna?"]})
+    >>> index.hit("Q: which river flows THROUGH the city of 'Vienna'? A: the Danube")
+    Hit(name='quiz', words='which river flows through the city of vienna')
+    >>> index.hit("Which river flows through the city of Graz?") is None
+    True
     """
 
-    def __init__(self, texts: Mapping[str, Iterable[str]], n: int):
+    def __init__(self, texts: Mapping[str, Iterable[str]], n: int = NGRAM):
         self.names, self.n, self.shortest = list(texts), n, min(SHORTEST, n)
         self._ids: dict[str, int] = {}
         sets = [self._number(one) for one in texts.values()]
@@ -65,18 +71,6 @@ class OverlapIndex:
         for owner, one in enumerate(sets):
             self._add_short(owner, one)
         self._starts = np.array(sorted(self._short), np.uint64)
-
-    @classmethod
-    def of(cls, texts: Mapping[str, Iterable[str]], n: int = NGRAM) -> "OverlapIndex":
-        """Index evaluation texts by the name of their set.
-
-        >>> index = OverlapIndex.of({"quiz": ["Which river flows through the city of Vienna?"]})
-        >>> index.hit("Q: which river flows THROUGH the city of 'Vienna'? A: the Danube")
-        Hit(name='quiz', words='which river flows through the city of vienna')
-        >>> index.hit("Which river flows through the city of Graz?") is None
-        True
-        """
-        return cls(texts, n)
 
     def __len__(self) -> int:
         """Count the distinct runs of words in the index."""

@@ -382,17 +382,14 @@ def test_what_is_broken_is_named(tmp_path, tokenizer):
     assert "4 records, 3 examples, 1 broken file, 1 dropped (broken record)" in printed
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer, workers):
+def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('{"text": "Some words."}\n' + "{\n" * 44)
     paths = [str(tmp_path / "a.jsonl")]
     for i in range(23):
         paths.append(str(tmp_path / f"b{i:02}.parquet"))
         (tmp_path / f"b{i:02}.parquet").write_bytes(b"PAR1 no such thing")
     source = SourceConfig(path=tuple(paths), text="text", broken="skip", name="s")
-    config = DataConfig(
-        rows=str(tmp_path / "rows"), seq_length=8, sources=(source,), workers=workers
-    )
+    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
     page, found, printed = written(config, tokenizer)
     told = [row for row in cells(page) if row[0] == "s" and row[1].startswith(("file", "record "))]
     assert [row[1] for row in told] == [

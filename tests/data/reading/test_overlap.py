@@ -45,7 +45,7 @@ few = st.lists(text, max_size=MOST_TEXTS)
 @settings(max_examples=150, deadline=None)
 @given(st.fixed_dictionaries({"x": few, "y": few}), text, st.sampled_from([3, 7, 9]))
 def test_a_hit_is_what_comparing_all_words_finds(sets, text, n):
-    index, expected = OverlapIndex.of(sets, n), naive(sets, text, n)
+    index, expected = OverlapIndex(sets, n), naive(sets, text, n)
     hit = index.hit(text)
     assert (hit is None) == (not expected)
     if hit is not None:
@@ -55,7 +55,7 @@ def test_a_hit_is_what_comparing_all_words_finds(sets, text, n):
 
 
 def test_case_punctuation_and_space_do_not_count():
-    index = OverlapIndex.of({"set": [PASSAGE]})
+    index = OverlapIndex({"set": [PASSAGE]})
     shouted = "Context: " + PASSAGE.upper().replace(" ", ",\n  ") + "!"
     assert index.hit(shouted) == Hit("set", " ".join(PASSAGE.split()[:13]))
     assert index.hit(" ".join(PASSAGE.split()[:12])) is None
@@ -66,7 +66,7 @@ def test_case_punctuation_and_space_do_not_count():
 
 def test_a_short_text_is_found_whole_and_a_shorter_one_not_at_all():
     short = " ".join(PASSAGE.split()[:SHORTEST])
-    index = OverlapIndex.of({"set": [short, "nine ten"]})
+    index = OverlapIndex({"set": [short, "nine ten"]})
     assert index.hit(f"Q: {short}?").words == short
     assert index.hit(short.rsplit(" ", 1)[0] + " 6") is None
     assert index.hit("nine ten") is None
@@ -75,21 +75,21 @@ def test_a_short_text_is_found_whole_and_a_shorter_one_not_at_all():
 def test_the_wording_of_a_set_is_no_overlap():
     wording = "According to the passage above which of the following is it most reasonable to infer"
     rows = [f"{PASSAGE} {i}" for i in range(3)] + [f"{wording} {i}" for i in range(MOST_TEXTS)]
-    assert OverlapIndex.of({"set": rows}).hit(wording)
+    assert OverlapIndex({"set": rows}).hit(wording)
     rows.append(f"{wording} at last")
-    index = OverlapIndex.of({"set": rows})
+    index = OverlapIndex({"set": rows})
     assert index.hit(wording) is None
     assert index.hit(f"{wording} 3 of these").words.endswith("3")
     assert index.hit(PASSAGE)  # whatever else is in the set
     # A passage that many rows ask about is one text; a short question of many rows is wording.
-    assert OverlapIndex.of({"set": [PASSAGE] * 50}).hit(PASSAGE)
+    assert OverlapIndex({"set": [PASSAGE] * 50}).hit(PASSAGE)
     question = "which of the following is right"
-    assert OverlapIndex.of({"set": [question] * MOST_TEXTS}).hit(question)
-    assert not OverlapIndex.of({"set": [question] * (MOST_TEXTS + 1)}).hit(question)
+    assert OverlapIndex({"set": [question] * MOST_TEXTS}).hit(question)
+    assert not OverlapIndex({"set": [question] * (MOST_TEXTS + 1)}).hit(question)
 
 
 def test_words_of_two_sets_count_for_the_first():
-    index = OverlapIndex.of({"pro": ["x y z"], "first": [PASSAGE], "second": [PASSAGE]})
+    index = OverlapIndex({"pro": ["x y z"], "first": [PASSAGE], "second": [PASSAGE]})
     assert index.hit(PASSAGE).name == "first"
     assert len(index) == 3  # of 15 words
 
@@ -97,20 +97,20 @@ def test_words_of_two_sets_count_for_the_first():
 def test_a_long_document_is_searched_to_its_end():
     rng = random.Random(0)
     document = " ".join(str(rng.randrange(10**6)) for _ in range(50_000))
-    index = OverlapIndex.of({"set": [PASSAGE]})
+    index = OverlapIndex({"set": [PASSAGE]})
     assert index.hit(document) is None
     assert index.hit(f"{document} {PASSAGE}").name == "set"
 
 
 def test_nothing_to_look_for():
     for sets in ({}, {"set": []}, {"set": ["too short"]}):
-        index = OverlapIndex.of(sets)
+        index = OverlapIndex(sets)
         assert len(index) == 0
         assert index.hit(PASSAGE) is None
 
 
 def test_an_index_is_the_same_every_time():
-    first, second = (OverlapIndex.of({"set": [PASSAGE]}) for _ in range(2))
+    first, second = (OverlapIndex({"set": [PASSAGE]}) for _ in range(2))
     assert np.array_equal(first._runs, second._runs)
 
 
