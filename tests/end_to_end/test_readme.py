@@ -1,25 +1,28 @@
 """README and guide are true: code runs, tables are complete, links and anchors exist."""
 
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
-from pathlib import Path
 
 import pytest
 from flax import nnx
+from pages import ROOT, blocks, commands
 from processes import free_port
 from pydantic_core import PydanticUndefined
 
 import mlmjax
+from mlmjax.cli import main
+from mlmjax.cli.commands import cli
 from mlmjax.config.data import SourceConfig
-from mlmjax.config.run import RunConfig, parse_config
+from mlmjax.config.run import RunConfig, load_config, parse_config
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.config.task import Task
 
-ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = (
     *("guide", "data", "rows", "training", "runs", "evaluation", "suites"),
@@ -30,10 +33,10 @@ TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
 GUIDE = "\n".join(TEXTS.values())
 PODS = (ROOT / "docs" / "pods.md").read_text()
 HUB_MODEL = "answerdotai/ModernBERT-Large-Instruct"
-
-
-def blocks(language, text=README):
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+SMALL = (
+    "steps=2 model.hidden_size=16 model.num_attention_heads=2 model.num_hidden_layers=1 "
+    "data.validation_rows=2 data.seq_length=64"
+)
 
 
 def rows(table, prefix=""):
@@ -51,31 +54,51 @@ def rows(table, prefix=""):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
-    """A working directory that has what the README takes for granted, but small."""
-    folder = tmp_path_factory.mktemp("readme")
+def inputs(tmp_path_factory, tokenizer):
+    """What the README takes for granted, but small: a model and training data."""
+    folder = tmp_path_factory.mktemp("inputs")
     config = mlmjax.ModelConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     model = mlmjax.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
     mlmjax.save_pretrained(model, tokenizer, folder / "HF_FOLDER")
-    (folder / "configs").symlink_to(ROOT / "configs")
-    (folder / "tools").symlink_to(ROOT / "tools")
     with (folder / "my.jsonl").open("w") as file:
-        for number in range(600):
+        for number in range(200):
             answer = ("yes", "no")[number % 2]
             line = {"prompt": f"{number}: Is {answer} the answer? " * 3, "answer": answer}
             file.write(json.dumps(line) + "\n")
     return folder
 
 
-def test_python_blocks_run(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert len(blocks("python")) >= 2
-    for block in blocks("python"):
-        assert HUB_MODEL in block
-        exec(compile(block.replace(HUB_MODEL, "HF_FOLDER"), "README.md", "exec"), {})
-    assert (folder / "my-classifier" / "model.safetensors").is_file()
+def link_inputs(inputs, folder):
+    """Make a folder what the README's working directory is; return it."""
+    for path in (*inputs.iterdir(), ROOT / "configs", ROOT / "tools"):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
+@pytest.fixture
+def folder(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return link_inputs(inputs, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared_folder(inputs, tmp_path_factory):
+    """A folder for commands that use what the commands before them wrote."""
+    return link_inputs(inputs, tmp_path_factory.mktemp("shared"))
+
+
+PROGRAMS = blocks("python", README)
+
+
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+def test_python_blocks_run(folder, number):
+    assert HUB_MODEL in PROGRAMS[number]
+    program = PROGRAMS[number].replace(HUB_MODEL, "HF_FOLDER")
+    exec(compile(program, "README.md", "exec"), {})
+    if "save_pretrained" in program:
+        assert (folder / "my-classifier" / "model.safetensors").is_file()
 
 
 def test_texts_of_the_guide_are_scored_and_filled(capsys):
@@ -114,20 +137,49 @@ def test_tables_of_the_guide_have_every_key_and_default(table):
     assert set(found) == known
 
 
-def test_commands_run(folder):
-    """Every line of the command-line section, with fewer steps and a smaller network."""
-    section = README.split("## Command line")[1]
-    script = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1]
+def script_of(text, heading):
+    """Return the first shell script below a heading."""
+    return blocks("bash", text.split(f"\n## {heading}\n")[1])[0]
+
+
+def readme_script():
+    """Return the command-line section with fewer steps, a smaller network and two questions."""
+    script = script_of(README, "Command line")
     assert "steps=500" in script
-    small = "steps=2 model.hidden_size=16 model.num_attention_heads=2 data.validation_rows=2"
-    script = script.replace("steps=500", small)
     questions = ROOT / "tests" / "data" / "mmlu_500.jsonl"
-    script = script.replace("mmlu_test.parquet", f"{questions} --limit 8")
-    done = run_script(script, folder)
-    assert json.loads((folder / "results" / "results.json").read_text())["n"] == 8
-    assert '"label"' in done.stdout
-    assert (folder / "runs" / "atp-tiny" / "export" / "model.safetensors").is_file()
-    assert (folder / "ORBAX_FOLDER" / "config.json").is_file()
+    script = script.replace("mmlu_test.parquet", f"{questions} --limit 2")
+    return script.replace("steps=500", f"{SMALL} mesh.data=1")
+
+
+CHECKS = (  # what each command leaves behind or prints
+    lambda folder, out: (folder / "runs" / "atp-tiny" / "export" / "model.safetensors").is_file(),
+    lambda folder, out: json.loads((folder / "results" / "results.json").read_text())["n"] == 2,
+    lambda folder, out: '"label"' in out,
+    lambda folder, out: (folder / "ORBAX_FOLDER" / "config.json").is_file(),
+)
+
+
+CALLS = commands(readme_script())
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_commands_run(shared_folder, number, monkeypatch, capsys):
+    """In this process, which has imported and compiled before; each needs those before it."""
+    command = CALLS[number]
+    monkeypatch.chdir(shared_folder)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(command.stdin.encode())))
+    run, arguments = main.run, command.arguments
+    if command.program == "python":
+        script, *arguments = arguments
+        run = runpy.run_path(script)["run"]
+    assert run(arguments) == 0, capsys.readouterr().err
+    assert CHECKS[number](shared_folder, capsys.readouterr().out)
+
+
+@pytest.mark.long
+def test_commands_run_in_a_shell(folder):
+    out = run_script(readme_script(), folder).stdout
+    assert all(check(folder, out) for check in CHECKS)
 
 
 def run_script(script, folder, **variables):
@@ -145,23 +197,28 @@ def run_script(script, folder, **variables):
     return done
 
 
-def test_two_processes_of_the_pods_page_run(folder, tmp_path):
+PODS_SCRIPT = script_of(PODS, "Two processes on one machine")
+
+
+def test_commands_of_the_pods_page_parse(folder):
+    found = [command.arguments for command in commands(PODS_SCRIPT)]
+    parsed = [(name, cli.commands[name].make_context(name, rest).params) for name, *rest in found]
+    assert sorted(name for name, _ in parsed) == ["plan", "train", "train"]
+    assert {given["process"] for name, given in parsed if name == "train"} == {0, 1}
+    for _, given in parsed:
+        assert load_config(given["config"], given["overrides"])
+
+
+@pytest.mark.long
+def test_two_processes_of_the_pods_page_run(folder):
     """With a smaller network; standard output has nothing of the libraries."""
-    section = PODS.split("## Two processes on one machine")[1]
-    script = re.search(r"```bash\n(.*?)```", section, flags=re.DOTALL)[1]
-    script = script.replace("127.0.0.1:8476", f"127.0.0.1:{free_port()}")
-    small = "model.hidden_size=16 model.num_attention_heads=2 model.num_hidden_layers=1"
-    script = script.replace(
-        "steps=20", f"steps=2 {small} data.validation_rows=2 data.seq_length=64"
-    )
-    script = script.replace("--topology", f"{small} --topology")
-    for name in ("configs", "my.jsonl"):
-        (tmp_path / name).symlink_to(folder / name)
-    done = run_script(script, tmp_path, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="true")
+    script = PODS_SCRIPT.replace("127.0.0.1:8476", f"127.0.0.1:{free_port()}")
+    script = script.replace("steps=20", SMALL).replace("--topology", f"{SMALL} --topology")
+    done = run_script(script, folder, JAX_PLATFORMS="cpu", JAX_DISABLE_MOST_OPTIMIZATIONS="true")
     assert "cpu:2: no verdict" in done.stdout
     assert "export: runs/atp-tiny/export" in done.stdout
     assert "Gloo" not in done.stdout
-    assert "Gloo" in done.stderr  # or it prints no more, and need not be kept away
+    assert "Gloo" in done.stderr  # otherwise it prints nothing, and need not be kept away
 
 
 def anchors(page):

@@ -1,10 +1,7 @@
 """docs/reproduce.md: its commands parse, and what they name exists and loads."""
 
-import re
-import subprocess
-from pathlib import Path
-
 import pytest
+from pages import ROOT, blocks, commands
 
 from mlmjax.cli.commands import cli
 from mlmjax.config.run import load_config
@@ -12,30 +9,19 @@ from mlmjax.config.suite import load_suite
 from mlmjax.config.task import load_task
 from mlmjax.text.prompts import Template
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reproduce.md").read_text()
 
 
-def commands(text):
-    """The argument lists of every `mlmjax` call, loops and variables worked out by the shell."""
-    script = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
-    shim = "mlmjax() { printf '%s\\037' \"$@\"; echo; }\npytest() { :; }\n"
-    done = subprocess.run(
-        ["bash", "-euc", shim + script], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return [line.rstrip("\x1f").split("\x1f") for line in done.stdout.splitlines()]
-
-
-def parse(arguments):
-    name, *rest = arguments
+def parse(command):
+    name, *rest = command.arguments
     return name, cli.commands[name].make_context(name, rest).params
 
 
 def test_commands_parse_and_name_what_is_there(monkeypatch):
     monkeypatch.chdir(ROOT)
     trained, seen = set(), []
-    for arguments in commands(PAGE):
-        name, given = parse(arguments)
+    for command in commands("\n".join(blocks("bash", PAGE))):
+        name, given = parse(command)
         seen.append(name)
         if name == "evaluate":
             if given["suite"]:
@@ -55,10 +41,10 @@ def test_commands_parse_and_name_what_is_there(monkeypatch):
 
 def test_a_wrong_command_would_be_found():
     with pytest.raises(Exception, match="--protocl"):
-        parse(commands("```bash\nmlmjax evaluate --model m --task mmlu --protocl p\n```")[0])
-    assert commands("```bash\nfor i in 1 2; do\n  mlmjax train a.toml x=$i\ndone\n```") == [
-        ["train", "a.toml", "x=1"],
-        ["train", "a.toml", "x=2"],
+        parse(commands("mlmjax evaluate --model m --task mmlu --protocl p")[0])
+    assert commands("for i in 1 2; do\n  echo in $i | mlmjax train a.toml x=$i\ndone") == [
+        ("mlmjax", ["train", "a.toml", "x=1"], "in 1\n"),
+        ("mlmjax", ["train", "a.toml", "x=2"], "in 2\n"),
     ]
 
 
