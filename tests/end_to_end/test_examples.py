@@ -1,4 +1,4 @@
-"""The examples run as they stand, and do what they say."""
+"""The examples run unchanged, and do what they say."""
 
 import re
 import runpy
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
+from small_models import small_config
 
-from mlmjax import load_pretrained
+from mlmjax import ModernBertForMaskedLM, load_pretrained, save_pretrained
 from mlmjax.model.modernbert import parameters
 from mlmjax.weights.pretrained import EMBEDDING
 
@@ -17,9 +19,20 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "common.py")
 
 
+@pytest.fixture(scope="module", params=["small", pytest.param("packaged", marks=pytest.mark.long)])
+def model(request, tmp_path_factory, tokenizer):
+    """Options that name a model of random weights, or none for the packaged model."""
+    if request.param == "packaged":
+        return ()
+    folder = tmp_path_factory.mktemp("model") / "small"
+    config = small_config(num_hidden_layers=1)
+    save_pretrained(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), tokenizer, folder)
+    return ("--model", folder)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Run a script in a folder of its own, as `python SCRIPT ARGUMENTS` does; give what it says."""
+    """Run a script in an empty folder, as `python SCRIPT ARGUMENTS` does; return its lines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
@@ -36,7 +49,7 @@ def probabilities(line):
 
 
 def test_a_script_runs_from_anywhere(tmp_path):
-    """Not installed, by its path alone."""
+    """By its path, without the package installed."""
     done = subprocess.run(
         [sys.executable, EXAMPLES / "score.py", "--options", "good,bad,mixed", "Fine."],
         cwd=tmp_path,
@@ -50,17 +63,18 @@ def test_a_script_runs_from_anywhere(tmp_path):
     np.testing.assert_allclose(sum(probabilities(line)), 1, atol=2e-4)
 
 
-def test_the_objective_is_learned_and_its_export_scores(run, tmp_path):
-    lines = run("own_objective.py", "--steps", 40)
+def test_the_objective_is_learned_and_its_export_scores(run, tmp_path, model):
+    rate = ("--learning-rate", 1e-2) if model else ()
+    lines = run("own_objective.py", "--steps", 40, *model, *rate)
     losses = [float(re.search(r"loss ([\d.]+)", line)[1]) for line in lines[:-1]]
     assert losses[-1] < 0.6 * losses[0]
     assert lines[-1] == "own-objective: answers 100% of what it was trained on"
     prompt = "REVIEW: {text}\nCHOICES:\n{options}ANSWER:"
-    told = run(
+    answers = run(
         *("score.py", "--model", tmp_path / "own-objective", "--prompt", prompt),
         *("--options", "negative,positive", "The music alone is worth the ticket."),
     )
-    negative, positive = probabilities(told[0])
+    negative, positive = probabilities(answers[0])
     assert positive > 0.7
     np.testing.assert_allclose(negative + positive, 1, atol=2e-4)
 
@@ -71,15 +85,15 @@ def test_the_export_is_the_same_model(run):
     assert any(line.startswith("my-model/model.safetensors: ") for line in lines)
 
 
-def test_pretraining_goes_on_with_the_new_words(run, tmp_path):
-    lines = run("continue_pretraining.py", "steps=4", "mesh.data=1")
+def test_pretraining_goes_on_with_the_new_words(run, tmp_path, model):
+    lines = run("continue_pretraining.py", *model, "steps=4", "mesh.data=1")
     assert lines[0] == "continued/start: 6 new words, which were 17 tokens"
     assert lines[-1].endswith("['a', ' case', ' of', ' angioplasty']")
     start, _ = load_pretrained(tmp_path / "continued" / "start")
-    model, tokenizer = load_pretrained(tmp_path / "continued" / "run" / "export")
+    trained, tokenizer = load_pretrained(tmp_path / "continued" / "run" / "export")
     (token,) = tokenizer.encode_plain("angioplasty")
-    before, after = (np.asarray(parameters(one)[EMBEDDING]) for one in (start, model))
-    assert before.shape == after.shape == (50432, 256)
+    before, after = (np.asarray(parameters(one)[EMBEDDING]) for one in (start, trained))
+    assert before.shape == after.shape == (50432, start.config.hidden_size)
     assert not np.allclose(before[token], after[token])
 
 
