@@ -3,7 +3,6 @@
 Source: transformers 5.23, `ModernBertConfig`, which has the same defaults and precedences.
 """
 
-import difflib
 import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
+from mlmjax.config.tables import nearest
 from mlmjax.errors import InputError
 
 MODEL_TYPE = "modernbert"
@@ -329,8 +329,7 @@ def _problem(name: str, found: Any, expected: str) -> str:
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    hint = nearest(key, sorted(known)).strip() or f"known: {', '.join(sorted(known))}"
     return f"{key}: unknown key; {hint}"
 
 
