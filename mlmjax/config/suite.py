@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
 from mlmjax.config.run import Head
-from mlmjax.config.tables import StrictTable, decode, find_file, nearest, override, read_toml
+from mlmjax.config.tables import StrictTable, decode, find_file, override, read_toml, suggest_name
 from mlmjax.config.task import Task, load_task
 from mlmjax.errors import InputError
 
@@ -129,7 +129,7 @@ class Suite(StrictTable):
         for name in self.tasks:
             if name not in known:
                 raise ValueError(
-                    f"tasks: {name!r} is not an entry of the suite; {nearest(name, known)}"
+                    f"tasks: {name!r} is not an entry of the suite; {suggest_name(name, known)}"
                     f"it has {', '.join(dict.fromkeys(known))}"
                 )
         return self

@@ -80,14 +80,14 @@ def find_file(kind: str, name_or_path: str | Path) -> Path:
         return Path(name)
     raise InputError(
         f"{kind} {name!r}: is neither a shipped {kind} nor a .toml file; "
-        f"{nearest(name, shipped)}shipped are {', '.join(shipped)}"
+        f"{suggest_name(name, shipped)}shipped are {', '.join(shipped)}"
     )
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def suggest_name(name: str, known: Sequence[str]) -> str:
     """Ask whether the nearest known name was meant; empty if none is near.
 
-    >>> nearest("mmlu_prp", ["agnews", "mmlu_pro"])
+    >>> suggest_name("mmlu_prp", ["agnews", "mmlu_pro"])
     "did you mean 'mmlu_pro'? "
     """
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -133,7 +133,7 @@ def _describe(table_type: type[BaseModel], problem: Any) -> str:
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _keys_at(table_type, location[:-1])
-        hint = nearest(str(location[-1]), known) or f"known here: {', '.join(known)}"
+        hint = suggest_name(str(location[-1]), known) or f"known here: {', '.join(known)}"
         return f"{key}: unknown key; {hint.strip()}"
     if problem["type"] == "missing":
         return f"{key}: is missing; this key is required"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
-from mlmjax.config.tables import nearest
+from mlmjax.config.tables import suggest_name
 from mlmjax.errors import InputError
 
 MODEL_TYPE = "modernbert"
@@ -329,7 +329,7 @@ def _problem(name: str, found: Any, expected: str) -> str:
 
 
 def _unknown_key(key: str, known: set[str]) -> str:
-    hint = nearest(key, sorted(known)).strip() or f"known: {', '.join(sorted(known))}"
+    hint = suggest_name(key, sorted(known)).strip() or f"known: {', '.join(sorted(known))}"
     return f"{key}: unknown key; {hint}"
 
 

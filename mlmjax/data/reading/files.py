@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
-from mlmjax.config.tables import nearest
+from mlmjax.config.tables import suggest_name
 from mlmjax.errors import InputError, first_line
 
 MAX_LINE_BYTES = 32 * 2**20
@@ -124,9 +124,9 @@ def require_columns(
             *others, last = alternatives_of(column)
             missing = [n for n in names_in(last) if columns_read(n, present) is None]
             expected = " or ".join(map(repr, [*others, last] if others else missing[:1]))
+            hint = suggest_name(missing[0], list(present))
             raise InputError(
-                f"{where}: has no column {expected}; {nearest(missing[0], list(present))}columns: "
-                f"{', '.join(present) or 'none'}"
+                f"{where}: has no column {expected}; {hint}columns: {', '.join(present) or 'none'}"
             )
         read.update(found)
     return sorted(read)
