@@ -45,8 +45,8 @@ def run_evaluation(
     the task's own file or hub dataset, `limit` keeps the first rows, and `progress` is called with
     the rows done and all rows.
 
-    The result holds `task, protocol, metric` (the name of the task's main metric), `n, accuracy`
-    (micro), `accuracy_ci95` (Wilson), `macro_f1, mcc` with `macro_f1_ci95, mcc_ci95` (bootstrap),
+    The result holds `task, protocol, metric` (the headline metric's name), `n, accuracy` (micro),
+    `accuracy_ci95` (Wilson), `macro_f1, mcc` with `macro_f1_ci95, mcc_ci95` (bootstrap),
     `macro_accuracy` (mean over groups), `per_group, majority, chance, shortened` (rows whose text
     was truncated), `dropped` (rows with one of the task's `drop_labels`), `blank` (rows that
     cleaning left blank), `padding_share, seconds, calibration` (`reliability.calibration`),

@@ -256,7 +256,7 @@ def scores_picture(lines: Sequence[Line]) -> Figure:
     axes.set_xlim(lowest - 0.02, 1)
     charts.hide_left_axis(axes)
     axes.grid(axis="x", color=FAINT, linewidth=0.4, alpha=0.6)
-    axes.set_xlabel("score (the task's main metric) and its 95 % interval", color=INK, fontsize=9)
+    axes.set_xlabel("headline metric and its 95 % interval", color=INK, fontsize=9)
     if legend:
         charts.add_legend(figure, legend)
     return figure

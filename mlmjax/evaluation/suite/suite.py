@@ -111,11 +111,11 @@ def run_suite(
     """Run the planned entries of a suite (`config.suite.load_suite`) and write the results.
 
     Every model answers the zero-shot entries. Fine-tuned entries are trained with every head of the
-    suite and with `others`: each setting of the sweep once, then the one with the best main metric
-    on validation rows with every seed. Only these see the test rows. `baselines` are folders of
-    suites that were run elsewhere with other entrants; their results are read. `data` is the folder
-    of the files; without it parts come from the hub. Entries without data are reported and listed
-    with the reason.
+    suite and with `others`: each setting of the sweep once, then the one with the best headline
+    metric on validation rows with every seed. Only these see the test rows. `baselines` are folders
+    of suites that were run elsewhere with other entrants; their results are read. `data` is the
+    folder of the files; without it parts come from the hub. Entries without data are reported and
+    listed with the reason.
 
     Each result is written whole to `out`/cells and found again by the content of the model, task,
     rows and setting, so that the same call resumes a stopped run. Writes `suite.json` (which is
