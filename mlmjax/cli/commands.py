@@ -164,7 +164,7 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 )
 @click.pass_context
 def evaluate(context: click.Context, /, **given: Any) -> None:
-    """Score a model on a task and print the results as JSON, or run a whole suite into --out.
+    """Score a model on a task and print JSON, or run a suite into --out.
 
     KEY=VALUE changes a setting of a suite, such as sweep.epochs=[1] seeds=2 limit=500.
     """
@@ -283,7 +283,7 @@ def classify(
     batch_size: int | None,
     file: str,
 ) -> None:
-    """Classify each line of FILE (or - for standard input); print one JSON line per input line."""
+    """Classify each line of FILE (- for standard input); print one JSON line each."""
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
     from mlmjax.reporting.terminal import say

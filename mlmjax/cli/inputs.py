@@ -49,7 +49,7 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
 
 
 def read_lines(file: str) -> Iterator[str]:
-    """Yield the texts of a file or of standard input (`-`), one per line; reject blank lines."""
+    """Yield the lines of a file or of standard input (`-`); reject blank lines."""
     if file == "-":
         yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
         return

@@ -44,7 +44,7 @@ def keep_compiled() -> None:
 
 
 def _processor() -> str:
-    """Return a name for the features of this processor; programs of others may not run on it."""
+    """Return a name for the features of this processor, which programs depend on."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             features = next((line for line in file if line.startswith(("flags", "Features"))), "")

@@ -1,4 +1,4 @@
-"""Tasks and their results: a model is evaluated, reported on and compared.
+"""Evaluation of models on tasks, reports on it, and comparisons of two evaluations.
 
 A model and a task enter; a result folder leaves.
 """

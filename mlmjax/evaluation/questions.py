@@ -1,4 +1,4 @@
-"""The rows of a task as questions: what is asked, and which answer is right."""
+"""Read the rows of a task as questions with their gold answers."""
 
 import itertools
 import sys
@@ -21,7 +21,7 @@ from mlmjax.text.verbalizer import option_names
 
 @dataclass(frozen=True)
 class Question:
-    """One row to answer: its fields, the names of its labels, the gold one, and its group."""
+    """One row to answer: its fields and options, the gold label's number, and its group."""
 
     index: int
     where: str
@@ -33,10 +33,10 @@ class Question:
 def read_questions(
     task: Task, data: str | Path | None, limit: int | None
 ) -> tuple[list[Question], Counter[str]]:
-    """Read the rows of a task as questions, and count those left out: `dropped` and `blank`.
+    """Read the rows of a task as questions; count `dropped` and `blank` rows.
 
-    `data` is read in the place of the task's own rows, `limit` keeps the first. Raises `InputError`
-    that names every row without a usable answer, and where no row is left.
+    `data` replaces the task's own rows, `limit` keeps the first rows. Raises `InputError` that
+    names every row without a usable answer, and if no row is left.
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1 row")
@@ -58,7 +58,7 @@ def read_questions(
 
 
 def _question(task: Task, index: int, record: Record) -> Question | Literal["dropped", "blank"]:
-    """Turn a record into a question, or say why it is left out."""
+    """Turn a record into a question, or return why it is left out."""
     answer = look_up(record.fields, task.answer)
     if _key(answer) in task.drop_labels:
         return "dropped"
@@ -84,24 +84,24 @@ def _question(task: Task, index: int, record: Record) -> Question | Literal["dro
 
 
 def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
-    """Find the answer among the names: by the labels' table, by name, or as an index."""
+    """Return the number of the answer, given by table, name or index."""
     key = _key(answer)
     if isinstance(labels, Mapping):
         if key in labels:
             return names.index(labels[key])
-        raise InputError(f"the answer {answer!r} is none of {', '.join(map(repr, labels))}")
+        raise InputError(f"the answer {answer!r} is not one of {', '.join(map(repr, labels))}")
     if key in names:
         return names.index(key)
     if key.isdecimal() and len(key) < 10 and int(key) < len(names):
         return int(key)
     raise InputError(
-        f"the answer {answer!r} is none of {', '.join(map(repr, names))}, "
-        f"nor an index from 0 to {len(names) - 1}"
+        f"the answer {answer!r} is not one of {', '.join(map(repr, names))} and not an index from "
+        f"0 to {len(names) - 1}"
     )
 
 
 def _key(value: Any) -> str:
-    """Write a cell as a task file names it: text as it is, `true`, `false`, whole numbers plain."""
+    """Return a cell as a task file writes it, such as `true` or `2`."""
     if isinstance(value, bool | np.bool_):
         return str(bool(value)).lower()
     if isinstance(value, float) and value.is_integer():

@@ -56,7 +56,7 @@ def set_percent_ticks(axes: Any, axis: Literal["x", "y"]) -> None:
 
 
 def add_legend(figure: Figure, handles: Mapping[str, Any], **options: Any) -> None:
-    """Put a legend of `{label: handle}` below the axes; no label is read as a formula."""
+    """Put a legend of `{label: handle}` below the axes, without formulas in labels."""
     legend = figure.legend(
         list(handles.values()),
         list(handles),

@@ -38,7 +38,7 @@ def shortened(text: str, length: int) -> str:
 
 
 def cell(text: object, length: int = CELL) -> str:
-    r"""Return text as code for a table or a line; it cannot change the text around it.
+    r"""Return text as code that cannot change the line or table around it.
 
     >>> cell("task_1"), cell("a|`b`\n")
     ('`task_1`', '<code>a&#124;&#96;b&#96;⟨U+000A⟩</code>')
@@ -79,5 +79,5 @@ def percent(value: float | None) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    """Return a part of a whole as a percentage; 0 % if there is no whole."""
+    """Return a part of a whole as a percentage, of nothing 0 %."""
     return percent(part / whole if whole else 0)

@@ -226,9 +226,9 @@ def test_long_texts_are_counted(model, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row | {"label": "god"}, "the answer 'god' is none of 'bad', 'good'"),
-        (lambda row: row | {"label": 2}, "the answer 2 is none of .* index from 0 to 1"),
-        (lambda row: row | {"label": None}, "the answer None is none of"),
+        (lambda row: row | {"label": "god"}, "the answer 'god' is not one of 'bad', 'good'"),
+        (lambda row: row | {"label": 2}, "the answer 2 is not one of .* index from 0 to 1"),
+        (lambda row: row | {"label": None}, "the answer None is not one of"),
         (lambda row: row | {"text": " "}, "field 'text': is blank"),
         (lambda row: row | {"text": 5}, "field 'text': is int"),
         (lambda row: {"txt": "x", "label": "good"}, "has no column 'text'.*'txt', 'label'"),

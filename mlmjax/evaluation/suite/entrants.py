@@ -137,7 +137,7 @@ def _answer_with(source: SuiteModel, head: Head) -> Callable[..., Answers]:
 
 
 def settings_of(sweep: Sweep) -> list[Setting]:
-    """Return the points of a sweep, in the order in which equally good ones are preferred.
+    """Return the points of a sweep in the order of preference among equals.
 
     >>> settings_of(Sweep(epochs=(2, 1), learning_rate=(5e-5, 2e-5)))[:2]
     [Setting(epochs=1, learning_rate=2e-05), Setting(epochs=1, learning_rate=5e-05)]
@@ -172,11 +172,11 @@ def answer_fine_tuned(
     order_rows: int = 0,
     progress: Progress | None = None,
 ) -> Answers:
-    """Fine-tune a copy of the model with one head on `train`, and let it answer `asked`.
+    """Fine-tune a copy of the model with one head and let it answer.
 
-    The head `mlm` learns to give the answer's token at the slot of the task's prompt;
-    `classification` puts a new linear layer, drawn by `seed`, over the pooled text of
-    `Task.for_head`. Equal seeds give equal answers. Raises `DivergedError`.
+    It is trained on `train` and answers `asked`. The head `mlm` learns to give the answer's token
+    at the slot of the task's prompt; `classification` puts a new linear layer, drawn by `seed`,
+    over the pooled text of `Task.for_head`. Equal seeds give equal answers. Raises `DivergedError`.
     """
     longest = min(sweep.max_length, model.config.max_position_embeddings)
     scorer: RowScorer

@@ -88,7 +88,7 @@ def summarize(
     chosen: Setting | None = None,
     tried: Mapping[Setting, float | None] | None = None,
 ) -> Line:
-    """Return the line of one method on one task from its results, one for each seed."""
+    """Return the line of one method on one task from its result per seed."""
     entry, task = planned
     whole = [result for result in results if result.diverged is None]
     scores = [float(result.metrics[task.metric]) for result in whole]
@@ -179,7 +179,7 @@ def write_report(
 
 
 def _averages(lines: Sequence[Line]) -> tuple[list[tuple[str, str, float]], int]:
-    """Average each method over the tasks that all of them have a score on, if there are two."""
+    """Average each method over the tasks that all methods have a score on."""
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for line in lines:
         own = scores.setdefault((line.method, line.model), {})

@@ -51,7 +51,7 @@ class Rows:
 
 
 def read_rows(planned: Planned, suite: Suite, folder: Path | None) -> Rows:
-    """Read all parts of an entry from files of `folder`, or without it from the hub.
+    """Read all parts of an entry from files of `folder`, or from the hub.
 
     Raises `NoDataError` for a part that is not there, `InputError` for rows that cannot be used.
     """
@@ -86,7 +86,7 @@ def read_rows(planned: Planned, suite: Suite, folder: Path | None) -> Rows:
 
 
 def locate_part(task: Task, part: Part, folder: Path | None, name: str) -> tuple[Task, Path | None]:
-    """Return the task with the part's place on the hub, and the local file if there is a folder.
+    """Return the task with the part's place on the hub, and the local file.
 
     Raises `NoDataError` if the part is in neither.
     """
@@ -106,7 +106,7 @@ def locate_part(task: Task, part: Part, folder: Path | None, name: str) -> tuple
 
 
 def find_file(folder: Path, patterns: Sequence[str], what: str) -> Path:
-    """Find the one file in or below a folder that matches the first pattern with a match.
+    """Find the one file in a folder that matches the first pattern with a match.
 
     Patterns and names are compared as `normalize_name` writes them. Raises `NoDataError` if no file
     matches, `InputError` if several match one pattern.
@@ -157,7 +157,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
-    """Read and check the questions of a part; also return how many rows were left out."""
+    """Read and check the questions of a part; count rows that were left out."""
     if data is None and task.data is None:
         try:
             next(iter(read_source(task.location())))
@@ -206,7 +206,7 @@ def hold_out(
 
 
 def hash_questions(questions: Sequence[Question]) -> str:
-    """Return the hash of questions and their correct answers, not of the file they came from."""
+    """Return the hash of questions and their correct answers."""
     found = hashlib.sha256()
     for question in questions:
         line = [sorted(question.row.items()), question.gold]

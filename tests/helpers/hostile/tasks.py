@@ -67,9 +67,12 @@ TASKS = {
         {"answer": '"{nothing}"'},
         "data.jsonl line 1: column 'nothing': is NoneType",
     ),
-    "with an answer of null": ({"answer": '"nothing"'}, "line 1: the answer None is none of"),
-    "with an answer out of range": ({"answer": '"number"'}, "line 1: the answer 5 is none of"),
-    "with an answer of a list": ({"answer": '"two"'}, "line 1: the answer ['a', 'b'] is none of"),
+    "with an answer of null": ({"answer": '"nothing"'}, "line 1: the answer None is not one of"),
+    "with an answer out of range": ({"answer": '"number"'}, "line 1: the answer 5 is not one of"),
+    "with an answer of a list": (
+        {"answer": '"two"'},
+        "line 1: the answer ['a', 'b'] is not one",
+    ),
     "with an answer that is not there": ({"answer": '"lable"'}, "line 1: has no column 'lable'"),
     "with a column of braces": ({"columns": '{text = "{}"}'}, "without a plain column name"),
     "with a column and a format": (
@@ -127,7 +130,7 @@ ROWS = {
     ),
     "with 30 wrong labels": (
         jsonl([ROW | {"label": f"no{i}"} for i in range(30)]),
-        "data.jsonl line 1: the answer 'no0' is none of 'red', 'blue'",
+        "data.jsonl line 1: the answer 'no0' is not one of 'red', 'blue'",
     ),
     "with a text that does not fit": (jsonl([ROW | {"text": "sun " * 900}]), "data.jsonl line 1: "),
 }
