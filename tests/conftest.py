@@ -91,12 +91,14 @@ def tokenizer():
 def orbax_leftovers():
     """Collect what a failed read of Orbax leaves behind, within the test that made it fail.
 
-    Its unfinished coroutines complain when they are collected, which else happens in whatever test
-    comes later; nothing in our code can await them.
+    Its unfinished coroutines complain when they are collected, which otherwise happens in whatever
+    test comes later. Our code has no way to await them.
     """
+    gc.freeze()  # so that the collection below looks only at what the test made
     yield
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()
     finally:
         sys.unraisablehook = before
+        gc.unfreeze()
