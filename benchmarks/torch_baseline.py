@@ -36,7 +36,6 @@ from mlmjax.evaluation.suite.entrants import (
     read_texts,
 )
 from mlmjax.evaluation.suite.suite import run_suite
-from mlmjax.reporting.terminal import counting, say
 from mlmjax.scoring.engine import Progress
 from mlmjax.storage import CONFIG, hash_value
 from mlmjax.training.optimizer import make_schedule
@@ -215,8 +214,6 @@ def main(model: str, overrides: Sequence[str], suite: str, data: str | None, out
         out=out,
         data=data,
         others=[make_baseline(model)],
-        tell=say,
-        counting=counting,
     )
 
 

@@ -18,7 +18,7 @@ from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, with_classifier
 from mlmjax.reporting.markdown import number
-from mlmjax.reporting.terminal import bar
+from mlmjax.reporting.terminal import progress_bar
 from mlmjax.scoring.engine import Progress
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
@@ -172,7 +172,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
         numbers, held_out = _hold_out(texts, truth, validation, chosen, settings)
         examples = prompter.examples(numbers, texts, truth, chosen.seed)
-        with bar("fine-tuning", self.progress) as show:
+        with progress_bar("fine-tuning", self.progress) as show:
             shown = progress or show
             history = learn(prompter, examples, chosen, held_out=held_out, progress=shown)
         self._keep(settings, prompter)

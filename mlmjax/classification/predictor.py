@@ -19,7 +19,7 @@ from mlmjax.config.run import Head
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
-from mlmjax.reporting.terminal import bar
+from mlmjax.reporting.terminal import progress_bar
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import (
     Calibration,
@@ -376,7 +376,7 @@ class Predictor:
         prompter, done = self._load(), 0
         each = len(self.settings_.labels) if self.settings_.multi_label else 1
         total = len(texts) if isinstance(texts, Sized) else None
-        with bar("texts", self.progress) as show:
+        with progress_bar("texts", self.progress) as show:
             for raw in prompter.stream(texts, part):
                 yield raw
                 done += len(raw) // each

@@ -193,7 +193,7 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
         raise click.UsageError("--suite needs --out, the folder of its results.")
     from mlmjax.config.suite import load_suite
     from mlmjax.evaluation.suite.suite import run_suite
-    from mlmjax.reporting.terminal import counting, say
+    from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
     limit = [f"limit={given['limit']}"] if given["limit"] else []
@@ -203,8 +203,6 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
             *load_suite(given["suite"], [*given["overrides"], *limit]),
             given["models"] or [PACKAGED],
             **{name: given[name] for name in options},
-            tell=say,
-            counting=counting,
         )
     except KeyboardInterrupt:
         say(f"stopped; finished results are in {given['out']}; the same command resumes")
@@ -219,7 +217,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
-    from mlmjax.reporting.terminal import counting, say
+    from mlmjax.reporting.terminal import count_progress, say
     from mlmjax.storage import CLASSIFIER
     from mlmjax.weights.hub import PACKAGED, fetch
     from mlmjax.weights.pretrained import load_pretrained
@@ -235,7 +233,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     if (folder / CLASSIFIER).exists():
         say("the model is a classifier with its own prompt; the task's prompt is used instead")
     options = ("data", "protocol", "limit", "out", "batch_size", "order_rows")
-    with counting("rows scored") as progress:
+    with count_progress("rows scored") as progress:
         results = run_evaluation(
             *loaded, task, **{name: given[name] for name in options}, progress=progress, known=known
         )

@@ -87,7 +87,7 @@ def _bar(what: str, console: Console, *more: ProgressColumn) -> Progress:
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that shows `(done, total)`: a bar on a terminal, else ten lines."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if console.is_terminal:
@@ -107,11 +107,11 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
     """Yield a function of `(done, total)` for work that may take long, or None.
 
-    If `shown` is True, it is that of `counting`. If `shown` is None and stderr is a terminal, a bar
-    appears after two seconds.
+    If `shown` is True, it is that of `count_progress`. If `shown` is None and stderr is a terminal,
+    a bar appears after two seconds.
     """
     with ExitStack() as stack:
         started = time.monotonic()
@@ -120,7 +120,7 @@ def bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | 
         def show(done: int, total: int) -> None:
             late = done < total and time.monotonic() - started > PATIENCE_SECONDS
             if not inner and (shown or late):
-                inner.append(stack.enter_context(counting(what)))
+                inner.append(stack.enter_context(count_progress(what)))
             if inner:
                 inner[0](done, total)
 

@@ -4,7 +4,7 @@ import doctest
 import sys
 
 from mlmjax.reporting import terminal
-from mlmjax.reporting.terminal import Talk, bar, counting
+from mlmjax.reporting.terminal import Talk, count_progress, progress_bar
 
 
 def test_examples_in_the_documentation():
@@ -13,7 +13,7 @@ def test_examples_in_the_documentation():
 
 
 def test_rows_are_counted_in_tenths(capsys):
-    with counting("rows") as show:
+    with count_progress("rows") as show:
         for done in range(1, 101):
             show(done, 100)
     err = capsys.readouterr().err
@@ -22,21 +22,21 @@ def test_rows_are_counted_in_tenths(capsys):
 
 def test_rows_are_counted_by_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with counting("rows") as show:
+    with count_progress("rows") as show:
         show(3, 4)
     assert "3/4" in capsys.readouterr().err
 
 
 def test_a_bar_appears_when_work_takes_long_or_is_asked_for(capsys, monkeypatch):
-    with bar("rows", False) as show:
+    with progress_bar("rows", False) as show:
         assert show is None
-    with bar("rows", None) as show:
+    with progress_bar("rows", None) as show:
         assert show is None  # no terminal
-    with bar("rows", True) as show:
+    with progress_bar("rows", True) as show:
         show(1, 2)
     assert capsys.readouterr().err == "rows 1/2\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with bar("rows", None) as show:
+    with progress_bar("rows", None) as show:
         show(1, 2)
         assert not capsys.readouterr().err
         monkeypatch.setattr(terminal, "PATIENCE_SECONDS", -1.0)

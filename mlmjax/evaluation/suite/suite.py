@@ -29,6 +29,7 @@ from mlmjax.evaluation.suite.entrants import (
 from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
 from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result, open_results
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
+from mlmjax.reporting.terminal import count_progress, say
 from mlmjax.scoring.engine import Progress
 from mlmjax.storage import alone_in, read_json
 from mlmjax.text.verbalizer import option_names
@@ -51,7 +52,7 @@ TASK_KEYS = (
 
 CELLS = "cells"
 Counting = Callable[[str], AbstractContextManager[Progress]]
-"""Gives a context with a function that shows `(done, total)`, as `terminal.counting`."""
+"""Gives a context with a function that shows `(done, total)`, as `count_progress`."""
 
 
 @dataclass
@@ -105,8 +106,8 @@ def run_suite(
     revision: str | None = None,
     dtype: str = "float32",
     batch_size: int | None = None,
-    tell: Callable[[str], None],
-    counting: Counting,
+    tell: Callable[[str], None] = say,
+    counting: Counting = count_progress,
 ) -> dict[str, Any]:
     """Run the planned entries of a suite (`config.suite.load_suite`) and write the results.
 
