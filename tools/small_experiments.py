@@ -103,7 +103,7 @@ def commands(stage: str, data: Path, work: Path) -> Iterator[list[str]]:
 
 def save_untrained(folder: Path) -> None:
     """Save the network as it is before pretraining."""
-    described, tokenizer = load_start(load_config(CONFIGS / "small_mlm.toml"))
+    described, tokenizer, _ = load_start(load_config(CONFIGS / "small_mlm.toml"))
     model = ModernBertForMaskedLM(described.config, rngs=nnx.Rngs(0))
     save_pretrained(model, tokenizer, folder)
 

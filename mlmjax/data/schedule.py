@@ -65,6 +65,11 @@ def row_schedule(data: DataConfig, steps: int) -> RowSchedule:
     return RowSchedule(data.batch_start, data.batch_size, warmup)
 
 
+def micro_batches(data: DataConfig, rows: int) -> int:
+    """Count the micro-batches of an update of `rows` rows; all micro-batches have one size."""
+    return max(1, rows * data.accumulate // data.batch_size)
+
+
 def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
     """Return the share of tokens MLM masks, as a function of the update from 0.
 

@@ -15,7 +15,7 @@ from mlmjax.parallel.launch import find_peers
 from mlmjax.parallel.sharding import make_mesh
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.run.initial_model import load_start
-from mlmjax.training.run.resume import check_alike, check_places
+from mlmjax.training.run.resume import check_folders, check_same_settings
 from mlmjax.training.run.train import run_training
 from mlmjax.training.step import abstract_train_state, split_parameters
 from mlmjax.weights import pretrained
@@ -87,14 +87,14 @@ def assert_close_runs(out, expected):
 AT_STEP = """
 import os, signal, time
 from mlmjax.training.run import loop
-settle = loop.Steps._settle
+settle = loop.Loop._settle
 def settle_and_signal(self, step, *rest):
     while step == {step} and not os.path.isdir({after!r}):
         time.sleep(0.1)
     if step == {step}:
         os.kill(os.getpid(), signal.{name})
     return settle(self, step, *rest)
-loop.Steps._settle = settle_and_signal
+loop.Loop._settle = settle_and_signal
 """
 
 
@@ -117,7 +117,7 @@ def test_two_processes_are_one_run_though_one_was_asked_to_stop(folder, one):
 
     codes, outputs, errors = processes.train(folder, config, 2, 1)
     assert codes == [0, 0], errors
-    assert f"goes on from step {saved(folder / 'moved')[-1]}" in errors[0]
+    assert f"resumes from step {saved(folder / 'moved')[-1]}" in errors[0]
     assert f"export: {out / 'export'}" in outputs[0]
     assert not outputs[1].strip() or "Gloo" in outputs[1]
     assert "loss" not in outputs[1] + errors[1]
@@ -128,7 +128,7 @@ def test_what_two_began_one_ends_on_another_mesh(folder, one):
     """Bit-equal when restored, and the same batches from then on."""
     out, other = folder / "moved", {"data": 4, "fsdp": 2}
     config = make_config(folder, out=str(out), **{**SMALL, "mesh": other})
-    params = split_parameters(load_start(config)[0])[1]
+    params = split_parameters(load_start(config).model)[1]
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
     with Checkpoints(out / "checkpoints", config.checkpoint) as checkpoints:
         step = checkpoints.latest()
@@ -201,7 +201,7 @@ def test_of_four_processes_one_dies(folder, victim):
         assert (f"mlmjax: process {victim} of 4 (on " in error) == (number != victim)
     codes, _, errors = processes.train(folder, config, 4, 1)
     assert codes == [0] * 4, errors
-    assert "goes on from step 3" in errors[0]
+    assert "resumes from step 3" in errors[0]
 
 
 def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
@@ -210,27 +210,27 @@ def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "broadcast_from_first", lambda make: told.append(make()))
     with suppress(TypeError):
-        check_alike(first)
+        check_same_settings(first)
     monkeypatch.setattr(distributed, "process_index", lambda: 1)
     sent = json.loads(json.dumps(told[0]))
     monkeypatch.setattr(distributed, "broadcast_from_first", lambda make: sent)
-    check_alike(first)
-    check_alike(make_config(tmp_path, out="/elsewhere", data__workers=3))
+    check_same_settings(first)
+    check_same_settings(make_config(tmp_path, out="/elsewhere", data__workers=3))
     other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})
     with pytest.raises(InputError, match=r"steps is 9 on process 1 .*, and 8 on") as caught:
-        check_alike(other)
+        check_same_settings(other)
     assert len(caught.value.details) == 1
     monkeypatch.setattr(distributed, "process_count", lambda: 3)
     with pytest.raises(InputError, match=r"--processes is 3 on process 1 .*, and 2 on process 0"):
-        check_alike(first)
+        check_same_settings(first)
 
 
 @pytest.mark.parametrize("place", ["rows", "rows/ck", "out/export", "out"])
 def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
     config = make_config(tmp_path, checkpoint__path=str(tmp_path / place))
     with pytest.raises(InputError, match=r"checkpoint\.path: .* folder of their own"):
-        check_places(config)
-    check_places(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
+        check_folders(config)
+    check_folders(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
 
 
 def test_a_host_that_is_unknown_is_refused_at_once():

@@ -26,7 +26,7 @@ from mlmjax.config.run import RunConfig, parse_config
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
 from mlmjax.data.preparing.prepare import check_same
-from mlmjax.data.schedule import row_schedule, target_width
+from mlmjax.data.schedule import target_width
 from mlmjax.errors import InputError, first_line
 from mlmjax.model.attention import check_platform, choose_implementation, splash_block
 from mlmjax.parallel import sharding
@@ -39,7 +39,7 @@ from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.planning.topology import Topology, devices_of, parse_topology
 from mlmjax.training.run.initial_model import PUBLISHED, describe_start, load_tokenizer
-from mlmjax.training.run.train import micro_batches
+from mlmjax.training.run.resume import check_batches
 from mlmjax.training.step import (
     HEADS,
     abstract_train_state,
@@ -63,9 +63,7 @@ def check_run(config: RunConfig, topology: Topology) -> Any:
         raise InputError("parallel: only 'pjit' can be planned; set parallel = 'pjit'")
     check_platform(config.attention, topology.platform)
     sizes = sharding.mesh_shape(config.mesh, topology.devices)
-    start = row_schedule(config.data, config.steps).start
-    sharding.check_rows(sizes, config.data.batch_size, config.data.accumulate)
-    sharding.check_rows(sizes, start, micro_batches(config, start))
+    check_batches(config, sizes)
     model = describe_start(config)
     sharding.parameter_specs(sizes, split_parameters(model)[1])
     return model

@@ -1,13 +1,14 @@
-"""What a run starts from: the model and the tokenizer, checked against each other and the run."""
+"""Load what a run starts from: a model and a tokenizer that fit each other and the run."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from mlmjax.config.run import RunConfig
+from mlmjax.data.contamination import TrainingManifest, read_training_manifest
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.encoder import Options
@@ -36,25 +37,39 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }
 PUBLISHED["answerdotai/ModernBERT-Large-Instruct"] = PUBLISHED["answerdotai/ModernBERT-large"]
-"""Models known without their folder: what their config.json has that is not the default."""
+"""The config.json of published models, without the default values, so that none is fetched."""
 
 DROPOUTS = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
 
 
-def load_start(config: RunConfig) -> tuple[Model, Tokenizer]:
-    """Load `init_from`, or describe the model of `[model]` without taking memory for it.
+class Start(NamedTuple):
+    """What a run starts from; `history` is what the model of `init_from` was trained on."""
 
-    With `head = "classification"` the model is one of the sources' labels. Raises `InputError` for
-    a model that cannot be trained so, and a tokenizer that is not its own.
+    model: Model
+    tokenizer: Tokenizer
+    history: TrainingManifest | None
+
+
+def load_start(config: RunConfig) -> Start:
+    """Load the model of `init_from`, or describe that of `[model]` without its weights.
+
+    With `head = "classification"` the model has the labels of the sources. Raises `InputError` for
+    a model that this run cannot train, and for a tokenizer of another model.
     """
-    own = Tokenizer.from_pretrained(config.tokenizer) if config.tokenizer else None
     model: Any
-    if config.init_from is not None:
+    history = None
+    if config.init_from is None:
+        where, tokenizer = "[model]", load_tokenizer(config)
+        model = _described(config, tokenizer)
+    else:
         where = config.init_from
+        folder = hub.fetch(where, revision=config.revision)
         model, tokenizer = pretrained.load_pretrained(
-            where, revision=config.revision, **_options(config)
+            folder, **_options(config)
         )
-        tokenizer = own or tokenizer
+        history = read_training_manifest(folder)
+        if config.tokenizer is not None:
+            tokenizer = load_tokenizer(config)
         if config.head == "classification":
             model = with_classifier(model, config.label_names, seed=config.seed)
         elif not isinstance(model, ModernBertForMaskedLM):
@@ -62,48 +77,26 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer]:
                 f"{where}: is a {type(model).__name__}; this training needs a "
                 f"{ModernBertForMaskedLM.__name__}, or head = 'classification'"
             )
-    else:
-        where = "[model]"
-        tokenizer = own or Tokenizer.from_pretrained()
-        model = _described(config, tokenizer)
+    _check_trainable(config, where, model.config)
     pretrained.check_tokenizer(Path(where), model.config, model.config.to_hf(), tokenizer)
-    _check_architecture(config, where, model.config)
-    return model, tokenizer
+    return Start(model, tokenizer, history)
 
 
 def describe_start(config: RunConfig) -> Model:
-    """Describe the model `load_start` loads, by its configuration alone: shapes, no weights.
+    """Return the model of `load_start` with shapes instead of weights, from its configuration.
 
-    Models of `PUBLISHED` need no folder and no hub. Raises `InputError` as `load_start`.
+    Models of `PUBLISHED` need neither a folder nor the hub. Raises `InputError` as `load_start`.
     """
-    model: Any
-    if config.init_from is None:
+    where = config.init_from
+    if where is None:
         model = _described(config, load_tokenizer(config))
+    elif where in PUBLISHED and not Path(where).is_dir():
+        model = _abstract(config, ModelConfig.from_hf(PUBLISHED[where]))
     else:
-        where = config.init_from
-        if where in PUBLISHED and not Path(where).is_dir():
-            architecture = ModelConfig.from_hf(PUBLISHED[where])
-        else:
-            folder = hub.fetch(where, revision=config.revision, weights=False)
-            architecture = pretrained.read_config(folder, read_json(folder, CONFIG))
-        model = _of_head(config, architecture)
-    _check_architecture(config, config.init_from or "[model]", model.config)
+        folder = hub.fetch(where, revision=config.revision, weights=False)
+        model = _abstract(config, pretrained.read_config(folder, read_json(folder, CONFIG)))
+    _check_trainable(config, where or "[model]", model.config)
     return model
-
-
-def _check_architecture(config: RunConfig, where: str, architecture: ModelConfig) -> None:
-    longest = architecture.max_position_embeddings
-    if config.data.seq_length > longest:
-        raise InputError(
-            f"data.seq_length: found {config.data.seq_length}; the model takes at most {longest} "
-            "positions (max_position_embeddings)"
-        )
-    for name in DROPOUTS[: 3 if config.head == "mlm" else 4]:
-        if getattr(architecture, name):
-            raise InputError(
-                f"{where}: {name} is {getattr(architecture, name)}; training has no dropout: set "
-                "it to 0 in the model's configuration"
-            )
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
@@ -116,6 +109,7 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
 
 
 def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
+    """Return the model of `[model]`, whose default ids are those of the tokenizer."""
     defaults = {
         "vocab_size": -(-tokenizer.vocab_size // 64) * 64,
         "pad_token_id": tokenizer.pad_id,
@@ -124,10 +118,11 @@ def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
         "cls_token_id": tokenizer.cls_id,
         "sep_token_id": tokenizer.sep_id,
     }
-    return _of_head(config, ModelConfig.from_hf(defaults | dict(config.model or {}), strict=True))
+    return _abstract(config, ModelConfig.from_hf(defaults | dict(config.model or {}), strict=True))
 
 
-def _of_head(config: RunConfig, architecture: ModelConfig) -> Any:
+def _abstract(config: RunConfig, architecture: ModelConfig) -> Any:
+    """Return the model of an architecture and the run's head, with shapes instead of weights."""
     kind: type = ModernBertForMaskedLM
     if config.head == "classification":
         architecture = labelled_config(architecture, config.label_names)
@@ -139,6 +134,22 @@ def _options(config: RunConfig) -> dict[str, Any]:
     return {
         name: getattr(config, name) for name in ("dtype", "attention", "remat", "splash_blocks")
     }
+
+
+def _check_trainable(config: RunConfig, where: str, architecture: ModelConfig) -> None:
+    """Raise `InputError` for a model that this run cannot train."""
+    longest = architecture.max_position_embeddings
+    if config.data.seq_length > longest:
+        raise InputError(
+            f"data.seq_length: found {config.data.seq_length}; the model takes at most {longest} "
+            "positions (max_position_embeddings)"
+        )
+    for name in DROPOUTS[: 3 if config.head == "mlm" else 4]:
+        if rate := getattr(architecture, name):
+            raise InputError(
+                f"{where}: {name} is {rate}; training has no dropout, so set it to 0 in the "
+                "model's configuration"
+            )
 
 
 def initial_parameters(config: RunConfig, model: Any, params: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""From a loader to the devices of all processes: each reads the rows its own devices need."""
+"""Open the loaders of a run, and give each process the rows its devices need."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -23,12 +23,12 @@ AnyLoader = Loader | LabelLoader
 
 
 class Loaders(NamedTuple):
-    """Batches of a run: `train`, `validation` as trained, `answers` (held out, every one asked).
+    """The batches of a run.
 
-    The last two are None without held-out rows. `by_source` has, for each source of held-out rows,
-    its answers asked, and where the run masks at random all of it masked for MLM; it is empty where
-    that is no more than `answers`, and for the classification head. `manifest` is that of the
-    rows, `sha256` its hash.
+    `validation` has the held-out rows masked as in training, and `answers` has every held-out
+    answer; both are None without held-out rows. `by_source` has for each held-out source its
+    answers, and, if the run masks at random, all of it masked for MLM. It is empty if that adds
+    nothing to `answers`, and for the classification head. `sha256` is the hash of `manifest`.
     """
 
     train: AnyLoader
@@ -46,10 +46,9 @@ class Loaders(NamedTuple):
 
 def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
-    data, folder = config.data, Path(config.data.rows)
+    data, folder, objective = config.data, Path(config.data.rows), config.objective
     manifest = read_manifest(folder)
     weights = {source.title: source.weight for source in data.sources}
-
     level = None if data.subset is None else data.select.sizes.index(data.subset)
     rows = {
         split: open_rows(folder, split, weights, level=level if split == "train" else None)
@@ -69,37 +68,32 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
             return LabelLoader(sources, **order)
         return Loader(sources, **order, **masking)
 
-    objective = config.objective
-    train = make(
-        rows.get("train", []),
-        row_schedule(data, config.steps),
-        objective=objective,
-        mask_rate=mask_rate(objective, config.steps),
-    )
+    sizes, rate = row_schedule(data, config.steps), mask_rate(objective, config.steps)
+    train = make(rows.get("train", []), sizes, objective=objective, mask_rate=rate)
     held_out, size = rows.get("validation", []), data.batch_size // data.accumulate
-    asked = objective.model_copy(update={"dummy_mlm_share": 0.0, "mlm_share": 0.0})
-    masked = asked.model_copy(update={"mlm_share": 1.0})
+    only_answers = objective.model_copy(update={"dummy_mlm_share": 0.0, "mlm_share": 0.0})
+    only_mlm = only_answers.model_copy(update={"mlm_share": 1.0})
     masks = objective.dummy_mlm_share + objective.mlm_share > 0 or any(s.text for s in held_out)
     by_source: dict[str, list[AnyLoader]] = {}
     if config.head == "mlm" and (masks or len(held_out) > 1):
         for source in held_out:
-            # Of plain text both would draw the same masks.
-            ways = [asked, masked] if masks and not source.text else [asked]
-            by_source[source.name] = [make([source], size, objective=way) for way in ways]
+            # Both objectives would draw the same masks in plain text.
+            objectives = [only_answers, only_mlm] if masks and not source.text else [only_answers]
+            by_source[source.name] = [make([source], size, objective=one) for one in objectives]
     return Loaders(
-        train,
-        make(held_out, size, objective=objective) if held_out else None,
-        make(held_out, size, objective=asked) if held_out else None,
-        by_source,
-        manifest,
-        hash_file(folder / MANIFEST),
+        train=train,
+        validation=make(held_out, size, objective=objective) if held_out else None,
+        answers=make(held_out, size, objective=only_answers) if held_out else None,
+        by_source=by_source,
+        manifest=manifest,
+        sha256=hash_file(folder / MANIFEST),
     )
 
 
 class Share(NamedTuple):
     """The rows of a batch that a process needs (int64, in order), and which of them it counts.
 
-    Where several processes need a row, one of them counts it.
+    If several processes need a row, one of them counts it.
     """
 
     rows: np.ndarray
@@ -107,7 +101,7 @@ class Share(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """A batch as the devices get it, and the rows of it, on the host, that this process counts."""
+    """A batch on the devices, and on the host those of its rows that this process counts."""
 
     step: int
     batch: Any
@@ -115,13 +109,13 @@ class Fed(NamedTuple):
 
 
 def feed(
-    loader: Loader | LabelLoader,
+    loader: AnyLoader,
     mesh: Mesh | None,
     start: int,
     stop: int,
     change: Callable[[Any], Any] = lambda batch: batch,
 ) -> Iterator[Fed]:
-    """Iterate over the batches of steps `start..stop-1`, the same, row by row, on any processes.
+    """Iterate over the batches of steps `start..stop-1`; any number of processes gets the same.
 
     `change` may widen the batches.
     """
@@ -144,25 +138,24 @@ def share_of(
     process: int,
     process_of: Callable[[Any], int] = lambda device: device.process_index,
 ) -> Share:
-    """Return which of so many rows the devices of a process need."""
+    """Return which of `rows` rows the devices of a process need."""
     owners: dict[tuple[int, int], int] = {}
-    needed = []
+    needed: set[tuple[int, int]] = set()
     placed: Any = batch_sharding(mesh).devices_indices_map((rows,))
     for device, index in placed.items():
         first, last, _ = index[0].indices(rows)
         owners.setdefault((first, last), process_of(device))
         if process_of(device) == process:
-            needed.append((first, last))
-    parts = sorted(set(needed))
-    numbers = [np.arange(*part) for part in parts]
-    counts = [np.full(part[1] - part[0], owners[part] == process) for part in parts]
-    if not parts:
-        return Share(np.empty(0, np.int64), np.empty(0, bool))
+            needed.add((first, last))
+    parts = [(np.arange(*part), owners[part] == process) for part in sorted(needed)]
+    empty = (np.arange(0), False)
+    numbers = [one for one, _ in (empty, *parts)]
+    counts = [np.full(len(one), is_counted) for one, is_counted in (empty, *parts)]
     return Share(np.concatenate(numbers), np.concatenate(counts))
 
 
 def assemble(batch: AnyBatch, mesh: Mesh, rows: np.ndarray, size: int) -> Any:
-    """Make the global batch of `size` rows from the `rows` that every process has of it."""
+    """Make the global batch of `size` rows from those that each process has (`rows`)."""
     sharding = batch_sharding(mesh)
 
     def piece(x: np.ndarray, index: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, and lines or a bar for people."""
+"""Write metrics.jsonl and TensorBoard events, from sums over a stretch of updates."""
 
 import json
 import math
@@ -6,31 +6,35 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, UNUSED, Batch, LabelBatch
+from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
-from mlmjax.parallel.processes import is_first
 from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES, productive_share
 
 METRICS = "metrics.jsonl"
 EVENTS_SECONDS = 10.0
-"""How long figures for TensorBoard may wait before they are on disk."""
+"""How long events for TensorBoard may stay in memory."""
+
+Figures = Mapping[str, float | None]
+"""The figures of one line of metrics.jsonl; None where there is nothing to measure."""
+
+Totals = defaultdict[str, float]
+"""Sums over a stretch of updates."""
 
 
 class MetricsLog:
-    """The file `metrics.jsonl` of a run folder, one JSON object per (step, split), and its events.
+    """The `metrics.jsonl` of a run folder, one JSON object per (step, split), and its events.
 
-    Opening it for a run that goes on from `step` drops the lines past that step, and what a killed
-    process left half written. Raises `InputError` for a file that is no metrics file, `RunError`
-    when writing fails.
+    When a run resumes from `step`, the lines after that step are removed, and so is a last line
+    that a killed process left unfinished. Raises `InputError` for a file of other content,
+    `RunError` if writing fails.
     """
 
     def __init__(self, folder: Path, step: int = 0):
@@ -44,28 +48,20 @@ class MetricsLog:
             raise write_failed(self.path, error) from error
         self._written = {(line["step"], line["split"]) for line in lines}
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         # After a failed write, closing fails in the same way; the first error is the one to show.
-        with suppress(OSError):
-            self._file.close()
-        with suppress(OSError):
-            if self._events:
-                self._events.close()
+        for file in (self._file, self._events):
+            with suppress(OSError):
+                if file:
+                    file.close()
 
     def has(self, step: int, split: str) -> bool:
-        """Tell whether the line of this step and split is there."""
+        """Tell whether there is a line of this step and split."""
         return (step, split) in self._written
 
-    def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Append one line, flushed; None stands for a figure there is none of."""
+    def write(self, step: int, split: str, values: Figures) -> None:
+        """Append one line and flush it."""
         line = {"step": step, "split": split, **values}
         try:
             self._file.write(f"{json.dumps(line, allow_nan=False)}\n")
@@ -77,7 +73,7 @@ class MetricsLog:
         self._written.add((step, split))
 
     def sync(self) -> None:
-        """Force what was written to disk, so that it is there when a checkpoint of it is."""
+        """Force all lines to disk, as a checkpoint needs those before it."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -85,30 +81,6 @@ class MetricsLog:
                 self._events.flush()
         except OSError as error:
             raise write_failed(self.path, error) from error
-
-
-class NoLog:
-    """What stands for the `MetricsLog` of a process that keeps none."""
-
-    def has(self, step: int, split: str) -> bool:
-        """Return False."""
-        return False
-
-    def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Do nothing."""
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-
-@contextmanager
-def open_log(folder: Path, step: int) -> Iterator["MetricsLog | NoLog"]:
-    """Give the log of a run; of several processes the first one keeps it."""
-    if not is_first():
-        yield NoLog()
-        return
-    with MetricsLog(folder, step) as log:
-        yield log
 
 
 def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
@@ -123,11 +95,11 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
             if [type(part) for part in key] != [int, str]:
                 raise ValueError("no step, or no split")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            # A power cut can leave the unsynced end of a file as zeros; before it nothing may be.
+            # A power cut can leave zeros at the end of a file, and nowhere else.
             if number == len(whole):
                 break
             raise InputError(
-                f"{path}, line {number}: is not a line of metrics; move the file away to go on"
+                f"{path}, line {number}: is not a line of metrics; move the file away to resume"
             ) from error
         if key[0] <= step:
             lines.setdefault(key, line)
@@ -135,13 +107,13 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
 
 
 class _Events:
-    """The TensorBoard file of a run. What is past `step` in older ones is taken back.
+    """The TensorBoard file of a run; it withdraws what older files say after `step`.
 
-    Written here and now: tensorboardX's own writer does it in a thread, whose errors nobody sees.
+    The writer of tensorboardX itself works in a thread, whose errors nobody sees.
     """
 
     def __init__(self, folder: Path, step: int):
-        # The import loads torch where that is installed: only here.
+        # The import loads torch if that is installed, so it is only here.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.record_writer import RecordWriter
         from tensorboardX.summary import scalar
@@ -158,7 +130,7 @@ class _Events:
         event = self._event(wall_time=time.time(), step=step, **what)
         self._file.write(event.SerializeToString())
 
-    def write(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+    def write(self, step: int, split: str, values: Figures) -> None:
         for name, value in values.items():
             if value is not None:
                 self._add(step, summary=self._scalar(f"{split}/{name}", value))
@@ -180,13 +152,10 @@ def _open_events(folder: Path, step: int) -> _Events | None:
         return None
 
 
-Totals = defaultdict[str, float]
-
-
 def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:
     """Count positions and real tokens of a batch on the host.
 
-    Rows of padding alone, which fill up the last batch of validation, do not count.
+    Rows that are all padding, as in the last batch of validation, do not count.
 
     >>> segments = np.array([[1, 1, 2, 0]])
     >>> count_tokens(Batch(segments, segments, segments, *[segments] * 3))
@@ -201,23 +170,22 @@ def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:
 
 
 def add(totals: Totals, *parts: Mapping[str, Any]) -> None:
-    """Add scalars to the sums of a stretch of steps, in float64 on the host."""
+    """Add scalars to the sums of a stretch of updates, in float64 on the host."""
     for part in parts:
         for name, value in part.items():
-            if np.ndim(value) == 0:
-                totals[name] += float(value)
+            totals[name] += float(value)
 
 
 def summarize(
     totals: Mapping[str, float], peak: float | None = None, chips: int = 1
 ) -> dict[str, float | None]:
-    """Turn sums into the figures of one line of `metrics.jsonl`; None where nothing was counted.
+    """Turn sums into the figures of one line of `metrics.jsonl`.
 
     `answer_accuracy` is over ATP targets or labelled texts, `target_share` targets per real token,
-    `padding_share` padding per position, `grad_norm` and `update_norm` the means over the updates
-    made; those of `skipped_updates` count in nothing but the tokens read.
-    `flops_per_second` are model FLOPs, `mfu` their share of the `peak` of all devices;
-    `seconds_PHASE` is where the time went (`goodput.PHASES`), and `productive_share` that of steps.
+    `padding_share` padding per position. `grad_norm` and `update_norm` are means over the updates
+    made; of a skipped update only the tokens count. `flops_per_second` are model FLOPs, and `mfu`
+    is their share of `peak`, that of all devices. `seconds_PHASE` are those of `timing.PHASES`, and
+    `productive_share` is the share of `seconds_step`.
     """
     seconds = {key: totals.get(key) for key in (f"seconds_{phase}" for phase in PHASES)}
     working = (seconds["seconds_step"] or 0.0) + (seconds["seconds_data"] or 0.0)
@@ -234,7 +202,7 @@ def summarize(
         **{f"loss_{name}": share(f"{name}_loss_sum", f"{name}_count") for name in OBJECTIVES},
         "answer_accuracy": share(f"{answers}_correct", f"{answers}_count"),
         "grad_norm": share("grad_norm", "steps"),
-        # Its square may overflow where the parameters do not.
+        # The sum of squares may overflow although all parameters are finite.
         "update_norm": change if change is not None and math.isfinite(change) else None,
         "skipped_updates": totals.get("skipped", 0.0) if seconds["seconds_step"] else None,
         "learning_rate": None,
@@ -247,11 +215,3 @@ def summarize(
         **seconds,
         "productive_share": productive_share(totals),
     }
-
-
-def _widened(batch: Batch, width: int) -> Batch:
-    unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
-    targets = ("target_positions", "target_ids", "target_objective")
-    return batch._replace(
-        **{name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets}
-    )

@@ -1,11 +1,12 @@
-"""The loop of a run: its updates, what is counted of them, and when it pauses, saves and stops."""
+"""Run the updates of a run, and pause to log, validate, save and stop."""
 
 import signal
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
@@ -14,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlmjax.config.run import RunConfig
-from mlmjax.data.contamination import TrainingManifest
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import processes
@@ -23,250 +23,265 @@ from mlmjax.training.flops import training_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule
 from mlmjax.training.run.inputs import Loaders, feed
-from mlmjax.training.run.log import MetricsLog, NoLog, Totals, add, count_tokens, summarize
+from mlmjax.training.run.log import Figures, MetricsLog, Totals, add, count_tokens, summarize
 from mlmjax.training.run.timing import Clock, Profile
 from mlmjax.training.run.validation import EvalStep, validate
 from mlmjax.training.step import AnyBatch, TrainState
 from mlmjax.weights.checkpoints import Checkpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class StopRequest:
-    """Within this context SIGTERM and SIGINT ask for a stop instead of ending the process.
-
-    Before `arm` there is nothing to save, so the process leaves at once. After it a signal only
-    sets `requested`; the owner looks at it between pieces of work, saves, and calls `leave`. A
-    second SIGINT interrupts at once. Outside the main thread signals stay as they are.
-    """
-
-    def __init__(self) -> None:
-        self.requested: int | None = None
-        self._armed = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def arm(self) -> None:
-        """From here on a signal waits until the owner has saved."""
-        self._armed = True
-
-    def leave(self) -> None:
-        """End the process the way the signal asks: exit code 143, or `KeyboardInterrupt`."""
-        if self.requested == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + int(self.requested or signal.SIGTERM))
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested == number == signal.SIGINT
-        self.requested = number
-        if again or not self._armed:
-            self.leave()
-
-
 IN_FLIGHT = 2
-"""Updates the devices may be behind the host before it waits for their metrics."""
-
+"""Updates that the devices may be behind the host before it waits for their metrics."""
 
 EXAMPLES_NAMED = 50
 MOST_SKIPPED = 20
-"""Updates in a row that may be skipped as spikes (`optim.skip_spikes`)."""
-
+"""Updates in a row that `optim.skip_spikes` may skip."""
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-@dataclass(frozen=True)
-class Run:
-    """What every part of a run looks at and none changes."""
+class StoppedError(Exception):
+    """Ends a validation, if a signal asked to stop."""
+
+
+class StopRequest:
+    """What SIGTERM and SIGINT have asked for.
+
+    Before `arm` there is nothing to save, so the process ends at once. After it a signal only sets
+    `number`; the run looks at it between pieces of work, saves, and calls `leave`. A second SIGINT
+    ends the process at once.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._is_armed = False
+
+    def arm(self) -> None:
+        """Let signals wait until the run has saved."""
+        self._is_armed = True
+
+    def is_here(self) -> bool:
+        """Tell whether this process was asked to stop."""
+        return self.number is not None
+
+    def is_anywhere(self) -> bool:
+        """Tell whether any process was asked to stop; all processes call it together."""
+        return processes.any_process(self.is_here())
+
+    def check(self) -> None:
+        """Raise `StoppedError` if any process was asked to stop; all processes call it together."""
+        if self.is_anywhere():
+            raise StoppedError
+
+    def leave(self) -> None:
+        """End all processes together, as the signal asks."""
+        processes.end_together("stopped")
+        self._end()
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal."""
+        is_second = self.number == number == signal.SIGINT
+        self.number = number
+        if is_second or not self._is_armed:
+            self._end()
+
+    def _end(self) -> None:
+        """End this process: by exit code 143, or by `KeyboardInterrupt`."""
+        if self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + int(self.number or signal.SIGTERM))
+
+
+@contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Yield the `StopRequest` of this process; only the main thread can handle signals.
+
+    `StoppedError` within the block ends the process as the signal asks.
+    """
+    stop = StopRequest()
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop.take) for number in SIGNALS}
+    try:
+        yield stop
+    except StoppedError:
+        stop.leave()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass(kw_only=True)
+class Loop:
+    """The updates of a run that are left to do; `run` does them.
+
+    `totals` are the sums since the last line of metrics, and `peak` is the FLOP/s of all devices.
+    Only the first process has a log.
+    """
 
     config: RunConfig
     loaders: Loaders
-    identity: dict[str, Any]
-    checkpoints: Checkpoints
-    stop: StopRequest
-    eval_step: EvalStep
     architecture: ModelConfig
     mesh: Mesh
     peak: float | None
-    before: TrainingManifest | None
+    train_step: TrainStep
+    eval_step: EvalStep
+    checkpoints: Checkpoints
+    identity: dict[str, Any]
+    totals: Totals
+    stop: StopRequest
     clock: Clock
+    log: MetricsLog | None
+    talk: Talk
 
-    def asked(self) -> bool:
-        """Tell whether this process was asked to stop."""
-        return self.stop.requested is not None
-
-    def stopping(self) -> bool:
-        """Tell whether any process was; all of them have to ask together."""
-        return processes.any_process(self.asked())
-
-    def leave(self) -> None:
-        """End this process, with all others, the way a signal asks."""
-        processes.end_together("stopped")
-        self.stop.leave()
-
-
-class Steps:
-    """The updates of a run that are left; `take` takes them."""
-
-    def __init__(
-        self, run: Run, step: TrainStep, interval: Totals, log: MetricsLog | NoLog, talk: Talk
-    ):
-        self._run, self._step, self._log, self._talk = run, step, log, talk
-        self._interval = interval
-        self._counts: Totals = defaultdict(float)
-        """What only this process has counted since the last pause."""
+    def __post_init__(self) -> None:
+        config = self.config
+        self._counts: Totals = defaultdict(float)  # Those of this process since the last pause.
         self._skipped_in_a_row = 0
-        config = run.config
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
-    def take(self, state: TrainState, profile: Profile) -> TrainState:
-        """Take the steps that are left; return the state after the last."""
-        run, clock, config = self._run, self._run.clock, self._run.config
+    def run(self, state: TrainState, profile: Profile) -> TrainState:
+        """Do the updates that are left; return the state after the last."""
+        config, clock, train = self.config, self.clock, self.loaders.train
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
-        if start and not processes.broadcast_from_first(lambda: self._log.has(start, "validation")):
-            self._evaluate(start, state)  # A signal came in the middle of it.
-            if run.stopping():
-                self._leave(start)
-        batches = feed(run.loaders.train, run.mesh, start, config.steps)
+        self._make_up_evaluation(start, state)
+        batches = feed(train, self.mesh, start, config.steps)
         with clock("step"):
             for index, batch, counted in clock.waiting("data", batches):
                 step = index + 1
-                compiles = index == start or run.loaders.train.rows(index) > run.loaders.train.rows(
-                    index - 1
-                )
+                compiles = index == start or train.rows(index) > train.rows(index - 1)
                 profile.before(step)
-                # The first step of a size compiles: its time says nothing of the others.
+                # The first step of a size compiles: its time says nothing about the others.
                 with clock("compile" if compiles else "step"):
-                    state, metrics = self._step(state, batch)
+                    state, metrics = self.train_step(state, batch)
                     if compiles:
                         jax.block_until_ready(metrics)
                 profile.after(step, metrics)
-                add(self._counts, _host_counts(run, counted, timed=not compiles))
-                pending.append((step, metrics, processes.vote(run.asked())))
-                pauses = (
-                    self._is_due(step, config.log.every)
-                    or self._is_due(step, config.checkpoint.every)
-                    or self._is_due(step, config.evaluation.every)
-                    or (processes.process_count() == 1 and run.asked())
-                )
+                self._count(counted, is_timed=not compiles)
+                pending.append((step, metrics, processes.vote(self.stop.is_here())))
+                pauses = self._is_due(
+                    step, config.log.every, config.checkpoint.every, config.evaluation.every
+                ) or (processes.process_count() == 1 and self.stop.is_here())
                 stops = False
                 while len(pending) > (0 if pauses or stops else IN_FLIGHT):
                     stops |= self._settle(*pending.popleft())
-                self._talk.step(step)
+                self.talk.step(step)
                 if pauses or stops:
                     self._pause(step, state)
         return state
 
-    def _is_due(self, step: int, every: int) -> bool:
-        return step == self._run.config.steps or (every > 0 and step % every == 0)
+    def _is_due(self, step: int, *every: int) -> bool:
+        return step == self.config.steps or any(n > 0 and step % n == 0 for n in every)
 
-    def _pause(self, step: int, state: TrainState) -> None:
-        """Log, validate, save and stop, whatever of it is due; no update is in flight."""
-        run, config, interval = self._run, self._run.config, self._interval
-        add(interval, run.clock.taken(), processes.sum_over_processes(self._counts))
-        self._counts.clear()
-        saves = self._is_due(step, config.checkpoint.every) or run.stopping()
-        if self._is_due(step, config.log.every):
-            figures = summarize(interval, run.peak, run.mesh.size)
-            self._tell(step, "train", figures | {"learning_rate": float(self._rate(step - 1))})
-            interval.clear()
-        held_out = None
-        if self._is_due(step, config.evaluation.every):
-            held_out = self._evaluate(step, state)
-        if saves or run.stopping():
-            with run.clock("checkpoint"):
-                self._save(step, state, held_out)
-        if run.stopping() and step < config.steps:
-            self._leave(step)
-
-    def _leave(self, step: int) -> None:
-        self._run.checkpoints.wait()
-        self._talk.say(f"stopped by a signal; step {step} is saved")
-        self._run.leave()
-
-    def _evaluate(self, step: int, state: TrainState) -> dict[str, float | None] | None:
-        run, loader = self._run, self._run.loaders.validation
-        if loader is None or not self._is_due(step, run.config.evaluation.every):
-            return None
-        params = averaged_parameters(state.params, state.opt_state)
-        with run.clock("evaluation"):
-            figures = validate(run.eval_step, params, loader, run.stopping)
-        if figures is not None and not np.isfinite(figures["loss"] or 0.0):
-            raise self._diverged(step, f"the validation loss is {figures['loss']}")
-        if figures is not None:
-            self._tell(step, "validation", figures)
-        return figures
-
-    def _tell(self, step: int, split: str, figures: dict[str, float | None]) -> None:
-        self._log.write(step, split, figures)
-        self._talk.figures(step, split, figures)
-
-    def _save(self, step: int, state: TrainState, held_out: Any) -> None:
-        self._log.sync()
-        if not _are_finite(state.params):
-            raise self._diverged(step, "the parameters are not all finite")
-        loss = held_out["loss"] if held_out else None
-        self._run.checkpoints.save(
-            step,
-            state,
-            metrics=None if loss is None else {"loss": loss},
-            metadata={"identity": self._run.identity, "interval": dict(self._interval)},
-        )
+    def _count(self, batch: AnyBatch, *, is_timed: bool) -> None:
+        counts = count_tokens(batch)
+        add(self._counts, counts, {"timed_tokens": 0.0, "timed_flops": 0.0})
+        if is_timed:
+            flops = training_flops(self.architecture, batch)
+            add(self._counts, {"timed_tokens": counts["tokens"], "timed_flops": flops})
 
     def _settle(self, step: int, metrics: Any, stops: Callable[[], bool]) -> bool:
-        """Take in the metrics of a step that the devices have done; tell whether all shall stop.
+        """Add up the metrics of an update that is done; tell whether any process was asked to stop.
 
-        Raises `RunError` for what is not finite.
+        Raises `RunError` if they are not finite.
         """
         values = jax.device_get(metrics)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if values["skipped"] else 0
-        if values["skipped"] and self._skipped_in_a_row <= MOST_SKIPPED:
-            add(self._interval, {"skipped": 1.0})
-            self._talk.say(f"step {step}: skipped, its gradient norm is {values['grad_norm']:.3g}")
-            return stops()
-        if (
-            not values["skipped"]
-            and np.isfinite(values["loss_sum"])
-            and np.isfinite(values["grad_norm"])
-        ):
-            add(self._interval, values, {"steps": 1.0})
-            return stops()
-        examples = np.concatenate(self._run.loaders.train.example_indices(step - 1)).tolist()
-        named = ", ".join(map(str, examples[:EXAMPLES_NAMED]))
-        more = f" and {len(examples) - EXAMPLES_NAMED} more" * (len(examples) > EXAMPLES_NAMED)
+        if values["skipped"]:
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row > MOST_SKIPPED:
+                raise self._bad_update(step, values)
+            add(self.totals, {"skipped": 1.0})
+            norm = f"{values['grad_norm']:.3g}"
+            self.talk.say(f"step {step}: update skipped; its gradient norm is {norm}")
+        else:
+            self._skipped_in_a_row = 0
+            if not np.isfinite([values["loss_sum"], values["grad_norm"]]).all():
+                raise self._bad_update(step, values)
+            add(self.totals, values, {"steps": 1.0})
+        return stops()
+
+    def _bad_update(self, step: int, values: Any) -> RunError:
         what = f"the loss is {values['loss_sum']}, the gradient norm {values['grad_norm']}"
         if values["skipped"]:
             what += f", and the {MOST_SKIPPED} updates before it were skipped"
-        raise self._diverged(step, f"{what}; its batch holds the training examples {named}{more}")
+        examples = np.concatenate(self.loaders.train.example_indices(step - 1)).tolist()
+        named = ", ".join(map(str, examples[:EXAMPLES_NAMED]))
+        more = f" and {len(examples) - EXAMPLES_NAMED} more" * (len(examples) > EXAMPLES_NAMED)
+        return self._diverged(step, f"{what}; its batch holds the training examples {named}{more}")
 
-    def _diverged(self, step: int, what: str) -> RunError:
-        kept = self._run.checkpoints.latest()
-        saved = f"The checkpoint of step {kept} is whole" if kept else "No checkpoint was saved yet"
-        return RunError(
-            f"step {step}: {what}. {saved}. Lower the learning rate, or take out the examples at "
-            "fault"
+    def _pause(self, step: int, state: TrainState) -> None:
+        """Log, validate, save and stop, each if it is due; no update is in flight."""
+        config, stop = self.config, self.stop
+        add(self.totals, self.clock.take_seconds(), processes.sum_over_processes(self._counts))
+        self._counts.clear()
+        saves = self._is_due(step, config.checkpoint.every) or stop.is_anywhere()
+        if self._is_due(step, config.log.every):
+            figures = summarize(self.totals, self.peak, self.mesh.size)
+            self._report(step, "train", figures | {"learning_rate": float(self._rate(step - 1))})
+            self.totals.clear()
+        held_out = None
+        if self._is_due(step, config.evaluation.every):
+            held_out = self._evaluate(step, state)
+        if saves or stop.is_anywhere():
+            with self.clock("checkpoint"):
+                self._save(step, state, held_out)
+        if stop.is_anywhere() and step < config.steps:
+            self._leave(step)
+
+    def _make_up_evaluation(self, step: int, state: TrainState) -> None:
+        """Validate the state that a run resumes from, if a signal stopped that before."""
+        log = self.log
+        if step and not processes.broadcast_from_first(lambda: log and log.has(step, "validation")):
+            if self._is_due(step, self.config.evaluation.every):
+                self._evaluate(step, state)
+            if self.stop.is_anywhere():
+                self._leave(step)
+
+    def _evaluate(self, step: int, state: TrainState) -> Figures | None:
+        """Validate the state, and report on it; None without held-out rows, or if stopped."""
+        if self.loaders.validation is None:
+            return None
+        params = averaged_parameters(state.params, state.opt_state)
+        try:
+            with self.clock("evaluation"):
+                figures = validate(self.eval_step, params, self.loaders.validation, self.stop.check)
+        except StoppedError:
+            return None
+        if not np.isfinite(figures["loss"] or 0.0):
+            raise self._diverged(step, f"the validation loss is {figures['loss']}")
+        self._report(step, "validation", figures)
+        return figures
+
+    def _report(self, step: int, split: str, figures: Figures) -> None:
+        if self.log:
+            self.log.write(step, split, figures)
+        self.talk.figures(step, split, figures)
+
+    def _save(self, step: int, state: TrainState, held_out: Figures | None) -> None:
+        if self.log:
+            self.log.sync()
+        if not _are_finite(state.params):
+            raise self._diverged(step, "the parameters are not all finite")
+        loss = held_out["loss"] if held_out else None
+        self.checkpoints.save(
+            step,
+            state,
+            metrics=None if loss is None else {"loss": loss},
+            metadata={"identity": self.identity, "interval": dict(self.totals)},
         )
 
+    def _leave(self, step: int) -> None:
+        self.checkpoints.wait()
+        self.talk.say(f"stopped by a signal; step {step} is saved")
+        self.stop.leave()
 
-def _host_counts(run: Run, batch: AnyBatch, timed: bool) -> dict[str, float]:
-    counts = {**count_tokens(batch), "timed_tokens": 0.0, "timed_flops": 0.0}
-    if timed:
-        counts["timed_tokens"] = counts["tokens"]
-        counts["timed_flops"] = training_flops(run.architecture, batch)
-    return counts
+    def _diverged(self, step: int, what: str) -> RunError:
+        kept = self.checkpoints.latest()
+        saved = f"The checkpoint of step {kept} is whole" if kept else "No checkpoint was saved yet"
+        return RunError(
+            f"step {step}: {what}. {saved}. Lower the learning rate, or remove the examples that "
+            "cause this"
+        )
 
 
 @jax.jit

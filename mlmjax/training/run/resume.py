@@ -1,4 +1,4 @@
-"""Where a run may write: folders of this machine, and for checkpoints addresses as well."""
+"""Check whether a run may start, and whether it may resume from what its folder holds."""
 
 import json
 import os
@@ -14,18 +14,75 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlmjax.config.data import DataConfig
-from mlmjax.config.run import ObjectiveConfig, RunConfig, ScheduleConfig
+from mlmjax.config.run import MeshConfig, ObjectiveConfig, RunConfig, ScheduleConfig
 from mlmjax.data.manifest import MANIFEST
-from mlmjax.data.schedule import mask_rate, row_schedule
+from mlmjax.data.schedule import mask_rate, micro_batches, row_schedule
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import processes
-from mlmjax.storage import CONFIG, LOCK, is_remote
+from mlmjax.parallel.sharding import check_rows, make_mesh
+from mlmjax.storage import CONFIG, LOCK, check_name, is_remote
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.training.run.inputs import Loaders
 
 OWN_FOLDERS = (LOCK, "checkpoints", "export")
+
+SHARED_SECONDS = 30.0
+"""How long a shared file system may take to show a file to other processes."""
+
+_SIGN = ".shared"
+_MAY_DIFFER = ("out", "data.rows", "data.workers", "checkpoint.path")
+"""Keys that processes may set differently: where shared folders are mounted, and local work."""
+
+_OBJECTIVE = {"dummy_mlm_share", "mlm_share", "masking"}
+_BATCH = {"batch_size", "batch_start", "batch_warmup"}
+_CHOSEN_BY = {
+    "learning rate": "learning_rate, schedule and steps",
+    "mask rate": "mlm_rate, mlm_rate_end and steps",
+    "number of rows": "batch_size, batch_start, batch_warmup and steps",
+}
+"""What changes from update to update, and the keys that decide it."""
+
+
+def check_before_start(config: RunConfig) -> Mesh:
+    """Check everything that needs neither weights nor rows; return the mesh of the run.
+
+    Several processes also check together that they have the same settings, share their folders and
+    use all devices. Raises `InputError`, on all processes together.
+    """
+    count = processes.process_count()
+    if config.parallel == "pmap" and config.mesh != MeshConfig():
+        raise InputError(
+            "mesh: parallel = 'pmap' keeps the whole state on every device; leave [mesh] out, or "
+            "set parallel = 'pjit'"
+        )
+    if config.parallel == "pmap" and count > 1:
+        raise InputError(
+            f"parallel = 'pmap' uses the devices of one process, and there are {count}; set "
+            "parallel = 'pjit'"
+        )
+    check_folders(config)
+    check_name(Path(config.out))
+    check_same_settings(config)
+    mesh = make_mesh(config.mesh)
+    check_batches(config, mesh.shape)
+    make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
+    if count > 1:
+        if mesh.size < jax.device_count():
+            raise InputError(
+                f"mesh: uses {mesh.size} of {jax.device_count()} devices; a run of {count} "
+                "processes uses all of them; set data = -1"
+            )
+        _check_shared("out", Path(config.out))
+        if not is_remote(checkpoint_folder(config)):
+            _check_shared("checkpoint.path", Path(checkpoint_folder(config)))
+    return mesh
+
+
+def checkpoint_folder(config: RunConfig) -> str:
+    """Return the folder or address of the checkpoints of a run."""
+    return config.checkpoint.path or str(Path(config.out) / "checkpoints")
 
 
 def check_run_folder(out: Path) -> None:
@@ -41,17 +98,16 @@ def check_run_folder(out: Path) -> None:
         raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
 
 
-def check_places(config: RunConfig) -> None:
-    """Raise `InputError` for remote places, and when places would be written into one another.
+def check_folders(config: RunConfig) -> None:
+    """Raise `InputError` for addresses as folders, and for folders inside one another.
 
-    Rows may lie in the run folder, but not where it keeps something itself. Only checkpoints can
-    be remote.
+    Rows may be in the run folder, but not in what it holds itself. Only checkpoints can be remote.
     """
     for key, place in (("out", config.out), ("data.rows", config.data.rows)):
-        if "://" in place:
+        if is_remote(place):
             raise InputError(
                 f"{key} = {place}: has to be a folder of this machine or of a mounted file system; "
-                "checkpoints can be remote: set checkpoint.path"
+                "only checkpoints can be remote: set checkpoint.path"
             )
     out, rows = (Path(os.path.realpath(name)) for name in (config.out, config.data.rows))
     if out.is_relative_to(rows) or any(rows.is_relative_to(out / name) for name in OWN_FOLDERS):
@@ -71,25 +127,79 @@ def check_places(config: RunConfig) -> None:
             )
 
 
-def checkpoint_folder(config: RunConfig) -> str:
-    """Return where the checkpoints of a run lie."""
-    return config.checkpoint.path or str(Path(config.out) / "checkpoints")
+def check_batches(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raise `InputError` if the first or the largest batch cannot be divided over the mesh."""
+    first = row_schedule(config.data, config.steps).start
+    for rows in (config.data.batch_size, first):
+        check_rows(sizes, rows, micro_batches(config.data, rows))
 
 
-SHARED_SECONDS = 30.0
-"""How long a file may take from one process to the others."""
+def check_same_settings(config: RunConfig) -> None:
+    """Raise `InputError`, on all processes together, if one has other settings than the first."""
+    count = processes.process_count()
+    if count == 1:
+        return
+    mine = {"--processes": count, **_flat(config.model_dump(mode="json"))}
+    first = processes.broadcast_from_first(lambda: mine)
+    differences = [
+        f"{key} is {mine.get(key)!r} on {_this_process()}, and {first.get(key)!r} on process 0"
+        for key in {**first, **mine}
+        if key not in _MAY_DIFFER and mine.get(key) != first.get(key)
+    ]
+    if differences:
+        raise InputError(
+            f"{differences[0]}; give all processes the same configuration", differences[1:]
+        )
 
 
-_SIGN = ".shared"
-_OWN_KEYS = ("out", "data.rows", "data.workers", "checkpoint.path")
-OBJECTIVE = ("dummy_mlm_share", "mlm_share", "masking")
-BATCH = ("batch_size", "batch_start", "batch_warmup")
-CHOSEN_BY = {
-    "learning rate": "learning_rate, schedule and steps",
-    "mask rate": "mlm_rate, mlm_rate_end and steps",
-    "number of rows": "batch_size, batch_start, batch_warmup and steps",
-}
-"""What changes from update to update, and the keys of the configuration that say how."""
+def _check_shared(key: str, folder: Path) -> None:
+    """Check, on all processes together, that a folder is the same one for all of them."""
+    place = folder / _SIGN
+
+    def sign() -> str:
+        text = secrets.token_hex(8)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        except OSError as error:
+            raise InputError(
+                f"{key}: {folder} cannot be written ({error.strerror}); give another folder"
+            ) from error
+        return text
+
+    signed = processes.broadcast_from_first(sign)
+    until = time.monotonic() + SHARED_SECONDS
+    while (found := _read(place)) != signed and time.monotonic() < until:
+        time.sleep(0.5)  # A network file system shows a file late.
+    if found != signed:
+        raise InputError(
+            f"{key}: {folder} of {_this_process()} is not the folder of process 0; use a file "
+            "system that all hosts share"
+        )
+    processes.barrier(f"shared {key}")
+    if processes.is_first():
+        place.unlink()
+
+
+def check_rows_shared(folder: Path) -> None:
+    """Raise `InputError`, on all processes together, if one does not see the rows of the first."""
+    first = processes.broadcast_from_first(lambda: _read(folder / MANIFEST))
+    if _read(folder / MANIFEST) != first:
+        raise InputError(
+            f"data.rows: {folder} of {_this_process()} does not hold the rows that process 0 "
+            "prepared; put it on a file system that all hosts share"
+        )
+
+
+def _this_process() -> str:
+    return f"process {processes.process_index()} (on {socket.gethostname()})"
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def identity_of(
@@ -97,9 +207,9 @@ def identity_of(
 ) -> dict[str, Any]:
     """Return what decides every number of a run, as JSON values.
 
-    What may differ when a run goes on is left out: where and how often it writes, the mesh,
+    It leaves out what may differ when a run resumes: where and how often it writes, the mesh,
     `accumulate` and `remat` (the same sums in another order), and `steps`, as long as the updates
-    already done have the same learning rates, rows and mask rates.
+    already done keep their learning rates, rows and mask rates.
     """
     data = config.data
     table = {
@@ -117,13 +227,13 @@ def identity_of(
             "weights": {source.title: source.weight for source in data.sources},
         },
         "head": config.head,
-        "objective": config.objective.model_dump(mode="json", include=set(OBJECTIVE)),
+        "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE),
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"learning_rate"}),
         "rates": {
             "learning_rate": config.optimizer.learning_rate,
             "schedule": config.schedule.model_dump(mode="json"),
             "objective": config.objective.model_dump(mode="json"),
-            "batch": data.model_dump(mode="json", include=set(BATCH)),
+            "batch": data.model_dump(mode="json", include=_BATCH),
             "steps": config.steps,
         },
     }
@@ -131,21 +241,18 @@ def identity_of(
 
 
 def check_same_run(
-    out: Path,
-    config: RunConfig,
-    step: int,
-    metadata: Mapping[str, Any],
-    identity: Mapping[str, Any],
+    config: RunConfig, step: int, metadata: Mapping[str, Any], identity: Mapping[str, Any]
 ) -> None:
-    """Raise `InputError` that lists how a run differs from the one whose checkpoint lies there."""
+    """Raise `InputError` that lists how a run differs from the one that saved this checkpoint."""
+    out = config.out
     try:
         saved, sums = metadata["identity"], metadata["interval"]
-        before = _each_update(saved["rates"], step)
+        before = _rates(saved["rates"], step)
         if not all(isinstance(value, int | float) for value in sums.values()):
             raise TypeError("interval holds no sums")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"{out}: its checkpoints are no training run's; name another out"
+            f"{out}: its checkpoints are not those of a training run; name another out"
         ) from error
     there, here = (_flat({k: v for k, v in t.items() if k != "rates"}) for t in (saved, identity))
     differences = [
@@ -155,16 +262,16 @@ def check_same_run(
     ]
     if differences:
         raise InputError(
-            f"{out}: holds another run, at step {step}: {differences[0]}; give the configuration "
-            "it was started with to go on, or another out",
+            f"{out}: holds another run, at step {step}: {differences[0]}; to resume it, give the "
+            "configuration it was started with; to start another run, name another out",
             differences[1:],
         )
     if config.steps < step:
         raise InputError(
             f"{out}: its run is at step {step}, past steps = {config.steps}; give at least {step}"
         )
-    now = _each_update(identity["rates"], step)
-    for what, keys in CHOSEN_BY.items():
+    now = _rates(identity["rates"], step)
+    for what, keys in _CHOSEN_BY.items():
         if not np.array_equal(before[what], now[what]):
             update = int(np.flatnonzero(before[what] != now[what])[0])
             raise InputError(
@@ -175,110 +282,23 @@ def check_same_run(
             )
 
 
-def _each_update(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
+def _rates(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
     """Return what the configuration says of each of the first `step` updates."""
     steps, updates = table["steps"], np.arange(step)
     schedule = ScheduleConfig.model_validate(table["schedule"])
+    learning_rate = make_schedule(schedule, table["learning_rate"], steps)
     rate = mask_rate(ObjectiveConfig.model_validate(table["objective"]), steps)
     rows = row_schedule(DataConfig.model_validate({"rows": "-", **table["batch"]}), steps)
     return {
-        "learning rate": np.asarray(
-            make_schedule(schedule, table["learning_rate"], steps)(updates)
-        ),
+        "learning rate": np.asarray(learning_rate(updates)),
         "mask rate": np.array([rate(update) for update in range(step)]),
         "number of rows": np.array([rows.rows(update) for update in range(step)]),
     }
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in table.items():
-        inner = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
-
-
-def check_alike(config: RunConfig) -> None:
-    """Raise `InputError`, on all processes together, where one has not the settings of the first.
-
-    Where the shared folders are mounted may differ, and how many processes read data.
-    """
-    if processes.process_count() == 1:
-        return
-    mine = _flat(config.model_dump(mode="json"))
-    mine = {"--processes": processes.process_count(), **mine}
-    first = processes.broadcast_from_first(lambda: mine)
-    differences = [
-        f"{key} is {mine.get(key)!r} on process {processes.process_index()} "
-        f"(on {socket.gethostname()}), and {first.get(key)!r} on process 0"
-        for key in [key for key in {**first, **mine} if key not in _OWN_KEYS]
-        if mine.get(key) != first.get(key)
-    ]
-    if differences:
-        raise InputError(
-            f"{differences[0]}; give all processes the same configuration", differences[1:]
-        )
-
-
-def check_processes(out: Path, checkpoints: str, mesh: Mesh) -> None:
-    """Check, on all processes together, that they share folders and that all devices are used.
-
-    Raises `InputError`.
-    """
-    if processes.process_count() == 1:
-        return
-    if mesh.size < jax.device_count():
-        raise InputError(
-            f"mesh: uses {mesh.size} of {jax.device_count()} devices; a run of "
-            f"{processes.process_count()} processes uses all: let data be -1"
-        )
-    _check_shared("out", out)
-    if not is_remote(checkpoints):
-        _check_shared("checkpoint.path", Path(checkpoints))
-
-
-def _check_shared(key: str, folder: Path) -> None:
-    place = folder / _SIGN
-
-    def sign() -> str:
-        text = secrets.token_hex(8)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            place.write_text(text)
-        except OSError as error:
-            raise InputError(
-                f"{key}: {folder} cannot be written ({error.strerror}); give another folder"
-            ) from error
-        return text
-
-    signed = processes.broadcast_from_first(sign)
-    until = time.monotonic() + SHARED_SECONDS
-    while (found := _text(place)) != signed and time.monotonic() < until:
-        time.sleep(0.5)  # A file system of a network shows it late.
-    if found != signed:
-        raise InputError(
-            f"{key}: {folder} of process {processes.process_index()} (on "
-            f"{socket.gethostname()}) is not the folder of process 0; it has to lie on a file "
-            "system that all hosts share"
-        )
-    processes.barrier(f"shared {key}")
-    if processes.is_first():
-        place.unlink()
-
-
-def check_rows_shared(folder: Path) -> None:
-    """Raise `InputError`, on all processes together, where one has not the rows of the first."""
-    first = processes.broadcast_from_first(lambda: _text(folder / MANIFEST))
-    if _text(folder / MANIFEST) != first:
-        raise InputError(
-            f"data.rows: {folder} of process {processes.process_index()} (on "
-            f"{socket.gethostname()}) does not hold the rows that process 0 prepared; put it on a "
-            "file system that all hosts share"
-        )
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return None
+        is_table = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+    return flat

@@ -40,7 +40,7 @@ def made(tmp_path_factory):
     data["sources"] = [{"path": str(folder / "texts.jsonl"), "text": "text"}]
     config = parse_config(make_table(folder, data=data, objective={"mlm_share": 1.0}))
     prepare_rows(config)
-    described, tokenizer = load_start(config)
+    described, tokenizer, _ = load_start(config)
     model = mlmjax.ModernBertForMaskedLM(described.config, rngs=nnx.Rngs(0))
     mlmjax.save_pretrained(model, tokenizer, folder / "untrained")
     names = ("--model", "untrained"), ("--rows", "rows"), ("--out", "start")

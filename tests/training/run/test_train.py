@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -387,7 +388,7 @@ def test_two_processes_do_not_train_in_one_folder(folder, straight):
 
 
 def test_no_room_for_metrics_fails_the_run(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with closing(MetricsLog(tmp_path)) as log:
         log._file.close()
         log._file = open("/dev/full", "w")  # noqa: SIM115
         with pytest.raises(RunError, match="No space left"):
