@@ -64,9 +64,7 @@ def load_start(config: RunConfig) -> Start:
     else:
         where = config.init_from
         folder = hub.fetch(where, revision=config.revision)
-        model, tokenizer = pretrained.load_pretrained(
-            folder, **_options(config)
-        )
+        model, tokenizer = pretrained.load_pretrained(folder, **_options(config))
         history = read_training_manifest(folder)
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(config)
