@@ -1,6 +1,10 @@
 """The classifier: learns, repeats itself, saves and restores, and behaves like an estimator."""
 
+import ast
+import inspect
 import json
+import pydoc
+import re
 import shutil
 
 import jax
@@ -15,7 +19,7 @@ from small_models import small_config
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.errors import InputError, RunError
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.storage import TRAINING
 from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import save_pretrained
@@ -24,13 +28,8 @@ SHORT = "{text}\n{options}[unused0] [MASK]"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0))
-
-
-@pytest.fixture(scope="module")
-def pair(model, tokenizer):
-    return model, tokenizer
+def pair(word_pair):
+    return word_pair
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,18 @@ def test_zero_shot_answers_have_the_shapes_of_an_estimator(folder):
     assert classifier.predict([]).shape == (0,)
 
 
+def test_help_explains_every_argument_with_its_default():
+    text = pydoc.plain(pydoc.render_doc(Classifier))
+    explained = {}
+    for name, kind in re.findall(r"^ \|  (\w+) : (.+)$", text, re.MULTILINE):
+        explained[name] = kind.partition("default=")[2]
+    for name, parameter in inspect.signature(Classifier).parameters.items():
+        if parameter.default is inspect.Parameter.empty:
+            assert not explained[name]
+        else:
+            assert ast.literal_eval(explained[name]) == parameter.default, name
+
+
 def test_nothing_is_read_before_it_is_needed():
     classifier = Classifier("/no/such/folder", ["a", "b"])
     assert not hasattr(classifier, "classes_")
@@ -78,7 +89,7 @@ def test_nothing_is_read_before_it_is_needed():
 def test_fit_learns_and_reports(fitted):
     texts, labels = examples(60, seed=2)
     assert fitted.score(texts, labels) > 0.95
-    assert [entry["epoch"] for entry in fitted.history_] == list(range(1, 13))
+    assert [entry["epoch"] for entry in fitted.history_] == list(range(1, FAST["epochs"] + 1))
     assert fitted.history_[-1]["loss"] < fitted.history_[0]["loss"]
     assert fitted.history_[-1]["validation_accuracy"] > 0.9
     assert list(fitted.classes_) == ["sports", "money"]

@@ -32,7 +32,7 @@ TEXTS = ["a new goal", "the bank fell", "an old match of the team"]
 
 @pytest.fixture(scope="module")
 def pair(tokenizer):
-    config = small_config(max_position_embeddings=512, num_hidden_layers=1)
+    config = small_config(max_position_embeddings=512, num_hidden_layers=1, hidden_size=16)
     return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))), tokenizer
 
 

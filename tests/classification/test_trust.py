@@ -4,13 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import noisy, small_config
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.predictor import NULL_TEXTS
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import (
     batch_calibration,
@@ -30,9 +27,8 @@ def texts(count, seed=0):
 
 
 @pytest.fixture(scope="module")
-def pair(tokenizer):
-    config = small_config(num_hidden_layers=1)
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))), tokenizer
+def pair(noisy_pair):
+    return noisy_pair
 
 
 @pytest.fixture

@@ -1,11 +1,24 @@
-"""Labelled texts that one word decides, and how to learn them fast."""
+"""Labelled texts that one word decides, and a tokenizer that knows their words."""
+
+from string import ascii_uppercase, digits
 
 import numpy as np
+import tokenizers
+from flax import nnx
+from small_models import noisy, small_config
+from tokenizers import models, pre_tokenizers
 
-FAST = {"epochs": 12, "learning_rate": 1e-2, "batch_size": 16}
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.text.tokenizer import Tokenizer
 
-
+FAST = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 16}
 WORDS = {"sports": ["goal", "match", "team"], "money": ["stock", "bank", "price"]}
+OTHERS = ["the", "a", "new", "old", "rain", "cloud", "yes", "no", "text"]
+SPECIALS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
+VOCABULARY = [
+    *(*SPECIALS, "[unused0]", *ascii_uppercase, *digits, *"-:.{}", *OTHERS),
+    *(*WORDS, *WORDS["sports"], *WORDS["money"]),
+]
 
 
 def examples(count, seed=0):
@@ -17,3 +30,25 @@ def examples(count, seed=0):
         for label in labels
     ]
     return texts, labels
+
+
+def word_tokenizer(folder):
+    """A tokenizer of a few words, so that models of it learn and are saved in no time."""
+    words = {word: i for i, word in enumerate(VOCABULARY)}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(SPECIALS)
+    backend.add_tokens(["[unused0]"])
+    folder.mkdir(parents=True, exist_ok=True)
+    backend.save(str(folder / "tokenizer.json"))
+    return Tokenizer.from_pretrained(folder)
+
+
+def word_model(tokenizer):
+    """A model of one layer for that tokenizer, which learns the words in a few epochs."""
+    special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
+    special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
+    ids = {f"{name}_token_id": token for name, token in special.items()}
+    config = small_config(vocab_size=64, num_hidden_layers=1, **ids)
+    # With this much noise the words differ enough to be learned fast.
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), 0.1)

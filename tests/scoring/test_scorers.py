@@ -130,10 +130,10 @@ def test_compilations_are_at_most_the_buckets(model, tokenizer):
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS, max_length=96, batch_size=8)
     other = scorer.engine.jitted._cache_size()
     rng = np.random.default_rng(3)
-    stream = rows(1000, longest=60)
+    stream = rows(250, longest=60)
     start = 0
     while start < len(stream):
-        size = int(rng.integers(1, 90))
+        size = int(rng.integers(1, 30))
         scorer.log_probs(stream[start : start + size])
         start += size
     assert 3 < scorer.compilations <= len(scorer.buckets)
