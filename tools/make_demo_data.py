@@ -74,7 +74,7 @@ SUBJECTS = {
     },
 }
 
-# Headings, exercises, talk about the book itself, and gaps where a reference was taken out.
+# Headings, exercises, sentences about the book itself, and gaps left by removed references.
 UNWANTED = re.compile(
     r"OpenStax|Rice University|©|https?:|www\.|Learning Objectives|Key Terms|Solution\b"
     r"|\b(?:[Tt]his|[Tt]he) (?:text)?book\b|\b[Tt]extbook|\b[Cc]hapters?\b|\b[Tt]his module\b"
@@ -102,7 +102,7 @@ def main(collection: str, folder: str) -> None:
 
 
 def read(path: Path) -> dict[str, dict[tuple[str, str], list[str]]]:
-    """Clean paragraphs by subject, then by (book, module)."""
+    """Return clean paragraphs by subject, then by (book, module)."""
     subject_of = {book: subject for subject, books in SUBJECTS.items() for book in books}
     pages: dict[str, dict[tuple[str, str], list[str]]] = {subject: {} for subject in SUBJECTS}
     with zstandard.open(path, "rt", encoding="utf-8") as lines:
@@ -113,13 +113,13 @@ def read(path: Path) -> dict[str, dict[tuple[str, str], list[str]]]:
             if book in subject_of and "About OpenStax" not in page["text"]:
                 paragraphs = list(clean(page["text"].split("\n")))
                 if paragraphs:
-                    # Two books may use one module name, so a page is named by both.
+                    # Two books may use the same module name, so the key has both.
                     pages[subject_of[book]][book, f"{book}/{module}"] = paragraphs
     return pages
 
 
 def clean(paragraphs: Iterable[str]) -> Iterator[str]:
-    """Whole paragraphs of running prose, spaces normalised.
+    """Yield whole paragraphs of prose with normalized spaces.
 
     >>> list(clean(["Too short.", "Cells divide. " * 30, "See , for cells. " * 20]))[0][:14]
     'Cells divide. '
@@ -139,7 +139,7 @@ def clean(paragraphs: Iterable[str]) -> Iterator[str]:
 def choose(
     pages: dict[str, dict[tuple[str, str], list[str]]],
 ) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Equal numbers per subject, modules dealt round robin, no run of ten words used twice."""
+    """Choose as many paragraphs of each subject, and use no ten words in a row twice."""
     rng = np.random.default_rng(SEED)
     used: set[str] = set()
     train: list[dict[str, str]] = []
@@ -152,29 +152,29 @@ def choose(
             (test, names[:cut], TEST_PER_SUBJECT),
             (train, names[cut:], TRAIN_PER_SUBJECT),
         ):
-            decks = [(name, list(rng.permutation(modules[name]))) for name in part]
-            rows += deal(subject, decks, wanted, used)
+            shuffled = [(name, list(rng.permutation(modules[name]))) for name in part]
+            rows += take_in_turn(subject, shuffled, wanted, used)
     return (
         [train[i] for i in rng.permutation(len(train))],
         [test[i] for i in rng.permutation(len(test))],
     )
 
 
-def deal(
+def take_in_turn(
     subject: str,
-    decks: list[tuple[tuple[str, str], list[str]]],
+    modules: list[tuple[tuple[str, str], list[str]]],
     wanted: int,
     used: set[str],
 ) -> list[dict[str, str]]:
-    """Take one paragraph of every module in turn until there are enough."""
+    """Take the last paragraph of each module in turn until there are enough rows."""
     rows: list[dict[str, str]] = []
     while len(rows) < wanted:
-        if not any(deck for _, deck in decks):
+        if not any(left for _, left in modules):
             raise SystemExit(f"{subject}: only {len(rows)} paragraphs; {wanted} are needed")
-        for (book, module), deck in decks:
-            if not deck or len(rows) == wanted:
+        for (book, module), left in modules:
+            if not left or len(rows) == wanted:
                 continue
-            text = str(deck.pop())
+            text = str(left.pop())
             runs = word_runs(text)
             if runs & used:
                 continue
@@ -184,7 +184,7 @@ def deal(
 
 
 def word_runs(text: str) -> set[str]:
-    """Every run of ten words, lower case and without punctuation.
+    """Return every run of ten words, in lower case and without punctuation.
 
     >>> sorted(word_runs("One two three, four five six seven eight nine ten eleven."))[1]
     'two three four five six seven eight nine ten eleven'
@@ -194,7 +194,7 @@ def word_runs(text: str) -> set[str]:
 
 
 def attribution(rows: list[dict[str, str]]) -> str:
-    """Name every book used, its licence, where it is, and what was changed."""
+    """Return the page that names every book, its licence and what was changed."""
     table = []
     for subject, books in SUBJECTS.items():
         for book, titles in books.items():

@@ -1,13 +1,13 @@
-"""Give a network, before its pretraining, embeddings that already know which words are alike.
+"""Start a network from embeddings in which similar words are close, before pretraining.
 
     python tools/make_small_start.py --model untrained --rows rows/small-mlm --out start
 
-Counts the neighbours of every token in the training rows (text the network is tested on is not
-among them), weighs the counts by positive pointwise mutual information, and takes the leading
-factors of that matrix as embeddings (Levy, Goldberg and Dagan, "Improving Distributional Similarity
-with Lessons Learned from Word Embeddings", 2015). Ten million tokens are too few for millions of
-random embeddings, and the whole text can be counted in minutes. Tokens that the rows do not hold,
-and special ones, keep what the model has. `training_manifest.json` of the result names the files.
+The tool counts the neighbours of every token in the training rows, which hold no text that the
+network is tested on. It weights the counts by positive pointwise mutual information, and takes the
+leading factors of that matrix as embeddings (Levy, Goldberg and Dagan, "Improving Distributional
+Similarity with Lessons Learned from Word Embeddings", 2015). Ten million tokens are too few to
+train millions of random embeddings, and counting takes minutes. Special tokens and tokens that are
+not in the rows keep the model's embeddings. `training_manifest.json` of the result names the files.
 The same input gives the same factors on one machine.
 """
 
@@ -28,10 +28,10 @@ from mlmjax.errors import InputError
 from mlmjax.storage import TRAINING
 
 WINDOW = 8
-"""How many tokens to each side are neighbours."""
+"""Tokens to each side that count as neighbours."""
 
 SMOOTHING = 0.75
-"""Power of the neighbours' frequencies, which keeps rare neighbours from counting for too much."""
+"""Power of the neighbours' frequencies; below 1, rare neighbours count for less."""
 
 
 def main() -> None:
@@ -46,33 +46,33 @@ def main() -> None:
     if {source.tokenizer_sha256 for source in sources} != {tokenizer.sha256}:
         raise SystemExit(f"{chosen.rows}: was made with another tokenizer than {chosen.model}'s")
     blocks = ((tokens, lengths) for source in sources for tokens, lengths, *_ in source.blocks())
-    counts = neighbour_counts(blocks, model.config.vocab_size)
+    counts = count_neighbours(blocks, model.config.vocab_size)
     ordinary = np.ones(model.config.vocab_size, np.float32)
     ordinary[list(tokenizer.special_ids)] = 0.0
     only = sparse.diags_array(ordinary, format="csr")
-    weighed = positive_information(only @ counts @ only)
-    print(f"{counts.nnz:,} pairs of neighbours, {weighed.nnz:,} above chance", flush=True)
+    weighted = weight_counts(only @ counts @ only)
+    print(f"{counts.nnz:,} pairs of neighbours, {weighted.nnz:,} above chance", flush=True)
     table = model.model.embeddings.tok_embeddings.weight
-    table[...] = jnp.asarray(embeddings(weighed, np.asarray(table[...])))
+    table[...] = jnp.asarray(make_embeddings(weighted, np.asarray(table[...])))
     save_pretrained(model, tokenizer, chosen.out)
-    told = training_manifest(None, read_manifest(chosen.rows), None)
-    (chosen.out / TRAINING).write_text(told.text(), encoding="utf-8")
+    manifest = training_manifest(None, read_manifest(chosen.rows), None)
+    (chosen.out / TRAINING).write_text(manifest.text(), encoding="utf-8")
 
 
-def neighbour_counts(
+def count_neighbours(
     blocks: Iterable[tuple[np.ndarray, np.ndarray]], vocab_size: int, window: int = WINDOW
 ) -> sparse.csr_array:
-    """Count how often two tokens stand within a window of one example: `[vocab, vocab]`, symmetric.
+    """Count how often two tokens are within a window of one example: `[vocab, vocab]`, symmetric.
 
-    `blocks` are tokens `[tokens]` and the lengths `[examples]` of the examples they make up.
+    `blocks` are tokens `[tokens]` and the lengths of their examples `[examples]`.
 
-    >>> counts = neighbour_counts([(np.array([0, 1, 2, 2]), np.array([3, 1]))], 3, window=1)
+    >>> counts = count_neighbours([(np.array([0, 1, 2, 2]), np.array([3, 1]))], 3, window=1)
     >>> counts.toarray().astype(int).tolist()
     [[0, 1, 0], [1, 0, 1], [0, 1, 0]]
     """
     shape = (vocab_size, vocab_size)
     total = sparse.csr_array(shape, dtype=np.float32)
-    for tokens, lengths in joined(blocks):
+    for tokens, lengths in join_blocks(blocks):
         example = np.repeat(np.arange(len(lengths)), lengths)
         left, right = [], []
         for distance in range(1, window + 1):
@@ -85,10 +85,10 @@ def neighbour_counts(
     return (total + total.T).tocsr()
 
 
-def joined(
+def join_blocks(
     blocks: Iterable[tuple[np.ndarray, np.ndarray]], tokens: int = 2_000_000
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Join blocks until they hold so many tokens, because each sum goes through all counts."""
+    """Join blocks up to a number of tokens, because each sum of counts is slow."""
     held: list[tuple[np.ndarray, np.ndarray]] = []
     for block in blocks:
         held.append((block[0].astype(np.int32), block[1]))
@@ -99,11 +99,11 @@ def joined(
         yield np.concatenate([one for one, _ in held]), np.concatenate([one for _, one in held])
 
 
-def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
-    """Return log P(a, b) / (P(a) P(b)) of counted pairs where it is above 0, P(b) smoothed.
+def weight_counts(counts: sparse.csr_array) -> sparse.csr_array:
+    """Return log P(a, b) / (P(a) P(b)) of the pairs where it is above 0, with P(b) smoothed.
 
     >>> counts = sparse.csr_array(np.array([[0.0, 8.0], [8.0, 8.0]]))
-    >>> positive_information(counts).toarray().astype(float).round(2).tolist()
+    >>> weight_counts(counts).toarray().astype(float).round(2).tolist()
     [[0.0, 0.47], [0.29, 0.0]]
     """
     pairs = counts.tocoo()
@@ -119,16 +119,16 @@ def positive_information(counts: sparse.csr_array) -> sparse.csr_array:
     return sparse.coo_array((data, (left[above], right[above])), shape=counts.shape).tocsr()
 
 
-def embeddings(weighed: sparse.csr_array, before: np.ndarray) -> np.ndarray:
-    """Return factors as embeddings `[vocab, hidden]`, as long as those before are on the mean.
+def make_embeddings(weighted: sparse.csr_array, before: np.ndarray) -> np.ndarray:
+    """Return factors as embeddings `[vocab, hidden]` of the mean length of those before.
 
-    A token without a pair keeps the embedding it had.
+    A token without a pair keeps its embedding.
     """
-    left, strength, _ = randomized_svd(weighed, before.shape[1], n_iter=2, random_state=0)
+    left, strength, _ = randomized_svd(weighted, before.shape[1], n_iter=2, random_state=0)
     factors = (left * np.sqrt(strength)).astype(np.float32)
     lengths = np.linalg.norm(factors, axis=1, keepdims=True)
     usual = np.linalg.norm(before, axis=1).mean()
-    known = np.diff(weighed.indptr)[:, None] > 0
+    known = np.diff(weighted.indptr)[:, None] > 0
     return np.where(known, usual * factors / np.maximum(lengths, 1e-12), before)
 
 

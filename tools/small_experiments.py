@@ -1,13 +1,17 @@
-"""Train the small model, compare mixtures of objectives and heads, and make tables and a picture.
+"""Train the small model, compare mixtures of objectives, and write tables and a picture.
 
     python tools/small_experiments.py --data DATA --work WORK --out docs/experiments
 
 DATA is a folder with the texts (`text/`), instructions (`instruct/`) and evaluation sets (`eval/`)
-that docs/experiments/README.md names. Nearly every step is a command, of mlmjax or of tools/, which
-is printed before it runs and goes on from where it was stopped; WORK holds what they write.
-`--stages` runs some of them: start (word vectors from counts of neighbours), pretrain, instruct,
-ship (put the model into the package, in place of the one that is there), mix (three mixtures, three
-seeds each), ask (zero-shot), fit (fine-tuning), tables.
+that docs/experiments/README.md names. Most steps are commands of mlmjax or tools/. The script
+prints each before it runs, and they write to WORK. Run it again to resume. `--stages` selects:
+
+- start: word vectors from counts of neighbours
+- pretrain, instruct: train the small model
+- ship: replace the model in the package
+- mix: train three mixtures of objectives with three seeds each
+- ask, fit: evaluate zero-shot, and fine-tune
+- tables: write the tables and the picture
 """
 
 import argparse
@@ -38,7 +42,7 @@ CONFIGS, ASSETS = ROOT / "configs", ROOT / "mlmjax" / "assets" / "small"
 
 
 def main() -> None:
-    """Run the stages that are asked for, one command after the other."""
+    """Run the chosen stages, one command after the other."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -48,16 +52,20 @@ def main() -> None:
     data, work, out = chosen.data.resolve(), chosen.work.resolve(), chosen.out.resolve()
     work.mkdir(parents=True, exist_ok=True)
     out.mkdir(parents=True, exist_ok=True)
-    places = {"corpus": data / "text", "eval": data / "eval", "configs": CONFIGS}
-    places["mlmjax"] = ROOT / "mlmjax"
-    for name, target in places.items():
+    links = {"corpus": data / "text", "eval": data / "eval", "configs": CONFIGS}
+    links["mlmjax"] = ROOT / "mlmjax"
+    for name, target in links.items():
         if not target.is_dir():
-            raise SystemExit(f"{target}: is no folder; see docs/experiments for what --data holds")
+            raise SystemExit(
+                f"{target}: is not a folder; docs/experiments says what --data must hold"
+            )
         link = work / name
         if link.is_symlink():
             link.unlink()
         elif link.exists():
-            raise SystemExit(f"{link}: is in the way of a link to {target}; give another --work")
+            raise SystemExit(
+                f"{link}: exists, but must become a link to {target}; give another --work"
+            )
         link.symlink_to(target)
     for stage in (stage for stage in STAGES if stage in chosen.stages):
         if stage == "ship":
@@ -75,8 +83,8 @@ def commands(stage: str, data: Path, work: Path) -> Iterator[list[str]]:
         save_untrained(work / UNTRAINED)
         yield [*MLMJAX, "prepare", "configs/small_mlm.toml"]
         tool = str(Path(__file__).with_name("make_small_start.py"))
-        places = ["--model", UNTRAINED, "--rows", "rows/small-mlm", "--out", START]
-        yield [sys.executable, tool, *places]
+        folders = ["--model", UNTRAINED, "--rows", "rows/small-mlm", "--out", START]
+        yield [sys.executable, tool, *folders]
     elif stage == "pretrain":
         yield [*MLMJAX, "train", "configs/small_mlm.toml", f"init_from={START}", "model={}"]
     elif stage == "instruct":
@@ -85,7 +93,7 @@ def commands(stage: str, data: Path, work: Path) -> Iterator[list[str]]:
             names = ("single_token_instruct.jsonl.zst", "niv2_raw_0.parquet", "niv2_raw_1.parquet")
             files = [str(data / "instruct" / name) for name in names]
             yield [sys.executable, tool, "--out", "instruct_choose.jsonl.zst", *files]
-        # The best of the mixtures on held-out answers.
+        # This mixture is the best one on held-out answers.
         yield [*MLMJAX, "train", "configs/small_atp.toml", *MIXTURES["atp"]]
     elif stage == "mix":
         for seed, mixture in product(SEEDS, MIXTURES):
@@ -94,22 +102,22 @@ def commands(stage: str, data: Path, work: Path) -> Iterator[list[str]]:
             yield [*MLMJAX, "train", "configs/small_atp.toml", *changes]
     elif stage == "ask":
         mixed = [export(*one) for one in product(MIXTURES, SEEDS)]
-        there = [folder for folder in mixed if (work / folder).exists()]
-        yield evaluation("small_zero_shot", [PRETRAINED, SHIPPED, *there])
+        trained = [folder for folder in mixed if (work / folder).exists()]
+        yield evaluation("small_zero_shot", [PRETRAINED, SHIPPED, *trained])
     else:
         yield evaluation("small_fine_tune", [SHIPPED])
         yield evaluation("small_from_scratch", [UNTRAINED])
 
 
 def save_untrained(folder: Path) -> None:
-    """Save the network as it is before pretraining."""
+    """Save the network before pretraining."""
     described, tokenizer, _ = load_start(load_config(CONFIGS / "small_mlm.toml"))
     model = ModernBertForMaskedLM(described.config, rngs=nnx.Rngs(0))
     save_pretrained(model, tokenizer, folder)
 
 
 def ship(export: Path) -> None:
-    """Put a model into the package in bfloat16, with the card that lies there."""
+    """Put a model into the package in bfloat16, with the card that is there."""
     model, tokenizer = load_pretrained(export)
     names = ("training_manifest.json",)
     save_pretrained(
@@ -125,21 +133,14 @@ def ship(export: Path) -> None:
 def evaluation(suite: str, models: Sequence[str]) -> list[str]:
     """Return the command that runs a suite on models."""
     named = [word for model in models for word in ("--model", model)]
-    files = [
-        "--suite",
-        f"configs/suites/{suite}.toml",
-        "--data",
-        "eval",
-        "--out",
-        f"results/{suite}",
-    ]
-    return [*MLMJAX, "evaluate", *files, *named]
+    paths = ["--suite", f"configs/suites/{suite}.toml", "--data", "eval"]
+    return [*MLMJAX, "evaluate", *paths, "--out", f"results/{suite}", *named]
 
 
 def run(command: Sequence[str], work: Path) -> None:
-    """Print a command and run it in the working folder; stop where it fails."""
+    """Print a command and run it in the working folder; exit if it fails."""
     print("$", " ".join(command), flush=True)
-    own = {"PYTHONPATH": str(ROOT)}  # the package that the model is put into
+    own = {"PYTHONPATH": str(ROOT)}  # the package that gets the model
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ, **own}
     if code := subprocess.run(command, cwd=work, env=environment, check=False).returncode:
         raise SystemExit(code)

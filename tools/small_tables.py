@@ -1,4 +1,4 @@
-"""Tables and a picture of what tools/small_experiments.py left in its working folder."""
+"""Write tables and a picture of what tools/small_experiments.py left in its working folder."""
 
 import json
 import statistics
@@ -9,15 +9,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-NAMES = {"atp": "ATP alone", "atp-mlm": "80 ATP + 20 MLM", "atp-dummy": "80 ATP + 20 dummy"}
+NAMES = {"atp": "ATP only", "atp-mlm": "80 ATP + 20 MLM", "atp-dummy": "80 ATP + 20 dummy"}
 SEEDS = (0, 1, 2)
 PRETRAINED = "runs/small-mlm/export"
 SHIPPED, UNTRAINED = "mlmjax-small", "untrained"
 FITTED = ("small_fine_tune", "small_from_scratch")
 ABOUT = """# The small model in tables
 
-Accuracy in percent. Tasks are the files of their names in `mlmjax/tasks` and, those with `_words`,
-in `configs/tasks/words`. After ±: the standard deviation over three seeds."""
+Accuracy in percent. Tasks are the files with their names in `mlmjax/assets/tasks`; those with
+`_words` are in `configs/tasks/words`. After ±: the standard deviation over three seeds."""
 SHOWN = {
     name: network
     for part in ("small-mlm", "small-atp")
@@ -26,9 +26,9 @@ SHOWN = {
 
 
 def write_tables(work: Path, out: Path) -> None:
-    """Write what was found: `results.json`, `tables.md` and `curves.png`.
+    """Write `results.json`, `tables.md` and `curves.png`.
 
-    Curves and suites that WORK does not hold stay as they are in `results.json`.
+    Curves and suites that WORK does not hold stay unchanged in `results.json`.
     """
     known = out / "results.json"
     found = json.loads(known.read_text()) if known.exists() else {}
@@ -53,7 +53,7 @@ def write_tables(work: Path, out: Path) -> None:
     if all(run in held_out for run in mixed_runs()):
         tables.append(("Held-out answers", table_of_mixtures(held_out)))
     if "small_zero_shot" in suites:
-        tables.append(("Asked as they are", table_1(suites["small_zero_shot"]["lines"])))
+        tables.append(("Zero-shot", table_1(suites["small_zero_shot"]["lines"])))
     if all(name in suites for name in FITTED):
         lines = [line for name in FITTED for line in suites[name]["lines"]]
         tables.append(("Fine-tuned", table_3(lines)))
@@ -75,10 +75,10 @@ def curve(path: Path) -> list[dict[str, Any]]:
 
 
 def last_answers(path: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what a run ended with on all held-out answers: `n`, `accuracy`, `losses`, ....
+    """Return the final figures of a run on all held-out answers: `n`, `accuracy`, `losses`, ....
 
-    A curve has the loss of the examples that the objective left as they are; of a run with no other
-    objective these are all of them.
+    A curve has the loss of the examples that other objectives left unchanged, which are all of them
+    in a run with one objective.
     """
     found = json.loads(path.read_text())
     sources = found["per_source"]
@@ -97,7 +97,7 @@ def mixed_runs() -> dict[str, str]:
 
 
 def table_of_mixtures(held_out: dict[str, dict[str, Any]]) -> str:
-    """Return how the mixtures end on held-out answers, as means over seeds and their ranges."""
+    """Return the mixtures' final figures on held-out answers, as means and ranges of seeds."""
     head = ["mixture", "n", "loss of answers (range of seeds)", "right, % (range of seeds)"]
     rows = []
     for mixture, name in NAMES.items():
@@ -112,9 +112,9 @@ def table_of_mixtures(held_out: dict[str, dict[str, Any]]) -> str:
 
 
 def table_1(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the accuracy of every mixture on every task, as the mean over seeds and their range.
+    """Return the accuracy of every mixture on every task, as the mean and range of seeds.
 
-    The interval is of one seed's accuracy over the rows.
+    An interval is that of one model's accuracy over the rows.
     """
     asked = {line["model"] for line in lines}
     mixtures = [mixture for mixture in NAMES if export(mixture, SEEDS[0]) in asked]
@@ -136,23 +136,15 @@ def table_1(lines: Sequence[dict[str, Any]]) -> str:
 
 
 def table_3(lines: Sequence[dict[str, Any]]) -> str:
-    """Return the accuracy of every method fine-tuned on every task, mean and deviation of seeds."""
+    """Return the accuracy of every method fine-tuned on every task, with the deviation of seeds."""
     names = {SHIPPED: "mlmjax-small", UNTRAINED: "from scratch"}
-    head = [
-        "task",
-        "method",
-        "start",
-        "trained on",
-        "n",
-        "accuracy (95 %)",
-        "seeds ±",
-        "epochs x rate",
-    ]
+    head = ["task", "method", "start", "trained on", "n", "accuracy (95 %)", "seeds ±"]
+    head += ["epochs x rate"]
     rows: list[list[str]] = []
     tasks = list(dict.fromkeys(line["task"] for line in lines))
     for line in sorted(lines, key=lambda line: tasks.index(line["task"])):
         if not line["model"] and [row for row in rows if row[:2] == [line["task"], line["method"]]]:
-            continue  # TF-IDF needs no network, and is in both suites
+            continue  # TF-IDF needs no network and is in both suites
         chosen = line["chosen"]
         setting = f"{chosen['epochs']:g} x {chosen['learning_rate']:g}" if chosen else ""
         spread = "" if line["spread"] is None else percent(line["spread"])
@@ -170,7 +162,7 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as percent with one digit.
+    """Return a share as percent with one decimal.
 
     >>> percent(0.1234)
     '12.3'
@@ -179,7 +171,7 @@ def percent(share: float) -> str:
 
 
 def interval(line: dict[str, Any]) -> str:
-    """Return the interval of a line of a suite."""
+    """Return the interval of a suite's line as text."""
     return " to ".join(percent(end) for end in line["ci95"]) if line["ci95"] else ""
 
 
@@ -202,7 +194,7 @@ def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.plot(*points, marker=".", label=SHOWN.get(name, name))
     pretraining.set(title="held-out MLM loss", xlabel="updates of 2,048 tokens")
     instruction.set(title="held-out loss of answers", xlabel="updates of 4,096 tokens")
-    mixtures.set(title="the same, three seeds a mixture", xlabel="updates of 4,096 tokens")
+    mixtures.set(title="the same, three seeds per mixture", xlabel="updates of 4,096 tokens")
     for axes in (pretraining, instruction, mixtures):
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})

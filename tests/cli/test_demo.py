@@ -97,18 +97,18 @@ class TestTool:
         )
         assert list(kept) == [prose.strip()]
 
-    def test_dealing_takes_modules_in_turn_and_no_text_twice(self):
-        decks = [(("book", "m1"), ["d e f", "a b c"]), (("book", "m2"), ["x", "A, b. C!"])]
-        rows = self.tool["deal"]("physics", decks, 3, set())
+    def test_modules_are_used_in_turn_and_no_text_twice(self):
+        modules = [(("book", "m1"), ["d e f", "a b c"]), (("book", "m2"), ["x", "A, b. C!"])]
+        rows = self.tool["take_in_turn"]("physics", modules, 3, set())
         assert [(row["module"], row["text"]) for row in rows] == [
             ("m1", "a b c"),
             ("m1", "d e f"),
             ("m2", "x"),
         ]
 
-    def test_dealing_says_what_there_is_too_little_of(self):
+    def test_too_few_paragraphs_are_an_error(self):
         with pytest.raises(SystemExit, match="physics: only 1 paragraphs; 2 are needed"):
-            self.tool["deal"]("physics", [(("book", "m1"), ["a b c"])], 2, set())
+            self.tool["take_in_turn"]("physics", [(("book", "m1"), ["a b c"])], 2, set())
 
 
 LABELS = ["art", "law", "war"]

@@ -27,7 +27,7 @@ def row(number):
 @pytest.fixture
 def source(tmp_path):
     path = tmp_path / "in.jsonl.zst"
-    with TOOL.compressed(path, "w") as file:
+    with TOOL.open_zst(path, "w") as file:
         for number in range(3_000):
             file.write(json.dumps(row(number)) + "\n")
     return path
@@ -41,7 +41,7 @@ def make(monkeypatch, *words):
 def test_what_may_be_kept_is_written(source, tmp_path, monkeypatch, capsys):
     make(monkeypatch, "--out", tmp_path / "out.jsonl.zst", source)
     assert capsys.readouterr().out == "   3,000 kept\n"
-    with TOOL.compressed(tmp_path / "out.jsonl.zst", "r") as lines:
+    with TOOL.open_zst(tmp_path / "out.jsonl.zst", "r") as lines:
         first = json.loads(next(lines))
     assert first == {
         "prompt": "Choose yes or no.\nIs 0 a number?",
@@ -59,7 +59,7 @@ def test_a_file_that_is_cut_short_gives_none(source, tmp_path, monkeypatch):
 
 def test_a_row_without_a_column_is_named(tmp_path, monkeypatch):
     path = tmp_path / "in.jsonl.zst"
-    with TOOL.compressed(path, "w") as file:
+    with TOOL.open_zst(path, "w") as file:
         file.writelines(json.dumps(row(1) | kept) + "\n" for kept in ({}, {"target": None}))
     with pytest.raises(SystemExit, match="after row 1 "):
         make(monkeypatch, "--out", tmp_path / "out.jsonl.zst", path)

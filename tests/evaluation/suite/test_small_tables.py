@@ -27,4 +27,4 @@ def test_a_mixture_is_summed_up_over_its_seeds():
     }
     others = {run: ends["small-atp-0"] for run in small_tables.mixed_runs() if run not in ends}
     _, _, first, *_ = small_tables.table_of_mixtures({**ends, **others}).splitlines()
-    assert first == "| ATP alone | 1,000 | 3.00 (2.00 to 4.00) | 25.0 (20.0 to 30.0) |"
+    assert first == "| ATP only | 1,000 | 3.00 (2.00 to 4.00) | 25.0 (20.0 to 30.0) |"

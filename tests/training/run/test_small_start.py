@@ -109,7 +109,7 @@ def test_neighbours_do_not_cross_examples_and_blocks_make_no_difference():
     cut = np.cumsum(lengths)[19]
     halves = [(tokens[:cut], lengths[:20]), (tokens[cut:], lengths[20:])]
     for blocks in ([(tokens, lengths)], halves):
-        found = TOOL.neighbour_counts(blocks, 12, window=3)
+        found = TOOL.count_neighbours(blocks, 12, window=3)
         np.testing.assert_array_equal(found.toarray(), expected)
 
 
