@@ -104,10 +104,10 @@ class _Damage(Exception):  # noqa: N818 - carries an error to where it is report
 def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
     """Give up a file; raise an error with a number, which is the system's."""
     what = getattr(error, "strerror", None) or first_line(error)
-    refusal = InputError(f"{where}: cannot be read: {what}")
+    failure = InputError(f"{where}: cannot be read: {what}")
     if getattr(error, "errno", None) is not None:
-        raise refusal from error
-    broken(BROKEN_FILE, refusal)
+        raise failure from error
+    broken(BROKEN_FILE, failure)
 
 
 def require_columns(
