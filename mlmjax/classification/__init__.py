@@ -1,4 +1,4 @@
-"""The classifier: labels and texts in, labels and probabilities out.
+"""Classify texts: labels and texts enter, labels and probabilities leave.
 
 This room builds prompts, scores them, calibrates and fine-tunes. It knows nothing of tasks, suites
 or the command line.

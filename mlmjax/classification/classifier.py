@@ -1,4 +1,4 @@
-"""The scikit-learn estimator: a text classifier, zero-shot at the mask or fine-tuned."""
+"""The scikit-learn estimator: a text classifier, zero-shot or fine-tuned."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -221,7 +221,7 @@ def _hold_out(
     recipe: Recipe,
     settings: Settings,
 ) -> tuple[Sequence[int], HeldOut | None]:
-    """Return the numbers of the texts to train on, and the held-out texts if there are any."""
+    """Return the numbers of the training texts, and the held-out texts or None."""
     train: Sequence[int] = range(len(texts))
     multi_label = settings.multi_label
     if validation is not None:
@@ -250,7 +250,7 @@ LABELS = 100
 def classifier_card(model: Model, settings: Settings) -> str:
     """Return the README.md of a classifier's folder.
 
-    Labels and prompt may come from strangers, so they stand in code blocks that they cannot end.
+    Labels and prompt may come from strangers, so they are put in code blocks that they cannot end.
     """
     shown = [_one_line(label) for label in settings.shown[:LABELS]]
     if more := len(settings.shown) - len(shown):

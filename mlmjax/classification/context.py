@@ -1,4 +1,4 @@
-"""The room next to a text: long texts in overlapping windows, few-shot examples that fit."""
+"""Fit long texts into windows, and few-shot examples next to a text."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ JOINT = 2
 
 
 def windows_of(tokenizer: Tokenizer, text: str, room: int) -> list[str]:
-    """Cut a text into windows of at most `room` tokens; a text that fits is one window.
+    """Cut a text into windows of at most `room` tokens.
 
-    Windows are of equal width, begin and end between characters, overlap by at least an eighth,
-    and together hold the whole text. Windows of only white space are left out.
+    A text that fits is one window. Windows are of equal width, begin and end between characters,
+    overlap by at least an eighth, and together hold the whole text. Blank windows are left out.
 
     >>> windows_of(Tokenizer.from_pretrained(), "one two three four five", 3)
     ['one two three', ' three four five']

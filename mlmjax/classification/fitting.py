@@ -1,4 +1,4 @@
-"""Fine-tuning a classifier: its recipe, held-out texts, and the epoch whose weights are kept."""
+"""Fine-tune a classifier, and keep the weights of its best epoch."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, NamedTuple
@@ -36,7 +36,7 @@ class Recipe(StrictTable):
 
 
 class HeldOut(NamedTuple):
-    """Texts that are not trained on, and the right column of each row of their scores."""
+    """Texts not trained on, and the right column of each row of their scores."""
 
     texts: Sequence[str]
     columns: np.ndarray
@@ -107,7 +107,7 @@ def learn(
 
 
 def _targets(prompter: Prompter, columns: Sequence[int]) -> np.ndarray:
-    """Return what is learned at each prompt: a head's label number, or a token at the slot."""
+    """Return the target of each prompt: a token, or a label number for a head."""
     scorer = prompter.scorer
     if isinstance(scorer, HeadScorer):
         return np.array(columns)
@@ -121,7 +121,7 @@ def _targets(prompter: Prompter, columns: Sequence[int]) -> np.ndarray:
 
 
 def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split rows into those to train on and those held out, a share of each group.
+    """Split rows into training and held-out ones, a share of each group.
 
     Of a group of two or more at least one is held out.
 

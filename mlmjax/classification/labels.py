@@ -61,9 +61,10 @@ def seen_labels(answers: Sequence[Any], multi_label: bool) -> list[str]:
 def label_numbers(
     answers: Iterable[Any], names: Sequence[str], multi_label: bool, *, known: bool = True
 ) -> list[Any]:
-    """Return the number of each row's label; with `multi_label`, a tuple of bool, one per label.
+    """Return the number of each row's label.
 
-    With `multi_label` a row is a list of names, or 0 or 1 for each label. Raises `InputError` that
+    With `multi_label` a row is a list of names, or 0 or 1 for each label, and the result a tuple of
+    bool, one per label. Raises `InputError` that
     lists each row whose label is not text or not among `names`. With `known` False an unknown label
     is -1 (with `multi_label` it is still an error).
 
@@ -96,7 +97,7 @@ def _name(label: Any) -> str:
 
 
 def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
-    """Tell for each label whether it is among a row's labels, given as names or as 0 and 1."""
+    """Tell which labels are among a row's labels, given as names or as 0 and 1."""
     if not is_listing(row):
         raise InputError(
             f"its labels are {row!r:.60} ({type(row).__name__}); expected a list of names"
@@ -123,7 +124,7 @@ def _check_known(name: str, index: Mapping[str, int]) -> None:
 
 
 def right_columns(truth: Sequence[Any], multi_label: bool) -> np.ndarray:
-    """Return the right column of each row of scores: the label's, or yes and no for each label.
+    """Return the right column of each row of scores: a label, or yes or no.
 
     >>> right_columns([(False, True), (True, True)], True).tolist()
     [1, 0, 0, 0]

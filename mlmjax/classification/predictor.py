@@ -1,4 +1,4 @@
-"""The predictor: a classifier that answers and does not learn.
+"""Answer texts with a classifier that does not learn.
 
 It is apart from `classifier` because importing scikit-learn takes longer than an answer.
 """
@@ -125,35 +125,35 @@ class Predictor:
 
     @property
     def shortened(self) -> int:
-        """The number of prompts so far whose text was too long and was shortened."""
+        """Return the number of prompts so far whose text was too long and was shortened."""
         return self._load().scorer.shortened
 
     @property
     def prompts(self) -> int:
-        """The number of prompts so far: a forward pass each, except for continuations."""
+        """Return the number of prompts so far: a forward pass each, except for continuations."""
         return self._load().scorer.scored
 
     @property
     def examples_shown(self) -> dict[int, int]:
-        """The number of prompts so far by how many few-shot examples they had."""
+        """Return the number of prompts so far by the number of their few-shot examples."""
         shots = self._load().shots
         return {} if shots is None else dict(sorted(shots.counts.items()))
 
     @property
     def calibration_(self) -> Calibration | None:
-        """The result of `calibrate`, or None before it."""
+        """Return the result of `calibrate`, or None before it."""
         self._load()
         return self.settings_.calibration
 
     @property
     def conformal_(self) -> label_sets.Conformal | None:
-        """The result of `conform`, or None before it."""
+        """Return the result of `conform`, or None before it."""
         self._load()
         return self.settings_.conformal
 
     @property
     def threshold_(self) -> float | None:
-        """The probability below which it abstains, given or found by `abstain`, or None."""
+        """Return the probability below which it abstains, if there is one."""
         self._load()
         return self.settings_.abstain_below
 

@@ -1,4 +1,4 @@
-"""The prompter: a text becomes prompts, and their scores become one answer."""
+"""Turn a text into prompts, and their scores into one answer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -29,7 +29,7 @@ CHUNK_PROMPTS = 4096
 
 
 class Query(NamedTuple):
-    """A text, the numbers of the options to choose among, and the label it is about, if any.
+    """A text, the numbers of its options, and the label it is about or None.
 
     `fields` holds what the prompt says of that label.
     """
@@ -41,7 +41,7 @@ class Query(NamedTuple):
 
 
 class Prompter:
-    """Asks a model about texts in the way that a classifier's settings say.
+    """Prompt a model with texts in the way that a classifier's settings say.
 
     A text becomes one query, or one for each label where several may apply. A query becomes a
     prompt for each order of its options and each window of its text. `shown` holds the options'
@@ -75,7 +75,7 @@ class Prompter:
 
     @cached_property
     def size(self) -> int:
-        """The number of options in one prompt; more are asked in rounds."""
+        """Return the number of options in one prompt; more are scored in rounds."""
         template, scorer = self.scorer.template, self.scorer
         if self.settings.multi_label or self.own_names or "options" not in template.fields:
             return len(self.names)
@@ -114,7 +114,7 @@ class Prompter:
         count = len(self.names)
         if self.own_names or self.shifts != 1 or self.size < count:
             raise InputError(
-                "method 'order' needs options named by letters, all of them in one prompt, asked "
+                "method 'order' needs options named by letters, all of them in one prompt and "
                 "in one order; use another method"
             )
         queries, where = self._queries_of(texts, 0)
@@ -128,7 +128,7 @@ class Prompter:
         return np.array(scores).transpose(1, 0, 2)
 
     def queries(self, text: str) -> list[Query]:
-        """Return the queries about a text: one, or one for each label if several may apply."""
+        """Return the queries about a text: one, or with several labels one each."""
         settings = self.settings
         if settings.multi_label:
             shown = zip(settings.labels, settings.shown, strict=True)
@@ -207,7 +207,7 @@ class Prompter:
     def _fitted(
         self, query: Query, row: Mapping[str, Any], order: Sequence[int]
     ) -> tuple[list[str], str]:
-        """Return the windows of a query's text, and the few-shot examples that fit next to it."""
+        """Return the windows of a query's text, and the few-shot examples that fit."""
         long_text, template = self.settings.long_text, self.scorer.template
         if long_text == "shorten" and self.shots is None:
             return [query.text], ""
@@ -225,7 +225,7 @@ class Prompter:
         return windows, self.shots.fill(left, lambda shot: self._answer_of(shot, query, order))
 
     def _answer_of(self, shot: Shot, query: Query, order: Sequence[int]) -> str | None:
-        """Return the answer of a few-shot example, or None if it is not among the options."""
+        """Return a few-shot example's answer, or None if it is not an option."""
         wanted = shot.labels[0] if shot.labels else None
         if query.label is not None:
             wanted = YES_NO[query.label not in shot.labels]
@@ -264,7 +264,7 @@ def _over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
 def draw_options(
     choice: tuple[int, ...], gold: int, size: int, rng: np.random.Generator
 ) -> tuple[int, ...]:
-    """Return the options that an example shows: all, or its own and others drawn at random.
+    """Return the options that an example shows: all, or its own and others.
 
     >>> draw_options((0, 1, 2, 3, 4, 5), 4, 3, np.random.default_rng(0))
     (3, 4, 5)
@@ -292,7 +292,7 @@ def make_template(settings: Settings) -> Template:
             f"{_braced(needed)}, and may have {_braced(allowed - needed)}"
         )
     if settings.examples and "examples" not in fields:
-        raise InputError("template: has no {examples}, where the examples given would stand")
+        raise InputError("template: has no {examples} for the examples given; add it")
     return template
 
 
@@ -306,7 +306,7 @@ def make_scorer(
     parts: tuple[Model, Tokenizer, Template],
     options: Mapping[str, Any],
 ) -> RowScorer:
-    """Return the scorer of a way to answer; raises `InputError` if the labels do not suit it."""
+    """Return the scorer of a way to answer; raises `InputError` for unsuitable labels."""
     if answer == "head":
         head = HeadScorer(*parts, **options)
         if set(head.labels) != set(names):

@@ -1,4 +1,4 @@
-"""More labels than one prompt holds: groups of labels compete in rounds."""
+"""Ask about more labels than one prompt holds: groups compete in rounds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,10 +20,10 @@ Ask = Callable[[Sequence[int], Sequence[tuple[int, ...]]], list[np.ndarray]]
 def group_size(
     template: Template, tokenizer: Tokenizer, shown: Sequence[str], max_length: int
 ) -> int:
-    """Return how many of the options `shown` stand in one prompt: all of them if they fit.
+    """Return the number of options in one prompt: all of them if they fit.
 
-    Groups are of equal size, as few as leave an eighth of the prompt for the text and have an
-    option name for each label. Raises `InputError` if not even two labels fit.
+    Otherwise they form groups of equal size, as few as leave an eighth of the prompt for the text
+    and have an option name for each label. Raises `InputError` if not even two labels fit.
     """
     labels = len(shown)
     names = len(usable_option_names(template.names, tokenizer, labels))

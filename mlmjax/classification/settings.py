@@ -1,4 +1,4 @@
-"""The settings of a classifier: what is saved with its weights, and how they are settled."""
+"""The settings of a classifier, saved with its weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -41,7 +41,7 @@ class Example(StrictTable):
 
 
 class Settings(StrictTable):
-    """What `save_pretrained` writes next to the model; `labels` maps names to descriptions."""
+    """The settings that `save_pretrained` writes; `labels` maps names to descriptions."""
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     labels: Mapping[str, str]
@@ -74,7 +74,7 @@ class Settings(StrictTable):
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The text of each label in the prompt: its name, and its description if it has one."""
+        """Return the text of each label in the prompt: its name, and any description."""
         return tuple(f"{name}: {d}" if d else name for name, d in self.labels.items())
 
 
@@ -146,7 +146,7 @@ def default_template(values: Mapping[str, Any]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Escape the braces of a text, so that a template shows it as it is written."""
+    """Escape the braces of a text, so that a template shows them."""
     check_text(text, "instruction")
     return text.replace("{", "{{").replace("}", "}}")
 

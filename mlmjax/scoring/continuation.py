@@ -1,4 +1,4 @@
-"""The scorer of labels of several tokens: their pseudo-log-likelihood at the slot."""
+"""Score labels of several tokens by their pseudo-log-likelihood at the slot."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The engine: token sequences of any length through one jitted function."""
+"""Run token sequences of any length through one jitted function."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -81,12 +81,12 @@ class Engine:
 
     @property
     def compilations(self) -> int:
-        """The number of batch shapes so far, each of which is one program."""
+        """Return the number of batch shapes so far, each of which is one program."""
         return len(self._shapes)
 
     @property
     def padding_share(self) -> float:
-        """The share of padding among all tokens that the model has read so far."""
+        """Return the share of padding among all tokens that the model has read."""
         return 1.0 - self.real_tokens / self.padded_tokens if self.padded_tokens else 0.0
 
     def run(
@@ -123,13 +123,13 @@ class Engine:
         return results
 
     def rows_of(self, length: int, sequences: int) -> int:
-        """Return the number of rows of a batch of this length, a multiple of the devices.
+        """Return the rows of a batch of this length, a multiple of the devices.
 
         Somebody waits for a sequence that comes alone, so it is not padded with rows; unless the
         full batch is compiled already, because compiling takes longer than the rows.
         """
         devices = self.mesh.size
-        rows = self.batch_size or rows_of(length) * devices
+        rows = self.batch_size or rows_per_device(length) * devices
         rows = -(-max(1, rows >> self._halvings) // devices) * devices
         is_alone = sequences == 1 and self.batch_size is None
         return devices if is_alone and (rows, length) not in self._shapes else rows
@@ -241,7 +241,7 @@ def _jitted(graphdef: Any, forward: Forward) -> Any:
     return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
 
 
-def rows_of(length: int, platform: str | None = None) -> int:
+def rows_per_device(length: int, platform: str | None = None) -> int:
     """Return the default number of rows on one device for sequences of this length.
 
     A CPU's matrix products reach full speed at about 1024 tokens. `platform` defaults to JAX's.

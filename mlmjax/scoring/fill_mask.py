@@ -1,4 +1,4 @@
-"""The likeliest tokens for the masks of a text."""
+"""Fill the masks of a text with the likeliest tokens."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -21,7 +21,7 @@ MASKS_AT_ONCE = 8
 
 
 class Filled(NamedTuple):
-    """A token for a mask: its text, its id, and its probability among the whole vocabulary."""
+    """A token for a mask, with its probability among the whole vocabulary."""
 
     token: str
     id: int

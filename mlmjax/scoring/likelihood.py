@@ -1,4 +1,4 @@
-"""The pseudo-log-likelihood of texts: how probable a model finds each token.
+"""Score texts by pseudo-log-likelihood: how probable a model finds each token.
 
 Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659); Kauf and Ivanova
 2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588).
@@ -27,7 +27,7 @@ CHUNK_TOKENS = 1 << 22
 
 
 class ScoredToken(NamedTuple):
-    """A token of a text with its log probability; `text` is U+FFFD for a part of a character."""
+    """A token and its log probability; `text` is U+FFFD for part of a character."""
 
     text: str
     id: int
@@ -188,7 +188,7 @@ def log_prob_of_target(
 def encode_texts(
     texts: Iterable[str], ids_of: Callable[[str], list[int]], tokenizer: Tokenizer, longest: int
 ) -> Iterator[list[np.ndarray]]:
-    """Yield chunks of texts as ids between [CLS] and [SEP]; an error lists every bad row."""
+    """Yield chunks of encoded texts; an error lists every bad row."""
 
     def encode(text: str) -> np.ndarray:
         check_filled(text, "the text")

@@ -1,8 +1,7 @@
-"""Scorers: rows become prompts, and prompts become probabilities of labels."""
+"""Turn rows into prompts, and prompts into probabilities of labels."""
 
 import itertools
 import numbers
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -70,7 +69,7 @@ def check_masked_lm(model: Any) -> None:
         )
 
 
-class RowScorer(ABC):
+class RowScorer:
     """Turn rows into prompts, and prompts into log probabilities of the labels.
 
     `Engine` explains buckets and `batch_size`. The template shortens texts that make a prompt
@@ -98,7 +97,7 @@ class RowScorer(ABC):
 
     @property
     def model(self) -> Model:
-        """The model that answers; it may be replaced by another of the same shapes."""
+        """Return the model that answers; another of the same shapes may be set."""
         return self.engine.model
 
     @model.setter
@@ -107,17 +106,17 @@ class RowScorer(ABC):
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """The lengths that prompts are padded to."""
+        """Return the lengths that prompts are padded to."""
         return self.engine.buckets
 
     @property
     def compilations(self) -> int:
-        """The number of batch shapes so far, each of which is one program."""
+        """Return the number of batch shapes so far, each of which is one program."""
         return self.engine.compilations
 
     @property
     def padding_share(self) -> float:
-        """The share of padding among all tokens that the model has read so far."""
+        """Return the share of padding among all tokens that the model has read."""
         return self.engine.padding_share
 
     def log_probs(
@@ -169,7 +168,6 @@ class RowScorer(ABC):
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 
-    @abstractmethod
     def _score(
         self,
         rows: Sequence[Mapping[str, Any]],
@@ -177,6 +175,14 @@ class RowScorer(ABC):
         progress: Progress | None,
     ) -> np.ndarray:
         """Return the log probabilities of prompts, `[rows, labels]`."""
+        ids = [prompt.ids for prompt in prompts]
+        return np.asarray(self.engine.run(ids, *self._columns(rows, prompts), progress=progress))
+
+    def _columns(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
+    ) -> tuple[np.ndarray, ...]:
+        """Return what `forward` needs besides the prompts' tokens."""
+        return ()
 
 
 class Scorer(RowScorer):
@@ -207,33 +213,22 @@ class Scorer(RowScorer):
         if normalize not in ("labels", "vocabulary"):
             raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         self.verbalizer, self.normalize = verbalizer, normalize
-        super().__init__(
-            model,
-            tokenizer,
-            template,
-            verbalizer.labels,
-            _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary"),
-            batch_size=batch_size,
-            max_length=max_length,
-            optional=optional,
-        )
+        options: Any = {"batch_size": batch_size, "max_length": max_length, "optional": optional}
+        forward = _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary")
+        super().__init__(model, tokenizer, template, verbalizer.labels, forward, **options)
 
-    def _score(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        prompts: Sequence[Prompt],
-        progress: Progress | None,
-    ) -> np.ndarray:
+    def _columns(
+        self, rows: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt]
+    ) -> tuple[np.ndarray, ...]:
         own = [row.get("options") for row in rows]
-        counts = np.array([len(self.labels if o is None else o) for o in own], np.int32)
-        slots = np.array([prompt.slot for prompt in prompts], np.int32)
-        ids = [prompt.ids for prompt in prompts]
-        return np.asarray(self.engine.run(ids, slots, counts, progress=progress))
+        counts = [len(self.labels if options is None else options) for options in own]
+        slots = [prompt.slot for prompt in prompts]
+        return np.array(slots, np.int32), np.array(counts, np.int32)
 
 
 @dataclass(frozen=True)
 class _AtSlot:
-    """Read the log probabilities of labels at the slots; `forms` are the tokens of each label."""
+    """Read log probabilities of labels at the slots; `forms` are their tokens."""
 
     forms: tuple[tuple[int, ...], ...]
     over_vocabulary: bool
@@ -271,13 +266,7 @@ class HeadScorer(RowScorer):
     `InputError` for a model without such a head, and for a head with fewer than two classes.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tokenizer: Tokenizer,
-        template: Template,
-        **options: Any,
-    ):
+    def __init__(self, model: Model, tokenizer: Tokenizer, template: Template, **options: Any):
         if not isinstance(model, ModernBertForSequenceClassification):
             raise InputError(
                 f"a {type(model).__name__} has no classification head; "
@@ -288,23 +277,8 @@ class HeadScorer(RowScorer):
             raise InputError(
                 f"the head is for {kind} with {count} outputs; expected one class of two or more"
             )
-        super().__init__(
-            model,
-            tokenizer,
-            template,
-            self.labels_of(model),
-            _head_scores,
-            **options,
-        )
-
-    def _score(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        prompts: Sequence[Prompt],
-        progress: Progress | None,
-    ) -> np.ndarray:
-        ids = [prompt.ids for prompt in prompts]
-        return np.asarray(self.engine.run(ids, progress=progress))
+        labels = self.labels_of(model)
+        super().__init__(model, tokenizer, template, labels, _head_scores, **options)
 
     @staticmethod
     def labels_of(model: Model) -> list[str]:

@@ -1,4 +1,4 @@
-"""The classifier: learns, repeats itself, saves and restores, and behaves like an estimator."""
+"""The classifier learns, repeats itself, saves and restores, and behaves like an estimator."""
 
 import ast
 import inspect
@@ -6,15 +6,21 @@ import json
 import pydoc
 import re
 import shutil
+import warnings
+from unittest import SkipTest
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 from labelled_texts import FAST, WORDS, examples
-from sklearn.base import clone
-from sklearn.model_selection import ShuffleSplit, cross_val_score
+from sklearn.base import ClassifierMixin, clone, is_classifier
+from sklearn.model_selection import GridSearchCV, ShuffleSplit, cross_val_score
 from sklearn.pipeline import Pipeline
+from sklearn.utils import get_tags
+from sklearn.utils.estimator_checks import estimator_checks_generator
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
 from small_models import small_config
 
 from mlmjax.classification.classifier import Classifier
@@ -286,3 +292,93 @@ def test_other_models_and_templates_are_refused(tokenizer, pair):
         Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])
     with pytest.raises(InputError, match="its fields are title"):
         Classifier(pair, ["a", "b"], template=Template("{title}")).predict(["text"])
+
+
+def test_hyperparameters_can_be_searched(pair):
+    texts, labels = examples(24)
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=8)
+    search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
+    search.fit(texts, labels)
+    assert len(search.cv_results_["mean_test_score"]) == 2
+    assert set(search.predict(texts)) <= {"sports", "money"}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+def test_scikit_learn_knows_it_for_a_classifier_of_texts(pair):
+    classifier = Classifier(pair, ["a", "b"])
+    tags = get_tags(classifier)
+    assert is_classifier(classifier)
+    assert tags.input_tags.string
+    assert not tags.input_tags.two_d_array
+    assert not tags.requires_fit
+    # Of an estimator that takes no table of numbers scikit-learn can check little.
+    for estimator, check in estimator_checks_generator(classifier, mark="skip"):
+        check(estimator)
+
+
+class Numbers(Classifier):
+    """What scikit-learn's checks can feed: rows of numbers, each written out as a text."""
+
+    def __init__(self, source=None, labels=None, template=SHORT, epochs=1, max_length=32):
+        options = {"template": template, "epochs": epochs, "max_length": max_length}
+        super().__init__(source, labels, **options)
+
+    def get_params(self, deep=True):
+        names = ("source", "labels", "template", "epochs", "max_length")
+        return {name: getattr(self, name) for name in names}
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.one_d_array = tags.input_tags.string = False
+        tags.input_tags.two_d_array = tags.requires_fit = tags.classifier_tags.poor_score = True
+        return tags
+
+    def fit(self, X, y):
+        X, y = validate_data(self, X, y)
+        check_classification_targets(y)
+        self.names_ = {str(value): value for value in np.unique(y)}
+        recipe = {"learning_rate": 1e-3, "batch_size": 8}
+        return super().fit(written(X), [str(value) for value in y], **recipe)
+
+    def predict_proba(self, X):
+        if isinstance(X, list) and isinstance(X[0], str):
+            return super().predict_proba(X)
+        check_is_fitted(self, "names_")
+        return super().predict_proba(written(validate_data(self, X, reset=False)))
+
+    def predict(self, X):
+        return np.array([self.names_[name] for name in super().predict(X)])
+
+    def score(self, X, y):
+        return ClassifierMixin.score(self, X, y)
+
+
+def written(rows):
+    """Each of the first numbers as a letter: texts of one length, so that programs are shared."""
+    return [" ".join(chr(65 + int(value * 8) % 26) for value in np.resize(row, 6)) for row in rows]
+
+
+NOT_OURS = {
+    "check_classifiers_classes": "labels are texts, so classes_ is an array of texts",
+    "check_classifiers_one_label": "with one label there is nothing to choose; it is refused",
+    "check_fit2d_1sample": "one text has one label, which is refused for that",
+    "check_array_api_input": "texts are no arrays",
+}
+
+
+def test_the_checks_of_scikit_learn_that_apply_pass(pair, tmp_path):
+    """All of them, texts being written from their numbers; those that fail are known, and why."""
+    save_pretrained(*pair, tmp_path / "model")
+    failed = {}
+    passed = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for estimator, check in estimator_checks_generator(Numbers(str(tmp_path / "model"))):
+            name = check.func.__name__
+            try:
+                check(estimator)
+                passed += 1
+            except (AssertionError, InputError, SkipTest) as error:
+                failed[name] = str(error)
+    assert failed.keys() == NOT_OURS.keys(), failed
+    assert passed > 45

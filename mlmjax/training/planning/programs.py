@@ -30,7 +30,7 @@ from mlmjax.data.schedule import target_width
 from mlmjax.errors import InputError, first_line
 from mlmjax.model.attention import check_platform, choose_implementation, splash_block
 from mlmjax.parallel import sharding
-from mlmjax.scoring.engine import as_computed, rows_of
+from mlmjax.scoring.engine import as_computed, rows_per_device
 from mlmjax.scoring.scorers import Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -164,7 +164,7 @@ def _compile_scoring(
         letters = Verbalizer.letters(["a", "b", "c", "d"])
         scorer = Scorer(model, _load_tokenizer(config), Template("{text}"), letters)
         length = scorer.engine.buckets[-1]
-        rows = rows_of(length, mesh.devices.flat[0].platform)
+        rows = rows_per_device(length, mesh.devices.flat[0].platform)
         rounded = jax.eval_shape(partial(as_computed, model), nnx.split(model)[1])
         params, program = _abstract_params(rounded, mesh), scorer.engine.jitted
         whole = sharding.replicated_sharding(mesh)

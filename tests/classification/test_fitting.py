@@ -1,25 +1,18 @@
-"""The classification head as a baseline of the classifier, early stopping, and the estimator."""
+"""A classification head learns, training stops early, and bad recipes raise errors."""
 
 import copy
 import pickle
-import warnings
-from unittest import SkipTest
 
 import numpy as np
 import pytest
 from labelled_texts import FAST, examples
-from sklearn.base import ClassifierMixin, clone, is_classifier
-from sklearn.model_selection import GridSearchCV
-from sklearn.utils import get_tags
-from sklearn.utils.estimator_checks import estimator_checks_generator
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.base import clone
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.predictor import Predictor
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+from mlmjax.weights.pretrained import load_pretrained
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
 
@@ -100,15 +93,6 @@ def classifier_rows(labels, classifier):
     return split_rows(names, classifier.validation_share, classifier.seed)[0]
 
 
-def test_hyperparameters_can_be_searched(pair):
-    texts, labels = examples(24)
-    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=8)
-    search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
-    search.fit(texts, labels)
-    assert len(search.cv_results_["mean_test_score"]) == 2
-    assert set(search.predict(texts)) <= {"sports", "money"}
-
-
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -130,19 +114,6 @@ def test_bad_recipes_are_refused(pair, recipe, message):
         Classifier(pair, ["a", "b"]).fit(["x", "y"], ["a", "b"], **recipe)
 
 
-@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
-def test_scikit_learn_knows_it_for_a_classifier_of_texts(pair):
-    classifier = Classifier(pair, ["a", "b"])
-    tags = get_tags(classifier)
-    assert is_classifier(classifier)
-    assert tags.input_tags.string
-    assert not tags.input_tags.two_d_array
-    assert not tags.requires_fit
-    # Of an estimator that takes no table of numbers scikit-learn can check little.
-    for estimator, check in estimator_checks_generator(classifier, mark="skip"):
-        check(estimator)
-
-
 def test_a_fit_that_diverges_in_its_last_update_is_refused(pair):
     classifier = Classifier(pair, ["a", "b"], template=SHORT)
     with pytest.raises(RunError, match="is not finite"):
@@ -159,74 +130,6 @@ def test_a_share_of_few_texts_is_one_at_least(pair):
         classifier.fit(["x", "y"], "ab")
 
 
-class Numbers(Classifier):
-    """What scikit-learn's checks can feed: rows of numbers, each written out as a text."""
-
-    def __init__(self, source=None, labels=None, template=SHORT, epochs=1, max_length=32):
-        options = {"template": template, "epochs": epochs, "max_length": max_length}
-        super().__init__(source, labels, **options)
-
-    def get_params(self, deep=True):
-        names = ("source", "labels", "template", "epochs", "max_length")
-        return {name: getattr(self, name) for name in names}
-
-    def __sklearn_tags__(self):
-        tags = super().__sklearn_tags__()
-        tags.input_tags.one_d_array = tags.input_tags.string = False
-        tags.input_tags.two_d_array = tags.requires_fit = tags.classifier_tags.poor_score = True
-        return tags
-
-    def fit(self, X, y):
-        X, y = validate_data(self, X, y)
-        check_classification_targets(y)
-        self.names_ = {str(value): value for value in np.unique(y)}
-        recipe = {"learning_rate": 1e-3, "batch_size": 8}
-        return super().fit(written(X), [str(value) for value in y], **recipe)
-
-    def predict_proba(self, X):
-        if isinstance(X, list) and isinstance(X[0], str):
-            return super().predict_proba(X)
-        check_is_fitted(self, "names_")
-        return super().predict_proba(written(validate_data(self, X, reset=False)))
-
-    def predict(self, X):
-        return np.array([self.names_[name] for name in super().predict(X)])
-
-    def score(self, X, y):
-        return ClassifierMixin.score(self, X, y)
-
-
-def written(rows):
-    """Each of the first numbers as a letter: texts of one length, so that programs are shared."""
-    return [" ".join(chr(65 + int(value * 8) % 26) for value in np.resize(row, 6)) for row in rows]
-
-
-NOT_OURS = {
-    "check_classifiers_classes": "labels are texts, so classes_ is an array of texts",
-    "check_classifiers_one_label": "with one label there is nothing to choose; it is refused",
-    "check_fit2d_1sample": "one text has one label, which is refused for that",
-    "check_array_api_input": "texts are no arrays",
-}
-
-
-def test_the_checks_of_scikit_learn_that_apply_pass(pair, tmp_path):
-    """All of them, texts being written from their numbers; those that fail are known, and why."""
-    save_pretrained(*pair, tmp_path / "model")
-    failed = {}
-    passed = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for estimator, check in estimator_checks_generator(Numbers(str(tmp_path / "model"))):
-            name = check.func.__name__
-            try:
-                check(estimator)
-                passed += 1
-            except (AssertionError, InputError, SkipTest) as error:
-                failed[name] = str(error)
-    assert failed.keys() == NOT_OURS.keys(), failed
-    assert passed > 45
-
-
 def test_a_fitted_classifier_can_be_copied_and_sent_to_other_processes(with_head, pair):
     texts, labels = examples(20, seed=6)
     masked = Classifier(pair, ["sports", "money"], template=SHORT).fit(texts, labels, epochs=1)
@@ -235,22 +138,3 @@ def test_a_fitted_classifier_can_be_copied_and_sent_to_other_processes(with_head
         expected = classifier.predict_proba(texts)
         for copied in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
             np.testing.assert_array_equal(copied.predict_proba(texts), expected)
-
-
-def test_everything_reads_an_iterator_once(noisy_pair):
-    classifier = Classifier(noisy_pair, ["a", "b"], template=SHORT)
-    texts = [f"text {i}" for i in range(40)]
-    read = []
-
-    def reading():
-        for text in texts:
-            read.append(text)
-            yield text
-
-    expected = classifier.predict_proba(texts)
-    np.testing.assert_allclose(classifier.predict_proba(reading()), expected, atol=1e-6)
-    assert read == texts
-    read.clear()
-    stream = classifier.stream(reading(), part=16)
-    assert len(next(stream)) == len(read) == 16
-    assert [len(part) for part in stream] == [16, 8]

@@ -1,4 +1,4 @@
-"""Calibration, label sets and abstaining of a classifier, and that all of it is saved with it."""
+"""Calibration, label sets and abstaining are right, and are saved with the classifier."""
 
 import json
 
@@ -89,7 +89,7 @@ def test_the_preference_for_letters_is_taken_off(classifier, pair):
     priors = np.exp(mean) / np.exp(mean).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.exp(bias), priors.mean(axis=0), atol=1e-5)
     again = Classifier(pair, LABELS, template=SHORT, orders="all")
-    with pytest.raises(InputError, match="asked in one order"):
+    with pytest.raises(InputError, match="in one order"):
         again.calibrate(items, method="order")
 
 
@@ -237,3 +237,22 @@ def test_several_labels_are_calibrated_as_yes_and_no(pair):
     )
     with pytest.raises(InputError, match="one label per text"):
         classifier.conform(items, [["sports"]] * 40)
+
+
+def test_everything_reads_an_iterator_once(noisy_pair):
+    classifier = Classifier(noisy_pair, ["a", "b"], template=SHORT)
+    texts = [f"text {i}" for i in range(40)]
+    read = []
+
+    def reading():
+        for text in texts:
+            read.append(text)
+            yield text
+
+    expected = classifier.predict_proba(texts)
+    np.testing.assert_allclose(classifier.predict_proba(reading()), expected, atol=1e-6)
+    assert read == texts
+    read.clear()
+    stream = classifier.stream(reading(), part=16)
+    assert len(next(stream)) == len(read) == 16
+    assert [len(part) for part in stream] == [16, 8]
