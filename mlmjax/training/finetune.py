@@ -23,7 +23,7 @@ from mlmjax.scoring.engine import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.optimizer import make_schedule, make_update
-from mlmjax.training.step import HEADS, TrainState, create_train_state, make_train_step
+from mlmjax.training.step import HEADS, TrainState, create_train_state, shared_train_step
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
@@ -62,7 +62,8 @@ def fine_tune(
     update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
-    step = _step(graphdef, update, "classification" if has_head else "mlm")
+    head = HEADS["classification" if has_head else "mlm"]
+    step = shared_train_step(graphdef, update, loss=head.loss)
     batches = [_batches(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
     lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
     shape = common_shape(lengths, model.config, mesh.size)
@@ -103,12 +104,6 @@ def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     made = make(learning_rate=0.0, weight_decay=0.0)
     assert isinstance(made, optax.GradientTransformation)
     return made
-
-
-@lru_cache(maxsize=8)
-def _step(graphdef: Any, update: optax.GradientTransformation, head: str) -> Any:
-    """Return the training step; models of one architecture share the compiled program."""
-    return make_train_step(graphdef, update, loss=HEADS[head].loss)
 
 
 def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:

@@ -1,4 +1,4 @@
-"""Model FLOPs of an update: what the mathematics needs, whatever way it is computed."""
+"""Count model FLOPs: those of the mathematics, however it is computed."""
 
 from collections.abc import Iterable
 
@@ -8,7 +8,7 @@ from mlmjax.data.batch import PADDING_SEGMENT, Batch, LabelBatch
 from mlmjax.model.architecture import GLOBAL, ModelConfig
 
 BACKWARD = 3
-"""A training step is three forward passes' worth: its gradients are two products for each one."""
+"""Forward passes that a training step is worth: each product has two more for its gradients."""
 
 PEAKS = {
     "NVIDIA H200": 989e12,
@@ -20,13 +20,13 @@ PEAKS = {
     "TPU v4": 275e12,
     "TPU7x": 1153.5e12,
 }
-"""Dense bfloat16 FLOP/s of a device, by the beginning of its kind, as its maker states them.
+"""Dense bfloat16 FLOP/s of a device by the start of its kind, as its maker states them.
 
 A chip of TPU7x is two devices, each with half of the chip's 2307e12."""
 
 
 def peak_flops(kind: str, dtype: str) -> float | None:
-    """Return the dense peak of a device of this kind (`device_kind` in JAX), None if unknown.
+    """Return the peak of a device of this kind (`device_kind` in JAX), None if unknown.
 
     >>> peak_flops("NVIDIA H200", "bfloat16"), peak_flops("cpu", "bfloat16")
     (989000000000000.0, None)
@@ -38,8 +38,8 @@ def peak_flops(kind: str, dtype: str) -> float | None:
 def training_flops(config: ModelConfig, batch: Batch | LabelBatch) -> float:
     """Return the model FLOPs of one update on a batch: `BACKWARD` times the forward products.
 
-    Padding, masked scores and recomputation count nothing; local layers count the keys within the
-    window, and the head the real targets (or labelled rows) alone.
+    Padding, masked scores and recomputation do not count. Local layers count the keys within the
+    window, and the head only real targets or labelled rows.
     """
     lengths = segment_lengths(np.asarray(batch.segment_ids))
     if isinstance(batch, LabelBatch):

@@ -1,4 +1,4 @@
-"""Cross-entropy over target positions as a pair (sum, count): the head runs on targets only."""
+"""Compute cross-entropy as a pair (sum, count); the head runs on the targets only."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from mlmjax.data.batch import OBJECTIVES, UNUSED, Batch, LabelBatch
 from mlmjax.parallel.sharding import batch_shards, constrain, mesh_sizes, platform
 
-# Targets whose logits exist at one time (on each device). On a CPU the buffers of a small chunk are
-# reused, those of a large one given back to the system and asked for again: 1.5 times slower. An
-# accelerator wants fewer, larger products; 1024 x 50368 float32 logits are 206 MB.
+# Targets whose logits exist at one time on each device. A CPU reuses the buffers of a small chunk,
+# but allocates those of a large one again each time, which is 1.5 times slower. An accelerator
+# needs few, large products; 1024 x 50368 float32 logits are 206 MB.
 CHUNK = {"cpu": 128}
 CHUNK_ACCELERATOR = 1024
 Metrics = dict[str, jax.Array]
@@ -25,7 +25,7 @@ def token_loss(model: Any, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, 
     `hidden` is `[batch, seq, hidden]` from `model.encode`; `model.mlm_logits` maps its last axis to
     the vocabulary. Returns the float32 sum and the metrics `loss_sum`, `loss_count` and, for each
     of `atp`, `dummy`, `mlm`, `_loss_sum`, `_count`, `_correct` (the target has the largest logit
-    of the whole vocabulary). Without targets everything is 0, and so is the gradient.
+    of the whole vocabulary). Without targets all of these and the gradient are 0.
     """
     loss_sum, losses, correct = target_losses(model, hidden, batch)
     return loss_sum, summarize(loss_sum, losses, correct, batch)
@@ -48,11 +48,11 @@ def target_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the loss sum, and for each target its loss and whether it was predicted.
 
-    Shapes: `[]`, `[batch, targets]` float32 (0 where unused), `[batch, targets]` bool. Gradients
-    flow through the sum alone.
+    Shapes: `[]`, `[batch, targets]` float32 (0 for unused targets), `[batch, targets]` bool.
+    Gradients flow only through the sum.
 
-    The targets of the rows on one device are moved to the front, so the head runs over as many
-    chunks as there are targets, not over the width that could be needed; nothing is dropped.
+    The targets of the rows on one device are moved to the front, so the head runs over chunks of
+    real targets, not over the width that a row could need. No target is dropped.
     """
     groups = batch_shards(mesh_sizes())
     rows, seq, size = hidden.shape
@@ -63,7 +63,7 @@ def target_losses(
     row = jnp.arange(rows, dtype=jnp.int32).reshape(groups, rows // groups, 1) % (rows // groups)
     places = row * seq + batch.target_positions.reshape(groups, rows // groups, width)
     is_target = batch.target_ids.reshape(groups, length) >= 0
-    # Each target's place among those of its group; counting compiles far faster than sorting.
+    # The number of each target in its group; counting compiles far faster than sorting.
     rank = jnp.cumsum(is_target, axis=1, dtype=jnp.int32) - 1
     full = length + -length % chunk
     slot = jnp.where(is_target, rank, full)
@@ -92,7 +92,7 @@ def target_losses(
 def _sum_over_chunks(
     logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss of each target, chunk by chunk; `hidden` is `[groups, length, hidden]`."""
+    """Return the loss of each target, chunk by chunk; `hidden` is `[groups, length, hidden]`."""
 
     def body(index: jax.Array, carry: Any) -> Any:
         h, target = _chunk_at(index, chunk, hidden, ids)
@@ -106,8 +106,8 @@ def _sum_over_chunks(
 def _forward(
     logits_of: Logits, chunk: int, consts: Sequence[jax.Array], hidden: jax.Array, ids: jax.Array
 ) -> tuple[Any, Any]:
-    # The sum's gradient is known up to one factor as soon as a chunk's logits are there, so both
-    # products of the backward pass are taken here and the logits are computed once.
+    # The logits of a chunk give the sum's gradient up to one factor. So both products of the
+    # backward pass are computed here, and the logits only once.
     def body(index: jax.Array, carry: Any) -> Any:
         values, grad_consts, grad_hidden = carry
         h, target = _chunk_at(index, chunk, hidden, ids)
@@ -137,10 +137,10 @@ _sum_over_chunks.defvjp(_forward, _backward)
 
 
 def _cross_entropy(logits: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Loss, whether the target has the largest logit, and the gradient with respect to the logits.
+    """Return the loss, whether the target is the prediction, and the gradient of the logits.
 
-    `logits` is `[groups, chunk, vocab]`, `target` `[groups, chunk]` (negative: unused, all zero).
-    Everything is float32. Among equal logits the smallest id is the prediction, as in argmax.
+    `logits` is `[groups, chunk, vocab]`, `target` `[groups, chunk]`; a negative target is unused,
+    and its results are 0. Everything is float32. Of equal logits the smallest id is predicted.
     """
     logits = constrain(logits.astype(jnp.float32), "batch", None, "tensor")
     used = target >= 0
@@ -197,8 +197,8 @@ def label_loss(model: Any, batch: LabelBatch) -> tuple[jax.Array, Metrics]:
 def label_evaluation(model: Any, batch: LabelBatch) -> Metrics:
     """Return `loss_sum` and `loss_count` over labelled texts, and `logits` `[texts, labels]`.
 
-    Cross-entropy, with `label_count` and `label_correct`, where the model has several labels;
-    squared error where it has one, as transformers computes them.
+    A model of several labels has cross-entropy, `label_count` and `label_correct`; one of a single
+    label has squared error. Both are as in transformers.
     """
     given = jnp.asarray(batch.labels)
     segments = given.shape[1] if given.ndim == 2 else None

@@ -1,6 +1,7 @@
-"""Optimizers and learning-rate schedules, built from the run configuration."""
+"""Make optimizers and learning-rate schedules from the run configuration."""
 
 import re
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -13,29 +14,29 @@ from mlmjax.parallel.sharding import leaf_path
 
 _NO_DECAY = re.compile(r"(^|\.)(\w*norm\.\w+|\w*bias)$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-SPIKE_WARMUP = 10
-"""Updates before which no gradient norm is usual or unusual."""
-
 _EMBEDDINGS = re.compile(r"(?:^|\.)embeddings\.")
+
+SPIKE_WARMUP = 10
+"""Updates to make before a gradient norm can count as a spike."""
 
 
 def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> optax.Schedule:
-    """Return the learning rate as a function of the number of updates done before (0 at first).
+    """Return the learning rate as a function of the number of updates done before.
 
-    Warm-up is linear and already gives `learning_rate / warmup` to the first update, the full rate
-    to update number `warmup`. Then `wsd` is constant until the last `decay` updates, which follow
-    1 - sqrt (Hägele et al. 2024, arXiv 2405.18392); `cosine` and `linear` fall over all that
-    remains and do not use `decay`. The first update of a decline has the full rate, the last one a
-    rate above zero: no update is wasted. `warmup` and `decay` below 1 are fractions of `steps`.
+    Warm-up is linear: the first update has `learning_rate / warmup`, update number `warmup` the
+    full rate. Then `wsd` is constant until the last `decay` updates, which follow 1 - sqrt (Hägele
+    et al. 2024, arXiv 2405.18392). `cosine` and `linear` fall over all that remains and do not use
+    `decay`. The first update of a decline has the full rate and the last one a rate above zero, so
+    no update is wasted. `warmup` and `decay` below 1 are fractions of `steps`.
 
-    Raises `InputError` where warm-up and decay together are longer than the run.
+    Raises `InputError` if warm-up and decay together are longer than the run.
     """
     warmup = updates_of(config.warmup, steps)
     decay = updates_of(config.decay, steps) if config.name == "wsd" else steps - warmup
     if warmup + decay > steps or decay < 0:
         raise InputError(
-            f"schedule: warmup {warmup} + decay {max(decay, 0)} updates is more than steps {steps};"
-            f" make one of them shorter"
+            f"schedule: warmup {warmup} + decay {max(decay, 0)} updates are more than steps "
+            f"{steps}; make one of them shorter"
         )
     shapes = {
         "wsd": lambda done: 1.0 - jnp.sqrt(done),
@@ -53,6 +54,7 @@ def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> o
     return schedule
 
 
+@lru_cache(maxsize=8)  # so that runs of one configuration share what is compiled
 def make_optimizer(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> optax.GradientTransformation:
@@ -86,9 +88,9 @@ def make_update(
 
 
 def decay_mask(params: Any) -> Any:
-    """Return which parameters weight decay touches: all but norms and biases, by their path.
+    """Return which parameters weight decay changes: by their path, all but norms and biases.
 
-    The shape does not tell: the bias of `Wqkv` is `[3, heads, head_dim]`.
+    Shapes do not say which: the bias of `Wqkv` is `[3, heads, head_dim]`.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: not _NO_DECAY.search(leaf_path(path)), params
@@ -99,8 +101,8 @@ def scale_by_depth(layer_decay: float) -> optax.GradientTransformation:
     """Multiply the update of a parameter by `layer_decay` for each layer above it.
 
     Layer-wise learning-rate decay (ELECTRA, arXiv 2003.10555): the heads and the final norm keep
-    the full rate, the last layer has `layer_decay` of it, the embeddings, which the tied decoder
-    reads too, `layer_decay ** (layers + 1)`.
+    the full rate, the last layer has `layer_decay` of it, and the embeddings, which are also the
+    decoder, have `layer_decay ** (layers + 1)`.
     """
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
@@ -121,7 +123,7 @@ def scale_by_depth(layer_decay: float) -> optax.GradientTransformation:
 
 
 class AverageState(NamedTuple):
-    """Number of updates done, the averaged parameters, and the state of the optimizer inside."""
+    """The updates done, the averaged parameters, and the state of the optimizer inside."""
 
     step: jax.Array
     average: Any
@@ -131,10 +133,10 @@ class AverageState(NamedTuple):
 def with_average(
     optimizer: optax.GradientTransformation, decay: float
 ) -> optax.GradientTransformation:
-    """Carry an exponential moving average of the parameters after each update.
+    """Keep an exponential moving average of the parameters.
 
-    average = d average + (1 - d) parameters, with d = min(decay, (1 + t) / (10 + t)) at update t,
-    so that the first parameters do not weigh on a short run.
+    After update t, average = d average + (1 - d) parameters, d = min(decay, (1 + t) / (10 + t)).
+    The smaller d at first keeps the initial parameters from dominating a short run.
     """
 
     def init(params: Any) -> AverageState:
@@ -157,14 +159,14 @@ def with_average(
 
 
 def averaged_parameters(params: Any, opt_state: Any) -> Any:
-    """Return the averaged parameters where the optimizer keeps them, else the parameters."""
+    """Return the averaged parameters if the optimizer keeps them, else the parameters."""
     if isinstance(opt_state, SpikeState):
         opt_state = opt_state.inner
     return opt_state.average if isinstance(opt_state, AverageState) else params
 
 
 class SpikeState(NamedTuple):
-    """Mean gradient norm of the updates made, their number, those skipped, and the state inside."""
+    """The mean gradient norm of the updates made, their number, the skipped, the state inside."""
 
     mean: jax.Array
     made: jax.Array
@@ -175,12 +177,12 @@ class SpikeState(NamedTuple):
 def skip_spikes(
     optimizer: optax.GradientTransformation, factor: float
 ) -> optax.GradientTransformation:
-    """Make no update of a gradient whose norm is above `factor` times the usual, or not finite.
+    """Skip updates whose gradient norm is above `factor` times the usual one, or not finite.
 
-    Usual is the exponential mean of the global norms of the updates made before: the first of them,
-    then with decay min(0.99, (1 + t) / (10 + t)) after t of them. The first `SPIKE_WARMUP` are
-    skipped only where they are not finite. A skipped update leaves parameters and the state inside
-    as they are. All of it is part of the state: a run that goes on skips what it would have.
+    The usual norm is the exponential mean over the updates made before: the first norm, then with
+    decay min(0.99, (1 + t) / (10 + t)) after t of them. The first `SPIKE_WARMUP` updates are
+    skipped only if they are not finite. A skipped update changes neither the parameters nor the
+    state inside. All this is in the state, so a resumed run skips the same updates.
     """
 
     def init(params: Any) -> SpikeState:
@@ -204,12 +206,12 @@ def skip_spikes(
 
 
 def skipped_updates(opt_state: Any) -> jax.Array:
-    """Return how many updates were skipped as spikes, int32 `[]`; 0 where none ever are."""
+    """Return how many updates were skipped as spikes, int32 `[]`."""
     return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros([], jnp.int32)
 
 
 class StableAdamWState(NamedTuple):
-    """Number of updates done, and the debiased moments, shaped like the parameters."""
+    """The updates done, and the debiased moments, shaped like the parameters."""
 
     step: jax.Array
     mu: Any
@@ -224,11 +226,11 @@ def stable_adamw(
     weight_decay: float = 0.01,
     mask: Any = None,
 ) -> optax.GradientTransformation:
-    """AdamW whose learning rate is lowered, tensor by tensor, where the second moment is outdated.
+    """Return AdamW with a lower learning rate for tensors whose second moment is outdated.
 
     Algorithm 2 of Wortsman et al. 2023 (arXiv 2304.13013), with update clipping from Adafactor
     (Shazeer and Stern 2018). For update t with gradient g and learning rate a:
-    beta_t = beta (1 - beta^(t-1)) / (1 - beta^t) for both moments, so they need no other debiasing;
+    beta_t = beta (1 - beta^(t-1)) / (1 - beta^t) for both moments, which debiases them;
     v = beta1_t v + (1 - beta1_t) g, u = beta2_t u + (1 - beta2_t) g^2;
     RMS = sqrt(mean(g^2 / max(u, eps^2))), eta = a / max(1, RMS);
     theta = theta - eta (weight_decay theta + v / (sqrt(u) + eps)).

@@ -1,8 +1,8 @@
-"""The train state and the jitted steps: pure functions over (state, batch)."""
+"""Make the train state and the jitted steps: pure functions of (state, batch)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -27,11 +27,11 @@ from mlmjax.training.optimizer import skipped_updates
 
 AnyBatch = Batch | LabelBatch
 Loss = Callable[[Any, Any], tuple[jax.Array, Metrics]]
-"""From a model and a batch to a loss sum and metrics that hold `loss_sum` and `loss_count`."""
+"""A function of model and batch: a loss sum, and metrics with `loss_sum` and `loss_count`."""
 
 
 class TrainState(NamedTuple):
-    """Everything a run carries from update to update: `step` counts updates done, int32 `[]`."""
+    """What a run carries from update to update; `step`, int32 `[]`, counts the updates done."""
 
     step: Any
     params: Any
@@ -43,12 +43,12 @@ def create_train_state(
 ) -> tuple[Any, TrainState]:
     """Split a model into `(graphdef, TrainState)`; the model itself stays usable.
 
-    With a mesh every parameter is cut by the rules of `partition`, and the optimizer state is made
-    in pieces, so no device holds a whole copy. Raises `InputError` as `parameter_sharding`.
+    With a mesh every parameter is sharded by the rules of `parallel.sharding`. The optimizer state
+    is made in shards, so no device holds a whole copy. Raises `InputError` as `parameter_sharding`.
     """
     graphdef, params = split_parameters(model)
-    # The step donates its state: sharing buffers would take the weights away from `model`. Copied
-    # leaf by leaf, because `device_put` may keep the piece that already lies on its device.
+    # The step donates its state, and shared buffers would take the weights away from `model`.
+    # Copied leaf by leaf, because `device_put` may keep a shard that is already on its device.
     params = jax.tree.map(
         lambda x, sharding: jax.device_put(jnp.copy(x), sharding),
         params,
@@ -60,7 +60,7 @@ def create_train_state(
 def start_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainState:
-    """Return the state at step 0 for parameters that already lie on their devices."""
+    """Return the state at step 0 for parameters that are on their devices."""
     abstract = abstract_train_state(params, optimizer, mesh)
     make = jax.jit(
         lambda params: (jnp.zeros([], jnp.int32), optimizer.init(params)),
@@ -90,7 +90,7 @@ def abstract_train_state(
 
 
 def parameter_sharding(mesh: Mesh | None, params: Any) -> Any:
-    """Return the sharding of every parameter; the first device where there is no mesh."""
+    """Return the sharding of every parameter: the first device, if there is no mesh."""
     if mesh is None:
         return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
     return partition.parameter_sharding(mesh, params)
@@ -102,8 +102,8 @@ def split_parameters(model: nnx.Module) -> tuple[Any, Any]:
     if jax.tree.leaves(rest):
         names = [partition.leaf_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(rest)]
         raise InputError(
-            f"model: holds state that is no parameter ({names[0]}); training needs a model without "
-            f"dropout and other state: set the dropout rates to 0"
+            f"model: holds state that is not a parameter ({names[0]}); training takes a model "
+            "without dropout or other state: set the dropout rates to 0"
         )
     return graphdef, params
 
@@ -123,15 +123,14 @@ def make_train_step(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Return the jitted update `(TrainState, Batch) -> (TrainState, metrics)`, its state donated.
 
-    `accumulate` cuts the first axis of every array of the batch into that many micro-batches (one
-    after another in memory); sums and counts are added up and divided once, so the update is that
-    of the large batch. A batch without any target leaves parameters and optimizer state as they
-    are; `step` advances. `loss` maps `(model, batch)` to a loss sum and metrics that hold
-    `loss_sum` and `loss_count`; metrics are summed over micro-batches. `grad_norm` (of the mean
-    loss, before clipping), `update_norm` (what is added to the parameters) and `skipped` (1 for an
-    update that was not made, as `optim.skip_spikes`) are added.
+    `accumulate` divides the rows into that many micro-batches, which are computed one after
+    another. Sums and counts are added up and divided once, so the update is that of the large
+    batch. A batch without any target changes only `step`. The metrics are those of `loss`, summed
+    over micro-batches, and three more: `grad_norm` (of the mean loss, before clipping),
+    `update_norm` (of what is added to the parameters) and `skipped` (1 for an update that
+    `optimizer.skip_spikes` did not make).
 
-    Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
+    Raises `InputError` if the rows cannot be divided over `accumulate` and the devices.
     """
     jitted = jax.jit(
         train_update(graphdef, optimizer, accumulate=accumulate, loss=loss), donate_argnums=0
@@ -155,8 +154,8 @@ def train_update(
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
     """Return the update of `make_train_step` as a pure function, not yet compiled.
 
-    `reduce` adds up the sums (metrics and gradients) of several devices, each with its own part of
-    the batch; under one program for all devices there is nothing to add.
+    `reduce` adds up the sums (metrics and gradients) of devices that run a program each, on its own
+    part of the batch.
     """
 
     def value(params: Any, batch: Any) -> tuple[jax.Array, Metrics]:
@@ -207,7 +206,7 @@ def train_update(
 def target_evaluation(model: Any, batch: Batch) -> Metrics:
     """Return the metrics of `loss.token_loss`, and for each target `loss` and `correct`.
 
-    The last two are float32 and bool `[batch, targets]`, and 0 where unused.
+    These two are float32 and bool `[batch, targets]`, and 0 for unused targets.
     """
     hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
     loss_sum, losses, correct = target_losses(model, hidden, batch)
@@ -240,7 +239,7 @@ def make_eval_step(
 
     @cache
     def over_processes(mesh: Mesh) -> Any:
-        # What lies on another process cannot be read: everything is given to all of them.
+        # A process cannot read what is on another one, so all of them get everything.
         return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     @wraps(eval_step)
@@ -253,7 +252,7 @@ def make_eval_step(
 
 
 def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
-    """Put a batch on the devices, rows over `data` and `fsdp`; raises `InputError` on misfit."""
+    """Shard a batch over `data` and `fsdp`; raises `InputError` if its rows do not divide."""
     partition.check_rows(mesh.shape if mesh else {}, batch.input_ids.shape[0], accumulate)
     if mesh is None:
         return batch
@@ -262,9 +261,9 @@ def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
 
 
 def cut_batch(batch: Any, parts: int) -> Batch:
-    """Cut the first axis of every array into `parts` micro-batches: `[parts, batch / parts, ...]`.
+    """Divide every array into micro-batches: `[parts, batch / parts, ...]`.
 
-    Rows are dealt out in turn, so each device finds rows of every micro-batch among its own.
+    Each takes every `parts`-th row, so each device has rows of every micro-batch.
     """
     return jax.tree.map(
         lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
@@ -273,7 +272,7 @@ def cut_batch(batch: Any, parts: int) -> Batch:
 
 @contextmanager
 def _mesh_of(array: Any) -> Iterator[Mesh | None]:
-    """Set the mesh an array lies on, for `partition.constrain`, and give it back."""
+    """Set the mesh an array is on, for `sharding.constrain`, and yield it."""
     mesh = None if isinstance(array, jax.core.Tracer) else partition.mesh_of(array)
     if mesh is None:
         yield None
@@ -283,7 +282,7 @@ def _mesh_of(array: Any) -> Iterator[Mesh | None]:
 
 
 def _keep_sharding(params: Any, tree: Any) -> Any:
-    """Ask for the sharding of the rules, so that an update returns its state as it took it."""
+    """Constrain a tree to the rules, so that an update returns its state sharded as before."""
     sizes = partition.mesh_sizes()
     if not sizes:
         return tree
@@ -300,11 +299,11 @@ def make_replicated_step(
     accumulate: int = 1,
     loss: Loss = masked_token_loss,
 ) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
-    """Return `step.make_train_step`, data-parallel through `jax.pmap`: same losses, same state.
+    """Return `make_train_step` as a data-parallel `jax.pmap`, with the same losses and state.
 
     The sums and counts of all devices are added before anything is divided. The state keeps its
-    layout, whole on every device of its mesh; a mesh that cuts parameters is not for this step.
-    Raises `InputError` where the rows cannot be cut over `accumulate` and the devices.
+    layout, whole on every device of its mesh; this step takes no mesh that shards parameters.
+    Raises `InputError` if the rows cannot be divided over `accumulate` and the devices.
     """
     update = train_update(
         graphdef,
@@ -327,3 +326,9 @@ def make_replicated_step(
         return jax.device_put(state, layout), metrics
 
     return step
+
+
+# Runs of one architecture and optimizer in a process share what is compiled.
+shared_train_step = lru_cache(maxsize=8)(make_train_step)
+shared_replicated_step = lru_cache(maxsize=8)(make_replicated_step)
+shared_eval_step = lru_cache(maxsize=8)(make_eval_step)

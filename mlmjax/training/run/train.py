@@ -3,7 +3,6 @@
 import time
 from collections import defaultdict
 from contextlib import closing, nullcontext
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +46,16 @@ from mlmjax.training.step import (
     AnyBatch,
     TrainState,
     abstract_train_state,
-    make_eval_step,
-    make_replicated_step,
-    make_train_step,
+    shared_eval_step,
+    shared_replicated_step,
+    shared_train_step,
     split_parameters,
     start_state,
 )
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
 
-STEPS = {"pjit": make_train_step, "pmap": make_replicated_step}
+STEPS = {"pjit": shared_train_step, "pmap": shared_replicated_step}
 
 
 def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState:
@@ -112,7 +111,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
 
             # 3. Do the updates. From here on a signal waits until the state is saved.
             stop.arm()
-            eval_step = make_eval_step(graphdef, HEADS[config.head].evaluate)
+            eval_step = shared_eval_step(graphdef, HEADS[config.head].evaluate)
             peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
             with (
                 profiling(profile, out / "profile", step, config.steps) as trace,
@@ -179,11 +178,11 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
 
 def _train_step(config: RunConfig, graphdef: Any, optimizer: Any) -> TrainStep:
     """Return the update of a run, for any number of micro-batches that its batch grows to."""
-    make = partial(STEPS[config.parallel], graphdef, optimizer, loss=HEADS[config.head].loss)
-    steps = cache(lambda parts: make(accumulate=parts))
+    make, loss = STEPS[config.parallel], HEADS[config.head].loss
 
     def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
-        return steps(micro_batches(config.data, len(batch.input_ids)))(state, batch)
+        parts = micro_batches(config.data, len(batch.input_ids))
+        return make(graphdef, optimizer, accumulate=parts, loss=loss)(state, batch)
 
     return step
 

@@ -1,7 +1,7 @@
 """Validate a run: figures over the held-out rows, and the report on held-out answers."""
 
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
 from mlmjax.parallel.processes import sum_over_processes
 from mlmjax.parallel.sharding import mesh_of
+from mlmjax.reporting import pages
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.storage import CONFIG
 from mlmjax.text.tokenizer import Tokenizer
@@ -73,123 +74,107 @@ def report_held_out(
 ) -> dict[str, Any]:
     """Return how well every held-out answer is predicted; `check` is that of `validate`.
 
-    The MLM head is reported overall, by task, and by source (`per_source`).
+    There are the accuracy with Wilson's 95 % interval and the most common answers, overall and by
+    task (`per_task`). The MLM head has the losses by source (`per_source`), a classification head
+    has macro-F1. A regression has `mse`, `mae`, and `mse_of_mean`, the error of giving the mean.
     """
-    answers, validation = loaders.answers, loaders.validation
+    answers, validation, tasks = loaders.answers, loaders.validation, loaders.tasks
     if answers is None:
         return {"n": 0}
     if isinstance(answers, LabelLoader):
-        return _report_labels(eval_step, params, answers, labels, loaders.tasks, check)
-    assert isinstance(validation, Loader)  # Its width is the one that is compiled.
-    width = validation.target_width
-    report = _report_answers(eval_step, params, answers, width, loaders.tasks, tokenizer, check)
-    per_source = {}
+
+        def read_labels(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            logits = np.asarray(eval_step(params, batch)["logits"])
+            return ~np.isnan(batch.labels), batch.labels, logits
+
+        task_of, gold, logits = _answers(answers, check, read_labels)
+        if not labels:
+            errors = logits[:, 0].astype(np.float64) - gold
+            return {
+                "n": len(gold),
+                "mse": float(np.mean(errors**2)),
+                "mae": float(np.mean(abs(errors))),
+                "mse_of_mean": float(np.var(gold.astype(np.float64))),
+            }
+        guess, gold = logits.argmax(axis=1), gold.astype(int)
+        report = _accuracy(task_of, gold, guess == gold, tasks, lambda number: labels[number])
+        macro_f1 = f1_score(gold, guess, average="macro", zero_division=0)
+        return {**report, "macro_f1": float(macro_f1)}
+
+    assert isinstance(validation, Loader)
+    width = validation.target_width  # The step is compiled for this width.
+
+    def read_targets(batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        correct = np.asarray(eval_step(params, _widened(batch, width))["correct"])
+        is_answer = np.asarray(batch.target_objective) == ATP
+        return is_answer, np.asarray(batch.target_ids), correct[:, : is_answer.shape[1]]
+
+    report = _accuracy(
+        *_answers(answers, check, read_targets), tasks, lambda token: tokenizer.decode([token])
+    )
+    report["per_source"] = {name: dict.fromkeys(SOURCE_FIGURES) for name in loaders.by_source}
     for name, of_source in loaders.by_source.items():
-        per_source[name] = dict.fromkeys(SOURCE_FIGURES)
         for loader in of_source:
             figures = validate(eval_step, params, loader, check, width)
-            per_source[name] |= {k: figures[k] for k in SOURCE_FIGURES if figures[k] is not None}
-    return {**report, "per_source": per_source}
+            known = {key: figures[key] for key in SOURCE_FIGURES if figures[key] is not None}
+            report["per_source"][name] |= known
+    return report
 
 
-def _report_answers(
-    eval_step: EvalStep,
-    params: Any,
-    loader: Loader,
-    width: int,
-    tasks: Sequence[str],
-    tokenizer: Tokenizer,
+def _answers(
+    loader: AnyLoader,
     check: Callable[[], None],
-) -> dict[str, Any]:
-    """Return the accuracy on held-out answers, overall and by task, and the most common answers.
+    read: Callable[[Any], tuple[np.ndarray, np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the task and the gold answer of each held-out answer, and what the model gave.
 
-    `loader` draws only ATP, so every held-out answer counts once. The interval is Wilson's, 95 %.
-    The most common answers are those of the held-out answers, which is the strictest baseline.
+    `read` takes a batch and returns where its answers are, the gold answers and the model's.
     """
-    answers: dict[int, Counter[int]] = defaultdict(Counter)
-    correct: Counter[int] = Counter()
+    parts = []
     for step, batch in loader.batches(0, loader.epoch_steps()):
         check()
-        is_answer = np.asarray(batch.target_objective) == ATP
-        metrics = eval_step(params, _widened(batch, width))
-        right = np.asarray(metrics["correct"])[:, : is_answer.shape[1]][is_answer]
-        numbers = loader.tasks(step)[is_answer]
-        for task, answer in zip(numbers, np.asarray(batch.target_ids)[is_answer], strict=True):
-            answers[int(task)][int(answer)] += 1
-        correct.update(int(task) for task in numbers[right])
-    return _accuracy(answers, correct, tasks, lambda token: tokenizer.decode([token]))
-
-
-def _report_labels(
-    eval_step: EvalStep,
-    params: Any,
-    loader: LabelLoader,
-    labels: Sequence[str],
-    tasks: Sequence[str],
-    check: Callable[[], None],
-) -> dict[str, Any]:
-    """Return how well the classification head predicts the held-out texts.
-
-    With `labels` the figures are those of `_report_answers` and macro-F1. Without, for a
-    regression, they are `mse`, `mae` and `mse_of_mean`, the error of always giving the mean.
-    """
-    truth, logits, numbers = [], [], []
-    for step, batch in loader.batches(0, loader.epoch_steps()):
-        check()
-        used = ~np.isnan(batch.labels)
-        truth.append(batch.labels[used])
-        logits.append(np.asarray(eval_step(params, batch)["logits"])[used])
-        numbers.append(loader.tasks(step)[used])
-    gold, scores, task_of = map(np.concatenate, (truth, logits, numbers))
-    if not labels:
-        errors = scores[:, 0].astype(np.float64) - gold
-        return {
-            "n": len(gold),
-            "mse": float(np.mean(errors**2)),
-            "mae": float(np.mean(abs(errors))),
-            "mse_of_mean": float(np.var(gold.astype(np.float64))),
-        }
-    guess, gold = scores.argmax(axis=1), gold.astype(int)
-    answers = {t: Counter(gold[task_of == t].tolist()) for t in np.unique(task_of).tolist()}
-    correct = Counter(task_of[guess == gold].tolist())
-    return {
-        **_accuracy(answers, correct, tasks, lambda number: labels[number]),
-        "macro_f1": float(f1_score(gold, guess, average="macro", zero_division=0)),
-    }
+        is_answer, gold, given = read(batch)
+        parts.append((loader.tasks(step)[is_answer], gold[is_answer], given[is_answer]))
+    task_of, gold, given = map(np.concatenate, zip(*parts, strict=True))
+    return task_of, gold, given
 
 
 def _accuracy(
-    answers: Mapping[int, Counter[int]],
-    correct: Counter[int],
+    task_of: np.ndarray,
+    gold: np.ndarray,
+    is_right: np.ndarray,
     tasks: Sequence[str],
     name: Callable[[int], str],
 ) -> dict[str, Any]:
-    """Return accuracy and majority from the answers counted by task, and those predicted right."""
-    overall = sum(answers.values(), Counter())
-    n = overall.total()
+    """Return accuracy and most common answer, overall and by task; `name` names an answer."""
+    n, correct = len(gold), int(is_right.sum())
     if not n:
         return {"n": 0}
+    per_task, most_common = {}, []
+    for task in sorted(np.unique(task_of).tolist(), key=lambda number: tasks[number]):
+        mine = task_of == task
+        most_common.append(int(np.unique(gold[mine], return_counts=True)[1].max()))
+        per_task[tasks[task]] = {
+            "n": int(mine.sum()),
+            "accuracy": int(is_right[mine].sum()) / int(mine.sum()),
+            **_majority(gold[mine], name),
+        }
     return {
         "n": n,
-        "accuracy": correct.total() / n,
-        "accuracy_ci95": list(wilson_interval(correct.total(), n)),
-        **_majority(overall, name),
+        "accuracy": correct / n,
+        "accuracy_ci95": list(wilson_interval(correct, n)),
+        **_majority(gold, name),
         # The accuracy of giving each task's most common answer.
-        "per_task_majority": sum(max(count.values()) for count in answers.values()) / n,
-        "per_task": {
-            tasks[task]: {
-                "n": answers[task].total(),
-                "accuracy": correct[task] / answers[task].total(),
-                **_majority(answers[task], name),
-            }
-            for task in sorted(answers, key=lambda number: tasks[number])
-        },
+        "per_task_majority": sum(most_common) / n,
+        "per_task": per_task,
     }
 
 
-def _majority(answers: Counter[int], name: Callable[[int], str]) -> dict[str, Any]:
-    count, answer = max((count, -answer) for answer, count in answers.items())
-    return {"majority": count / answers.total(), "majority_answer": name(-answer)}
+def _majority(gold: np.ndarray, name: Callable[[int], str]) -> dict[str, Any]:
+    """Return the share and the name of the most common answer, of equals the smallest."""
+    answers, counts = np.unique(gold, return_counts=True)
+    most = int(counts.argmax())
+    return {"majority": int(counts[most]) / len(gold), "majority_answer": name(int(answers[most]))}
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
@@ -202,7 +187,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"{report['n']} held-out values: mean squared error {report['mse']:.4g} (always giving "
             f"their mean: {report['mse_of_mean']:.4g}), mean absolute error {report['mae']:.4g}"
         ]
-    baseline = "all, by task majority"
+    baseline = "majority baseline, per task"
     width = max(map(len, [*report["per_task"], baseline]))
     lines = [f"{'task':{width}}  {'n':>6}  accuracy  majority"]
     for name, row in (*report["per_task"].items(), ("all", report)):
@@ -239,57 +224,9 @@ def read_finished(out: Path, step: int) -> dict[str, Any] | None:
 
 def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, Any]) -> str:
     """Return the part of a model card on the training, its data, and the held-out answers."""
-    optimizer = config.optimizer
-    start = f"started from `{config.init_from}`" if config.init_from else "trained from scratch"
-    lines = [
-        "",
-        "## Training",
-        "",
-        f"- {config.steps} updates of {config.data.batch_size} rows of {config.data.seq_length} "
-        f"tokens, {start}, seed {config.seed}, computed in {config.dtype}",
-        f"- {_objective(config)}",
-        f"- {optimizer.name}, learning rate {optimizer.learning_rate} ({config.schedule.name}), "
-        f"weight decay {optimizer.weight_decay}",
-        *_extras(config),
-        "",
-        "## Data",
-        "",
-        *(f"- {line}" for line in summary(manifest)),
-        "",
-        "## Held-out answers",
-        "",
-        "```",
-        *report_lines(report),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _objective(config: RunConfig) -> str:
-    if config.head == "classification":
-        what = f"the labels {', '.join(config.label_names)}" if config.label_names else "a number"
-        return f"a classification head over the pooled text, trained to give {what}"
-    objective = config.objective
-    atp = 1.0 - objective.dummy_mlm_share - objective.mlm_share
-    end = f" to {objective.mlm_rate_end}" if objective.mlm_rate_end is not None else ""
-    return (
-        f"examples with an answer: {atp:.0%} answer token prediction, "
-        f"{objective.dummy_mlm_share:.0%} dummy MLM, {objective.mlm_share:.0%} MLM; "
-        f"mask rate {objective.mlm_rate}{end}"
+    return pages.render(
+        "assets/training_card.md",
+        config=config,
+        rows=summary(manifest),
+        held_out=report_lines(report),
     )
-
-
-def _extras(config: RunConfig) -> list[str]:
-    """Return lines on what the plain recipe does not have."""
-    optimizer, data = config.optimizer, config.data
-    lines = {
-        f"- learning rate times {optimizer.layer_decay} for each layer above": (
-            optimizer.layer_decay != 1
-        ),
-        f"- these weights are an exponential average over the updates, decay {optimizer.ema}": (
-            optimizer.ema > 0
-        ),
-        f"- the batch grew from {data.batch_start} rows": data.batch_start is not None,
-    }
-    return [line for line, is_used in lines.items() if is_used]
