@@ -13,20 +13,20 @@ import pytest
 from hostile.good import RUN
 from training import write_records, write_tokenizer
 
+from mlmjax.cli.main import run
 from mlmjax.config.run import CheckpointConfig, load_config
+from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.train import run_training
 from mlmjax.weights.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[3]
 OVERRIDES = (
-    "steps=80",
+    "steps=30",
     "schedule.warmup=1",
     "log.every=10",
     "checkpoint.every=10",
     "checkpoint.keep_last=30",
 )
-COMMAND = (sys.executable, "-m", "mlmjax", "train", "run.toml", *OVERRIDES)
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"}
 ADVICE = "those saved before it are whole; free some space and run the same command again"
 # More than the metrics need, and less than the arrays of a checkpoint.
 LIMIT = 16 * 1024
@@ -56,20 +56,25 @@ def results(out):
     return weights, [json.loads(line)["loss"] for line in lines]
 
 
-def test_a_checkpoint_that_finds_no_room_fails_the_run(folder, monkeypatch):
+def test_a_checkpoint_that_finds_no_room_fails_the_run(folder, monkeypatch, capfd):
     """A limit on the size of files is a full disk that every process can have: the kernel refuses
     the write in whatever library and thread it happens.
     """
     monkeypatch.chdir(folder)
-    said = ""
-    with subprocess.Popen(COMMAND, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
-        for line in process.stderr:
-            said += line
-            if line.startswith("step 10/"):
-                size = (LIMIT, resource.RLIM_INFINITY)
-                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, size)
-    assert process.returncode == 1, said
-    step = check_failure(said, "File too large")
+    write, usual = MetricsLog.write, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_and_fill(self, step, split, values):
+        write(self, step, split, values)
+        if (step, split) == (10, "train"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, usual[1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", write_and_fill)
+        try:
+            assert run(["train", "run.toml", *OVERRIDES]) == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    step = check_failure(capfd.readouterr().err, "File too large")
     with Checkpoints(folder / "out" / "checkpoints", CheckpointConfig(keep_last=30)) as kept:
         assert kept.resumable() == (step - 10 or None)
         assert kept.steps() == [*range(10, step, 10)]
@@ -90,12 +95,15 @@ mount -o remount,size=64m none .
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="needs unshare to mount a small disk")
 def test_a_disk_that_is_full(folder):
     disk = folder / "disk"
     disk.mkdir()
-    script = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", disk, folder, *COMMAND]
-    ended = subprocess.run(script, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    command = (sys.executable, "-m", "mlmjax", "train", "run.toml", *OVERRIDES, "steps=80")
+    script = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", disk, folder, *command]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "8"}
+    ended = subprocess.run(script, env=environment, capture_output=True, text=True, check=False)
     if ended.returncode == 77 or ended.stderr.startswith("unshare:"):
         pytest.skip(f"a small disk cannot be mounted here: {ended.stderr.strip()}")
     first, code = ended.stderr.rstrip().rsplit("\n", 1)

@@ -3,28 +3,24 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from contextlib import closing
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from processes import to_toml
+from processes import write_config
 from training import (
     OTHERS,
     TASKS,
     assert_same,
-    compile_settings,
     lines_of,
     make_config,
     make_table,
-    quick_compiles,
 )
 
 import mlmjax.training.run.loop as loop_module
 import mlmjax.training.run.train as train_module
+from mlmjax.cli.main import run
 from mlmjax.errors import InputError, RunError
 from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.timing import PHASES
@@ -55,19 +51,6 @@ KEYS = {
     *(f"seconds_{phase}" for phase in PHASES),
     "productive_share",
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Inputs of all runs here."""
-    with quick_compiles(tmp_path_factory.mktemp("runs")) as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def straight(folder):
-    """The final state of a run that nothing stopped; its folder is `folder / "out"`."""
-    return run_training(make_config(folder))
 
 
 def test_a_run_leaves_what_it_promises(folder, straight):
@@ -159,62 +142,17 @@ def test_a_finished_run_is_reported_and_left_alone(folder, straight, capsys):
     assert len(lines_of(folder / "out")) == 10
 
 
-CHILD = """
-import json, os, signal, sys
-import jax
-for name, value in json.loads(sys.argv[1]).items():
-    jax.config.update(name, value)
-from mlmjax.cli.main import run
-from mlmjax.training.run.log import MetricsLog
-write = MetricsLog.write
-def write_and_die(self, step, split, values):
-    write(self, step, split, values)
-    if step == 6:
-        os.kill(os.getpid(), getattr(signal, sys.argv[2]))
-MetricsLog.write = write_and_die
-sys.exit(run(["train", *sys.argv[3:]]))
-"""
-
-
-def run_child(folder, out, signal_name):
-    """Train in a process of its own that gets a signal at step 6 of 8."""
-    config = folder / f"{out.name}.toml"
-    settings = {**compile_settings(folder), "jax_num_cpu_devices": 8}
-    table = make_table(folder, out=str(out))
-    config.write_text("".join(f"{key} = {to_toml(value)}\n" for key, value in table.items()))
-    return subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps(settings), signal_name, str(config)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=Path(__file__).parents[3],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        check=False,
-    )
-
-
-def test_after_a_kill_everything_is_as_if_it_had_not_happened(folder, straight):
-    out = folder / "killed"
-    child = run_child(folder, out, "SIGKILL")
-    assert child.returncode == -signal.SIGKILL, child.stderr
-    assert max(line["step"] for line in lines_of(out)) == 6
-    # A half-written last line, as a kill in the middle of a write leaves it.
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 7, "spl')
-    state = run_training(make_config(folder, out=str(out)))
-    assert_same(state, straight)
-    assert lines_of(out) == lines_of(folder / "out")
-
-
-def test_sigterm_saves_and_exits_143(folder, straight):
+def test_sigterm_saves_and_exits_143(folder, straight, stop_after, capsys):
     out = folder / "terminated"
-    child = run_child(folder, out, "SIGTERM")
-    assert child.returncode == 143, child.stderr
-    assert "step 6 is saved" in child.stderr
-    assert "Traceback" not in child.stderr
+    config = write_config(make_table(folder, out=str(out)))
+    stop_after(6, lambda: run(["train", str(config)]))
+    said = capsys.readouterr().err
+    assert "stopped by a signal; step 6 is saved" in said
+    assert "Traceback" not in said
     assert (out / "checkpoints" / "6").is_dir()
-    state = run_training(make_config(folder, out=str(out)))
-    assert_same(state, straight)
+    assert run(["train", str(config)]) == 0
+    assert "resumes from step 6" in capsys.readouterr().err
+    assert_same(run_training(make_config(folder, out=str(out))), straight)
     assert lines_of(out) == lines_of(folder / "out")
 
 
@@ -286,7 +224,9 @@ def test_averages_survive_a_stop_between_lines(folder, monkeypatch):
     assert lines_of(folder / "parts") == lines_of(folder / "whole")
 
 
-def test_a_run_goes_on_on_another_mesh(folder, straight):
+def test_a_run_resumes_on_another_mesh(folder, straight, monkeypatch):
+    """There are more devices, and their peak is known, so there is an MFU."""
+    monkeypatch.setattr(train_module, "peak_flops", lambda kind, dtype: 1e12)
     out = folder / "moved"
     shutil.copytree(folder / "out", out)
     shutil.rmtree(out / "checkpoints" / "8")
@@ -296,6 +236,12 @@ def test_a_run_goes_on_on_another_mesh(folder, straight):
     losses, expected = ([line["loss"] for line in lines_of(o)] for o in (out, folder / "out"))
     assert losses[:5] == expected[:5]
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    lines = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines()]
+    first, *others = [line for line in lines if line["split"] == "train" and line["step"] > 4]
+    assert first["mfu"] is None  # The first update compiles.
+    for line in others:
+        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 8e12)
+        assert 1e3 < line["flops_per_second"] / line["tokens_per_second"] < 1e7
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder):
@@ -342,10 +288,7 @@ def test_steps_may_grow_where_the_past_stays_as_it_was(folder, straight):
 
 def test_starting_from_an_export(folder, straight):
     start = {"init_from": str(folder / "out" / "export"), "model": None, "tokenizer": None}
-    config = make_config(
-        folder, out=str(folder / "tuned"), steps=1, schedule={"warmup": 0}, **start
-    )
-    run_training(config)
+    run_training(make_config(folder, out=str(folder / "tuned"), **start))
     first = lines_of(folder / "tuned")[0]
     assert first["loss"] < lines_of(folder / "out")[0]["loss"] - 0.1
 

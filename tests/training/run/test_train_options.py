@@ -1,25 +1,23 @@
 """What a run file can ask for beyond the plain recipe, each through the whole loop."""
 
 import json
-import os
 import random
 import shutil
-import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
-from training import OTHERS, TASKS, assert_same, lines_of, make_config, quick_compiles
+from training import OTHERS, TASKS, assert_same, lines_of, make_config
 
+import mlmjax.training.run.loop as loop_module
 from mlmjax.cli.main import run
-from mlmjax.data.loader import Loader
 from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification, parameters
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.inputs import open_loaders
-from mlmjax.training.run.log import MetricsLog
-from mlmjax.training.run.train import run_training
+from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights import pretrained
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
@@ -27,19 +25,16 @@ pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 COLORS = TASKS["color"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Inputs of all runs here: a labelled table as well."""
-    with quick_compiles(tmp_path_factory.mktemp("options")) as folder:
-        rng = random.Random(1)
-        with (folder / "table.jsonl").open("w") as file:
-            for _ in range(400):
-                label = rng.randrange(len(COLORS))
-                words = [COLORS[label], *rng.choices(OTHERS, k=rng.randint(1, 6))]
-                rng.shuffle(words)
-                line = {"text": " ".join(words), "label": label, "score": 2.0 * label - 1}
-                file.write(json.dumps(line) + "\n")
-        yield folder
+@pytest.fixture(scope="module", autouse=True)
+def labelled_table(folder):
+    rng = random.Random(1)
+    with (folder / "table.jsonl").open("w") as file:
+        for _ in range(400):
+            label = rng.randrange(len(COLORS))
+            words = [COLORS[label], *rng.choices(OTHERS, k=rng.randint(1, 6))]
+            rng.shuffle(words)
+            line = {"text": " ".join(words), "label": label, "score": 2.0 * label - 1}
+            file.write(json.dumps(line) + "\n")
 
 
 def labelled(folder, name, **changes):
@@ -50,7 +45,7 @@ def labelled(folder, name, **changes):
     settings = {
         "out": str(folder / name),
         "head": "classification",
-        "steps": 60,
+        "steps": 30,
         "data": {
             "rows": str(folder / rows),
             "seq_length": 16,
@@ -61,30 +56,14 @@ def labelled(folder, name, **changes):
         },
         "objective": {},
         "optimizer": {"learning_rate": 1e-2},
-        "checkpoint": {"every": 30},
-        "evaluation": {"every": 30},
+        "checkpoint": {"every": 15},
+        "evaluation": {"every": 15},
         "log": {"every": 10},
     }
     return make_config(folder, **settings | changes)
 
 
-def stopped_after(step, config, monkeypatch):
-    """Run until the line of a step is written, then by SIGTERM leave and go on."""
-    write = MetricsLog.write
-
-    def write_and_stop(self, number, split, values):
-        write(self, number, split, values)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", write_and_stop)
-        with pytest.raises(SystemExit):
-            run_training(config)
-    return run_training(config)
-
-
-def test_the_classification_head_learns_and_is_exported(folder, monkeypatch, capsys):
+def test_the_classification_head_learns_and_is_exported(folder, stop_after, capsys):
     state = run_training(labelled(folder, "classes"))
     out = folder / "classes"
     report = json.loads((out / "validation.json").read_text())
@@ -104,8 +83,9 @@ def test_the_classification_head_learns_and_is_exported(folder, monkeypatch, cap
     assert COLORS[int(model(np.array([ids])).argmax())] == "blue"
     card = (out / "export" / "README.md").read_text()
     assert "trained to give the labels red, blue, green" in card
-    again = stopped_after(40, labelled(folder, "classes-stopped"), monkeypatch)
-    assert_same(again, state)
+    stopped = labelled(folder, "classes-stopped")
+    stop_after(20, lambda: run_training(stopped))
+    assert_same(run_training(stopped), state)
     assert lines_of(folder / "classes-stopped") == lines
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -114,10 +94,9 @@ def test_the_classification_head_learns_and_is_exported(folder, monkeypatch, cap
     np.testing.assert_allclose(model(np.array([ids])), logits, atol=1e-4)
 
 
-def test_classification_starts_from_a_masked_language_model(folder):
-    run_training(make_config(folder, out=str(folder / "masked")))
+def test_classification_starts_from_a_masked_language_model(folder, straight):
     start = {
-        "init_from": str(folder / "masked" / "export"),
+        "init_from": str(folder / "out" / "export"),
         "model": None,
         "tokenizer": None,
         "steps": 2,
@@ -128,7 +107,7 @@ def test_classification_starts_from_a_masked_language_model(folder):
     run_training(labelled(folder, "head", **start))
     model, _ = pretrained.load_pretrained(folder / "head" / "export")
     assert model.config.num_labels == 3
-    before, _ = pretrained.load_pretrained(folder / "masked" / "export")
+    before, _ = pretrained.load_pretrained(folder / "out" / "export")
     embedding = "model.embeddings.tok_embeddings.weight"
     moved = parameters(model)[embedding] - parameters(before)[embedding]
     assert 0 < abs(np.asarray(moved)).max() < 0.1  # Two updates away from where it started.
@@ -139,7 +118,7 @@ def test_classification_starts_from_a_masked_language_model(folder):
 
 
 def test_without_labels_a_number_is_predicted(folder, capsys):
-    run_training(labelled(folder, "scores", source={"answer": "score"}, steps=100))
+    run_training(labelled(folder, "scores", source={"answer": "score"}))
     report = json.loads((folder / "scores" / "validation.json").read_text())
     assert report["mse"] < 0.2 * report["mse_of_mean"]
     assert "mean squared error" in capsys.readouterr().out
@@ -170,7 +149,7 @@ def test_what_a_classification_head_cannot_be_trained_on_is_refused(folder, chan
 
 
 def test_rows_are_for_one_head(folder):
-    run_training(make_config(folder, out=str(folder / "masked-first"), steps=1, schedule={}))
+    prepare_rows(make_config(folder))
     with pytest.raises(InputError, match="head is 'classification', the rows have 'mlm'"):
         run_training(
             make_config(
@@ -183,86 +162,78 @@ def test_rows_are_for_one_head(folder):
         )
 
 
-def test_averages_are_validated_and_exported(folder, monkeypatch):
-    settings = {"optimizer": {"learning_rate": 1e-2, "ema": 0.9}, "evaluation": {"every": 2}}
+def test_averages_are_validated_and_exported(folder, straight, stop_after):
+    settings = {"optimizer": {"learning_rate": 1e-3, "ema": 0.9}}
     state = run_training(make_config(folder, out=str(folder / "ema"), **settings))
-    run_training(
-        make_config(
-            folder,
-            out=str(folder / "plain"),
-            optimizer={"learning_rate": 1e-2},
-            evaluation={"every": 2},
-        )
-    )
     exported = dict(
         pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "ema" / "export")[0])
     )
     average = state.opt_state.average["model"]["final_norm"]["weight"][...]
     np.testing.assert_array_equal(exported["model.final_norm.weight"], average)
     assert abs(average - state.params["model"]["final_norm"]["weight"][...]).max() > 0
-    averaged, plain = lines_of(folder / "ema"), lines_of(folder / "plain")
+    averaged, plain = lines_of(folder / "ema"), lines_of(folder / "out")
     pairs = list(zip(averaged, plain, strict=True))
     assert all(a == b for a, b in pairs if a["split"] == "train")
     assert all(a["loss"] != b["loss"] for a, b in pairs if a["split"] == "validation")
-    again = stopped_after(
-        5, make_config(folder, out=str(folder / "ema-stopped"), **settings), monkeypatch
-    )
-    assert_same(again, state)
+    stopped = make_config(folder, out=str(folder / "ema-stopped"), **settings)
+    stop_after(5, lambda: run_training(stopped))
+    assert_same(run_training(stopped), state)
 
 
-def test_a_growing_batch_and_a_falling_mask_rate_resume_exactly(folder, monkeypatch):
+def test_a_growing_batch_and_a_falling_mask_rate_resume_exactly(
+    folder, straight, monkeypatch, stop_after
+):
+    """The first updates read few rows; the devices have to take each size."""
     settings = {
-        "data__batch_start": 2,
+        "model__num_hidden_layers": 3,  # of which two are scanned
+        "data__batch_start": 4,
         "data__batch_warmup": 6,
-        "data__accumulate": 4,
+        "data__accumulate": 2,
         "objective": {"mlm_share": 0.5, "mlm_rate": 0.4, "mlm_rate_end": 0.1},
         "optimizer": {"learning_rate": 1e-3, "layer_decay": 0.8, "name": "stable_adamw"},
         "remat": "layer",
     }
-    config = make_config(folder, out=str(folder / "grown"), **settings)
-    state = run_training(config)
+    sizes, count_tokens = [], loop_module.count_tokens
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop_module,
+            "count_tokens",
+            lambda batch: sizes.append(len(batch.input_ids)) or count_tokens(batch),
+        )
+        state = run_training(make_config(folder, out=str(folder / "grown"), **settings))
+    assert sizes == [4] * 6 + [8] * 2
     lines = lines_of(folder / "grown")
     train = [line for line in lines if line["split"] == "train"]
     assert train[0]["target_share"] > train[-1]["target_share"]
+    # Padding of validation does not depend on the size of its batches.
+    plain = lines_of(folder / "out")[-1]["padding_share"]
+    assert lines[-1]["padding_share"] == pytest.approx(plain)
     stopped = make_config(folder, out=str(folder / "grown-stopped"), **settings)
-    assert_same(stopped_after(5, stopped, monkeypatch), state)
+    stop_after(5, lambda: run_training(stopped))
+    assert_same(run_training(stopped), state)
     assert lines_of(folder / "grown-stopped") == lines
     for change, message in (
         (
             {"data__batch_warmup": 4},
-            "update 4 of 8 already done had the number of rows 4; this configuration says 6",
+            "update 5 of 8 already done had the number of rows 4; this configuration says 8",
         ),
         ({"objective": {"mlm_share": 0.5, "mlm_rate": 0.4}}, "had the mask rate"),
         ({"optimizer": {**settings["optimizer"], "layer_decay": 0.9}}, "layer_decay is 0.9"),
+        (
+            {"data__batch_start": 2, "data__accumulate": 1, "mesh": {"data": 4}},
+            "batch of 2 rows cannot be divided",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             run_training(make_config(folder, out=str(folder / "grown"), **settings | change))
 
 
-def test_rows_of_a_growing_batch_are_counted(folder, monkeypatch):
-    """The first updates read few rows, and the devices have to take each size."""
-    sizes = []
-    batch = Loader.batch
-    monkeypatch.setattr(
-        Loader,
-        "batch",
-        lambda self, *args: sizes.append((args[0], len((b := batch(self, *args)).input_ids))) or b,
-    )
-    grown = {"data__batch_start": 2, "data__batch_warmup": 3, "evaluation": {"every": 0}}
-    run_training(make_config(folder, out=str(folder / "sizes"), steps=5, **grown))
-    assert [size for _, size in sorted(sizes)[:10]][-1] == 8
-    assert dict(sizes)[0] in (2, 8)
-    assert min(size for _, size in sizes) == 2
-    with pytest.raises(InputError, match="batch of 2 rows cannot be divided by"):
-        run_training(make_config(folder, out=str(folder / "devices"), mesh={"data": 4}, **grown))
-
-
 def test_a_profile_is_written(folder):
-    config = make_config(folder, out=str(folder / "traced"), steps=3, schedule={})
+    config = make_config(folder, out=str(folder / "traced"))
     for updates, message in (
         ("3", "expected FIRST:LAST"),
         ("2:1", "expected FIRST:LAST"),
-        ("2:9", "has updates 1 to 3 left"),
+        ("2:9", "has updates 1 to 8 left"),
     ):
         with pytest.raises(InputError, match=message):
             run_training(config, profile=updates)
@@ -273,41 +244,34 @@ def test_a_profile_is_written(folder):
     assert run(["train", "missing.toml", "--profile", "1:2"]) == 2
 
 
-def test_flops_are_told_and_mfu_where_the_peak_is_known(folder, monkeypatch):
-    monkeypatch.setattr("mlmjax.training.run.train.peak_flops", lambda kind, dtype: 1e12)
-    out = folder / "mfu"
-    run_training(make_config(folder, out=str(out), steps=3, schedule={}, mesh={"data": 4}))
-    texts = (out / "metrics.jsonl").read_text().splitlines()
-    lines = [line for line in map(json.loads, texts) if line["split"] == "train"]
-    assert lines[0]["mfu"] is None  # The first update compiles.
-    for line in lines[1:]:
-        assert line["mfu"] == pytest.approx(line["flops_per_second"] / 4e12)
-        assert 1e3 < line["flops_per_second"] / line["tokens_per_second"] < 1e7
-    shutil.rmtree(out)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         # The first update already takes the parameters beyond float32.
-        ({"optimizer": {"learning_rate": 1e38}}, "step 1: the validation loss is nan"),
+        (
+            {"optimizer": {"learning_rate": 1e38}, "evaluation": {"every": 1}},
+            "step 1: the validation loss is nan",
+        ),
         (
             {
                 "optimizer": {"learning_rate": 3e38, "weight_decay": 10.0},
-                "evaluation": {"every": 9},
+                "data__validation_rows": 0,
+                "data__rows": "all-rows",
+                "steps": 1,
+                "schedule": {"warmup": 0},
             },
             "step 1: the parameters are not all finite",
         ),
     ],
 )
-def test_a_run_that_diverges_at_its_end_fails_and_saves_nothing(folder, changes, message):
-    out = folder / "diverged"
-    settings = {"steps": 1, "schedule": {"warmup": 0}, "checkpoint": {"every": 1}, **changes}
-    if "weight_decay" in changes["optimizer"]:
-        settings["data__validation_rows"], settings["data__rows"] = 0, str(folder / "all-rows")
+def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
+    folder, monkeypatch, changes, message
+):
+    monkeypatch.chdir(folder)
+    settings = {"schedule__warmup": 0, "checkpoint": {"every": 1}, **changes}
     with pytest.raises(RunError, match=message):
-        run_training(make_config(folder, out=str(out), **settings))
-    assert not list((out / "checkpoints").glob("[0-9]*"))
+        run_training(make_config(folder, out=f"diverged-{len(changes)}", **settings))
+    assert not list(Path(f"diverged-{len(changes)}", "checkpoints").glob("[0-9]*"))
 
 
 def test_a_weighted_source_without_a_row_is_refused(folder):
@@ -341,16 +305,6 @@ def test_what_is_no_label_is_refused(folder, value):
         run_training(labelled(folder, "odd", source=source, rows="rows-odd"))
 
 
-def test_padding_of_validation_does_not_depend_on_the_batch(folder):
-    shares = []
-    for accumulate in (1, 4):
-        out = folder / f"padding-{accumulate}"
-        settings = {"steps": 1, "schedule": {}, "data__accumulate": accumulate}
-        run_training(make_config(folder, out=str(out), **settings))
-        shares.append(lines_of(out)[-1]["padding_share"])
-    assert shares[0] == pytest.approx(shares[1])
-
-
 def test_a_subset_is_what_is_drawn(folder):
     """The rows hold both sets; training draws those of the smaller, epoch after epoch."""
 
@@ -376,7 +330,7 @@ def test_a_subset_is_what_is_drawn(folder):
     assert 100 < len(large) <= 160
 
 
-def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys):
+def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys, stop_after):
     """With every norm above the mean a spike, of parameters that hardly move."""
     monkeypatch.setattr("mlmjax.training.optimizer.SPIKE_WARMUP", 2)
     settings = {"optimizer": {"learning_rate": 1e-9, "skip_spikes": 1.0001}}
@@ -392,7 +346,8 @@ def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys):
         )
         assert line["padding_share"] is not None
     stopped = make_config(folder, out=str(folder / "spikes-stopped"), **settings)
-    assert_same(stopped_after(5, stopped, monkeypatch), state)
+    stop_after(5, lambda: run_training(stopped))
+    assert_same(run_training(stopped), state)
     assert lines_of(folder / "spikes-stopped") == lines
 
 
@@ -406,14 +361,14 @@ def test_a_run_that_only_skips_fails(folder, monkeypatch):
     assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
 
 
-def test_checkpoints_may_lie_elsewhere(folder):
+def test_checkpoints_may_lie_elsewhere(folder, straight):
     place = folder / "elsewhere" / "deep"
     changes = {"out": str(folder / "moved-out"), "checkpoint": {"every": 4, "path": str(place)}}
-    state = run_training(make_config(folder, steps=5, schedule={}, **changes))
-    assert sorted(path.name for path in place.glob("*")) == ["4", "5"]
+    run_training(make_config(folder, **changes))
+    assert sorted(path.name for path in place.glob("*")) == ["4", "8"]
     assert not (folder / "moved-out" / "checkpoints").exists()
-    shutil.rmtree(place / "5")
-    assert_same(run_training(make_config(folder, steps=5, schedule={}, **changes)), state)
+    shutil.rmtree(place / "8")
+    assert_same(run_training(make_config(folder, **changes)), straight)
 
 
 @pytest.mark.parametrize(
