@@ -63,33 +63,33 @@ STEPS = {
     "with a record nested deeply": (write(RECORD, "[" * 100_000), DAMAGED),
     "of nobody's run": (
         change_json(RECORD, lambda table: table.update(metadata={})),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "with an identity of text": (
         change_json(RECORD, lambda table: table["metadata"].update(identity="x")),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "with an identity of nothing": (
         change_json(RECORD, lambda table: table["metadata"].update(identity={})),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "without learning rates": (
         change_json(RECORD, lambda table: table["metadata"]["identity"].pop("rates")),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "with learning rates of text": (
         change_json(RECORD, lambda table: table["metadata"]["identity"].update(rates="x")),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "with a schedule of text": (
         change_json(
             RECORD, lambda table: table["metadata"]["identity"]["rates"].update(schedule="x")
         ),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "with sums of text": (
         change_json(RECORD, lambda table: table["metadata"]["interval"].update(loss_sum="x")),
-        "its checkpoints are no training run's",
+        "its checkpoints are not those of a training run",
     ),
     "of a tree of other arrays": (
         change_json(RECORD, lambda table: table["arrays"].popitem()),
@@ -111,7 +111,7 @@ STEPS = {
     ),
     "half deleted": (
         remove(f"{STEP}/record", f"{STEP}/_CHECKPOINT_METADATA"),
-        f"{STEP}: is not a whole checkpoint; delete this folder, and the run goes on from step 1",
+        f"{STEP}: is not a whole checkpoint; delete this folder, and the run resumes from step 1",
     ),
     "of nothing": (
         lambda folder: (folder / "out/checkpoints/5").mkdir(),
@@ -123,7 +123,7 @@ STEPS = {
 GOOD_STEPS = {
     "after one half deleted": (
         all_of(remove("out/checkpoints/1/record", "out/validation.json"), remove("out/export")),
-        "goes on from step 2",
+        "resumes from step 2",
     ),
     "beside foreign folders": (
         all_of(
@@ -131,7 +131,7 @@ GOOD_STEPS = {
             write("out/checkpoints/notes/x.txt", "precious"),
             write("out/checkpoints/best/x.txt", "precious"),
         ),
-        "goes on from step 1",
+        "resumes from step 1",
     ),
 }
 MODEL = "checkpoint/checkpoint.json"

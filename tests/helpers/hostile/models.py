@@ -199,9 +199,9 @@ TOKENIZERS = {
     "with an id of text": (added(0, id="1"), NOT_READ),
     "with an id twice": (
         tokenizer(lambda table: table["added_tokens"][1].update(id=table["added_tokens"][0]["id"])),
-        "twice",
+        "added_tokens repeats '[SEP]'",
     ),
-    "with a token twice": (added(1, content="[CLS]"), "added_tokens names '[CLS]'"),
+    "with a token twice": (added(1, content="[CLS]"), "added_tokens repeats '[CLS]'"),
     "with a wrong id": (added(4, id=9999), "expected ids without gaps"),
     "with added tokens of text": (part("added_tokens", "x"), "tokenizer.json: "),
     "without [MASK]": (without("[MASK]"), "has no token [MASK]"),
