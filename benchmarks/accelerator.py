@@ -1,10 +1,10 @@
-"""Measure attention, training, scoring and latency on the accelerator at hand, side by side.
+"""Measure attention, training, scoring and latency on this machine's accelerator.
 
     python benchmarks/accelerator.py --out DIR [--size large] [--tokens 16384] [--only PART ...]
 
-Random weights. Prints Markdown tables and writes them with all figures to `DIR/accelerator.md` and
-`.json`. Where torch with CUDA is there, transformers (sdpa, as it is and compiled) is measured on
-the same shapes. `--size tiny` is to try the script itself, on a CPU too.
+The weights are random. The script prints Markdown tables and writes `DIR/accelerator.md` and
+`DIR/accelerator.json`. If torch with CUDA is installed, it also measures transformers (sdpa, plain
+and compiled) on the same shapes. `--size tiny` is for trying the script, also on a CPU.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mlmjax.training.step import create_train_state, make_train_step
 
 LENGTHS = (512, 2048, 8192)
 SEGMENTS = 256
-"""Tokens of a packed example, on average."""
+"""Tokens of a packed example."""
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 
 def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
-    """Return the median seconds of a call that gives arrays, once it is compiled."""
+    """Return the median seconds of a call that returns arrays, after a first call compiled it."""
     jax.block_until_ready(act())
     found = []
     for _ in range(repeats):
@@ -58,7 +58,7 @@ def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
 
 
 def attention(config: ModelConfig, tokens: int) -> Iterator[Row]:
-    """Forward, and forward with backward, of every way to attend that runs here."""
+    """Measure every attention implementation that runs here, without and with gradients."""
     ways = dict.fromkeys(("dense", "banded", choose_implementation(platform())))
     for length, window, way in itertools.product(LENGTHS, (config.window, None), ways):
         if way == "dense" and length > 2048:
@@ -99,7 +99,7 @@ def packed_batch(config: ModelConfig, rows: int, length: int) -> Batch:
 
 
 def training(config: ModelConfig, tokens: int) -> Iterator[Row]:
-    """Updates on packed rows of 1024 and of 8192, with each way to save memory."""
+    """Measure updates on packed rows of 1024 and 8192 tokens with each `remat`."""
     peak = peak_flops(jax.devices()[0].device_kind, "bfloat16")
     optimizer = make_optimizer(OptimizerConfig(), ScheduleConfig(), 1000)
     for length, remat in itertools.product((1024, 8192), ("none", "dots", "layer")):
@@ -125,7 +125,7 @@ def training(config: ModelConfig, tokens: int) -> Iterator[Row]:
 
 
 def scoring(config: ModelConfig, tokens: int) -> Iterator[Row]:
-    """The encoder and the head at one slot of each row; then latency of few rows."""
+    """Measure the encoder with the head at one slot per row, and the latency of few rows."""
     peak = peak_flops(jax.devices()[0].device_kind, "bfloat16")
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
     graphdef, state = nnx.split(model)
@@ -144,13 +144,13 @@ def scoring(config: ModelConfig, tokens: int) -> Iterator[Row]:
         row: Row = {"rows": rows, "length": length, "ms": took * 1e3,
                     "tokens_per_s": rows * length / took,
                     "mfu": flops / peak if peak else None}  # fmt: skip
-        for name, ask in theirs.items():
-            row[f"{name}_ratio"] = ask(ids) / took
+        for name, measure in theirs.items():
+            row[f"{name}_ratio"] = measure(ids) / took
         yield row
 
 
 def torch_sides(config: ModelConfig) -> dict[str, Callable[[np.ndarray], float]]:
-    """Return transformers, as it is and compiled, as functions from ids to median seconds."""
+    """Return transformers, plain and compiled, as functions from ids to median seconds."""
     try:
         import torch
         import transformers
@@ -162,7 +162,7 @@ def torch_sides(config: ModelConfig) -> dict[str, Callable[[np.ndarray], float]]
     model = transformers.ModernBertForMaskedLM._from_config(theirs, attn_implementation="sdpa")
     model = model.to("cuda", torch.bfloat16).eval()
 
-    def ask(run: Any, ids: np.ndarray) -> float:
+    def measure(run: Any, ids: np.ndarray) -> float:
         inputs = torch.from_numpy(ids).long().cuda()
         found = []
         with torch.inference_mode():
@@ -174,14 +174,14 @@ def torch_sides(config: ModelConfig) -> dict[str, Callable[[np.ndarray], float]]
                 found.append(time.perf_counter() - start)
         return statistics.median(found[3:])
 
-    return {"sdpa": partial(ask, model), "compiled": partial(ask, torch.compile(model))}
+    return {"sdpa": partial(measure, model), "compiled": partial(measure, torch.compile(model))}
 
 
 PARTS = {"attention": attention, "training": training, "scoring": scoring}
 
 
 def table(rows: list[Row]) -> str:
-    """Return a Markdown table of rows that may have different keys."""
+    """Return a Markdown table of rows, whose keys may differ."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
 
     def cell(value: Any) -> str:
@@ -194,7 +194,7 @@ def table(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    """Measure the parts, print and write their tables."""
+    """Measure the parts; print and write their tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=["tiny", "base", "large"], default="large")
@@ -215,7 +215,7 @@ def main() -> None:
             found[part].append(row)
             print(part, row, flush=True)
         text += f"\n\n{part}\n\n{table(found[part])}"
-        # Written after each part: the time on a machine that is lent may end.
+        # Write after each part, because time on a lent machine may end.
         (chosen.out / "accelerator.md").write_text(text + "\n")
         (chosen.out / "accelerator.json").write_text(
             json.dumps({**about, **found}, indent=1) + "\n"

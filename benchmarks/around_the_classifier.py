@@ -1,4 +1,4 @@
-"""Parts of the study beside labels: plain text, the commands, and what scoring costs."""
+"""Parts of the study that are not about labels: plain text, commands, and cost of scoring."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ test = { files = ["trec_test*"] }
 
 
 def language(s: Study) -> None:
-    """What the network knows of plain text: acceptable sentences, and words masked."""
+    """Measure how well likelihood tells acceptable sentences, and `fill_mask` finds words."""
     model, tokenizer = load_pretrained(s.model)
     rows = s.read("cola_in_domain_dev")
     good = [row["label"] for row in rows]
@@ -56,7 +56,7 @@ def language(s: Study) -> None:
 
 
 def commands(s: Study) -> None:
-    """The same through the commands: a suite, and two evaluations compared."""
+    """Measure the commands: a suite, two evaluations, and their comparison."""
     (s.out / "small.toml").write_text(SUITE)
 
     def mlmjax(*words) -> str:
@@ -71,23 +71,15 @@ def commands(s: Study) -> None:
     here = ["--data", s.data, "--out", s.out / "suite"]
     mlmjax("evaluate", "--model", s.model, "--suite", s.out / "small.toml", *here)
     print((s.out / "suite" / "suite.md").read_text())
-    data = [
-        "--task",
-        "ag_news",
-        "--data",
-        s.data / "ag_news_test.parquet",
-        "--limit",
-        500,
-        "--order-rows",
-        0,
-    ]
+    data = ["--task", "ag_news", "--data", s.data / "ag_news_test.parquet", "--limit", 500]
+    data += ["--order-rows", 0]
     for name, model in (("a", s.model), ("b", s.out / "fitted")):
         mlmjax("evaluate", "--model", model, *data, "--out", s.out / name)
     print(mlmjax("compare", s.out / "b", s.out / "a"))
 
 
 def speed(s: Study) -> None:
-    """Five thousand texts, and the memory they take."""
+    """Measure the time and memory of 5,000 texts."""
     texts, _ = s.topics("test", 5000)
     asked = s.fitted()
     asked.predict(texts[:200])

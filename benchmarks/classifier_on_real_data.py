@@ -1,11 +1,12 @@
-"""What a classifier's answers are worth on public data: every way to ask, fit and calibrate.
+"""Measure a classifier on public data: each way to prompt, fit and calibrate it.
 
     python benchmarks/classifier_on_real_data.py --data FOLDER --model FOLDER --out FOLDER
 
 `--data` holds parquet files: ag_news_sample5k_train, ag_news_sample5k_dev, ag_news_test,
 trec_train, trec_test, cola_in_domain_dev, 20newsgroups_bydate_train, 20newsgroups_bydate_test.
-Prints a Markdown table and writes figures.json, figures.png and reliability.png; `--only PART ...`
-measures parts again and keeps the others. No row that is tested or calibrated on is trained on.
+The script prints a Markdown table and writes figures.json, figures.png and reliability.png.
+`--only PART ...` measures some parts again and keeps the others. Rows for tests and calibration are
+never trained on.
 """
 
 import argparse
@@ -50,9 +51,9 @@ def numbers(labels, names) -> np.ndarray:
 
 
 def fitting(s: Study) -> None:
-    """The answer at the slot and a classification head, not fitted and fitted, and TF-IDF."""
+    """Compare the slot, without and with fitting, a classification head, and TF-IDF."""
     train, test = s.topics("sample5k_train", 2000), s.topics("test", 1000)
-    s.accuracy("as it is", s.classifier().predict(test[0]), test[1])
+    s.accuracy("not fitted", s.classifier().predict(test[0]), test[1])
     for head, instruction in (("mlm", ASKED), ("classification", None)):
         fit = s.classifier(head=head, instruction=instruction)
         start = time.perf_counter()
@@ -65,11 +66,11 @@ def fitting(s: Study) -> None:
 
 
 def orders(s: Study) -> None:
-    """Accuracy by cyclic order of the options, and two ways to be rid of its influence."""
+    """Measure accuracy by cyclic order of the options, and two remedies for its influence."""
     texts, gold = s.topics("test", 400)
     dev, _ = s.topics("sample5k_dev", 100)
     truth = numbers(gold, TOPICS)
-    for name, make in (("as it is", s.classifier), ("fitted", s.fitted)):
+    for name, make in (("not fitted", s.classifier), ("fitted", s.fitted)):
         asked = []
         for shift in range(4):
             one = make(labels=shifted(TOPICS, shift))
@@ -92,7 +93,7 @@ def orders(s: Study) -> None:
 
 
 def trust(s: Study) -> None:
-    """Calibration and label sets learned on dev rows, measured on test rows."""
+    """Fit calibration, label sets and abstention on dev rows; measure them on test rows."""
     texts, gold = s.topics("test", 1000)
     dev, names = s.topics("sample5k_dev")
     half = len(dev) // 2
@@ -105,15 +106,15 @@ def trust(s: Study) -> None:
             s.add(what, measure, value)
         return scores
 
-    for name, make in (("as it is", s.classifier), ("fitted", s.fitted)):
+    for name, make in (("not fitted", s.classifier), ("fitted", s.fitted)):
         measure(name, make())
         measure(f"{name}, batch", make().calibrate(dev[:half]))
         measure(f"{name}, null", make().calibrate())
         both = make()
         try:
             both.calibrate(dev[:half], names[:half])
-        except InputError as refused:  # answers no better than a guess have no temperature
-            print(f"{name}, temperature: {refused}")
+        except InputError as error:  # answers no better than a guess have no temperature
+            print(f"{name}, temperature: {error}")
             scores = np.log(both.predict_proba(texts))
         else:
             scores = measure(f"{name}, temperature", both)
@@ -123,27 +124,27 @@ def trust(s: Study) -> None:
             sets = label_sets.fit(held, numbers(names[half:], TOPICS), method=method)
             for share in (0.8, 0.9, 0.95):
                 found = label_sets.coverage(sets.sets(scores, share), truth)
-                what = f"{name}, {method}, asked for {share}"
+                what = f"{name}, {method}, requested {share}"
                 s.add(what, "coverage", found["coverage"], found["rows"])
                 s.rows[-1] |= {key: found[key] for key in ("mean_size", "empty", "single")}
     both.conform(dev[half:], names[half:], method="aps")
     if not (both.predict_set(texts, coverage=0.95) == sets.sets(scores, 0.95)).all():
-        raise RuntimeError("predict_set and conformal.fit differ")
+        raise RuntimeError("predict_set and label_sets.fit differ")
     for share in (0.6, 0.7, 0.8, 0.9):
         what = f"fitted, abstain(accuracy={share})"
         try:
             both.abstain(dev[half:], names[half:], accuracy=share)
-        except InputError as refused:
-            print(f"{what}: {refused}")
+        except InputError as error:
+            print(f"{what}: {error}")
             continue
         answers = both.predict(texts)
-        said = answers != ""
-        s.add(what, "answered", said.mean(), len(said))
-        s.accuracy(what, answers[said], np.array(gold)[said])
+        answered = answers != ""
+        s.add(what, "answered", answered.mean(), len(answered))
+        s.accuracy(what, answers[answered], np.array(gold)[answered])
 
 
 def many(s: Study) -> None:
-    """Fifty labels: in one prompt, in rounds, and by a classification head."""
+    """Measure fifty labels: in one prompt, in rounds, and with a classification head."""
     train, test = s.read("trec_train"), s.read("trec_test")
     labels = sorted({row["label_fine"] for row in train})
     seen = {row["text"] for row in test}
@@ -155,13 +156,13 @@ def many(s: Study) -> None:
     s.accuracy("fit, classification", head.predict(texts), gold)
     for length in (512, 192, 96):
         asked = s.classifier(**kind, max_length=length)
-        s.accuracy(f"as it is, max_length {length}", asked.predict(texts), gold)
+        s.accuracy(f"not fitted, max_length {length}", asked.predict(texts), gold)
         s.rows[-1]["passes"] = asked.prompts
     s.accuracy("commonest label", ["HUM:ind"] * len(gold), gold)
 
 
 def context(s: Study) -> None:
-    """Few-shot examples, descriptions, and labels of several tokens, without fitting."""
+    """Measure few-shot examples, descriptions and labels of several tokens, without fitting."""
     texts, gold = s.topics("test", 500)
     shots = list(zip(*s.topics("sample5k_train", 24), strict=True))
     for name, options in {
@@ -188,7 +189,7 @@ def context(s: Study) -> None:
 
 
 def documents(s: Study) -> None:
-    """Posts longer than the prompt: cut at the end, or asked about window by window."""
+    """Measure posts longer than the prompt: truncated, or scored window by window."""
     parts = []
     for name, limit in (("train", 700), ("test", None)):
         rows = s.read(f"20newsgroups_bydate_{name}")
@@ -211,7 +212,7 @@ def documents(s: Study) -> None:
 
 
 def several(s: Study) -> None:
-    """Several labels per text: two news items put together have the topics of both."""
+    """Measure several labels per text: two news items joined have both topics."""
 
     def pairs(name: str, limit: int) -> tuple[list[str], list[list[str]]]:
         texts, gold = s.topics(name, 2 * limit)
@@ -221,7 +222,7 @@ def several(s: Study) -> None:
     texts, gold = pairs("test", 200)
     truth = np.array([[name in labels for name in TOPICS] for labels in gold])
     asked = s.classifier(multi_label=True, instruction="Does the label apply to the text?")
-    s.add("as it is", "micro-F1", f1_score(truth, asked.predict(texts), average="micro"))
+    s.add("not fitted", "micro-F1", f1_score(truth, asked.predict(texts), average="micro"))
     asked.fit(*pairs("sample5k_train", 250), epochs=2, **RECIPE)
     found = asked.predict(texts)
     s.add("fitted", "micro-F1", f1_score(truth, found, average="micro"))

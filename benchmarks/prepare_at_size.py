@@ -1,13 +1,12 @@
-"""What preparing instruction data costs as it grows: time, memory and disk, measured and scaled.
+"""Measure the time, memory and disk that preparing growing instruction data takes.
 
     python benchmarks/prepare_at_size.py make SHARDS --kept FILE.jsonl.zst --raw FILE.parquet ...
     python benchmarks/prepare_at_size.py run SHARDS --examples 250000,1000000 --workers 1,2
 
-`make` draws records from real ones, each with a number of its own before its text, and for each
-that has a one-token answer 2.3 that have not, as in FLAN 2022 (396 M records, 120 M of one token,
-arXiv 2502.03793 section 2). `run` prepares the first shards of them in processes of their own and
-watches these: peak of the memory that is theirs alone (mapped files are the system's to drop),
-processor time, disk.
+`make` draws records from real ones and puts a unique number before each text. For each record with
+a one-token answer it draws 2.3 others, as in FLAN 2022 (396 M records, 120 M with one token, arXiv
+2502.03793, section 2). `run` prepares the first shards in a separate process. It records processor
+time, disk, and the peak of private memory, without mapped files, which the system can drop.
 """
 
 import argparse
@@ -22,7 +21,6 @@ from resource import RUSAGE_CHILDREN, getrusage
 
 KEPT_PER_SHARD = 78_125
 DROPPED_PER_KEPT = 2.3
-FLAN_EXAMPLES = 120_000_000
 COLUMNS = ("inputs", "targets", "_task_name")
 CONFIG = """
 out = "unused"
@@ -46,7 +44,7 @@ shorten = {{ inputs = "middle" }}
 
 
 def make(folder: Path, kept: Path, raw: list[Path], shards: int) -> None:
-    """Write shards of records drawn from real ones, the same every time."""
+    """Write shards of records drawn from real ones; the same input gives the same shards."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -88,7 +86,7 @@ def make(folder: Path, kept: Path, raw: list[Path], shards: int) -> None:
 
 
 def run(folder: Path, examples: list[int], workers: list[int], work: Path) -> None:
-    """Prepare growing parts of the shards and print what each took."""
+    """Prepare growing parts of the shards, and print a row of figures for each."""
     shards = sorted(folder.glob("flan-*.parquet"))
     print(
         "| examples kept | records read | processes | minutes | CPU s | peak MiB, first process "
@@ -102,7 +100,7 @@ def run(folder: Path, examples: list[int], workers: list[int], work: Path) -> No
 
 
 def measure(shards: list[Path], workers: int, work: Path) -> list[str]:
-    """Prepare some shards in a process of its own; give the cells of its line."""
+    """Prepare some shards in a separate process; return the cells of its row."""
     import shutil
 
     rows = work / "rows"
@@ -151,7 +149,7 @@ def measure(shards: list[Path], workers: int, work: Path) -> list[str]:
 
 
 def watch(process: subprocess.Popen, rows: Path, peaks: dict[str, float]) -> None:
-    """Look at memory and disk until the process ends."""
+    """Record the peaks of memory and disk until the process ends."""
     partial = rows.with_name(rows.name + ".partial")
     while process.poll() is None:
         own = private(process.pid)
@@ -168,7 +166,7 @@ def watch(process: subprocess.Popen, rows: Path, peaks: dict[str, float]) -> Non
 
 
 def private(pid: int) -> float:
-    """Return the MiB of a process that are no file's."""
+    """Return the MiB of a process that belong to no file."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""A study of a classifier: its data, and its figures as JSON, a Markdown table and a picture."""
+"""Hold what a study of a classifier shares: data, figures, a Markdown table and a picture."""
 
 import sys
 from pathlib import Path
@@ -19,14 +19,14 @@ ASKED = "Which topic is the text about?"
 
 
 class Figures:
-    """The figures of one part of a study, printed as they are found."""
+    """Collect the figures of one part of a study, and print each."""
 
     def __init__(self, part: str):
         self.part = part
         self.rows: list[dict] = []
 
     def add(self, what: str, measure: str, value: float, n: int | None = None, **more) -> None:
-        """Keep a figure; one with `n` is a share of n rows and has a Wilson interval."""
+        """Keep a figure; with `n`, it is a share of n rows and gets a Wilson interval."""
         row = {"part": self.part, "what": what, "measure": measure, "value": float(value), "n": n}
         if n is not None:
             row["interval"] = list(wilson_interval(round(value * n), n))
@@ -34,13 +34,13 @@ class Figures:
         print(line(self.rows[-1]), flush=True)
 
     def accuracy(self, what: str, given, gold, **more) -> None:
-        """Keep the share of answers that are right."""
+        """Keep the share of right answers."""
         given = np.asarray(given)
         self.add(what, "accuracy", np.mean(given == np.asarray(gold)), len(given), **more)
 
 
 class Study(Figures):
-    """The data, the model, and the figures so far."""
+    """Hold the data, the model and the figures so far."""
 
     def __init__(self, data: Path, model: str, out: Path):
         super().__init__("")
@@ -50,7 +50,7 @@ class Study(Figures):
         return pq.read_table(self.data / f"{name}.parquet").to_pylist()
 
     def topics(self, name: str, limit: int | None = None) -> tuple[list[str], list[str]]:
-        """Return texts and labels of AG News, drawn by a seed; of `train` none that dev has."""
+        """Return drawn texts and labels of AG News; those of `train` are not in dev."""
         rows = self.read(f"ag_news_{name}")
         for row in rows:
             row["text"] = row.get("text") or f"{row['title']} {row['description']}"
@@ -68,7 +68,7 @@ class Study(Figures):
         """Return the classifier of AG News that `fitting` saved."""
         folder = self.out / "fitted"
         if not folder.exists():
-            sys.exit("no fitted classifier yet: run the part fitting first")
+            sys.exit(f"{folder}: is missing; run the part fitting first")
         return Classifier(str(folder), progress=False, **options)
 
 
@@ -97,7 +97,7 @@ def line(row: dict) -> str:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Draw every accuracy and coverage with its interval, parts apart."""
+    """Draw every accuracy and coverage with its interval, in one colour per part."""
     shares = [row for row in rows if row["measure"] in ("accuracy", "coverage")][::-1]
     parts = list(dict.fromkeys(row["part"] for row in rows))
     figure = Figure(figsize=(9, 1 + 0.22 * len(shares)), layout="constrained")

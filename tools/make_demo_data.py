@@ -6,6 +6,7 @@ The collection has one object per line: `source` (the book's GitHub repository),
 inside it) and `text` (one line per paragraph). The same input gives the same files, byte for byte.
 """
 
+import io
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import zstandard
+import pyarrow as pa
 
 SEED = 0
 TRAIN_PER_SUBJECT = 250
@@ -105,7 +106,7 @@ def read(path: Path) -> dict[str, dict[tuple[str, str], list[str]]]:
     """Return clean paragraphs by subject, then by (book, module)."""
     subject_of = {book: subject for subject, books in SUBJECTS.items() for book in books}
     pages: dict[str, dict[tuple[str, str], list[str]]] = {subject: {} for subject in SUBJECTS}
-    with zstandard.open(path, "rt", encoding="utf-8") as lines:
+    with io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), "utf-8") as lines:
         for line in lines:
             page = json.loads(line)
             book = page["source"].removeprefix("openstax/")

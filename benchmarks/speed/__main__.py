@@ -1,9 +1,9 @@
-"""Both sides on the same inputs and weights, turn by turn, each in a process of its own.
+"""Compare mlmjax and transformers on the same inputs and weights.
 
     python benchmarks/speed --data FOLDER --out FOLDER
 
-`--data` holds `eval`, `instruct` and `tokenizer`; the table, the figures as JSON and a picture go
-to `--out`. The cores have to be idle.
+Both sides run alternately, each in its own process. `--data` holds `eval`, `instruct` and
+`tokenizer`. A table, the figures as JSON and a picture go to `--out`. The cores must be idle.
 """
 
 import argparse
@@ -28,11 +28,11 @@ import torch, transformers
 ask = transformers.pipeline("fill-mask", model=sys.argv[1], dtype=torch.float32)
 print(json.dumps(ask(open(sys.argv[2]).read(), targets=sys.argv[3:])[0]))
 """
-"""What a user of transformers writes for one text."""
+"""The program that a user of transformers writes for one text."""
 
 
 def command(side: str, function: str, inputs: Path) -> list[str]:
-    """Return the command that measures a function; of a fresh process it is what users run."""
+    """Return the command that measures a function; `fresh` is the command that users run."""
     model, text, prompt = (str(inputs / name) for name in ("base", "text.txt", "prompt.txt"))
     if function == "fresh" and side == "ours":
         options = ["--model", model, "--labels", ",".join(LETTERS)]
@@ -43,7 +43,7 @@ def command(side: str, function: str, inputs: Path) -> list[str]:
 
 
 def measure(side: str, function: str, inputs: Path) -> Figures:
-    """Run a function in a process of its own; `process` is how long all of it took."""
+    """Run a function in its own process; `process` is the time of the whole process."""
     environment = {**os.environ, **SETTINGS, "XDG_CACHE_HOME": str(inputs / "cache")}
     start = time.perf_counter()
     done = subprocess.run(
@@ -55,7 +55,7 @@ def measure(side: str, function: str, inputs: Path) -> Figures:
 
 
 def plan(names: list[str]) -> list[tuple[str, str]]:
-    """Return what is measured in a round, ours and theirs by turns, nothing twice."""
+    """Return the (side, function) pairs of a round, alternating sides, without repetition."""
     turns = dict.fromkeys(
         turn
         for name in names
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--questions", type=at_least_one, default=200)
     parser.add_argument(
-        "--few", type=at_least_one, help="questions where both are in bfloat16 (default: as many)"
+        "--few", type=at_least_one, help="questions of the case bfloat16_both (default: as many)"
     )
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     chosen = parser.parse_args()
@@ -93,7 +93,7 @@ def main() -> None:
         asked = read(inputs, "mmlu")
         (inputs / "text.txt").write_text(" ".join(asked["rows"][0]["question"].split()) + "\n")
         (inputs / "prompt.txt").write_text(asked["prompts"][0])
-        os.sync()  # so that the disk is not still at it in the first round
+        os.sync()  # so that writing to disk does not slow the first round
         runs: list[Figures] = []
         if "fresh" in chosen.only:
             measure("ours", "fresh", inputs)  # fills the cache of compiled programs

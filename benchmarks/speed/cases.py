@@ -1,13 +1,13 @@
-"""What is compared with what, and how far ahead we mean to be."""
+"""List what is compared with what, and by how much ours should be better."""
 
 from typing import NamedTuple
 
 
 class Case(NamedTuple):
-    """One row of the table: `ours` and `theirs` are functions of `ours.py` and `theirs.py`.
+    """Describe one row of the table: `ours` and `theirs` are functions of `ours.py`, `theirs.py`.
 
-    `figure` is what is compared: theirs divided by ours is the ratio (of peak memory: ours divided
-    by theirs, which should be small).
+    `figure` names the compared figure. The ratio is theirs divided by ours. For peak memory it is
+    ours divided by theirs, and should be small.
     """
 
     title: str
@@ -59,7 +59,7 @@ CASES = {
     ),
 }
 STREAM = "stream"
-"""Ours alone: recompilations in a stream of texts, none of which is the goal."""
+"""Ours only: recompilations in a stream of texts; the goal is 0."""
 GROWTH = ("local_attention", "local_attention_512")
-"""Ours alone: local layers at 8192 keep at least 0.6 of the tokens/s they have at 512."""
+"""Ours only: local attention at 8192 keeps at least 0.6 of its tokens/s at 512."""
 KEPT = 0.6

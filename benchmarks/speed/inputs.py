@@ -1,4 +1,4 @@
-"""What both sides read: weights, questions, training rows. Made once, the same on every run."""
+"""Write what both sides read: weights, questions and training rows, equal on every run."""
 
 import io
 import json
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-import zstandard
 from flax import nnx
 from measure import INSTRUCT_LENGTH, LONG, write
 
@@ -21,9 +21,9 @@ DRAWN = 0.01
 
 
 def write_inputs(data: Path, folder: Path, *, questions: int, few: int, seed: int = 0) -> None:
-    """Write a model of base size with random weights, and all texts and token ids, to `folder`.
+    """Write a model of base size with random weights, all texts and token ids to `folder`.
 
-    `few` is how many of the questions make up the smaller set.
+    The smaller set has the first `few` questions.
     """
     rng = np.random.default_rng(seed)
     config = ModelConfig.from_hf(json.loads((data / "tokenizer" / "config_base.json").read_text()))
@@ -51,7 +51,7 @@ def write_inputs(data: Path, folder: Path, *, questions: int, few: int, seed: in
 
 
 def masked_tokens(rng: np.random.Generator, mask_id: int) -> dict[str, Any]:
-    """Rows of random tokens, 30 % of them masked."""
+    """Return rows of random tokens, 30 % of them masked."""
     ids = rng.integers(1000, 50000, (TRAIN_ROWS, TRAIN_LENGTH))
     masked = rng.random(ids.shape) < MASKED
     labels = np.where(masked, ids, -100)
@@ -59,12 +59,11 @@ def masked_tokens(rng: np.random.Generator, mask_id: int) -> dict[str, Any]:
 
 
 def instruct_rows(data: Path, tokenizer: Tokenizer, rng: np.random.Generator) -> dict[str, Any]:
-    """Real instruction rows of at most 512 tokens, packed: the first rows that make two batches."""
+    """Return real instruction rows of at most 512 tokens, and how they are packed."""
     template = Template("{definition}\n{input}\nAnswer: [unused0] [MASK]")
     examples = []
     path = data / "instruct" / "single_token_instruct.jsonl.zst"
-    with path.open("rb") as file:
-        lines = io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(file), "utf-8")
+    with io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), "utf-8") as lines:
         records = [json.loads(line) for line in lines if rng.random() < DRAWN]
     for i in rng.permutation(len(records)):
         answer = tokenizer.encode_plain(f" {records[i]['target'].strip()}")

@@ -1,7 +1,8 @@
-"""What both sides share: times, memory, the speed of a plain product, one line of JSON at the end.
+"""Measure times, memory and the speed of a plain product, for both sides.
 
-A side is a module of functions `NAME(folder) -> figures`; run as `python ours.py NAME FOLDER`, it
-measures in a process of its own, because the thread pools of torch and JAX halve each other.
+A side is a module of functions `NAME(folder) -> figures`. `python ours.py NAME FOLDER` measures one
+of them in its own process, because the thread pools of torch and JAX halve each other's speed. It
+prints one line of JSON at its end.
 """
 
 import json
@@ -17,15 +18,15 @@ LETTERS = ["A", "B", "C", "D"]
 LONG = 8192
 INSTRUCT_LENGTH = 512
 GEMM = (1024, 768, 2304)
-"""Rows, inputs and outputs of the product whose speed says what the machine gives just now."""
+"""Rows, inputs and outputs of the product that shows how fast the machine is at that moment."""
 
 
 def timed(
     act: Callable[[], Any], *, repeats: int = 1, warm_up: Callable[[], Any] | None = None
 ) -> tuple[Figures, Any]:
-    """Warm up (by `act`, where nothing else is given), act `repeats` times; give seconds, result.
+    """Warm up with `warm_up` or `act`, time `repeats` calls of `act`; return figures and result.
 
-    `first` is what the first call took beyond the others: mostly compilation.
+    `first` is how much longer the first call took than the others, mostly to compile.
     """
     start = time.perf_counter()
     (warm_up or act)()
@@ -50,13 +51,13 @@ def gemm_gflops(multiply: Callable[[], Any]) -> float:
 
 
 def peak_mib() -> float:
-    """Return the most memory this process has held; rusage would count its parent's as well."""
+    """Return the peak memory of this process; rusage would include its parent's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def main(functions: dict[str, Callable[[Path], Figures]], gemm: Callable[[], float]) -> None:
-    """Measure the function and in the folder that the command line names; print one JSON line."""
+    """Measure the function that the command line names on a folder; print one JSON line."""
     name, folder = sys.argv[1:]
     figures = functions[name](Path(folder))
     figures["peak_mib"] = peak_mib()

@@ -1,4 +1,4 @@
-"""Our side: the product as its users call it."""
+"""Measure mlmjax as its users call it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -28,7 +28,7 @@ STREAM = 10_000
 def questions(
     folder: Path, dtype: str = "float32", normalize: Any = "labels", asked: str = "mmlu"
 ) -> Figures:
-    """Score all questions of a set by a `Scorer`."""
+    """Score all questions of a set with a `Scorer`."""
     content = read(folder, asked)
     model, tokenizer = load_pretrained(folder / "base", dtype=dtype)
     template = Template(content["template"])
@@ -43,7 +43,7 @@ def questions(
 
 
 def local_attention(folder: Path, length: int = LONG) -> Figures:
-    """Attention within a window of 64 to each side, one row."""
+    """Compute attention within a window of 64 to each side for one row."""
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = [jax.random.normal(key, (1, 12, length, 64)) for key in keys]
     jitted = jax.jit(partial(attend, window=64))
@@ -52,7 +52,7 @@ def local_attention(folder: Path, length: int = LONG) -> Figures:
 
 
 def encode_long(folder: Path) -> Figures:
-    """The encoder on one row of 8192."""
+    """Run the encoder on one row of 8192."""
     model, _ = load_pretrained(folder / "base")
     graphdef, state = nnx.split(model)
     encode = jax.jit(lambda state, ids: nnx.merge(graphdef, state).encode(ids))
@@ -61,7 +61,7 @@ def encode_long(folder: Path) -> Figures:
 
 
 def score_long(folder: Path) -> Figures:
-    """The answer at the mask of one text of 8192."""
+    """Score the mask of one text of 8192."""
     model, tokenizer = load_pretrained(folder / "base")
     verbalizer = Verbalizer.letters(LETTERS)
     scorer = Scorer(model, tokenizer, Template("{text}"), verbalizer, batch_size=1)
@@ -71,7 +71,7 @@ def score_long(folder: Path) -> Figures:
 
 
 def updater(folder: Path) -> Callable[[Batch], None]:
-    """Return one update by AdamW, as the training loop makes it."""
+    """Return a function that makes one AdamW update, as the training loop does."""
     model, _ = load_pretrained(folder / "base")
     optimizer = make_optimizer(
         OptimizerConfig(learning_rate=RATE, clip=0.0), ScheduleConfig(warmup=0, decay=0), 1000
@@ -88,7 +88,7 @@ def updater(folder: Path) -> Callable[[Batch], None]:
 
 
 def training(folder: Path) -> Figures:
-    """An update on 8 rows of 128 tokens."""
+    """Make an update on 8 rows of 128 tokens."""
     content = read(folder, "train")
     ids, labels = (np.array(content[name], np.int32) for name in ("ids", "labels"))
     targets = np.full((3, *ids.shape), UNUSED, np.int32)
@@ -101,7 +101,7 @@ def training(folder: Path) -> Figures:
 
 
 def instruct(folder: Path) -> Figures:
-    """Seconds per instruction row, packed into rows of 512, 8 at a time."""
+    """Train on instruction rows packed into rows of 512, 8 at a time; time one instruction row."""
     content = read(folder, "instruct")
     packed = content["packed"]
     assert len(packed) >= 24
@@ -143,7 +143,7 @@ def lay_out(rows: list[list[dict[str, Any]]]) -> Batch:
 def stream(folder: Path) -> Figures:
     """Count compilations while 10,000 texts of random lengths come in groups of random size.
 
-    The model is tiny: how often programs are compiled is no matter of size.
+    The model is tiny, because its size does not change how often programs are compiled.
     """
     config = ModelConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
@@ -178,20 +178,20 @@ def gemm() -> float:
     return gemm_gflops(lambda: multiply(x, w).block_until_ready())
 
 
+FUNCTIONS = {
+    "questions": questions,
+    "questions_vocabulary": partial(questions, normalize="vocabulary"),
+    "questions_bfloat16": partial(questions, dtype="bfloat16"),
+    "few_bfloat16": partial(questions, dtype="bfloat16", asked="few"),
+    "local_attention": local_attention,
+    "local_attention_512": partial(local_attention, length=512),
+    "encode_long": encode_long,
+    "score_long": score_long,
+    "training": training,
+    "instruct": instruct,
+    "stream": stream,
+}
+
+
 if __name__ == "__main__":
-    main(
-        {
-            "questions": questions,
-            "questions_vocabulary": partial(questions, normalize="vocabulary"),
-            "questions_bfloat16": partial(questions, dtype="bfloat16"),
-            "few_bfloat16": partial(questions, dtype="bfloat16", asked="few"),
-            "local_attention": local_attention,
-            "local_attention_512": partial(local_attention, length=512),
-            "encode_long": encode_long,
-            "score_long": score_long,
-            "training": training,
-            "instruct": instruct,
-            "stream": stream,
-        },
-        gemm,
-    )
+    main(FUNCTIONS, gemm)

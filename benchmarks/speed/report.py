@@ -1,4 +1,4 @@
-"""The table of ratios, the figures behind it as JSON, and a picture."""
+"""Report the ratios: a table, the figures behind it as JSON, and a picture."""
 
 import json
 import platform
@@ -19,11 +19,9 @@ CLOSE = 2e-5
 
 
 def compare(name: str, case: Case, runs: list[Figures], **counts: int) -> dict[str, Any]:
-    """Return the ratios of a case, round by round, and what else is known of both sides.
+    """Return the ratios of a case, round by round, and the other figures of both sides.
 
-    `counts` are those that titles name.
-
-    Raises `SystemExit` where the sides do not give the same answers.
+    `counts` fill the fields of titles. Raises `SystemExit` if the sides give different answers.
     """
     sides = {
         side: [r for r in runs if r["side"] == side and r["function"] == function]
@@ -59,8 +57,8 @@ def compare(name: str, case: Case, runs: list[Figures], **counts: int) -> dict[s
     }
 
 
-def reached(row: dict[str, Any]) -> str:
-    """Say how a row stands to its goals."""
+def find_goal(row: dict[str, Any]) -> str:
+    """Return which goal a row reached."""
     better = -1 if row["figure"] == "peak_mib" else 1
     if better * row["ratio"] >= better * row["stretch"]:
         return "stretch"
@@ -87,7 +85,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return a line of the table."""
+    """Return the cells of a row of the table."""
     unit = "MiB" if row["figure"] == "peak_mib" else "s"
 
     def both(key: str, form: str) -> str:
@@ -100,22 +98,22 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['theirs']:,.3g} {unit}",
         f"{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})",
         f"{row['goal']} / {row['stretch']}",
-        reached(row),
+        find_goal(row),
         both("padding", ".0%"),
         both("peak_mib", ",.0f"),
         both("first", ".1f"),
     )
 
 
-def alone(runs: list[Figures]) -> list[str]:
-    """Return what was measured of our side alone."""
+def describe_ours(runs: list[Figures]) -> list[str]:
+    """Return sentences about what was measured on our side only."""
     found = {run["function"]: run for run in runs if run["side"] == "ours"}
     lines = []
     if STREAM in found:
         run = found[STREAM]
         lines.append(
-            f"Compilations while {run['texts']:,} texts of random lengths came, after warm-up: "
-            f"{run['compilations']} (goal 0; {run['programs']} programs)."
+            f"{run['texts']:,} texts of random lengths, after warm-up, caused "
+            f"{run['compilations']} compilations (goal 0; {run['programs']} programs)."
         )
     if all(name in found for name in GROWTH):
         long, short = (found[name]["seconds"] for name in GROWTH)
@@ -127,7 +125,7 @@ def alone(runs: list[Figures]) -> list[str]:
 
 
 def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> None:
-    """Write `speed.json`, `speed.md` and `speed.png` beside `runs.jsonl`; print the table."""
+    """Write `speed.json`, `speed.md` and `speed.png` next to `runs.jsonl`; print the table."""
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -140,16 +138,16 @@ def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> 
         for side in ("ours", "theirs")
     }
     peak = " and ".join(
-        f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) {name}"
+        f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f}) by {name}"
         for name, values in (("XLA", peaks["ours"]), ("torch", peaks["theirs"]))
         if values
     )
     text = "\n\n".join(
         [
             f"{versions}.",
-            f"GFLOP/s of a float32 product of 1024 x 768 x 2304 in the same processes: {peak}.",
+            f"A float32 product of 1024 x 768 x 2304 in the same processes, GFLOP/s: {peak}.",
             table(rows),
-            *alone(runs),
+            *describe_ours(runs),
         ]
     )
     (out / "speed.md").write_text(text + "\n")
@@ -158,7 +156,7 @@ def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> 
 
 
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the ratios, round by round, beside the goals."""
+    """Draw the ratios, round by round, next to the goals."""
     figure = Figure(figsize=(10, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
@@ -170,9 +168,9 @@ def picture(rows: list[dict[str, Any]]) -> Figure:
     axes.axvline(1, color="grey", linewidth=0.8)
     axes.set_yticks(places, [row["title"] for row in rows])
     axes.invert_yaxis()
-    # Under the titles as well as the bars: it is wider than these.
+    # On the figure and not on the axes, because it is wider than these.
     figure.supxlabel(
-        "ratio, more is better (of memory: ours / theirs, less is);"
-        " diamond goal, star stretch, line the range of rounds"
+        "ratio, larger is better (memory: ours / theirs, smaller is better);"
+        " diamond: goal, star: stretch goal, ticks: rounds"
     )
     return figure

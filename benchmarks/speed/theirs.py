@@ -1,4 +1,4 @@
-"""The other side: transformers on torch, as its users run it and as it runs best."""
+"""Measure transformers on torch, as its users run it and as it is fastest."""
 
 from functools import partial
 from pathlib import Path
@@ -9,7 +9,7 @@ import transformers
 from measure import GEMM, INSTRUCT_LENGTH, LETTERS, LONG, Figures, gemm_gflops, main, read, timed
 
 BUDGETS = (256, 512, 1024, 2048, 4096)
-"""Tokens of a batch that are tried for the strongest peer, where questions are sorted."""
+"""Tokens per batch that `strongest` tries."""
 TRIED = 48
 RATE = 1e-4
 
@@ -22,7 +22,7 @@ def load(folder: Path, dtype: Any = torch.float32, **options: Any) -> Any:
 
 
 class Questions:
-    """Asks questions batch by batch, as an array of probabilities `[questions, letters]`."""
+    """Score questions batch by batch, as probabilities `[questions, letters]`."""
 
     def __init__(self, folder: Path, dtype: Any = torch.float32, asked: str = "mmlu"):
         self.model = load(folder, dtype).eval()
@@ -34,7 +34,7 @@ class Questions:
         self.real = self.padded = 0
 
     def ask(self, batches: list[list[int]], among: str = "letters") -> list[list[float]]:
-        """Ask about the prompts of each batch; the softmax is over `among`."""
+        """Score the prompts of each batch; the softmax is over `among`."""
         found: dict[int, list[float]] = {}
         self.real = self.padded = 0
         with torch.inference_mode():
@@ -55,7 +55,7 @@ class Questions:
         return [found[i] for i in sorted(found)]
 
     def figures(self, batches: list[list[int]], among: str = "letters") -> Figures:
-        """Time all questions, after one batch to warm up."""
+        """Time all questions after one batch to warm up."""
         figures, answers = timed(
             partial(self.ask, batches, among), warm_up=partial(self.ask, batches[:1], among)
         )
@@ -68,24 +68,24 @@ class Questions:
 
 
 def eights(count: int) -> list[list[int]]:
-    """Batches of 8 in the order they come."""
+    """Return batches of 8 in the given order."""
     return [list(range(i, min(i + 8, count))) for i in range(0, count, 8)]
 
 
 def padded(folder: Path, dtype: Any = torch.float32, asked: str = "mmlu") -> Figures:
-    """Padded batches of 8 as they come."""
+    """Score padded batches of 8 in the given order."""
     questions = Questions(folder, dtype, asked)
     return questions.figures(eights(len(questions.prompts)))
 
 
 def one_by_one(folder: Path) -> Figures:
-    """One prompt at a time and the softmax over the vocabulary, as the published script."""
+    """Score one prompt at a time with a softmax over the vocabulary, as the published script."""
     questions = Questions(folder)
     return questions.figures([[i] for i in range(len(questions.prompts))], "vocabulary")
 
 
 def strongest(folder: Path) -> Figures:
-    """Sorted by length, in batches of the budget of tokens that is the fastest on some of them."""
+    """Score batches sorted by length, with the number of tokens that is fastest on a sample."""
     questions = Questions(folder)
     order = sorted(range(len(questions.prompts)), key=lambda i: -questions.lengths[i])
 
@@ -107,7 +107,7 @@ def strongest(folder: Path) -> Figures:
 
 
 def local_attention(folder: Path) -> Figures:
-    """Fused attention at 8192 with the mask of a window of 64 to each side."""
+    """Compute fused attention at 8192 with the mask of a window of 64 to each side."""
     query, key, value = (torch.randn(1, 12, LONG, 64) for _ in range(3))
     rows = torch.arange(LONG)
     mask = ((rows[:, None] - rows[None]).abs() <= 64)[None, None]
@@ -117,7 +117,7 @@ def local_attention(folder: Path) -> Figures:
 
 
 def encode_long(folder: Path) -> Figures:
-    """The encoder on one row of 8192."""
+    """Run the encoder on one row of 8192."""
     model = load(folder).eval().model
     ids = torch.tensor([read(folder, "long")])
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def encode_long(folder: Path) -> Figures:
 
 
 def score_long(folder: Path) -> Figures:
-    """The answer at the mask of one text of 8192, by the whole model."""
+    """Score the mask of one text of 8192 with the whole model."""
     model = load(folder).eval()
     ids = torch.tensor([read(folder, "long")])
     with torch.inference_mode():
@@ -133,7 +133,7 @@ def score_long(folder: Path) -> Figures:
 
 
 def training(folder: Path, sparse: bool = False) -> Figures:
-    """An update on 8 rows of 128 tokens, by fused AdamW."""
+    """Make an update on 8 rows of 128 tokens with fused AdamW."""
     model = load(folder, sparse_prediction=sparse).train()
     batch = {name: torch.tensor(values) for name, values in read(folder, "train").items()}
     update = updater(model)
@@ -141,7 +141,7 @@ def training(folder: Path, sparse: bool = False) -> Figures:
 
 
 def updater(model: Any) -> Any:
-    """Return `(ids, labels, attention_mask) -> loss`, one update."""
+    """Return a function `(ids, labels, attention_mask) -> loss` that makes one update."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
 
     def update(ids: Any, labels: Any, attention_mask: Any = None) -> float:
@@ -155,7 +155,7 @@ def updater(model: Any) -> Any:
 
 
 def instruct(folder: Path) -> Figures:
-    """Seconds per instruction row, each padded to 512, 8 at a time."""
+    """Train on instruction rows, each padded to 512, 8 at a time; time one row."""
     content = read(folder, "instruct")
     model = load(folder).train()
     update = updater(model)
@@ -186,22 +186,22 @@ def gemm() -> float:
     return gemm_gflops(lambda: x @ w)
 
 
+FUNCTIONS = {
+    "padded": padded,
+    "few_bfloat16": partial(padded, dtype=torch.bfloat16, asked="few"),
+    "strongest": strongest,
+    "one_by_one": one_by_one,
+    "local_attention": local_attention,
+    "encode_long": encode_long,
+    "score_long": score_long,
+    "training": training,
+    "training_sparse": partial(training, sparse=True),
+    "instruct": instruct,
+}
+
+
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
-    main(
-        {
-            "padded": padded,
-            "few_bfloat16": partial(padded, dtype=torch.bfloat16, asked="few"),
-            "strongest": strongest,
-            "one_by_one": one_by_one,
-            "local_attention": local_attention,
-            "encode_long": encode_long,
-            "score_long": score_long,
-            "training": training,
-            "training_sparse": partial(training, sparse=True),
-            "instruct": instruct,
-        },
-        gemm,
-    )
+    main(FUNCTIONS, gemm)
