@@ -142,7 +142,7 @@ class Checkpoints:
         """
         latest = self.latest() or 0
         if later := [step for step in self._numbered() if step > latest]:
-            then = f"goes on from step {latest}" if latest else "starts again"
+            then = f"resumes from step {latest}" if latest else "starts again"
             raise InputError(
                 f"{self.folder / str(min(later))}: is not a whole checkpoint; delete this folder, "
                 f"and the run {then}"
@@ -219,7 +219,7 @@ class Checkpoints:
 
     def _damaged(self, step: int, error: Exception) -> InputError:
         others = [other for other in self.steps() if other != step]
-        then = f"the run goes on from step {max(others)}" if others else "the run starts again"
+        then = f"the run resumes from step {max(others)}" if others else "the run starts again"
         return InputError(
             f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
             f"({first_line(error):.200}); delete this folder, and {then}"

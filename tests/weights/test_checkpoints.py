@@ -241,7 +241,7 @@ def test_damaged_checkpoint_says_which_step_and_what_to_do(damage, state, tmp_pa
     message = caught.value.message
     assert f"{tmp_path / '2'}: " in message
     assert "step 2 is damaged" in message
-    assert "delete this folder, and the run goes on from step 1" in message
+    assert "delete this folder, and the run resumes from step 1" in message
     assert "\n" not in message
     assert "Traceback" not in capfd.readouterr().err
 
