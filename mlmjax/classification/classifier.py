@@ -170,7 +170,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
-        numbers, held_out = _hold_out(texts, truth, validation, chosen, settings)
+        numbers, held_out = _hold_out(texts, truth, settings, chosen, validation=validation)
         examples = prompter.examples(numbers, texts, truth, chosen.seed)
         with progress_bar("fine-tuning", self.progress) as show:
             shown = progress or show
@@ -217,9 +217,10 @@ def _training_truth(texts: Sequence[str], labels: Sequence[Any], settings: Setti
 def _hold_out(
     texts: Sequence[str],
     truth: Sequence[Any],
-    validation: Any,
-    recipe: Recipe,
     settings: Settings,
+    recipe: Recipe,
+    *,
+    validation: Any,
 ) -> tuple[Sequence[int], HeldOut | None]:
     """Return the numbers of the training texts, and the held-out texts or None."""
     train: Sequence[int] = range(len(texts))

@@ -47,7 +47,7 @@ APPLIES = 0.5
 
 Source = str | Path | tuple[Model, Tokenizer]
 Labels = Sequence[str] | Mapping[str, str]
-Method = Literal["batch", "null", "order", "temperature"]
+CalibrationMethod = Literal["batch", "null", "order", "temperature"]
 
 
 class Predictor:
@@ -219,7 +219,7 @@ class Predictor:
         texts: Iterable[str] | None = None,
         labels: Iterable[Any] | None = None,
         *,
-        method: Method | None = None,
+        method: CalibrationMethod | None = None,
     ) -> Self:
         """Calibrate the probabilities on texts that were not trained on; returns the classifier.
 
@@ -362,7 +362,7 @@ class Predictor:
                 f"source is {self.source!r:.60}; expected a folder, a hub id, or a pair "
                 "(model, tokenizer)"
             )
-        settings = settle(vars(self), saved, model, tokenizer, seen)
+        settings = settle(vars(self), saved, model, tokenizer, seen=seen)
         has_head = isinstance(model, ModernBertForSequenceClassification)
         if settings.head == "classification" and not has_head and seen is None:
             raise InputError(

@@ -90,6 +90,7 @@ def settle(
     saved: Settings | None,
     model: Model,
     tokenizer: Tokenizer,
+    *,
     seen: Sequence[Any] | None,
 ) -> Settings:
     """Combine the constructor's arguments, the saved settings and the defaults, in this order.
@@ -111,7 +112,14 @@ def settle(
             "head is 'mlm', but a ModernBertForSequenceClassification has no masked-language-model "
             "head to answer with; leave head out, or give a ModernBertForMaskedLM"
         )
-    values["labels"] = _labels(given["labels"], saved, seen, model, values["multi_label"])
+    labels = given["labels"] if given["labels"] is not None else saved.labels if saved else None
+    if labels is None and seen is not None:
+        labels = seen_labels(seen, values["multi_label"])
+    if labels is None and has_head:
+        labels = HeadScorer.labels_of(model)
+    if labels is None:
+        raise InputError("the classifier has no labels; give labels, or call fit first")
+    values["labels"] = label_table(labels)
     values["examples"] = _examples(given["examples"], saved, values)
     values |= _template(given, saved, values, tokenizer)
     _check_combination(values)
@@ -149,20 +157,6 @@ def _literal(text: str) -> str:
     """Escape the braces of a text, so that a template shows them."""
     check_text(text, "instruction")
     return text.replace("{", "{{").replace("}", "}}")
-
-
-def _labels(
-    given: Any, saved: Settings | None, seen: Sequence[Any] | None, model: Model, multi_label: bool
-) -> dict[str, str]:
-    """Return the labels with their descriptions, from the first source that has any."""
-    labels = given if given is not None else saved.labels if saved else None
-    if labels is None and seen is not None:
-        labels = seen_labels(seen, multi_label)
-    if labels is None and isinstance(model, ModernBertForSequenceClassification):
-        labels = HeadScorer.labels_of(model)
-    if labels is None:
-        raise InputError("the classifier has no labels; give labels, or call fit first")
-    return label_table(labels)
 
 
 def _examples(given: Any, saved: Settings | None, values: Mapping[str, Any]) -> tuple[Any, ...]:

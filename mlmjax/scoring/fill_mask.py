@@ -75,7 +75,9 @@ class MaskFiller:
         self.tokenizer, self.top_k = tokenizer, top_k
         is_answer = np.isin(np.arange(model.config.vocab_size), answers)
         forward = partial(_likeliest, is_answer, top_k)
-        self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
+        self.engine = make_engine(
+            model, tokenizer, forward, batch_size=batch_size, max_length=max_length
+        )
 
     def fill(
         self, texts: Iterable[str], *, progress: Progress | None = None

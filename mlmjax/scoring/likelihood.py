@@ -105,7 +105,9 @@ class TextScorer:
             )
         check_masked_lm(model)
         self.tokenizer, self.method = tokenizer, method
-        self.engine = make_engine(model, tokenizer, log_prob_of_target, batch_size, max_length)
+        self.engine = make_engine(
+            model, tokenizer, log_prob_of_target, batch_size=batch_size, max_length=max_length
+        )
 
     def score(self, texts: Iterable[str], *, progress: Progress | None = None) -> list[TextScore]:
         """Score texts, any iterable of them, read in chunks.

@@ -31,6 +31,7 @@ def make_engine(
     model: Model,
     tokenizer: Tokenizer,
     forward: Forward,
+    *,
     batch_size: int | None,
     max_length: int | None,
 ) -> Engine:
@@ -92,7 +93,9 @@ class RowScorer:
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
         self.optional = tuple(optional)
         self.scored = self.shortened = 0
-        self.engine = make_engine(model, tokenizer, forward, batch_size, max_length)
+        self.engine = make_engine(
+            model, tokenizer, forward, batch_size=batch_size, max_length=max_length
+        )
         self.max_length = self.engine.buckets[-1]
 
     @property
