@@ -51,7 +51,7 @@ def make_baseline(name: str) -> Entrant:
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        folder = hub.packaged(name) or folder
+        folder = hub.packaged_folder(name) or folder
     if not folder.is_dir():
         hub.fetch(name, weights=False)  # raises for what is neither a folder nor a hub id
         folder = hub.download(name, None, False, _FILES)

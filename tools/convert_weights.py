@@ -4,9 +4,9 @@
     python tools/convert_weights.py to-hf CHECKPOINT HF_FOLDER
     python tools/convert_weights.py check A B
 
-Both ways keep every tensor bit by bit in the dtype it has on disk. `check` takes either kind on
-each side, and the checkpoints of a training run; it prints the largest difference and where it is.
-Exit codes: 0 done, or identical; 1 different, or the writing failed; 2 bad input.
+Both directions keep every tensor bit by bit in its dtype on disk. `check` takes either kind on each
+side, and the checkpoints of a training run. It prints the largest difference and where it is.
+Exit codes: 0 done or identical, 1 different or writing failed, 2 bad input.
 """
 
 import os
@@ -40,19 +40,19 @@ MOST_LINES = 20
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder of either kind by their Hugging Face names, read when asked for."""
+    """The tensors of a folder of either kind by their Hugging Face names, each read on access."""
 
     def __init__(self, folder: Path, stack: ExitStack):
         saved = saved_tensors(folder)
         if saved is not None:
             self._read: Callable[[str], np.ndarray] = saved.__getitem__
-            names = list(saved)
+            names = set(saved)
         else:
             weights = stack.enter_context(Weights(folder))
             if weights.problems:
                 raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
-            self._read, names = weights.read, list(weights.headers)
-        self._names = [name for name in names if not pretrained.DERIVED.fullmatch(name)]
+            self._read, names = weights.read, set(weights.headers)
+        self._names = {name for name in names if not pretrained.DERIVED.fullmatch(name)}
 
     def __getitem__(self, name: str) -> np.ndarray:
         # A tied decoder may be stored or left out; either way it is the embedding.
@@ -60,9 +60,8 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._read(pretrained.EMBEDDING if is_left_out else name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names or (
-            name == pretrained.DECODER and pretrained.EMBEDDING in self._names
-        )
+        is_decoder = name == pretrained.DECODER and pretrained.EMBEDDING in self._names
+        return name in self._names or is_decoder
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -125,7 +124,7 @@ def check(first: Path, second: Path) -> int:
 def compare(
     first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
 ) -> tuple[list[str], str]:
-    """Return lines about what differs (none: all bits are the same), and the largest difference."""
+    """Return one line per tensor that differs, and a line on the largest difference."""
     lines, largest, where = [], 0.0, ""
     for name in sorted({*first, *second}):
         if name not in first or name not in second:
@@ -174,7 +173,7 @@ def _print(lines: Sequence[str], err: bool = False) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command and return its exit code; errors are told as `mlmjax` tells them."""
+    """Run a command and return its exit code; errors are printed as `mlmjax` prints them."""
     return main_module.run(arguments, main, "convert_weights.py")
 
 

@@ -15,7 +15,7 @@ from mlmjax.model.architecture import ModelConfig
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the float32 `einsum` of two arrays, computed in the dtype of `x`.
 
-    `subscripts` name each axis, and each axis stands in two of the three terms, as in
+    `subscripts` name each axis, and each axis is in two of the three terms, as in
     `"bqd,bkd->bqk"`. In bfloat16 and float16 the operands are rounded and the sums are float32.
     The same holds for the gradients, which plain differentiation would compute from float32
     operands. Only reverse-mode differentiation is defined.

@@ -1,4 +1,4 @@
-"""A larger vocabulary: new words for the tokenizer, and rows for them in the embedding."""
+"""Add words to a model: ids in the tokenizer and rows in the embedding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,29 +35,28 @@ def resize_token_embeddings(
     start: Literal["pieces", "mean"] = "pieces",
     whole_words: bool = True,
 ) -> tuple[Model, Tokenizer]:
-    """Return a model and a tokenizer that know `new_tokens`; the given ones stay as they are.
+    """Return a new model and a new tokenizer that know `new_tokens`.
 
-    Each new word is one token from now on, alone and after a space (see `words.add_words`,
-    also for `whole_words` and for the words that are refused). Its id is the next one after the
-    tokenizer's; rows of the embedding that no token uses yet are used first. ModernBERT's own
-    tokenizer leaves none: all 50,368 rows have a token.
+    Each new word becomes one token, alone and after a space. `words.add_words` explains
+    `whole_words` and which words it rejects. New ids follow the tokenizer's last id, so rows of the
+    embedding without a token are used first. ModernBERT's own tokenizer has no such rows: all
+    50,368 have a token.
 
-    Where the row (and the decoder bias) of a new word starts:
+    The row (and the decoder bias) of a new word starts
 
-    - `"pieces"`, the default: at the mean over the tokens that the tokenizer so far cuts
-      `" " + word` into. The model has read them for this word, so it begins near its meaning.
-    - a mapping `{word: text}`: at the mean over the tokens of that text, as it is written.
-    - `"mean"`: at the mean over all ordinary tokens (no special and no [unused*] ones).
+    - with `"pieces"`, the default, at the mean over the old tokens of `" " + word`. The model has
+      read them for this word, so the row begins near its meaning.
+    - with a mapping `{word: text}`, at the mean over the tokens of that text, taken as written.
+    - with `"mean"`, at the mean over all ordinary tokens (neither special nor [unused*]).
 
-    The embedding `[vocab, hidden]` has `size` rows, or as many as are needed, in either case
-    rounded up to a multiple of `multiple`, so that meshes can cut it (`multiple=1`: exactly). It
-    shrinks for a `size` only, and never below the ids of the tokenizer. New rows that are left for
-    later hold the mean over all ordinary tokens: they take at most their share of the probability
-    (Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021). Old ids keep
-    their rows bit for bit, so their logits for text without new words are what they were.
+    The embedding `[vocab, hidden]` gets `size` rows, or as many as it needs, rounded up to a
+    multiple of `multiple` so that meshes can shard it. It shrinks only for a `size`, and never
+    below the ids of the tokenizer. Spare rows hold the mean over all ordinary tokens, which bounds
+    their share of the probability (Hewitt, "Initializing New Word Embeddings for Pretrained
+    Language Models", 2021). Old ids keep their rows bit for bit, so logits of old words stay.
 
     Raises `InputError` for words that cannot be tokens, for a `size` below the ids in use, and for
-    a tokenizer that is not the model's.
+    a tokenizer of another model.
     """
     old_rows = model.config.vocab_size
     if tokenizer.vocab_size > old_rows:
@@ -90,7 +89,7 @@ def resize_token_embeddings(
 
 
 def _words(new_tokens: Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:
-    """Return the words and, of a mapping, the text that each starts from."""
+    """Return the words, and for a mapping the text that each starts from."""
     if isinstance(new_tokens, str):
         raise InputError(f"new_tokens: is the text {new_tokens!r:.60}; expected a list of words")
     if not isinstance(new_tokens, Mapping | Sequence):
@@ -105,7 +104,7 @@ def _words(new_tokens: Sequence[str] | Mapping[str, str]) -> tuple[list[str], li
 
 
 def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:
-    """Return how many rows there will be for `used` ids."""
+    """Return the number of rows for `used` ids."""
     for name, value in (("size", used if size is None else size), ("multiple", multiple)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name}: is {value!r}; expected a whole number above 0")
@@ -122,7 +121,7 @@ def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:
 def _sources(
     tokenizer: Tokenizer, words: Sequence[str], texts: Sequence[str] | None, start: str
 ) -> list[list[int] | None]:
-    """Return the ids whose mean each new word starts at; None: all ordinary ones."""
+    """Return the ids whose mean each new word starts at; None means all ordinary ids."""
     if start not in ("pieces", "mean"):
         raise InputError(f"start: is {start!r}; expected 'pieces' or 'mean'")
     if start == "mean" and texts is None:
@@ -142,5 +141,5 @@ def _sources(
 
 
 def _mean(table: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """Return the mean of some rows, added up in float64."""
+    """Return the mean of some rows, summed in float64."""
     return table[np.array(ids)].mean(axis=0, dtype=np.float64).astype(table.dtype)

@@ -38,8 +38,8 @@ class Checkpoints:
 
     `folder` may be an address that Orbax and fsspec reach, such as `gs://bucket/run`. The newest
     `keep_last` are kept, and the `keep_best` with the smallest validation loss. Every array is
-    saved with a fingerprint, which restoring verifies. Writing goes on in the background: use this
-    as a context, or call `close`. A save that failed raises `RunError` at the next call.
+    saved with a fingerprint, which restoring verifies. Writing continues in the background: use
+    this as a context, or call `close`. A save that failed raises `RunError` at the next call.
     """
 
     def __init__(self, folder: str | os.PathLike[str], config: CheckpointConfig):
@@ -92,7 +92,7 @@ class Checkpoints:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Save any tree of arrays under `step`; writing goes on in the background.
+        """Save any tree of arrays under `step`; writing continues in the background.
 
         `metrics` with a finite "loss" makes the step a candidate for the best. `metadata` is a JSON
         object that says whose state this is (see `metadata()`). A step that exists is not written

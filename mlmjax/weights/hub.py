@@ -1,4 +1,4 @@
-"""Model folders: found on disk or the hub, opened as a stranger's, written whole or not at all."""
+"""Find the folder of a model: a path, the packaged model, or a download from the hub."""
 
 import os
 from importlib import resources
@@ -12,16 +12,16 @@ from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
+"""The name of the model inside this package."""
 OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
-
-# What to do about each way the hub can refuse; the first match counts.
+# Reasons of the hub in words; the first class that matches counts.
 _HUB_REFUSALS: tuple[tuple[type[Exception], str], ...] = (
-    (hub_errors.HFValidationError, "and is not a valid hub id (organisation/name)"),
+    (hub_errors.HFValidationError, "and it is not a valid hub id (organisation/name)"),
     (hub_errors.GatedRepoError, "and the hub asks for permission: accept its terms, log in"),
     (hub_errors.RepositoryNotFoundError, "and the hub has no such model (or hides it: log in)"),
     (hub_errors.RevisionNotFoundError, "and the hub has no such revision of it"),
-    (hub_errors.LocalEntryNotFoundError, "and neither the hub nor a copy in the cache is at hand"),
+    (hub_errors.LocalEntryNotFoundError, "not in the cache, and the hub is unreachable"),
     (hub_errors.OfflineModeIsEnabled, "and the hub is switched off (HF_HUB_OFFLINE)"),
 )
 
@@ -33,12 +33,12 @@ def fetch(
     local_files_only: bool = False,
     weights: bool = True,
 ) -> Path:
-    """Return the folder of a model: `source` itself, the packaged one, or the hub's of that id.
+    """Return the folder of a model, which is local, packaged or downloaded from the hub.
 
-    `mlmjax-small` is the packaged model; a folder of that name is `./mlmjax-small`. From the hub
-    only the configuration, tokenizer files, safetensors weights (unless `weights` is false) and
-    what mlmjax adds are fetched.
-    Raises `InputError` for a path that is no folder, an unknown id and an unreachable hub.
+    `mlmjax-small` is the packaged model; a folder of that name is `./mlmjax-small`. Only the
+    configuration, tokenizer files, safetensors weights (unless `weights` is false) and the files
+    that mlmjax adds are downloaded. Raises `InputError` for a path that is not a folder, an unknown
+    id and an unreachable hub.
     """
     name = os.fspath(source)
     path = Path(name).expanduser()
@@ -47,11 +47,15 @@ def fetch(
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
-        raise InputError(f"{name[:200]!r}: is no usable path ({error}); give a folder") from error
-    own = packaged(name) if isinstance(source, str) else None
+        raise InputError(
+            f"{name[:200]!r}: is not a usable path ({error}); give a folder"
+        ) from error
+    own = packaged_folder(name) if isinstance(source, str) else None
     if own and is_folder:
-        told = f"is the packaged model and a folder; rename the folder, or give ./{name} for it"
-        raise InputError(f"{name}: {told}")
+        raise InputError(
+            f"{name}: is the packaged model and a folder; rename the folder, or give ./{name} for "
+            "it"
+        )
     folder = path if is_folder else own
     if folder is not None and revision is not None:
         what = "is the packaged model" if own else "is a folder"
@@ -71,33 +75,33 @@ def fetch(
         return folder
     files = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
     if not all((folder / file).exists() for file in files):
-        # The snapshot's folder is named by its commit: both calls see the same version.
+        # The folder of a snapshot is named by its commit, so both calls see the same version.
         folder = download(name, folder.name, local_files_only, files)
     return folder
 
 
-def packaged(name: str) -> Path | None:
-    """Return the folder inside this package of a model by its name; None for any other name.
+def packaged_folder(name: str) -> Path | None:
+    """Return the folder of a packaged model; None for any other name.
 
-    >>> packaged("mlmjax-small").name
+    >>> packaged_folder("mlmjax-small").name
     'small'
     """
     return Path(str(resources.files("mlmjax"))) / "assets" / "small" if name == PACKAGED else None
 
 
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
-    """Return the snapshot of a hub id with the files of these patterns; `InputError` without it."""
+    """Download the files of these patterns; return the snapshot or raise `InputError`."""
     try:
         return Path(
             huggingface_hub.snapshot_download(
                 name, revision=revision, local_files_only=local, allow_patterns=files
             )
         )
-    except Exception as error:  # the transport's own errors differ from version to version
+    except Exception as error:  # errors of the transport differ between versions
         reasons = (text for kind, text in _HUB_REFUSALS if isinstance(error, kind))
         reason = next(reasons, "and the hub cannot be used now")
         what = name if revision is None else f"{name} (revision {revision})"
         raise InputError(
-            f"{what}: is no folder here, {reason}; check the name, or give the path of a folder",
+            f"{what}: is not a local folder, {reason}; check the name or give a folder's path",
             [f"{type(error).__name__}: {first_line(error)}"],
         ) from error

@@ -1,4 +1,4 @@
-"""Safetensors files: headers are checked first, then tensors are views of the file."""
+"""Read safetensors files: first all headers, then each tensor as a view of its file."""
 
 import json
 import os
@@ -26,9 +26,9 @@ MAX_HEADER_BYTES = 16 * 2**20
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
-    """Return which file holds each tensor by the shard index, or None without an index in use.
+    """Return the file of each tensor from the shard index; None if no index is used.
 
-    As in transformers, `model.safetensors` comes before an index when both are there.
+    Like transformers, it prefers `model.safetensors` if both are there.
     """
     if os.path.lexists(folder / WEIGHTS) or not os.path.lexists(folder / INDEX):
         return None
@@ -51,7 +51,7 @@ def weight_map(folder: Path) -> dict[str, str] | None:
 
 
 class Header(NamedTuple):
-    """What a safetensors header says of one tensor; `start` counts bytes from the file's begin."""
+    """What a safetensors header says of one tensor; `start` is its first byte in the file."""
 
     file: str
     dtype: str
@@ -60,10 +60,10 @@ class Header(NamedTuple):
 
 
 class Weights:
-    """The tensors of a model folder: headers first (`headers`), then one at a time (`read`).
+    """The tensors of a model folder: `headers` of all, then `read` for one at a time.
 
-    `problems` lists tensors that stand twice, or not where the index says. Used as a context.
-    Raises `InputError` for pickles, truncated and lying files.
+    Use it as a context. `problems` lists tensors that are in two files, or not in the file that
+    the index names. Raises `InputError` for pickles and for files that are truncated or invalid.
     """
 
     def __init__(self, folder: Path):
@@ -82,11 +82,11 @@ class Weights:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         for file, path in self._paths.items() if kind is None else ():
-            self._check_unchanged(file, path)  # what was read is copied by now
+            self._check_unchanged(file, path)  # the caller has copied what it read
         self._paths.clear()
 
     def read(self, name: str) -> np.ndarray:
-        """Return one tensor in the dtype it has on disk, a view of the file that is not a copy."""
+        """Return one tensor in its dtype on disk, as a view of the file."""
         header = self.headers[name]
         path, where = self._paths[header.file], self.folder / header.file
         if header.dtype not in NUMPY_NAMES:
@@ -98,7 +98,7 @@ class Weights:
         if 0 in header.shape:
             return np.empty(header.shape, dtype)
         try:
-            # Mapped for each: what stays mapped counts as memory in use.
+            # One mapping per tensor, because memory that stays mapped counts as used.
             value = np.asarray(np.memmap(path, dtype, "r", header.start, header.shape))
         except (ValueError, OSError) as error:
             raise InputError(f"{where}: {name} cannot be read ({error})") from error
@@ -120,21 +120,15 @@ class Weights:
         where = self.folder / file
         try:
             self._stamps[file] = _stamp(path)
-            starts = _starts(path, where)
-            with safe_open(path, framework="numpy") as opened:
-                parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-                found = {
-                    name: Header(file, part.get_dtype(), tuple(part.get_shape()), starts[name])
-                    for name, part in parts.items()
-                }
+            found = _read_header(path, where, file)
+            with safe_open(path, framework="numpy"):
+                pass  # checks that dtypes, shapes, offsets and the size of the file agree
         except (SafetensorError, OSError) as error:
-            raise InputError(
-                f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
-            ) from error
+            raise _not_whole(where, error) from error
         self._paths[file] = path
         for name, header in found.items():
             if name in self.headers:
-                self.problems.append(f"{name}: stands in {self.headers[name].file} and in {file}")
+                self.problems.append(f"{name}: is in both {self.headers[name].file} and {file}")
             self.headers[name] = header
 
     def _check_index(self, files: Mapping[str, str] | None) -> None:
@@ -151,16 +145,16 @@ def _stamp(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _starts(path: Path, where: Path) -> dict[str, int]:
-    """Return the byte at which each tensor of a safetensors file starts.
+def _read_header(path: Path, where: Path, file: str) -> dict[str, Header]:
+    """Read the header of a safetensors file.
 
-    Refuses a header longer than the file or than any real model's before it is parsed, and one that
-    names a tensor twice: readers differ in which of the two they take.
+    A header longer than the file or than that of any real model is an error before it is parsed.
+    So is one that names a tensor twice, because readers differ in which of the two they take.
     """
     size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(min(length, MAX_HEADER_BYTES))
+    with path.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        text = opened.read(min(length, MAX_HEADER_BYTES))
     if size < 8 or length > size - 8:
         raise InputError(
             f"{where}: is truncated or no safetensors file: its header says {length} bytes, and "
@@ -172,15 +166,21 @@ def _starts(path: Path, where: Path) -> dict[str, int]:
         )
     try:
         entries = json.loads(text, object_pairs_hook=_without_doubles)
+        entries.pop("__metadata__", None)
         return {
-            name: 8 + length + entry["data_offsets"][0]
+            name: Header(
+                file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
+            )
             for name, entry in entries.items()
-            if name != "__metadata__"
         }
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
-        ) from error
+        raise _not_whole(where, error) from error
+
+
+def _not_whole(where: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
+    )
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _no_weights(folder: Path) -> InputError:
         return InputError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
     return InputError(
         f"{folder}: holds weights only in a format that can run code or is not supported "
-        f"({', '.join(pickles[:3])}); expected {WEIGHTS}. Convert it where you trust the file: "
+        f"({', '.join(pickles[:3])}); expected {WEIGHTS}. If you trust the file, convert it: "
         "model = transformers.AutoModelForMaskedLM.from_pretrained(FOLDER); "
         "model.save_pretrained(NEW_FOLDER)"
     )

@@ -150,7 +150,7 @@ PLACES = {
     "a protocol the task has not": (remove(), ("--protocol", "published"), "has no protocol"),
     "a limit of zero": (remove(), ("--limit", "0"), "'--limit': 0 is not in the range"),
     "an unknown option": (remove(), ("--nonsense",), "No such option"),
-    "a missing model": (remove("model"), (), "model: is no folder here"),
+    "a missing model": (remove("model"), (), "model: is not a local folder"),
     "a revision of a folder": (remove(), ("--revision", "main"), "leave the revision out"),
     "a batch of text": (remove(), ("--batch-size", "many"), "'many' is not a valid integer"),
 }

@@ -172,7 +172,7 @@ SPOILS = {
     ),
     "one tensor in two shards": (
         shards(second=lambda parts: parts["b.safetensors"].update({NORM: np.ones(16, "f4")})),
-        f"{NORM}: stands in a.safetensors and in b.safetensors",
+        f"{NORM}: is in both a.safetensors and b.safetensors",
     ),
     "index without a map": (all_of(shards(), write(INDEX, "{}")), "has no weight_map"),
     "index with a list": (all_of(shards(), write(INDEX, '{"weight_map": []}')), "has no weight_m"),
