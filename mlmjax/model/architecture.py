@@ -179,26 +179,25 @@ class ModelConfig:
         for kind in (GLOBAL, LOCAL):
             own = {"rope_type": "default", **(rope.get(kind) or {})}
             rope[kind] = {**own, "rope_theta": self.rope_theta(kind)}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        values |= {
+        values = {
+            **self.extra,
+            **{f.name: getattr(self, f.name) for f in fields(self) if f.compare},
             "model_type": MODEL_TYPE,
-            "layer_types": list(self.layer_types),
             "rope_parameters": rope,
             "id2label": {str(index): label for index, label in self.id2label.items()},
             "label2id": dict(self.label2id),
         }
-        del values["num_labels"]
+        dropped = {name for name in ("problem_type", "architectures") if values[name] is None}
+        dropped.add("num_labels")
         if self.id2label == _default_labels(_DEFAULT_LABELS):
-            del values["id2label"], values["label2id"]
-        if self.architectures is not None:
-            values["architectures"] = list(self.architectures)
-        for name in ("problem_type", "architectures"):
-            if values[name] is None:
-                del values[name]
+            dropped |= {"id2label", "label2id"}
         if self.global_attn_every_n_layers is None:
-            for name in ("global_attn_every_n_layers", *_THETAS.values()):
-                del values[name]
-        return dict(sorted({**self.extra, **values}.items()))
+            dropped |= {"global_attn_every_n_layers", *_THETAS.values()}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in sorted(values.items())
+            if name not in dropped
+        }
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

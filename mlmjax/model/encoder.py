@@ -22,7 +22,7 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import LOCAL, ModelConfig
 from mlmjax.model.attention import IMPLEMENTATIONS, attend
 from mlmjax.model.cpu import compute_once
-from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, output_std, truncated_normal
+from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, draw_weight, output_std
 from mlmjax.parallel.sharding import constrain
 
 Rope = tuple[jax.Array, jax.Array]
@@ -199,11 +199,7 @@ class Embedding(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)
-        self.weight = nnx.Param(
-            truncated_normal(
-                rngs.params(), shape, config.initializer_range, config.initializer_cutoff_factor
-            )
-        )
+        self.weight = nnx.Param(draw_weight(config, shape, rngs))
         self.pad_token_id = config.pad_token_id
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
@@ -250,15 +246,10 @@ class Attention(nnx.Module):
     """Multi-head self-attention with rotary positions, global or within a window."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        heads = (config.num_attention_heads, config.head_dim)
-        make = partial(
-            Linear,
-            bias=config.attention_bias,
-            cutoff=config.initializer_cutoff_factor,
-            rngs=rngs,
-        )
-        self.Wqkv = make((config.hidden_size,), (3, *heads), std=config.initializer_range)
-        self.Wo = make(heads, (config.hidden_size,), std=output_std(config))
+        hidden, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
+        make = partial(Linear, config, bias=config.attention_bias, rngs=rngs)
+        self.Wqkv = make(hidden, (3, *heads))
+        self.Wo = make(heads, hidden, std=output_std(config))
 
     def __call__(
         self,
@@ -283,11 +274,9 @@ class GatedMLP(nnx.Module):
     """The gated feed-forward block: `Wo(activation(a) * b)`, where `Wi` gives a and b."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        make = partial(
-            Linear, bias=config.mlp_bias, cutoff=config.initializer_cutoff_factor, rngs=rngs
-        )
         hidden, width = config.hidden_size, config.intermediate_size
-        self.Wi = make((hidden,), (2, width), std=config.initializer_range)
+        make = partial(Linear, config, bias=config.mlp_bias, rngs=rngs)
+        self.Wi = make((hidden,), (2, width))
         self.Wo = make((width,), (hidden,), std=output_std(config))
         self.activation = config.hidden_activation
 
@@ -341,9 +330,8 @@ def check_token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) ->
         expected = f"whole numbers {['[n]', '[batch, seq]'][rank - 1]}"
         raise InputError(f"{name}: found {ids.dtype} {list(ids.shape)}; expected {expected}")
     if not isinstance(values, jax.core.Tracer) and ids.size:
-        known = np.asarray(
-            values
-        )  # in numpy, because jit traces jax operations on known arrays too
+        # In numpy, because jit also traces jax operations on known arrays.
+        known = np.asarray(values)
         low, high = int(known.min()), int(known.max())
         if low < 0 or high >= vocab_size:
             raise InputError(

@@ -82,15 +82,15 @@ class Linear(nnx.Module):
 
     def __init__(
         self,
+        config: ModelConfig,
         inputs: tuple[int, ...],
         outputs: tuple[int, ...],
         *,
         bias: bool,
-        std: float,
-        cutoff: float,
+        std: float | None = None,
         rngs: nnx.Rngs,
     ):
-        self.weight = nnx.Param(truncated_normal(rngs.params(), inputs + outputs, std, cutoff))
+        self.weight = nnx.Param(draw_weight(config, inputs + outputs, rngs, std))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
         self.axes = len(inputs)
 
@@ -129,8 +129,16 @@ def align(vector: jax.Array, x: jax.Array) -> jax.Array:
     return vector.reshape((1,) * (x.ndim - vector.ndim) + vector.shape)
 
 
+def draw_weight(
+    config: ModelConfig, shape: tuple[int, ...], rngs: nnx.Rngs, std: float | None = None
+) -> jax.Array:
+    """Draw from a truncated normal of `std` (default: `initializer_range`)."""
+    std = config.initializer_range if std is None else std
+    return _truncated_normal(rngs.params(), shape, std, config.initializer_cutoff_factor)
+
+
 @partial(jax.jit, static_argnums=1)
-def truncated_normal(
+def _truncated_normal(
     key: jax.Array, shape: tuple[int, ...], std: float, cutoff: float
 ) -> jax.Array:
     """Draw from a normal of `std` cut at `cutoff` of them; its variance is not corrected."""

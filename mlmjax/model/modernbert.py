@@ -128,14 +128,8 @@ class PredictionHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         hidden = (config.hidden_size,)
-        self.dense = Linear(
-            hidden,
-            hidden,
-            bias=config.classifier_bias,
-            std=output_std(config),
-            cutoff=config.initializer_cutoff_factor,
-            rngs=rngs,
-        )
+        bias, std = config.classifier_bias, output_std(config)
+        self.dense = Linear(config, hidden, hidden, bias=bias, std=std, rngs=rngs)
         self.norm = LayerNorm(config)
         self.activation = config.classifier_activation
 
@@ -154,14 +148,8 @@ class DecoderBias(nnx.Module):
 
 
 def _make_classifier(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
-    return Linear(
-        (config.hidden_size,),
-        (config.num_labels,),
-        bias=True,
-        std=config.hidden_size**-0.5,
-        cutoff=config.initializer_cutoff_factor,
-        rngs=rngs,
-    )
+    inputs, outputs = (config.hidden_size,), (config.num_labels,)
+    return Linear(config, inputs, outputs, bias=True, std=config.hidden_size**-0.5, rngs=rngs)
 
 
 Model = ModernBertForMaskedLM | ModernBertForSequenceClassification

@@ -99,8 +99,8 @@ def test_restoring_is_bit_identical_and_of_the_same_kind(state, tmp_path):
 
 
 def test_restoring_onto_another_mesh_gives_the_same_bits(tmp_path):
-    first = sharding.make_mesh({"data": 2, "fsdp": 4})
-    second = sharding.make_mesh({"fsdp": 2, "tensor": 2})
+    first = sharding.make_mesh({"data": 2, "fsdp": 2})
+    second = sharding.make_mesh({"tensor": 2})
     state = make_state(mesh=first)
     with Checkpoints(tmp_path, KEEP) as checkpoints:
         checkpoints.save(1, state)
