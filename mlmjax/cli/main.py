@@ -124,8 +124,8 @@ def main() -> None:
         code = run(sys.argv[1:])
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else EXIT_FAILED
-    if "mlmjax.parallel.launch" not in sys.modules:
+    if "mlmjax.parallel.failures" not in sys.modules:
         sys.exit(code)
-    from mlmjax.parallel.launch import leave
+    from mlmjax.parallel.failures import leave
 
     leave(code)

@@ -1,8 +1,11 @@
-"""The processes of one run: values they share, sums over all of them, and votes."""
+"""The processes of one run: values they share, sums over all of them, and votes.
+
+The only file that imports from `jax._src`: JAX has no public name for the client of the
+coordinator, nor for process numbers and TPU chips without starting a backend.
+"""
 
 import json
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,14 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed
+from jax._src import cloud_tpu_init, distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 BROADCAST, BARRIER = "mlmjax/broadcast/", "mlmjax/barrier/"
-
-ended_together = threading.Event()
-"""Set once this process may end without the others treating it as a failure."""
 
 _broadcasts = 0
 
@@ -36,6 +36,16 @@ def process_count() -> int:
 def is_first() -> bool:
     """Tell whether this process writes files and prints to the terminal."""
     return process_index() == 0
+
+
+def coordinator_address() -> str | None:
+    """Return where the first process listens; None until this process tries to join."""
+    return distributed.global_state.coordinator_address
+
+
+def is_tpu_machine() -> bool:
+    """Tell whether JAX found TPU chips on this machine."""
+    return cloud_tpu_init.running_in_cloud_tpu_vm
 
 
 def client() -> Any:
@@ -80,12 +90,6 @@ def barrier(name: str) -> None:
     client().key_value_set(f"{BARRIER}{name}/{process_index()}", "")
     while len(read_all(f"{BARRIER}{name}/")) < process_count():
         time.sleep(0.05)
-
-
-def end_together(name: str) -> None:
-    """Wait for all processes; afterwards each may end without failing the others."""
-    barrier(name)
-    ended_together.set()
 
 
 def sum_over_processes(values: Mapping[str, float]) -> dict[str, float]:

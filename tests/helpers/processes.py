@@ -18,8 +18,8 @@ settings, code, arguments = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
 for name, value in settings.items():
     jax.config.update(name, value)
 from mlmjax.cli.main import main
-from mlmjax.parallel import launch
-launch.SILENCE_SECONDS, launch.BEAT_SECONDS = 8.0, 0.5
+from mlmjax.parallel import failures, launch
+failures.HEARTBEAT_SECONDS, failures.POLL_SECONDS, failures.LINGER_SECONDS = 10, 0.3, 2
 exec(code)
 sys.argv[1:] = arguments
 main()

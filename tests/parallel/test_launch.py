@@ -1,13 +1,21 @@
-"""Whether a process looks for others, and what it says when it cannot find them."""
+"""Whether a process looks for others, and what it says if it cannot find them."""
 
+import json
+import os
+import re
+import socket
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
+import processes as children
 import pytest
 
+import mlmjax
 from mlmjax.errors import InputError
-from mlmjax.parallel import launch
-from mlmjax.parallel.launch import LAUNCHERS, Peers, find_peers
+from mlmjax.parallel import processes
+from mlmjax.parallel.launch import check_flags, find_launcher, joined
 
 SLURM = {
     "SLURM_JOB_ID": "123456",
@@ -25,11 +33,20 @@ OPEN_MPI = {
 }
 
 
+JOIN = """
+import json
+from mlmjax.parallel.launch import joined
+from mlmjax.parallel.processes import broadcast_from_first, process_count, process_index
+with joined():
+    print(json.dumps([process_index(), process_count(), broadcast_from_first(process_index)]))
+"""
+
+
 @pytest.fixture
 def environment(monkeypatch):
     """An environment without launchers, to which a test adds."""
     known = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "KUBERNETES_", "JOB_COMPLETION", "JAX_COORD")
-    for name in [name for name in launch.os.environ if name.startswith(known)]:
+    for name in [name for name in os.environ if name.startswith(known)]:
         monkeypatch.delenv(name)
 
     def add(**values):
@@ -39,19 +56,15 @@ def environment(monkeypatch):
     return add
 
 
-def test_a_plain_machine_is_alone(environment):
-    assert find_peers(None, None, None) is None
-
-
-def test_looking_takes_no_time_and_starts_nothing():
-    """Neither a backend nor a connection, in a process of its own."""
+def test_a_plain_machine_neither_waits_nor_looks():
+    """Neither a backend nor a connection, in a child process."""
     code = (
         "import socket, time\n"
-        "from mlmjax.parallel.launch import find_peers\n"
+        "from mlmjax.parallel.launch import joined\n"
         "def refuse(*args): raise AssertionError('a connection')\n"
         "socket.socket.connect = refuse\n"
         "begun = time.monotonic()\n"
-        "assert find_peers(None, None, None) is None\n"
+        "with joined(): pass\n"
         "assert time.monotonic() - begun < 1\n"
         "from jax._src import xla_bridge\n"
         "assert not xla_bridge.backends_are_initialized()\n"
@@ -59,23 +72,43 @@ def test_looking_takes_no_time_and_starts_nothing():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_slurm_tells_all(environment):
-    environment(**SLURM)
-    found = find_peers(None, None, None)
-    assert found.coordinator.startswith("node007:")
-    assert found[1:] == (4, 2, [0])
+def free_job():
+    """Return a job number from which JAX derives a free port."""
+    for job in range(os.getpid() % 4000, 2**12):
+        with suppress(OSError), socket.create_server(("127.0.0.1", job + 2**16 - 2**12)):
+            return job
+    raise AssertionError("no free port")
 
 
-def test_open_mpi_tells_all(environment):
-    environment(**OPEN_MPI)
-    found = find_peers(None, None, None)
-    assert found.coordinator.startswith("10.96.0.1:")
-    assert found[1:] == (2, 1, [1])
+@pytest.mark.parametrize("launcher", ["SLURM", "Open MPI"])
+def test_processes_of_a_launcher_find_each_other(environment, launcher):
+    started = []
+    job = free_job()
+    for number in ("0", "1"):
+        own = {"SLURM_PROCID": number, "SLURM_LOCALID": number, "SLURM_STEP_NODELIST": "127.0.0.1"}
+        values = {**SLURM, **own, "SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2"}
+        if launcher == "Open MPI":
+            address = f"{job * 2**12}.0;tcp://127.0.0.1:34911"
+            values = {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": address}
+            values |= {"OMPI_COMM_WORLD_RANK": number, "OMPI_COMM_WORLD_LOCAL_RANK": number}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", JOIN],
+                env={**os.environ, **values},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    codes, outputs, errors = children.finish(started, timeout=60)
+    assert codes == [0, 0], errors
+    assert [json.loads(output) for output in outputs] == [[0, 2, 0], [1, 2, 0]]
 
 
 @pytest.mark.parametrize(
     "alone",
     [
+        {},
         {**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"},
         {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},  # one command, run by hand in a larger allocation
         {name: value for name, value in SLURM.items() if "STEP" not in name},  # a batch script
@@ -84,27 +117,40 @@ def test_open_mpi_tells_all(environment):
         {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},  # without a TPU
     ],
 )
-def test_alone_under_a_launcher(environment, alone):
-    environment(**alone)
-    assert find_peers(None, None, None) is None
+def test_a_process_is_alone_under_a_launcher(alone):
+    assert find_launcher(alone) is None
 
 
-def test_one_process_can_be_asked_for(environment):
+def test_several_processes_are_known_by_their_launcher():
+    assert find_launcher(SLURM) == "SLURM"
+    assert find_launcher(OPEN_MPI) == "Open MPI"
+
+
+def fail(*args, **options):
+    raise OSError("no such host")
+
+
+def test_one_process_can_be_asked_for(environment, monkeypatch):
     environment(**SLURM)
-    assert find_peers(None, 1, None) is None
-    assert find_peers(None, 1, 0) is None
-    assert find_peers("localhost:1234", 1, 0) is None
+    monkeypatch.setattr("jax.distributed.initialize", fail)
+    for flags in ((None, 1, None), (None, 1, 0), ("localhost:1234", 1, 0)):
+        with joined(*flags):
+            pass
 
 
-def test_flags_come_before_the_launcher(environment):
+def test_flags_come_before_the_launcher(environment, monkeypatch):
     environment(**SLURM)
-    assert find_peers("10.0.0.1:8476", 3, 2) == Peers("10.0.0.1:8476", 3, 2)
+    given = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *a, **options: given.append(a))
+    with joined("10.0.0.1:8476", 3, 2):
+        pass
+    assert given == [("10.0.0.1:8476", 3, 2)]
 
 
-def test_a_launcher_that_does_not_tell_enough_is_named(environment):
+def test_a_launcher_that_does_not_say_enough_is_named(environment):
     environment(**{name: value for name, value in OPEN_MPI.items() if "URI" not in name.upper()})
-    with pytest.raises(InputError, match="Open MPI started several processes, but their addresses"):
-        find_peers(None, None, None)
+    with pytest.raises(InputError, match="Open MPI started several processes, but JAX"), joined():
+        pass
 
 
 @pytest.mark.parametrize(
@@ -119,36 +165,58 @@ def test_a_launcher_that_does_not_tell_enough_is_named(environment):
         (("a:99999", 2, 0), "expected HOST:PORT"),
         (("a:-1", 2, 0), "expected HOST:PORT"),
         (("a:1", 2, 2), "--process 2: expected 0 to 1"),
+        (("no.such.host.invalid:5555", 2, 1), "unknown host 'no.such.host.invalid'"),
     ],
 )
-def test_flags_by_half_and_wrong_flags_are_refused(environment, flags, message):
+def test_incomplete_and_wrong_flags_are_rejected(flags, message):
     with pytest.raises(InputError, match=f"^{message}" if message[0] == "-" else message):
-        find_peers(*flags)
+        check_flags(*flags)
 
 
 @pytest.mark.parametrize(
-    ("workers", "slices", "several"), [("a", None, False), ("a,b", None, True), ("a", "2", True)]
+    ("workers", "slices", "are_several"),
+    [("a", None, False), ("a,b", None, True), ("a", "2", True)],
 )
-def test_a_tpu_pod_is_known_by_its_workers(environment, monkeypatch, workers, slices, several):
+def test_a_tpu_pod_is_known_by_its_workers(monkeypatch, workers, slices, are_several):
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    environment(
-        TPU_WORKER_HOSTNAMES=workers, **({"MEGASCALE_NUM_SLICES": slices} if slices else {})
-    )
-    assert LAUNCHERS["the TPU pod"](launch.os.environ) == several
-    environment(JAX_PLATFORMS="cpu")
-    assert not LAUNCHERS["the TPU pod"](launch.os.environ)
+    values = {"TPU_WORKER_HOSTNAMES": workers}
+    values |= {"MEGASCALE_NUM_SLICES": slices} if slices else {}
+    assert find_launcher(values) == ("the TPU pod" if are_several else None)
+    assert find_launcher(values | {"JAX_PLATFORMS": "cpu"}) is None
 
 
 def test_a_tpu_machine_without_metadata_is_alone(environment, monkeypatch):
     monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr("jax.distributed.initialize", fail)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-
-    def fails(*args):
-        raise OSError("no such host")
-
-    monkeypatch.setattr(launch.clusters.ClusterEnv, "auto_detect_unset_distributed_params", fails)
-    assert find_peers(None, None, None) is None
+    with joined():
+        assert processes.process_count() == 1
     environment(TPU_WORKER_HOSTNAMES="a,b")
-    with pytest.raises(InputError, match=r"the TPU pod started several .*no such host"):
-        find_peers(None, None, None)
+    message = r"the TPU pod started several .*no such host"
+    with pytest.raises(InputError, match=message), joined():
+        pass
+
+
+def test_private_names_of_jax_are_in_one_file_and_still_there():
+    from jax._src import cloud_tpu_init, distributed
+    from jax._src.lib import _jax
+
+    package = Path(mlmjax.__file__).parent
+    importing = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.match(r"\s*(from|import) jax\._src", line)
+    }
+    assert importing == {"parallel/processes.py"}
+    instead = (
+        "jax has moved {}: jax.process_index() and jax.process_count() replace the numbers, "
+        "multihost_utils.broadcast_one_to_all the client, TPU_ML_PLATFORM the flag"
+    )
+    used = {
+        distributed.global_state: ("process_id", "num_processes", "client", "coordinator_address"),
+        _jax.DistributedRuntimeClient: ("key_value_set", "key_value_try_get", "key_value_dir_get"),
+        cloud_tpu_init: ("running_in_cloud_tpu_vm",),
+    }
+    missing = [name for owner, names in used.items() for name in names if not hasattr(owner, name)]
+    assert not missing, instead.format(missing)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from mlmjax.config.run import RunConfig
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.parallel import processes
+from mlmjax.parallel import failures, processes
 from mlmjax.reporting.terminal import Talk
 from mlmjax.training.flops import training_flops
 from mlmjax.training.loss import Metrics
@@ -75,7 +75,7 @@ class StopRequest:
 
     def leave(self) -> None:
         """End all processes together, as the signal asks."""
-        processes.end_together("stopped")
+        failures.end_together("stopped")
         self._end()
 
     def take(self, number: int, frame: FrameType | None) -> None:
