@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -11,7 +12,6 @@ from training import assert_same, lines_of, make_config, make_table, quick_compi
 
 from mlmjax import InputError
 from mlmjax.parallel import processes as distributed
-from mlmjax.parallel.launch import find_peers
 from mlmjax.parallel.sharding import make_mesh
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.run.initial_model import load_start
@@ -102,31 +102,26 @@ def saved(out):
     return sorted(int(path.name) for path in (out / "checkpoints").glob("[0-9]*"))
 
 
-def test_two_processes_are_one_run_though_one_was_asked_to_stop(folder, one):
-    """Both save and leave, and what goes on ends where one process does. Deaths: test_watch.py."""
+@pytest.fixture(scope="module")
+def stopped(folder):
+    """The run of two processes, which both stop and save when one gets a signal."""
     out = folder / "two"
     config = processes.write_config(table(folder, "two"))
     stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=str(out / "checkpoints" / "3"))}
-    codes, _, errors = processes.train(folder, config, 2, 1, stop)
+    codes, outputs, errors = processes.train(folder, config, 2, 1, stop)
     assert codes == [143, 143], errors
     assert f"stopped by a signal; step {saved(out)[-1]} is saved" in errors[0]
+    assert "loss" not in outputs[1] + errors[1]
     assert "Traceback" not in "".join(errors)
     assert 4 <= saved(out)[-1] < 6
     assert not (out / "export").exists()
-    shutil.copytree(out, folder / "moved")
-
-    codes, outputs, errors = processes.train(folder, config, 2, 1)
-    assert codes == [0, 0], errors
-    assert f"resumes from step {saved(folder / 'moved')[-1]}" in errors[0]
-    assert f"export: {out / 'export'}" in outputs[0]
-    assert not outputs[1].strip() or "Gloo" in outputs[1]
-    assert "loss" not in outputs[1] + errors[1]
-    assert_close_runs(out, one)
+    return out
 
 
-def test_what_two_began_one_ends_on_another_mesh(folder, one):
-    """Bit-equal when restored, and the same batches from then on."""
+def test_what_two_processes_began_one_ends_on_another_mesh(folder, stopped, one):
+    """The state is restored bit by bit, and the run ends like one that never stopped."""
     out, other = folder / "moved", {"data": 4, "fsdp": 2}
+    shutil.copytree(stopped, out)
     config = make_config(folder, out=str(out), **{**SMALL, "mesh": other})
     params = split_parameters(load_start(config).model)[1]
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
@@ -140,6 +135,18 @@ def test_what_two_began_one_ends_on_another_mesh(folder, one):
     assert_same(*states)
     run_training(config)
     assert_close_runs(out, one)
+
+
+@pytest.mark.long
+def test_two_processes_resume_and_end_like_one(folder, stopped, one):
+    step = saved(stopped)[-1]
+    codes, outputs, errors = processes.train(folder, Path(f"{stopped}.toml"), 2, 1)
+    assert codes == [0, 0], errors
+    assert f"resumes from step {step}" in errors[0]
+    assert f"export: {stopped / 'export'}" in outputs[0]
+    assert not outputs[1].strip()
+    assert "loss" not in errors[1]
+    assert_close_runs(stopped, one)
 
 
 IN_PHASE = """
@@ -196,9 +203,11 @@ def test_of_four_processes_one_dies(folder, victim):
     saves = str(out / "checkpoints" / "3")
     kill = {victim: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
     codes, _, errors = processes.train(folder, config, 4, 1, kill)
-    assert codes == [-9 if number == victim else 1 for number in range(4)], errors
+    ends = {1} if victim else {1, -6}  # JAX aborts the others when it loses the first process.
+    assert codes[victim] == -9
+    assert {code for number, code in enumerate(codes) if number != victim} <= ends, errors
     for number, error in enumerate(errors):
-        assert (f"mlmjax: process {victim} of 4 (on " in error) == (number != victim)
+        assert ("another one" in error or "another task died" in error) == (number != victim)
     codes, _, errors = processes.train(folder, config, 4, 1)
     assert codes == [0] * 4, errors
     assert "resumes from step 3" in errors[0]
@@ -233,6 +242,7 @@ def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
     check_folders(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
 
 
-def test_a_host_that_is_unknown_is_refused_at_once():
-    with pytest.raises(InputError, match=r"'no\.such\.host\.invalid' is no known host"):
-        find_peers("no.such.host.invalid:5555", 2, 1)
+def test_pmap_is_for_one_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="drives the devices of one process, and there are 2"):
+        run_training(make_config(tmp_path, parallel="pmap", mesh={}))
