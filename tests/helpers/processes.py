@@ -7,16 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from training import compile_settings
-
 ROOT = Path(__file__).parents[2]
 
 CHILD = """
-import json, sys
+import sys
 import jax
-settings, code, arguments = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:]
-for name, value in settings.items():
-    jax.config.update(name, value)
+devices, code, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+jax.config.update("jax_num_cpu_devices", devices)
 from mlmjax.cli.main import main
 from mlmjax.parallel import failures, launch
 failures.HEARTBEAT_SECONDS, failures.POLL_SECONDS, failures.LINGER_SECONDS = 10, 0.3, 2
@@ -47,15 +44,14 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(folder, config, count, devices, code=None, flags=None):
+def start(config, count, devices, code=None, flags=None):
     """Start `count` processes with so many devices each; `code` by process is run in it first."""
     port = free_port()
     children = []
     for number in range(count):
-        settings = {**compile_settings(folder), "jax_num_cpu_devices": devices}
         peers = ["--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", number]
         arguments = ["train", str(config), *(peers if flags is None else flags(number))]
-        command = [sys.executable, "-c", CHILD, json.dumps(settings), (code or {}).get(number, "")]
+        command = [sys.executable, "-c", CHILD, str(devices), (code or {}).get(number, "")]
         children.append(
             subprocess.Popen(
                 [*command, *map(str, arguments)],
@@ -83,5 +79,5 @@ def finish(children, timeout=240):
     )
 
 
-def train(folder, config, count, devices, code=None, timeout=240):
-    return finish(start(folder, config, count, devices, code), timeout)
+def train(config, count, devices, code=None, timeout=240):
+    return finish(start(config, count, devices, code), timeout)

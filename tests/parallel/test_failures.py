@@ -43,7 +43,7 @@ def run(tmp_path, *does, waits=COLLECTIVE):
     config = processes.write_config(make_table(tmp_path))
     work = WORK.replace("WAITS", waits)
     code = {number: work.replace("DOES", what) for number, what in enumerate(does)}
-    return processes.train(tmp_path, config, len(does), 1, code, timeout=100)
+    return processes.train(config, len(does), 1, code, timeout=100)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_others_that_do_not_come(tmp_path):
         return ["--coordinator", addresses[number], "--processes", 2, "--process", number]
 
     code = dict.fromkeys((0, 1), "launch.JOIN_SECONDS = 3")
-    codes, _, errors = processes.finish(processes.start(tmp_path, config, 2, 1, code, flags), 60)
+    codes, _, errors = processes.finish(processes.start(config, 2, 1, code, flags), 60)
     assert codes == [1, 1], errors
     for address, error in zip(addresses, errors, strict=True):
         assert error.startswith(f"mlmjax: not all processes came to {address} within 3 s; ")

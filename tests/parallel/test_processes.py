@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import processes
 import pytest
-from training import assert_same, lines_of, make_config, make_table, quick_compiles
+from training import assert_same, lines_of, make_config, make_table
 
 from mlmjax import InputError
 from mlmjax.parallel import processes as distributed
@@ -29,7 +29,7 @@ SMALL = {
     "model": {
         "hidden_size": 16,
         "intermediate_size": 16,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
     },
     "log__every": 2,
@@ -41,9 +41,10 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Inputs of all runs here."""
-    with quick_compiles(tmp_path_factory.mktemp("runs")) as folder:
-        yield folder
+    """A folder with the inputs of all runs here."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_config(folder)
+    return folder
 
 
 def table(folder, name, **changes):
@@ -57,18 +58,22 @@ def one(folder):
     return folder / "one"
 
 
-def assert_close_runs(out, expected):
-    """Same lines to rounding, same counts, and the same exported weights to rounding."""
-    lines, others = lines_of(out), lines_of(expected)
-    assert [(a["step"], a["split"]) for a in lines] == [(b["step"], b["split"]) for b in others]
-    for a, b in zip(lines, others, strict=True):
+def assert_close_lines(lines, expected):
+    """Same steps and counts, and the same figures to rounding."""
+    for a, b in zip(lines, expected, strict=True):
         assert a.keys() == b.keys()
-        for exact in ("target_share", "padding_share", "learning_rate", "answer_accuracy"):
-            assert a[exact] == b[exact]
+        exact = "step", "split", "target_share", "padding_share", "learning_rate", "answer_accuracy"
+        for key in exact:
+            assert a[key] == b[key]
         for key in a.keys() - {"split"}:
             assert (a[key] is None) == (b[key] is None)
             if a[key] is not None:
                 np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+
+
+def assert_close_runs(out, expected):
+    """Same lines, and the same exported weights and validation to rounding."""
+    assert_close_lines(lines_of(out), lines_of(expected))
     found, wanted = (
         dict(pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "export")[0]))
         for folder in (out, expected)
@@ -108,7 +113,7 @@ def stopped(folder):
     out = folder / "two"
     config = processes.write_config(table(folder, "two"))
     stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=str(out / "checkpoints" / "3"))}
-    codes, outputs, errors = processes.train(folder, config, 2, 1, stop)
+    codes, outputs, errors = processes.train(config, 2, 1, stop)
     assert codes == [143, 143], errors
     assert f"stopped by a signal; step {saved(out)[-1]} is saved" in errors[0]
     assert "loss" not in outputs[1] + errors[1]
@@ -118,6 +123,13 @@ def stopped(folder):
     return out
 
 
+def test_two_processes_train_like_one_and_stop_together(folder, stopped, one):
+    lines = lines_of(stopped)
+    assert {(line["step"], line["split"]) for line in lines} >= {(2, "train"), (3, "validation")}
+    assert_close_lines(lines, lines_of(one)[: len(lines)])
+
+
+@pytest.mark.long
 def test_what_two_processes_began_one_ends_on_another_mesh(folder, stopped, one):
     """The state is restored bit by bit, and the run ends like one that never stopped."""
     out, other = folder / "moved", {"data": 4, "fsdp": 2}
@@ -140,7 +152,7 @@ def test_what_two_processes_began_one_ends_on_another_mesh(folder, stopped, one)
 @pytest.mark.long
 def test_two_processes_resume_and_end_like_one(folder, stopped, one):
     step = saved(stopped)[-1]
-    codes, outputs, errors = processes.train(folder, Path(f"{stopped}.toml"), 2, 1)
+    codes, outputs, errors = processes.train(Path(f"{stopped}.toml"), 2, 1)
     assert codes == [0, 0], errors
     assert f"resumes from step {step}" in errors[0]
     assert f"export: {stopped / 'export'}" in outputs[0]
@@ -169,6 +181,7 @@ def test_four_processes_through_signals_at_any_time(folder):
         **SMALL,
         "steps": 12,
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
+        "model": {**SMALL["model"], "num_hidden_layers": 2},
         "optimizer": {"learning_rate": 1e-3, "skip_spikes": 6.0, "ema": 0.5},
         "data__accumulate": 2,
     }
@@ -179,13 +192,13 @@ def test_four_processes_through_signals_at_any_time(folder):
     phases = ["compile", "data", "evaluation", "checkpoint"]
     for number, phase in enumerate(phases):
         code = {number: IN_PHASE.format(phase=phase)}
-        codes, _, errors = processes.train(folder, config, 4, 2, code)
+        codes, _, errors = processes.train(config, 4, 2, code)
         assert codes == [143] * 4, (phase, errors)
         assert "Traceback" not in "".join(errors)
         steps.append(saved(out)[-1])
         assert steps[-2] <= steps[-1] < 12
     shutil.copytree(out, folder / "four-as-one")
-    codes, _, errors = processes.train(folder, config, 4, 2)
+    codes, _, errors = processes.train(config, 4, 2)
     assert codes == [0] * 4, errors
     assert_close_runs(out, folder / "one-long")
     moved = {**changes, "mesh": {"data": 4}, "data__accumulate": 1}
@@ -202,13 +215,13 @@ def test_of_four_processes_one_dies(folder, victim):
     config = processes.write_config(make_table(folder, out=str(out), **{**SMALL, "mesh": {}}))
     saves = str(out / "checkpoints" / "3")
     kill = {victim: AT_STEP.format(step=5, name="SIGKILL", after=saves)}
-    codes, _, errors = processes.train(folder, config, 4, 1, kill)
+    codes, _, errors = processes.train(config, 4, 1, kill)
     ends = {1} if victim else {1, -6}  # JAX aborts the others when it loses the first process.
     assert codes[victim] == -9
     assert {code for number, code in enumerate(codes) if number != victim} <= ends, errors
     for number, error in enumerate(errors):
         assert ("another one" in error or "another task died" in error) == (number != victim)
-    codes, _, errors = processes.train(folder, config, 4, 1)
+    codes, _, errors = processes.train(config, 4, 1)
     assert codes == [0] * 4, errors
     assert "resumes from step 3" in errors[0]
 
@@ -244,5 +257,5 @@ def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
 
 def test_pmap_is_for_one_process(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="drives the devices of one process, and there are 2"):
+    with pytest.raises(InputError, match="uses the devices of one process, and there are 2"):
         run_training(make_config(tmp_path, parallel="pmap", mesh={}))
