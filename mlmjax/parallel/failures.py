@@ -1,8 +1,8 @@
-"""Processes of a run that end together: when one fails, the others stop and say why.
+"""End all processes of a run when one fails, and let the others say why.
 
-JAX ends every process when one dies without a word: all at once if it was the first, else after
-`HEARTBEAT_SECONDS`. This file does the rest: a process that fails publishes its exit code and its
-message, and the others end with them within seconds.
+JAX ends the others when a process dies: at once if it was the first one, else after
+`HEARTBEAT_SECONDS`. This file adds the failures that a process can still explain: it publishes its
+exit code and its message, and the others end with them within seconds.
 """
 
 import json
@@ -48,9 +48,11 @@ FAILURES = "mlmjax/failure/"
 
 # What libraries report when the process at the other end of a connection has ended.
 _LOST = re.compile(
-    r"gloo|nccl|socket|connection|peer|unavailable|deadline|barrier|timed.?out", re.I
+    r"gloo|nccl|socket|connection (closed|reset|refused)|by peer|unavailable:|deadline_exceeded|"
+    r"barrier|timed.?out",
+    re.I,
 )
-_RESUME = "the same command on all hosts resumes from the newest checkpoint"
+_RESUME = "; the same command on all hosts resumes from the newest checkpoint"
 
 _is_watching, _has_failed = threading.Event(), threading.Event()
 
@@ -70,8 +72,8 @@ def ending_together() -> Iterator[None]:
         if _looks_lost(error):
             time.sleep(5 * POLL_SECONDS)  # If the other process says why, this one ends here.
             if not isinstance(error, RunError):
-                lost = f"process {process_index()} of {process_count()} has lost the connection to"
-                error = RunError(f"{lost} another one ({first_line(error)}); {_RESUME}")
+                lost = f"lost the connection to another process ({first_line(error)})"
+                error = RunError(f"{lost}{_RESUME}")
         _fail(error)
         raise error
 
@@ -120,7 +122,7 @@ def _watch() -> None:
 
 
 def _follow(failure: dict[str, Any]) -> None:
-    code, resume = failure["code"], f"; {_RESUME}" if failure["code"] == EXIT_FAILED else ""
+    code, resume = failure["code"], _RESUME if failure["code"] == EXIT_FAILED else ""
     print(
         f"mlmjax: process {failure['process']} of {process_count()} (on {failure['host']}) "
         f"{failure['message']}; process {process_index()} stops too{resume}",
@@ -133,7 +135,7 @@ def _follow(failure: dict[str, Any]) -> None:
 def _fail(error: BaseException) -> None:
     _is_watching.clear()
     _has_failed.set()
-    code, message = EXIT_FAILED, f"failed: {first_line(error)}"
+    code, message = EXIT_FAILED, f"failed: {first_line(error).removesuffix(_RESUME)}"
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else EXIT_FAILED
         message = "was asked to stop"

@@ -1,11 +1,11 @@
-"""Joining the processes of a run, which flags or the launcher that started them name."""
+"""Join the processes of a run, which flags or the launcher that started them name."""
 
 import ctypes
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 
@@ -128,50 +128,30 @@ def check_flags(coordinator: str | None, processes: int | None, process: int | N
 
 def find_launcher(environment: Mapping[str, str]) -> str | None:
     """Return the launcher that has started several processes, as the environment says."""
-    return next((name for name, is_used in LAUNCHERS.items() if is_used(environment)), None)
 
+    def are_several(*names: str) -> bool:
+        counts = [environment[name] for name in names if name in environment]
+        return bool(counts) and all(count.isdecimal() and int(count) > 1 for count in counts)
 
-def _are_several(environment: Mapping[str, str], *names: str) -> bool:
-    counts = [environment[name] for name in names if name in environment]
-    return bool(counts) and all(count.isdecimal() and int(count) > 1 for count in counts)
-
-
-def _is_slurm(environment: Mapping[str, str]) -> bool:
     # `srun` sets the node list for its tasks; a batch script has SLURM_NTASKS too, but is no task.
-    return "SLURM_STEP_NODELIST" in environment and _are_several(
-        environment, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"
-    )
-
-
-def _is_open_mpi(environment: Mapping[str, str]) -> bool:
-    return _are_several(environment, "OMPI_COMM_WORLD_SIZE")
-
-
-def _is_tpu_pod(environment: Mapping[str, str]) -> bool:
-    if not is_tpu_machine() or "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu"):
-        return False
-    workers = _tpu_workers(environment)
-    if workers is None:
-        return "TPU_SKIP_MDS_QUERY" not in environment  # The metadata server may name workers.
-    return "," in workers or _are_several(environment, "MEGASCALE_NUM_SLICES")
+    is_task = "SLURM_STEP_NODELIST" in environment
+    if is_task and are_several("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"):
+        return "SLURM"
+    if are_several("OMPI_COMM_WORLD_SIZE"):
+        return "Open MPI"
+    if is_tpu_machine() and "tpu" in (environment.get("JAX_PLATFORMS") or "tpu"):
+        workers = _tpu_workers(environment)
+        if workers is None and "TPU_SKIP_MDS_QUERY" not in environment:
+            return TPU  # The metadata server may name workers.
+        if workers and ("," in workers or are_several("MEGASCALE_NUM_SLICES")):
+            return TPU
+    # Only an indexed job has an index; JAX asks the cluster for the rest through this package.
+    is_indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
+    return "Kubernetes" if is_indexed and find_spec("kubernetes") else None
 
 
 def _tpu_workers(environment: Mapping[str, str]) -> str | None:
     return environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
-
-
-def _is_kubernetes(environment: Mapping[str, str]) -> bool:
-    # Only an indexed job has an index; JAX asks the cluster for the rest through this package.
-    is_indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
-    return is_indexed and find_spec("kubernetes") is not None
-
-
-LAUNCHERS: Mapping[str, Callable[[Mapping[str, str]], bool]] = {
-    "SLURM": _is_slurm,
-    "Open MPI": _is_open_mpi,
-    TPU: _is_tpu_pod,
-    "Kubernetes": _is_kubernetes,
-}
 
 
 @contextmanager

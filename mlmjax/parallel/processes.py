@@ -1,4 +1,4 @@
-"""The processes of one run: values they share, sums over all of them, and votes.
+"""Exchange values between the processes of a run: broadcasts, sums and votes.
 
 The only file that imports from `jax._src`: JAX has no public name for the client of the
 coordinator, nor for process numbers and TPU chips without starting a backend.

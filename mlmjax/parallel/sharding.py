@@ -1,4 +1,4 @@
-"""One mesh and one table of sharding rules by parameter path."""
+"""Shard arrays: one mesh, and one table of rules by parameter path."""
 
 import math
 import re

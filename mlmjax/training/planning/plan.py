@@ -1,4 +1,4 @@
-"""Whether a run fits a machine that is not here, the nearest change that fits, and a report."""
+"""Plan a run: does it fit a machine that is not here, and if not, which change does?"""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The training step and the scoring of a run, compiled for a described machine.
+"""Compile the training step and the scoring of a run for a described machine.
 
 `python -m mlmjax.training.planning.programs` reads a request as JSON from standard input and
 prints the answer.
@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -192,32 +192,24 @@ def _compile_scoring(
 
 
 def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
-    times = [time.perf_counter()]
-
-    def seconds() -> dict[str, float]:
-        took = np.round(np.diff(times), 2).tolist()
-        return dict(zip(("trace", "lower", "compile"), took, strict=False))
-
-    with jax.set_mesh(mesh):
-        traced = program.trace(*arguments)
-        times.append(time.perf_counter())
-        lowered = traced.lower()
-        times.append(time.perf_counter())
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            refusal = read_refusal(error)
-            if refusal is None:
-                raise InputError(
-                    f"the compiler rejects this program: {first_line(error)}"
-                ) from error
-            return {"fits": False, "refusal": refusal, "seconds": seconds()}
-        times.append(time.perf_counter())
+    seconds: dict[str, float] = {}
+    stage = program
+    try:
+        with jax.set_mesh(mesh):
+            for name in ("trace", "lower", "compile"):
+                began = time.perf_counter()
+                stage = getattr(stage, name)(*(arguments if name == "trace" else ()))
+                seconds[name] = round(time.perf_counter() - began, 2)
+    except jax.errors.JaxRuntimeError as error:
+        refusal = read_refusal(error)
+        if refusal is None:
+            raise InputError(f"the compiler rejects this program: {first_line(error)}") from error
+        return {"fits": False, "refusal": refusal, "seconds": seconds}
     return {
         "fits": None,
-        "memory": measure_memory(compiled),
-        "collectives": count_collectives(compiled.as_text()),
-        "seconds": seconds(),
+        "memory": measure_memory(stage),
+        "collectives": count_collectives(stage.as_text()),
+        "seconds": seconds,
     }
 
 
@@ -339,10 +331,9 @@ def read_refusal(error: Exception) -> dict[str, Any] | None:
 
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
+_COMPUTATION = re.compile(r"^(?:(ENTRY) )?%?([\w.\-]+) \(.*\{\s*$")
 _CALLED = re.compile(r"(body|condition|calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_OPERATION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(")
 # Groups written out, as [groups,members]<=[devices], or as mesh['x'=4,'y'=2] {'y'}.
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]+)\}|mesh\[([^\]]*)\]\s*\{([^}]*)\})"
@@ -358,21 +349,25 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
     collective among one device does not count.
     """
     computations: dict[str, list[str]] = {}
-    entry = name = ""
+    lines: list[str] = []
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
-            name = head[2]
-            computations[name], entry = [], name if head[1] else entry
+            lines = computations[head[1] or head[2]] = []
         elif line.startswith(" "):
-            computations.setdefault(name, []).append(line)
+            lines.append(line)
     runs: Counter[str] = Counter()
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
-        for called, iterations in _read_calls(computations.get(name, []), computations):
-            visit(called, times * iterations)
+        for line in computations.get(name, ()):
+            called = dict(_CALLED.findall(line))
+            for how, names in called.items():
+                condition = computations.get(called.get("condition", "").removeprefix("%"), [])
+                iterations = _count_iterations(line, condition) if how == "body" else 1
+                for inner in re.findall(r"[\w.\-]+", names):
+                    visit(inner, times * iterations)
 
-    visit(entry, 1)
+    visit("ENTRY", 1)
     # A collective that overlaps with several computations is written in each of them.
     found: dict[tuple[str, Any], tuple[int, int]] = {}
     for name, lines in computations.items():
@@ -393,22 +388,10 @@ def count_collectives(text: str) -> dict[str, dict[str, int]]:
     return {kind: total for kind, total in totals.items() if total["count"]}
 
 
-def _read_calls(lines: list[str], computations: dict[str, list[str]]) -> Iterator[tuple[str, int]]:
-    """Yield the computations that these lines call, and how often each line calls them."""
-    for line in lines:
-        called = dict(_CALLED.findall(line))
-        for how, names in called.items():
-            times = 1
-            if how == "body":
-                known = _TRIPS.search(line)
-                condition = called.get("condition", "").removeprefix("%")
-                times = int(known[1]) if known else _bound(computations.get(condition, []))
-            for name in names.strip("{}").split(","):
-                yield name.strip().removeprefix("%"), times
-
-
-def _bound(condition: list[str]) -> int:
-    """Return the iterations of a loop that counts from 0 to a constant; 1 for any other."""
+def _count_iterations(loop: str, condition: list[str]) -> int:
+    """Return the iterations of a loop, stated or up to a constant; 1 if they are unknown."""
+    if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
+        return int(stated[1])
     last = next((line for line in condition if "ROOT" in line), "")
     constants = re.findall(r"(%[\w.\-]+) = s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     operands = re.findall(r"%[\w.\-]+", last)
@@ -425,9 +408,8 @@ def _read_collective(line: str) -> tuple[str, int]:
     if members == 1:
         return "", 0
     size = 0
-    for dtype, dimensions in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result):
-        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or ["0"])[0])
-        size += math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
+    for _, bits, sides in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", result):
+        size += math.prod(int(n) for n in sides.split(",") if n) * int(bits or 8) // 8
     if kind == "reduce-scatter":
         size *= members or 1
     elif name == "all-gather-start":  # The result holds the input too.

@@ -1,4 +1,4 @@
-"""Machines by name: described TPU slices and simulated CPU devices."""
+"""Describe machines by name: TPU slices and simulated CPU devices."""
 
 import importlib.util
 import math
