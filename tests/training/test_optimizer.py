@@ -54,7 +54,7 @@ def test_fractions_are_of_the_run():
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
-    with pytest.raises(InputError, match="warmup 8 \\+ decay 5 updates is more than steps 10"):
+    with pytest.raises(InputError, match="warmup 8 \\+ decay 5 updates are more than steps 10"):
         rates("wsd", warmup=8, decay=5)
     with pytest.raises(InputError, match="more than steps 10"):
         rates("cosine", warmup=11)
