@@ -242,7 +242,7 @@ def make_eval_step(
         # A process cannot read what is on another one, so all of them get everything.
         return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    @wraps(eval_step)
+    @wraps(jitted)
     def step(params: Any, batch: Any) -> Metrics:
         with _mesh_of(jax.tree.leaves(params)[0]) as mesh:
             run = over_processes(mesh) if mesh is not None and mesh.is_multi_process else jitted

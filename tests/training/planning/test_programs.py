@@ -81,6 +81,15 @@ def test_an_fsdp_step_gathers_parameters_and_holds_a_shard():
     assert found["all-to-all"] == {"count": 2, "bytes": 2 * 16 * 32 * 16 * 4 // 8}
 
 
+def test_the_scoring_of_a_classification_head_is_its_validation():
+    source = {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
+    data = {"seq_length": 32, "batch_size": 16, "accumulate": 2, "pack": False, "sources": [source]}
+    config = config_of(head="classification", data={"rows": "-", **data})
+    scoring = programs.compile_run(config, parse_topology("cpu:8"), ["scoring"])["scoring"]
+    assert (scoring["rows"], scoring["seq_length"], scoring["devices"]) == (8, 32, 8)
+    assert scoring["memory"]["total"] > scoring["parameters"]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
