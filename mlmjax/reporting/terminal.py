@@ -36,12 +36,16 @@ _FIGURES = {
 
 
 def describe(values: Mapping[str, float | None]) -> str:
-    """Return the figures of one line of metrics.jsonl as text.
+    """Return the figures of one line of metrics.jsonl as text, the only part of a loss once.
 
-    >>> describe({"loss": 2.5, "answer_accuracy": None, "tokens_per_second": 1234.5})
+    >>> describe({"loss": 2.5, "loss_atp": 2.5, "mfu": None, "tokens_per_second": 1234.5})
     'loss 2.500 | 1,234 tok/s'
     """
-    found = [(form, values.get(key)) for key, form in _FIGURES.items()]
+    found = [
+        (form, values.get(key))
+        for key, form in _FIGURES.items()
+        if not (key.startswith("loss_") and values.get(key) == values.get("loss"))
+    ]
     return " | ".join(
         form.format(value) for form, value in found if value is not None and math.isfinite(value)
     )

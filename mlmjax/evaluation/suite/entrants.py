@@ -16,7 +16,7 @@ from mlmjax.config.suite import Suite, Sweep
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.evaluate import measure_order, slot_scorer
+from mlmjax.evaluation.evaluate import measure_order, score_questions, slot_scorer
 from mlmjax.evaluation.questions import Question
 from mlmjax.model.modernbert import ModernBertForMaskedLM, with_classifier
 from mlmjax.scoring.engine import Progress
@@ -211,7 +211,7 @@ def answer_fine_tuned(
         )
     except RunError as error:
         raise DivergedError(str(error)) from error
-    log_probs = scorer.log_probs([q.row for q in asked], where=[q.where for q in asked])
+    log_probs = score_questions(scorer, asked)
     shortened = scorer.shortened
     order = measure_order(scorer, task, asked, log_probs, order_rows)
     return Answers(log_probs, shortened, losses, order)

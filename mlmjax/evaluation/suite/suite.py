@@ -90,7 +90,7 @@ class Run:
         self.done += 1
         found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
         took = f"{time.perf_counter() - started:.1f} s" if is_new else "already computed"
-        self.tell(f"[{self.done}/{self.total}] {what}: {found} ({took})")
+        self.tell(printable(f"[{self.done}/{self.total}] {what}: {found} ({took})"))
         return result
 
 
