@@ -85,7 +85,7 @@ def test_the_export_is_the_same_model(run):
     assert any(line.startswith("my-model/model.safetensors: ") for line in lines)
 
 
-def test_pretraining_goes_on_with_the_new_words(run, tmp_path, model):
+def test_pretraining_continues_with_the_new_words(run, tmp_path, model):
     lines = run("continue_pretraining.py", *model, "steps=4", "mesh.data=1")
     assert lines[0] == "continued/start: 6 new words, which were 17 tokens"
     assert lines[-1].endswith("['a', ' case', ' of', ' angioplasty']")

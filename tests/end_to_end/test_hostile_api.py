@@ -1,4 +1,4 @@
-"""Hostile texts and label lists through the Python API: answered as alone, or refused by row."""
+"""Hostile texts and label lists through the Python API: scored as if alone, or rejected by row."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer):
-    """How many tokens each text has."""
+    """The number of tokens of each text."""
     return [len(ids) for ids in tokenizer.encode_plain_batch(TEXTS)]
 
 
@@ -35,8 +35,8 @@ def rows():
     return [{"text": text, "options": LISTS[i % len(LISTS)]} for i, text in enumerate(TEXTS)]
 
 
-def all_named(error, count):
-    """Every one of the rows is named, in order, and the message can be printed."""
+def check_all_named(error, count):
+    """Check that the message names every row in order, and can be printed."""
     lines = [error.message, *error.details]
     assert [line.split(":")[0] for line in lines] == [
         f"row {i + 1} (index {i})" for i in range(count)
@@ -49,7 +49,7 @@ def test_there_are_enough():
     assert len(set(TEXTS)) > 500
 
 
-def test_every_row_is_scored_as_alone(model, tokenizer):
+def test_every_row_is_scored_as_if_alone(model, tokenizer):
     fitting = []
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
     for row in rows():
@@ -77,7 +77,7 @@ def test_every_row_is_scored_as_alone(model, tokenizer):
     np.testing.assert_allclose(np.exp(alone), np.exp(found[::8]), atol=1e-5)
 
 
-def test_every_text_is_classified_as_alone(model, tokenizer):
+def test_every_text_is_classified_as_if_alone(model, tokenizer):
     short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
     options = {"template": short, "batch_size": 8}
     for labels in api.LABELS.values():
@@ -139,7 +139,7 @@ def test_every_mask_is_filled(model, tokenizer, tokens):
             )
 
 
-def test_what_is_blank_or_no_text_is_refused_by_row(model, tokenizer):
+def test_blank_texts_and_other_values_are_rejected_by_row(model, tokenizer):
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
     classifier = Classifier.from_pretrained(
         (model, tokenizer), ["a", "b"], template="{text}{options}"
@@ -152,14 +152,14 @@ def test_what_is_blank_or_no_text_is_refused_by_row(model, tokenizer):
     ):
         with pytest.raises(InputError) as caught:
             act(REFUSED)
-        all_named(caught.value, len(REFUSED))
+        check_all_named(caught.value, len(REFUSED))
     with pytest.raises(InputError) as caught:
         scorer.log_probs([{"text": "goal", "options": [text]} for text in REFUSED])
-    all_named(caught.value, len(REFUSED))
+    check_all_named(caught.value, len(REFUSED))
 
 
 @pytest.mark.parametrize("name", api.LABELS_REFUSED)
-def test_label_lists_that_cannot_be_are_refused(model, tokenizer, name):
+def test_wrong_label_lists_are_rejected(model, tokenizer, name):
     short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
     with pytest.raises(InputError) as caught:
         Classifier((model, tokenizer), api.LABELS_REFUSED[name], template=short).predict(["goal"])

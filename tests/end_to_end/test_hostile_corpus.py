@@ -1,4 +1,4 @@
-"""The corpus of hostile inputs: every command ends as declared, says so, and harms nothing."""
+"""The corpus of hostile inputs: every command exits as declared, says why, and harms nothing."""
 
 import hashlib
 import io
@@ -35,8 +35,8 @@ SPEC.loader.exec_module(TOOL)
 
 CASES = all_cases()
 PROGRAMS = {"mlmjax": main.run, "convert_weights.py": TOOL.run}
-MOST_MEMORY = 300 * 1024  # KiB that a refusal may take, a step compiled before it included
-MOST_LINES = 22  # the first, 20 details, and how many more there are
+MOST_MEMORY = 300 * 1024  # KiB that a rejection may take, with a step compiled before it
+MOST_LINES = 22  # the first line, 20 details, and the number of further ones
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def _used(good, tmp_path_factory):
-    """What any command takes once, imports and compilations, is not taken by a refusal."""
+    """Import and compile before any case, so that no rejection has to."""
     folder = tmp_path_factory.mktemp("used") / "good"
     shutil.copytree(good, folder)
     with pytest.MonkeyPatch.context() as patch:
@@ -60,7 +60,7 @@ def _used(good, tmp_path_factory):
 
 @pytest.fixture
 def perform(_used, good, tmp_path, monkeypatch, capsys):
-    """Lay out a case and run its command; gives its folder, exit code, stdout and stderr."""
+    """Write a case and run its command; return its folder, exit code, stdout and stderr."""
 
     def run(case):
         folder = tmp_path / "case"
@@ -78,7 +78,7 @@ def perform(_used, good, tmp_path, monkeypatch, capsys):
 
 
 def contents(folder):
-    """Every name below a folder, with the hash of what it holds or where it leads."""
+    """Return every name below a folder, with a hash of its content or the target of its link."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -92,9 +92,9 @@ def contents(folder):
 
 
 def check_harmless(case, before, after):
-    """Nothing is changed or left behind but what the case says that the command writes."""
+    """Check that a command changes and leaves nothing but what the case allows it to write."""
 
-    # Of several sources, what was read before the refusal is kept for the next try.
+    # Sources that were read before the error are kept for the next try.
     kept = ["rows.partial"] if any(fnmatch(n, "rows.partial/stage/*.json") for n in after) else []
 
     def is_ours(name):
@@ -132,7 +132,7 @@ def test_case(name, perform, request):
     assert code == 0 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < limit
 
 
-def test_the_corpus_is_large_and_not_only_refused():
+def test_the_corpus_is_large_and_not_only_rejected():
     assert len(CASES) >= 150
     assert sum(case.exit == 0 for case in CASES.values()) >= 20
 
@@ -153,7 +153,7 @@ def test_the_command_itself(name, good, tmp_path):
     check_said(case, ended.returncode, ended.stdout, ended.stderr)
 
 
-# --- what an exit code does not tell ---------------------------------------------------------
+# --- what exit codes do not show -------------------------------------------------------------
 
 
 def test_prompts_that_imitate_the_template_have_one_slot(perform):
@@ -183,7 +183,7 @@ def test_odd_texts_are_answered_one_line_each(perform):
     assert err == "1 of the texts did not fit the model and were truncated\n"
 
 
-def test_marks_of_windows_are_no_text(good, perform, monkeypatch, capsys):
+def test_byte_order_marks_and_carriage_returns_are_ignored(good, perform, monkeypatch, capsys):
     _, _, marked, _ = perform(CASES["texts-of-Windows"])
     Path("labels").write_text("red\ta warm one\nblue\n")
     shutil.copy(good / "texts.txt", "texts.txt")
@@ -194,7 +194,7 @@ def test_marks_of_windows_are_no_text(good, perform, monkeypatch, capsys):
 
 @pytest.fixture
 def model(good, tmp_path):
-    """A good model of its own for a test to spoil."""
+    """A copy of the good model for a test to change."""
     return Path(shutil.copytree(good / "model", tmp_path / "model"))
 
 
@@ -216,7 +216,7 @@ def test_all_problems_of_the_weights_are_listed_at_once(model):
         assert sum(expected in line for line in lines) == 1
 
 
-def test_weights_cut_anywhere_are_refused(model):
+def test_weights_truncated_anywhere_are_rejected(model):
     data = (model / WEIGHTS).read_bytes()
     for length in np.random.default_rng(0).integers(0, len(data), 40):
         (model / WEIGHTS).write_bytes(data[:length])
@@ -224,12 +224,12 @@ def test_weights_cut_anywhere_are_refused(model):
             load_pretrained(model)
 
 
-def test_code_of_a_stranger_is_told_of(perform, caplog):
+def test_remote_code_is_reported(perform, caplog):
     perform(CASES["config-with-code-that-is-not-run"])
     assert "auto_map" in caplog.text
 
 
-def test_an_older_run_without_checkpoints_does_not_pass_for_this_one(good, tmp_path, monkeypatch):
+def test_an_older_run_without_checkpoints_is_not_taken_for_this_one(good, tmp_path, monkeypatch):
     shutil.copytree(good, tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")
     weights = Path("out/export/model.safetensors")

@@ -48,7 +48,7 @@ def test_a_wrong_command_would_be_found():
     ]
 
 
-def test_the_published_figures_stand_there():
+def test_the_published_figures_are_there():
     for figure in ("43.06", "17.16", "53.31", "85.53", "20.62", "84.67", "61.13", "41.83", "37.07"):
         assert figure in PAGE
 

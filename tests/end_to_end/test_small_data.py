@@ -1,4 +1,4 @@
-"""The data of the small model: whole or not at all."""
+"""The data of the small model: a complete file or none."""
 
 import json
 from importlib.util import module_from_spec, spec_from_file_location

@@ -1,4 +1,4 @@
-"""What version 0.1 wrote is read by this one: a run, its rows, a classifier and a suite."""
+"""This version reads what version 0.1 wrote: a run, its rows, a classifier and a suite."""
 
 import json
 import shutil

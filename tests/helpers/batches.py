@@ -27,7 +27,7 @@ def make_model(layers=2):
 
 
 def make_batch(counts, seed=0):
-    """Rows of two segments and some padding, with `counts[row]` targets each."""
+    """Return rows of two segments and some padding, with `counts[row]` targets each."""
     rng = np.random.default_rng(seed)
     rows = len(counts)
     ids = rng.integers(2, VOCAB, (rows, SEQ)).astype(np.int32)

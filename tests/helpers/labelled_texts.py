@@ -22,7 +22,7 @@ VOCABULARY = [
 
 
 def examples(count, seed=0):
-    """Give texts whose label follows from one word among others."""
+    """Return texts with one word that decides the label, and the labels."""
     rng = np.random.default_rng(seed)
     labels = [list(WORDS)[i % 2] for i in range(count)]
     texts = [
@@ -33,7 +33,7 @@ def examples(count, seed=0):
 
 
 def word_tokenizer(folder):
-    """A tokenizer of a few words, so that models of it learn and are saved in no time."""
+    """Write a tokenizer of a few words, with which models learn and are saved fast; load it."""
     words = {word: i for i, word in enumerate(VOCABULARY)}
     backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -45,7 +45,7 @@ def word_tokenizer(folder):
 
 
 def word_model(tokenizer):
-    """A model of one layer for that tokenizer, which learns the words in a few epochs."""
+    """Return a model of one layer that learns these words in a few epochs."""
     special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
     special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
     ids = {f"{name}_token_id": token for name, token in special.items()}

@@ -1,4 +1,4 @@
-"""Models of a few numbers with noise on all of them; batches, losses and gradients for them."""
+"""Tiny models with noise on every parameter; batches, losses and gradients for them."""
 
 import zlib
 from functools import partial
@@ -22,7 +22,7 @@ TINY = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
 }
 BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
-# Compiles twice as fast; these programs are too small to gain anything from more.
+# This level compiles twice as fast, and these programs are too small to run slower.
 quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -35,7 +35,7 @@ def named(tree):
 
 
 def noise(name, shape, scale):
-    """Noise that depends on the parameter's name alone."""
+    """Return noise that depends on nothing but the parameter's name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     return scale * rng.normal(size=shape).astype(np.float32)
 
@@ -54,7 +54,7 @@ def build(kind, config, scale=0.3, **options):
 
 
 def padded_batch(vocab_size, lengths=(40, 23, 31), seed=0):
-    """Ids, a mask (full, padded behind, padded in front) and targets (-100: none)."""
+    """Return ids, a mask (full, padded right, padded left) and targets (-100: not a target)."""
     rng = np.random.default_rng(seed)
     width = max(lengths)
     ids = rng.integers(0, vocab_size, (len(lengths), width), dtype=np.int32)

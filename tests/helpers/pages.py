@@ -29,7 +29,7 @@ def blocks(language, text):
 
 
 def commands(script):
-    """Return the calls a shell script makes, with loops and variables expanded, without them."""
+    """Return the calls that a shell script would make, with loops and variables expanded."""
     done = subprocess.run(
         ["bash", "-euc", SHIM + script],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Real processes on this machine that train one run together."""
+"""Processes on this machine that train one run together."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def to_toml(value):
 
 
 def write_config(table):
-    """Write a run file beside its run folder; return its path."""
+    """Write a run file next to its run folder; return its path."""
     path = Path(f"{table['out']}.toml")
     lines = [f"{key} = {to_toml(value)}\n" for key, value in table.items()]
     path.write_text("".join(lines))
@@ -45,7 +45,7 @@ def free_port():
 
 
 def start(config, count, devices, code=None, flags=None):
-    """Start `count` processes with so many devices each; `code` by process is run in it first."""
+    """Start `count` processes with `devices` each; each first runs its part of `code`."""
     port = free_port()
     children = []
     for number in range(count):

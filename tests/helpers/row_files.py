@@ -1,4 +1,4 @@
-"""Tables to prepare rows from, configurations that name them, and the bytes of what came out."""
+"""Tables to prepare rows from, configurations that name them, and the bytes of results."""
 
 import json
 
@@ -35,7 +35,7 @@ def make_rows(count, salt=0):
 
 
 def two_sources(folder):
-    """A configuration of prompts and of plain text, whose tables are written into `folder`."""
+    """Write tables of prompts and of plain text into `folder`; return their configuration."""
     path = write_table(folder / "a.jsonl", make_rows(300))
     text = write_table(folder / "b.jsonl", [{"text": f"Document {i}. " * 40} for i in range(20)])
     return DataConfig(

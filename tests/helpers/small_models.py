@@ -1,4 +1,4 @@
-"""Models small enough to score with in every test."""
+"""Models small enough for every test to score with."""
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ def small_config(**changes):
 
 
 def noisy(model, scale=0.3):
-    """Move every parameter, so that nothing is scored right by being zero or one."""
+    """Add noise to every parameter, so that no result is right only because one is 0 or 1."""
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)
     rng = np.random.default_rng(7)

@@ -56,7 +56,7 @@ GOOD, BAD = ["fine", "lovely", "bright"], ["dull", "lost", "grey"]
 
 
 def reviews(count, seed):
-    """Rows that a word of the text decides."""
+    """Return rows with one word that decides the label."""
     rng = np.random.default_rng(seed)
     rows = []
     for number in range(count):
@@ -77,7 +77,7 @@ SWEEP = Sweep(batch_size=8, max_length=40)
 
 
 def questions(count, seed):
-    """The same rows as questions of the task."""
+    """Return the same rows as questions of the task."""
     return [
         Question(
             index,
@@ -118,8 +118,8 @@ def write_suite(folder):
     write_rows(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
 
 
-class Told:
-    """What a run tells, and one bar that counts."""
+class Output:
+    """Collect the lines a run prints; its progress bar shows nothing."""
 
     def __init__(self):
         self.lines = []
@@ -144,8 +144,8 @@ class Told:
 
 
 def run_small(folder, out, *overrides, models=("model",), data="data", **options):
-    """Run the suite of a folder; give the results and what was told."""
-    told = Told()
+    """Run the suite of a folder; return the results and the printed lines."""
+    told = Output()
     results = run_suite(
         *load_suite(folder / "small.toml", overrides),
         [str(folder / name) for name in models],
@@ -159,7 +159,7 @@ def run_small(folder, out, *overrides, models=("model",), data="data", **options
 
 
 def files_of(out):
-    """Every file of a run's folder but its lock."""
+    """Return the bytes of every file of a run's folder except its lock."""
     return {
         str(path.relative_to(out)): path.read_bytes()
         for path in sorted(out.rglob("*"))

@@ -1,4 +1,4 @@
-"""A task over a few reviews, its table, and what an evaluation of it writes."""
+"""A task over a few reviews, its table, and the results of evaluating it."""
 
 import csv
 import json
@@ -27,13 +27,13 @@ def write_csv(path, rows):
 
 
 def task(**changes):
-    """Make a task over `rows.jsonl` whose keys are those of the reviews."""
+    """Return a task over `rows.jsonl` with the keys of the reviews."""
     values = {"name": "t", "prompt": "{text} {options}[unused0] [MASK]", "answer": "label"}
     return Task(**{**values, "labels": ("bad", "good"), **changes})
 
 
 def answer(model, tokenizer, tmp_path, rows, **changes):
-    """Evaluate rows under a task, and give the results and the predictions."""
+    """Evaluate rows under a task; return the results and the predictions."""
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"

@@ -33,7 +33,7 @@ ordinary = st.lists(
 
 
 def small_table(**changes) -> dict:
-    """A byte-level tokenizer of 256 bytes and six added tokens, as tokenizer.json holds it."""
+    """Return a tokenizer.json of 256 bytes and six added tokens, as a dict."""
     vocab = {char: i for i, char in enumerate(sorted(ALPHABET))}
     names = [*SPECIALS, "[unused0]", "[unused1]"]
     added = [

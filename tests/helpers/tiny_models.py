@@ -1,4 +1,4 @@
-"""Model folders small enough to write in every test: made by transformers, with a tokenizer."""
+"""Model folders small enough for every test to write, by transformers, with a tokenizer."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def write_model(folder, *arguments, shard="5GB", **options):
 
 
 def tensors_of(folder):
-    """Every tensor of a folder as (dtype, shape, bytes), whatever file it is in."""
+    """Return every tensor of a folder, of any file, as (dtype, shape, bytes)."""
     found = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "numpy") as opened:

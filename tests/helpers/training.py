@@ -1,4 +1,4 @@
-"""A run small enough for tests: its own tokenizer, its own data, seconds on one core."""
+"""A run small enough for tests, with its own tokenizer and data: seconds on one core."""
 
 import json
 import random
@@ -19,7 +19,7 @@ SPECIALS = ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 
 
 def write_tokenizer(folder, words=WORDS):
-    """A byte-level BPE of a few hundred tokens in which every word is one token."""
+    """Write a byte-level BPE of a few hundred tokens in which every word is one token."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -36,7 +36,7 @@ def write_tokenizer(folder, words=WORDS):
 
 
 def write_records(path, count=300):
-    """Prompts that name their answer, of two tasks."""
+    """Write prompts of two tasks that name their answers."""
     rng = random.Random(0)
     with path.open("w") as file:
         for _ in range(count):
@@ -48,7 +48,7 @@ def write_records(path, count=300):
 
 
 def make_table(folder, **changes):
-    """The table of a run file whose inputs lie in `folder`; `changes` by key, nested by `__`."""
+    """Return a run file with inputs in `folder` as a dict; `__` in `changes` nests keys."""
     table = {
         "out": str(folder / "out"),
         "steps": 8,
@@ -91,7 +91,7 @@ def make_table(folder, **changes):
 
 
 def make_config(folder, **changes):
-    """Decode `make_table`; the inputs are written on first use."""
+    """Decode `make_table`, and write its inputs on first use."""
     if not (folder / "tokenizer").exists():
         write_tokenizer(folder / "tokenizer")
         write_records(folder / "records.jsonl")
@@ -123,7 +123,7 @@ def quick_compiles(folder):
 
 
 def lines_of(out):
-    """Lines of metrics.jsonl without what a clock says."""
+    """Return the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
     def of_clock(key):

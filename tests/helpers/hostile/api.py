@@ -1,4 +1,4 @@
-"""Texts and label lists for the Python API: written by hand, and drawn from their parts by seed."""
+"""Texts and label lists for the Python API: written by hand, or drawn from parts by a seed."""
 
 import numpy as np
 
@@ -130,12 +130,12 @@ def texts():
 
 
 def refused():
-    """Return what is no text to answer, whatever is asked."""
+    """Return values that no function accepts as a text."""
     return [*BLANK, *HALVES, *NOT_TEXT]
 
 
 def option_lists(most):
-    """Return lists of up to `most` options, each with some text; some stand twice."""
+    """Return lists of up to `most` options that are not blank; some are repeated."""
     rng = np.random.default_rng([6, 1])
     lists = []
     while len(lists) < OPTION_LISTS:
@@ -146,7 +146,7 @@ def option_lists(most):
 
 
 def mixture(rng, most=4):
-    """Join a few fragments."""
+    """Return a few fragments, joined."""
     joint = rng.choice(JOINTS)
     return joint.join(
         FRAGMENTS[i] for i in rng.integers(len(FRAGMENTS), size=rng.integers(1, most + 1))

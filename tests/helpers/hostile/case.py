@@ -1,4 +1,4 @@
-"""One case of the corpus: what lies in its folder, a command, and what that must answer."""
+"""One case of the corpus: the files of its folder, a command, and the expected answer."""
 
 import json
 import shutil
@@ -12,11 +12,11 @@ Spoil = Callable[[Path], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A command to be run in the folder of the case, its exit code, and a text it must say.
+    """A command to run in the folder of the case, its exit code, and a text it must print.
 
-    `needs` names what is copied there from the good inputs; `spoil` then changes the folder.
-    `says` stands in the first line of a refusal, and in stdout where the exit code is 0.
-    `writes` are names that a command may change; everything else must stay as it is.
+    `needs` names the good inputs that are copied there; `spoil` then changes the folder.
+    `says` is in the first line of an error, or in stdout if the exit code is 0.
+    `writes` names what the command may change; everything else must stay unchanged.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Case:
     writes: tuple[str, ...] = ()
 
     def write(self, good: Path, folder: Path) -> None:
-        """Lay out the inputs of the case in `folder`."""
+        """Write the inputs of the case into `folder`."""
         folder.mkdir(parents=True)
         for name in self.needs:
             source = good / name
@@ -39,12 +39,12 @@ class Case:
 
 
 def words(command: str, *more: str) -> tuple[str, ...]:
-    """Cut a command at its spaces; `more` are words that hold spaces."""
+    """Split a command at its spaces; `more` are words that contain spaces."""
     return (*command.split(), *more)
 
 
 def write(name: str, content: str | bytes) -> Spoil:
-    """Put a file into the folder, in the place of whatever has its name."""
+    """Write a file into the folder, and overwrite one with its name."""
     data = content.encode() if isinstance(content, str) else content
 
     def spoil(folder: Path) -> None:
@@ -61,7 +61,7 @@ def change(name: str, function: Callable[[bytes], bytes]) -> Spoil:
 
 
 def change_json(name: str, function: Callable[[Any], Any]) -> Spoil:
-    """Change the value that a JSON file holds in place."""
+    """Change the value of a JSON file in place."""
 
     def apply(data: bytes) -> bytes:
         value = json.loads(data)
@@ -93,7 +93,7 @@ def all_of(*spoils: Spoil) -> Spoil:
 
 
 def link(name: str, target: str) -> Spoil:
-    """Put a symbolic link in the place of a file or folder."""
+    """Replace a file or folder by a symbolic link."""
 
     def spoil(folder: Path) -> None:
         if (folder / name).exists():

@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged or put there by somebody, and the tool that converts them."""
+"""Checkpoints that are damaged or from strangers, and the tool that converts them."""
 
 import json
 import random
@@ -119,7 +119,7 @@ STEPS = {
     ),
     "of a step it is not": (renamed(STEP, "out/checkpoints/3"), "past steps = 2"),
 }
-# What is no checkpoint, or an older one half deleted, does not stop a run that can go on.
+# Folders that are no checkpoints, and half an older one, do not stop a run from resuming.
 GOOD_STEPS = {
     "after one half deleted": (
         all_of(remove("out/checkpoints/1/record", "out/validation.json"), remove("out/export")),

@@ -1,4 +1,4 @@
-"""Data files from strangers, read by `prepare`; and rows folders that were tampered with."""
+"""Data files from strangers that `prepare` reads, and damaged rows folders."""
 
 import gzip
 import io
@@ -31,13 +31,13 @@ def zstd(data):
 
 
 def one(**changes):
-    """Give JSONL whose third row differs."""
+    """Return JSONL whose third row differs."""
     return jsonl([*ROWS[:2], {**ROW, **changes}])
 
 
 NOISE = random.Random(0).randbytes(4096)
 SMALL = LINES.encode()
-# By file name and what is in it: what the first line must say.
+# By file name and content: what the first line must say.
 FILES = {
     "JSONL cut in a line": ("x.jsonl", LINES[:-20], "x.jsonl line 8: is not valid JSON"),
     "JSONL empty": ("x.jsonl", "", "x.jsonl: is empty"),
@@ -219,7 +219,7 @@ INJECTED = (
     "{prompt} {options} {{ }}",
     "\u202eright to left\u202c \u200b\U0001f600\x07",
 )
-# Oddities that are no mistakes: all eight examples must come through.
+# Odd but correct files: all eight examples must be read.
 GOOD_FILES = {
     "with a byte order mark": ("x.jsonl", b"\xef\xbb\xbf" + SMALL),
     "with CRLF": ("x.jsonl", LINES.replace("\n", "\r\n")),
@@ -242,7 +242,7 @@ GOOD_FILES = {
         jsonl({**ROW, "prompt": (INJECTED * 2)[i]} for i in range(8)),
     ),
 }
-# By the overrides: what the first line must say of the good records.
+# By overrides: what the first line must say about the good records.
 SOURCES = {
     "that is not there": (["path=absent.jsonl"], "absent.jsonl: no file matches"),
     "that is a folder": (["path=tokenizer"], "tokenizer: is a folder"),

@@ -1,9 +1,9 @@
-"""Write the corpus of hostile inputs: one folder per case, and `cases.json`, which lists them.
+"""Write the corpus of hostile inputs: one folder per case, and a list of them in `cases.json`.
 
     python tests/helpers/hostile/generate.py FOLDER
 
-Each case is a command to be run in its own folder, the exit code it must have, and a text that the
-first line of its refusal (or, with exit code 0, its output) must hold. The same cases every time.
+Each case is a command to run in its folder, the exit code it must have, and a text that the first
+line of its error must contain (with exit code 0, its output). The cases are always the same.
 """
 
 import json
@@ -31,7 +31,7 @@ def all_cases() -> dict[str, Case]:
 
 
 def write_cases(good: Path, folder: Path) -> None:
-    """Write every case, made from the good inputs, and the table of cases into a folder."""
+    """Write every case, made from the good inputs, and `cases.json` into a folder."""
     table = []
     for name, case in all_cases().items():
         case.write(good, folder / name)

@@ -1,4 +1,4 @@
-"""The good inputs that every case begins with: tiny, and the same on every machine."""
+"""The good inputs that every case starts from: tiny, and the same on every machine."""
 
 import contextlib
 import io
@@ -105,7 +105,7 @@ def write_good(folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Keep what is printed in the block; gives the buffer."""
+    """Collect what the block prints in the yielded buffer."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         yield said

@@ -19,7 +19,7 @@ def config(**values):
 
 
 def raw(key, text):
-    """Put JSON text that Python would not write behind a key."""
+    """Set a key to JSON text that Python would not write."""
 
     def spoil(folder: Path) -> None:
         table = json.loads((folder / CONFIG).read_text()) | {key: "HERE"}
@@ -131,7 +131,7 @@ def tokenizer(function):
 
 
 def without(*names):
-    """Take added tokens out; the ids of those that follow move up."""
+    """Remove added tokens; the ids of those that follow decrease."""
 
     def function(table):
         kept = [entry for entry in table["added_tokens"] if entry["content"] not in names]

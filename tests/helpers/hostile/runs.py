@@ -1,9 +1,9 @@
-"""Run files with mistakes, run folders that are somebody else's, and folders that collide."""
+"""Run files with mistakes, run folders of other programs, and folders that collide."""
 
 from hostile.case import Case, change, cut, link, remove, words, write
 
 NEEDS = ("tokenizer", "run.toml", "records.jsonl")
-# By the overrides: what the first line must say.
+# By overrides: what the first line must say.
 OVERRIDES = {
     "with an unknown key": (["stepz=3"], "stepz: unknown key; did you mean 'steps'?"),
     "with an unknown nested key": (["data.batchsize=3"], "data.batchsize: unknown key; did you"),

@@ -1,4 +1,4 @@
-"""Task files with mistakes, rows that do not fit them, and places for results."""
+"""Task files with mistakes, rows that do not fit them, and folders for results."""
 
 import json
 
@@ -14,7 +14,7 @@ def task(changes):
     return write("task.toml", "".join(f"{key} = {value}\n" for key, value in keys.items()))
 
 
-# By the keys that are changed: what the first line must say.
+# By changed keys: what the first line must say.
 TASKS = {
     "with an unknown key": ({"promt": '"x"'}, "task.toml: promt: unknown key; did you mean 'pro"),
     "without a prompt": ({"prompt": None}, "task.toml: prompt: is missing"),

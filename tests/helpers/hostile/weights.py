@@ -1,4 +1,4 @@
-"""Weights from strangers: safetensors that lie, shards that lead elsewhere, pickles."""
+"""Weights from strangers: false headers, shards outside the folder, pickles."""
 
 import functools
 import json
@@ -43,7 +43,7 @@ def cast(name, dtype):
 
 
 def header(function):
-    """Rewrite the JSON header, its length kept true, the data as they are."""
+    """Rewrite the JSON header and its length; leave the data unchanged."""
 
     def rewrite(data):
         (length,) = struct.unpack("<Q", data[:8])
@@ -56,7 +56,7 @@ def header(function):
 
 
 def entry(**values):
-    """Change what the header says of one tensor."""
+    """Change what the header says about one tensor."""
     return header(lambda table: table[NORM].update(values))
 
 
@@ -66,7 +66,7 @@ def key_twice(table):
 
 
 def shards(weight_map=None, second=None, keep=False):
-    """Cut the weights into two shards, the first layer apart; then spoil the index or a shard."""
+    """Split the weights into two shards, then spoil the index or a shard."""
 
     def spoil(folder):
         table = load_file(folder / WEIGHTS)
@@ -84,7 +84,7 @@ def shards(weight_map=None, second=None, keep=False):
 
 
 def outside(name, target):
-    """Move a file out of the model and leave a link to it."""
+    """Move a file out of the model, and leave a link to it."""
 
     def spoil(folder):
         (folder / "outside").mkdir()
