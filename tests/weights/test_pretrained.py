@@ -303,6 +303,27 @@ def test_failed_export_leaves_the_older_one(source, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_card_holds_results_for_the_hub_and_sections_for_people(source):
+    model, _ = load_pretrained(source)
+    result = huggingface_hub.EvalResult(
+        task_type="fill-mask",
+        dataset_type="rows",
+        dataset_name="held-out answers",
+        metric_type="accuracy",
+        metric_value=0.5,
+    )
+    text = pretrained.model_card(
+        model, sections="\n## Training\n\n{{ not a template }}\n", results=[result]
+    )
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.eval_results == [result]
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "fill-mask")
+    assert text.endswith("## Training\n\n{{ not a template }}\n")
+    plain = huggingface_hub.ModelCard(pretrained.model_card(model))
+    assert plain.data.eval_results is None
+    assert "vocabulary 18" in plain.text
+
+
 def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
     tensors = {n: x.astype(np.float16) for n, x in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS)
