@@ -23,7 +23,8 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from small_models import small_config
 
-from mlmjax.classification.classifier import Classifier
+from mlmjax.classification.classifier import Classifier, classifier_card
+from mlmjax.classification.settings import Settings
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.storage import TRAINING
@@ -183,6 +184,11 @@ def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_
     assert SHORT.splitlines()[1] in card
 
 
+def test_the_card_of_many_labels_shows_the_first_hundred(pair):
+    settings = Settings(labels={f"label {i}": "" for i in range(102)}, template="{text}")
+    assert "\nlabel 99\n... and 2 more\n" in classifier_card(pair[0], settings)
+
+
 def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folder, source)
@@ -232,6 +238,7 @@ def test_it_works_inside_scikit_learn(pair):
         (["a", "a"], "'a' appears twice"),
         (["a", " "], "' ' is blank"),
         (["a", 1], "is int"),
+        (["a", "b\0"], "ends in a NUL character"),
         ("ab", "labels: is one str"),
         ({"a": "x"}, "found a; expected at least two"),
         ({"a": "x", "b": None}, "the description of 'b': is NoneType"),
@@ -274,6 +281,22 @@ def test_bad_texts_are_refused(fitted, texts, message):
 def test_bad_training_data_is_refused(pair, texts, labels, options, message):
     with pytest.raises(InputError, match=message):
         Classifier(pair, ["sports", "money"]).fit(texts, labels, **options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["a"], "b"], r"row 2 \(index 1\): its labels are 'b' \(str\); expected a list of names"),
+        ([["a"], [0, 1, 0]], "expected names, or 0 or 1 for each of the 2 labels"),
+        ([["a"], [0, 2]], "expected names, or 0 or 1 for each of the 2 labels"),
+        ([["a"], ["c"]], "label 'c' is not one of a, b"),
+    ],
+)
+def test_bad_rows_of_several_labels_are_refused(pair, rows, message):
+    with pytest.raises(InputError, match=message):
+        Classifier(pair, ["a", "b"], multi_label=True).fit(["x", "y"], rows)
+    with pytest.raises(InputError, match="rows of numbers have no names"):
+        Classifier(pair, multi_label=True).fit(["x", "y"], np.eye(2))
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(pair):

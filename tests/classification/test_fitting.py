@@ -106,6 +106,7 @@ def classifier_rows(labels, classifier):
         ({"validation_share": 1.0}, r"validation_share: found 1\.0"),
         ({"validation": ([], [])}, "no text to hold out"),
         ({"validation": 5}, "expected a pair"),
+        ({"validation": (["x"], ["a", "b"])}, "1 texts and 2 labels"),
         ({"speed": 1}, "speed: unknown key"),
     ],
 )

@@ -246,6 +246,29 @@ def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
     np.testing.assert_allclose(probabilities[0], (expected[0] + expected[1][::-1]) / 2, atol=1e-5)
 
 
+def test_examples_name_labels_or_say_yes_and_no(pair):
+    pool = [("goal one", "sports"), ("bank one", "money")]
+    classifier = Classifier(pair, ["money", "sports"], examples=pool, answer="words")
+    assert classifier.predict(["a match"]).shape == (1,)
+    ((_, row),) = classifier.asking_.rows(Query("a match", (0, 1)))
+    assert "goal one\nAnswer: sports\n" in row["examples"]
+    pool = [("goal one", ["sports"]), ("bank one", [])]
+    several = Classifier(pair, ["money", "sports"], examples=pool, multi_label=True)
+    assert several.predict(["a match"]).shape == (1, 2)
+    query = several.asking_.queries("a match")[1]
+    ((_, row),) = several.asking_.rows(query)
+    # About the label sports the first example says yes (A), the second no (B).
+    assert [line for line in row["examples"].splitlines() if "Answer" in line] == [
+        "Answer: A",
+        "Answer: B",
+    ]
+    # An example whose label is not among the options of a round is left out.
+    three = Classifier(pair, ["money", "sports", "rain"], examples=[("x", "rain")], template=None)
+    assert three.predict(["a match"]).shape == (1,)
+    ((_, row),) = three.asking_.rows(Query("a match", (0, 1)))
+    assert row["examples"] == ""
+
+
 def test_a_long_text_comes_before_examples(pair):
     pool = [("goal one", "sports"), ("bank one", "money")]
     classifier = Classifier(pair, ["money", "sports"], examples=pool, max_length=128)
