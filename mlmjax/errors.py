@@ -2,7 +2,8 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.details)  # Workers send errors to their parent.
+
+
+@contextmanager
+def named_place(where: str, hint: str = "") -> Iterator[None]:
+    """Put the place of an `InputError` before its message, and a hint after it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error.message}{hint}", error.details) from error
 
 
 def printable(text: str) -> str:
@@ -51,6 +61,11 @@ def full_disk(error: BaseException) -> str | None:
     """
     words = map(os.strerror, _FULL)
     return next((found for found in words if found in str(error)), None)
+
+
+def read_failed(path: Path, error: OSError, advice: str) -> InputError:
+    """Return the error for a file that cannot be read, with what to do."""
+    return InputError(f"{path}: cannot be read ({error.strerror or error}); {advice}")
 
 
 def write_failed(path: Path, error: Exception) -> RunError:

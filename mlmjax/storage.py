@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from etils import epath
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mlmjax.errors import InputError, first_line, write_failed
+from mlmjax.errors import InputError, read_failed, write_failed
 
 CONFIG = "config.json"
 CARD = "README.md"
@@ -65,21 +64,35 @@ def read_bounded(path: Path, most: int) -> bytes:
         with path.open("rb") as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise read_failed(path, error, "give a readable file") from error
     if len(content) > most:
         raise InputError(f"{path}: is larger than {most >> 20} MiB; expected a smaller file")
     return content
 
 
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; raise `InputError` that begins with `where` for anything else."""
+def parse_object(
+    content: bytes | str, where: str, advice: str = "expected an object", **options: Any
+) -> dict[str, Any]:
+    """Parse a JSON object; raise `InputError` with `where` and `advice` for anything else.
+
+    `options` are those of `json.loads`.
+    """
     try:
-        value = json.loads(content)
+        value = json.loads(content, **options)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: is not valid JSON ({error})") from error
+        raise InputError(f"{where}: is not valid JSON ({error}); {advice}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{where}: holds a JSON {type(value).__name__}; expected an object")
+        raise InputError(f"{where}: holds a JSON {type(value).__name__}; {advice}")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise `ValueError` for a repeated key (an `object_pairs_hook`)."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+    return table
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -265,7 +278,7 @@ def hash_file(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise read_failed(path, error, "give a readable file") from error
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -288,19 +301,3 @@ def check_name(folder: Path) -> None:
             f"{folder}: checkpoints cannot lie under a name with {min(odd)!r}; choose a folder "
             "without it"
         )
-
-
-def open_place(path: str | os.PathLike[str]) -> epath.Path:
-    """Return a folder or an address as a path; raise `InputError` if unreachable."""
-    if not is_remote(path):
-        check_name(Path(path))
-        return epath.Path(Path(path).expanduser().absolute())
-    try:
-        place = epath.Path(path)
-        place.exists()
-        return place
-    except Exception as error:
-        raise InputError(
-            f"{path}: cannot be reached ({first_line(error)}); expected gs://, s3:// or az://, "
-            "the package that fsspec needs (gcsfs, s3fs, adlfs), and permission for this machine"
-        ) from error

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, read_failed
 
 Table = TypeVar("Table", bound=BaseModel)
 
@@ -35,9 +35,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be read ({error.strerror or error}); give the path of a TOML file"
-        ) from error
+        raise read_failed(path, error, "give the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text; expected a TOML file") from error
     except (tomllib.TOMLDecodeError, RecursionError) as error:
@@ -46,11 +44,16 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def decode(table_type: type[Table], values: Mapping[str, Any], where: str) -> Table:
     """Decode plain values into a typed table; raise one `InputError` with every problem."""
+    return check_values(table_type, _tuples(values), where)
+
+
+def check_values(table_type: type[Table], values: Any, where: str, advice: str = "") -> Table:
+    """Check values whose lists are as declared; raise one `InputError` with every problem."""
     try:
-        return table_type.model_validate(_tuples(values))
+        return table_type.model_validate(values)
     except ValidationError as error:
         problems = [_describe(table_type, problem) for problem in error.errors()]
-        raise InputError(f"{where}: {problems[0]}", problems[1:]) from error
+        raise InputError(f"{where}: {problems[0]}{advice}", problems[1:]) from error
 
 
 def _tuples(value: Any) -> Any:

@@ -6,14 +6,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mlmjax.config.data import Location
-from mlmjax.config.tables import StrictTable
+from mlmjax.config.tables import StrictTable, check_values
 from mlmjax.config.task import Task
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
-from mlmjax.errors import InputError
 from mlmjax.storage import TRAINING, hash_file, read_json
 
 NAMED = 5
@@ -138,15 +137,9 @@ def read_training_manifest(folder: Path) -> TrainingManifest | None:
     """
     if not (folder / TRAINING).exists():
         return None
-    try:
-        return TrainingManifest.model_validate(read_json(folder, TRAINING))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"{folder / TRAINING}: is not a training manifest of format 1: {where}: "
-            f"{first['msg']}; remove the file to continue without its facts"
-        ) from error
+    where = f"{folder / TRAINING}: is not a training manifest of format 1"
+    advice = "; remove the file to continue without its facts"
+    return check_values(TrainingManifest, read_json(folder, TRAINING), where, advice)
 
 
 def contamination(

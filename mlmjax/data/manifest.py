@@ -1,13 +1,13 @@
 """Read and check the manifest of a rows folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 
-from mlmjax.config.tables import StrictTable
-from mlmjax.errors import InputError
+from mlmjax.config.tables import StrictTable, check_values
+from mlmjax.errors import InputError, read_failed
+from mlmjax.storage import parse_object
 
 FORMAT = 3
 """Version of row files and manifest; it grows whenever the same input gives other bytes."""
@@ -100,29 +100,15 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises `InputError` if it is missing, broken, or of another format version.
     """
     file = Path(path) / MANIFEST
+    again = f"delete {path} and prepare again"
     try:
-        table = json.loads(file.read_bytes())
+        content = file.read_bytes()
     except OSError as error:
+        advice = "expected a rows folder made by `mlmjax prepare`"
+        raise read_failed(file, error, advice) from error
+    table = parse_object(content, str(file), again)
+    if table.get("format") != FORMAT:
         raise InputError(
-            f"{file}: cannot be read ({error.strerror or error}); expected a rows folder made by "
-            "`mlmjax prepare`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{file}: is not valid JSON ({error}); delete {path} and prepare again"
-        ) from error
-    found = table.get("format") if isinstance(table, dict) else None
-    if found != FORMAT:
-        raise InputError(
-            f"{file}: rows of format {found!r}, expected {FORMAT}; delete {path} and prepare again"
+            f"{file}: rows of format {table.get('format')!r}, expected {FORMAT}; {again}"
         )
-    try:
-        return Manifest.model_validate(table)
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()
-        ]
-        raise InputError(
-            f"{file}: is not a manifest of rows: {problems[0]}; delete {path} and prepare again",
-            problems[1:],
-        ) from error
+    return check_values(Manifest, table, f"{file}: is not a manifest of rows", f"; {again}")

@@ -1,7 +1,9 @@
 """Write packed rows to Arrow files, and read them in any order."""
 
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +47,17 @@ def write_rows(
     """
     schema = _schema(vocab_size)
     counts: dict[str, Any] = {"rows": 0, "examples": 0, "tokens": 0, "max_examples_per_row": 0}
-    per_task: dict[int, int] = {}
-    chunk: list[tuple[np.ndarray, ...]] = []
+    per_task: Counter[int] = Counter()
+    rows = iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for row in rows:
-            chunk.append(_to_columns(row, schema))
-            counts["rows"] += 1
-            counts["examples"] += len(row)
-            counts["tokens"] += sum(len(example) for example in row)
-            counts["max_examples_per_row"] = max(counts["max_examples_per_row"], len(row))
-            for example in row:
-                per_task[example.task] = per_task.get(example.task, 0) + 1
-            if len(chunk) == ROWS_PER_CHUNK:
-                writer.write_batch(_to_arrow(chunk, schema))
-                chunk = []
-        if chunk:
-            writer.write_batch(_to_arrow(chunk, schema))
+        while chunk := list(islice(rows, ROWS_PER_CHUNK)):
+            writer.write_batch(_to_arrow([_to_columns(row, schema) for row in chunk], schema))
+            sizes = [len(row) for row in chunk]
+            counts["rows"] += len(chunk)
+            counts["examples"] += sum(sizes)
+            counts["tokens"] += sum(len(example) for row in chunk for example in row)
+            counts["max_examples_per_row"] = max(counts["max_examples_per_row"], *sizes)
+            per_task.update(example.task for row in chunk for example in row)
     capacity = counts["rows"] * seq_length
     counts["padding_share"] = 1.0 - counts["tokens"] / capacity if capacity else 0.0
     counts["per_task"] = per_task

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mlmjax.data.packing import split_by_size
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Progress, part_of
@@ -209,26 +210,6 @@ def encode_texts(
 
 def _characters(text: Any) -> int:
     return 1 + (len(text) if isinstance(text, str) else 0)
-
-
-def split_by_size(
-    items: Iterable[Any], size: Callable[[Any], int], limit: int
-) -> Iterator[list[Any]]:
-    """Yield runs of items; the item with which a run reaches the limit ends it.
-
-    >>> list(split_by_size(["ab", "c", "defg", "h"], len, 3))
-    [['ab', 'c'], ['defg'], ['h']]
-    """
-    chunk: list[Any] = []
-    total = 0
-    for item in items:
-        chunk.append(item)
-        total += size(item)
-        if total >= limit:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
 
 
 def check_finite(log_probs: np.ndarray) -> None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
@@ -19,7 +20,7 @@ from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import named_leaves
-from mlmjax.storage import open_place
+from mlmjax.storage import check_name, is_remote
 
 STATE, RECORD = "state", "record"
 """The two items of a step's folder: its arrays, and what is said of them."""
@@ -299,3 +300,19 @@ def _loss(metrics: Any) -> float:
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def open_place(path: str | os.PathLike[str]) -> epath.Path:
+    """Return a folder or an address as a path; raise `InputError` if unreachable."""
+    if not is_remote(path):
+        check_name(Path(path))
+        return epath.Path(Path(path).expanduser().absolute())
+    try:
+        place = epath.Path(path)
+        place.exists()
+        return place
+    except Exception as error:
+        raise InputError(
+            f"{path}: cannot be reached ({first_line(error)}); expected gs://, s3:// or az://, "
+            "the package that fsspec needs (gcsfs, s3fs, adlfs), and permission for this machine"
+        ) from error

@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mlmjax.config.run import SPLASH_BLOCKS
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, named_place
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.encoder import DEFAULT_OPTIONS, Options
 from mlmjax.model.modernbert import (
@@ -134,10 +134,8 @@ def check_tokenizer(
 
 def read_config(folder: Path, values: Mapping[str, Any]) -> ModelConfig:
     """Parse what `config.json` of a folder holds; raises `InputError` that names the file."""
-    try:
+    with named_place(str(folder / CONFIG)):
         return ModelConfig.from_hf(values)
-    except InputError as error:
-        raise InputError(f"{folder / CONFIG}: {error.message}", error.details) from error
 
 
 def _describe_model(

@@ -2,16 +2,15 @@
 
 import json
 import os
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mlmjax.errors import InputError
-from mlmjax.storage import plain_file, read_json
+from mlmjax.storage import plain_file, read_json, unique_keys
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -165,7 +164,7 @@ def _read_header(path: Path, where: Path, file: str) -> dict[str, Header]:
             f"{where}: has a header of {length} bytes; expected at most {MAX_HEADER_BYTES}"
         )
     try:
-        entries = json.loads(text, object_pairs_hook=_without_doubles)
+        entries = json.loads(text, object_pairs_hook=unique_keys)
         entries.pop("__metadata__", None)
         return {
             name: Header(
@@ -181,14 +180,6 @@ def _not_whole(where: Path, error: Exception) -> InputError:
     return InputError(
         f"{where}: is not a whole safetensors file ({error}); fetch or export it again"
     )
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = Counter(name for name, _ in pairs)
-    doubled = [name for name, count in names.items() if count > 1]
-    if doubled:
-        raise ValueError(f"its header names {doubled[0]!r} twice")
-    return dict(pairs)
 
 
 def _no_weights(folder: Path) -> InputError:

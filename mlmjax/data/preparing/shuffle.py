@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlmjax.data.batch import Example
+from mlmjax.data.packing import split_by_size
 from mlmjax.data.rows import token_type
 
 CHUNK_TOKENS = 2**20
@@ -86,16 +87,8 @@ def from_arrow(batch: pa.RecordBatch) -> Chunk:
 def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
     """Write `(ids, answer, answer_position, task, key, label)`s in chunks of `CHUNK_TOKENS`."""
     schema = chunk_schema(vocab_size)
-    held: list[tuple] = []
-    tokens = 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for example in examples:
-            held.append(example)
-            tokens += len(example[0])
-            if tokens >= CHUNK_TOKENS:
-                writer.write_batch(to_arrow(_to_chunk(held), schema))
-                held, tokens = [], 0
-        if held:
+        for held in split_by_size(examples, lambda one: len(one[0]), CHUNK_TOKENS):
             writer.write_batch(to_arrow(_to_chunk(held), schema))
 
 

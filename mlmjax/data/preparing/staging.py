@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,23 +237,15 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
         report = SourceReport(
             name=source.title,
             files=[SourceFile(**file) for answer in mine for file in answer["files"]],
-            records=counts.records,
-            examples=counts.examples,
-            dropped=_sorted(counts.dropped),
-            shortened=_sorted(counts.shortened),
-            normalized=_sorted(counts.normalized),
-            broken=counts.broken,
-            broken_files=counts.broken_files,
-            hits={name: [list(hit) for hit in hits] for name, hits in sorted(counts.hits.items())},
+            **{
+                name: dict(sorted(found.items())) if isinstance(found, dict) else found
+                for name, found in vars(counts).items()
+            },
         )
         if not report.examples:
             raise InputError(f"no example is left to train on: {describe_source(report)}")
         reports.append(report)
     return reports
-
-
-def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
-    return dict(sorted(counts.items()))
 
 
 def describe_source(report: SourceReport) -> str:

@@ -5,7 +5,6 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,18 +12,18 @@ import numpy as np
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
+from mlmjax.data.packing import split_by_size
 from mlmjax.data.reading.answers import AnswerReader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Record, stop
 from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, named_place
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import MASK, Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 
-CHUNK_RECORDS = 1000
-CHUNK_CHARACTERS = 2**22
+CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
 """At most so much is tokenised together: enough for all threads, little memory."""
 
 _ANY_LENGTH = 2**31
@@ -166,7 +165,7 @@ class _Reader(ABC):
 
     def examples(self, records: Iterable[Record], counts: Counts, skips: bool) -> Iterator[Encoded]:
         """Yield the examples of all records, many tokenised together."""
-        for chunk in _chunks(records):
+        for chunk in split_by_size(records, _size, CHUNK_CHARACTERS):
             counts.records += len(chunk)
             yield from self._sound(chunk, counts) if skips else self.convert(chunk, counts)
 
@@ -278,12 +277,12 @@ class _Prompts(_Reader):
         assert source.prompt is not None
         assert source.answer is not None
         where = f"source {source.title}"
-        with _located(f"{where}: prompt"):
+        with named_place(f"{where}: prompt"):
             slot = head == "mlm"
             self.template = Template(source.prompt, shorten=dict(source.shorten), slot=slot)
             if not set(self.template.fields) - {"options"}:
                 raise InputError("names no column of the records; write {text} for the column text")
-        with _located(f"{where}: labels"):
+        with named_place(f"{where}: labels"):
             self.answers = AnswerReader(source, self.template, tokenizer, head)
         # With labels, `options` are their names; without, a column of the record.
         self.options = None if source.labels is None else list(source.label_names)
@@ -350,18 +349,9 @@ class _Prompts(_Reader):
             return self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH)
         except InputError:
             for one in kept:
-                with _located(one.record.where):
+                with named_place(one.record.where):
                     self.template.render(self.tokenizer, one.row, _ANY_LENGTH)
             raise
-
-
-@contextmanager
-def _located(where: str) -> Iterator[None]:
-    """Put the place of an error before its message."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{where}: {error.message}", error.details) from error
 
 
 def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:
@@ -377,15 +367,7 @@ def _hash(content: bytes | np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
-def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Group records for tokenising."""
-    chunk: list[Record] = []
-    size = 0
-    for record in records:
-        size += sum(len(value) for value in record.fields.values() if isinstance(value, str))
-        chunk.append(record)
-        if len(chunk) >= CHUNK_RECORDS or size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+def _size(record: Record) -> int:
+    """Count the characters of a record, at least so many that `CHUNK_RECORDS` fill a chunk."""
+    characters = sum(len(value) for value in record.fields.values() if isinstance(value, str))
+    return max(characters, CHUNK_CHARACTERS // CHUNK_RECORDS)

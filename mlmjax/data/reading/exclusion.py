@@ -12,7 +12,7 @@ from mlmjax.config.data import EvaluationSet, ExcludeConfig, Location
 from mlmjax.config.task import Task, load_task
 from mlmjax.data.reading.overlap import Hit, OverlapIndex, words_of
 from mlmjax.data.reading.sources import read_source, source_files
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, named_place
 from mlmjax.storage import hash_file
 
 _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
@@ -80,13 +80,10 @@ def _identity(one: EvaluationSet) -> dict[str, Any]:
 def _open(one: EvaluationSet) -> tuple[Task, Location, list[Path]]:
     """Return the task of an evaluation set, and where its rows are."""
     where = f"data.exclude.overlap: {one.task}"
-    try:
+    with named_place(where, f'; or name its rows here: {{ task = "{one.task}", data = "FILE" }}'):
         task = load_task(one.task)
         place = task.location(one.data)
         files = source_files(place)
-    except InputError as error:
-        hint = f'; or name its rows here: {{ task = "{one.task}", data = "FILE" }}'
-        raise InputError(f"{where}: {error.message}{hint}", error.details) from error
     if not place.is_pinned:
         raise InputError(
             f"{where}: hub dataset {place.hub} has no commit as its revision, so its rows could "
@@ -102,11 +99,9 @@ def _texts(task: Task, place: Location, ngram: int) -> Iterator[str]:
     words, because many texts hold "the president of the United States".
     """
     for record in read_source(place):
-        try:
+        with named_place(record.where):
             fields = [*(task.fields_of(record.fields) or {}).values()]
             options = task.options_of(record.fields) if task.options is not None else []
-        except InputError as error:
-            raise InputError(f"{record.where}: {error.message}", error.details) from error
         for value in (*fields, *options):
             if not isinstance(value, str):
                 raise InputError(

@@ -12,6 +12,7 @@ import pyarrow as pa
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
 from mlmjax.config.tables import suggest_name
 from mlmjax.errors import InputError, first_line
+from mlmjax.storage import parse_object, unique_keys
 
 MAX_LINE_BYTES = 32 * 2**20
 """A longer line (or CSV field) is an error, so that one hostile line cannot fill memory."""
@@ -171,34 +172,14 @@ def _read_jsonl(
         if line.strip():
             here = f"{where} line {number}"
             try:
-                record = Record(_json_object(line, here), here)
+                advice = "expected one object per line"
+                fields = parse_object(line, here, advice, object_pairs_hook=unique_keys)
+                record = Record(fields, here)
                 require_columns(here, columns, record.fields)
             except InputError as error:
                 broken(BROKEN_RECORD, error)
                 continue
             yield record
-
-
-def _json_object(line: str, where: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where}: is not valid JSON ({error}); expected one object per line"
-        ) from error
-    if not isinstance(fields, dict):
-        raise InputError(
-            f"{where}: is a JSON {type(fields).__name__}; expected one object per line"
-        )
-    return fields
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
-    return table
 
 
 def _read_csv(

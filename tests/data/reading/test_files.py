@@ -129,7 +129,7 @@ LONG = b'{"text": "' + b"a" * 2000 + b'"}\n'
     [
         ("a.jsonl", b"", "a.jsonl: is empty"),
         ("a.jsonl", jsonl() + b'{"text": "x"', "a.jsonl line 4: is not valid JSON"),
-        ("a.jsonl", b"[1, 2]\n", "a.jsonl line 1: is a JSON list; expected one object per line"),
+        ("a.jsonl", b"[1, 2]\n", "a.jsonl line 1: holds a JSON list; expected one object per line"),
         (
             "a.jsonl",
             b'{"text": "x", "text": "y"}',

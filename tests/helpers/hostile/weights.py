@@ -118,7 +118,7 @@ SPOILS = {
     "header not UTF-8": (header(lambda table: b'{"\xff": 1}'), NOT_WHOLE),
     "header nested deeply": (header(lambda table: b"[" * 100_000), NOT_WHOLE),
     "header too long": (header(lambda table: b" " * (17 * 2**20)), "has a header of"),
-    "header with a key twice": (header(key_twice), f"its header names '{NORM}' twice"),
+    "header with a key twice": (header(key_twice), f"key '{NORM}' occurs twice"),
     "offsets beyond the file": (entry(data_offsets=[0, 2**40]), NOT_WHOLE),
     "offsets negative": (entry(data_offsets=[-64, 0]), NOT_WHOLE),
     "offsets backwards": (entry(data_offsets=[128, 64]), NOT_WHOLE),
