@@ -1,6 +1,5 @@
 """Questions: orders, rounds, windows, few-shot examples, several labels, labels of many tokens."""
 
-import doctest
 from string import ascii_uppercase
 
 import jax
@@ -12,14 +11,13 @@ from hypothesis import strategies as st
 from small_models import noisy, small_config
 from training import write_tokenizer
 
-from mlmjax.classification import context, fitting, labels, prompter, rounds
+from mlmjax.classification import rounds
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.context import Shot, Shots, windows_of
 from mlmjax.classification.prompter import Prompter, Query
 from mlmjax.classification.rounds import in_rounds
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring import continuation
 from mlmjax.scoring.scorers import Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -41,13 +39,6 @@ def scored(pair, template, rows, labels):
     letters = option_names(labels, Template(template).names)
     scorer = Scorer(*pair, Template(template), Verbalizer({n: [f" {n}"] for n in letters}))
     return np.exp(scorer.log_probs(rows).astype(np.float64))
-
-
-@pytest.mark.parametrize(
-    "module", [context, rounds, labels, fitting, prompter, continuation], ids=str
-)
-def test_docstring_examples(module):
-    assert doctest.testmod(module, extraglobs={"Tokenizer": Tokenizer}).failed == 0
 
 
 def test_options_are_named_by_457_letters_or_557_numbers():

@@ -1,17 +1,9 @@
 """Cleanings of texts: what is left, and that scikit-learn leaves the same."""
 
-import doctest
-
 import pyarrow.parquet as pq
 import pytest
 
-from mlmjax.config import task as clean
 from mlmjax.config.task import newsgroup
-
-
-def test_docstring_examples():
-    assert doctest.testmod(clean).attempted
-    assert not doctest.testmod(clean).failed
 
 
 @pytest.mark.data

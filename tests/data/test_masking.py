@@ -1,7 +1,5 @@
 """Masking: exact counts, specials spared, inputs left alone."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +12,6 @@ from mlmjax.data.masking import draw_words
 SPECIAL, MASK = {0, 1, 2, 3}, 99
 IDS = st.lists(st.integers(0, 50), min_size=1, max_size=60).filter(lambda ids: set(ids) - SPECIAL)
 RATES = st.floats(0.001, 0.999)
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(masking).failed == 0
 
 
 @pytest.mark.parametrize(

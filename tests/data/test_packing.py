@@ -1,6 +1,5 @@
 """Packing: every example once, never too long, as tight as best fit can."""
 
-import doctest
 import itertools
 
 import pytest
@@ -8,15 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmjax import InputError
-from mlmjax.data import pack, packing
+from mlmjax.data import pack
 from mlmjax.data.packing import pack_stream
 
 SEQ = 32
 LENGTHS = st.lists(st.integers(0, SEQ), max_size=80)
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(packing).failed == 0
 
 
 def naive_best_fit(lengths):

@@ -1,6 +1,5 @@
 """Comparisons of two evaluations: the test, the intervals, the words, and what is refused."""
 
-import doctest
 import json
 from fractions import Fraction
 from math import comb
@@ -15,13 +14,7 @@ from sklearn.metrics import f1_score
 from mlmjax.cli.main import run
 from mlmjax.errors import InputError
 from mlmjax.evaluation.compare import compare_results
-from mlmjax.statistics import comparison
 from mlmjax.statistics.comparison import mcnemar
-
-
-def test_docstring_examples():
-    assert doctest.testmod(comparison).attempted
-    assert not doctest.testmod(comparison).failed
 
 
 def write(folder, gold, predicted, **changes):

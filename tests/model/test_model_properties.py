@@ -1,7 +1,6 @@
 """The model by itself: alike in every arrangement, every field acts, wrong inputs are refused."""
 
 import dataclasses
-import doctest
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +19,9 @@ from noisy_models import (
 )
 
 from mlmjax.errors import InputError
-from mlmjax.model import architecture, attention, cpu, encoder, layers
 from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.parallel import sharding
-from mlmjax.weights import checkpoints, hub, pretrained
-
-
-@pytest.mark.parametrize(
-    "module",
-    [architecture, attention, cpu, encoder, layers, checkpoints, hub, pretrained],
-    ids=lambda module: module.__name__,
-)
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).attempted
-    assert not doctest.testmod(module).failed
 
 
 def test_alone_batched_and_padded_are_the_same():

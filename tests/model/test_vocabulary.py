@@ -1,6 +1,5 @@
 """A larger vocabulary: old rows and logits stay, new words are tokens, transformers agrees."""
 
-import doctest
 import json
 import logging
 import unicodedata
@@ -64,10 +63,6 @@ def little(tmp_path_factory):
 
 def table(model, name=EMBEDDING):
     return np.asarray(parameters(model)[name])
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(mlmjax.text.words).failed == 0
 
 
 def test_old_rows_stay_and_new_ones_start_from_their_pieces(model, tokenizer, larger):

@@ -1,7 +1,5 @@
 """Pages and pictures: what is escaped, and that equal pictures have equal bytes."""
 
-import doctest
-
 import jinja2
 import matplotlib as mpl
 import pytest
@@ -10,11 +8,6 @@ from mlmjax.cli.demo_report import Method, accuracy_figure
 from mlmjax.reporting import charts, markdown, pages
 
 HOSTILE = "<script>|`x`\n# y</script>"
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(markdown).attempted
-    assert not doctest.testmod(markdown).failed
 
 
 def render(monkeypatch, name, source, **values):

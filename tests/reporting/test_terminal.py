@@ -1,15 +1,9 @@
 """Lines and progress bars."""
 
-import doctest
 import sys
 
 from mlmjax.reporting import terminal
 from mlmjax.reporting.terminal import Talk, count_progress, progress_bar
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(terminal).attempted
-    assert not doctest.testmod(terminal).failed
 
 
 def test_rows_are_counted_in_tenths(capsys):

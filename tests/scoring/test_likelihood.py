@@ -1,7 +1,5 @@
 """Pseudo-log-likelihood and filled masks equal brute force in torch, alone and in company."""
 
-import doctest
-
 import numpy as np
 import pytest
 from flax import nnx
@@ -73,10 +71,6 @@ def brute_force(theirs, tokenizer, text, method):
             logits = theirs(input_ids=sequence).logits[0, at + 1]
         log_probs.append(float(torch.log_softmax(logits.double(), -1)[token]))
     return ids, starts, log_probs
-
-
-def test_docstring_examples():
-    assert doctest.testmod(likelihood).failed == 0
 
 
 @pytest.mark.parametrize("method", ["original", "word_l2r"])

@@ -1,7 +1,5 @@
 """The same scores alone, in a batch and in any bucket; few compilations; hostile text."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ from small_models import noisy, small_config
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
-from mlmjax.scoring import engine, scorers
+from mlmjax.scoring import scorers
 from mlmjax.scoring.engine import bucket_lengths
 from mlmjax.scoring.scorers import HeadScorer, Scorer
 from mlmjax.text.prompts import Template
@@ -57,11 +55,6 @@ def full_logits(model, tokenizer):
         return np.asarray(call(padded, np.arange(160)[None] < len(ids))[0, slot], np.float64)
 
     return logits
-
-
-def test_docstring_examples():
-    assert doctest.testmod(scorers).failed == 0
-    assert doctest.testmod(engine).failed == 0
 
 
 @pytest.mark.parametrize("longest", [1, 31, 32, 33, 64, 100, 512, 8192])

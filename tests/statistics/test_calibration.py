@@ -1,6 +1,5 @@
 """Calibration: what it promises for any probabilities, known biases found, what is refused."""
 
-import doctest
 import json
 
 import numpy as np
@@ -13,7 +12,6 @@ from scipy.special import log_softmax
 from sklearn.metrics import log_loss
 
 from mlmjax.errors import InputError
-from mlmjax.statistics import calibration
 from mlmjax.statistics.calibration import (
     Calibration,
     batch_calibration,
@@ -23,11 +21,6 @@ from mlmjax.statistics.calibration import (
 )
 
 NUMBERS = st.floats(-60, 3, width=32)
-
-
-def test_docstring_examples():
-    assert doctest.testmod(calibration).attempted
-    assert not doctest.testmod(calibration).failed
 
 
 @st.composite

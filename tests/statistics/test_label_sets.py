@@ -1,6 +1,5 @@
 """Conformal sets: coverage on rows drawn alike, plain forms of the scores, what is refused."""
 
-import doctest
 import json
 
 import numpy as np
@@ -12,11 +11,6 @@ from scipy.stats import binom
 from mlmjax.errors import InputError
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.label_sets import Conformal
-
-
-def test_docstring_examples():
-    assert doctest.testmod(label_sets).attempted
-    assert not doctest.testmod(label_sets).failed
 
 
 def drawn(rows, labels, seed, sharpness=2.0):

@@ -1,7 +1,5 @@
 """Cyclic orders of options: there and back, pooled, and how much the order matters."""
 
-import doctest
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,11 +8,6 @@ from hypothesis import strategies as st
 from mlmjax.errors import InputError
 from mlmjax.statistics import option_orders
 from mlmjax.statistics.metrics import wilson_interval
-
-
-def test_docstring_examples():
-    assert doctest.testmod(option_orders).attempted
-    assert not doctest.testmod(option_orders).failed
 
 
 @given(st.integers(1, 300), st.none() | st.integers(1, 400))

@@ -1,6 +1,5 @@
 """Calibration figures against plain loops and scikit-learn, and the diagram."""
 
-import doctest
 import io
 
 import numpy as np
@@ -11,13 +10,7 @@ from sklearn.metrics import log_loss
 
 from mlmjax.errors import InputError
 from mlmjax.evaluation.report import diagram
-from mlmjax.statistics import reliability
 from mlmjax.statistics.reliability import BINS, calibration, confidence, equal_mass, equal_width
-
-
-def test_docstring_examples():
-    assert doctest.testmod(reliability).attempted
-    assert not doctest.testmod(reliability).failed
 
 
 def drawn(rows, labels, seed):

@@ -1,17 +1,10 @@
 """Checks of lists, rows and numbers, and the error that names every bad row."""
 
-import doctest
-
 import numpy as np
 import pytest
 
 from mlmjax.errors import InputError
 from mlmjax.text import checks
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(checks).attempted
-    assert not doctest.testmod(checks).failed
 
 
 @pytest.mark.parametrize("values", [[], ["a"], ("a",), np.array(["a"]), iter("ab")])

@@ -1,6 +1,5 @@
 """Prompts: the ids of the whole string, a slot no text can move, shortening."""
 
-import doctest
 import json
 import unicodedata
 from pathlib import Path
@@ -10,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import SAFE, nasty, ordinary, small_table
 
-import mlmjax.text.prompts
 from mlmjax.errors import InputError
 from mlmjax.text.prompts import WHITE_SPACE, Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -450,9 +448,3 @@ def test_a_million_characters_are_read_twice_and_no_more(tokenizer, monkeypatch,
     prompt = Template("{x}\nAnswer:", shorten={"x": side}).render(tokenizer, {"x": text}, 512)
     assert 500 <= len(prompt.ids) <= 512
     assert sum(read) < 2.3 * len(text)
-
-
-def test_worked_examples():
-    result = doctest.testmod(mlmjax.text.prompts)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,7 +1,6 @@
 """The tokenizer: ids of the real one, plain text that stays plain, files of strangers."""
 
 import copy
-import doctest
 import json
 import unicodedata
 from pathlib import Path
@@ -260,12 +259,6 @@ def test_paths_without_a_tokenizer_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(mlmjax.text.tokenizer._MAX_BYTES, "tokenizer.json", 1000)
     with pytest.raises(InputError, match="is larger than"):
         Tokenizer.from_pretrained(folder)
-
-
-def test_worked_examples():
-    result = doctest.testmod(mlmjax.text.tokenizer)
-    assert result.attempted > 1
-    assert result.failed == 0
 
 
 def test_a_tokenizer_that_lacks_its_unknown_token_is_refused(tmp_path):

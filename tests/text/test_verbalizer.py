@@ -1,12 +1,10 @@
 """Verbalizers: names of options, forms that are one token, and what is refused."""
 
-import doctest
 import json
 
 import pytest
 from texts import small_table
 
-import mlmjax.text.verbalizer
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, option_names
@@ -119,9 +117,3 @@ def test_a_word_unknown_to_the_tokenizer_is_refused():
 def test_bad_labels_are_refused(make, labels, message):
     with pytest.raises(InputError, match=message):
         make(labels)
-
-
-def test_worked_examples():
-    result = doctest.testmod(mlmjax.text.verbalizer)
-    assert result.attempted > 0
-    assert result.failed == 0

@@ -1,6 +1,5 @@
 """Words: found from the pieces alone, for whatever kind of tokenizer."""
 
-import doctest
 import json
 
 import numpy as np
@@ -8,7 +7,6 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from mlmjax.text import words
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import add_words, word_starts
 
@@ -18,10 +16,6 @@ def words_of(tokenizer, text):
     ids = np.array(tokenizer.encode_plain(text))
     edges = np.flatnonzero(word_starts(tokenizer)(ids)).tolist()
     return [tokenizer.decode(ids[a:b]) for a, b in zip(edges, [*edges[1:], len(ids)], strict=True)]
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(words).failed == 0
 
 
 @pytest.mark.parametrize(

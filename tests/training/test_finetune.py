@@ -1,6 +1,5 @@
 """Prompts packed for fine-tuning: each is there once, and training is that of single rows."""
 
-import doctest
 from dataclasses import replace
 
 import jax
@@ -49,10 +48,6 @@ def single_rows(prompts, answers, rows, length):
     targets[1, : len(prompts), 0], targets[2, : len(prompts), 0] = answers, ATP
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return Batch(np.int32(filled), np.int32(segments), positions, *targets)
-
-
-def test_examples():
-    assert doctest.testmod(finetune).failed == 0
 
 
 @given(LENGTHS, st.integers(1, 8))

@@ -22,7 +22,7 @@ from mlmjax.data.preparing.selection import (
 )
 from mlmjax.data.preparing.shuffle import Bucket, Chunk, read_bucket, scatter
 from mlmjax.data.preparing.staging import Piece, Staged, sources_of
-from mlmjax.data.preparing.workers import Job, run
+from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.rows import write_rows
 from mlmjax.errors import InputError
 from mlmjax.storage import describe_file, hash_value
@@ -43,7 +43,7 @@ class Group(NamedTuple):
 
 
 def build_rows(
-    folder: Path, staged: Staged, config: DataConfig, tokenizer: Tokenizer
+    folder: Path, staged: Staged, config: DataConfig, workers: Workers
 ) -> tuple[dict[str, list[RowFile]], SelectionReport | None]:
     """Write the row files of every split; return what they hold and what was selected.
 
@@ -68,8 +68,9 @@ def build_rows(
     buckets = folder / "buckets"
     shutil.rmtree(buckets, ignore_errors=True)
     buckets.mkdir()
-    written = scatter(chunks(), [tokens[group] for group in order], buckets, tokenizer.vocab_size)
-    splits = _pack(packed, written, order, staged, config, tokenizer)
+    sizes = [tokens[group] for group in order]
+    written = scatter(chunks(), sizes, buckets, workers.tokenizer.vocab_size)
+    splits = _pack(packed, written, order, staged, config, workers)
     for split, files in splits.items():
         (folder / split).mkdir(exist_ok=True)
         for file in files:
@@ -192,7 +193,7 @@ def _pack(
     order: list[Group],
     staged: Staged,
     config: DataConfig,
-    tokenizer: Tokenizer,
+    workers: Workers,
 ) -> dict[str, list[RowFile]]:
     """Pack every bucket into its own row file."""
     jobs: list[Job] = []
@@ -211,7 +212,7 @@ def _pack(
         files[split] += 1
     splits: dict[str, list[RowFile]] = {"train": []}
     names = list(staged.tasks)
-    answers = run(pack_bucket, jobs, tokenizer, staged.workers)
+    answers = workers.run(pack_bucket, jobs, staged.processes)
     for bucket, job, counts in zip(buckets, jobs, answers, strict=True):
         group = order[bucket.group]
         own = sources_of(config, group.split) or config.sources

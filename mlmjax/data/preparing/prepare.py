@@ -25,6 +25,7 @@ from mlmjax.data.preparing.staging import (
     report_sources,
     stage,
 )
+from mlmjax.data.preparing.workers import Workers
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
 from mlmjax.errors import InputError
@@ -128,9 +129,10 @@ def _build(
 ) -> None:
     """Stage the sources, write the rows and their manifest; finished parts are used again."""
     evaluation = evaluation_identity(config.exclude)
-    staged = stage(folder, config, tokenizer, head, evaluation, progress)
-    reports = {split: report_sources(staged, config, split) for split in SPLITS}
-    splits, selection = build_rows(folder, staged, config, tokenizer)
+    with Workers(tokenizer) as workers:
+        staged = stage(folder, config, workers, head, evaluation, progress)
+        reports = {split: report_sources(staged, config, split) for split in SPLITS}
+        splits, selection = build_rows(folder, staged, config, workers)
     check_unchanged(staged)
     manifest = Manifest(
         format=FORMAT,

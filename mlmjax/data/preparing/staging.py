@@ -15,7 +15,7 @@ from mlmjax.config.run import Head
 from mlmjax.data.manifest import FORMAT, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
 from mlmjax.data.preparing.shuffle import Chunk, read_stage, write_stage
-from mlmjax.data.preparing.workers import Job, run
+from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.reading.examples import Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE
@@ -57,7 +57,7 @@ class Staged(NamedTuple):
     units: list[Unit]
     answers: list[Job]
     tasks: dict[str, int]
-    workers: int
+    processes: int
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all examples in order; tasks are numbered across all units."""
@@ -79,7 +79,7 @@ def sources_of(config: DataConfig, split: str) -> tuple[SourceConfig, ...]:
 def stage(
     folder: Path,
     config: DataConfig,
-    tokenizer: Tokenizer,
+    workers: Workers,
     head: Head,
     evaluation: list[dict[str, Any]],
     progress: Callable[[str, int], None],
@@ -89,8 +89,8 @@ def stage(
     `evaluation` identifies the excluded evaluation sets. Raises `InputError` as `read_examples`,
     for all sources before it reads one of them.
     """
-    units = _units(folder / "stage", config, tokenizer, head, evaluation)
-    workers = config.workers or _count_workers(units)
+    units = _units(folder / "stage", config, workers.tokenizer, head, evaluation)
+    processes = config.workers or _count_processes(units)
     read = dict.fromkeys(range(len(units)), 0)
 
     def show(number: int, records: int) -> None:
@@ -99,9 +99,9 @@ def stage(
         total = sum(n for other, n in read.items() if units[other][:2] == (split, source))
         progress(sources_of(config, split)[source].title, total)
 
-    answers = run(stage_unit, [unit.job for unit in units], tokenizer, workers, show)
+    answers = workers.run(stage_unit, [unit.job for unit in units], processes, show)
     names = dict.fromkeys(name for answer in answers for name in answer["tasks"])
-    return Staged(units, answers, {name: n for n, name in enumerate(names)}, workers)
+    return Staged(units, answers, {name: n for n, name in enumerate(names)}, processes)
 
 
 def _units(
@@ -152,7 +152,7 @@ def _stats(path: str) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
-def _count_workers(units: list[Unit]) -> int:
+def _count_processes(units: list[Unit]) -> int:
     """Return one process per core, or one if that reads all data in seconds."""
     if sum(size for unit in units for size, *_ in unit.stats) <= _BYTES_WORTH_PROCESSES:
         return 1

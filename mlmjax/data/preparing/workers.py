@@ -28,34 +28,87 @@ Function = Callable[..., Job]
 _PARENT_SECONDS = 0.1
 
 
-def run(
-    function: Function,
-    jobs: Sequence[Job],
-    tokenizer: Tokenizer,
-    workers: int,
-    progress: Callable[[int, int], None] = lambda number, records: None,
-) -> list[Job]:
-    """Run jobs, in `workers` processes if more than one, and return their answers in order.
+class Workers:
+    """Run jobs, in other processes if more than one works; a context that ends them.
 
-    A file and the answer next to it appear whole, or not at all. A job whose answer is there from
-    an earlier run is not repeated. `progress` gets the number of a job and its records so far; of a
-    job in another process, only the last count.
-
-    Raises what a job raises, and `RunError` if a process dies.
+    The processes start at the first jobs that need them, and stay for the next ones.
     """
-    notes = [_note(job) for job in jobs]
-    answers = {n: json.loads(note.read_bytes()) for n, note in enumerate(notes) if note.exists()}
-    if answers:
-        log.info("%s: %d of %d parts are done", notes[0].parent, len(answers), len(jobs))
-    left = {number: job for number, job in enumerate(jobs) if number not in answers}
-    if min(workers, len(left)) <= 1:
-        for number, job in left.items():
-            answers[number] = _do(function, tokenizer, partial(progress, number), job)
-    else:
-        for number, answer, records in _in_processes(function, left, tokenizer, workers):
-            answers[number] = answer
-            progress(number, records)
-    return [answers[number] for number in range(len(jobs))]
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._pool: Any = None
+        self._size = 0
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(kill_workers=True)
+
+    def run(
+        self,
+        function: Function,
+        jobs: Sequence[Job],
+        count: int,
+        progress: Callable[[int, int], None] = lambda number, records: None,
+    ) -> list[Job]:
+        """Run jobs in up to `count` processes; return their answers in order.
+
+        A file and the answer next to it appear whole, or not at all. A job whose answer is there
+        from an earlier run is not repeated. `progress` gets the number of a job and its records so
+        far; of a job in another process, only the last count.
+
+        Raises what a job raises, and `RunError` if a process dies.
+        """
+        notes = [_note(job) for job in jobs]
+        answers = {
+            n: json.loads(path.read_bytes()) for n, path in enumerate(notes) if path.exists()
+        }
+        if answers:
+            log.info("%s: %d of %d parts are done", notes[0].parent, len(answers), len(jobs))
+        left = {number: job for number, job in enumerate(jobs) if number not in answers}
+        count = min(count, len(left))
+        if count <= 1:
+            for number, job in left.items():
+                answers[number] = _do(function, self.tokenizer, partial(progress, number), job)
+        else:
+            for number, answer, records in self._in_processes(function, left, count):
+                answers[number] = answer
+                progress(number, records)
+        return [answers[number] for number in range(len(jobs))]
+
+    def _in_processes(
+        self, function: Function, jobs: Mapping[int, Job], count: int
+    ) -> Iterator[tuple[int, Job, int]]:
+        """Yield number, answer and records of each job as a process finishes it."""
+        # Not `multiprocessing`: a fork after jax has started its threads may hang, and a spawned
+        # process would run the user's own script once more.
+        from joblib.externals.loky import ProcessPoolExecutor
+
+        if self._size < count:
+            self.__exit__()
+            self._size = count
+            self._pool = ProcessPoolExecutor(
+                count,
+                initializer=_begin,
+                initargs=(os.getpid(), self.tokenizer),
+                env={"TOKENIZERS_PARALLELISM": "false"},
+            )
+        try:
+            with warnings.catch_warnings():
+                # A process that has grown is replaced, which loses nothing.
+                warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
+                submit = partial(self._pool.submit, _do_here, function)
+                futures = {submit(job): number for number, job in jobs.items()}
+                for future in as_completed(futures):
+                    yield futures[future], *future.result()
+        except BrokenProcessPool as error:
+            raise RunError(
+                f"{_note(next(iter(jobs.values()))).parent}: a process that prepares data died; is "
+                "there enough memory? Run the same command again to resume, or with fewer "
+                "data.workers"
+            ) from error
 
 
 def _note(job: Job) -> Path:
@@ -70,36 +123,6 @@ def _do(function: Function, tokenizer: Tokenizer, progress: Callable[[int], None
     own.write_text(answer, encoding="utf-8")
     own.rename(_note(job))
     return json.loads(answer)
-
-
-def _in_processes(
-    function: Function, jobs: Mapping[int, Job], tokenizer: Tokenizer, workers: int
-) -> Iterator[tuple[int, Job, int]]:
-    """Yield number, answer and records of each job as a process finishes it."""
-    # Not `multiprocessing`: a fork after jax has started its threads may hang, and a spawned
-    # process would run the user's own script once more.
-    from joblib.externals.loky import ProcessPoolExecutor
-
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        initializer=_begin,
-        initargs=(os.getpid(), tokenizer),
-        env={"TOKENIZERS_PARALLELISM": "false"},
-    )
-    try:
-        with warnings.catch_warnings():
-            # A process that has grown is replaced, which loses nothing.
-            warnings.filterwarnings("ignore", "A worker stopped", UserWarning)
-            futures = {pool.submit(_do_here, function, job): number for number, job in jobs.items()}
-            for future in as_completed(futures):
-                yield futures[future], *future.result()
-    except BrokenProcessPool as error:
-        raise RunError(
-            f"{_note(next(iter(jobs.values()))).parent}: a process that prepares data died; is "
-            "there enough memory? Run the same command again to resume, or with fewer data.workers"
-        ) from error
-    finally:
-        pool.shutdown(kill_workers=True)
 
 
 _worker: Tokenizer

@@ -1,6 +1,5 @@
 """The report on rows: its figures are those of the rows, and no text in them can break it."""
 
-import doctest
 import json
 import re
 import tracemalloc
@@ -18,7 +17,7 @@ from mlmjax import InputError
 from mlmjax.cli.main import run
 from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.preparing import prepare, report, shuffle
+from mlmjax.data.preparing import prepare, shuffle
 from mlmjax.data.preparing.report import (
     KEPT,
     count_split,
@@ -587,9 +586,3 @@ def test_bars_hold_every_length_once():
     heights = [patch.get_height() for patch in draw_lengths(counts, 130).axes[0].patches]
     assert sum(heights) == 130 * 131
     assert heights[0] == 1 + 2 + 3  # three lengths a bar
-
-
-def test_examples_in_the_docstrings():
-    for module in (prepare, report):
-        assert doctest.testmod(module).attempted
-        assert not doctest.testmod(module).failed

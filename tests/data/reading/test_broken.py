@@ -1,6 +1,5 @@
 """Broken shards: a line that names file and row, or skipped and counted, and nothing else lost."""
 
-import doctest
 import gzip
 import json
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlmjax import InputError, errors
+from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading import files
 from mlmjax.data.reading.examples import BROKEN_SHOWN, Counts, read_examples
@@ -231,7 +230,6 @@ def test_a_fault_of_the_system_is_never_skipped(tmp_path):
 
 
 def test_messages_do_nothing_to_a_terminal_or_a_file(tokenizer, tmp_path):
-    assert doctest.testmod(errors).failed == 0
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a\\nfake: \\u001b[2J": 1}\n{"\\ud800": 1}\n' + b"".join(lines()))
     with pytest.raises(InputError, match=r"columns: a\\nfake: \\x1b\[2J"):

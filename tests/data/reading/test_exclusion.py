@@ -1,13 +1,11 @@
 """Kept out of training: tasks by their name, texts of evaluation sets; everything counted."""
 
-import doctest
 import json
 
 import pytest
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.tables import decode
-from mlmjax.data.reading import answers, exclusion
 from mlmjax.data.reading.examples import HITS_SHOWN, Counts, read_examples
 from mlmjax.data.reading.exclusion import Exclusion, evaluation_identity
 from mlmjax.errors import InputError
@@ -45,12 +43,6 @@ def rivers(tmp_path):
 def read(source, tokenizer, exclusion, head="mlm"):
     counts = Counts()
     return list(read_examples(source, tokenizer, 128, counts, head, exclusion)), counts
-
-
-def test_examples_in_the_docstrings():
-    for module in (exclusion, answers):
-        assert doctest.testmod(module).attempted
-        assert not doctest.testmod(module).failed
 
 
 def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):

@@ -1,6 +1,5 @@
 """Data files: every format read alike; every kind of damage refused with file and line."""
 
-import doctest
 import gzip
 import json
 import subprocess
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from mlmjax import InputError
-from mlmjax.config import columns
 from mlmjax.config.data import DataConfig, Location, SourceConfig
 from mlmjax.config.tables import decode
 from mlmjax.data.preparing.prepare import prepare
@@ -26,10 +24,6 @@ ROWS = [
     {"text": 'say "yes"\nand go', "label": "b"},
     {"text": "naïve 日本", "label": "a"},
 ]
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(files).failed == doctest.testmod(columns).failed == 0
 
 
 def test_importing_the_package_does_not_import_jax():

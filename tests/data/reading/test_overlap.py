@@ -1,6 +1,5 @@
 """Overlap with evaluation sets: what n words in a row find, what they leave alone, and how fast."""
 
-import doctest
 import random
 
 import numpy as np
@@ -8,15 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlmjax.data.reading import overlap
 from mlmjax.data.reading.overlap import MOST_TEXTS, SHORTEST, Hit, OverlapIndex, words_of
 
 PASSAGE = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
-
-
-def test_examples_in_the_docstrings():
-    assert doctest.testmod(overlap).attempted
-    assert not doctest.testmod(overlap).failed
 
 
 def naive(sets, text, n):

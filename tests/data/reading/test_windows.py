@@ -1,6 +1,5 @@
 """Windows of plain text: nothing is lost, and they end where sentences do."""
 
-import doctest
 import json
 import time
 from itertools import pairwise
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 
 from mlmjax.config.data import SourceConfig
 from mlmjax.config.run import parse_config
-from mlmjax.data.reading import windows as module
 from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.data.reading.windows import sentence_cuts, sentence_ends, windows
 from mlmjax.errors import InputError
@@ -37,10 +35,6 @@ TEXTS = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=40).map
 def sentences(text):
     edges = [0, *(after for _, after in sentence_ends(text)), len(text)]
     return [text[a:b].strip() for a, b in pairwise(edges) if text[a:b].strip()]
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(module).failed == 0
 
 
 @pytest.mark.parametrize(

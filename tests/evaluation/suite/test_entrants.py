@@ -1,7 +1,5 @@
 """Fine-tuning of both heads on one task, and the choice of a setting."""
 
-import doctest
-
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,7 +9,6 @@ from suite_files import REVIEWS, SWEEP, questions, right
 from mlmjax.config.suite import HEADS, Sweep
 from mlmjax.config.tables import decode
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite import entrants
 from mlmjax.evaluation.suite.entrants import (
     DivergedError,
     Setting,
@@ -111,7 +108,3 @@ def test_intervals_of_a_mean_over_seeds_keep_the_rows_together():
             scores.append(np.mean(own))
         means.append(np.mean(scores))
     np.testing.assert_allclose([low, high], np.quantile(means, [0.025, 0.975]), atol=0.03)
-
-
-def test_examples_in_the_documentation():
-    assert doctest.testmod(entrants).failed == 0

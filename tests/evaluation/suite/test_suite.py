@@ -1,7 +1,6 @@
 """Suites: cells that are found again, a choice by validation rows, and what is not there."""
 
 import csv
-import doctest
 import json
 import os
 import shutil
@@ -13,10 +12,8 @@ import pytest
 from suite_files import files_of, run_small, write_model, write_rows, write_suite
 
 from mlmjax.cli.main import run
-from mlmjax.config import suite as suite_config
 from mlmjax.config.suite import load_suite
 from mlmjax.errors import InputError
-from mlmjax.evaluation.suite import rows as suite_data
 from mlmjax.evaluation.suite.rows import NoDataError, find_file, read_rows
 
 TESTS = Path(__file__).parents[2]
@@ -368,8 +365,3 @@ def test_a_result_that_cannot_be_written_stops_the_run(folder, tmp_path, monkeyp
     with pytest.raises(RuntimeError, match="cannot be written"):
         run_small(folder, tmp_path / "out", 'tasks=["reviews.toml"]')
     assert list((tmp_path / "out" / "cells").iterdir()) == []
-
-
-@pytest.mark.parametrize("module", [suite_config, suite_data])
-def test_examples_in_the_documentation(module):
-    assert doctest.testmod(module).failed == 0
