@@ -1,7 +1,7 @@
 """Preparing again, after a kill or by several: the same bytes, and no rows made otherwise used."""
 
+import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import row_files
 from row_files import change, change_source, content, make_rows, two_sources, write_table
+from texts import small_table
 
 from mlmjax import InputError
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.preparing import build, workers
+from mlmjax.data.preparing import build
 from mlmjax.data.preparing import prepare as prepare_module
 from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.preparing.workers import Workers
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import RunError
 from mlmjax.storage import build_folder
+from mlmjax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -97,38 +100,93 @@ def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
     assert len(open_rows(prepare(config, tokenizer), "train")) == 2
 
 
-CHILD = """
-import os, signal, sys
+# Runs in a process of its own, which loads everything once and then forks for each attempt.
+ATTEMPTS = """
+import os, random, shutil, signal, sys, time
+from pathlib import Path
 from mlmjax.config.data import DataConfig
 from mlmjax.data.preparing import workers
 from mlmjax.data.preparing.prepare import prepare
+from mlmjax.data.preparing.workers import Workers
 from mlmjax.text.tokenizer import Tokenizer
-done, left = workers._do, int(sys.argv[2])
-def do(*args):
-    global left
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    left -= 1
-    return done(*args)
-workers._do = do
-config = DataConfig.model_validate_json(sys.argv[1], strict=False)
-prepare(config, Tokenizer.from_pretrained())
+sys.path.append(sys.argv[1])
+from row_files import content
+config = DataConfig.model_validate_json(sys.argv[2], strict=False)
+tokenizer, rows, done = Tokenizer.from_pretrained(), Path(config.rows), workers._do
+partial = Path(f"{rows}.partial")
+
+def attempt(seconds=None, jobs=-1):
+    run = os.fork()
+    if run == 0:
+        def do(*job):
+            nonlocal jobs
+            if jobs == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            jobs -= 1
+            return done(*job)
+        workers._do = do
+        prepare(config, tokenizer)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(run, signal.SIGKILL)
+    return os.waitpid(run, 0)[1]
+
+begin = time.monotonic()
+assert attempt() == 0
+took = time.monotonic() - begin
+expected = content(rows)
+shutil.rmtree(rows)
+"""
+BETWEEN_JOBS = """
+for jobs in (0, 1, 2, 4):
+    assert attempt(jobs=jobs) == signal.SIGKILL
+    assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
+    assert not rows.exists()
+    calls = []
+    prepare(config, tokenizer, lambda *read: calls.append(read))
+    assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
+    assert not partial.exists()
+    assert content(rows) == expected
+    shutil.rmtree(rows)
+"""
+AT_RANDOM = """
+wanted, kills = int(sys.argv[3]), 0
+rng = random.Random(wanted)
+while kills < wanted or not rows.exists():
+    if rows.exists():
+        assert content(rows) == expected
+        shutil.rmtree(rows)
+    status = attempt(rng.uniform(0, took) if kills < wanted else None)
+    assert status in (0, signal.SIGKILL)
+    kills += status != 0
+assert content(rows) == expected
+assert not partial.exists()
 """
 
 
-@pytest.mark.parametrize("jobs", [0, 1, 2, 4])
-def test_a_killed_run_goes_on_and_gives_the_same_bytes(config, tokenizer, tmp_path, jobs):
-    expected = content(prepare(change(config, rows=str(tmp_path / "other")), tokenizer))
-    arguments = [sys.executable, "-c", CHILD, config.model_dump_json(), str(jobs)]
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
-    partial = tmp_path / "rows.partial"
-    assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
-    assert not (tmp_path / "rows").exists()
-    calls = []
-    after_kill = content(prepare(config, tokenizer, lambda *told: calls.append(told)))
-    assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
-    assert not partial.exists()
-    assert after_kill == expected
+def attempt(code, config, *arguments):
+    where = str(Path(row_files.__file__).parent)
+    words = [where, config.model_dump_json(), *map(str, arguments)]
+    subprocess.run([sys.executable, "-c", ATTEMPTS + code, *words], check=True)
+
+
+def test_a_run_killed_between_jobs_resumes_and_gives_the_same_bytes(config):
+    attempt(BETWEEN_JOBS, config)
+
+
+@pytest.mark.parametrize(
+    ("workers", "kills"), [(1, 4), (2, 2), pytest.param(2, 10, marks=pytest.mark.long)]
+)
+def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
+    """Only the first process is killed; those that it started have to end by themselves."""
+    for part in range(8):
+        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(50 * kills, salt=part))
+    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
+    config = change(config, select={"sizes": (100 * kills, 150 * kills)}, workers=workers)
+    if workers > 1 and kills < 10:  # One row file, which needs no other process.
+        config = change(config, sources=config.sources[:1], validation_rows=0, select={})
+    attempt(AT_RANDOM, config, kills)
 
 
 def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path):
@@ -154,8 +212,14 @@ def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
     assert ("qa", 270) in calls
 
 
+@pytest.fixture
+def workers():
+    with Workers(Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})) as workers:
+        yield workers
+
+
 @pytest.mark.parametrize("when", ["at once", "later"])
-def test_a_process_that_dies_fails_the_run(tokenizer, tmp_path, when):
+def test_a_process_that_dies_fails_the_run(workers, tmp_path, when):
     def work(tokenizer, progress, *, out, dies):
         import os
 
@@ -167,28 +231,35 @@ def test_a_process_that_dies_fails_the_run(tokenizer, tmp_path, when):
 
     jobs = [{"out": str(tmp_path / str(n)), "dies": when == "at once" or n == 4} for n in range(5)]
     with pytest.raises(RunError, match=r"a process that prepares data died; .* to resume"):
-        workers.run(work, jobs, tokenizer, 2)
+        workers.run(work, jobs, 2)
     jobs[4]["dies"] = False
-    assert when == "at once" or workers.run(work, jobs, tokenizer, 1) == [{}] * 5
+    assert when == "at once" or workers.run(work, jobs, 1) == [{}] * 5
 
 
-def test_what_a_process_refuses_keeps_its_details(tokenizer, tmp_path):
-    def work(tokenizer, progress, *, out):
+def test_what_a_process_rejects_keeps_its_details_and_processes_stay(workers, tmp_path):
+    def work(tokenizer, progress, *, out, text):
+        import os
         import sys
 
         from mlmjax.errors import InputError
 
         assert "jax" not in sys.modules
-        raise InputError("a.csv row 1: no text", ["row 2: neither"])
+        if text is None:
+            raise InputError("a.csv row 1: no text", ["row 2: neither"])
+        with open(out, "w") as file:
+            file.write(text)
+        return {"process": os.getpid()}
 
-    jobs = [{"out": str(tmp_path / str(n))} for n in range(2)]
+    def jobs(name, text):
+        return [{"out": str(tmp_path / f"{name}{n}"), "text": text} for n in range(5)]
+
     with pytest.raises(InputError) as caught:
-        workers.run(work, jobs, tokenizer, 2)
-    assert (caught.value.message, caught.value.details) == (
-        "a.csv row 1: no text",
-        ("row 2: neither",),
-    )
+        workers.run(work, jobs("a", None), 2)
+    assert caught.value.message == "a.csv row 1: no text"
+    assert caught.value.details == ("row 2: neither",)
     assert not list(tmp_path.iterdir())
+    used = {one["process"] for name in "bc" for one in workers.run(work, jobs(name, ""), 2)}
+    assert len(used - {os.getpid()}) == len(used) <= 2
 
 
 def test_two_at_once_build_one_folder(tmp_path):
@@ -200,14 +271,14 @@ def test_two_at_once_build_one_folder(tmp_path):
         "    print('builds' if partial else 'finds', flush=True)\n"
         "    if partial:\n"
         "        (partial / 'x').write_text('x')\n"
-        "        time.sleep(0.5)\n"
+        "        time.sleep(0.3)\n"
     )
     start = [
         subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
-        for _ in range(5)
+        for _ in range(3)
     ]
     said = sorted(child.communicate()[0] for child in start)
-    assert said == [b"builds\n", *[b"finds\n"] * 4]
+    assert said == [b"builds\n", *[b"finds\n"] * 2]
     assert [path.name for path in target.iterdir()] == ["x"]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
@@ -219,58 +290,6 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
         build_folder(tmp_path / "file" / "x"),
     ):
         pass
-
-
-KILLS = """
-import os, random, shutil, signal, sys, time
-from pathlib import Path
-from mlmjax.config.data import DataConfig
-from mlmjax.data.preparing.prepare import prepare
-from mlmjax.text.tokenizer import Tokenizer
-sys.path.append(sys.argv[1])
-from row_files import change, content
-config, wanted = DataConfig.model_validate_json(sys.argv[2], strict=False), int(sys.argv[3])
-tokenizer, rng, rows = Tokenizer.from_pretrained(), random.Random(wanted), Path(config.rows)
-
-def attempt(seconds):
-    run = os.fork()  # Everything is loaded already, so that it begins at once.
-    if run == 0:
-        prepare(config, tokenizer)
-        os._exit(0)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(run, signal.SIGKILL)
-    return os.waitpid(run, 0)[1]
-
-begin = time.monotonic()
-assert attempt(None) == 0
-took = time.monotonic() - begin
-expected, kills = content(rows), 0
-while kills < wanted or not rows.exists():
-    if rows.exists():
-        assert content(rows) == expected
-        shutil.rmtree(rows)
-    status = attempt(rng.uniform(0, took) if kills < wanted else None)
-    assert status in (0, signal.SIGKILL)
-    kills += status != 0
-assert content(rows) == expected
-assert not Path(f"{rows}.partial").exists()
-"""
-
-
-@pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 10), (2, 2), pytest.param(2, 10, marks=pytest.mark.long)]
-)
-def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
-    """Only the first process is killed: those it started have to see to it that they end."""
-    for part in range(8):
-        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(400, salt=part))
-    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
-    config = change(config, select={"sizes": (1000, 1500)}, workers=workers)
-    if workers > 1 and kills < 10:  # One row file, which needs no second set of processes.
-        config = change(config, sources=config.sources[:1], validation_rows=0, select={})
-    arguments = [str(Path(row_files.__file__).parent), config.model_dump_json(), str(kills)]
-    subprocess.run([sys.executable, "-c", KILLS, *arguments], check=True)
 
 
 def test_a_file_changed_in_secret_is_found(config, tokenizer, tmp_path):
