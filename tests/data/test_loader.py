@@ -1,13 +1,13 @@
 """The loader: a batch follows from seed and step alone, and masks as the recipe says."""
 
 import itertools
-import json
 import math
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
+from row_files import write_table
 
 from mlmjax import InputError
 from mlmjax.config.data import DataConfig, SourceConfig
@@ -35,12 +35,9 @@ def folder(tmp_path_factory, tokenizer):
         for i in range(400)
     ]
     texts = [{"text": f"Document {i} tells. " * (1 + i % 30)} for i in range(60)]
-    for name, rows in (("a", questions), ("b", texts)):
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    qa = SourceConfig(
-        path=str(place / "a.jsonl"), prompt="{input}", answer="answer", task="task", name="qa"
-    )
-    text = SourceConfig(path=str(place / "b.jsonl"), text="text", name="text")
+    path = write_table(place / "a.jsonl", questions)
+    qa = SourceConfig(path=path, prompt="{input}", answer="answer", task="task", name="qa")
+    text = SourceConfig(path=write_table(place / "b.jsonl", texts), text="text", name="text")
     config = DataConfig(
         rows=str(place / "rows"), seq_length=SEQ, validation_rows=21, sources=(qa, text)
     )

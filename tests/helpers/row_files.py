@@ -1,8 +1,10 @@
-"""Tables to prepare rows from, configurations that name them, and the bytes of results."""
+"""Tables to read and to prepare rows from, what is read of them, and the bytes of results."""
 
 import json
 
 from mlmjax.config.data import DataConfig, SourceConfig
+from mlmjax.data.reading.examples import Counts, read_examples
+from mlmjax.data.rows import open_rows
 
 ANSWERS = ["yes", "no", "Paris", "entailment", " "]
 HOSTILE = [
@@ -21,6 +23,18 @@ HOSTILE = [
 def write_table(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def read(source, tokenizer, seq_length=64, **options):
+    """Return the examples of a source, and the counts of its records."""
+    counts = Counts()
+    return list(read_examples(source, tokenizer, seq_length, counts, **options)), counts
+
+
+def stored(folder, split, **options):
+    """Return the examples of a split of a rows folder in order, each with its source."""
+    sources = open_rows(folder, split, **options)
+    return [(one, example) for one in sources for i in range(len(one)) for example in one[i]]
 
 
 def make_rows(count, salt=0):

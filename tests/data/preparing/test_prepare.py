@@ -7,13 +7,21 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from row_files import change, change_source, content, make_rows, two_sources, write_table
+from row_files import (
+    change,
+    change_source,
+    content,
+    make_rows,
+    read,
+    stored,
+    two_sources,
+    write_table,
+)
 
 from mlmjax import InputError
 from mlmjax.config.data import DataConfig, SourceConfig
 from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
-from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.data.rows import open_rows
 
 
@@ -22,12 +30,10 @@ def config(tmp_path):
     return two_sources(tmp_path)
 
 
-def examples_on_disk(folder, split):
+def facts(folder, split):
     return [
-        (source.name, tuple(example.ids.tolist()), example.answer_position, example.task)
-        for source in open_rows(folder, split)
-        for row in range(len(source))
-        for example in source[row]
+        (source.name, tuple(one.ids.tolist()), one.answer_position, one.task)
+        for source, one in stored(folder, split)
     ]
 
 
@@ -37,13 +43,12 @@ def test_every_example_is_on_disk_once_in_one_split(config, tokenizer):
     expected = Counter()
     keys = {}
     for source in config.sources:
-        for one in read_examples(source, tokenizer, config.seq_length, Counts()):
+        for one in read(source, tokenizer)[0]:
             task = manifest.tasks.index(one.task)
             example = (source.name, tuple(one.ids.tolist()), one.answer_position, task)
             expected[example] += 1
             keys[example] = one.key
-    train = examples_on_disk(folder, "train")
-    validation = examples_on_disk(folder, "validation")
+    train, validation = facts(folder, "train"), facts(folder, "validation")
     assert Counter(train) + Counter(validation) == expected
     # Equal prompts (and the windows of one document) are on one side.
     assert not {keys[e] for e in train} & {keys[e] for e in validation}
@@ -76,7 +81,7 @@ def test_the_manifest_counts_what_is_there(config, tokenizer):
             assert file.max_examples_per_row == max(map(len, rows)) == source.max_examples_per_row
             assert max(map(sum, lengths)) <= 64
             assert source.text == (file.name == "text")
-    indices = [e.index for s in open_rows(folder, "train") for i in range(len(s)) for e in s[i]]
+    indices = [example.index for _, example in stored(folder, "train")]
     assert sorted(indices) == list(range(len(indices)))
     lines = summary(manifest)
     assert "qa: 300 records, 180 examples, 60 dropped (answer is not one token)" in lines[0]
@@ -101,10 +106,8 @@ def test_no_token_is_lost_doubled_or_moved(tmp_path_factory, tokenizer, words, s
         rows=str(folder / "rows"), seq_length=seq_length, pack=pack, sources=(source,)
     )
     rows = prepare(config, tokenizer)
-    found = Counter(ids for _, ids, _, _ in examples_on_disk(rows, "train"))
-    expected = Counter(
-        tuple(one.ids.tolist()) for one in read_examples(source, tokenizer, seq_length, Counts())
-    )
+    found = Counter(ids for _, ids, _, _ in facts(rows, "train"))
+    expected = Counter(tuple(one.ids.tolist()) for one in read(source, tokenizer, seq_length)[0])
     assert found == expected
     if not pack:
         (only,) = open_rows(rows, "train")
@@ -131,8 +134,8 @@ def test_validation_sources_are_packed_by_themselves(config, tokenizer, tmp_path
     manifest = read_manifest(folder)
     assert [file.name for file in manifest.splits["validation"]] == ["held"]
     assert [report.examples for report in manifest.validation_sources] == [30]
-    assert len(examples_on_disk(folder, "validation")) == 30
-    assert len(examples_on_disk(folder, "train")) == sum(r.examples for r in manifest.sources)
+    assert len(stored(folder, "validation")) == 30
+    assert len(stored(folder, "train")) == sum(r.examples for r in manifest.sources)
 
 
 def test_without_packing_a_row_is_an_example(config, tokenizer):
@@ -164,9 +167,8 @@ def test_a_configuration_that_leaves_nothing_is_refused(
 
 def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path):
     write_table(tmp_path / "a.jsonl", [{"input": "x", "answer": "entailment", "task": "t"}] * 3)
-    with pytest.raises(
-        InputError, match=r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
-    ):
+    message = r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
+    with pytest.raises(InputError, match=message):
         prepare(config, tokenizer)
     assert not (tmp_path / "rows").exists()
 
@@ -186,62 +188,40 @@ def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
     assert calls == []
 
 
-def damage(path, how):
-    data = bytearray(path.read_bytes())
-    if how == "cut":
-        del data[-100:]
-    elif how == "flipped":
-        # Tokens are most of the file, so the middle is among them.
-        data[len(data) // 2] ^= 0xFF
-    elif how == "rubbish":
-        data[:] = b"x" * len(data)
-    path.write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("how", "message"),
-    [("cut", "bytes, the manifest says"), ("flipped", "checksum"), ("rubbish", "damaged")],
-)
-def test_damaged_row_files_are_refused(config, tokenizer, how, message):
+def test_damaged_row_files_are_refused(config, tokenizer):
     folder = prepare(config, tokenizer)
     path = folder / "train" / "0.arrow"
-    damage(path, how)
-    with pytest.raises(InputError, match=message) as caught:
-        examples_on_disk(folder, "train")
-    assert str(path) in str(caught.value)
-    assert "prepare again" in str(caught.value)
+    sound = path.read_bytes()
+    middle = len(sound) // 2  # Tokens are most of the file, so the middle is among them.
+    flipped = sound[:middle] + bytes([sound[middle] ^ 0xFF]) + sound[middle + 1 :]
+    for data, message in (
+        (sound[:-100], "bytes, the manifest says"),
+        (flipped, "checksum"),
+        (b"x" * len(sound), "damaged"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(InputError, match=message) as caught:
+            stored(folder, "train")
+        assert str(path) in str(caught.value)
+        assert "prepare again" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda table: table.update(format=99), "rows of format 99, expected 3"),
-        (lambda table: table.pop("tasks"), "is not a manifest of rows: tasks"),
-        (
-            lambda table: table["splits"]["train"][0].update(rows=7),
-            "not the 7 rows of the manifest",
-        ),
-        (lambda table: table.update(vocab_size=100), "damaged: row 0 holds"),
-        (lambda table: table.update(seq_length=10), "damaged: row 0 holds"),
-        (
-            lambda table: table["splits"]["train"][0].update(file="../../x"),
-            "leads out of the rows folder",
-        ),
-    ],
-)
-def test_a_manifest_that_does_not_fit_its_rows_is_refused(config, tokenizer, edit, message):
-    folder = prepare(config, tokenizer)
-    table = json.loads((folder / "manifest.json").read_text())
-    edit(table)
-    (folder / "manifest.json").write_text(json.dumps(table))
-    with pytest.raises(InputError, match=message):
-        open_rows(folder, "train")[0][0]
-
-
-def test_a_split_that_is_not_there_is_refused(config, tokenizer):
+def test_a_manifest_that_does_not_fit_its_rows_is_refused(config, tokenizer):
     folder = prepare(change(config, validation_rows=0), tokenizer)
-    with pytest.raises(InputError, match="has no split 'validation'; its splits: train"):
-        open_rows(folder, "validation")
+    sound = json.loads((folder / "manifest.json").read_text())
+    first = sound["splits"]["train"][0]
+    for changes, message in (
+        ({"format": 99}, "rows of format 99, expected 3"),
+        ({"tasks": None}, "is not a manifest of rows: tasks"),
+        ({"splits": {"train": [first | {"rows": 7}]}}, "not the 7 rows of the manifest"),
+        ({"vocab_size": 100}, "damaged: row 0 holds"),
+        ({"seq_length": 10}, "damaged: row 0 holds"),
+        ({"splits": {"train": [first | {"file": "../../x"}]}}, "leads out of the rows folder"),
+        ({"splits": {"test": []}}, "has no split 'train'; its splits: test"),
+    ):
+        (folder / "manifest.json").write_text(json.dumps(sound | changes))
+        with pytest.raises(InputError, match=message):
+            open_rows(folder, "train")[0][0]
 
 
 def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, tokenizer):
@@ -253,8 +233,8 @@ def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, toke
     held_out = sum(f.examples for f in manifest.splits["validation"] if not f.text)
     sizes = []
     for level, one in enumerate(manifest.selection.sets):
-        rows = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
-        examples = [example for source in rows for i in range(len(source)) for example in source[i]]
+        there = stored(folder, "train", level=level)
+        examples = [example for source, example in there if source.name == "qa"]
         sizes.append(len(examples))
         assert one.asked <= one.examples <= one.asked + 10
         assert one.examples - held_out <= len(examples) <= one.examples
@@ -268,10 +248,9 @@ def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, toke
 
 
 def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer, tmp_path):
-    rows = [{"input": "the same", "answer": "yes" if i % 10 else "no"} for i in range(600)]
-    rows += [{"input": f"another {i}", "answer": "yes"} for i in range(300)]
-    tasks = ["same"] * 600 + ["other"] * 300
-    rows = [{**row, "task": task} for row, task in zip(rows, tasks, strict=True)]
+    same, other = {"input": "the same", "task": "same"}, {"answer": "yes", "task": "other"}
+    rows = [same | {"answer": "yes" if i % 10 else "no"} for i in range(600)]
+    rows += [other | {"input": f"another {i}"} for i in range(300)]
     path = write_table(tmp_path / "equal.jsonl", rows)
     select = {"sizes": (40, 70), "per_task": 50, "answer_share": 0.6}
     config = change(change_source(config, path=path), validation_rows=0, select=select)
@@ -281,8 +260,8 @@ def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer,
     told = [(one.examples, one.per_task) for one in manifest.selection.sets]
     assert told == [(40, 20), (70, 35)]
     for level, cap in ((0, 20), (1, 35)):
-        asked = [s for s in open_rows(folder, "train", level=level) if s.name == "qa"]
-        tasks = Counter(e.task for s in asked for i in range(len(s)) for e in s[i])
+        there = stored(folder, "train", level=level)
+        tasks = Counter(example.task for source, example in there if source.name == "qa")
         assert set(tasks.values()) == {cap}
     assert (manifest.selection.unbalanced, manifest.selection.capped) == (450, 380)
 
@@ -291,12 +270,8 @@ def test_classes_and_values_are_selected_too(config, tokenizer, tmp_path):
     rows = [{"input": f"text {i}", "answer": str(int(i % 10 == 0))} for i in range(200)]
     path = write_table(tmp_path / "classes.jsonl", rows)
     for labels, count in ((("0", "1"), 50), (None, 60)):
-        source = SourceConfig(
-            path=path,
-            prompt="{input}",
-            answer="answer",
-            labels=labels and {"0": "zero", "1": "one"},
-        )
+        names = labels and {"0": "zero", "1": "one"}
+        source = SourceConfig(path=path, prompt="{input}", answer="answer", labels=names)
         one = change(
             config,
             rows=str(tmp_path / f"rows-{count}"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
-from row_files import HOSTILE, content, write_table
+from row_files import HOSTILE, content, stored, write_table
 from training import write_records, write_tokenizer
 
 from mlmjax import InputError
@@ -85,19 +85,10 @@ def count(folder, tokenizer, draw=0, seed=0):
     return count_split(folder, read_manifest(folder), "train", tokenizer, draw=draw, seed=seed)
 
 
-def examples(folder, split):
-    return [
-        (source, example)
-        for source in open_rows(folder, split)
-        for row in range(len(source))
-        for example in source[row]
-    ]
-
-
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_figures_are_those_of_the_rows(folder, found, split, tokenizer):
     manifest = read_manifest(folder)
-    there = examples(folder, split)
+    there = stored(folder, split)
     asked = [one for _, one in there if one.answer_position >= 0]
     plain = [one for _, one in there if one.answer_position < 0]
     assert asked
@@ -154,7 +145,7 @@ def test_nothing_of_the_records_is_unaccounted_for(folder, found):
 
 
 def test_prompts_are_examples_of_the_rows_with_the_answer_masked(folder, found, tokenizer):
-    there = examples(folder, "train")
+    there = stored(folder, "train")
     manifest = read_manifest(folder)
     assert len({one["number"] for one in found["prompts"]}) == 20
     for one in found["prompts"]:

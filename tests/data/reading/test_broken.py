@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from row_files import read
 
 from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading import files
-from mlmjax.data.reading.examples import BROKEN_SHOWN, Counts, read_examples
+from mlmjax.data.reading.examples import BROKEN_SHOWN
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
 from mlmjax.storage import hash_value
 
@@ -31,12 +32,6 @@ def source(path, **settings):
     return SourceConfig(
         path=str(path), prompt="{input}", answer="answer", task="task", name="s", **settings
     )
-
-
-def read(source, tokenizer):
-    counts = Counts()
-    examples = [one.ids.tolist() for one in read_examples(source, tokenizer, 64, counts)]
-    return examples, counts
 
 
 def changed(**fields):
@@ -68,7 +63,7 @@ def test_a_broken_line_stops_or_is_skipped(what, tokenizer, tmp_path, monkeypatc
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 10_000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(lines()))
-    expected, _ = read(source(path), tokenizer)
+    expected = [one.ids.tolist() for one in read(source(path), tokenizer)[0]]
     mixed = lines()
     for at in (0, 17, 17, 43):
         mixed.insert(at, BROKEN_LINES[what])
@@ -77,7 +72,7 @@ def test_a_broken_line_stops_or_is_skipped(what, tokenizer, tmp_path, monkeypatc
         read(source(path), tokenizer)
     assert "\n" not in caught.value.message
     examples, counts = read(source(path, broken="skip"), tokenizer)
-    assert examples == expected
+    assert [one.ids.tolist() for one in examples] == expected
     assert counts.dropped == {BROKEN_RECORD: 4}
     assert counts.records == len(GOOD) + 4
     assert [where.split(":")[0].split()[-1] for where in counts.broken] == ["1", "18", "19", "44"]
@@ -113,37 +108,22 @@ def damaged(data):
     return data[:at] + bytes(byte ^ 0x55 for byte in data[at : at + 400]) + data[at + 400 :]
 
 
-def shard(kind, folder):
-    """Write a shard that breaks off, or that is none at all; give how many records it still has."""
-    good = b"".join(lines())
-    path = folder / "b"
+def shards(folder):
+    """Return shards that break off or are none: name, content, and the records still read."""
     many = [{**GOOD[0], "input": noise(i)} for i in range(2000)]
-    if kind == "truncated":
-        path = folder / "b.jsonl.gz"
-        path.write_bytes(gzip.compress(good)[:-9])
-        return 0
-    if kind == "empty":
-        (folder / "b.jsonl").write_bytes(b"")
-        return 0
-    if kind == "no parquet":
-        (folder / "b.parquet").write_bytes(b"PAR1 and so on PAR1")
-        return 0
-    if kind == "cut parquet":
-        path = folder / "b.parquet"
-        path.write_bytes(parquet(path)[:-30])
-        return 0
-    if kind == "wrong columns":
-        parquet(folder / "b.parquet", [{"inputs": "x", "targets": "yes"}])
-        return 0
-    if kind == "damaged parquet":
-        path = folder / "b.parquet"
-        path.write_bytes(damaged(parquet(path, many, row_group_size=500, write_page_checksum=True)))
-        return None
-    if kind == "csv quote":
-        (folder / "b.csv").write_bytes(b'input,answer,task\nIs 3 odd?,yes,t\n"x,yes,t\n')
-        return 1
-    (folder / "b.csv").write_bytes(b"input,answer,task\nIs 3 odd?,yes,t\nx\xff,yes,t\ny,yes,t\n")
-    return 1
+    other = [{"inputs": "x", "targets": "yes"}]
+    path = folder / "scratch.parquet"
+    checked = parquet(path, many, row_group_size=500, write_page_checksum=True)
+    return {
+        "truncated": ("b.jsonl.gz", gzip.compress(b"".join(lines()))[:-9], 0),
+        "empty": ("b.jsonl", b"", 0),
+        "no parquet": ("b.parquet", b"PAR1 and so on PAR1", 0),
+        "cut parquet": ("b.parquet", parquet(path)[:-30], 0),
+        "wrong columns": ("b.parquet", parquet(path, other), 0),
+        "damaged parquet": ("b.parquet", damaged(checked), None),
+        "csv quote": ("b.csv", b'input,answer,task\nIs 3 odd?,yes,t\n"x,yes,t\n', 1),
+        "csv UTF-8": ("b.csv", b"input,answer,task\nIs 3?,yes,t\nx\xff,yes,t\ny,yes,t\n", 1),
+    }
 
 
 KINDS = ("truncated", "empty", "no parquet", "cut parquet", "wrong columns", "damaged parquet")
@@ -153,7 +133,9 @@ KINDS = ("truncated", "empty", "no parquet", "cut parquet", "wrong columns", "da
 def test_a_broken_file_stops_or_is_left_where_it_breaks(kind, tokenizer, tmp_path):
     for name in ("a.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(b"".join(lines()))
-    there = shard(kind, tmp_path)
+    name, data, there = shards(tmp_path)[kind]
+    (tmp_path / "scratch.parquet").unlink()
+    (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=r"[/\\]b\.") as caught:
         read(source(tmp_path / "*"), tokenizer)
     assert "\n" not in caught.value.message

@@ -1,9 +1,10 @@
 """Examples: the prompt that scoring sees with its answer in place; what is dropped is counted."""
 
-import json
+from functools import partial
 
 import numpy as np
 import pytest
+from row_files import read, write_table
 
 from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
@@ -14,17 +15,7 @@ from mlmjax.text.verbalizer import Verbalizer
 
 @pytest.fixture
 def table(tmp_path):
-    def write(rows):
-        path = tmp_path / "table.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return write
-
-
-def read(source, tokenizer, seq_length=64):
-    counts = Counts()
-    return list(read_examples(source, tokenizer, seq_length, counts)), counts
+    return partial(write_table, tmp_path / "table.jsonl")
 
 
 def test_an_instruction_is_the_scored_prompt_with_its_answer(table, tokenizer):

@@ -1,12 +1,11 @@
 """Kept out of training: tasks by their name, texts of evaluation sets; everything counted."""
 
-import json
-
 import pytest
+from row_files import read, write_table
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.tables import decode
-from mlmjax.data.reading.examples import HITS_SHOWN, Counts, read_examples
+from mlmjax.data.reading.examples import HITS_SHOWN
 from mlmjax.data.reading.exclusion import Exclusion, evaluation_identity
 from mlmjax.errors import InputError
 
@@ -25,9 +24,8 @@ def config(**keys):
     return decode(ExcludeConfig, keys, "data.exclude")
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+def exclude(**keys):
+    return Exclusion(config(**keys))
 
 
 @pytest.fixture
@@ -35,14 +33,9 @@ def rivers(tmp_path):
     """Write a task file with its data; give its path."""
     choices = ["It is the Danube, which is also the longest river of the whole union", "none"]
     row = {"meta": {"question": QUESTION}, "choices": choices, "answer": 0}
-    write(tmp_path / "rivers.jsonl", [row])
+    write_table(tmp_path / "rivers.jsonl", [row])
     (tmp_path / "rivers.toml").write_text(TASK)
     return str(tmp_path / "rivers.toml")
-
-
-def read(source, tokenizer, exclusion, head="mlm"):
-    counts = Counts()
-    return list(read_examples(source, tokenizer, 128, counts, head, exclusion)), counts
 
 
 def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):
@@ -55,9 +48,9 @@ def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):
         {"text": "it is the danube which is also the longest river of the whole union"},
     ]
     rows = [{"answer": "no", "task": "plain", **row} for row in rows]
-    path = write(tmp_path / "train.jsonl", rows)
+    path = write_table(tmp_path / "train.jsonl", rows)
     source = SourceConfig(path=path, prompt="Say. {text}", answer="answer", task="task")
-    kept, counts = read(source, tokenizer, Exclusion(config(tasks=["*mmlu*"], overlap=[rivers])))
+    kept, counts = read(source, tokenizer, exclusion=exclude(tasks=["*mmlu*"], overlap=[rivers]))
     assert len(kept) == 2
     assert counts.records == 6
     assert counts.dropped == {
@@ -67,25 +60,26 @@ def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):
     }
     assert [hit.where for hit in counts.hits["rivers"]] == [f"{path} line 3", f"{path} line 6"]
     assert counts.hits["rivers"][0].words == " ".join(QUESTION.lower().split()[:13])
-    assert len(read(source, tokenizer, None)[0]) == 5
+    assert len(read(source, tokenizer)[0]) == 5
 
 
 def test_a_short_option_is_a_phrase_that_stands_anywhere(rivers, tmp_path):
     choices = ["the president of the united states", "none"]
     row = {"meta": {"question": "who is it that lives there"}, "choices": choices, "answer": 0}
-    write(tmp_path / "rivers.jsonl", [row])
-    exclusion = Exclusion(config(overlap=[rivers]))
+    write_table(tmp_path / "rivers.jsonl", [row])
+    exclusion = exclude(overlap=[rivers])
     assert exclusion.overlap("Who is it that lives there?").name == "rivers"
     assert exclusion.overlap("Lincoln was the president of the United States.") is None
 
 
 def test_plain_text_and_sources_without_a_task_column(rivers, tmp_path, tokenizer):
-    path = write(tmp_path / "texts.jsonl", [{"body": f"Of old. {QUESTION}."}, {"body": "Free."}])
+    rows = [{"body": f"Of old. {QUESTION}."}, {"body": "Free."}]
+    path = write_table(tmp_path / "texts.jsonl", rows)
     source = SourceConfig(path=path, text="body", name="books")
-    kept, counts = read(source, tokenizer, Exclusion(config(overlap=[rivers])))
+    kept, counts = read(source, tokenizer, exclusion=exclude(overlap=[rivers]))
     assert len(kept) == 1
     assert counts.dropped == {"overlaps rivers": 1}
-    kept, counts = read(source, tokenizer, Exclusion(config(tasks=["BOOK?"])))
+    kept, counts = read(source, tokenizer, exclusion=exclude(tasks=["BOOK?"]))
     assert (kept, counts.dropped) == ([], {"task excluded by 'BOOK?'": 2})
 
 
@@ -93,20 +87,20 @@ def test_the_report_names_a_bounded_number_of_records(rivers, tmp_path, tokenize
     rows = [{"text": f"{QUESTION} {i}", "label": i % 2} for i in range(HITS_SHOWN + 5)]
     rows.append({"text": "fine", "label": 1})
     source = SourceConfig(
-        path=write(tmp_path / "train.jsonl", rows),
+        path=write_table(tmp_path / "train.jsonl", rows),
         prompt="{text}",
         answer="label",
         labels=("no", "yes"),
     )
     for head in ("mlm", "classification"):
-        kept, counts = read(source, tokenizer, Exclusion(config(overlap=[rivers])), head)
+        kept, counts = read(source, tokenizer, exclusion=exclude(overlap=[rivers]), head=head)
         assert len(kept) == 1
         assert counts.dropped == {"overlaps rivers": HITS_SHOWN + 5}
         assert len(counts.hits["rivers"]) == HITS_SHOWN
 
 
 def test_a_set_may_have_files_of_its_own(rivers, tmp_path):
-    other = write(
+    other = write_table(
         tmp_path / "other.jsonl",
         [{"meta": {"question": "a b c d e f"}, "choices": ["a", "b"], "answer": 0}],
     )
@@ -142,19 +136,20 @@ def test_a_set_of_the_hub_is_told_by_its_commit():
 )
 def test_a_set_that_cannot_be_read_is_refused(entry, message):
     with pytest.raises(InputError, match=message):
-        Exclusion(config(overlap=[entry]))
+        exclude(overlap=[entry])
 
 
 def test_rows_and_revisions_of_a_set_are_checked(rivers, tmp_path):
-    broken = write(tmp_path / "broken.jsonl", [{"meta": {"question": 5}, "choices": ["a", "b"]}])
+    path, choices = tmp_path / "broken.jsonl", ["a", "b"]
+    broken = write_table(path, [{"meta": {"question": 5}, "choices": choices}])
     with pytest.raises(InputError, match=r"broken.jsonl line 1: task rivers: has 5 where text"):
-        Exclusion(config(overlap=[{"task": rivers, "data": broken}]))
-    write(tmp_path / "broken.jsonl", [{"meta": {}, "choices": ["a", "b"]}])
+        exclude(overlap=[{"task": rivers, "data": broken}])
+    write_table(path, [{"meta": {}, "choices": choices}])
     with pytest.raises(InputError, match=r"broken.jsonl line 1: has no column 'meta.question'"):
-        Exclusion(config(overlap=[{"task": rivers, "data": broken}]))
+        exclude(overlap=[{"task": rivers, "data": broken}])
     (tmp_path / "loose.toml").write_text(TASK.replace('data = "rivers.jsonl"', 'hub = "a/b"'))
     with pytest.raises(InputError, match=r"hub dataset a/b has no commit"):
-        Exclusion(config(overlap=[str(tmp_path / "loose.toml")]))
+        exclude(overlap=[str(tmp_path / "loose.toml")])
 
 
 @pytest.mark.parametrize(
@@ -174,13 +169,14 @@ def test_the_table_is_strict(keys, message):
 
 def test_answers_are_normalised_and_counted(tmp_path, tokenizer):
     values = ["(A)", " B. ", "C", "Yes.", "(D) .", "no"]
-    path = write(tmp_path / "train.jsonl", [{"text": "Say", "answer": value} for value in values])
+    rows = [{"text": "Say", "answer": value} for value in values]
+    path = write_table(tmp_path / "train.jsonl", rows)
     source = SourceConfig(path=path, prompt="{text}", answer="answer")
-    kept, counts = read(source, tokenizer, None)
+    kept, counts = read(source, tokenizer)
     assert [tokenizer.decode([e.ids[e.answer_position]]) for e in kept] == [" C", " no"]
     assert not counts.normalized
     rules = ("strip", "letter", "period", "letter", "lower")
-    kept, counts = read(source.model_copy(update={"normalize": rules}), tokenizer, None)
+    kept, counts = read(source.model_copy(update={"normalize": rules}), tokenizer)
     found = [tokenizer.decode([e.ids[e.answer_position]]).strip() for e in kept]
     assert found == ["a", "b", "c", "yes", "d", "no"]
     assert counts.normalized == {"strip": 1, "letter": 3, "period": 2, "lower": 5}
@@ -190,17 +186,17 @@ def test_answers_are_normalised_and_counted(tmp_path, tokenizer):
 def test_labels_are_found_after_normalising(tmp_path, tokenizer):
     rows = [{"text": "Say", "label": value} for value in ("(a)", "B.", "a")]
     source = SourceConfig(
-        path=write(tmp_path / "train.jsonl", rows),
+        path=write_table(tmp_path / "train.jsonl", rows),
         prompt="{text} {options}",
         answer="label",
         labels={"a": "good", "b": "bad"},
         normalize=("letter", "lower"),
     )
-    kept, counts = read(source, tokenizer, None)
+    kept, counts = read(source, tokenizer)
     letters = [tokenizer.decode([e.ids[e.answer_position]]) for e in kept]
     assert letters == [" A", " B", " A"]
     assert counts.normalized == {"letter": 2, "lower": 1}
     with pytest.raises(InputError, match=r"line 1: column 'label' is '\(a\)'"):
-        read(source.model_copy(update={"normalize": ()}), tokenizer, None)
+        read(source.model_copy(update={"normalize": ()}), tokenizer)
     with pytest.raises(InputError, match="normalize is for answers"):
         decode(SourceConfig, {"path": "x", "text": "body", "normalize": ["lower"]}, "source")

@@ -1,6 +1,5 @@
 """Windows of plain text: nothing is lost, and they end where sentences do."""
 
-import json
 import time
 from itertools import pairwise
 
@@ -8,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from row_files import read, write_table
 
 from mlmjax.config.data import SourceConfig
 from mlmjax.config.run import parse_config
-from mlmjax.data.reading.examples import Counts, read_examples
 from mlmjax.data.reading.windows import sentence_cuts, sentence_ends, windows
 from mlmjax.errors import InputError
 
@@ -114,17 +113,16 @@ def test_a_sentence_that_ends_has_a_cut(tokenizer):
     ]
 
 
-def read(path, tokenizer, seq_length, **source):
+def read_text(path, tokenizer, seq_length, **source):
     config = SourceConfig(path=str(path), text="text", name="mine", **source)
-    return list(read_examples(config, tokenizer, seq_length, Counts()))
+    return read(config, tokenizer, seq_length)[0]
 
 
 def test_documents_are_cut_at_sentences(tmp_path, tokenizer):
     short = "One sentence. And another."
     long = "This is a sentence of eight tokens. " * 20 + "word " * 50 + ". The end is near."
-    path = tmp_path / "t.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in (short, long)))
-    plain, cut = (read(path, tokenizer, 32, **how) for how in ({}, {"cut": "sentence"}))
+    path = write_table(tmp_path / "t.jsonl", [{"text": text} for text in (short, long)])
+    plain, cut = (read_text(path, tokenizer, 32, **how) for how in ({}, {"cut": "sentence"}))
     assert {one.key for one in plain} == {one.key for one in cut}
     for examples in (plain, cut):
         assert all(len(example.ids) <= 32 for example in examples)
@@ -147,7 +145,8 @@ def test_a_prompt_has_no_cut():
 @pytest.mark.data
 def test_books_are_cut_at_sentences(test_data, tokenizer):
     path = test_data / "text" / "openstax_ccby.jsonl.zst"
-    plain, cut = (read(path, tokenizer, 256, limit=15, **how) for how in ({}, {"cut": "sentence"}))
+    both = ({}, {"cut": "sentence"})
+    plain, cut = (read_text(path, tokenizer, 256, limit=15, **how) for how in both)
     inner = [np.concatenate([one.ids[1:-1] for one in examples]) for examples in (plain, cut)]
     np.testing.assert_array_equal(*inner)
     enders = tuple('.!?”")\n:')
