@@ -72,32 +72,10 @@ def test_override_reaches_into_lists(minimal):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.batch_siz=4", r"data\.batch_siz: unknown key; did you mean 'batch_size'"),
         ("optimizer.lr=1e-3", r"optimizer\.lr: unknown key; known here: name, learning_rate"),
-        ("stepz=4", r"stepz: unknown key; did you mean 'steps'"),
-        (
-            "data.sources.0.promt='x'",
-            r"data\.sources\.0\.promt: unknown key; did you mean",
-        ),
-        ("steps='many'", r"steps: found 'many' \(str\)"),
-        ("steps=1.5", r"steps: found 1\.5 \(float\)"),
-        ("steps=true", r"steps: found True \(bool\)"),
-        ("steps=0", r"steps: found 0 \(int\).*greater than 0"),
-        ("optimizer.learning_rate=nan", r"optimizer\.learning_rate: found nan"),
-        ("schedule.name='constant'", r"schedule\.name: found 'constant'"),
-        ("objective.mlm_rate=1.0", r"objective\.mlm_rate: found 1\.0"),
-        ("data.accumulate=3", r"data: batch_size 32 is not a multiple of accumulate 3"),
-        ("mesh.data=0", r"mesh: data is 0"),
-        ("model={hidden_size=4}", r"give exactly one of init_from .* and \[model\]"),
-        ("data.sources.0.hub='a/b'", r"data\.sources\.0: give exactly one of path"),
-        (
-            "data.sources.0.shorten={inputs='end'}",
-            r"0\.shorten\.inputs: found 'end'",
-        ),
-        ("noequals", r"expected key=value"),
-        ("out.x=3", r"out is a value, not a table"),
+        ("data.sources.0.promt='x'", r"data\.sources\.0\.promt: unknown key; did you mean"),
+        ("data.sources.0.shorten={inputs='end'}", r"0\.shorten\.inputs: found 'end'"),
         ("data.sources.x.path=3", "the list has 1 elements.*found 'x'"),
-        ("data.sources.7.path=3", "the list has 1 elements.*found '7'"),
         ("data.sources.0=3", r"data\.sources\.0"),
     ],
 )
@@ -113,23 +91,3 @@ def test_all_problems_are_listed(minimal):
     assert "steps" in text
     assert "batch_siz" in text
     assert "seed" in text
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"out = ", "is not valid TOML"),
-        (b"\xff\xfe", "is not UTF-8"),
-        (b"steps = 3", "out: is missing"),
-    ],
-)
-def test_broken_files(tmp_path, content, message):
-    path = tmp_path / "run.toml"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message):
-        load_config(path)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
-        load_config(tmp_path / "absent.toml")

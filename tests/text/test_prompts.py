@@ -26,9 +26,8 @@ LONG = 10**6
 
 def mmlu_whole(row) -> str:
     """The published prompt, written out by hand."""
-    lines = "".join(
-        f"- {letter}: {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True)
-    )
+    pairs = zip("ABCD", row["choices"], strict=True)
+    lines = "".join(f"- {letter}: {choice}\n" for letter, choice in pairs)
     return MMLU.replace("{question}", row["question"].strip()).replace("{options}", lines)
 
 
@@ -42,13 +41,9 @@ def check_mmlu(tokenizer, rows):
         assert prompt.shortened == {}
 
 
-def read_mmlu_500():
-    with (Path(__file__).parents[1] / "data" / "mmlu_500.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 def test_ids_of_500_questions_are_the_whole_strings(tokenizer):
-    rows = read_mmlu_500()
+    lines = (Path(__file__).parents[1] / "data" / "mmlu_500.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in lines.splitlines()]
     assert len(rows) == 500
     assert len({row["subject"] for row in rows}) == 57
     check_mmlu(tokenizer, rows)
@@ -119,7 +114,7 @@ def own_token_in_literal(parts) -> bool:
     return any(name in run for run in literal_runs(parts) for name in OWN)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     parts=templates, a=ordinary, b=ordinary, x=st.sampled_from(["", "[", "]", "<|", "|>", "[MA"])
 )
@@ -138,7 +133,7 @@ def test_ids_are_the_whole_strings_for_ordinary_text(tokenizer, parts, a, b, x):
     assert ids[slot] == MASK
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(parts=templates, a=nasty, b=nasty)
 def test_no_text_moves_the_slot_or_adds_a_token(tokenizer, parts, a, b):
     row = {"a": a + ".", "b c": b + "."}
@@ -261,10 +256,7 @@ def test_a_wrong_shorten_is_refused(shorten, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            {"options": ["a"]},
-            r"has no field 'x', which the prompt needs; its fields: 'options'",
-        ),
+        ({"options": ["a"]}, r"has no field 'x', which the prompt needs; its fields: 'options'"),
         ({"x": None, "options": ["a"]}, "field 'x': is NoneType"),
         ({"x": 3, "options": ["a"]}, "field 'x': is int"),
         ({"x": ["t"], "options": ["a"]}, "field 'x': is list"),
@@ -273,10 +265,7 @@ def test_a_wrong_shorten_is_refused(shorten, message):
         ({"x": "t"}, "has no field 'options'"),
         ({"x": "t", "options": "ab"}, "field 'options': is one str; expected a list"),
         ({"x": "t", "options": {"a": "b"}}, "field 'options': is one dict; expected a list"),
-        (
-            {"x": "t", "options": {"a"}},
-            "field 'options': is a set, which has no order; expected a list",
-        ),
+        ({"x": "t", "options": {"a"}}, "field 'options': is a set, which has no order; expected"),
         ({"x": "t", "options": 3}, "field 'options': is one int; expected a list"),
         ({"x": "t", "options": []}, "field 'options' has no option"),
         ({"x": "t", "options": ["a", None]}, "option 2: is NoneType"),
@@ -357,7 +346,7 @@ long_text = st.lists(
 ).map(lambda pieces: "x" + "".join(pieces) + "y")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=long_text, side=st.sampled_from(sorted(KEEPS)), room=st.integers(8, 60))
 def test_a_long_text_is_cut_at_its_side_and_nothing_else(tokenizer, text, side, room):
     template = Template("Q: {x}|\n{options}Answer:", shorten={"x": side})
@@ -382,7 +371,7 @@ def test_a_long_text_is_cut_at_its_side_and_nothing_else(tokenizer, text, side, 
         assert abs(prompt.shortened["x"] - lost) <= 4
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(a=nasty, b=nasty, times=st.integers(1, 30), room=st.integers(40, 120))
 def test_nasty_texts_are_shortened_whole_characters_at_a_time(tokenizer, a, b, times, room):
     row = {"a": ("x" + a) * times, "b": ("y" + b) * times}
@@ -396,12 +385,11 @@ def test_nasty_texts_are_shortened_whole_characters_at_a_time(tokenizer, a, b, t
 
 
 @pytest.mark.parametrize("side", KEEPS)
-@pytest.mark.parametrize("limit", range(30, 40))
+@pytest.mark.parametrize("limit", range(30, 34))
 def test_the_tokens_of_a_cut_character_are_all_counted(tokenizer, side, limit):
     assert len(tokenizer.encode_plain("👍" * 100)) == 300
-    prompt = Template("{x}\nAnswer:", shorten={"x": side}).render(
-        tokenizer, {"x": "👍" * 100}, limit
-    )
+    template = Template("{x}\nAnswer:", shorten={"x": side})
+    prompt = template.render(tokenizer, {"x": "👍" * 100}, limit)
     kept = tokenizer.decode(prompt.ids).count("👍")
     assert prompt.shortened == {"x": 300 - 3 * kept}
     assert limit - len(prompt.ids) <= 4
@@ -433,18 +421,18 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(tokenizer):
         template.render_batch(tokenizer, [row], 64)
 
 
-@pytest.mark.parametrize("side", KEEPS)
 @pytest.mark.parametrize("piece", ["lorem ipsum, ", "a", " ", "👍🏽", "\n[MASK]"])
-def test_a_million_characters_are_read_twice_and_no_more(tokenizer, monkeypatch, side, piece):
-    text = (piece * (200_000 // len(piece))) + "."
+def test_a_long_text_is_read_twice_and_no_more(tokenizer, monkeypatch, piece):
+    text = (piece * (60_000 // len(piece))) + "."
     read = []
+
+    def count(function):
+        return lambda given: (read.append(len("".join(given))), function(given))[1]
+
     for name in ("encode_plain_batch", "plain_offsets"):
-        original = getattr(tokenizer, name)
-        monkeypatch.setattr(
-            tokenizer,
-            name,
-            lambda given, original=original: (read.append(len("".join(given))), original(given))[1],
-        )
-    prompt = Template("{x}\nAnswer:", shorten={"x": side}).render(tokenizer, {"x": text}, 512)
-    assert 500 <= len(prompt.ids) <= 512
-    assert sum(read) < 2.3 * len(text)
+        monkeypatch.setattr(tokenizer, name, count(getattr(tokenizer, name)))
+    for side in KEEPS:
+        read.clear()
+        prompt = Template("{x}\nAnswer:", shorten={"x": side}).render(tokenizer, {"x": text}, 512)
+        assert 500 <= len(prompt.ids) <= 512
+        assert sum(read) < 2.4 * len(text)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from hypothesis import given, settings
-from texts import SNIPPETS, SPECIALS, nasty, ordinary, small_table
+from texts import SNIPPETS, nasty, ordinary, small_table
 
 import mlmjax.text.tokenizer
 from mlmjax.errors import InputError
@@ -154,10 +154,6 @@ def test_special_tokens_are_found_by_their_names(tmp_path):
     assert read.encode_plain("hello <mask> yes")[0] == 7
     assert set(read.encode_plain("<mask> [unused0] </s>")) == {0}
 
-    written(tmp_path, backend.to_str(), special_tokens_map=rest | {"cls_token": "hello"})
-    with pytest.raises(InputError, match=r"cls_token is .*one name in all files"):
-        Tokenizer.from_pretrained(folder)
-
 
 def test_added_tokens_after_the_special_ones_keep_their_ids():
     table = small_table()
@@ -177,53 +173,24 @@ def broken(change) -> dict:
     return table
 
 
+# The corpus of hostile inputs has many more.
 BROKEN = {
-    "no JSON": ("{", "not valid JSON"),
-    "no UTF-8": (b"\xff\xfe\x00", "not valid JSON"),
-    "deep": ("[" * 100_000, "not valid JSON"),
-    "a list": ("[]", "expected an object"),
-    "empty object": ("{}", "not a tokenizer"),
-    "nothing": ("", "not valid JSON"),
     "no mask": (broken(lambda t: t["added_tokens"].pop(3)), r"id 260|\[MASK\]"),
-    "no mask, no hole": (
-        broken(lambda t: t["added_tokens"][3].update(content="[M]")),
-        r"has no token \[MASK\]; expected",
-    ),
-    "no anchor": (
-        broken(lambda t: t["added_tokens"][4].update(content="[anchor]")),
-        r"has no token \[unused0\]; expected",
-    ),
-    "hole": (broken(lambda t: t["added_tokens"][5].update(id=300)), "without gaps"),
     "far away": (broken(lambda t: t["added_tokens"][5].update(id=10**9)), "without gaps"),
     "too large": (broken(lambda t: t["added_tokens"][5].update(id=10**12)), "not a tokenizer"),
-    "negative": (broken(lambda t: t["added_tokens"][5].update(id=-1)), "not a tokenizer"),
-    "hole in the vocabulary": (
-        broken(lambda t: t["model"]["vocab"].update({"!": 255_000})), "id|holes",
-    ),
     "two pieces, one id": (broken(lambda t: t["model"]["vocab"].update({"!": 5})), "id"),
-    "alias": (
-        broken(lambda t: t["added_tokens"].append({**t["added_tokens"][3], "content": "[M]"})),
-        "repeats",
-    ),
-    "doubled": (
-        broken(lambda t: t["added_tokens"].append({**t["added_tokens"][3], "id": 262})), "repeats",
-    ),
     "alias of a piece": (
-        broken(lambda t: t["added_tokens"][3].update(content="a")), r"added token 'a' has id 259",
+        broken(lambda t: t["added_tokens"][3].update(content="a")),
+        r"added token 'a' has id 259",
     ),
     "entry without content": (
-        broken(lambda t: t["added_tokens"].append({"id": 262})), "not a tokenizer|expected an obj",
+        broken(lambda t: t["added_tokens"].append({"id": 262})),
+        "not a tokenizer|expected an obj",
     ),
-    "added tokens no list": (small_table(added_tokens={"a": 1}), "not a tokenizer|no list"),
     "no model": (small_table(model=None), "not a tokenizer"),
     "vocabulary no object": (small_table(model={"type": "BPE", "vocab": 3}), "not a tokenizer"),
     "NaN": (json.dumps(small_table(version=float("nan"))), "not a tokenizer"),
-    "regular expression": (
-        small_table(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("},
-                                   "behavior": "Isolated", "invert": False}),
-        "not a tokenizer",
-    ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("table", "message"), BROKEN.values(), ids=BROKEN)
@@ -232,22 +199,6 @@ def test_a_strangers_file_is_checked(tmp_path, table, message):
         Tokenizer.from_pretrained(written(tmp_path, table))
     assert caught.value.message.startswith(f"{tmp_path}/tokenizer.json: ")
     assert "\n" not in caught.value.message
-
-
-def test_a_vocabulary_that_makes_special_tokens_of_plain_text_is_refused(tmp_path):
-    words = ["x", *SPECIALS, "[unused0]"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="x")
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    with pytest.raises(InputError, match=r"plain text becomes the special token"):
-        Tokenizer.from_pretrained(written(tmp_path, backend.to_str()))
-
-
-def test_one_token_in_two_parts_is_refused(tmp_path):
-    names = {"cls_token": "[SEP]"}
-    with pytest.raises(InputError, match="are one token"):
-        Tokenizer.from_pretrained(written(tmp_path, small_table(), special_tokens_map=names))
 
 
 def test_paths_without_a_tokenizer_are_refused(tmp_path, monkeypatch):
@@ -259,16 +210,3 @@ def test_paths_without_a_tokenizer_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(mlmjax.text.tokenizer._MAX_BYTES, "tokenizer.json", 1000)
     with pytest.raises(InputError, match="is larger than"):
         Tokenizer.from_pretrained(folder)
-
-
-def test_a_tokenizer_that_lacks_its_unknown_token_is_refused(tmp_path):
-    words = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[unused0]", "a"]
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
-    )
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(words[:4])
-    backend.add_tokens(["[unused0]"])
-    backend.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(InputError, match=r"cannot encode a text .*\[UNK\]"):
-        Tokenizer.from_pretrained(tmp_path)

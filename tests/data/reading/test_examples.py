@@ -152,58 +152,26 @@ def test_labels_and_prompts_are_checked_before_anything_is_read(
 @pytest.mark.parametrize(
     ("row", "labels", "message"),
     [
-        (
-            {"text": "x", "label": "Sports"},
-            LABELS,
-            "line 2: column 'label' is 'Sports'; expected one of 'World news'",
-        ),
-        ({"text": "x", "label": 3}, LABELS, "line 2: column 'label' is 3; expected one of"),
-        ({"text": "x", "label": -1}, LABELS, "line 2: column 'label' is -1; expected"),
-        ({"text": "x", "label": None}, LABELS, "line 2: column 'label' is null; expected"),
-        ({"text": "x", "label": [1]}, LABELS, "line 2: column 'label' is .1.; expected"),
-        (
-            {"text": "x", "label": "z"},
-            {"w": "World", "s": "Sport"},
-            "is 'z', which labels does not list; expected one of 'w', 's'",
-        ),
-        (
-            {"text": "x", "label": 1},
-            ("1", "2"),
-            "line 2: column 'label' is 1, which may be a name or a position",
-        ),
-        ({"text": " \n", "label": 1}, LABELS, "line 2: text is blank; expected some text"),
-        ({"text": None, "label": 1}, LABELS, "line 2: column 'text' is null; expected text"),
-        ({"text": 7, "label": 1}, None, "line 2: column 'text' is int .7.; expected text"),
-        (
-            {"text": "x", "label": 1},
-            None,
-            "line 2: column 'label' is int .1.; expected text; give labels",
-        ),
-        ({"text": "x", "label": None}, None, "line 2: column 'label' is null"),
-        ({"text": "\ud800", "label": "yes"}, None, "line 2: column 'text': holds half a character"),
-        ({"label": "yes"}, None, "line 2: has no column 'text'; columns: label"),
+        ({"label": 3}, LABELS, "column 'label' is 3; expected one of"),
+        ({"label": -1}, LABELS, "column 'label' is -1; expected"),
+        ({"label": None}, LABELS, "column 'label' is null; expected"),
+        ({"label": [1]}, LABELS, "column 'label' is .1.; expected"),
+        ({"label": 1}, ("1", "2"), "column 'label' is 1, which may be a name or a position"),
+        ({"label": 1, "text": " \n"}, LABELS, "text is blank; expected some text"),
+        ({"label": 1}, None, "column 'label' is int .1.; expected text; give labels"),
+        ({"label": None}, None, "column 'label' is null"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(table, tokenizer, row, labels, message):
-    first = {
-        "text": "fine",
-        "label": "yes"
-        if labels is None
-        else "1"
-        if labels == ("1", "2")
-        else "w"
-        if isinstance(labels, dict)
-        else "Sport",
-    }
+    first = {"text": "fine", "label": labels[0] if labels else "yes"}
     source = SourceConfig(
-        path=table([first, row]),
-        prompt="{text}" if labels is None else PROMPT,
+        path=table([first, {"text": "x"} | row]),
+        prompt=PROMPT if labels else "{text}",
         answer="label",
         labels=labels,
     )
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=f"table.jsonl line 2: {message}"):
         read(source, tokenizer)
-    assert "table.jsonl" in caught.value.message
 
 
 def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):

@@ -115,57 +115,18 @@ def test_a_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     assert records[1].where.endswith(f"line {records[0].fields['text'].count(chr(10)) + 1}")
 
 
-LONG = b'{"text": "' + b"a" * 2000 + b'"}\n'
-
-
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b"", "a.jsonl: is empty"),
-        ("a.jsonl", jsonl() + b'{"text": "x"', "a.jsonl line 4: is not valid JSON"),
-        ("a.jsonl", b"[1, 2]\n", "a.jsonl line 1: holds a JSON list; expected one object per line"),
-        (
-            "a.jsonl",
-            b'{"text": "x", "text": "y"}',
-            "line 1: is not valid JSON .key .text. occurs twice",
-        ),
-        (
-            "a.jsonl",
-            b'{"text": "x", "labels": "a"}\n',
-            "line 1: has no column 'label'; did you mean 'labels'?",
-        ),
-        (
-            "a.jsonl",
-            jsonl() + b'{"text": "\xff"}\n',
-            "a.jsonl line 4: is not UTF-8 .byte 11 of the line is 0xff",
-        ),
-        ("a.jsonl", jsonl() + b"\0\0", "a.jsonl line 4: holds a NUL byte"),
-        ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl line 1: holds a NUL byte"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: is longer than"),
-        ("a.jsonl", b"[" * 900, "a.jsonl line 1: is not valid JSON"),
-        ("a.jsonl", LONG, "a.jsonl line 1: is longer than"),
-        ("a.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "a.jsonl line 1: is longer than"),
+        ("a.jsonl", b'{"text": "x", "labels": "a"}\n', "line 1: has no .*did you mean 'labels'?"),
+        ("a.jsonl", jsonl() + b'{"text": "\xff"}\n', "line 4: is not UTF-8 .byte 11 .* is 0xff"),
         ("a.jsonl.zst", zstd(jsonl())[:-2], "line 1: cannot be read: Truncated"),
-        (
-            "a.jsonl.gz",
-            gzipped(jsonl())[:-9],
-            "line 1: cannot be read: Truncated",
-        ),
-        ("a.jsonl.zst", jsonl(), "a.jsonl.zst line 1: cannot be read"),
-        ("a.csv", b"text,label,text\n", "a.csv line 1: the header has 'text' twice"),
-        ("a.csv", b"text,lable\n", "a.csv line 1: has no column 'label'; did you mean 'lable'"),
-        ("a.csv", CSV + b"x\n", "a.csv line 6: has 1 fields, the header has 2: text, label"),
-        ("a.csv", CSV + b'"x,a\n', "a.csv line 6: is not valid CSV"),
-        ("a.csv", CSV + b"\xe9,a\n", "a.csv line 6: is not UTF-8"),
-        ("a.txt", b"text", "a.txt: has no column 'label'"),
-        ("a.parquet", b"PAR1 and so on PAR1", "a.parquet: cannot be read"),
+        ("a.jsonl.gz", gzipped(jsonl())[:-9], "line 1: cannot be read: Truncated"),
         ("a.xlsx", b"x", "a.xlsx: unknown kind of file; expected a name that ends in .parquet"),
-        ("a.parquet.zst", b"x", "unknown kind of file"),
-        ("noname", b"x", "unknown kind of file"),
     ],
 )
-def test_damage_is_refused_by_file_and_line(tmp_path, monkeypatch, name, data, message):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 1000)
+def test_damage_is_refused_by_file_and_line(tmp_path, name, data, message):
+    """The corpus of hostile inputs has many more."""
     with pytest.raises(InputError, match=message) as caught:
         list(read_file(write(tmp_path, name, data), ["text", "label"]))
     assert "\n" not in caught.value.message
@@ -176,23 +137,6 @@ def test_records_before_the_damage_were_already_given(tmp_path):
     assert [next(stream).fields for _ in range(3)] == ROWS
     with pytest.raises(InputError, match="line 4"):
         next(stream)
-
-
-def test_parquet_text_that_is_not_utf8_names_the_row(tmp_path):
-    path = tmp_path / "a.parquet"
-    raw = pa.array([b"fine", b"\xff\xfe"], pa.binary())
-    text = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
-    pq.write_table(pa.table({"text": text}), path)
-    with pytest.raises(InputError, match="row 2: column 'text': is not UTF-8"):
-        list(read_file(path))
-
-
-def test_a_truncated_parquet_file_is_refused(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": [str(i) for i in range(1000)]}), path)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(InputError, match=r"a\.parquet: cannot be read"):
-        list(read_file(path))
 
 
 def source(path, **settings):
@@ -212,12 +156,6 @@ def test_a_glob_reads_files_in_sorted_order_up_to_the_limit(tmp_path):
 def test_a_name_with_glob_characters_is_taken_as_it_is(tmp_path):
     path = write(tmp_path, "data[1].jsonl", jsonl())
     assert source_files(source(path)) == [path]
-
-
-@pytest.mark.parametrize(("name", "message"), [("no*.csv", "no file matches"), ("", "is a folder")])
-def test_a_path_without_files_is_refused(tmp_path, name, message):
-    with pytest.raises(InputError, match=message):
-        source_files(source(tmp_path / name))
 
 
 @pytest.fixture

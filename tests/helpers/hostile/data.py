@@ -42,8 +42,8 @@ FILES = {
     "JSONL cut in a line": ("x.jsonl", LINES[:-20], "x.jsonl line 8: is not valid JSON"),
     "JSONL empty": ("x.jsonl", "", "x.jsonl: is empty"),
     "JSONL of blank lines": ("x.jsonl", "\n\n \n", "no example is left"),
-    "JSONL a list": ("x.jsonl", json.dumps(ROWS), "x.jsonl line 1: is a JSON list"),
-    "JSONL of numbers": ("x.jsonl", "1\n2\n", "x.jsonl line 1: is a JSON int"),
+    "JSONL a list": ("x.jsonl", json.dumps(ROWS), "x.jsonl line 1: holds a JSON list"),
+    "JSONL of numbers": ("x.jsonl", "1\n2\n", "x.jsonl line 1: holds a JSON int"),
     "JSONL with a key twice": ("x.jsonl", '{"prompt": "a", "prompt": "b"}\n', "occurs twice"),
     "JSONL nested deeply": ("x.jsonl", "[" * 100_000 + "\n", "x.jsonl line 1: is not valid JSON"),
     "JSONL with a number of 5000 digits": (
@@ -299,7 +299,7 @@ FOLDERS = {
     "without a manifest": (remove(MANIFEST), "manifest.json: cannot be read"),
     "with a manifest cut short": (change(MANIFEST, cut(0.5)), "manifest.json: is not valid JSON"),
     "with a manifest nested deeply": (write(MANIFEST, "[" * 100_000), "is not valid JSON"),
-    "with a manifest of a list": (write(MANIFEST, "[]"), "rows of format None"),
+    "with a manifest of a list": (write(MANIFEST, "[]"), "holds a JSON list"),
     "with a manifest of another format": (
         manifest(lambda table: table.update(format=99)),
         "rows of format 99",
