@@ -3,18 +3,18 @@
 import json
 
 import pytest
-from training import make_config, quick_compiles
+from training import make_config
 
 from mlmjax import InputError
 from mlmjax.cli import main
 from mlmjax.config.task import Task
-from mlmjax.data import contamination
 from mlmjax.data.contamination import (
     ExcludedSet,
     TrainingFile,
     TrainingManifest,
     TrainingRun,
     TrainingSource,
+    contamination,
     read_training_manifest,
 )
 from mlmjax.storage import TRAINING, hash_file
@@ -34,25 +34,16 @@ verbalizer = "words"
 def trained(tmp_path_factory):
     """A run on records of the tasks color and animal, and a run that started from its export."""
     folder = tmp_path_factory.mktemp("runs")
-    with quick_compiles(folder):
-        short = {"steps": 1, "checkpoint__every": 1, "schedule__warmup": 0, "schedule__decay": 0}
-        short["data__validation_rows"] = 0
-        first = make_config(folder, model__num_hidden_layers=1, **short)
-        run_training(first)
-        (folder / "other.jsonl").write_text('{"body": "the sun and the moon"}\n')
-        source = {"path": str(folder / "other.jsonl"), "text": "body", "name": "books"}
-        second = make_config(
-            folder,
-            out=str(folder / "second"),
-            model=None,
-            tokenizer=None,
-            init_from=str(folder / "out" / "export"),
-            data__rows=str(folder / "more"),
-            data__sources=[source],
-            **short,
-        )
-        run_training(second)
-        yield folder
+    short = {"steps": 1, "checkpoint__every": 1, "schedule__warmup": 0, "schedule__decay": 0}
+    short |= {"data__validation_rows": 0}
+    run_training(make_config(folder, **short))
+    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
+    (folder / "other.jsonl").write_text("".join(reversed(lines)))
+    source = {"path": str(folder / "other.jsonl"), "prompt": "{prompt}", "answer": "answer"}
+    short |= {"model": None, "tokenizer": None, "init_from": str(folder / "out" / "export")}
+    short |= {"data__rows": str(folder / "more"), "data__sources": [source | {"name": "books"}]}
+    run_training(make_config(folder, out=str(folder / "second"), **short))
+    return folder
 
 
 def evaluate(folder, name, data, capsys, model="out"):
@@ -83,22 +74,21 @@ def test_the_export_tells_what_it_was_trained_on(trained):
     assert [later.runs[1].tasks, later.runs[1].sources[0].name] == [["books"], "books"]
 
 
-@pytest.mark.parametrize("model", ["out", "second"])
-def test_the_very_file_is_found_whatever_it_is_called(trained, capsys, model):
+def test_the_very_file_is_found_whatever_it_is_called(trained, capsys):
     copy = trained / "copy.jsonl"
     copy.write_bytes((trained / "records.jsonl").read_bytes())
-    status, found, err = evaluate(trained, "quiz", copy, capsys, model)
+    status, found, err = evaluate(trained, "quiz", copy, capsys, "second")
     assert status == "found"
     (line,) = found
     assert "trained on the file of this evaluation, copy.jsonl" in line
     assert f"not zero-shot: the model was {line}" in err
 
 
-def test_a_task_of_the_same_name_is_found(trained, capsys):
-    status, found, err = evaluate(trained, "Colo_r", fresh(trained), capsys)
-    assert status == "found"
-    assert found == ["trained on tasks named like this evaluation, Colo_r: 'color'"]
-    assert found[0] in err
+def test_a_task_of_the_same_name_is_found(tmp_path):
+    known = look([run_of(tasks=["animal", "color"])], fresh(tmp_path), name="Colo_r")
+    assert known.status == "found"
+    found = "trained on tasks named like this evaluation, Colo_r: 'color'"
+    assert known.lines == [f"not zero-shot: the model was {found}"]
 
 
 def test_nothing_known_is_told_apart_from_nothing_found(trained, capsys):
@@ -122,16 +112,9 @@ def run_of(**parts):
 
 
 def look(runs, data=None, **keys):
-    task = Task(
-        **{
-            "name": "quiz",
-            "prompt": "{text} {options}",
-            "answer": "label",
-            "labels": ("a", "b"),
-            **keys,
-        }
-    )
-    return contamination.contamination(task, data, TrainingManifest(format=1, runs=runs))
+    values = {"name": "quiz", "prompt": "{text} {options}", "answer": "label"} | keys
+    task = Task(labels=("a", "b"), **values)
+    return contamination(task, data, TrainingManifest(format=1, runs=runs))
 
 
 def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
@@ -173,7 +156,6 @@ def test_datasets_of_the_hub_are_told_by_their_id():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is not valid JSON"),
         ("[]", "expected an object"),
         ('{"format": 2, "runs": []}', "not a training manifest of format 1: format"),
         ('{"format": 1, "runs": [{"tasks": 5}]}', r"runs\.0\.init_from"),

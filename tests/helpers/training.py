@@ -2,12 +2,10 @@
 
 import json
 import random
-from contextlib import contextmanager
 
 import jax
 import numpy as np
 import tokenizers
-from jax.experimental.compilation_cache import compilation_cache
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlmjax.config.run import parse_config
@@ -96,30 +94,6 @@ def make_config(folder, **changes):
         write_tokenizer(folder / "tokenizer")
         write_records(folder / "records.jsonl")
     return parse_config(make_table(folder, **changes))
-
-
-def compile_settings(folder):
-    """Compiling is most of the time of a short run: do it once for all runs."""
-    return {
-        "jax_enable_compilation_cache": True,  # conftest keeps the user's own out of the tests
-        "jax_compilation_cache_dir": str(folder / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-
-
-@contextmanager
-def quick_compiles(folder):
-    """Compile as `compile_settings` says while this lasts; gives the folder."""
-    settings = compile_settings(folder)
-    before = {name: getattr(jax.config, name, False) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def lines_of(out):

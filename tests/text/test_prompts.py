@@ -42,8 +42,8 @@ def check_mmlu(tokenizer, rows):
 
 
 def test_ids_of_500_questions_are_the_whole_strings(tokenizer):
-    lines = (Path(__file__).parents[1] / "data" / "mmlu_500.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in lines.splitlines()]
+    text = (Path(__file__).parents[1] / "data" / "mmlu_500.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.strip().split("\n")]
     assert len(rows) == 500
     assert len({row["subject"] for row in rows}) == 57
     check_mmlu(tokenizer, rows)

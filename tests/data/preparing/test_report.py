@@ -64,10 +64,9 @@ def folder(tmp_path_factory, tokenizer):
             SourceConfig(path=write_table(folder / "b.jsonl", text), text="text", name="text"),
         ),
     )
-    patched = pytest.MonkeyPatch()
-    patched.setattr(shuffle, "BUCKET_TOKENS", 4000)  # several row files for each group
-    prepare.prepare(config, tokenizer)
-    patched.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shuffle, "BUCKET_TOKENS", 4000)  # several row files for each group
+        prepare.prepare(config, tokenizer)
     return folder / "rows"
 
 
@@ -164,12 +163,11 @@ def test_prompts_are_examples_of_the_rows_with_the_answer_masked(folder, found, 
 
 def test_every_example_is_as_likely_to_be_drawn(folder, tokenizer):
     total = sum(file.examples for file in read_manifest(folder).splits["train"])
-    draws = 150
     drawn = [
-        one["number"] for seed in range(draws) for one in count(folder, tokenizer, 20, seed).drawn
+        one["number"] for seed in range(30) for one in count(folder, tokenizer, 100, seed).drawn
     ]
     quarters = np.bincount(np.array(drawn) * 4 // total, minlength=4)
-    assert quarters.sum() == draws * 20
+    assert quarters.sum() == 30 * 100
     assert np.abs(quarters / quarters.sum() - 0.25).max() < 0.04
     everything = count(folder, tokenizer, 10**6).drawn
     assert [one["number"] for one in everything] == list(range(total))
@@ -240,12 +238,8 @@ def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, to
     assert write_rows_report(folder, tokenizer) == page
     assert content(page.parent) == before
     assert {path: path.read_bytes() for path in folder.rglob("*.arrow")} == rows
-    assert {path.name for path in folder.iterdir()} == {
-        "manifest.json",
-        "report",
-        "train",
-        "validation",
-    }
+    there = {path.name for path in folder.iterdir()}
+    assert there == {"manifest.json", "report", "train", "validation"}
     at = page.stat().st_mtime_ns
     assert write_rows_report(folder, tokenizer) == page
     assert page.stat().st_mtime_ns == at
@@ -269,13 +263,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer):
         tracemalloc.stop()
         return most
 
-    assert peak(8000) < peak(1000) * 1.2 + 2**16
-
-
-def change_bytes(path, at):
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
+    assert peak(4000) < peak(1000) * 1.2 + 2**16
 
 
 def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokenizer):
@@ -283,15 +271,13 @@ def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokeni
     with pytest.raises(InputError, match="another tokenizer"):
         write_rows_report(folder, Tokenizer.from_pretrained(tmp_path / "tokenizer"))
     path = write_table(tmp_path / "a.jsonl", [{"text": "One. " * 90}] * 5)
-    config = DataConfig(
-        rows=str(tmp_path / "rows"), seq_length=64, sources=(SourceConfig(path=path, text="text"),)
-    )
+    source = SourceConfig(path=path, text="text")
+    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=64, sources=(source,))
     rows = prepare.prepare(config, tokenizer)
     (file,) = rows.glob("train/*.arrow")
     sound = file.read_bytes()
     for at in range(400, len(sound) - 400, len(sound) // 7):
-        file.write_bytes(sound)
-        change_bytes(file, at)
+        file.write_bytes(sound[:at] + bytes([sound[at] ^ 1]) + sound[at + 1 :])
         with pytest.raises(InputError, match="row file is damaged"):
             write_rows_report(rows, tokenizer)
         assert not (rows / "report").exists()
@@ -341,35 +327,25 @@ data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer"
     assert content(tmp_path / "rows" / "train") == rows
 
 
-def written(config, tokenizer):
+def written(config, tokenizer, **head):
     """Prepare rows; return the page of their report, its figures, and the lines printed."""
-    rows = prepare.prepare(config, tokenizer)
-    page = write_rows_report(rows, tokenizer)
+    rows = prepare.prepare(config, tokenizer, **head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "save", lambda figure, path: None)  # most of the time
+        page = write_rows_report(rows, tokenizer)
     found = json.loads((page.parent / "report.json").read_bytes())
     return page.read_text(), found, "\n".join(prepare.summary(read_manifest(rows)))
+
+
+def questions(folder, rows):
+    path = write_table(folder / "a.jsonl", rows)
+    return SourceConfig(path=path, prompt="{q}", answer="a", task="t", name="s")
 
 
 def cells(page):
     """Return the cells of all table rows of a page whose texts are harmless."""
     lines = [line for line in page.splitlines() if line.startswith("|")]
     return [[one.strip(" `") for one in line.strip("|").split("|")] for line in lines]
-
-
-def test_what_is_broken_is_named(tmp_path, tokenizer):
-    good = '{"text": "Some words."}\n'
-    for name, lines in (("a", [good, "{\n", good]), ("b", [good])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    (tmp_path / "c.parquet").write_bytes(b"PAR1 no such thing")
-    paths = tuple(str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.parquet"))
-    source = SourceConfig(path=paths, text="text", broken="skip", name="s")
-    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
-    page, found, printed = written(config, tokenizer)
-    (told,) = found["sources"]
-    assert (told["records"], told["dropped"], told["broken_files"]) == (4, {"broken record": 1}, 1)
-    assert "a.jsonl line 2" in page
-    assert ["s", "file 1 of 1"] in [row[:2] for row in cells(page)]
-    assert ["s", "record 1 of 1"] in [row[:2] for row in cells(page)]
-    assert "4 records, 3 examples, 1 broken file, 1 dropped (broken record)" in printed
 
 
 def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer):
@@ -402,14 +378,13 @@ def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
         labels=("a", "b", "c"),
     )
     config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=(source,))
-    page = write_rows_report(prepare.prepare(config, tokenizer, head="classification"), tokenizer)
-    found = json.loads((page.parent / "report.json").read_bytes())
+    page, found, _ = written(config, tokenizer, head="classification")
     assert found["splits"]["train"]["answers"] == []
     for one in found["prompts"]:
         number = int(re.search(r"Text (\d+)", one["text"])[1])
         assert one["label"] == number % 3
         assert "[MASK]" not in one["text"]
-    assert page.read_text().count(" tokens, label ") == 20
+    assert page.count(" tokens, label ") == 20
 
 
 def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
@@ -423,9 +398,7 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
     again = write_table(tmp_path / "again.jsonl", [{"q": "Nothing of that", "a": "no"}])
     rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 4}"} for i in range(40)]
     rows += [{"q": f"So, {question}?", "a": "no", "t": "t0"}] * 3
-    source = SourceConfig(
-        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
-    )
+    source = questions(tmp_path, rows)
     rivers, towns = (str(tmp_path / f"{name}.toml") for name in ("rivers", "towns"))
     overlap = ({"task": rivers}, {"task": rivers, "data": again}, {"task": towns})
     exclude = ExcludeConfig.model_validate(
@@ -435,10 +408,8 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
     page, found, _ = written(config, tokenizer)
     told = found["exclusions"]
     assert told["ngram"] == 14
-    assert told["tasks"] == [
-        {"glob": "t3", "records": 10},
-        {"glob": "*nowhere'*", "records": 0},
-    ]
+    globs = [(one["glob"], one["records"]) for one in told["tasks"]]
+    assert globs == [("t3", 10), ("*nowhere'*", 0)]
     assert told["overlap"] == [
         {"set": "rivers", "data": [str(tmp_path / "rivers.jsonl"), again], "records": 3},
         {"set": "towns", "data": [str(tmp_path / "towns.jsonl")], "records": 0},
@@ -457,14 +428,9 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
 @pytest.mark.parametrize("per_task", [None, 20])
 def test_a_set_that_is_too_small_is_told(tmp_path, tokenizer, per_task):
     rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 2}"} for i in range(60)]
-    source = SourceConfig(
-        path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t", name="s"
-    )
-    config = DataConfig(
-        rows=str(tmp_path / "rows"),
-        sources=(source,),
-        select=SelectConfig(sizes=(20, 3000), per_task=per_task),
-    )
+    source = questions(tmp_path, rows)
+    select = SelectConfig(sizes=(20, 3000), per_task=per_task)
+    config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), select=select)
     page, _, printed = written(config, tokenizer)
     found, limits = (60, "") if per_task is None else (40, " within the limits")
     told = f"asked 3000, found {found}: there are no more{limits}"
@@ -508,9 +474,7 @@ def test_answers_are_counted_by_task(tmp_path, tokenizer):
     text = [{"text": f"Some words {i}."} for i in range(500)]
     sources = (
         SourceConfig(path=write_table(tmp_path / "t.jsonl", text), text="text", name="plain"),
-        SourceConfig(
-            path=write_table(tmp_path / "a.jsonl", rows), prompt="{q}", answer="a", task="t"
-        ),
+        questions(tmp_path, rows),
     )
     config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=sources)
     page, found, _ = written(config, tokenizer)
