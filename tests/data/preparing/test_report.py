@@ -17,7 +17,7 @@ from mlmjax import InputError
 from mlmjax.cli.main import run
 from mlmjax.config.data import DataConfig, ExcludeConfig, SelectConfig, SourceConfig
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.preparing import prepare, shuffle
+from mlmjax.data.preparing import prepare, report, shuffle
 from mlmjax.data.preparing.report import (
     KEPT,
     count_split,
