@@ -18,7 +18,7 @@ from mlmjax.statistics import option_orders
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import Verbalizer, all_option_names, usable_option_names
+from mlmjax.text.verbalizer import Verbalizer, option_names, usable_option_names
 
 YES_NO = ("yes", "no")
 OPTIONAL = ("examples",)
@@ -234,7 +234,7 @@ class Prompter:
             return None
         if self.own_names:
             return wanted
-        return all_option_names(self.scorer.template.names)[names.index(wanted)]
+        return option_names(len(names), self.scorer.template.names)[names.index(wanted)]
 
     def _pooled(self, query: Query, shifts: Sequence[int], scores: np.ndarray) -> np.ndarray:
         """Pool the scores of a query's prompts: first over windows, then over orders."""

@@ -4,6 +4,7 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeAlias
 
+import numpy as np
 from pydantic import AfterValidator, Field
 
 from mlmjax.errors import InputError
@@ -55,6 +56,17 @@ def look_up(fields: Mapping[str, Any], column: Column) -> Any:
     found = ", ".join(map(repr, fields))
     expected = " or ".join(map(repr, alternatives))
     raise InputError(f"has no column {expected}; its columns are {found}")
+
+
+def as_written(value: Any) -> str:
+    """Return a cell as a TOML file writes it as a key.
+
+    >>> as_written(2.0), as_written(True), as_written("yes")
+    ('2', 'true', 'yes')
+    """
+    if isinstance(value, bool | np.bool_):
+        return str(value).lower()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def columns_read(column: Column, present: Collection[str]) -> list[str] | None:

@@ -29,75 +29,6 @@ Drawn = tuple[int, Any]
 """The epoch of a row, and its columns (`RowSource.columns`); None for a row of padding."""
 
 
-class RowOrder:
-    """Draw rows in an order that depends only on the seed.
-
-    Training rows are shuffled in every epoch, without end. If no source has a weight, an epoch is
-    every row of all sources once. If all have one, each source is shuffled and repeated by itself,
-    and gives the share of rows that its weight says. Validation rows come in order, once:
-    `epoch_steps` batches, the last one filled up with padding.
-    """
-
-    def __init__(self, sources: Sequence[RowSource], seed: int, schedule: RowSchedule):
-        self.schedule = schedule
-        self._sources = list(sources)
-        self._ends = list(accumulate(len(source) for source in sources))
-        self._is_shuffled = sources[0].split == "train"
-        if self._is_shuffled:
-            self._open_streams(seed)
-
-    def _open_streams(self, seed: int) -> None:
-        """Make an endless shuffled stream of each weighted source, or one of all rows."""
-        # grain imports jax, and data modules must be importable without it.
-        import grain
-
-        groups = [self._sources]
-        if self._sources[0].weight is not None:
-            # The files of a source come one after another.
-            groups = [list(group) for _, group in groupby(self._sources, lambda one: one.name)]
-        self._lengths = [sum(map(len, group)) for group in groups]
-        self._starts = [0, *accumulate(self._lengths)]
-        self._streams = []
-        for number, length in enumerate(self._lengths):
-            own_seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
-            self._streams.append(grain.MapDataset.range(length).shuffle(seed=own_seed).repeat())
-        self._mixture: Any = None
-        if len(groups) > 1:
-            numbered = [
-                grain.MapDataset.range(2**62).map(lambda place, number=number: (number, place))
-                for number in range(len(groups))
-            ]
-            weights = [float(group[0].weight or 0.0) for group in groups]
-            self._mixture = grain.MapDataset.mix(numbered, weights)
-
-    def epoch_steps(self) -> int:
-        """Count the batches of full size that hold every row once."""
-        return -(-self._ends[-1] // self.schedule.full)
-
-    def read(self, step: int, rows: RowNumbers = None) -> Iterator[Drawn]:
-        """Yield the rows of one batch, or the `rows` of it that one process needs."""
-        if step < 0:
-            raise IndexError(f"step {step} is negative")
-        first = self.schedule.before(step)
-        numbers = np.arange(self.schedule.rows(step))
-        for number in numbers if rows is None else numbers[rows]:
-            located = self._locate(first + int(number))
-            if located is None:
-                yield 0, None
-                continue
-            epoch, row = located
-            source = bisect.bisect_right(self._ends, row)
-            start = self._ends[source - 1] if source else 0
-            yield epoch, self._sources[source].columns(row - start)
-
-    def _locate(self, number: int) -> tuple[int, int] | None:
-        """Return epoch and row of the `number`-th draw; None after the end of validation."""
-        if not self._is_shuffled:
-            return (0, number) if number < self._ends[-1] else None
-        stream, place = (0, number) if self._mixture is None else self._mixture[number]
-        return place // self._lengths[stream], self._starts[stream] + self._streams[stream][place]
-
-
 def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tokenizer) -> None:
     if not sources:
         raise InputError("there are no rows to read; expected at least one source with rows")
@@ -122,7 +53,12 @@ def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tok
 
 
 class _Loader(ABC, Generic[AnyBatch]):
-    """Draw rows, lay them out, and read ahead.
+    """Draw rows in an order that depends only on the seed, lay them out, and read ahead.
+
+    Training rows are shuffled in every epoch, without end. If no source has a weight, an epoch is
+    every row of all sources once. If all have one, each source is shuffled and repeated by itself,
+    and gives the share of rows that its weight says. Validation rows come in order, once:
+    `epoch_steps` batches, the last one filled up with padding.
 
     Raises `InputError` if there are no rows, for rows of another `seq_length` or tokenizer, and if
     only some sources have a weight.
@@ -142,18 +78,47 @@ class _Loader(ABC, Generic[AnyBatch]):
             if batch_size < 1:
                 raise InputError(f"batch_size {batch_size}: expected at least one row")
             batch_size = RowSchedule(batch_size, batch_size)
-        self._order = RowOrder(row_sources, seed, batch_size)
+        self._schedule = batch_size
         self._seed = seed
         self._seq_length = seq_length
         self._pad_id = tokenizer.pad_id
+        self._sources = list(row_sources)
+        self._ends = list(accumulate(len(source) for source in row_sources))
+        self._is_shuffled = row_sources[0].split == "train"
+        if self._is_shuffled:
+            self._open_streams()
+
+    def _open_streams(self) -> None:
+        """Make an endless shuffled stream of each weighted source, or one of all rows."""
+        # grain imports jax, and data modules must be importable without it.
+        import grain
+
+        groups = [self._sources]
+        if self._sources[0].weight is not None:
+            # The files of a source come one after another.
+            groups = [list(group) for _, group in groupby(self._sources, lambda one: one.name)]
+        self._lengths = [sum(map(len, group)) for group in groups]
+        self._starts = [0, *accumulate(self._lengths)]
+        self._streams = []
+        for number, length in enumerate(self._lengths):
+            own_seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
+            self._streams.append(grain.MapDataset.range(length).shuffle(seed=own_seed).repeat())
+        self._mixture: Any = None
+        if len(groups) > 1:
+            numbered = [
+                grain.MapDataset.range(2**62).map(lambda place, number=number: (number, place))
+                for number in range(len(groups))
+            ]
+            weights = [float(group[0].weight or 0.0) for group in groups]
+            self._mixture = grain.MapDataset.mix(numbered, weights)
 
     def epoch_steps(self) -> int:
         """Count the batches of full size that hold every row once."""
-        return self._order.epoch_steps()
+        return -(-self._ends[-1] // self._schedule.full)
 
     def rows(self, step: int) -> int:
         """Count the global rows of the batch of one step."""
-        return self._order.schedule.rows(step)
+        return self._schedule.rows(step)
 
     def batch(self, step: int, rows: RowNumbers = None) -> AnyBatch:
         """Assemble the batch of one step, or the `rows` of it that one process needs.
@@ -170,7 +135,7 @@ class _Loader(ABC, Generic[AnyBatch]):
         """Return, for each row, the indices of the examples in it, int64 `[examples]`."""
         return [
             np.empty(0, np.int64) if columns is None else columns[4]
-            for _, columns in self._order.read(step, rows)
+            for _, columns in self._read(step, rows)
         ]
 
     def batches(
@@ -193,6 +158,29 @@ class _Loader(ABC, Generic[AnyBatch]):
 
         yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(reader)
 
+    def _read(self, step: int, rows: RowNumbers = None) -> Iterator[Drawn]:
+        """Yield the rows of one batch, or the `rows` of it that one process needs."""
+        if step < 0:
+            raise IndexError(f"step {step} is negative")
+        first = self._schedule.before(step)
+        numbers = np.arange(self._schedule.rows(step))
+        for number in numbers if rows is None else numbers[rows]:
+            located = self._locate(first + int(number))
+            if located is None:
+                yield 0, None
+                continue
+            epoch, row = located
+            source = bisect.bisect_right(self._ends, row)
+            start = self._ends[source - 1] if source else 0
+            yield epoch, self._sources[source].columns(row - start)
+
+    def _locate(self, number: int) -> tuple[int, int] | None:
+        """Return epoch and row of the `number`-th draw; None after the end of validation."""
+        if not self._is_shuffled:
+            return (0, number) if number < self._ends[-1] else None
+        stream, place = (0, number) if self._mixture is None else self._mixture[number]
+        return place // self._lengths[stream], self._starts[stream] + self._streams[stream][place]
+
     @abstractmethod
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
         """Return the batch of one step, and the task of each target (or labelled row)."""
@@ -204,7 +192,7 @@ class _Loader(ABC, Generic[AnyBatch]):
 
 
 class Loader(_Loader[Batch]):
-    """Assemble batches of packed, masked rows, in the order of `RowOrder`.
+    """Assemble batches of packed, masked rows.
 
     The objective of an example and its masked positions are drawn by
     `default_rng([seed, epoch, example])`. Plain text is always trained by MLM. An example with an
@@ -239,7 +227,7 @@ class Loader(_Loader[Batch]):
         )
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[Batch, np.ndarray]:
-        drawn = list(self._order.read(step, rows))
+        drawn = list(self._read(step, rows))
         input_ids, segment_ids, position_ids = self._layout(drawn)
         rate = self._mask_rate(step)
         targets = np.full((4, len(drawn), self.target_width), UNUSED, np.int32)
@@ -290,7 +278,7 @@ class LabelLoader(_Loader[LabelBatch]):
     """Assemble batches of labelled texts, one per row, for the classification head."""
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[LabelBatch, np.ndarray]:
-        drawn = list(self._order.read(step, rows))
+        drawn = list(self._read(step, rows))
         labels = np.full(len(drawn), np.nan, np.float32)
         tasks = np.full(len(drawn), UNUSED, np.int32)
         for row, (_, columns) in enumerate(drawn):

@@ -1,5 +1,6 @@
 """Read and check the manifest of a rows folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,18 @@ class RowFile(StrictTable):
     padding_share: float
     max_examples_per_row: NonNegativeInt
     examples_per_task: dict[str, int]
+
+
+def totals(files: Sequence[RowFile], seq_length: int) -> dict[str, Any]:
+    """Add up what row files hold."""
+    rows, tokens = sum(file.rows for file in files), sum(file.tokens for file in files)
+    return {
+        "files": len(files),
+        "rows": rows,
+        "examples": sum(file.examples for file in files),
+        "tokens": tokens,
+        "padding_share": 1 - tokens / (rows * seq_length) if rows else 0.0,
+    }
 
 
 class SourceReport(StrictTable):

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from mlmjax.config.columns import look_up
+from mlmjax.config.columns import as_written, look_up
 from mlmjax.config.task import Task, option_list
 from mlmjax.data.reading.files import Record
 from mlmjax.data.reading.sources import read_source
@@ -60,7 +58,7 @@ def read_questions(
 def _question(task: Task, index: int, record: Record) -> Question | Literal["dropped", "blank"]:
     """Turn a record into a question, or return why it is left out."""
     answer = look_up(record.fields, task.answer)
-    if _key(answer) in task.drop_labels:
+    if as_written(answer) in task.drop_labels:
         return "dropped"
     row = task.fields_of(record.fields)
     if row is None:
@@ -70,7 +68,7 @@ def _question(task: Task, index: int, record: Record) -> Question | Literal["dro
     if task.options is not None:
         names = option_names(len(row["options"]))
         if task.option_names is not None:
-            names = [_key(name) for name in option_list(task.option_names, record.fields)]
+            names = [as_written(name) for name in option_list(task.option_names, record.fields)]
             if len(names) != len(row["options"]):
                 raise InputError(
                     f"column {task.option_names!r} has {len(names)} names for "
@@ -80,12 +78,12 @@ def _question(task: Task, index: int, record: Record) -> Question | Literal["dro
     group = None if task.group is None else look_up(record.fields, task.group)
     if task.group is not None and group is None:
         raise InputError(f"column {task.group!r}, the row's group, is null; expected a name")
-    return Question(index, record.where, row, gold, "" if group is None else _key(group))
+    return Question(index, record.where, row, gold, "" if group is None else as_written(group))
 
 
 def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
     """Return the number of the answer, given by table, name or index."""
-    key = _key(answer)
+    key = as_written(answer)
     if isinstance(labels, Mapping):
         if key in labels:
             return names.index(labels[key])
@@ -98,12 +96,3 @@ def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
         f"the answer {answer!r} is not one of {', '.join(map(repr, names))} and not an index from "
         f"0 to {len(names) - 1}"
     )
-
-
-def _key(value: Any) -> str:
-    """Return a cell as a task file writes it, such as `true` or `2`."""
-    if isinstance(value, bool | np.bool_):
-        return str(bool(value)).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import compress, product, takewhile
+from itertools import compress, product
 from string import ascii_uppercase
 from typing import Literal
 
@@ -27,49 +27,43 @@ def option_names(
     (['A', 'B', 'C', 'D'], ['1', '2', '3'])
     """
     if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
-        return list(ascii_uppercase[:n])
-    names = all_option_names(kind, tokenizer)
+        return list(ascii_uppercase[:n])  # Needs no packaged tokenizer.
+    names = _packaged_names(kind) if tokenizer is None else _all_names(kind, tokenizer)
     if n > len(names):
         raise InputError(
             f"{n} options: this tokenizer has {len(names)} option names of one token ({kind}); "
             f"give at most {len(names)} options"
         )
-    return list(names[:n])
+    return names[:n]
 
 
-def all_option_names(kind: OptionNames, tokenizer: Tokenizer | None = None) -> tuple[str, ...]:
-    """Return every option name of a kind that the tokenizer has, in order."""
-    if tokenizer is None:
-        return _packaged_names(kind)
-    if kind == "numbers":
-        return _leading_tokens([str(n) for n in range(1, _NUMBERS + 1)], tokenizer)
-    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
-    return tuple(compress(names, _are_tokens(names, tokenizer)))
-
-
-def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> tuple[str, ...]:
+def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> list[str]:
     """Return up to `most` option names, ending before the first of several tokens.
 
     Prompts use the packaged tokenizer's names for options, whatever tokenizer reads them.
     """
-    few = kind == "letters" and most <= len(ascii_uppercase)  # Needs no packaged tokenizer.
-    return _leading_tokens(
-        ascii_uppercase[:most] if few else all_option_names(kind)[:most], tokenizer
-    )
+    few = kind == "letters" and most <= len(ascii_uppercase)
+    return _leading((list(ascii_uppercase) if few else _packaged_names(kind))[:most], tokenizer)
 
 
 @cache
-def _packaged_names(kind: OptionNames) -> tuple[str, ...]:
-    return all_option_names(kind, Tokenizer.from_pretrained())
+def _packaged_names(kind: OptionNames) -> list[str]:
+    return _all_names(kind, Tokenizer.from_pretrained())
 
 
-def _leading_tokens(names: Sequence[str], tokenizer: Tokenizer) -> tuple[str, ...]:
+def _all_names(kind: OptionNames, tokenizer: Tokenizer) -> list[str]:
+    if kind == "numbers":
+        return _leading([str(n) for n in range(1, _NUMBERS + 1)], tokenizer)
+    names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
+    return list(compress(names, _are_tokens(names, tokenizer)))
+
+
+def _leading(names: list[str], tokenizer: Tokenizer) -> list[str]:
     """Return the names before the first that is not one token after a space."""
-    pairs = zip(names, _are_tokens(names, tokenizer), strict=True)
-    return tuple(name for name, _ in takewhile(lambda pair: pair[1], pairs))
+    return names[: [*_are_tokens(names, tokenizer), False].index(False)]
 
 
-def _are_tokens(names: Sequence[str], tokenizer: Tokenizer) -> list[bool]:
+def _are_tokens(names: list[str], tokenizer: Tokenizer) -> list[bool]:
     encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
     return [len(ids) == 1 for ids in encoded]
 

@@ -17,6 +17,7 @@ from mlmjax.data.manifest import (
     SelectionReport,
     SourceReport,
     read_manifest,
+    totals,
 )
 from mlmjax.data.preparing.build import build_rows
 from mlmjax.data.preparing.staging import (
@@ -101,10 +102,11 @@ def summary(manifest: Manifest) -> list[str]:
         alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
         lines.append(f"selected: {'; '.join(sets)}; {left}{alike}")
     for split, files in manifest.splits.items():
-        rows = sum(file.rows for file in files)
-        tokens = sum(file.tokens for file in files)
-        padding = 1 - tokens / (rows * manifest.seq_length) if rows else 0.0
-        lines.append(f"{split}: {rows} rows, {tokens} tokens, {padding:.2%} padding")
+        found = totals(files, manifest.seq_length)
+        lines.append(
+            f"{split}: {found['rows']} rows, {found['tokens']} tokens, "
+            f"{found['padding_share']:.2%} padding"
+        )
     return lines
 
 

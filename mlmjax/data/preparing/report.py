@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest
+from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest, totals
 from mlmjax.data.preparing.prepare import shortages
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.rows import RowSource
@@ -294,13 +294,13 @@ def _split_figures(
     for (_, answer), n in counted.pairs.items():
         answers[answer] += n
     return {
-        **_totals(files, manifest.seq_length),
+        **totals(files, manifest.seq_length),
         "sets": [
-            _totals([f for f in files if f.level <= level], manifest.seq_length)
+            totals([f for f in files if f.level <= level], manifest.seq_length)
             for level in range(sets)
         ],
         "sources": {
-            name: _totals([f for f in files if f.name == name], manifest.seq_length)
+            name: totals([f for f in files if f.name == name], manifest.seq_length)
             for name in dict.fromkeys(file.name for file in files)
         },
         "tasks": {manifest.tasks[number]: n for number, n in _most_common(counted.tasks)},
@@ -337,17 +337,6 @@ def _answers_by_task(
             "commonest": token_text(tokenizer, commonest),
             "commonest_share": n / examples,
         }
-
-
-def _totals(files: list[RowFile], seq_length: int) -> dict[str, Any]:
-    rows, tokens = sum(file.rows for file in files), sum(file.tokens for file in files)
-    return {
-        "files": len(files),
-        "rows": rows,
-        "examples": sum(file.examples for file in files),
-        "tokens": tokens,
-        "padding_share": 1 - tokens / (rows * seq_length) if rows else 0.0,
-    }
 
 
 def describe_lengths(counts: Mapping[str, int]) -> dict[str, float]:

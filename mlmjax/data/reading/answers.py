@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mlmjax.config.columns import as_written
 from mlmjax.config.data import AnswerRule, SourceConfig
 from mlmjax.config.run import Head
 from mlmjax.data.reading.files import Record
@@ -150,7 +151,7 @@ class AnswerReader:
         assert self._names is not None
         if value is None:
             raise InputError(f"{where} is null; expected a label")
-        key = _plain(value)
+        key = as_written(value).strip()
         if self._name_of is not None:
             if key in self._name_of:
                 return self._name_of[key]
@@ -198,16 +199,3 @@ def _number(value: Any, where: str) -> float:
             "another unit), or give labels to name the classes"
         )
     return float(value)
-
-
-def _plain(value: Any) -> str:
-    """Write a label as a configuration names it.
-
-    >>> _plain(2.0), _plain(True), _plain(" yes ")
-    ('2', 'true', 'yes')
-    """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value).strip()
