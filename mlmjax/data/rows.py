@@ -2,7 +2,7 @@
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def write_rows(
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while chunk := list(islice(rows, ROWS_PER_CHUNK)):
-            writer.write_batch(_to_arrow([_to_columns(row, schema) for row in chunk], schema))
+            columns = zip(*(_to_columns(row, vocab_size) for row in chunk), strict=True)
+            writer.write_batch(to_batch(columns, schema))
             sizes = [len(row) for row in chunk]
             counts["rows"] += len(chunk)
             counts["examples"] += sum(sizes)
@@ -64,8 +65,14 @@ def write_rows(
     return counts
 
 
-def _to_columns(row: list[Example], schema: pa.Schema) -> tuple[np.ndarray, ...]:
-    token = schema.field("tokens").type.value_type.to_pandas_dtype()
+def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBatch:
+    """Return a record batch of columns, whose lists are arrays of the type of the schema."""
+    named = dict(zip(schema.names, map(list, columns), strict=True))
+    return pa.RecordBatch.from_pydict(named, schema=schema)
+
+
+def _to_columns(row: list[Example], vocab_size: int) -> tuple[Any, ...]:
+    token = token_type(vocab_size).to_pandas_dtype()
     columns = (
         np.concatenate([example.ids for example in row]).astype(token),
         np.array([len(example) for example in row], np.int32),
@@ -74,7 +81,7 @@ def _to_columns(row: list[Example], schema: pa.Schema) -> tuple[np.ndarray, ...]
         np.array([example.index for example in row], np.int64),
         np.array([example.label for example in row], np.float32),
     )
-    return (*columns, np.array([_crc(columns)], np.uint32))
+    return (*columns, _crc(columns))
 
 
 def _crc(columns: Iterable[np.ndarray]) -> int:
@@ -82,21 +89,6 @@ def _crc(columns: Iterable[np.ndarray]) -> int:
     for column in columns:
         value = zlib.crc32(column, value)
     return value
-
-
-def _to_arrow(chunk: list[tuple[np.ndarray, ...]], schema: pa.Schema) -> pa.RecordBatch:
-    *lists, crcs = zip(*chunk, strict=True)
-    arrays = []
-    for field, column in zip(schema, lists, strict=False):
-        offsets = np.concatenate([[0], np.cumsum([len(values) for values in column])])
-        arrays.append(
-            pa.ListArray.from_arrays(
-                pa.array(offsets, pa.int32()),
-                pa.array(np.concatenate(column), field.type.value_type),
-            )
-        )
-    arrays.append(pa.array(np.concatenate(crcs), pa.uint32()))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class RowSource:

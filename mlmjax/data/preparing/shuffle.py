@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from mlmjax.data.batch import Example
 from mlmjax.data.packing import split_by_size
-from mlmjax.data.rows import token_type
+from mlmjax.data.rows import to_batch, token_type
 
 CHUNK_TOKENS = 2**20
 
@@ -86,18 +86,11 @@ def from_arrow(batch: pa.RecordBatch) -> Chunk:
 
 def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
     """Write `(ids, answer, answer_position, task, key, label)`s in chunks of `CHUNK_TOKENS`."""
-    schema = chunk_schema(vocab_size)
+    schema, token = chunk_schema(vocab_size), token_type(vocab_size).to_pandas_dtype()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for held in split_by_size(examples, lambda one: len(one[0]), CHUNK_TOKENS):
-            writer.write_batch(to_arrow(_to_chunk(held), schema))
-
-
-def _to_chunk(examples: list[tuple]) -> Chunk:
-    ids, *others, keys, labels = zip(*examples, strict=True)
-    offsets = np.concatenate([[0], np.cumsum([len(one) for one in ids])])
-    answer, position, task = (np.array(column, np.int32) for column in others)
-    key, label = np.array(keys, np.uint64), np.array(labels, np.float32)
-    return Chunk(np.concatenate(ids), offsets, answer, position, task, key, label)
+            ids, *others = zip(*held, strict=True)
+            writer.write_batch(to_batch([[one.astype(token) for one in ids], *others], schema))
 
 
 def read_stage(path: Path) -> Iterator[Chunk]:
