@@ -44,14 +44,6 @@ class Chunk(NamedTuple):
         """Count the tokens of each example."""
         return np.diff(self.offsets)
 
-    def take(self, members: np.ndarray) -> "Chunk":
-        """Return the examples of these numbers, in this order."""
-        lengths = self.lengths[members]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.repeat(self.offsets[members] - offsets[:-1], lengths) + np.arange(offsets[-1])
-        others = [column[members] for column in self[2:]]
-        return Chunk(self.tokens[places], offsets, *others)
-
 
 def chunk_schema(vocab_size: int) -> pa.Schema:
     """Return the Arrow columns of a chunk."""
@@ -134,13 +126,14 @@ def scatter(
         bucket = first[own] + (share * np.array(counts)[own] >> 32)
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
+        batch = to_arrow(chunk, schema)
         for members in np.split(order, edges[1:]) if len(order) else ():
             number = int(bucket[members[0]])
-            part = chunk.take(used[members])
+            part = batch.take(pa.array(used[members]))
             # Opened for each write, so that many buckets do not run out of open files.
             with paths[number].open("ab") as file:
-                file.write(to_arrow(part, schema).serialize())
-            totals[number] += part.examples, len(part.tokens)
+                file.write(part.serialize())
+            totals[number] += part.num_rows, len(part.column("tokens").flatten())
     groups = np.repeat(np.arange(len(counts)), counts).tolist()
     return [
         Bucket(path, group, *total)
@@ -154,16 +147,15 @@ def read_bucket(path: Path, vocab_size: int) -> Iterator[Example]:
     schema = chunk_schema(vocab_size)
     with pa.memory_map(str(path)) as source:
         messages = pa.ipc.MessageReader.open_stream(source)
-        chunks = [from_arrow(pa.ipc.read_record_batch(message, schema)) for message in messages]
-        keys = np.concatenate([chunk.key for chunk in chunks])
-        number = np.repeat(np.arange(len(chunks)), [chunk.examples for chunk in chunks])
-        place = np.concatenate([np.arange(chunk.examples) for chunk in chunks])
-        for index, at in enumerate(np.argsort(keys, kind="stable")):
-            chunk, i = chunks[number[at]], place[at]
+        table = pa.Table.from_batches(pa.ipc.read_record_batch(one, schema) for one in messages)
+        order = np.argsort(table["key"].to_numpy(), kind="stable")
+        (batch,) = table.take(order).combine_chunks().to_batches()
+        chunk = from_arrow(batch)
+        for i in range(chunk.examples):
             yield Example(
                 chunk.tokens[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.uint32),
                 int(chunk.answer_position[i]),
                 int(chunk.task[i]),
-                index,
+                i,
                 float(chunk.label[i]),
             )
