@@ -49,8 +49,8 @@ def make(folder, tokenizer):
     def loader(split="train", objective=MIXED, only=None, weights=None, **settings):
         sources = open_rows(folder, split, weights)
         sources = [source for source in sources if only in (None, source.name)]
-        settings = {"seed": 3, "batch_size": 8, "seq_length": SEQ} | settings
-        return Loader(sources, objective=objective, tokenizer=tokenizer, **settings)
+        defaults = {"seed": 3, "batch_size": 8, "seq_length": SEQ, "tokenizer": tokenizer}
+        return Loader(sources, objective=objective, **defaults | settings)
 
     return loader
 
@@ -96,20 +96,14 @@ def test_a_batch_is_its_examples_masked_by_their_own_draws(make, folder, tokeniz
                 else:
                     draw = rng.random()
                     objective = DUMMY_MLM if draw < 0.3 else MLM if draw < 0.5 else ATP
+                ids, mask_id = example.ids, tokenizer.mask_id
                 if objective == ATP:
-                    masked = mask_answer(
-                        example.ids, example.answer_position, mask_id=tokenizer.mask_id
-                    )
+                    masked = mask_answer(ids, example.answer_position, mask_id=mask_id)
                 else:
-                    masked = (mask_dummy if objective == DUMMY_MLM else mask_random)(
-                        example.ids,
-                        0.3,
-                        rng,
-                        special_ids=tokenizer.special_ids,
-                        mask_id=tokenizer.mask_id,
-                        masking=masking,
-                        word_starts=starts(example.ids),
-                    )
+                    mask = mask_dummy if objective == DUMMY_MLM else mask_random
+                    words = {"masking": masking, "word_starts": starts(ids)}
+                    special = tokenizer.special_ids
+                    masked = mask(ids, 0.3, rng, special_ids=special, mask_id=mask_id, **words)
                 seen[objective] += 1
                 np.testing.assert_array_equal(batch.input_ids[r, here], masked[0])
                 assert set(batch.segment_ids[r, here]) == {segment}
@@ -194,11 +188,6 @@ def test_weights_are_shares_of_the_rows(make, folder):
     assert set(drawn[: len(texts)]) == texts
     qa_only = make(weights={"qa": 1.0, "text": None}, only="qa")
     assert_equal(qa_only.batch(2), make(only="qa", weights={"qa": 5.0}).batch(2))
-
-
-def test_a_weight_for_some_sources_only_is_refused(make):
-    with pytest.raises(InputError, match="text has no weight while others have"):
-        make(weights={"qa": 3.0})
 
 
 def test_validation_is_every_row_once_then_padding(make, folder):
@@ -302,6 +291,7 @@ def test_an_error_while_reading_ahead_reaches_the_reader(make):
         ({"only": "nobody"}, "no rows to read"),
         ({"seq_length": 128}, "rows of 64 tokens, but seq_length is 128"),
         ({"batch_size": 0}, "batch_size 0"),
+        ({"weights": {"qa": 3.0}}, "text has no weight while others have"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, settings, message):
@@ -309,18 +299,11 @@ def test_what_does_not_fit_is_refused(make, settings, message):
         make(**settings)
 
 
-def test_rows_of_another_tokenizer_are_refused(folder, tokenizer):
+def test_rows_of_another_tokenizer_are_refused(make, tokenizer):
     other = type(tokenizer)(tokenizer.files)
     other.sha256 = "0" * 64
     with pytest.raises(InputError, match="another tokenizer"):
-        Loader(
-            open_rows(folder, "train"),
-            seed=0,
-            batch_size=1,
-            seq_length=SEQ,
-            objective=MIXED,
-            tokenizer=other,
-        )
+        make(tokenizer=other)
 
 
 def test_a_growing_batch_reads_the_same_rows_in_the_same_order(make):

@@ -83,23 +83,17 @@ def test_lines_are_counted_as_an_editor_does(tmp_path):
 
 def test_parquet_gives_needed_columns_and_class_names(tmp_path):
     path = tmp_path / "a.parquet"
-    schema = pa.schema(
-        [("text", pa.large_string()), ("label", pa.int64()), ("other", pa.list_(pa.int8()))],
-        metadata={
-            "huggingface": json.dumps(
-                {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
-            )
-        },
-    )
+    features = {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}
+    columns = [("text", pa.large_string()), ("label", pa.int64()), ("other", pa.list_(pa.int8()))]
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(columns, metadata=metadata)
     pq.write_table(pa.table([["x", "y"], [1, 0], [[], [3]]], schema=schema), path)
     assert list(read_file(path, ["text", "label"])) == [
         Record({"label": 1, "text": "x"}, f"{path} row 1"),
         Record({"label": 0, "text": "y"}, f"{path} row 2"),
     ]
-    assert [r.fields for r in read_file(path, ["label"], named=["label"])] == [
-        {"label": "yes"},
-        {"label": "no"},
-    ]
+    named = [record.fields for record in read_file(path, ["label"], named=["label"])]
+    assert named == [{"label": "yes"}, {"label": "no"}]
     assert next(iter(read_file(path))).fields == {"text": "x", "label": 1, "other": []}
 
 
@@ -184,10 +178,8 @@ def hub_source(hub, **settings):
 
 def test_a_hub_dataset_is_streamed(hub, caplog):
     records = list(read_source(hub_source(hub), ["text", "label"], named=["label"]))
-    assert [r.fields for r in records] == [
-        {"text": "x", "label": "good"},
-        {"text": "y", "label": "bad"},
-    ]
+    found = [record.fields for record in records]
+    assert found == [{"text": "x", "label": "good"}, {"text": "y", "label": "bad"}]
     assert records[1].where.endswith("train row 2")
     assert [r.fields["label"] for r in read_source(hub_source(hub, limit=1))] == [1]
     assert not caplog.text
@@ -280,9 +272,8 @@ def test_a_field_is_read_from_what_columns_says(tmp_path, kind, column, expected
         write(tmp_path, "a.jsonl", jsonl(WIDE))
     else:
         pq.write_table(pa.Table.from_pylist(WIDE), tmp_path / "a.parquet")
-    first, _ = read_source(
-        source(tmp_path / f"a.{kind}", columns={"text": column}), ["text", "label"]
-    )
+    described = source(tmp_path / f"a.{kind}", columns={"text": column})
+    first, _ = read_source(described, ["text", "label"])
     assert first.fields == {"text": expected, "label": "a"}
 
 
@@ -343,11 +334,9 @@ def test_columns_that_cannot_be_meant_are_refused(settings, message):
 
 
 def test_paths_may_be_many(tmp_path):
-    for name in ("b.jsonl", "a.jsonl", "c.csv"):
-        rows = [{"text": name, "label": "x"}]
-        write(
-            tmp_path, name, jsonl(rows) if name != "c.csv" else f"text,label\n{name},x\n".encode()
-        )
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path, name, jsonl([{"text": name, "label": "x"}]))
+    write(tmp_path, "c.csv", b"text,label\nc.csv,x\n")
     paths = [str(tmp_path / "c.csv"), str(tmp_path / "*.jsonl")]
     table = {"path": paths, "prompt": "{text}", "answer": "label"}
     many = decode(SourceConfig, table, "run.toml")
