@@ -25,11 +25,11 @@ def test_every_shipped_task_is_sound():
         assert shipped.licence
         assert shipped.hub is None or re.fullmatch("[0-9a-f]{40}", shipped.revision)
         for protocol in ("default", *shipped.protocols):
-            asked = shipped.under(protocol)
-            prompt = Template(asked.prompt, shorten=dict(asked.shorten))
+            task = shipped.under(protocol)
+            prompt = Template(task.prompt, shorten=dict(task.shorten))
             assert "options" in prompt.fields
             assert prompt.shorten
-            assert asked.verbalizer_for(4).labels
+            assert task.verbalizer_for(4).labels
 
 
 FILES = {

@@ -64,8 +64,8 @@ def fresh(folder):
 
 
 def test_the_export_tells_what_it_was_trained_on(trained):
-    told = json.loads((trained / "out" / "export" / TRAINING).read_text())
-    (run,) = told["runs"]
+    reported = json.loads((trained / "out" / "export" / TRAINING).read_text())
+    (run,) = reported["runs"]
     assert run["tasks"] == ["animal", "color"]
     digest = hash_file(trained / "records.jsonl")
     assert run["sources"][0]["files"] == [{"name": "records.jsonl", "sha256": digest}]
@@ -91,7 +91,7 @@ def test_a_task_of_the_same_name_is_found(tmp_path):
     assert known.lines == [f"not zero-shot: the model was {found}"]
 
 
-def test_nothing_known_is_told_apart_from_nothing_found(trained, capsys):
+def test_nothing_known_differs_from_nothing_found(trained, capsys):
     status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
     assert (status, found) == ("none found", [])
     assert "share text with it were not kept out" in err
@@ -117,7 +117,7 @@ def look(runs, data=None, **keys):
     return contamination(task, data, TrainingManifest(format=1, runs=runs))
 
 
-def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
+def test_exclusion_by_overlap_is_reported_when_it_was_of_this_data(tmp_path):
     data = fresh(tmp_path)
     file = TrainingFile(name="any.jsonl", sha256=hash_file(data))
     kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=13, files=[file])])
@@ -141,7 +141,7 @@ def test_exclusion_by_overlap_is_told_when_it_was_of_this_data(tmp_path):
     )
 
 
-def test_datasets_of_the_hub_are_told_by_their_id():
+def test_datasets_of_the_hub_are_reported_by_their_id():
     place = {"hub": "org/sets", "subset": "quiz", "split": "test", "revision": "0" * 40}
     kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=8, **place)])
     assert look([kept_out], **place).status == "excluded"
@@ -162,7 +162,7 @@ def test_datasets_of_the_hub_are_told_by_their_id():
         ("[" * 10**5, "is not valid JSON"),
     ],
 )
-def test_a_broken_manifest_is_refused(tmp_path, text, message):
+def test_a_broken_manifest_is_rejected(tmp_path, text, message):
     (tmp_path / TRAINING).write_text(text)
     with pytest.raises(InputError, match=message):
         read_training_manifest(tmp_path)

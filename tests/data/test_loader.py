@@ -294,12 +294,12 @@ def test_an_error_while_reading_ahead_reaches_the_reader(make):
         ({"weights": {"qa": 3.0}}, "text has no weight while others have"),
     ],
 )
-def test_what_does_not_fit_is_refused(make, settings, message):
+def test_what_does_not_fit_is_rejected(make, settings, message):
     with pytest.raises(InputError, match=message):
         make(**settings)
 
 
-def test_rows_of_another_tokenizer_are_refused(make, tokenizer):
+def test_rows_of_another_tokenizer_are_rejected(make, tokenizer):
     other = type(tokenizer)(tokenizer.files)
     other.sha256 = "0" * 64
     with pytest.raises(InputError, match="another tokenizer"):

@@ -233,7 +233,7 @@ def test_a_training_row_is_the_prompt_with_the_answer_in_the_slot(tokenizer):
         (None, "expected text"),
     ],
 )
-def test_a_malformed_template_is_refused(text, message):
+def test_a_malformed_template_is_rejected(text, message):
     with pytest.raises(InputError, match="^template: .*" + message):
         Template(text)
 
@@ -248,7 +248,7 @@ def test_a_malformed_template_is_refused(text, message):
         ("x", "expected field -> side"),
     ],
 )
-def test_a_wrong_shorten_is_refused(shorten, message):
+def test_a_wrong_shorten_is_rejected(shorten, message):
     with pytest.raises(InputError, match=message):
         Template("{x} {options}", shorten=shorten)
 
@@ -275,7 +275,7 @@ def test_a_wrong_shorten_is_refused(shorten, message):
         ("t", r"is 't' \(str\); expected \{field: text\}"),
     ],
 )
-def test_a_bad_row_is_refused_alone_and_by_number(tokenizer, row, message):
+def test_a_bad_row_is_rejected_alone_and_by_number(tokenizer, row, message):
     template, good = Template("{x}\n{options}"), {"x": "t", "options": ["a"]}
     with pytest.raises(InputError, match="^" + message):
         template.render(tokenizer, row, 8192)
@@ -407,7 +407,7 @@ def test_the_longest_field_is_cut_first_down_to_one_level(tokenizer):
     assert "a" not in prompt.shortened
 
 
-def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(tokenizer):
+def test_a_prompt_that_cannot_fit_is_rejected_with_the_numbers(tokenizer):
     row = {"x": "word " * 100, "options": ["a long option " * 20] * 2}
     with pytest.raises(InputError, match=r"has \d+ tokens and at most 64 fit; name the fields"):
         Template("{x}{options}").render(tokenizer, row, 64)

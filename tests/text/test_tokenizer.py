@@ -84,13 +84,13 @@ def test_offsets_are_characters(tokenizer):
 
 
 @pytest.mark.parametrize("text", [None, 3, b"x", ["x"], "ok \ud83d half"])
-def test_what_is_no_text_is_refused(tokenizer, text):
+def test_what_is_no_text_is_rejected(tokenizer, text):
     with pytest.raises(InputError, match=r"text: (is|holds)"):
         tokenizer.encode_plain(text)
 
 
 @pytest.mark.parametrize("token_id", [-1, 50368, 10**12])
-def test_decoding_an_unknown_id_is_refused(tokenizer, token_id):
+def test_decoding_an_unknown_id_is_rejected(tokenizer, token_id):
     with pytest.raises(InputError, match="expected 0 to 50367"):
         tokenizer.decode([5, token_id])
 
@@ -201,7 +201,7 @@ def test_a_strangers_file_is_checked(tmp_path, table, message):
     assert "\n" not in caught.value.message
 
 
-def test_paths_without_a_tokenizer_are_refused(tmp_path, monkeypatch):
+def test_paths_without_a_tokenizer_are_rejected(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"has no tokenizer\.json; give the folder"):
         Tokenizer.from_pretrained(tmp_path)
     folder = written(tmp_path, small_table())

@@ -1,4 +1,4 @@
-"""Verbalizers: names of options, forms that are one token, and what is refused."""
+"""Verbalizers: names of options, forms that are one token, and what is rejected."""
 
 import json
 
@@ -61,7 +61,7 @@ def test_verbalizers(tokenizer):
         ({"a": [" a"], "b": ["\ud800"]}, "holds half a character"),
     ],
 )
-def test_a_malformed_verbalizer_is_refused(forms, message):
+def test_a_malformed_verbalizer_is_rejected(forms, message):
     with pytest.raises(InputError, match=message):
         Verbalizer(forms)
 
@@ -84,13 +84,13 @@ def test_a_malformed_verbalizer_is_refused(forms, message):
         ({"yes": [" yes"], "no": [" [unused0]"]}, r"form ' \[unused0\]' is \d tokens"),
     ],
 )
-def test_a_form_that_is_not_one_ordinary_token_is_refused(tokenizer, forms, message):
+def test_a_form_that_is_not_one_ordinary_token_is_rejected(tokenizer, forms, message):
     verbalizer = Verbalizer(forms)
     with pytest.raises(InputError, match=message):
         verbalizer.ids(tokenizer)
 
 
-def test_a_word_unknown_to_the_tokenizer_is_refused():
+def test_a_word_unknown_to_the_tokenizer_is_rejected():
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers
 
@@ -114,6 +114,6 @@ def test_a_word_unknown_to_the_tokenizer_is_refused():
         ("ab", "expected a list of labels"),
     ],
 )
-def test_bad_labels_are_refused(make, labels, message):
+def test_bad_labels_are_rejected(make, labels, message):
     with pytest.raises(InputError, match=message):
         make(labels)

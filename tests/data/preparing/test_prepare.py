@@ -147,14 +147,14 @@ def test_without_packing_a_row_is_an_example(config, tokenizer):
     assert 8 <= held_out <= 20
 
 
-def test_a_configuration_that_leaves_nothing_is_refused(config, tokenizer, tmp_path):
+def test_a_configuration_that_leaves_nothing_is_rejected(config, tokenizer, tmp_path):
     with pytest.raises(InputError, match="leaves nothing to train on"):
         prepare(change(config, validation_rows=10_000), tokenizer)
     # What was read is kept for the next try.
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "rows.partial"}
 
 
-def test_no_example_left_is_refused_with_the_counts(config, tokenizer, tmp_path):
+def test_no_example_left_is_rejected_with_the_counts(config, tokenizer, tmp_path):
     write_table(tmp_path / "a.jsonl", [{"input": "x", "answer": "entailment", "task": "t"}] * 3)
     message = r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
     with pytest.raises(InputError, match=message):
@@ -172,7 +172,7 @@ def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
     assert calls == []
 
 
-def test_a_split_that_is_not_there_is_refused(config, tokenizer):
+def test_a_split_that_is_not_there_is_rejected(config, tokenizer):
     folder = prepare(change(config, validation_rows=0), tokenizer)
     with pytest.raises(InputError, match="has no split 'validation'; its splits: train"):
         open_rows(folder, "validation")
@@ -195,13 +195,13 @@ def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, toke
         tasks = Counter(example.task for example in examples)
         assert max(tasks.values()) <= one.per_task + 5
     assert sizes[0] < sizes[1]
-    asked = manifest.sources[0].examples
+    examples = manifest.sources[0].examples
     left_out = manifest.selection.unbalanced + manifest.selection.capped
-    assert asked - left_out == manifest.selection.sets[-1].examples
+    assert examples - left_out == manifest.selection.sets[-1].examples
     assert "selected: " in "\n".join(summary(manifest))
 
 
-def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer, tmp_path):
+def test_caps_hold_for_equal_prompts_and_the_report_is_true(config, tokenizer, tmp_path):
     same, other = {"input": "the same", "task": "same"}, {"answer": "yes", "task": "other"}
     rows = [same | {"answer": "yes" if i % 10 else "no"} for i in range(600)]
     rows += [other | {"input": f"another {i}"} for i in range(300)]
@@ -211,8 +211,8 @@ def test_caps_hold_for_equal_prompts_and_what_is_told_is_true(config, tokenizer,
     folder = prepare(config, tokenizer)
     manifest = read_manifest(folder)
     assert manifest.selection is not None
-    told = [(one.examples, one.per_task) for one in manifest.selection.sets]
-    assert told == [(40, 20), (70, 35)]
+    reported = [(one.examples, one.per_task) for one in manifest.selection.sets]
+    assert reported == [(40, 20), (70, 35)]
     for level, cap in ((0, 20), (1, 35)):
         there = stored(folder, "train", level=level)
         tasks = Counter(example.task for source, example in there if source.name == "qa")

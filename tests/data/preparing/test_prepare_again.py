@@ -38,7 +38,7 @@ def test_again_is_a_no_op(config, tokenizer, monkeypatch):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_rows_made_differently_are_refused(config, tokenizer):
+def test_rows_made_differently_are_rejected(config, tokenizer):
     folder = prepare(config, tokenizer)
     before = content(folder)
     other = type(tokenizer)(tokenizer.files)
@@ -57,7 +57,7 @@ def test_rows_made_differently_are_refused(config, tokenizer):
     assert content(folder) == before
 
 
-def test_changed_source_files_are_refused_and_absent_ones_are_not(config, tokenizer, tmp_path):
+def test_changed_source_files_are_rejected_and_absent_ones_are_not(config, tokenizer, tmp_path):
     folder = prepare(config, tokenizer)
     path = tmp_path / "a.jsonl"
     original = path.read_bytes()
@@ -204,7 +204,7 @@ def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
     calls = []
     many = change(config, rows=str(tmp_path / "many"), workers=2)
     assert content(prepare(config, tokenizer)) == content(
-        prepare(many, tokenizer, lambda *told: calls.append(told))
+        prepare(many, tokenizer, lambda *reported: calls.append(reported))
     )
     assert ("qa", 270) in calls
 
@@ -280,14 +280,14 @@ def test_two_at_once_build_one_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+def test_a_place_that_cannot_be_written_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     target = tmp_path / "file" / "x"
     with pytest.raises(InputError, match="cannot be written"), build_folder(target):
         pass
 
 
-def test_a_file_changed_while_it_is_read_is_refused(config, tokenizer, tmp_path):
+def test_a_file_changed_while_it_is_read_is_rejected(config, tokenizer, tmp_path):
     def touch(name, records):
         if name == "text":
             (tmp_path / "a.jsonl").touch()

@@ -88,38 +88,38 @@ def count(folder, tokenizer, draw=0, seed=0):
 def test_figures_are_those_of_the_rows(folder, found, split, tokenizer):
     manifest = read_manifest(folder)
     there = stored(folder, split)
-    asked = [one for _, one in there if one.answer_position >= 0]
+    answered = [one for _, one in there if one.answer_position >= 0]
     plain = [one for _, one in there if one.answer_position < 0]
-    assert asked
+    assert answered
     assert plain
-    told = found["splits"][split]
-    assert told["examples"] == len(there)
-    assert told["tokens"] == sum(len(one) for _, one in there)
-    assert told["rows"] == sum(map(len, open_rows(folder, split)))
-    padding = 1 - told["tokens"] / (told["rows"] * manifest.seq_length)
-    assert told["padding_share"] == pytest.approx(padding)
-    assert told["tasks"] == Counter(manifest.tasks[one.task] for one in asked)
+    reported = found["splits"][split]
+    assert reported["examples"] == len(there)
+    assert reported["tokens"] == sum(len(one) for _, one in there)
+    assert reported["rows"] == sum(map(len, open_rows(folder, split)))
+    padding = 1 - reported["tokens"] / (reported["rows"] * manifest.seq_length)
+    assert reported["padding_share"] == pytest.approx(padding)
+    assert reported["tasks"] == Counter(manifest.tasks[one.task] for one in answered)
     by_task = {}
-    for one in asked:
+    for one in answered:
         answers = by_task.setdefault(manifest.tasks[one.task], Counter())
         answers[int(one.ids[one.answer_position])] += 1
-    assert {one["task"] for one in told["answers_by_task"]} == set(by_task)
-    for one in told["answers_by_task"]:
+    assert {one["task"] for one in reported["answers_by_task"]} == set(by_task)
+    for one in reported["answers_by_task"]:
         answers = by_task[one["task"]]
         assert one["examples"] == answers.total()
         assert one["answers"] == len(answers)
         commonest = min(id for id, n in answers.items() if n == max(answers.values()))
         assert one["commonest"] == token_text(tokenizer, commonest)
         assert one["commonest_share"] == max(answers.values()) / answers.total()
-    sizes = [one["examples"] for one in told["answers_by_task"]]
+    sizes = [one["examples"] for one in reported["answers_by_task"]]
     assert sizes == sorted(sizes, reverse=True)
-    answers = {one["id"]: one["examples"] for one in told["answers"]}
-    assert answers == Counter(int(one.ids[one.answer_position]) for one in asked)
-    for kind, members in (("with_answer", asked), ("without", plain)):
-        assert told["lengths"][kind] == Counter(str(len(one)) for one in members)
+    answers = {one["id"]: one["examples"] for one in reported["answers"]}
+    assert answers == Counter(int(one.ids[one.answer_position]) for one in answered)
+    for kind, members in (("with_answer", answered), ("without", plain)):
+        assert reported["lengths"][kind] == Counter(str(len(one)) for one in members)
     by_source = Counter(source.name for source, _ in there)
-    assert {name: totals["examples"] for name, totals in told["sources"].items()} == by_source
-    assert list(told["tasks"].values()) == sorted(told["tasks"].values(), reverse=True)
+    assert {name: totals["examples"] for name, totals in reported["sources"].items()} == by_source
+    assert list(reported["tasks"].values()) == sorted(reported["tasks"].values(), reverse=True)
 
 
 def test_nothing_of_the_records_is_unaccounted_for(folder, found):
@@ -266,7 +266,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, tokenizer):
     assert peak(4000) < peak(1000) * 1.2 + 2**16
 
 
-def test_damaged_rows_and_another_tokenizer_are_refused(tmp_path, folder, tokenizer):
+def test_damaged_rows_and_another_tokenizer_are_rejected(tmp_path, folder, tokenizer):
     write_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(InputError, match="another tokenizer"):
         write_rows_report(folder, Tokenizer.from_pretrained(tmp_path / "tokenizer"))
@@ -357,12 +357,13 @@ def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer):
     source = SourceConfig(path=tuple(paths), text="text", broken="skip", name="s")
     config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
     page, found, printed = written(config, tokenizer)
-    told = [row for row in cells(page) if row[0] == "s" and row[1].startswith(("file", "record "))]
-    assert [row[1] for row in told] == [
+    rows = [row for row in cells(page) if row[0] == "s"]
+    named = [row for row in rows if row[1].startswith(("file", "record "))]
+    assert [row[1] for row in named] == [
         *(f"file {n} of 23" for n in range(1, 21)),
         *(f"record {n} of 44" for n in range(1, 6)),
     ]
-    for row, path in zip(told[:20], paths[1:21], strict=True):
+    for row, path in zip(named[:20], paths[1:21], strict=True):
         assert row[2].startswith(path)
     assert "23 broken files, 44 dropped (broken record)" in printed
     assert found["sources"][0]["records"] == 45
@@ -387,7 +388,7 @@ def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
     assert page.count(" tokens, label ") == 20
 
 
-def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
+def test_every_exclusion_is_reported_with_what_it_kept_out(tmp_path, tokenizer):
     question = "Which of the two rivers that meet in the old town is the longer one of the pair"
     for name, text in (("rivers", question), ("towns", question.replace("rivers", "roads"))):
         write_table(tmp_path / f"{name}.jsonl", [{"q": text, "a": "yes"}])
@@ -406,11 +407,11 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
     )
     config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), exclude=exclude)
     page, found, _ = written(config, tokenizer)
-    told = found["exclusions"]
-    assert told["ngram"] == 14
-    globs = [(one["glob"], one["records"]) for one in told["tasks"]]
+    reported = found["exclusions"]
+    assert reported["ngram"] == 14
+    globs = [(one["glob"], one["records"]) for one in reported["tasks"]]
     assert globs == [("t3", 10), ("*nowhere'*", 0)]
-    assert told["overlap"] == [
+    assert reported["overlap"] == [
         {"set": "rivers", "data": [str(tmp_path / "rivers.jsonl"), again], "records": 3},
         {"set": "towns", "data": [str(tmp_path / "towns.jsonl")], "records": 0},
     ]
@@ -426,26 +427,26 @@ def test_every_exclusion_is_told_with_what_it_kept_out(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("per_task", [None, 20])
-def test_a_set_that_is_too_small_is_told(tmp_path, tokenizer, per_task):
+def test_a_set_that_is_too_small_is_reported(tmp_path, tokenizer, per_task):
     rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 2}"} for i in range(60)]
     source = questions(tmp_path, rows)
     select = SelectConfig(sizes=(20, 3000), per_task=per_task)
     config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), select=select)
     page, _, printed = written(config, tokenizer)
     found, limits = (60, "") if per_task is None else (40, " within the limits")
-    told = f"asked 3000, found {found}: there are no more{limits}"
-    assert f"| 3,000 | {found} ({told}) |" in page
-    assert f"{found} examples ({told}), at most {found // 2} a task" in printed
+    reported = f"asked 3000, found {found}: there are no more{limits}"
+    assert f"| 3,000 | {found} ({reported}) |" in page
+    assert f"{found} examples ({reported}), at most {found // 2} a task" in printed
     assert page.count("there are no more") == printed.count("there are no more") == 1
 
 
-def test_weights_are_told_as_what_is_drawn(tmp_path, tokenizer):
+def test_weights_are_reported_as_what_is_drawn(tmp_path, tokenizer):
     paths = [
         write_table(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}."} for i in range(count)])
         for name, count in (("a", 30), ("b", 10))
     ]
 
-    def told(*weights):
+    def reported(*weights):
         sources = tuple(
             SourceConfig(path=path, text="text", name=name, weight=weight)
             for name, path, weight in zip("ab", paths, weights, strict=True)
@@ -455,10 +456,10 @@ def test_weights_are_told_as_what_is_drawn(tmp_path, tokenizer):
         tokens = {one["source"]: f"{one['tokens']:,}" for one in found["weights"]}
         return tokens, cells(page), page
 
-    tokens, lines, _ = told(2.0, 6.0)
+    tokens, lines, _ = reported(2.0, 6.0)
     assert ["a", "30", tokens["a"], "2", "75.00%", "25.00%", "0.33"] in lines
     assert ["b", "10", tokens["b"], "6", "25.00%", "75.00%", "3.00"] in lines
-    tokens, lines, page = told(None, None)
+    tokens, lines, page = reported(None, None)
     assert ["a", "30", tokens["a"], "none", "75.00%", "75.00%", "1.00"] in lines
     assert ["b", "10", tokens["b"], "none", "25.00%", "25.00%", "1.00"] in lines
     assert "No source has a `weight`" in page

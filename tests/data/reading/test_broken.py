@@ -184,7 +184,7 @@ def test_plain_text_is_skipped_by_record(tokenizer, tmp_path):
 
 
 def test_a_huge_line_costs_no_memory(tmp_path):
-    """A line of 300 MB is refused, or passed over, in pieces."""
+    """A line of 300 MB is rejected, or passed over, in pieces."""
     import tracemalloc
 
     path = tmp_path / "a.jsonl.zst"
@@ -193,12 +193,12 @@ def test_a_huge_line_costs_no_memory(tmp_path):
     path.write_bytes(small + huge + small)
     with pytest.raises(InputError, match="line 41: is longer than 32 MiB"):
         list(read_file(path))
-    told = []
+    reported = []
     tracemalloc.start()
-    records = list(read_file(path, broken=lambda what, error: told.append(what)))
+    records = list(read_file(path, broken=lambda what, error: reported.append(what)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (len(records), told) == (80, [BROKEN_RECORD])
+    assert (len(records), reported) == (80, [BROKEN_RECORD])
     assert records[-1].where.endswith("line 81")
     assert peak < 160e6
 

@@ -119,11 +119,11 @@ def test_a_set_may_have_files_of_its_own(rivers, tmp_path):
     assert evaluation_identity(wanted)[0]["texts"] != first["texts"]
 
 
-def test_a_set_of_the_hub_is_told_by_its_commit():
-    (told,) = evaluation_identity(config(overlap=["mmlu"]))
-    assert told["hub"] == "cais/mmlu"
-    assert len(told["revision"]) == 40
-    assert told["split"] == "test"
+def test_a_set_of_the_hub_is_reported_by_its_commit():
+    (reported,) = evaluation_identity(config(overlap=["mmlu"]))
+    assert reported["hub"] == "cais/mmlu"
+    assert len(reported["revision"]) == 40
+    assert reported["split"] == "test"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_a_set_of_the_hub_is_told_by_its_commit():
         ({"task": "mmlu", "data": "nowhere.parquet"}, "overlap: mmlu: nowhere.parquet: no file"),
     ],
 )
-def test_a_set_that_cannot_be_read_is_refused(entry, message):
+def test_a_set_that_cannot_be_read_is_rejected(entry, message):
     with pytest.raises(InputError, match=message):
         exclude(overlap=[entry])
 

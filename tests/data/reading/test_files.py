@@ -1,4 +1,4 @@
-"""Data files: every format read alike; every kind of damage refused with file and line."""
+"""Data files: every format read alike; every kind of damage rejected with file and line."""
 
 import gzip
 import json
@@ -119,7 +119,7 @@ def test_a_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
         ("a.xlsx", b"x", "a.xlsx: unknown kind of file; expected a name that ends in .parquet"),
     ],
 )
-def test_damage_is_refused_by_file_and_line(tmp_path, name, data, message):
+def test_damage_is_rejected_by_file_and_line(tmp_path, name, data, message):
     """The corpus of hostile inputs has many more."""
     with pytest.raises(InputError, match=message) as caught:
         list(read_file(write(tmp_path, name, data), ["text", "label"]))
@@ -186,8 +186,8 @@ def test_a_hub_dataset_is_streamed(hub, caplog):
 
 
 @pytest.fixture
-def asked(monkeypatch, hub):
-    """What `load_dataset` was asked for; it reads the local folder whatever the id."""
+def calls(monkeypatch, hub):
+    """The calls of `load_dataset`, which reads the local folder whatever the id."""
     calls = []
     load_dataset = datasets.load_dataset
 
@@ -199,11 +199,11 @@ def asked(monkeypatch, hub):
     return calls
 
 
-def test_a_hub_dataset_is_read_at_its_commit(asked):
+def test_a_hub_dataset_is_read_at_its_commit(calls):
     source = hub_source("some/one", columns={"text": ("sentence", "text")}, limit=1)
     (record,) = read_source(source, ["text", "label"], named=["label"])
     assert record.fields == {"text": "x", "label": "good"}
-    ((name, subset, options),) = asked
+    ((name, subset, options),) = calls
     assert (name, subset) == ("some/one", None)
     assert options["revision"] == COMMIT
     assert options["streaming"] is True
@@ -212,7 +212,7 @@ def test_a_hub_dataset_is_read_at_its_commit(asked):
 @pytest.mark.parametrize(
     "revision", [None, "main", "v1.0", COMMIT[:12], COMMIT.upper(), COMMIT + "0"]
 )
-def test_a_hub_source_without_a_commit_is_refused(revision):
+def test_a_hub_source_without_a_commit_is_rejected(revision):
     table = {"hub": "some/one", "prompt": "{text}", "answer": "label"}
     table |= {"revision": revision} if revision else {}
     with pytest.raises(InputError, match=r"hub dataset some/one has .*; give a commit") as caught:
@@ -222,7 +222,7 @@ def test_a_hub_source_without_a_commit_is_refused(revision):
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
-def test_a_location_without_a_commit_is_read_with_a_warning(asked, caplog, revision):
+def test_a_location_without_a_commit_is_read_with_a_warning(calls, caplog, revision):
     records = list(read_source(Location(hub="some/one", revision=revision)))
     assert [r.fields for r in records] == [{"text": "x", "label": 1}, {"text": "y", "label": 0}]
     assert f"revision is {revision!r}, not a commit" in caplog.text
@@ -237,12 +237,12 @@ def test_a_location_without_a_commit_is_read_with_a_warning(asked, caplog, revis
         ({"subset": "no"}, None, "cannot be read"),
     ],
 )
-def test_a_hub_dataset_that_does_not_fit_is_refused(hub, settings, names, message):
+def test_a_hub_dataset_that_does_not_fit_is_rejected(hub, settings, names, message):
     with pytest.raises(InputError, match=message):
         list(read_source(hub_source(hub, **settings), names))
 
 
-def test_a_hub_dataset_that_is_not_there_is_refused():
+def test_a_hub_dataset_that_is_not_there_is_rejected():
     with pytest.raises(InputError, match="hub dataset nobody/nothing: cannot be read"):
         list(read_source(hub_source("nobody/nothing")))
 
@@ -327,7 +327,7 @@ def test_what_a_struct_lacks_names_the_row(tmp_path):
         ({"answer": "{label"}, "unpaired braces"),
     ],
 )
-def test_columns_that_cannot_be_meant_are_refused(settings, message):
+def test_columns_that_cannot_be_meant_are_rejected(settings, message):
     table = {"path": "a.csv", "prompt": "{text}", "answer": "label"} | settings
     with pytest.raises(InputError, match=message):
         decode(SourceConfig, {k: v for k, v in table.items() if v is not None}, "run.toml")
@@ -349,7 +349,7 @@ def test_paths_may_be_many(tmp_path):
         decode(SourceConfig, table | {"path": []}, "run.toml")
 
 
-def test_sources_of_other_columns_become_the_same_rows(tmp_path, hub, asked, tokenizer):
+def test_sources_of_other_columns_become_the_same_rows(tmp_path, hub, calls, tokenizer):
     """From the run file to the rows: local files, and a streamed dataset with class names."""
     rows = [{"sentence": f"It is {w}.", "meta": {"gold": w}} for w in ("good", "bad") * 20]
     write(tmp_path, "mapped.jsonl", jsonl(rows))
