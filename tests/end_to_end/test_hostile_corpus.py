@@ -137,9 +137,8 @@ def test_the_corpus_is_large_and_not_only_rejected():
     assert sum(case.exit == 0 for case in CASES.values()) >= 20
 
 
-@pytest.mark.parametrize("name", ["weights-NaN", "checkpoint-with-bits-flipped"])
-def test_the_command_itself(name, good, tmp_path):
-    case = CASES[name]
+def test_the_command_itself(good, tmp_path):
+    case = CASES["checkpoint-with-bits-flipped"]
     case.write(good, tmp_path / "case")
     ended = subprocess.run(
         [sys.executable, "-m", *case.command],
@@ -239,11 +238,12 @@ def test_an_older_run_without_checkpoints_is_not_taken_for_this_one(good, tmp_pa
     assert weights.read_bytes() != before
 
 
-def test_the_script_writes_every_case(good, tmp_path):
-    write_cases(good, tmp_path / "corpus")
+def test_the_script_writes_the_same_cases_every_time(good, tmp_path):
+    some = dict(list(CASES.items())[::20])
+    write_cases(good, tmp_path / "corpus", some)
     table = json.loads((tmp_path / "corpus" / "cases.json").read_text())
-    assert [case["folder"] for case in table] == list(CASES)
+    assert [case["folder"] for case in table] == list(some)
     assert {case["exit"] for case in table} == {0, 2}
-    for name in (case["folder"] for case in table[::20]):
-        CASES[name].write(good, tmp_path / name)
+    for name, case in some.items():
+        case.write(good, tmp_path / name)
         assert contents(tmp_path / name) == contents(tmp_path / "corpus" / name)

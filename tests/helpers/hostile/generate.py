@@ -9,6 +9,7 @@ line of its error must contain (with exit code 0, its output). The cases are alw
 import json
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 HELPERS = Path(__file__).resolve().parents[1]
@@ -30,20 +31,13 @@ def all_cases() -> dict[str, Case]:
     return named
 
 
-def write_cases(good: Path, folder: Path) -> None:
-    """Write every case, made from the good inputs, and `cases.json` into a folder."""
+def write_cases(good: Path, folder: Path, cases: Mapping[str, Case]) -> None:
+    """Write cases, made from the good inputs, and `cases.json` into a folder."""
     table = []
-    for name, case in all_cases().items():
+    for name, case in cases.items():
         case.write(good, folder / name)
-        table.append(
-            {
-                "folder": name,
-                "command": case.command,
-                "stdin": case.stdin,
-                "exit": case.exit,
-                "says": case.says,
-            }
-        )
+        facts = {key: getattr(case, key) for key in ("command", "stdin", "exit", "says")}
+        table.append({"folder": name} | facts)
     (folder / "cases.json").write_text(json.dumps(table, indent=1) + "\n")
 
 
@@ -51,5 +45,6 @@ if __name__ == "__main__":
     corpus = Path(sys.argv[1])
     (corpus / "good").mkdir(parents=True)
     write_good(corpus / "good")
-    write_cases(corpus / "good", corpus)
-    print(f"{len(all_cases())} cases in {corpus}")
+    found = all_cases()
+    write_cases(corpus / "good", corpus, found)
+    print(f"{len(found)} cases in {corpus}")
