@@ -1,6 +1,6 @@
 """Pack examples into rows of a fixed length, and lay rows out as arrays."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,7 +11,6 @@ WINDOW_ROWS = 512
 """Rows' worth of tokens that `pack_stream` packs together, which bounds its memory."""
 
 T = TypeVar("T", bound=Sized)
-Item = TypeVar("Item")
 
 
 def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
@@ -79,26 +78,6 @@ def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
 def _pack_window(window: list[T], seq_length: int) -> Iterator[list[T]]:
     for row in pack(window, seq_length):
         yield [window[index] for index in row]
-
-
-def split_by_size(
-    items: Iterable[Item], size: Callable[[Item], int], limit: int
-) -> Iterator[list[Item]]:
-    """Yield runs of items; the item with which a run reaches the limit ends it.
-
-    >>> list(split_by_size(["ab", "c", "defg", "h"], len, 3))
-    [['ab', 'c'], ['defg'], ['h']]
-    """
-    chunk: list[Item] = []
-    total = 0
-    for item in items:
-        chunk.append(item)
-        total += size(item)
-        if total >= limit:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
 
 
 def lay_out(

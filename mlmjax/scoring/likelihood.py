@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.data.packing import split_by_size
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Progress, part_of
 from mlmjax.scoring.scorers import check_masked_lm, make_engine
-from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows
+from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 

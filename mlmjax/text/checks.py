@@ -1,4 +1,4 @@
-"""Check texts, rows and lists; name every bad row in one error."""
+"""Check and split texts, rows and lists; name every bad row in one error."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, TypeVar
@@ -52,6 +52,26 @@ def for_each_row(
     if problems := list(dict.fromkeys(problems)):
         raise InputError(problems[0], problems[1:])
     return results
+
+
+def split_by_size(
+    items: Iterable[Any], size: Callable[[Any], int], limit: int
+) -> Iterator[list[Any]]:
+    """Yield runs of items; the item with which a run reaches the limit ends it.
+
+    >>> list(split_by_size(["ab", "c", "defg", "h"], len, 3))
+    [['ab', 'c'], ['defg'], ['h']]
+    """
+    chunk: list[Any] = []
+    total = 0
+    for item in items:
+        chunk.append(item)
+        total += size(item)
+        if total >= limit:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
 
 
 def check_share(value: Any, what: str) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from mlmjax.data.batch import Example
-from mlmjax.data.packing import split_by_size
 from mlmjax.data.rows import to_batch, token_type
+from mlmjax.text.checks import split_by_size
 
 CHUNK_TOKENS = 2**20
 

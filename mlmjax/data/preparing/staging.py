@@ -234,14 +234,12 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
         counts = Counts()
         for answer in mine:
             counts.add(Counts(**answer["counts"]))
-        report = SourceReport(
-            name=source.title,
-            files=[SourceFile(**file) for answer in mine for file in answer["files"]],
-            **{
-                name: dict(sorted(found.items())) if isinstance(found, dict) else found
-                for name, found in vars(counts).items()
-            },
-        )
+        found: dict[str, Any] = {
+            name: dict(sorted(value.items())) if isinstance(value, dict) else value
+            for name, value in vars(counts).items()
+        }
+        files = [SourceFile(**file) for answer in mine for file in answer["files"]]
+        report = SourceReport(name=source.title, files=files, **found)
         if not report.examples:
             raise InputError(f"no example is left to train on: {describe_source(report)}")
         reports.append(report)

@@ -12,14 +12,13 @@ import numpy as np
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
-from mlmjax.data.packing import split_by_size
 from mlmjax.data.reading.answers import AnswerReader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Record, stop
 from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError, named_place
-from mlmjax.text.checks import check_text
+from mlmjax.text.checks import check_text, split_by_size
 from mlmjax.text.prompts import MASK, Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
 
