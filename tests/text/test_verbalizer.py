@@ -24,6 +24,9 @@ def test_option_names(tokenizer):
     assert len({i for row in ids for i in row}) == 457
     with pytest.raises(InputError, match=r"458 options: .* at most 457"):
         option_names(458)
+    assert option_names(557, "numbers") == list(map(str, range(1, 558)))
+    with pytest.raises(InputError, match=r"558 options: .* at most 557"):
+        option_names(558, "numbers")
     small = Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})
     with pytest.raises(InputError, match=r"has 0 option names"):
         option_names(2, tokenizer=small)
