@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from flax import nnx
+from small_models import small_config
 from training import make_config
 
 from mlmjax import InputError
@@ -16,9 +18,14 @@ from mlmjax.data.contamination import (
     TrainingSource,
     contamination,
     read_training_manifest,
+    training_manifest,
 )
+from mlmjax.data.manifest import read_manifest
+from mlmjax.data.preparing.prepare import prepare
+from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.storage import TRAINING, hash_file
-from mlmjax.training.run.train import run_training
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.weights.pretrained import save_pretrained
 
 LABELS = ["red", "blue", "green", "cat", "dog"]
 TASK = f"""
@@ -31,25 +38,30 @@ verbalizer = "words"
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run on records of the tasks color and animal, and a run that started from its export."""
-    folder = tmp_path_factory.mktemp("runs")
-    short = {"steps": 1, "checkpoint__every": 1, "schedule__warmup": 0, "schedule__decay": 0}
-    short |= {"data__validation_rows": 0}
-    run_training(make_config(folder, **short))
-    lines = (folder / "records.jsonl").read_text().splitlines(keepends=True)
-    (folder / "other.jsonl").write_text("".join(reversed(lines)))
-    source = {"path": str(folder / "other.jsonl"), "prompt": "{prompt}", "answer": "answer"}
-    short |= {"model": None, "tokenizer": None, "init_from": str(folder / "out" / "export")}
-    short |= {"data__rows": str(folder / "more"), "data__sources": [source | {"name": "books"}]}
-    run_training(make_config(folder, out=str(folder / "second"), **short))
+def exports(tmp_path_factory):
+    """Models with the manifests of a run on the tasks color and animal, and of one from there."""
+    folder = tmp_path_factory.mktemp("exports")
+    (folder / "other.jsonl").write_text('{"body": "the sun and the moon"}\n')
+    books = {"path": str(folder / "other.jsonl"), "text": "body", "name": "books"}
+    first = make_config(folder, data__validation_rows=0)
+    more = {"data__rows": str(folder / "more"), "data__sources": [books]}
+    second = make_config(folder, data__validation_rows=0, **more)
+    tokenizer = Tokenizer.from_pretrained(first.tokenizer)
+    special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
+    special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
+    ids = {f"{name}_token_id": token for name, token in special.items()}
+    config = small_config(vocab_size=384, num_hidden_layers=1, **ids)
+    model, before = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), None
+    for name, run in (("first", first), ("second", second)):
+        rows = read_manifest(prepare(run.data, tokenizer))
+        before = training_manifest(before and "first", rows, before)
+        save_pretrained(model, tokenizer, folder / name, more_files={TRAINING: before.text()})
     return folder
 
 
-def evaluate(folder, name, data, capsys, model="out"):
+def evaluate(folder, name, data, capsys, model="first"):
     (folder / "task.toml").write_text(TASK.replace("NAME", name))
-    model = str(folder / model / "export")
-    arguments = ["evaluate", "--model", model, "--task", str(folder / "task.toml")]
+    arguments = ["evaluate", "--model", str(folder / model), "--task", str(folder / "task.toml")]
     assert main.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
     out, err = capsys.readouterr()
     results = json.loads((folder / "results" / "results.json").read_text())
@@ -63,21 +75,20 @@ def fresh(folder):
     return path
 
 
-def test_the_export_tells_what_it_was_trained_on(trained):
-    reported = json.loads((trained / "out" / "export" / TRAINING).read_text())
-    (run,) = reported["runs"]
+def test_the_manifest_names_the_tasks_and_files_of_every_run(exports):
+    (run,) = json.loads((exports / "first" / TRAINING).read_text())["runs"]
     assert run["tasks"] == ["animal", "color"]
-    digest = hash_file(trained / "records.jsonl")
+    digest = hash_file(exports / "records.jsonl")
     assert run["sources"][0]["files"] == [{"name": "records.jsonl", "sha256": digest}]
-    later = read_training_manifest(trained / "second" / "export")
-    assert later.runs[0] == read_training_manifest(trained / "out" / "export").runs[0]
+    later = read_training_manifest(exports / "second")
+    assert later.runs[:1] == read_training_manifest(exports / "first").runs
     assert [later.runs[1].tasks, later.runs[1].sources[0].name] == [["books"], "books"]
 
 
-def test_the_very_file_is_found_whatever_it_is_called(trained, capsys):
-    copy = trained / "copy.jsonl"
-    copy.write_bytes((trained / "records.jsonl").read_bytes())
-    status, found, err = evaluate(trained, "quiz", copy, capsys, "second")
+def test_the_very_file_is_found_whatever_it_is_called(exports, capsys):
+    copy = exports / "copy.jsonl"
+    copy.write_bytes((exports / "records.jsonl").read_bytes())
+    status, found, err = evaluate(exports, "quiz", copy, capsys, "second")
     assert status == "found"
     (line,) = found
     assert "trained on the file of this evaluation, copy.jsonl" in line
@@ -91,15 +102,15 @@ def test_a_task_of_the_same_name_is_found(tmp_path):
     assert known.lines == [f"not zero-shot: the model was {found}"]
 
 
-def test_nothing_known_differs_from_nothing_found(trained, capsys):
-    status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
+def test_nothing_known_differs_from_nothing_found(exports, capsys):
+    status, found, err = evaluate(exports, "quiz", fresh(exports), capsys)
     assert (status, found) == ("none found", [])
     assert "share text with it were not kept out" in err
-    manifest = trained / "out" / "export" / TRAINING
+    manifest = exports / "first" / TRAINING
     text = manifest.read_text()
     manifest.unlink()
     try:
-        status, found, err = evaluate(trained, "quiz", fresh(trained), capsys)
+        status, found, err = evaluate(exports, "quiz", fresh(exports), capsys)
     finally:
         manifest.write_text(text)
     assert (status, found) == ("unknown", [])

@@ -14,7 +14,7 @@ HOSTILE = [
     "$x_1$ \\frac $ ![x](y)",
     "\x1b[31m\u202etxt\x07\u200b\r\n",
     "中文 ☃ 🤖 \U000f0000 \ufdd0",
-    "word " * 3000,
+    "word " * 300,
     "_underscore",
     "~~~\n~~~",
 ]

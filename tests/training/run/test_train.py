@@ -21,6 +21,7 @@ from training import (
 import mlmjax.training.run.loop as loop_module
 import mlmjax.training.run.train as train_module
 from mlmjax.cli.main import run
+from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
 from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.timing import PHASES
@@ -291,6 +292,10 @@ def test_starting_from_an_export(folder, straight):
     run_training(make_config(folder, out=str(folder / "tuned"), **start))
     first = lines_of(folder / "tuned")[0]
     assert first["loss"] < lines_of(folder / "out")[0]["loss"] - 0.1
+    one, two = (read_training_manifest(folder / name / "export") for name in ("out", "tuned"))
+    assert one.runs == two.runs[:1]
+    assert [run.init_from for run in two.runs] == [None, start["init_from"]]
+    assert one.runs[0].tasks == ["animal", "color"]
 
 
 @pytest.mark.parametrize(
