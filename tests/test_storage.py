@@ -89,17 +89,6 @@ def test_a_folder_is_built_once_and_from_what_is_left(tmp_path):
     assert names(path) == ["stage"]
 
 
-def test_somebody_elses_unfinished_folder_stays(tmp_path):
-    (tmp_path / "made.partial").mkdir()
-    (tmp_path / "made.partial" / "thesis").touch()
-    with (
-        pytest.raises(InputError, match="not an unfinished folder"),
-        build_folder(tmp_path / "made"),
-    ):
-        pass
-    assert names(tmp_path) == ["made.partial"]
-
-
 def test_a_run_folder_has_one_process_and_is_checked(tmp_path):
     def check(out):
         raise InputError("not ours")

@@ -419,6 +419,8 @@ def test_a_prompt_that_cannot_fit_is_rejected_with_the_numbers(tokenizer):
     assert len(template.render(tokenizer, row, fixed + 1).ids) <= fixed + 1
     with pytest.raises(InputError, match=rf"row 1 \(index 0\): the prompt has {fixed} tokens"):
         template.render_batch(tokenizer, [row], 64)
+    with pytest.raises(InputError, match=f"has {fixed} tokens without x"):  # Half a character.
+        template.render(tokenizer, row | {"x": "👍" * 9}, fixed + 1)
 
 
 @pytest.mark.parametrize("piece", ["lorem ipsum, ", "a", " ", "👍🏽", "\n[MASK]"])

@@ -154,14 +154,6 @@ def test_a_configuration_that_leaves_nothing_is_rejected(config, tokenizer, tmp_
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "rows.partial"}
 
 
-def test_no_example_left_is_rejected_with_the_counts(config, tokenizer, tmp_path):
-    write_table(tmp_path / "a.jsonl", [{"input": "x", "answer": "entailment", "task": "t"}] * 3)
-    message = r"qa: 3 records, 0 examples, 3 dropped \(answer is not one"
-    with pytest.raises(InputError, match=message):
-        prepare(config, tokenizer)
-    assert not (tmp_path / "rows").exists()
-
-
 def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
     bad = SourceConfig(path="nowhere*.csv", text="text")
     calls = []

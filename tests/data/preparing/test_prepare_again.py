@@ -81,17 +81,6 @@ def test_changed_source_files_are_rejected_and_absent_ones_are_not(config, token
         prepare(config, tokenizer)
 
 
-def test_a_folder_of_something_else_is_left_alone(config, tokenizer, tmp_path):
-    (tmp_path / "rows").mkdir()
-    (tmp_path / "rows" / "thesis.tex").write_text("precious")
-    with pytest.raises(InputError, match=r"manifest\.json: cannot be read"):
-        prepare(config, tokenizer)
-    (tmp_path / "rows").rename(tmp_path / "rows.partial")
-    with pytest.raises(InputError, match="is not an unfinished folder of mlmjax"):
-        prepare(config, tokenizer)
-    assert (tmp_path / "rows.partial" / "thesis.tex").read_text() == "precious"
-
-
 def test_an_empty_folder_is_as_good_as_none(config, tokenizer, tmp_path):
     (tmp_path / "rows").mkdir()
     assert len(open_rows(prepare(config, tokenizer), "train")) == 2

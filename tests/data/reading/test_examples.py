@@ -72,11 +72,8 @@ def test_a_field_named_in_shorten_is_cut_and_counted(table, tokenizer):
     template = Template(source.prompt, shorten={"input": "middle"})
     for row, example in zip(rows, examples, strict=True):
         ids, slot = template.encode(tokenizer, row, 64)
-        assert example.ids.tolist() == [
-            *ids[:slot],
-            tokenizer.encode_plain(" yes")[0],
-            *ids[slot + 1 :],
-        ]
+        ids[slot] = tokenizer.encode_plain(" yes")[0]
+        assert example.ids.tolist() == ids
     assert (counts.dropped, counts.shortened) == ({}, {"input": 2})
     # Equal prompts have equal keys, whatever stands around them in the file.
     assert examples[0].key == examples[1].key != examples[2].key
@@ -131,11 +128,8 @@ def test_without_options_the_label_is_its_own_answer(table, tokenizer):
     ("labels", "prompt", "message"),
     [
         (("yes", "entailment"), "{text}", r"labels: label 'entailment'.*' entail' \+ 'ment'"),
-        (("yes",), "{text}", "at least two"),
-        (("yes", "yes"), PROMPT, "labels: label 'yes': is repeated"),
         (("yes", " "), PROMPT, "blank"),
         ({"0": "yes", "1": "yes"}, PROMPT, "at least two"),
-        (("yes", "no"), "{text", "prompt: template"),
         (("yes", "no"), "{text} [MASK] [MASK]", r"prompt: template"),
     ],
 )
@@ -203,13 +197,8 @@ def test_plain_text_is_cut_into_windows_that_lose_nothing(table, tokenizer):
 @pytest.mark.data
 def test_the_filter_agrees_with_known_answer_tokens(test_data, tokenizer):
     path = test_data / "instruct" / "single_token_instruct.jsonl.zst"
-    source = SourceConfig(
-        path=str(path),
-        prompt="{definition}\n{input}",
-        answer="target",
-        task="target_id",
-        limit=3000,
-    )
+    columns = {"prompt": "{definition}\n{input}", "answer": "target", "task": "target_id"}
+    source = SourceConfig(path=str(path), limit=3000, **columns)
     examples, counts = read(source, tokenizer, 4096)
     assert counts.records == len(examples) == 3000
     for example in examples:

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
 import datasets
 import pyarrow as pa
@@ -24,12 +22,6 @@ ROWS = [
     {"text": 'say "yes"\nand go', "label": "b"},
     {"text": "naïve 日本", "label": "a"},
 ]
-
-
-def test_importing_the_package_does_not_import_jax():
-    modules = "mlmjax.data.preparing.prepare, mlmjax.data.loader"
-    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def zstd(data):
@@ -209,9 +201,7 @@ def test_a_hub_dataset_is_read_at_its_commit(calls):
     assert options["streaming"] is True
 
 
-@pytest.mark.parametrize(
-    "revision", [None, "main", "v1.0", COMMIT[:12], COMMIT.upper(), COMMIT + "0"]
-)
+@pytest.mark.parametrize("revision", [None, "main", COMMIT[:12], COMMIT.upper(), COMMIT + "0"])
 def test_a_hub_source_without_a_commit_is_rejected(revision):
     table = {"hub": "some/one", "prompt": "{text}", "answer": "label"}
     table |= {"revision": revision} if revision else {}
@@ -240,11 +230,6 @@ def test_a_location_without_a_commit_is_read_with_a_warning(calls, caplog, revis
 def test_a_hub_dataset_that_does_not_fit_is_rejected(hub, settings, names, message):
     with pytest.raises(InputError, match=message):
         list(read_source(hub_source(hub, **settings), names))
-
-
-def test_a_hub_dataset_that_is_not_there_is_rejected():
-    with pytest.raises(InputError, match="hub dataset nobody/nothing: cannot be read"):
-        list(read_source(hub_source("nobody/nothing")))
 
 
 # --- columns of other names ----------------------------------------------------------------------
@@ -300,6 +285,10 @@ def test_a_column_that_is_not_there_lists_those_that_are(tmp_path, kind, column,
     assert caught.value.message.startswith(str(tmp_path))
 
 
+LABELLED = {"prompt": "{text} {options}", "labels": ["a", "b"]}
+PLAIN = {"prompt": None, "answer": None, "text": "text"}
+
+
 def test_what_a_struct_lacks_names_the_row(tmp_path):
     write(tmp_path, "a.jsonl", jsonl([*WIDE, {"meta": {}, "label": "a"}]))
     described = source(tmp_path / "a.jsonl", columns={"text": "meta.topic"})
@@ -316,14 +305,8 @@ def test_what_a_struct_lacks_names_the_row(tmp_path):
         ({"columns": {"text": []}}, "at least 1 item"),
         ({"columns": {"text": "a"}, "answer": "text"}, "is also the column of answer or task"),
         ({"columns": {"text": "a"}, "task": "text"}, "is also the column of answer or task"),
-        (
-            {"prompt": "{text} {options}", "labels": ["a", "b"], "columns": {"options": "o"}},
-            "'options' is not a field",
-        ),
-        (
-            {"prompt": None, "answer": None, "text": "text", "columns": {"text": "body"}},
-            "columns are for a prompt",
-        ),
+        (LABELLED | {"columns": {"options": "o"}}, "'options' is not a field"),
+        (PLAIN | {"columns": {"text": "body"}}, "columns are for a prompt"),
         ({"answer": "{label"}, "unpaired braces"),
     ],
 )
@@ -349,28 +332,20 @@ def test_paths_may_be_many(tmp_path):
         decode(SourceConfig, table | {"path": []}, "run.toml")
 
 
-def test_sources_of_other_columns_become_the_same_rows(tmp_path, hub, calls, tokenizer):
+def test_sources_of_other_columns_become_the_same_rows(tmp_path, calls, tokenizer):
     """From the run file to the rows: local files, and a streamed dataset with class names."""
     rows = [{"sentence": f"It is {w}.", "meta": {"gold": w}} for w in ("good", "bad") * 20]
     write(tmp_path, "mapped.jsonl", jsonl(rows))
     plain = [{"text": row["sentence"], "label": row["meta"]["gold"]} for row in rows]
     write(tmp_path, "plain.jsonl", jsonl(plain))
+    path, text = str(tmp_path / "mapped.jsonl"), {"prompt": "{text}"}
+    mapped = text | {"answer": "meta.gold", "columns": {"text": ["content", "sentence"]}}
+    remote = {"hub": "some/one", "revision": COMMIT, "prompt": "{sentence}", "answer": "label"}
     sources = {
-        "plain": {"path": str(tmp_path / "plain.jsonl"), "prompt": "{text}", "answer": "label"},
-        "mapped": {
-            "path": [str(tmp_path / "mapped.jsonl")],
-            "prompt": "{text}",
-            "answer": "meta.gold",
-            "columns": {"text": ["content", "sentence"]},
-        },
-        "hub": {
-            "hub": "some/one",
-            "revision": COMMIT,
-            "prompt": "{sentence}",
-            "answer": "label",
-            "columns": {"sentence": "It is {text}."},
-        },
-        "prose": {"path": str(tmp_path / "mapped.jsonl"), "text": "{sentence} Is it {meta.gold}?"},
+        "plain": text | {"path": str(tmp_path / "plain.jsonl"), "answer": "label"},
+        "mapped": mapped | {"path": [path]},
+        "hub": remote | {"columns": {"sentence": "It is {text}."}},
+        "prose": {"path": path, "text": "{sentence} Is it {meta.gold}?"},
     }
     found = {}
     for name, table in sources.items():
@@ -382,10 +357,9 @@ def test_sources_of_other_columns_become_the_same_rows(tmp_path, hub, calls, tok
         found[name] = [(tokenizer.decode(one.ids), one.answer_position) for one in examples]
     assert found["plain"] == found["mapped"]
     assert len(found["plain"]) == 40
-    assert [text for text, _ in found["hub"]] == [
-        "[CLS]It is x. [unused0] good[SEP]",
-        "[CLS]It is y. [unused0] bad[SEP]",
-    ]
+    pairs = (("x", "good"), ("y", "bad"))
+    answers = [f"[CLS]It is {a}. [unused0] {b}[SEP]" for a, b in pairs]
+    assert [text for text, _ in found["hub"]] == answers
     assert found["prose"][1] == ("[CLS]It is bad. Is it bad?[SEP]", -1)
     config["sources"] = [sources["mapped"] | {"columns": {"text": "content"}}]
     with pytest.raises(InputError, match=r"line 1: has no column 'content'; .*columns: sentence"):
