@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # `inputs` loads jax
+
 from cases import CASES, GROWTH, STREAM
 from inputs import write_inputs
 from measure import LETTERS, Figures, read

@@ -273,14 +273,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @_dtype
 @_batch_size
 @click.argument("file", default="-")
-def classify(
-    model: str | None,
-    labels: str | None,
-    revision: str | None,
-    dtype: str,
-    batch_size: int | None,
-    file: str,
-) -> None:
+def classify(model: str | None, labels: str | None, file: str, **options: Any) -> None:
     """Classify each line of FILE (- for standard input); print one JSON line each."""
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
@@ -291,13 +284,7 @@ def classify(
     if file != "-":
         for _ in read_lines(file):  # a bad line raises an error before any answer is printed
             pass
-    predictor = Predictor.from_pretrained(
-        PACKAGED if model is None else model,
-        names,
-        revision=revision,
-        dtype=dtype,
-        batch_size=batch_size,
-    )
+    predictor = Predictor.from_pretrained(PACKAGED if model is None else model, names, **options)
     _report_packaged(model is None)
     lines = read_lines(file)
     while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):

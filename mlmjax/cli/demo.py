@@ -25,13 +25,13 @@ from mlmjax.config.run import RunConfig, load_config
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
-from mlmjax.model.modernbert import ModernBertForMaskedLM
+from mlmjax.model.modernbert import ModernBertForMaskedLM, parameters
 from mlmjax.reporting.terminal import say
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.log import METRICS
 from mlmjax.training.run.train import run_training
-from mlmjax.training.step import TrainState, split_parameters
+from mlmjax.training.step import split_parameters
 from mlmjax.weights import hub, pretrained
 
 TRAIN, WATCHED, TEST = "train.jsonl", "watched.jsonl", "test.jsonl"
@@ -69,68 +69,65 @@ def run_demo(
     labels = write_files(out, limit)
     config = load_config(out / "run.toml", overrides)
     source = config.init_from or hub.PACKAGED
-    (train_texts, train_gold), (texts, gold) = (
-        ([row["text"] for row in rows], [row["label"] for row in rows])
-        for rows in (read_jsonl(out / "data" / TRAIN), read_jsonl(out / "data" / TEST))
-    )
+    train_texts, train_gold = read_texts(out / "data" / TRAIN)
+    texts, gold = read_texts(out / "data" / TEST)
     say(f"\n1/5  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
     zero_shot = Classifier(source, labels, template=PROMPT).predict(texts).tolist()
 
     say(f"\n2/5  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
-    training = time.perf_counter()
-    with redirect_stdout(sys.stderr):
-        state = run_training(config)
-    seconds = time.perf_counter() - training
-    model, tokenizer = trained_model(config, state)
+    model, tokenizer, seconds = fine_tune(config)
     classifier = Classifier((model, tokenizer), labels, template=PROMPT)
     probabilities = classifier.predict_proba(texts)
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
 
     say("\n3/5  fine-tuning with a classification head on the same paragraphs")
     head = Classifier(source, labels, head="classification", **recipe(config, len(train_texts)))
-    head.fit(train_texts, train_gold)
+    by_head = head.fit(train_texts, train_gold).predict(texts).tolist()
 
     say("\n4/5  TF-IDF + logistic regression")
+    by_words = tfidf_regression(train_texts, train_gold, texts)
     methods = [
         Method("chance", 1 / len(labels)),
         Method("majority subject", Counter(gold).most_common(1)[0][1] / len(gold)),
         measure("zero-shot", zero_shot, gold),
         measure("fine-tuned by answer token prediction", predicted, gold, is_ours=True),
-        measure("fine-tuned with a classification head", head.predict(texts).tolist(), gold),
-        measure(
-            "TF-IDF + logistic regression", tfidf_regression(train_texts, train_gold, texts), gold
-        ),
+        measure("fine-tuned with a classification head", by_head, gold),
+        measure("TF-IDF + logistic regression", by_words, gold),
     ]
 
     say("\n5/5  export, reload, compare")
-    folder = out / "model"
-    classifier.save_pretrained(folder)
     shown = [*SENTENCES, *texts[:READ_BACK]]
-    again = Classifier.from_pretrained(folder).predict_proba(shown)
-    check_same(folder, classifier.predict_proba(shown), again)
+    again = export(classifier, out / "model", shown)
     sentences = make_answers(labels, SENTENCES, again[: len(SENTENCES)])
-    print_results(methods, sentences, folder, tested=len(texts), compared=len(shown))
+    print_results(methods, sentences, out / "model", tested=len(texts), compared=len(shown))
     answers = make_answers(labels, texts, probabilities, gold)
     report = page(
-        title="A masked language model that answers",
-        summary=f"{source}, a small ModernBERT, finds the subject (one of {len(labels)}) of "
-        f"{methods[2].accuracy:.0%} of {len(texts)} textbook paragraphs zero-shot, and of "
-        f"{methods[3].accuracy:.0%} after {seconds:.0f} seconds of training on "
-        f"{len(train_texts):,} other paragraphs.",
-        prompt=PROMPT,
         methods=methods,
         curve=read_jsonl(Path(config.out) / METRICS),
         labels=labels,
         confusion=confusion_matrix(gold, predicted, labels=labels),
         answers=[answers[gold.index(label)] for label in labels],
         sentences=sentences,
-        facts=facts(config, model, seconds),
-        commands=commands(out, labels),
+        **facts(out, config, model),
+        trained=len(train_texts),
+        seconds=round(seconds),
     )
     (out / "report.html").write_text(report, encoding="utf-8")
-    print(f"\nreport: {out / 'report.html'}")
-    print(f"total time: {time.perf_counter() - started:.0f} seconds")
+    seconds = time.perf_counter() - started
+    print(f"\nreport: {out / 'report.html'}\ntotal time: {seconds:.0f} seconds")
     return {method.name: method.accuracy for method in methods}
+
+
+def fine_tune(config: RunConfig) -> tuple[ModernBertForMaskedLM, Tokenizer, float]:
+    """Train a run; return the model of its final state, its tokenizer and the seconds it took."""
+    started = time.perf_counter()
+    with redirect_stdout(sys.stderr):
+        state = run_training(config)
+    seconds = time.perf_counter() - started
+    export = Path(config.out) / "export"
+    model, tokenizer = pretrained.load_pretrained(export, local_files_only=True)
+    graphdef, _ = split_parameters(model)
+    return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer, seconds
 
 
 def recipe(config: RunConfig, examples: int) -> dict[str, Any]:
@@ -195,15 +192,6 @@ def make_folder(out: Path) -> None:
         ) from error
 
 
-def trained_model(config: RunConfig, state: TrainState) -> tuple[ModernBertForMaskedLM, Tokenizer]:
-    """Return the model of a run's final state and its tokenizer."""
-    model, tokenizer = pretrained.load_pretrained(
-        Path(config.out) / "export", local_files_only=True
-    )
-    graphdef, _ = split_parameters(model)
-    return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer
-
-
 def measure(
     name: str, predicted: Sequence[str], gold: Sequence[str], is_ours: bool = False
 ) -> Method:
@@ -227,6 +215,14 @@ def make_answers(
         Answer(text, dict(zip(labels, row.tolist(), strict=True)), truth)
         for text, row, truth in zip(texts, probabilities, gold or [None] * len(texts), strict=True)
     ]
+
+
+def export(classifier: Classifier, folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Save a classifier, load it, and return its probabilities, which must be the same."""
+    classifier.save_pretrained(folder)
+    again = Classifier.from_pretrained(folder).predict_proba(texts)
+    check_same(folder, classifier.predict_proba(texts), again)
+    return again
 
 
 def check_same(folder: Path, before: np.ndarray, after: np.ndarray) -> None:
@@ -265,40 +261,25 @@ def print_results(
     )
 
 
-def facts(config: RunConfig, model: ModernBertForMaskedLM, seconds: float) -> dict[str, str]:
-    """Return the facts that the report gives about the run."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-    shape = model.config
+def facts(out: Path, config: RunConfig, model: ModernBertForMaskedLM) -> dict[str, Any]:
+    """Return what the report says about the run and the next steps."""
+    names = {"folder": "model", "task": "subjects.toml", "run": "run.toml"}
     return {
-        "network": f"{shape.num_hidden_layers} layers of {shape.hidden_size}, "
-        f"{shape.num_attention_heads} heads, {parameters:,} parameters, most of them the "
-        f"{shape.vocab_size:,} word vectors",
-        "training": f"{config.steps} updates of {config.data.batch_size} rows with "
-        f"{config.data.seq_length} tokens, {seconds:.0f} seconds including data preparation",
+        **{key: quote(str(out / name)) for key, name in names.items()},
+        "config": config,
+        "source": config.init_from or hub.PACKAGED,
+        "network": model.config,
+        "parameters": sum(leaf.size for leaf in parameters(model).values()),
+        "prompt": PROMPT,
         "machine": f"{jax.default_backend().upper()}, {os.cpu_count()} cores",
         "software": f"mlmjax {__version__}, jax {jax.__version__}",
-        "texts": "OpenStax textbooks, CC BY 4.0; every book is named in data/ATTRIBUTION.md",
-        "check": "the exported model, reloaded, gives bit-identical probabilities",
     }
 
 
-def commands(out: Path, labels: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the next steps for a reader, each with its command."""
-    model, task, run = (quote(str(out / name)) for name in ("model", "subjects.toml", "run.toml"))
-    return [
-        (
-            "Classify your own texts, one per line:",
-            f"mlmjax classify --model {model} --labels {quote(','.join(labels))} FILE",
-        ),
-        (
-            "Repeat the test; DIR/predictions.jsonl gets one line per paragraph:",
-            f"mlmjax evaluate --model {model} --task {task} --out DIR",
-        ),
-        (
-            "Train again with different settings:",
-            f"mlmjax train {run} out=runs/mine seed=1",
-        ),
-    ]
+def read_texts(path: Path) -> tuple[list[str], list[str]]:
+    """Return the texts of a file and their labels."""
+    rows = read_jsonl(path)
+    return [row["text"] for row in rows], [row["label"] for row in rows]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -51,12 +52,15 @@ def page(
     """Return the page as HTML; every text in it is escaped.
 
     `curve` is the run's metrics.jsonl; `confusion` counts texts, `[gold label, predicted label]`.
-    `texts` are the other values of the template: `title, summary, prompt, answers, sentences,
-    facts, commands`.
+    `texts` are the other values of the template.
     """
     return render(
         "cli/demo_report.html.j2",
         style=stylesheet(),
+        methods=methods,
+        labels=labels,
+        tested=int(confusion.sum()),
+        label_list=quote(",".join(labels)),
         accuracy=embedded_picture(
             accuracy_figure(methods), "accuracy of each method on the test texts"
         ),

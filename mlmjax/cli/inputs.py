@@ -1,9 +1,10 @@
 """Read labels and texts from files, standard input or the command line."""
 
-import errno
+import os
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from typing import IO
 
 from mlmjax.errors import InputError
 
@@ -14,16 +15,7 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
     >>> read_labels("sports, world")
     ['sports', 'world']
     """
-    path = Path(argument)
-    try:
-        content = path.read_bytes() if path.is_file() else None
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # a long list of names, not a path
-            raise InputError(
-                f"--labels {argument}: cannot be read ({error.strerror}); give a text file"
-            ) from error
-        content = None
-    if content is None:
+    if not os.path.isfile(argument):
         if "," not in argument:
             raise InputError(
                 f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
@@ -36,8 +28,10 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
                 "comma, or give it a name"
             )
         return names
+    with _open(argument) as stream:
+        lines = stream.read().splitlines()
     labels: dict[str, str] = {}
-    for number, line in enumerate(_decoded(content.splitlines(), argument), start=1):
+    for number, line in enumerate(_decoded(lines, argument), start=1):
         if not line.strip():
             continue
         name, _, description = (part.strip() for part in line.partition("\t"))
@@ -50,15 +44,26 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
 
 def read_lines(file: str) -> Iterator[str]:
     """Yield the lines of a file or of standard input (`-`); reject blank lines."""
-    if file == "-":
-        yield from _checked(_decoded(sys.stdin.buffer, "standard input"), "standard input")
-        return
+    where, number = "standard input" if file == "-" else file, 0
+    with _open(file) as stream:
+        for number, line in enumerate(_decoded(stream, where), start=1):
+            if not line.strip():
+                raise InputError(
+                    f"{where}, line {number}: the text is blank; remove the line or write a text"
+                )
+            yield line
+    if not number:
+        raise InputError(f"{where}: is empty; give at least one text, one per line")
+
+
+@contextmanager
+def _open(file: str) -> Iterator[IO[bytes]]:
     try:
-        with open(file, "rb") as stream:
-            yield from _checked(_decoded(stream, file), file)
+        with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+            yield stream
     except OSError as error:
         raise InputError(
-            f"{file}: cannot be read ({error.strerror}); give a text file with one text per line"
+            f"{file}: cannot be read ({error.strerror}); give a text file, one entry per line"
         ) from error
 
 
@@ -71,15 +76,3 @@ def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
             raise InputError(
                 f"{where}, line {number}: is not UTF-8 text ({error.reason})"
             ) from error
-
-
-def _checked(lines: Iterable[str], where: str) -> Iterator[str]:
-    number = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            raise InputError(
-                f"{where}, line {number}: the text is blank; remove the line or write a text"
-            )
-        yield line
-    if not number:
-        raise InputError(f"{where}: is empty; give at least one text, one per line")

@@ -78,7 +78,12 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     def fail(message: str, details: Sequence[str], code: int) -> int:
         if debug:
             traceback.print_exc()
-        return _print_error(program, message, details, code)
+        first, *rest = [*message.splitlines(), *details] or [""]
+        lines = [f"{program}: {first}", *(f"  {line}" for line in rest[:MAX_DETAIL_LINES])]
+        if len(rest) > MAX_DETAIL_LINES:
+            lines.append(f"  ... and {len(rest) - MAX_DETAIL_LINES} more")
+        click.echo("\n".join(lines), err=True)
+        return code
 
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False)
@@ -103,16 +108,6 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
         return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
     return result if isinstance(result, int) else 0
-
-
-def _print_error(program: str, message: str, details: Sequence[str], code: int) -> int:
-    first, *rest = [*message.splitlines(), *details] or [""]
-    click.echo(f"{program}: {first}", err=True)
-    for line in rest[:MAX_DETAIL_LINES]:
-        click.echo(f"  {line}", err=True)
-    if len(rest) > MAX_DETAIL_LINES:
-        click.echo(f"  ... and {len(rest) - MAX_DETAIL_LINES} more", err=True)
-    return code
 
 
 def main() -> None:

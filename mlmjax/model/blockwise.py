@@ -92,6 +92,10 @@ def _softmax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     return (mixed / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
 
+_Start = tuple[Any, ...]
+"""The first row, head and position of a block, and 0."""
+
+
 class _Blocks(NamedTuple):
     """The size of a block (rows, heads, queries) and the number of keys it sees.
 
@@ -109,28 +113,22 @@ class _Blocks(NamedTuple):
         """Return how many blocks there are along rows, heads and queries."""
         return tuple(n // m for n, m in zip(query.shape[:3], self[:3], strict=True))
 
-    def first_of(self, index: jax.Array, query: jax.Array) -> tuple[jax.Array, ...]:
-        """Return the first row, head, query and key of a block; keys are padded by `near`."""
+    def starts(self, index: jax.Array, query: jax.Array) -> tuple[_Start, _Start]:
+        """Return where the queries of a block and their keys start; keys are padded by `near`."""
         numbers = jnp.unravel_index(index, self.grid(query))
         row, head, start = (number * n for number, n in zip(numbers, self[:3], strict=True))
-        return row, head, start, jnp.zeros_like(start) if self.near is None else start
+        keys_start = jnp.zeros_like(start) if self.near is None else start
+        return (row, head, start, 0), (row, head, keys_start, 0)
 
-    def cut_queries(self, first: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
-        """Cut out the queries of a block."""
-        row, head, start, _ = first
-        return jax.lax.dynamic_slice(x, (row, head, start, 0), (*self[:3], x.shape[3]))
-
-    def cut_keys(self, first: tuple[jax.Array, ...], x: jax.Array) -> jax.Array:
-        """Cut out the keys or values that a block sees."""
-        row, head, _, start = first
-        sizes = self.rows, self.heads, self.keys, x.shape[3]
-        return jax.lax.dynamic_slice(x, (row, head, start, 0), sizes)
+    def cut(self, x: jax.Array, start: _Start, length: int) -> jax.Array:
+        """Cut out the queries, keys or values of a block."""
+        return jax.lax.dynamic_slice(x, start, (self.rows, self.heads, length, x.shape[3]))
 
     def mask(
-        self, first: tuple[jax.Array, ...], segment_ids: jax.Array, key_segments: jax.Array
+        self, start: _Start, keys_start: _Start, segment_ids: jax.Array, key_segments: jax.Array
     ) -> jax.Array:
         """Return which query of a block sees which key."""
-        row, _, query, key = first
+        (row, _, query, _), key = start, keys_start[2]
         return visible(
             jax.lax.dynamic_slice(segment_ids, (row, query), (self.rows, self.size)),
             jax.lax.dynamic_slice(key_segments, (row, key), (self.rows, self.keys)),
@@ -156,14 +154,11 @@ def _loop(
     """
 
     def body(index: jax.Array, mixed: jax.Array) -> jax.Array:
-        first = blocks.first_of(index, query)
-        part = _softmax(
-            blocks.cut_queries(first, mixed),
-            blocks.cut_keys(first, key),
-            blocks.cut_keys(first, value),
-            blocks.mask(first, segment_ids, key_segments),
-        )
-        return jax.lax.dynamic_update_slice(mixed, part, (*first[:3], 0))
+        start, keys_start = blocks.starts(index, query)
+        keys, values = (blocks.cut(x, keys_start, blocks.keys) for x in (key, value))
+        mask = blocks.mask(start, keys_start, segment_ids, key_segments)
+        part = _softmax(blocks.cut(mixed, start, blocks.size), keys, values, mask)
+        return jax.lax.dynamic_update_slice(mixed, part, start)
 
     return jax.lax.fori_loop(0, math.prod(blocks.grid(query)), body, query)
 
@@ -176,25 +171,18 @@ def _loop_backward(blocks: _Blocks, arrays: Any, gradient: jax.Array) -> tuple[A
     query, key, value, *segments = arrays
 
     def body(index: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        first = blocks.first_of(index, query)
-        mask = blocks.mask(first, *segments)
-        parts = (
-            blocks.cut_queries(first, query),
-            blocks.cut_keys(first, key),
-            blocks.cut_keys(first, value),
+        start, keys_start = blocks.starts(index, query)
+        keys, values = (blocks.cut(x, keys_start, blocks.keys) for x in (key, value))
+        _, pull_back = jax.vjp(
+            partial(_softmax, mask=blocks.mask(start, keys_start, *segments)),
+            *(blocks.cut(query, start, blocks.size), keys, values),
         )
-        _, pull_back = jax.vjp(lambda q, k, v: _softmax(q, k, v, mask), *parts)
-        to_query, *to_others = pull_back(blocks.cut_queries(first, gradients[0]))
-        keys_start = first[0], first[1], first[3], 0
-        return (
-            jax.lax.dynamic_update_slice(gradients[0], to_query, (*first[:3], 0)),
-            *(
-                jax.lax.dynamic_update_slice(
-                    total, blocks.cut_keys(first, total) + part, keys_start
-                )
-                for total, part in zip(gradients[1:], to_others, strict=True)
-            ),
-        )
+        to_query, *to_others = pull_back(blocks.cut(gradients[0], start, blocks.size))
+        totals = []
+        for total, part in zip(gradients[1:], to_others, strict=True):
+            part += blocks.cut(total, keys_start, blocks.keys)
+            totals.append(jax.lax.dynamic_update_slice(total, part, keys_start))
+        return jax.lax.dynamic_update_slice(gradients[0], to_query, start), *totals
 
     # Several blocks add to the gradient of the same key, in float32 like all sums.
     zeros = (jnp.zeros(x.shape, jnp.float32) for x in (key, value))
@@ -222,7 +210,8 @@ def _attend_in_bands(
     around = _surround(segments[..., None], window)[..., 0]
     mask = visible(segments, around, np.arange(size), np.arange(-window, size + window), window)
     # Arrays are [batch, heads, blocks, ...] and the mask is [batch, blocks, 1, q, k].
-    return _join(_softmax(queries, keys, values, jnp.moveaxis(mask, 2, 1)), query.shape)
+    blocks = _softmax(queries, keys, values, jnp.moveaxis(mask, 2, 1))
+    return blocks.reshape(*query.shape[:2], -1, query.shape[3])[:, :, : query.shape[2]]
 
 
 def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:
@@ -234,11 +223,6 @@ def _cut(x: jax.Array, axis: int, size: int) -> jax.Array:
 def _pad(x: jax.Array, axis: int, before: int, after: int) -> jax.Array:
     """Add zeros (segment 0) before and after an axis."""
     return jnp.pad(x, [(before, after) if i == axis else (0, 0) for i in range(x.ndim)])
-
-
-def _join(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Join blocks that `_cut` made along axis 2 of an array of this shape."""
-    return blocks.reshape(*shape[:2], -1, shape[3])[:, :, : shape[2]]
 
 
 def _surround(blocks: jax.Array, rows: int) -> jax.Array:

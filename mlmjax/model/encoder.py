@@ -27,6 +27,8 @@ from mlmjax.parallel.sharding import constrain
 
 Rope = tuple[jax.Array, jax.Array]
 """Cosines and sines of the rotary positions, each `[batch, 1, seq, head_dim / 2]`."""
+Attend = Callable[..., jax.Array]
+"""`attention.attend` with the window of a layer and the options of the model."""
 
 # Activations kept for the backward pass. "dots" keeps the outputs of matrix products, "layer" only
 # the input of each layer.
@@ -226,13 +228,9 @@ class Layer(nnx.Module):
         self.mlp = GatedMLP(config, rngs)
 
     def __call__(
-        self,
-        x: jax.Array,
-        rope: Rope,
-        segment_ids: jax.Array | None,
-        attend_here: Callable[..., jax.Array],
+        self, x: jax.Array, rope: Rope, segment_ids: jax.Array | None, attend_here: Attend
     ) -> jax.Array:
-        """Map `[batch, seq, hidden]` to the same shape; `attend_here` is `attend` with options."""
+        """Map `[batch, seq, hidden]` to the same shape."""
         normed = x if self.attn_norm is None else self.attn_norm(x, x.dtype)
         with jax.named_scope("attention"):
             x = _shard_rows((x + self.attn(normed, rope, segment_ids, attend_here)).astype(x.dtype))
@@ -252,11 +250,7 @@ class Attention(nnx.Module):
         self.Wo = make(heads, hidden, std=output_std(config))
 
     def __call__(
-        self,
-        x: jax.Array,
-        rope: Rope,
-        segment_ids: jax.Array | None,
-        attend_here: Callable[..., jax.Array],
+        self, x: jax.Array, rope: Rope, segment_ids: jax.Array | None, attend_here: Attend
     ) -> jax.Array:
         """Map `[batch, seq, hidden]` to float32 of the same shape."""
         query, key, value = jnp.transpose(self.Wqkv(x), (2, 0, 3, 1, 4))

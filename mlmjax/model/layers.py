@@ -11,6 +11,8 @@ from flax import nnx
 
 from mlmjax.model.architecture import ModelConfig
 
+_Pair = tuple[jax.Array, jax.Array]
+
 
 def product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Return the float32 `einsum` of two arrays, computed in the dtype of `x`.
@@ -43,15 +45,11 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum(subscripts, x, y.astype(x.dtype))
 
 
-def _forward(
-    subscripts: str, x: jax.Array, y: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+def _forward(subscripts: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, _Pair]:
     return _product(subscripts, x, y), (x, y)
 
 
-def _backward(
-    subscripts: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def _backward(subscripts: str, saved: _Pair, gradient: jax.Array) -> _Pair:
     """Compute each gradient with its axes in place.
 
     Plain differentiation gives the gradient of a weight with swapped axes, and on a CPU AdamW, the
@@ -154,16 +152,11 @@ def _gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-_gelu_by_tanh = partial(jax.nn.gelu, approximate=True)
-
+_BY_TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": _gelu,
-    "gelu_python": _gelu,
-    "gelu_new": _gelu_by_tanh,
-    "gelu_fast": _gelu_by_tanh,
-    "gelu_accurate": _gelu_by_tanh,
-    "gelu_pytorch_tanh": _gelu_by_tanh,
-    "gelu_python_tanh": _gelu_by_tanh,
+    **dict.fromkeys(("gelu", "gelu_python"), _gelu),
+    **dict.fromkeys(_BY_TANH, partial(jax.nn.gelu, approximate=True)),
+    **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "hardswish": jax.nn.hard_swish,
     "leaky_relu": jax.nn.leaky_relu,
@@ -173,7 +166,5 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "relu6": jax.nn.relu6,
     "sigmoid": jax.nn.sigmoid,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }

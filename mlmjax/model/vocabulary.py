@@ -15,7 +15,7 @@ from mlmjax.model.modernbert import (
     parameters,
     with_parameters,
 )
-from mlmjax.text.checks import check_text
+from mlmjax.text.checks import check_list, check_text
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import add_words
 
@@ -39,13 +39,11 @@ def resize_token_embeddings(
 
     Each new word becomes one token, alone and after a space. `words.add_words` explains
     `whole_words` and which words it rejects. New ids follow the tokenizer's last id, so rows of the
-    embedding without a token are used first. ModernBERT's own tokenizer has no such rows: all
-    50,368 have a token.
+    embedding without a token are used first (ModernBERT's own has none).
 
     The row (and the decoder bias) of a new word starts
 
-    - with `"pieces"`, the default, at the mean over the old tokens of `" " + word`. The model has
-      read them for this word, so the row begins near its meaning.
+    - with `"pieces"`, the default, at the mean over the old tokens of `" " + word`.
     - with a mapping `{word: text}`, at the mean over the tokens of that text, taken as written.
     - with `"mean"`, at the mean over all ordinary tokens (neither special nor [unused*]).
 
@@ -64,11 +62,12 @@ def resize_token_embeddings(
             f"the tokenizer has {tokenizer.vocab_size} ids, the model {old_rows} rows; "
             "give the tokenizer the model was trained with"
         )
-    words, texts = _words(new_tokens)
-    larger = add_words(tokenizer, words, whole_words=whole_words)
+    if not isinstance(new_tokens, Mapping):
+        new_tokens = list(check_list(new_tokens, "new_tokens", "words"))
+    larger = add_words(tokenizer, list(new_tokens), whole_words=whole_words)
     rows = _rows(old_rows, larger.vocab_size, size, multiple)
     ordinary = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.special_ids]
-    sources = _sources(tokenizer, words, texts, start)
+    sources = _sources(tokenizer, new_tokens, start)
 
     def resize(table: np.ndarray) -> np.ndarray:
         """Cut or extend `[vocab, ...]` and fill in the rows of the new words."""
@@ -88,23 +87,7 @@ def resize_token_embeddings(
     return with_parameters(abstract, values), larger
 
 
-def _words(new_tokens: Sequence[str] | Mapping[str, str]) -> tuple[list[str], list[str] | None]:
-    """Return the words, and for a mapping the text that each starts from."""
-    if isinstance(new_tokens, str):
-        raise InputError(f"new_tokens: is the text {new_tokens!r:.60}; expected a list of words")
-    if not isinstance(new_tokens, Mapping | Sequence):
-        raise InputError(
-            f"new_tokens: is {type(new_tokens).__name__}; expected a list of words, or word -> text"
-        )
-    if not isinstance(new_tokens, Mapping):
-        return list(new_tokens), None
-    for word, text in new_tokens.items():
-        check_text(text, f"new word {word!r:.80}: its text")
-    return list(new_tokens), list(new_tokens.values())
-
-
 def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:
-    """Return the number of rows for `used` ids."""
     for name, value in (("size", used if size is None else size), ("multiple", multiple)):
         if type(value) is not int or value < 1:
             raise InputError(f"{name}: is {value!r}; expected a whole number above 0")
@@ -119,17 +102,21 @@ def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:
 
 
 def _sources(
-    tokenizer: Tokenizer, words: Sequence[str], texts: Sequence[str] | None, start: str
+    tokenizer: Tokenizer, new_tokens: Sequence[str] | Mapping[str, str], start: str
 ) -> list[list[int] | None]:
     """Return the ids whose mean each new word starts at; None means all ordinary ids."""
     if start not in ("pieces", "mean"):
         raise InputError(f"start: is {start!r}; expected 'pieces' or 'mean'")
-    if start == "mean" and texts is None:
-        return [None] * len(words)
-    texts = [f" {word}" for word in words] if texts is None else texts
-    encoded = tokenizer.encode_plain_batch(texts)
+    if isinstance(new_tokens, Mapping):
+        for word, text in new_tokens.items():
+            check_text(text, f"new word {word!r:.80}: its text")
+        texts = list(new_tokens.values())
+    elif start == "mean":
+        return [None] * len(new_tokens)
+    else:
+        texts = [f" {word}" for word in new_tokens]
     sources: list[list[int] | None] = []
-    for word, ids in zip(words, encoded, strict=True):
+    for word, ids in zip(new_tokens, tokenizer.encode_plain_batch(texts), strict=True):
         known = [i for i in ids if i not in tokenizer.special_ids]
         if not known:
             raise InputError(
