@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,13 @@ import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from training import write_tokenizer
 
 from mlmjax import storage
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import CLASSES
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import create_train_state
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
@@ -34,7 +35,7 @@ TOOL = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TOOL)
 
 CONFIG = ModelConfig(
-    vocab_size=32,
+    vocab_size=384,
     pad_token_id=0,
     hidden_size=4,
     intermediate_size=6,
@@ -54,12 +55,17 @@ def make_folder(folder, tokenizer=None, dtype="float32", **options):
     return folder
 
 
-def run(capsys, *arguments):
+@pytest.fixture
+def run(capsys):
     """Run the tool in this process; return (exit code, standard output, standard error)."""
-    code = TOOL.run([str(argument) for argument in arguments])
-    streams = capsys.readouterr()
-    assert "Traceback" not in streams.err
-    return code, streams.out, streams.err
+
+    def run(*arguments):
+        code = TOOL.run([str(argument) for argument in arguments])
+        streams = capsys.readouterr()
+        assert "Traceback" not in streams.err
+        return code, streams.out, streams.err
+
+    return run
 
 
 def change(folder, name, index, value):
@@ -68,18 +74,28 @@ def change(folder, name, index, value):
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+@pytest.fixture
+def pair(tmp_path):
+    """Return two folders of one model, the second for a test to change."""
+    first = make_folder(tmp_path / "a")
+    change(first, "decoder.bias", 3, 0.0)
+    return first, Path(shutil.copytree(first, tmp_path / "b"))
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("ModernBertForMaskedLM", "float32"),
         ("ModernBertForMaskedLM", "bfloat16"),
         ("ModernBertForMaskedLM", "mixed, with a decoder"),
         ("ModernBertForSequenceClassification", "mixed, without"),
     ],
 )
-def test_there_and_back_is_bit_identical(name, dtype, tokenizer, tmp_path, capsys):
+def test_there_and_back_is_bit_identical(name, dtype, run, tmp_path):
     source = tmp_path / "source"
-    config = dataclasses.replace(CONFIG, vocab_size=50368, pad_token_id=tokenizer.pad_id)
+    write_tokenizer(tmp_path / "words")
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "words")
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("pad", "cls", "sep")}
+    config = dataclasses.replace(CONFIG, **ids)
     make_folder(source, tokenizer, "float32" if "," in dtype else dtype, name=name, config=config)
     if "," in dtype:
         tensors = load_file(source / WEIGHTS)
@@ -88,25 +104,23 @@ def test_there_and_back_is_bit_identical(name, dtype, tokenizer, tmp_path, capsy
         if name == "ModernBertForMaskedLM":
             tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING].copy()
         save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
-    assert run(capsys, "to-jax", source, tmp_path / "jax")[0] == 0
-    assert run(capsys, "to-hf", tmp_path / "jax", tmp_path / "hf")[0] == 0
+    assert run("to-jax", source, tmp_path / "jax")[0] == 0
+    assert run("to-hf", tmp_path / "jax", tmp_path / "hf")[0] == 0
     for file in (WEIGHTS, *tokenizer.files):
         assert (tmp_path / "hf" / file).read_bytes() == (source / file).read_bytes()
     assert '"note": "kept"' in (tmp_path / "hf" / storage.CONFIG).read_text()
-    for other in (tmp_path / "jax", tmp_path / "hf", source):
-        code, out, _ = run(capsys, "check", source, other)
+    for first, second in (("source", "jax"), ("jax", "hf"), ("source", "hf")):
+        code, out, _ = run("check", tmp_path / first, tmp_path / second)
         assert (code, out.splitlines()[0]) == (0, "largest difference 0")
-        assert run(capsys, "check", other, tmp_path / "jax")[0] == 0
 
 
-def test_check_prints_the_largest_difference_and_where(tmp_path, capsys):
-    first = make_folder(tmp_path / "a")
-    second = Path(shutil.copytree(first, tmp_path / "b"))
+def test_check_prints_the_largest_difference_and_where(run, pair, tmp_path):
+    first, second = pair
     change(second, "decoder.bias", 7, 0.25)
     change(second, "model.layers.1.mlp.Wo.weight", (3, 2), -8.0)
-    run(capsys, "to-jax", second, tmp_path / "c")
+    run("to-jax", second, tmp_path / "c")
     for other in (second, tmp_path / "c"):
-        code, out, err = run(capsys, "check", first, other)
+        code, out, err = run("check", first, other)
         assert code == 1
         assert "decoder.bias: differs by up to 0.25" in out
         assert "largest difference 7.99" in out
@@ -116,80 +130,81 @@ def test_check_prints_the_largest_difference_and_where(tmp_path, capsys):
         assert err == ""
 
 
-def test_one_bit_is_a_difference(tmp_path, capsys):
-    first = make_folder(tmp_path / "a")
-    change(first, "decoder.bias", 3, 0.0)
-    second = Path(shutil.copytree(first, tmp_path / "b"))
-    change(second, "decoder.bias", 3, -0.0)
-    code, out, _ = run(capsys, "check", first, second)
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (-0.0, "decoder.bias: differs by up to 0"),  # one bit
+        (np.nan, "largest difference inf at decoder.bias[3]: 0.0 in A, nan in B"),
+    ],
+)
+def test_one_value_is_a_difference(run, pair, value, says):
+    change(pair[1], "decoder.bias", 3, value)
+    code, out, _ = run("check", *pair)
     assert code == 1
-    assert "decoder.bias: differs by up to 0" in out
+    assert says in out
 
 
-def test_not_a_number_is_the_largest_difference(tmp_path, capsys):
+def test_other_dtypes_shapes_and_names_are_differences(run, tmp_path):
     first = make_folder(tmp_path / "a")
-    second = Path(shutil.copytree(first, tmp_path / "b"))
-    change(second, "decoder.bias", 3, np.nan)
-    code, out, _ = run(capsys, "check", first, second)
-    assert code == 1
-    assert "largest difference inf at decoder.bias[3]: 0.0 in A, nan in B" in out
-
-
-def test_other_dtypes_shapes_and_names_are_differences(tmp_path, capsys):
-    first = make_folder(tmp_path / "a")
-    code, out, _ = run(capsys, "check", first, make_folder(tmp_path / "b", dtype="bfloat16"))
+    code, out, _ = run("check", first, make_folder(tmp_path / "b", dtype="bfloat16"))
     assert code == 1
     assert "(float32 in A, bfloat16 in B)" in out
     other = make_folder(tmp_path / "c", name="ModernBertForSequenceClassification")
     tensors = load_file(other / WEIGHTS)
     tensors["head.norm.weight"] = np.ones(3, np.float32)
     save_file(tensors, other / WEIGHTS)
-    code, out, _ = run(capsys, "check", first, other)
+    code, out, _ = run("check", first, other)
     assert code == 1
     assert "classifier.bias: only in B" in out
     assert "decoder.bias: only in A" in out
     assert "head.norm.weight: shape [4] in A, [3] in B" in out
 
 
-def test_a_stored_decoder_is_the_embedding(tmp_path, capsys):
-    first = make_folder(tmp_path / "a")
-    second = Path(shutil.copytree(first, tmp_path / "b"))
+def test_a_stored_decoder_is_the_embedding(run, pair):
+    first, second = pair
     tensors = load_file(second / WEIGHTS)
     save_file(
         {**tensors, pretrained.DECODER: tensors[pretrained.EMBEDDING].copy()}, second / WEIGHTS
     )
-    assert run(capsys, "check", first, second)[0] == 0
-    assert run(capsys, "check", second, first)[0] == 0
+    assert run("check", first, second)[0] == 0
+    assert run("check", second, first)[0] == 0
     change(second, pretrained.DECODER, (1, 1), 9.0)
-    code, out, _ = run(capsys, "check", first, second)
+    code, out, _ = run("check", first, second)
     assert code == 1
     assert f"at {pretrained.DECODER}[1, 1]" in out
 
 
-def test_check_reads_the_checkpoints_of_a_run(tmp_path, capsys):
+def test_check_reads_the_checkpoints_of_a_run(run, tmp_path):
     state = create_train_state(make_model(), optax.adamw(1e-3))[1]
     with Checkpoints(tmp_path / "run" / "checkpoints", CheckpointConfig()) as checkpoints:
         checkpoints.save(3, state)
     export = make_folder(tmp_path / "run" / "export")
     for place in ("run", "run/checkpoints", "run/checkpoints/3"):
-        assert run(capsys, "check", tmp_path / place, export)[0] == 0
-    assert run(capsys, "check", export, make_folder(tmp_path / "other", seed=1))[0] == 1
+        assert run("check", tmp_path / place, export)[0] == 0
+    assert run("check", export, make_folder(tmp_path / "other", seed=1))[0] == 1
 
 
-def test_the_model_computes_the_same_on_the_other_side(tmp_path, capsys):
+def test_the_model_computes_the_same_on_the_other_side(run, tmp_path):
     source = make_folder(tmp_path / "a")
-    run(capsys, "to-jax", source, tmp_path / "b")
+    run("to-jax", source, tmp_path / "b")
     ids = jnp.arange(12).reshape(2, 6)
     model, _ = load_model(tmp_path / "b")
     np.testing.assert_array_equal(model(ids), make_model()(ids))
 
 
-def broken(folder):
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-5])
-
-
-def pickled(folder):
-    os.rename(folder / WEIGHTS, folder / "pytorch_model.bin")
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return a good folder of each kind, and some that cannot be converted."""
+    parent = tmp_path_factory.mktemp("folders")
+    found = {name: parent / name for name in ("good", "broken", "pickled", "empty", "absent")}
+    for name in ("good", "broken", "pickled"):
+        make_folder(found[name])
+    (found["good"] / "sub.txt").write_text("")
+    whole = (found["broken"] / WEIGHTS).read_bytes()
+    (found["broken"] / WEIGHTS).write_bytes(whole[:-5])
+    (found["pickled"] / WEIGHTS).rename(found["pickled"] / "pytorch_model.bin")
+    found["empty"].mkdir()
+    return found
 
 
 @pytest.mark.parametrize(
@@ -210,33 +225,18 @@ def pickled(folder):
         (["to-torch", "{good}", "{new}"], "No such command 'to-torch'"),
     ],
 )
-def test_bad_input_leaves_with_2_and_a_clear_line(arguments, message, tmp_path, capsys):
-    folders = {name: tmp_path / name for name in ("good", "broken", "pickled", "empty", "new")}
-    for name in ("good", "broken", "pickled"):
-        make_folder(folders[name])
-    (folders["good"] / "sub.txt").write_text("")
-    broken(folders["broken"])
-    pickled(folders["pickled"])
-    folders["empty"].mkdir()
-    filled = [a.format(absent=tmp_path / "absent", **folders) for a in arguments]
-    code, out, err = run(capsys, *filled)
+def test_bad_input_leaves_with_2_and_a_clear_line(arguments, message, folders, tmp_path, run):
+    new = tmp_path / "new"
+    code, out, err = run(*(argument.format(new=new, **folders) for argument in arguments))
     assert code == 2
     assert out == ""
     assert message in err
-    assert not folders["new"].exists()
+    assert not new.exists()
 
 
-def test_the_command_itself(tmp_path):
-    make_folder(tmp_path / "a")
-
-    def command(*arguments):
-        line = [sys.executable, str(SCRIPT.relative_to(ROOT)), *map(str, arguments)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-
-    good = command("to-jax", tmp_path / "a", tmp_path / "b")
-    assert (good.returncode, good.stderr) == (0, "")
-    bad = command("check", tmp_path / "a", tmp_path / "absent")
-    assert bad.returncode == 2
-    assert bad.stderr.splitlines() == [
-        f"convert_weights.py: {tmp_path / 'absent'}: there is no such folder"
-    ]
+def test_the_command_itself(folders):
+    command = [sys.executable, str(SCRIPT.relative_to(ROOT)), "check"]
+    command += [folders["good"], folders["absent"]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"convert_weights.py: {folders['absent']}: there is no such folder\n"

@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: parity with transformers, exact round trips, the hub."""
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -66,18 +67,36 @@ def folder(source, tmp_path):
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
+def export(source, out, **options):
+    """Load a folder and save it; return the model."""
+    model, tokenizer = load_pretrained(source)
+    save_pretrained(model, tokenizer, out, **options)
+    return model
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_by_transformers(folder, name="ModernBertForMaskedLM"):
+    model, info = CLASSES[name].from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    return model
+
+
 # --- the mapping -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("flipped", [(), BIASES, *((bias,) for bias in BIASES)])
-def test_mapping_covers_exactly_the_parameters(name, flipped):
+def test_mapping_covers_exactly_the_parameters(name):
     default = transformers.ModernBertConfig()
-    options = {bias: not getattr(default, bias) for bias in flipped}
-    theirs = {n: tuple(p.shape) for n, p in torch_model(name, **options).named_parameters()}
-    abstract = abstract_model(name, ModelConfig(**SIZES, **options))
-    ours = {n: hf_shape(n, leaf.shape) for n, leaf in parameters(abstract).items()}
-    assert ours == theirs
+    for flipped in ((), BIASES, *((bias,) for bias in BIASES)):
+        options = {bias: not getattr(default, bias) for bias in flipped}
+        theirs = {n: tuple(p.shape) for n, p in torch_model(name, **options).named_parameters()}
+        abstract = abstract_model(name, ModelConfig(**SIZES, **options))
+        assert theirs == {n: hf_shape(n, leaf.shape) for n, leaf in parameters(abstract).items()}
 
 
 def test_layouts_are_each_others_inverse():
@@ -98,8 +117,9 @@ def test_a_parameter_without_a_layout_is_an_error():
 
 
 @pytest.mark.parametrize("name", CLASSES)
-@pytest.mark.parametrize("shard", ["5GB", "1KB"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("shard", "dtype"), [("5GB", torch.float32), ("1KB", torch.bfloat16), ("5GB", torch.float16)]
+)
 def test_transformers_to_mlmjax_to_transformers(name, shard, dtype, tmp_path):
     biases = dict.fromkeys(BIASES, shard == "1KB")
     write_model(tmp_path / "in", name, dtype, shard=shard, num_labels=3, **biases)
@@ -116,32 +136,25 @@ def test_transformers_to_mlmjax_to_transformers(name, shard, dtype, tmp_path):
     assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "in")
 
     save_pretrained(model, tokenizer, tmp_path / "float32")
-    again, info = CLASSES[name].from_pretrained(tmp_path / "float32", output_loading_info=True)
-    assert not any(info.values())
+    again = read_by_transformers(tmp_path / "float32", name)
     assert type(again).__name__ == name
     assert again.dtype == torch.float32
     np.testing.assert_array_equal(torch_logits(again, IDS), expected)
 
 
 def test_sharded_folder_comes_back_with_the_same_tensors(source, tmp_path, monkeypatch):
-    model, tokenizer = load_pretrained(source)
     monkeypatch.setattr(pretrained, "SHARD_BYTES", 3000)
-    save_pretrained(model, tokenizer, tmp_path / "out")
+    model = export(source, tmp_path / "out")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors_of(source))
     assert tensors_of(tmp_path / "out") == tensors_of(source)
-    assert not any(
-        transformers.AutoModelForMaskedLM.from_pretrained(
-            tmp_path / "out", output_loading_info=True
-        )[1].values()
-    )
+    read_by_transformers(tmp_path / "out")
     again, _ = load_pretrained(tmp_path / "out")
     np.testing.assert_array_equal(again(IDS), model(IDS))
 
 
 def test_bfloat16_export_is_rounded_and_loads_in_bfloat16(source, tmp_path):
-    model, tokenizer = load_pretrained(source)
-    save_pretrained(model, tokenizer, tmp_path / "out", dtype="bfloat16")
+    export(source, tmp_path / "out", dtype="bfloat16")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     expected = torch_model().to(torch.bfloat16).state_dict()
@@ -149,25 +162,27 @@ def test_bfloat16_export_is_rounded_and_loads_in_bfloat16(source, tmp_path):
 
 
 def test_each_tensor_keeps_its_own_dtype(folder, tmp_path):
-    tensors = load_file(folder / WEIGHTS)
-    for name, dtype in zip(sorted(tensors), ["float16", "bfloat16", "float32"] * 20, strict=False):
-        tensors[name] = tensors[name].astype(dtype)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    model, tokenizer = load_pretrained(folder)
+    def cast(tensors):
+        dtypes = itertools.cycle(["float16", "bfloat16", "float32"])
+        for name, dtype in zip(sorted(tensors), dtypes, strict=False):
+            tensors[name] = tensors[name].astype(dtype)
+
+    change_tensors(folder, cast)
+    model = export(folder, tmp_path / "out", dtype="source")
     assert len(set(model.config.source_dtypes.values())) == 3
-    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
+
+
+def store_decoder(tensors):
+    tensors[DECODER] = tensors[EMBEDDING].copy()
 
 
 def test_equal_decoder_is_accepted_and_goes_back_with_source(folder, tmp_path):
-    tensors = load_file(folder / WEIGHTS)
-    tensors[DECODER] = tensors[EMBEDDING].copy()
-    save_file(tensors, folder / WEIGHTS)
-    model, tokenizer = load_pretrained(folder)
+    change_tensors(folder, store_decoder)
+    model = export(folder, tmp_path / "out", dtype="source")
     assert DECODER not in parameters(model)
-    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     assert tensors_of(tmp_path / "out") == tensors_of(folder)
-    save_pretrained(model, tokenizer, tmp_path / "float32")
+    save_pretrained(model, None, tmp_path / "float32")
     assert DECODER not in tensors_of(tmp_path / "float32")
 
 
@@ -175,21 +190,15 @@ def test_untied_config_needs_and_writes_the_decoder(folder, tmp_path):
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(InputError, match=r"decoder\.weight: is missing"):
         load_pretrained(folder)
-    tensors = load_file(folder / WEIGHTS)
-    save_file({**tensors, DECODER: tensors[EMBEDDING].copy()}, folder / WEIGHTS)
-    model, tokenizer = load_pretrained(folder)
-    save_pretrained(model, tokenizer, tmp_path / "out")
-    theirs, info = transformers.AutoModelForMaskedLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not any(info.values())
+    change_tensors(folder, store_decoder)
+    model = export(folder, tmp_path / "out")
+    theirs = read_by_transformers(tmp_path / "out")
     np.testing.assert_allclose(torch_logits(theirs, IDS), model(IDS), atol=1e-5)
 
 
 def test_unknown_keys_are_carried_through(folder, tmp_path):
     change_config(folder, my_note={"a": [1, 2]}, torch_dtype="float32", auto_map={"x": "evil.py"})
-    model, tokenizer = load_pretrained(folder)
-    save_pretrained(model, tokenizer, tmp_path / "out", dtype="bfloat16")
+    export(folder, tmp_path / "out", dtype="bfloat16")
     values = json.loads((tmp_path / "out" / CONFIG).read_text())
     assert values["my_note"] == {"a": [1, 2]}
     assert values["dtype"] == values["torch_dtype"] == "bfloat16"
@@ -227,11 +236,9 @@ def test_architectures_missing_follows_the_tensors(folder, tmp_path):
 
 
 def test_derived_buffers_of_older_exports_are_dropped(folder):
-    tensors = load_file(folder / WEIGHTS)
-    tensors["model.layers.0.attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    save_file(tensors, folder / WEIGHTS)
-    model, _ = load_pretrained(folder)
-    assert "model.layers.0.attn.rotary_emb.inv_freq" not in model.config.source_dtypes
+    name = "model.layers.0.attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda tensors: tensors.update({name: np.ones(4, np.float32)}))
+    assert name not in load_pretrained(folder)[0].config.source_dtypes
 
 
 def test_computing_in_bfloat16_keeps_float32_parameters(source):
@@ -282,8 +289,7 @@ def test_every_file_has_the_mode_of_the_umask(source, tmp_path, umask):
 
 def test_loading_and_saving_in_one_place(folder):
     before = tensors_of(folder)
-    model, tokenizer = load_pretrained(folder)
-    save_pretrained(model, tokenizer, folder, dtype="source")
+    export(folder, folder, dtype="source")
     assert tensors_of(folder) == before
 
 
@@ -325,8 +331,9 @@ def test_a_card_holds_results_for_the_hub_and_sections_for_people(source):
 
 
 def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
-    tensors = {n: x.astype(np.float16) for n, x in load_file(folder / WEIGHTS).items()}
-    save_file(tensors, folder / WEIGHTS)
+    change_tensors(
+        folder, lambda tensors: tensors.update({n: x.astype("f2") for n, x in tensors.items()})
+    )
     model, tokenizer = load_pretrained(folder)
     model.head.dense.weight[...] = model.head.dense.weight[...] * 1e7
     with pytest.raises(InputError, match=r"head\.dense\.weight: holds values .*float16"):
@@ -338,19 +345,16 @@ def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
 
 def test_finite_values_may_have_a_sum_that_is_not(folder):
     name = "model.layers.0.mlp.Wo.weight"
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = np.full_like(tensors[name], 3e38)
-    save_file(tensors, folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors[name].fill(3e38))
     model, _ = load_pretrained(folder)
     assert (parameters(model)[name] == np.float32(3e38)).all()
-    tensors[name][0, 1] = np.inf
-    save_file(tensors, folder / "model.safetensors")
+    change_tensors(folder, lambda tensors: tensors[name].put(1, np.inf))
     with pytest.raises(InputError, match=f"{name}: 1 of "):
         load_pretrained(folder)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(folder):
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     before = load_file(path)
     changed = pytest.raises(InputError, match="was changed while it was read")
     with changed, Weights(folder) as weights:  # the end of it refuses it too
