@@ -13,6 +13,7 @@ from flax import nnx
 import mlmjax
 from mlmjax.cli import demo
 from mlmjax.cli.demo_report import Answer, Method, page
+from mlmjax.config.run import parse_config
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 
@@ -112,26 +113,8 @@ class TestTool:
 
 
 LABELS = ["art", "law", "war"]
-REPORT = dict(  # noqa: C408
-    title="Title",
-    summary="Summary",
-    prompt="{text}\nSubject: [unused0] [MASK]",
-    methods=[Method("chance", 1 / 3), Method("ours", 0.7, (0.6, 0.8), is_ours=True)],
-    curve=[
-        {"step": 1, "split": "train", "loss_atp": 2.0, "answer_accuracy": 0.1},
-        {"step": 2, "split": "train", "loss_atp": 1.0, "answer_accuracy": None},
-        {"step": 2, "split": "validation", "loss_atp": 1.5, "answer_accuracy": 0.4},
-    ],
-    labels=LABELS,
-    confusion=np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]),
-    answers=[
-        Answer("<script>a & b</script>", {"art": 0.2, "law": 0.7, "war": 0.1}, "law"),
-        Answer("plain", {"art": 0.8, "law": 0.1, "war": 0.1}, "war"),
-    ],
-    sentences=[Answer("ours", {"art": 0.3, "law": 0.4, "war": 0.3})],
-    facts={"machine": "2 cores"},
-    commands=[("Ask:", "mlmjax classify < FILE")],
-)
+RUN = {"init_from": "a <b>", "out": "run", "steps": 2}
+RUN |= {"data": {"rows": "rows", "seq_length": 64, "batch_size": 8}}
 
 
 class Page(HTMLParser):
@@ -148,48 +131,78 @@ class Page(HTMLParser):
         self.text += data
 
 
+@pytest.fixture(scope="module")
+def report():
+    """A page about three labels."""
+    methods = [Method(name, 0.5) for name in ("chance", "majority", "zero-shot")]
+    text = page(
+        methods=[*methods, Method("ours", 0.75, (0.6, 0.8), is_ours=True)],
+        curve=[
+            {"step": 1, "split": "train", "loss_atp": 2.0, "answer_accuracy": 0.1},
+            {"step": 2, "split": "train", "loss_atp": 1.0, "answer_accuracy": None},
+            {"step": 2, "split": "validation", "loss_atp": 1.5, "answer_accuracy": 0.4},
+        ],
+        labels=LABELS,
+        confusion=np.array([[3, 1, 0], [0, 4, 0], [0, 0, 0]]),
+        answers=[
+            Answer("<script>a & b</script>", {"art": 0.2, "law": 0.7, "war": 0.1}, "law"),
+            Answer("plain", {"art": 0.8, "law": 0.1, "war": 0.1}, "war"),
+        ],
+        sentences=[Answer("ours", {"art": 0.3, "law": 0.4, "war": 0.3})],
+        **demo.facts(Path("my out"), parse_config(RUN), make_model()),
+        trained=1000,
+        seconds=61,
+    )
+    return Page(text)
+
+
+def make_model():
+    return mlmjax.ModernBertForMaskedLM(mlmjax.ModelConfig(**TINY), rngs=nnx.Rngs(0))
+
+
 class TestReport:
-    def test_needs_nothing_outside_itself(self):
-        tags = Page(page(**REPORT)).tags
+    def test_needs_nothing_outside_itself(self, report):
+        tags = report.tags
         pictures = [attrs["src"] for tag, attrs in tags if tag == "img"]
         assert len(pictures) == 3
         assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
         assert not [tag for tag, _ in tags if tag in {"script", "link", "iframe"}]
         assert not [attrs for _, attrs in tags if "http" in str(attrs)]
 
-    def test_shows_texts_as_they_are(self):
-        shown = Page(page(**REPORT))
-        for text in ("<script>a & b</script>", "mlmjax classify < FILE", "2 cores", "[unused0]"):
-            assert text in shown.text
+    def test_shows_texts_and_figures(self, report):
+        shown = " ".join(report.text.split())
+        for text in (
+            "a <b>, a small ModernBERT, finds the subject (one of 3) of 50% of 8 textbook",
+            "75% after 61 seconds of training on 1,000 other paragraphs.",
+            "1 layers of 16, 2 heads,",
+            "2 updates of 8 rows with 64 tokens",
+            "mlmjax classify --model 'my out/model' --labels art,law,war FILE",
+            "<script>a & b</script>",
+            "[unused0]",
+        ):
+            assert text in shown
 
-    def test_says_what_was_right_and_wrong(self):
-        text = Page(page(**REPORT)).text
+    def test_says_what_was_right_and_wrong(self, report):
+        text = report.text
         assert text.count("✓ correct: law") == 1
         assert text.count("✗ the book says: war") == 1
         assert text.count("70%") == 1  # the bar of the right answer
 
 
-class TestBaselines:
-    def test_tfidf_learns_words(self):
-        rows = [
-            {"text": f"{word} x{i}", "label": word} for i in range(9) for word in ("art", "law")
-        ]
-        texts, labels = zip(*((row["text"], row["label"]) for row in rows), strict=True)
-        assert tfidf_regression(texts, labels, ["law y", "art z"]) == ["law", "art"]
+def test_tfidf_learns_words():
+    texts, labels = zip(
+        *((f"{word} x{i}", word) for i in range(9) for word in LABELS[:2]), strict=True
+    )
+    assert tfidf_regression(texts, labels, ["law y", "art z"]) == ["law", "art"]
 
 
 def run(out, *overrides):
     """Run the demo with a network of one layer in the place of the packaged one."""
     start = out.parent / "start"
     if not start.exists():
-        model = mlmjax.ModernBertForMaskedLM(mlmjax.ModelConfig.from_hf(TINY), rngs=nnx.Rngs(0))
-        mlmjax.save_pretrained(model, mlmjax.Tokenizer.from_pretrained(), start)
+        mlmjax.save_pretrained(make_model(), mlmjax.Tokenizer.from_pretrained(), start)
     few = ["steps=2", "evaluation.every=0", f"init_from={start}"]
     return demo.run_demo(out, [*few, *overrides], limit=60)
-
-
-def show(out, capfd):
-    return run(out), *capfd.readouterr()
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +212,8 @@ def out(tmp_path_factory):
 
 class TestRun:
     def test_leaves_what_it_promises_and_prints_results_alone(self, out, capfd):
-        accuracies, printed, said = show(out, capfd)
+        accuracies = run(out)
+        printed, said = capfd.readouterr()
         assert accuracies["chance"] == 1 / 8
         assert accuracies["TF-IDF + logistic regression"] > 0.25
         lines = printed.splitlines()
@@ -228,7 +242,8 @@ class TestRun:
 
     def test_again_in_the_same_folder_finds_the_run_complete(self, out, capfd):
         before = (out / "model" / "model.safetensors").read_bytes()
-        _, _, said = show(out, capfd)
+        run(out)
+        said = capfd.readouterr().err
         assert "complete at step 2" in said
         assert "step 2/2 | validation" not in said
         assert (out / "model" / "model.safetensors").read_bytes() == before

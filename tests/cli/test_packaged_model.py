@@ -1,11 +1,13 @@
 """The packaged model: found by its name, the same in transformers, and what its card says it is."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from tiny_models import torch, transformers
 
 import mlmjax
 from mlmjax.cli import commands
@@ -17,7 +19,7 @@ from mlmjax.weights import hub
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(mlmjax.__file__).parent
 PACKAGED = PACKAGE / "assets" / "small"
-TEXTS = [row["text"] for row in read_jsonl(PACKAGE / "assets" / "openstax" / "test.jsonl")][::16]
+TEXTS = [row["text"] for row in read_jsonl(PACKAGE / "assets" / "openstax" / "test.jsonl")][::48]
 SUBJECTS = ["biology", "history", "physics"]
 MIB = 2**20
 
@@ -56,7 +58,6 @@ def test_is_small_enough_to_be_packaged():
 
 
 def test_transformers_gives_the_same_answers_from_our_export(loaded, tmp_path):
-    torch, transformers = map(pytest.importorskip, ("torch", "transformers"))
     folder = tmp_path / "export"
     mlmjax.save_pretrained(*loaded, folder, dtype="bfloat16")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -83,18 +84,15 @@ def test_transformers_gives_the_same_answers_from_our_export(loaded, tmp_path):
 def test_every_command_uses_it_where_no_model_is_given(tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS[:3]), encoding="utf-8")
     asked = ["classify", "--labels", ",".join(SUBJECTS), str(tmp_path / "texts.txt")]
-    plain = CliRunner().invoke(commands.cli, asked, catch_exceptions=False)
-    named = CliRunner().invoke(
-        commands.cli, [*asked, "--model", "mlmjax-small"], catch_exceptions=False
-    )
+    invoke = partial(CliRunner().invoke, commands.cli, catch_exceptions=False)
+    plain, named = invoke(asked), invoke([*asked, "--model", "mlmjax-small"])
     assert plain.stdout == named.stdout
     assert len(plain.stdout.splitlines()) == 3
     assert "using the packaged mlmjax-small" in plain.stderr
     assert "packaged" not in named.stderr
     task = ROOT / "configs/tasks/subjects.toml"
-    asked = ["evaluate", "--task", str(task), "--limit", "16", "--order-rows", "0"]
-    found = CliRunner().invoke(commands.cli, asked, catch_exceptions=False)
-    assert json.loads(found.stdout)["n"] == 16
+    found = invoke(["evaluate", "--task", str(task), "--limit", "4", "--order-rows", "0"])
+    assert json.loads(found.stdout)["n"] == 4
     assert "using the packaged mlmjax-small" in found.stderr
 
 
