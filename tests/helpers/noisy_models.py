@@ -22,8 +22,6 @@ TINY = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
 }
 BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
-# This level compiles twice as fast, and these programs are too small to run slower.
-quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def config_of(**changes):
@@ -85,11 +83,11 @@ def loss_and_gradients(model, ids, mask, targets, *, compiled=False):
         logits = nnx.merge(graphdef, params)(ids, mask)
         return cross_entropy(logits, targets), logits
 
-    (loss, logits), grads = (quick_jit(run) if compiled else run)(params)
+    (loss, logits), grads = (jax.jit(run) if compiled else run)(params)
     return float(loss), np.asarray(logits), named(grads)
 
 
 def run_jitted(model, *inputs):
     """Return the logits from a compiled program."""
     graphdef, params = nnx.split(model)
-    return quick_jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))(params, *inputs)
+    return jax.jit(lambda params, *inputs: nnx.merge(graphdef, params)(*inputs))(params, *inputs)
