@@ -12,15 +12,6 @@ from mlmjax.cli.main import keep_compiled, run
 from mlmjax.errors import InputError, RunError
 
 
-def fails(capsys, code, *arguments):
-    """Run a command that must fail with `code`; return the first line it prints."""
-    assert run(arguments) == code
-    out, err = capsys.readouterr()
-    assert not out
-    assert "Traceback" not in err
-    return err.splitlines()[0]
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -29,31 +20,14 @@ def fails(capsys, code, *arguments):
         (["train"], "Missing argument 'CONFIG'"),
         (["trian", "x.toml"], "No such command 'trian'"),
         (["evaluate", "--model", "absent", "--task", "mmul"], "mmlu"),
-        (["evaluate", "--model", "m", "--task", "mmlu", "--protocol", "other"], "'other'"),
-        (["evaluate", "--model", "m", "--task", "mmlu", "--limit", "0"], "--limit"),
-        (["classify", "--model", "m", "--labels", "one"], "at least two labels"),
-        (
-            ["classify", "--model", "m", "--labels", "a,b", "absent.txt"],
-            "absent.txt: cannot be read",
-        ),
     ],
 )
 def test_bad_input_exits_2_with_one_clear_line(capsys, arguments, message):
-    assert message in fails(capsys, 2, *arguments)
-
-
-def test_blank_line_is_named(capsys, tmp_path):
-    path = tmp_path / "texts.txt"
-    path.write_text("first\n   \nthird\n")
-    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
-    assert "line 2: the text is blank" in line
-
-
-def test_broken_utf8_is_named(capsys, tmp_path):
-    path = tmp_path / "texts.txt"
-    path.write_bytes(b"first\n\xff\xfe\n")
-    line = fails(capsys, 2, "classify", "--model", "m", "--labels", "a,b", str(path))
-    assert "line 2: is not UTF-8" in line
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "Traceback" not in err
+    assert message in err.splitlines()[0]
 
 
 def test_labels_from_a_file(tmp_path):
@@ -62,14 +36,6 @@ def test_labels_from_a_file(tmp_path):
     assert read_labels(str(path)) == {"sports": "games and athletes", "world": ""}
     path.write_text("a\nb\n")
     assert read_labels(str(path)) == ["a", "b"]
-
-
-@pytest.mark.parametrize("content", ["a\na\n", "\tdescription\nb\n"])
-def test_bad_label_files(tmp_path, content):
-    path = tmp_path / "labels.txt"
-    path.write_text(content)
-    with pytest.raises(InputError, match="line"):
-        read_labels(str(path))
 
 
 @pytest.mark.parametrize(

@@ -150,79 +150,53 @@ def test_flat_dialect_is_written_only_where_it_can_express_the_model(kinds, n):
 @pytest.mark.parametrize(
     ("values", "key"),
     [
-        ({"vocab_size": 10**12}, "vocab_size"),
-        ({"vocab_size": 0}, "vocab_size"),
         ({"vocab_size": 10.0}, "vocab_size"),
         ({"vocab_size": "50368"}, "vocab_size"),
         ({"vocab_size": None}, "vocab_size"),
         ({"vocab_size": True}, "vocab_size"),
         ({"vocab_size": 10**6000}, "vocab_size"),
         ({"vocab_size": 100}, "pad_token_id"),
-        ({"pad_token_id": -1}, "pad_token_id"),
         ({"pad_token_id": "x"}, "pad_token_id"),
         ({"pad_token_id": [3]}, "pad_token_id"),
         ({"eos_token_id": [1, True]}, "eos_token_id"),
-        ({"num_hidden_layers": 10**5}, "num_hidden_layers"),
         ({"num_hidden_layers": 0}, "num_hidden_layers"),
-        ({"num_hidden_layers": 2, "layer_types": [GLOBAL]}, "layer_types"),
-        ({"num_hidden_layers": 1, "layer_types": ["linear_attention"]}, "layer_types"),
         ({"num_hidden_layers": 1, "layer_types": [{}]}, "layer_types"),
-        ({"num_hidden_layers": 1, "layer_types": GLOBAL}, "layer_types"),
-        ({"num_attention_heads": 0}, "num_attention_heads"),
         ({"num_attention_heads": -12}, "num_attention_heads"),
-        ({"num_attention_heads": 7}, "hidden_size"),
-        ({"hidden_size": 36}, "hidden_size"),
-        ({"hidden_size": 2**16}, "hidden_size"),
         ({"intermediate_size": 2**20}, "intermediate_size"),
-        ({"local_attention": -2}, "local_attention"),
         ({"local_attention": None}, "local_attention"),
         ({"sliding_window": "x"}, "local_attention"),
-        ({"max_position_embeddings": 2**40}, "max_position_embeddings"),
-        ({"norm_eps": 0}, "norm_eps"),
         ({"norm_eps": -1e-5}, "norm_eps"),
-        ({"norm_eps": float("nan")}, "norm_eps"),
         ({"norm_eps": "1e-5"}, "norm_eps"),
         ({"initializer_range": float("inf")}, "initializer_range"),
-        ({"attention_dropout": 1.5}, "attention_dropout"),
         ({"mlp_dropout": False}, "mlp_dropout"),
         ({"norm_bias": 1}, "norm_bias"),
         ({"decoder_bias": "yes"}, "decoder_bias"),
-        ({"hidden_activation": "swiglu"}, "hidden_activation"),
         ({"hidden_activation": None}, "hidden_activation"),
-        ({"classifier_activation": ["gelu"]}, "classifier_activation"),
         ({"classifier_pooling": "max"}, "classifier_pooling"),
         ({"global_attn_every_n_layers": 0}, "global_attn_every_n_layers"),
         ({"global_attn_every_n_layers": None}, "global_attn_every_n_layers"),
         ({"global_attn_every_n_layers": 2.0}, "global_attn_every_n_layers"),
         ({"global_rope_theta": 0}, "global_rope_theta"),
         ({"local_rope_theta": None}, "local_rope_theta"),
-        ({"rope_parameters": nested({"rope_type": "yarn"}, {})}, "rope_type"),
         ({"rope_parameters": nested({}, {"type": "linear", "factor": 2})}, "rope_type"),
         ({"rope_parameters": nested({}, {"rope_theta": None})}, "local_rope_theta"),
         ({"rope_parameters": nested({}, [1])}, "rope_parameters"),
         ({"rope_parameters": {"rope_theta": 10_000.0}}, "rope_parameters"),
-        ({"rope_parameters": [1]}, "rope_parameters"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"head_dim": 128}, "head_dim"),
         ({"num_labels": 0}, "num_labels"),
         ({"num_labels": 10**9}, "num_labels"),
         ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "num_labels"),
         ({"id2label": {}}, "id2label"),
-        ({"id2label": {"0": "a", "2": "b"}}, "id2label"),
         ({"id2label": {"0": "a", "1": 5}}, "id2label"),
         ({"id2label": ["a", "b"]}, "id2label"),
         ({"label2id": ["a"], "id2label": {"0": "a"}}, "label2id"),
-        ({"label2id": {"a": "x"}, "id2label": {"0": "a"}}, "label2id"),
         ({"problem_type": "other"}, "problem_type"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "problem_type"),
         ({"architectures": "ModernBertModel"}, "architectures"),
-        ({"model_type": "bert"}, "model_type"),
         ({"model_type": None}, "model_type"),
     ],
 )
-def test_refuses_by_name(values, key):
+def test_a_wrong_value_is_rejected_by_name(values, key):
     with pytest.raises(InputError) as caught:
         ModelConfig.from_hf(values)
     assert key in caught.value.message
@@ -230,12 +204,7 @@ def test_refuses_by_name(values, key):
     assert len(caught.value.message) < 400
 
 
-def test_another_architecture_is_called_that():
-    with pytest.raises(InputError, match="another architecture"):
-        ModelConfig.from_hf({"model_type": "llama", "vocab_size": 10**12})
-
-
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_listed_at_once():
     with pytest.raises(InputError) as caught:
         ModelConfig(vocab_size=-1, norm_eps=0.0, hidden_activation="x", layer_types=("y",))
     assert len(caught.value.details) == 4 + 1  # layer_types: entry and number

