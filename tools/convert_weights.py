@@ -146,7 +146,7 @@ def compare(
 
 
 def _largest_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, tuple[int, ...]]:
-    """Return the largest |a - b| and its index; a NaN on one side alone counts as infinite."""
+    """Return the largest |a - b| and its index; a NaN on one side only counts as infinite."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     with np.errstate(invalid="ignore"):
         gap = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b))

@@ -1,9 +1,8 @@
 """Write the demo's page: one HTML file with its pictures inside, no script and no network."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,8 +12,7 @@ from mlmjax.reporting.charts import ACCENT, INK, OTHER, WIDTH, embedded_picture
 from mlmjax.reporting.pages import render, stylesheet
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One bar of the accuracy picture: its name, accuracy and 95 % interval if known."""
 
     name: str
@@ -23,8 +21,7 @@ class Method:
     is_ours: bool = False
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """One text and the probability of every label; `gold` is None if it is unknown."""
 
     text: str
@@ -34,11 +31,6 @@ class Answer:
     def best(self) -> list[tuple[str, float]]:
         """Return the three most probable labels with their probabilities."""
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
-
-    @property
-    def prediction(self) -> str:
-        """The most probable label."""
-        return self.best()[0][0]
 
 
 def page(

@@ -39,16 +39,16 @@ def attend_by_blocks(
 ) -> jax.Array:
     """Score blocks of queries with near keys or all keys, as suits shape and platform."""
     batch, heads, length, _ = query.shape
-    alone = is_single_cpu()
-    if not alone and window is not None and max(_BLOCK, window) + 2 * window <= length // 2:
+    single_cpu = is_single_cpu()
+    if not single_cpu and window is not None and max(_BLOCK, window) + 2 * window <= length // 2:
         return _attend_in_bands(query, key, value, segment_ids, window)
-    if length < (2 if alone else 4) * _BLOCK:
+    if length < (2 if single_cpu else 4) * _BLOCK:
         return attend_at_once(query, key, value, segment_ids, window)
     near = window if window is not None and _BLOCK + 2 * window < length else None
     size = _BLOCK if near is not None or length < 4 * _BLOCK else 2 * _BLOCK
     keys = length if near is None else size + 2 * near
     segment_ids = jnp.broadcast_to(segment_ids, (batch, length))
-    if alone:
+    if single_cpu:
         batch, heads = 1, heads_at_once(heads, size, keys)
     missing = -length % size
     before, after = (0, 0) if near is None else (near, near + missing)

@@ -127,7 +127,7 @@ def check_tokenizer(
     if problems:
         raise InputError(
             f"{folder}: the tokenizer does not match the model: {problems[0]}; "
-            "put the tokenizer the model was trained with beside it",
+            "put the tokenizer that the model was trained with into this folder",
             problems[1:],
         )
 
@@ -171,7 +171,7 @@ def _describe_model(
 
 def _class_name(where: Path, given: tuple[str, ...] | None, tensors: Mapping[str, Any]) -> str:
     if not given:
-        # A bare encoder has neither head, and is refused like any other architecture.
+        # A bare encoder has neither head, and is rejected like any other architecture.
         given = (
             "ModernBertForSequenceClassification"
             if "classifier.weight" in tensors
@@ -224,7 +224,7 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
                 )
         return value
 
-    # Threads do not inherit a default device that the caller set for this thread alone.
+    # Threads do not inherit a default device that the caller set for this thread only.
     device = jax.config.jax_default_device  # type: ignore[attr-defined]
 
     def put(name: str, leaf: Any) -> jax.Array:
@@ -303,7 +303,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str
         shard = {}
         for name in names:
             layout = EMBEDDING if name == DECODER else name
-            with np.errstate(over="ignore"):  # what overflows is refused below, by name
+            with np.errstate(over="ignore"):  # values that overflow are rejected below, by name
                 value = to_hf_layout(layout, np.asarray(tensors[name])).astype(dtypes[name])
             if not np.isfinite(value.astype(np.float32)).all():
                 raise InputError(

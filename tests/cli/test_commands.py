@@ -1,4 +1,4 @@
-"""The command line: exit codes, first lines, no traceback, results on stdout alone."""
+"""The command line: exit codes, first lines, no traceback, only results on stdout."""
 
 import os
 import subprocess

@@ -42,14 +42,14 @@ class TestData:
     def test_is_split_by_module(self, train, test):
         assert not {row["module"] for row in train} & {row["module"] for row in test}
 
-    def test_no_ten_words_stand_twice(self, train, test):
+    def test_no_ten_words_occur_twice(self, train, test):
         runs = Counter()
         for row in train + test:
             words = re.findall(r"\w+", row["text"].lower())
             runs.update({" ".join(words[i : i + 10]) for i in range(len(words) - 9)})
         assert max(runs.values()) == 1
 
-    def test_holds_prose_alone(self, train, test):
+    def test_holds_only_prose(self, train, test):
         for row in train + test:
             assert list(row) == ["text", "label", "book", "module"]
             assert 40 <= len(row["text"].split()) <= 150
@@ -197,7 +197,7 @@ def test_tfidf_learns_words():
 
 
 def run(out, *overrides):
-    """Run the demo with a network of one layer in the place of the packaged one."""
+    """Run the demo with a network of one layer instead of the packaged one."""
     start = out.parent / "start"
     if not start.exists():
         mlmjax.save_pretrained(make_model(), mlmjax.Tokenizer.from_pretrained(), start)
@@ -211,7 +211,7 @@ def out(tmp_path_factory):
 
 
 class TestRun:
-    def test_leaves_what_it_promises_and_prints_results_alone(self, out, capfd):
+    def test_leaves_what_it_promises_and_prints_only_results(self, out, capfd):
         accuracies = run(out)
         printed, said = capfd.readouterr()
         assert accuracies["chance"] == 1 / 8
@@ -248,7 +248,7 @@ class TestRun:
         assert "step 2/2 | validation" not in said
         assert (out / "model" / "model.safetensors").read_bytes() == before
 
-    def test_another_run_in_the_same_folder_is_refused(self, out):
+    def test_another_run_in_the_same_folder_is_rejected(self, out):
         with pytest.raises(InputError, match="seed"):
             run(out, "seed=5")
 
@@ -261,7 +261,7 @@ class TestRun:
         assert [path.name for path in tmp_path.iterdir()] == [name]
         assert (tmp_path / name / "README.md").read_text() == "mine"
 
-    def test_a_folder_that_would_hide_the_packaged_model_is_refused(self, tmp_path, monkeypatch):
+    def test_a_folder_that_would_hide_the_packaged_model_is_rejected(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match="is the name of the packaged model"):
             demo.run_demo(Path("mlmjax-small"))

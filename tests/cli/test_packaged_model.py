@@ -78,7 +78,7 @@ def test_transformers_gives_the_same_answers_from_our_export(loaded, tmp_path):
         found.append(logits.log_softmax(-1).numpy())
     np.testing.assert_allclose(ours, np.stack(found), atol=1e-4)
     assert (ours.argmax(1) == np.stack(found).argmax(1)).all()
-    assert np.ptp(ours, axis=0).min() > 0.01  # each text has an answer of its own
+    assert np.ptp(ours, axis=0).min() > 0.01  # answers differ between texts
 
 
 def test_every_command_uses_it_where_no_model_is_given(tmp_path):

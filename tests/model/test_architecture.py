@@ -1,4 +1,4 @@
-"""Model configurations: both dialects as transformers reads them, and what is refused."""
+"""Model configurations: both dialects as transformers reads them, and what is rejected."""
 
 import dataclasses
 import json
@@ -142,8 +142,10 @@ def test_flat_dialect_is_written_only_where_it_can_express_the_model(kinds, n):
     flat = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
     assert written.keys() & flat == (flat if n else set())
     if n:
-        alone = {k: v for k, v in written.items() if k not in ("layer_types", "rope_parameters")}
-        assert ModelConfig.from_hf(alone) == config
+        flat_only = {
+            k: v for k, v in written.items() if k not in ("layer_types", "rope_parameters")
+        }
+        assert ModelConfig.from_hf(flat_only) == config
     assert ModelConfig.from_hf(written) == config
 
 
@@ -213,7 +215,7 @@ def test_all_problems_are_listed_at_once():
 
 
 @pytest.mark.parametrize("values", [[], None, "config", 3])
-def test_what_is_no_object_is_refused(values):
+def test_what_is_no_object_is_rejected(values):
     with pytest.raises(InputError, match="expected an object"):
         ModelConfig.from_hf(values)
 

@@ -307,7 +307,7 @@ def test_auto_lowers_to_the_kernels_of_each_platform(monkeypatch):
         ("cudnn", jnp.bfloat16, "gpu", "head_dim"),
     ],
 )
-def test_what_cannot_run_here_is_refused(monkeypatch, implementation, dtype, platform, says):
+def test_what_cannot_run_here_is_rejected(monkeypatch, implementation, dtype, platform, says):
     monkeypatch.setattr(attention, "platform", lambda: platform)
     arrays = heads((1, 1, 8, 4), dtype=dtype)
     for window in (None, 2):

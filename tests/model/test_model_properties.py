@@ -1,4 +1,4 @@
-"""The model by itself: alike in every arrangement, every field acts, wrong inputs are refused."""
+"""The model without an oracle: batching changes nothing, every field acts, bad input is rejected."""
 
 import dataclasses
 
@@ -243,7 +243,7 @@ def test_a_mesh_changes_nothing():
         (np.zeros((1, 5), int), {"position_ids": np.ones((5,), int)}, "position_ids: found"),
     ],
 )
-def test_wrong_inputs_are_refused(ids, others, says):
+def test_wrong_inputs_are_rejected(ids, others, says):
     model = build(ModernBertForMaskedLM, config_of())
     with pytest.raises(InputError, match=says):
         model(ids, **others)
@@ -263,6 +263,6 @@ def test_traced_ids_outside_the_vocabulary_give_nan():
     ("options", "says"),
     [({"attention": "flash"}, "attention"), ({"dtype": jnp.float16}, "dtype")],
 )
-def test_wrong_options_are_refused(options, says):
+def test_wrong_options_are_rejected(options, says):
     with pytest.raises(InputError, match=says):
         ModernBertForMaskedLM(config_of(), rngs=nnx.Rngs(0), **options)

@@ -199,7 +199,7 @@ def test_no_checkpoint_yet(tmp_path):
         ({"decoder_bias": False}, "decoder.bias", "the model nothing"),
     ],
 )
-def test_another_model_is_refused_by_its_first_difference(change, leaf, message, two_steps):
+def test_another_model_is_rejected_by_its_first_difference(change, leaf, message, two_steps):
     other = make_state(dataclasses.replace(CONFIG, layer_types=None, **change))
     with (
         Checkpoints(two_steps, KEEP) as checkpoints,
@@ -212,7 +212,7 @@ def test_another_model_is_refused_by_its_first_difference(change, leaf, message,
     assert any(name in caught.value.message for name in ("params", "opt_state"))
 
 
-def test_another_optimizer_and_another_dtype_are_refused(state, two_steps):
+def test_another_optimizer_and_another_dtype_are_rejected(state, two_steps):
     with Checkpoints(two_steps, KEEP) as checkpoints:
         other = state._replace(opt_state=optax.sgd(0.1).init(state.params))
         with pytest.raises(InputError, match=r"opt_state\..*the model nothing"):
@@ -351,7 +351,7 @@ def test_orbax_is_quiet_and_others_are_not(state, tmp_path, caplog, capfd):
     assert capfd.readouterr().out == ""
 
 
-# --- a model alone -----------------------------------------------------------------------------
+# --- a model without a run -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The conversion tool: bit by bit both ways, differences found and placed, bad input refused."""
+"""The conversion tool: bit by bit both ways, differences are located, bad input is rejected."""
 
 import dataclasses
 import importlib.util

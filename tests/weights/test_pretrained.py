@@ -63,7 +63,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture
 def folder(source, tmp_path):
-    """A good folder of its own for a test to spoil."""
+    """A copy of a good folder for a test to spoil."""
     return Path(shutil.copytree(source, tmp_path / "model"))
 
 
@@ -330,7 +330,7 @@ def test_a_card_holds_results_for_the_hub_and_sections_for_people(source):
     assert "vocabulary 18" in plain.text
 
 
-def test_values_the_dtype_cannot_hold_are_refused(folder, tmp_path):
+def test_values_the_dtype_cannot_hold_are_rejected(folder, tmp_path):
     change_tensors(
         folder, lambda tensors: tensors.update({n: x.astype("f2") for n, x in tensors.items()})
     )
@@ -353,11 +353,11 @@ def test_finite_values_may_have_a_sum_that_is_not(folder):
         load_pretrained(folder)
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(folder):
+def test_a_file_that_changes_while_it_is_read_is_rejected(folder):
     path = folder / WEIGHTS
     before = load_file(path)
     changed = pytest.raises(InputError, match="was changed while it was read")
-    with changed, Weights(folder) as weights:  # the end of it refuses it too
+    with changed, Weights(folder) as weights:  # its end raises the error, too
         for name, value in before.items():
             np.testing.assert_array_equal(weights.read(name), value)
         save_file({name: value + 1 for name, value in before.items()}, path)
@@ -402,10 +402,10 @@ def test_hub_cache_is_read_offline_with_links_to_blobs(source, tmp_path, monkeyp
 
 
 def test_only_safetensors_and_small_files_are_fetched(source, tmp_path, monkeypatch):
-    asked = []
+    requested = []
 
     def download(name, *, revision, local_files_only, allow_patterns):
-        asked.append((revision, tuple(allow_patterns)))
+        requested.append((revision, tuple(allow_patterns)))
         folder = tmp_path / "abc"
         folder.mkdir(exist_ok=True)
         for file in allow_patterns:
@@ -416,24 +416,24 @@ def test_only_safetensors_and_small_files_are_fetched(source, tmp_path, monkeypa
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_pretrained("some/model", revision="v1")
     small = (CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES)
-    assert asked == [("v1", small), ("abc", (WEIGHTS,))]
+    assert requested == [("v1", small), ("abc", (WEIGHTS,))]
 
 
-def refusal(kind):
+def hub_error(kind):
     return kind.__new__(kind)  # what the hub's errors are made of differs; their class counts
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (refusal(hub_errors.RepositoryNotFoundError), "the hub has no such model"),
-        (refusal(hub_errors.GatedRepoError), "asks for permission"),
-        (refusal(hub_errors.RevisionNotFoundError), "no such revision"),
+        (hub_error(hub_errors.RepositoryNotFoundError), "the hub has no such model"),
+        (hub_error(hub_errors.GatedRepoError), "asks for permission"),
+        (hub_error(hub_errors.RevisionNotFoundError), "no such revision"),
         (hub_errors.OfflineModeIsEnabled("off"), "switched off"),
         (ConnectionError("reset by peer"), "the hub cannot be used now"),
     ],
 )
-def test_what_the_hub_refuses_is_an_input_error(error, message, monkeypatch):
+def test_an_error_of_the_hub_is_an_input_error(error, message, monkeypatch):
     def download(*arguments, **options):
         raise error
 
@@ -460,7 +460,7 @@ def test_names_that_are_no_model(name, message):
         load_pretrained(name)
 
 
-def test_folder_with_a_revision_and_a_file_are_refused(source):
+def test_folder_with_a_revision_and_a_file_are_rejected(source):
     with pytest.raises(InputError, match="leave the revision out"):
         load_pretrained(source, revision="main")
     with pytest.raises(InputError, match="is a file"):
