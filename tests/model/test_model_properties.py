@@ -1,4 +1,4 @@
-"""The model without an oracle: batching changes nothing, every field acts, bad input is rejected."""
+"""The model without an oracle: batching changes nothing, every field acts, bad input raises."""
 
 import dataclasses
 

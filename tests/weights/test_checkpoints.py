@@ -351,7 +351,7 @@ def test_orbax_is_quiet_and_others_are_not(state, tmp_path, caplog, capfd):
     assert capfd.readouterr().out == ""
 
 
-# --- a model without a run -----------------------------------------------------------------------------
+# --- a model without a run -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
