@@ -142,9 +142,8 @@ def test_flat_dialect_is_written_only_where_it_can_express_the_model(kinds, n):
     flat = {"global_attn_every_n_layers", "global_rope_theta", "local_rope_theta"}
     assert written.keys() & flat == (flat if n else set())
     if n:
-        flat_only = {
-            k: v for k, v in written.items() if k not in ("layer_types", "rope_parameters")
-        }
+        nested_keys = ("layer_types", "rope_parameters")
+        found = {key: value for key, value in written.items() if key not in nested_keys}
         assert ModelConfig.from_hf(found) == config
     assert ModelConfig.from_hf(written) == config
 
