@@ -388,7 +388,7 @@ def test_low_precision_gradient_is_that_of_float32():
 def test_a_call_outside_of_jit_compiles_nothing_the_second_time():
     """Loops over blocks are programs of their own there, and have to be found again."""
     config = ModelConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=3, num_attention_heads=1,
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=1,
         vocab_size=16, pad_token_id=0,
     )  # fmt: skip
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -23,7 +22,6 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import create_train_state
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
-from mlmjax.weights.model_checkpoint import load_model
 from mlmjax.weights.tensor_files import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
@@ -182,14 +180,6 @@ def test_check_reads_the_checkpoints_of_a_run(run, tmp_path):
     for place in ("run", "run/checkpoints", "run/checkpoints/3"):
         assert run("check", tmp_path / place, export)[0] == 0
     assert run("check", export, make_folder(tmp_path / "other", seed=1))[0] == 1
-
-
-def test_the_model_computes_the_same_on_the_other_side(run, tmp_path):
-    source = make_folder(tmp_path / "a")
-    run("to-jax", source, tmp_path / "b")
-    ids = jnp.arange(12).reshape(2, 6)
-    model, _ = load_model(tmp_path / "b")
-    np.testing.assert_array_equal(model(ids), make_model()(ids))
 
 
 @pytest.fixture(scope="module")
