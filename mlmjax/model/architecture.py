@@ -206,15 +206,12 @@ class ModelConfig:
         nested = self.rope_parameters
         if nested is None:
             return
-        if not isinstance(nested, Mapping):
-            yield _problem("rope_parameters", nested, f"an object of {GLOBAL}, {LOCAL}")
+        if not isinstance(nested, Mapping) or not nested.keys() <= _THETAS.keys():
+            yield _problem("rope_parameters", nested, f"one object for each of {GLOBAL}, {LOCAL}")
             return
         rest: dict[str, Any] = {}
         for name, entry in nested.items():
-            if name not in _THETAS:
-                expected = f"one object for each of {GLOBAL} and {LOCAL}"
-                yield _problem("rope_parameters", f"key {name}", expected)
-            elif isinstance(entry, Mapping):
+            if isinstance(entry, Mapping):
                 kind = entry.get("rope_type", entry.get("type", "default"))
                 if kind != "default":
                     yield _problem(f"rope_parameters.{name}.rope_type", kind, "'default'")

@@ -70,7 +70,7 @@ class Weights:
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
         self._paths: dict[str, Path] = {}
-        self._stamps: dict[str, tuple[int, ...]] = {}
+        self._stamps: dict[str, tuple[int, ...] | None] = {}
 
     def __enter__(self) -> "Weights":
         files = weight_map(self.folder)
@@ -105,11 +105,7 @@ class Weights:
         return value
 
     def _check_unchanged(self, file: str, path: Path) -> None:
-        try:
-            same = _stamp(path) == self._stamps[file]
-        except OSError:
-            same = False
-        if not same:
+        if _stamp(path) != self._stamps[file]:
             raise InputError(f"{self.folder / file}: was changed while it was read; read it again")
 
     def _add(self, file: str) -> None:
@@ -139,8 +135,11 @@ class Weights:
                 self.problems.append(f"{name}: is in {found}, though {INDEX} places it in {file}")
 
 
-def _stamp(path: Path) -> tuple[int, ...]:
-    status = path.stat()
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
