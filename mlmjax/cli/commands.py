@@ -23,9 +23,10 @@ CLASSIFY_CHUNK = 256
 # Options that several commands share.
 _config = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-_revision = click.option("--revision", default=None, help="Revision of a Hub model.")
+_positive = click.IntRange(min=1)
+_revision = click.option("--revision", help="Revision of a Hub model.")
 _dtype = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-_batch_size = click.option("--batch-size", type=click.IntRange(min=1), default=None)
+_batch_size = click.option("--batch-size", type=_positive)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
@@ -69,10 +70,10 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
 @cli.command()
 @_config
 @_overrides
-@click.option("--profile", default=None, metavar="FIRST:LAST", help="Trace these updates.")
-@click.option("--coordinator", default=None, metavar="HOST:PORT", help="Address of process 0.")
-@click.option("--processes", type=click.IntRange(min=1), default=None, help="Number of processes.")
-@click.option("--process", type=click.IntRange(min=0), default=None, help="Number of this one.")
+@click.option("--profile", metavar="FIRST:LAST", help="Trace these updates.")
+@click.option("--coordinator", metavar="HOST:PORT", help="Address of process 0.")
+@click.option("--processes", type=_positive, help="Number of processes.")
+@click.option("--process", type=click.IntRange(min=0), help="Number of this one.")
 def train(
     config: str,
     overrides: tuple[str, ...],
@@ -125,11 +126,9 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     help="Folder or Hub id of the model (default: the packaged mlmjax-small). Repeat it with "
     "--suite.",
 )
-@click.option("--task", default=None, help="Name of a shipped task, or a task file (TOML).")
-@click.option("--suite", default=None, help="Instead of a task: paper, or a suite file (TOML).")
-@click.option(
-    "--data", default=None, help="File with the task's rows; for a suite, a folder of files."
-)
+@click.option("--task", help="Name of a shipped task, or a task file (TOML).")
+@click.option("--suite", help="Instead of a task: paper, or a suite file (TOML).")
+@click.option("--data", help="File with the task's rows; for a suite, a folder of files.")
 @click.option(
     "--baseline",
     "baselines",
@@ -144,13 +143,8 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     show_default=True,
     help="How options are scored; published follows the paper's scripts.",
 )
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=None,
-    help="Only the first N rows; for a suite, N drawn rows.",
-)
-@click.option("--out", default=None, help="Folder for the results; a suite resumes from it.")
+@click.option("--limit", type=_positive, help="Only the first N rows; for a suite, N drawn rows.")
+@click.option("--out", help="Folder for the results; a suite resumes from it.")
 @_revision
 @_dtype
 @_batch_size
@@ -258,14 +252,9 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 
 @cli.command()
-@click.option(
-    "--model",
-    default=None,
-    help="Folder or Hub id of the model (default: the packaged mlmjax-small).",
-)
+@click.option("--model", help="Folder or Hub id of the model (default: the packaged mlmjax-small).")
 @click.option(
     "--labels",
-    default=None,
     help='Labels as "a,b,c", or a file with one label or label<TAB>description per line; '
     "a saved classifier has its own.",
 )
