@@ -32,9 +32,9 @@ def examples(count, seed=0):
     return texts, labels
 
 
-def word_tokenizer(folder):
+def word_tokenizer(folder, more=()):
     """Write a tokenizer of a few words, with which models learn and are saved fast; load it."""
-    words = {word: i for i, word in enumerate(VOCABULARY)}
+    words = {word: i for i, word in enumerate([*VOCABULARY, *more])}
     backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.add_special_tokens(SPECIALS)
@@ -44,11 +44,11 @@ def word_tokenizer(folder):
     return Tokenizer.from_pretrained(folder)
 
 
-def word_model(tokenizer):
+def word_model(tokenizer, **changes):
     """Return a model of one layer that learns these words in a few epochs."""
     special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
     special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
     ids = {f"{name}_token_id": token for name, token in special.items()}
-    config = small_config(vocab_size=64, num_hidden_layers=1, **ids)
+    config = small_config(**{"vocab_size": 64, "num_hidden_layers": 1, **ids, **changes})
     # With this much noise the words differ enough to be learned fast.
     return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), 0.1)

@@ -44,7 +44,7 @@ PATTERNS = [
     {"global_attn_every_n_layers": 2, "num_hidden_layers": 3},
     {"local_attention": 0},
     {"local_attention": 7},
-    {"local_attention": 16, "num_attention_heads": 8},
+    {"local_attention": 16},
     {"local_attention": 1000},
 ]
 

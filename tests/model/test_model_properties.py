@@ -13,14 +13,18 @@ from noisy_models import (
     build,
     config_of,
     loss_and_gradients,
-    named,
     padded_batch,
     run_jitted,
 )
 
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    abstract_model,
+    parameters,
+)
 from mlmjax.parallel import sharding
 
 KINDS = (ModernBertForMaskedLM, ModernBertForSequenceClassification)
@@ -86,20 +90,29 @@ def test_every_field_of_the_configuration_acts_or_is_known_not_to():
     assert CHANGED.keys() | UNCHANGED.keys() == {f.name for f in dataclasses.fields(ModelConfig)}
     ids, mask, _ = padded_batch(61)
 
+    def shapes(kind, changes):
+        described = parameters(abstract_model(kind.__name__, config_of(**changes)))
+        return {name: leaf.shape for name, leaf in described.items()}
+
     def run(kind, changes):
         return np.asarray(build(kind, config_of(**changes))(ids, mask))
 
     plain = {kind: run(kind, {}) for kind in KINDS}
-    for name, value in CHANGED.items():  # in the first kind, or else in the second
-        found = (np.array_equal(run(kind, {name: value}), plain[kind]) for kind in KINDS)
-        assert not all(found), name
+    for name, value in CHANGED.items():
+        acts = (
+            shapes(kind, {name: value}) != shapes(kind, {})
+            or not np.array_equal(run(kind, {name: value}), plain[kind])
+            for kind in KINDS
+        )
+        assert any(acts), name
     for kind in KINDS:
         np.testing.assert_array_equal(run(kind, UNCHANGED), plain[kind])
 
 
 def test_parameters_have_the_agreed_paths_and_shapes():
     config = config_of(**dict.fromkeys(BIASES, True))
-    found = {n: a.shape for n, a in named(nnx.state(build(ModernBertForMaskedLM, config))).items()}
+    described = parameters(abstract_model("ModernBertForMaskedLM", config))
+    found = {name: leaf.shape for name, leaf in described.items()}
     agreed = {
         "model.embeddings.tok_embeddings.weight": (61, 16),
         "model.embeddings.norm.weight": (16,),
@@ -119,14 +132,14 @@ def test_parameters_have_the_agreed_paths_and_shapes():
     }
     assert agreed.items() <= found.items()
     assert "model.layers.0.attn_norm.weight" not in found
-    sequence = build(ModernBertForSequenceClassification, config_of(num_labels=3))
-    last = {n: a.shape for n, a in named(nnx.state(sequence)).items() if "classifier" in n}
+    sequence = abstract_model("ModernBertForSequenceClassification", config_of(num_labels=3))
+    last = {n: leaf.shape for n, leaf in parameters(sequence).items() if "classifier" in n}
     assert last == {"classifier.weight": (16, 3), "classifier.bias": (3,)}
 
 
 def test_initialisation_is_cut_and_its_variance_not_corrected():
     config = ModelConfig(
-        **{**TINY, "vocab_size": 3000, "hidden_size": 192, "intermediate_size": 256},
+        **{**TINY, "vocab_size": 1000, "hidden_size": 128, "intermediate_size": 192},
         **dict.fromkeys(BIASES, True),
         num_labels=50,
         initializer_range=0.05,
@@ -134,12 +147,16 @@ def test_initialisation_is_cut_and_its_variance_not_corrected():
     )
     out = 0.05 / np.sqrt(2 * 2)
     stds = {"tok_embeddings": 0.05, "Wqkv": 0.05, "Wi": 0.05, "Wo": out, "dense": out}
-    stds["classifier"] = 192**-0.5
+    stds["classifier"] = 128**-0.5
     # Of a normal cut at 1.5 of its standard deviations: sqrt(1 - 3 pdf(1.5) / (2 cdf(1.5) - 1)).
     shrunk = 0.7426
+    first, second, labelled = (
+        parameters(kind(config, rngs=nnx.Rngs(seed)))
+        for kind, seed in ((KINDS[0], 3), (KINDS[0], 4), (KINDS[1], 3))
+    )
     seen = set()
-    for kind in KINDS:
-        for name, leaf in named(nnx.state(kind(config, rngs=nnx.Rngs(3)))).items():
+    for found in (first, labelled):
+        for name, leaf in found.items():
             part = name.split(".")[-2]
             if name.endswith("bias"):
                 assert not leaf.any(), name
@@ -151,9 +168,6 @@ def test_initialisation_is_cut_and_its_variance_not_corrected():
                 assert float(jnp.abs(leaf).max()) <= 1.5 * stds[part] * (1 + 1e-6), name
                 assert float(jnp.abs(leaf).max()) > 1.4 * stds[part], name
     assert seen == stds.keys()
-    first, second = (
-        named(nnx.state(ModernBertForMaskedLM(config, rngs=nnx.Rngs(seed)))) for seed in (0, 1)
-    )
     weights = [name for name in first if name.endswith("weight") and "norm" not in name]
     assert all((first[name] != second[name]).any() for name in weights)
     assert len({float(first[name].sum()) for name in weights}) == len(weights)
@@ -174,19 +188,6 @@ def test_bfloat16_stays_close_and_answers_in_float32():
         assert low.dtype == jnp.float32
         cosine = np.vdot(low, exact) / (np.linalg.norm(low) * np.linalg.norm(exact))
         assert cosine > 0.99, name
-
-
-def test_remat_changes_memory_only():
-    plain, *others = (
-        loss_and_gradients(
-            build(ModernBertForMaskedLM, config_of(), remat=remat), *padded_batch(61)
-        )
-        for remat in ("none", "dots", "layer")
-    )
-    for loss, _, gradients in others:
-        assert loss == pytest.approx(plain[0], rel=1e-6)
-        for name, expected in plain[2].items():
-            np.testing.assert_allclose(gradients[name], expected, atol=1e-5, err_msg=name)
 
 
 def test_rows_of_padding_give_finite_numbers_and_gradients():

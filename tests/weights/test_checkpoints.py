@@ -142,7 +142,7 @@ def test_saving_does_not_wait_for_a_state_that_is_then_donated(state, tmp_path):
         ((2, 2), [0.5, 0.1, 0.7, 0.9, 0.95], [1, 2, 4, 5]),
         ((2, 0), [0.5, None, 0.7, 0.8], [3, 4]),
         ((1, 1), [0.5, float("nan"), float("inf"), None], [1, 4]),
-        ((1, 3), [None, None], [2]),
+        ((1, 3), [None, None, None, None], [4]),
         ((2, 1), [0.3, 0.2, 0.1], [2, 3]),
     ],
 )
