@@ -9,7 +9,7 @@ The masks are drawn as tokens, whole words, or spans of words (SpanBERT, arXiv 1
 """
 
 from collections.abc import Collection, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,8 +39,7 @@ def mask_answer(ids: Ids, answer_position: int, *, mask_id: int) -> Masked:
         raise InputError(
             f"answer position {answer_position} is outside the example of {len(inputs)} tokens"
         )
-    positions = np.array([answer_position], np.int32)
-    return _mask(inputs, positions, mask_id)
+    return _mask(inputs, np.array([answer_position], np.int32), mask_id)
 
 
 def mask_random(
@@ -85,16 +84,9 @@ def mask_random(
 
 
 def mask_dummy(
-    ids: Ids,
-    rate: float,
-    rng: np.random.Generator,
-    *,
-    special_ids: Collection[int],
-    mask_id: int,
-    masking: Masking = "token",
-    word_starts: np.ndarray | None = None,
+    ids: Ids, rate: float, rng: np.random.Generator, *, mask_id: int, **options: Any
 ) -> Masked:
-    """Mask as `mask_random` does; every target is the `[MASK]` token itself.
+    """Mask as `mask_random` does, with its options; every target is the `[MASK]` token itself.
 
     >>> rng = np.random.default_rng(0)
     >>> inputs, positions, targets = mask_dummy(
@@ -103,15 +95,7 @@ def mask_dummy(
     >>> inputs.tolist(), positions.tolist(), targets.tolist()
     ([1, 5, 6, 9, 9, 2], [3, 4], [9, 9])
     """
-    inputs, positions, targets = mask_random(
-        ids,
-        rate,
-        rng,
-        special_ids=special_ids,
-        mask_id=mask_id,
-        masking=masking,
-        word_starts=word_starts,
-    )
+    inputs, positions, targets = mask_random(ids, rate, rng, mask_id=mask_id, **options)
     return inputs, positions, np.full_like(targets, mask_id)
 
 

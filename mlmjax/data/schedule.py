@@ -96,11 +96,7 @@ def target_width(objective: ObjectiveConfig, seq_length: int, examples: int, tex
     >>> target_width(ObjectiveConfig(mlm_share=0.1, mlm_rate=0.25), 64, 8, text=False)
     24
     """
-    masks = text or objective.dummy_mlm_share + objective.mlm_share > 0
-    return examples + (widest_mask(objective, seq_length) if masks else 0)
-
-
-def widest_mask(objective: ObjectiveConfig, seq_length: int) -> int:
-    """Return the most positions that can be masked in a row in any update."""
+    if not text and objective.dummy_mlm_share + objective.mlm_share == 0:
+        return examples
     rate = max(objective.mlm_rate, objective.mlm_rate_end or 0.0)
-    return math.ceil(rate * seq_length)
+    return examples + math.ceil(rate * seq_length)

@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from mlmjax.config.data import DataConfig
 from mlmjax.config.run import ObjectiveConfig
-from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule, widest_mask
+from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule, target_width
 from mlmjax.errors import InputError
 
 
@@ -38,6 +38,6 @@ def test_the_mask_rate_is_linear_and_its_largest_value_bounds_the_targets():
     objective = ObjectiveConfig(mlm_rate=0.15, mlm_rate_end=0.4)
     rate = mask_rate(objective, 101)
     assert [rate(step) for step in (0, 50, 100, 200)] == pytest.approx([0.15, 0.275, 0.4, 0.4])
-    assert widest_mask(objective, 100) == 40
+    assert target_width(objective, 100, 3, text=True) == 43
     assert mask_rate(ObjectiveConfig(mlm_rate=0.2), 5)(3) == 0.2
     assert mask_rate(objective, 1)(0) == 0.15

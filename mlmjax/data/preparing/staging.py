@@ -1,7 +1,6 @@
 """Stage sources: read and tokenise every file, and count what becomes of its records."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -156,8 +155,9 @@ def _count_processes(units: list[Unit]) -> int:
     """Return one process per core, or one if that reads all data in seconds."""
     if sum(size for unit in units for size, *_ in unit.stats) <= _BYTES_WORTH_PROCESSES:
         return 1
-    # Only Linux tells which cores a process may use.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from joblib import cpu_count  # Slow to import, and seldom needed.
+
+    return cpu_count()
 
 
 def stage_unit(

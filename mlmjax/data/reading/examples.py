@@ -19,7 +19,7 @@ from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError, named_place
 from mlmjax.text.checks import check_text, split_by_size
-from mlmjax.text.prompts import MASK, Prompt, Template
+from mlmjax.text.prompts import MASK, Template
 from mlmjax.text.tokenizer import Tokenizer
 
 CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
@@ -294,8 +294,11 @@ class _Prompts(_Reader):
         self.named = () if source.labels else (source.answer,)
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
-        kept = list(self._kept(self._usable(records, counts), counts))
-        for one, prompt in zip(kept, self._render(kept), strict=True):
+        kept = list(self._kept(list(self._usable(records, counts)), counts))
+        places, rows = [one.record.where for one in kept], [one.row for one in kept]
+        # Encoded together and whole, because few are too long.
+        prompts = self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH, places)
+        for one, prompt in zip(kept, prompts, strict=True):
             if len(prompt.ids) > self.seq_length:
                 try:
                     prompt = self.template.render(self.tokenizer, one.row, self.seq_length)
@@ -311,20 +314,17 @@ class _Prompts(_Reader):
             else:
                 yield Encoded(ids, prompt.slot, task, key, one.answer)
 
-    def _usable(self, records: Sequence[Record], counts: Counts) -> list[Record]:
+    def _usable(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
         """Drop records of excluded tasks, and those that contain `[MASK]`."""
         for record in records:
             for name in self.texts:
                 require_text(record, name)
-        usable = []
-        for record in records:
             if self.is_excluded(record, counts):
                 continue
             if any(MASK in text for text in _strings(record, self.shown)):
                 counts.dropped[HOLDS_MASK] += 1
             else:
-                usable.append(record)
-        return usable
+                yield record
 
     def _kept(self, records: Sequence[Record], counts: Counts) -> Iterator[_Kept]:
         """Read the answers, and drop blank prompts and those that overlap."""
@@ -340,17 +340,6 @@ class _Prompts(_Reader):
                 counts.dropped[BLANK_PROMPT] += 1
             elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
                 yield _Kept(record, row, answer)
-
-    def _render(self, kept: Sequence[_Kept]) -> list[Prompt]:
-        """Encode all prompts together, whole; few are too long."""
-        rows = [one.row for one in kept]
-        try:
-            return self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH)
-        except InputError:
-            for one in kept:
-                with named_place(one.record.where):
-                    self.template.render(self.tokenizer, one.row, _ANY_LENGTH)
-            raise
 
 
 def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:
