@@ -26,9 +26,9 @@ from mlmjax.config.suite import Sweep, load_suite
 from mlmjax.config.tables import decode
 from mlmjax.config.task import Task
 from mlmjax.errors import InputError, first_line
+from mlmjax.evaluation.evaluate import Answers
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import (
-    Answers,
     DivergedError,
     Entrant,
     Setting,
@@ -36,7 +36,7 @@ from mlmjax.evaluation.suite.entrants import (
     read_texts,
 )
 from mlmjax.evaluation.suite.suite import run_suite
-from mlmjax.scoring.engine import Progress
+from mlmjax.reporting.terminal import Progress
 from mlmjax.storage import CONFIG, hash_value
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.weights import hub

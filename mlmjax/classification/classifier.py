@@ -10,7 +10,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from mlmjax.classification.fitting import HeldOut, Recipe, learn, split_rows
-from mlmjax.classification.labels import label_numbers, list_answers, right_columns
+from mlmjax.classification.labels import label_numbers, list_answers, pair_labels, right_columns
 from mlmjax.classification.predictor import Predictor
 from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
@@ -18,8 +18,7 @@ from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, with_classifier
 from mlmjax.reporting.markdown import number
-from mlmjax.reporting.terminal import progress_bar
-from mlmjax.scoring.engine import Progress
+from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.weights.pretrained import model_card, save_pretrained
@@ -163,7 +162,11 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
                 f"fit: patience is {chosen.patience}, but no texts are held out to measure "
                 "improvement; give validation or validation_share, or leave patience out"
             )
-        truth = _training_truth(texts, labels, settings)
+        truth = pair_labels(texts, labels, list(settings.labels), settings.multi_label)
+        if len({str(one) for one in truth}) < 2:
+            found = ", ".join(sorted({repr(one) for one in labels})) or "none"
+            raise InputError(f"fit: the distinct labels are {found}; expected at least two")
+        check_texts(texts)
         if settings.head == "classification":
             model = with_classifier(model, list(settings.labels), seed=chosen.seed)
         # What was learned about the probabilities of other weights does not hold for these.
@@ -202,18 +205,6 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         return decode(Recipe, plain, "fit")
 
 
-def _training_truth(texts: Sequence[str], labels: Sequence[Any], settings: Settings) -> list[Any]:
-    """Return the label numbers of training texts; raises `InputError` if nothing can be learned."""
-    truth = label_numbers(labels, list(settings.labels), settings.multi_label)
-    if len({str(one) for one in truth}) < 2:
-        found = ", ".join(sorted({repr(one) for one in labels})) or "none"
-        raise InputError(f"fit: the distinct labels are {found}; expected at least two")
-    if len(texts) != len(truth):
-        raise InputError(f"fit: {len(texts)} texts and {len(truth)} labels; give one per text")
-    check_texts(texts)
-    return truth
-
-
 def _hold_out(
     texts: Sequence[str],
     truth: Sequence[Any],
@@ -224,13 +215,12 @@ def _hold_out(
 ) -> tuple[Sequence[int], HeldOut | None]:
     """Return the numbers of the training texts, and the held-out texts or None."""
     train: Sequence[int] = range(len(texts))
-    multi_label = settings.multi_label
     if validation is not None:
         if not isinstance(validation, Sequence) or len(validation) != 2:
             raise InputError("validation: expected a pair of texts and their labels")
         texts = list(check_list(validation[0], "validation texts"))
         answers = list_answers(validation[1], "validation labels")
-        truth = label_numbers(answers, list(settings.labels), multi_label)
+        truth = pair_labels(texts, answers, list(settings.labels), settings.multi_label)
         check_texts(texts)
     elif recipe.validation_share:
         train, rows = split_rows([str(one) for one in truth], recipe.validation_share, recipe.seed)
@@ -239,9 +229,7 @@ def _hold_out(
         return train, None
     if not texts:
         raise InputError("validation: there is no text to hold out; give more rows")
-    if len(texts) != len(truth):
-        raise InputError(f"validation: {len(texts)} texts and {len(truth)} labels; give one each")
-    return train, HeldOut(texts, right_columns(truth, multi_label))
+    return train, HeldOut(texts, right_columns(truth, settings.multi_label))
 
 
 LABELS = 100

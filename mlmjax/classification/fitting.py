@@ -10,10 +10,9 @@ from pydantic import Field, FiniteFloat
 
 from mlmjax.classification.prompter import Prompter
 from mlmjax.config.tables import StrictTable
-from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
-from mlmjax.scoring.engine import Progress
-from mlmjax.scoring.scorers import MOST_ROWS, HeadScorer, Scorer
+from mlmjax.reporting.terminal import Progress
+from mlmjax.scoring.scorers import MOST_ROWS
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import fine_tune
 
@@ -89,13 +88,8 @@ def learn(
     model = fine_tune(
         scorer.model,
         prompts,
-        _targets(prompter, columns),
-        epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        batch_size=recipe.batch_size,
-        weight_decay=recipe.weight_decay,
-        warmup=recipe.warmup,
-        seed=recipe.seed,
+        scorer.targets(columns),
+        **recipe.model_dump(exclude={"validation_share", "patience"}),
         pad_id=scorer.tokenizer.pad_id,
         after_epoch=after_epoch,
         progress=progress,
@@ -104,20 +98,6 @@ def learn(
         model = nnx.merge(nnx.split(model)[0], jax.tree.map(jax.numpy.asarray, kept))
     scorer.model = model
     return history
-
-
-def _targets(prompter: Prompter, columns: Sequence[int]) -> np.ndarray:
-    """Return the target of each prompt: a token, or a label number for a head."""
-    scorer = prompter.scorer
-    if isinstance(scorer, HeadScorer):
-        return np.array(columns)
-    if isinstance(scorer, Scorer):
-        first_forms = [ids[0] for ids in scorer.verbalizer.ids(scorer.tokenizer)]
-        return np.array(first_forms)[list(columns)]
-    raise InputError(
-        "fit: labels of several tokens cannot be learned as one answer; fit with "
-        "answer='letters', which works for any labels"
-    )
 
 
 def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:

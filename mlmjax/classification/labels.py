@@ -15,27 +15,22 @@ def label_table(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
     >>> label_table(["sports", "world"])
     {'sports': '', 'world': ''}
     """
-    if isinstance(labels, Mapping):
-        table: dict[Any, Any] = dict(labels)
-    else:
-        names = list(check_list(labels, "labels"))
-        for number, name in enumerate(names, 1):
-            check_text(name, f"labels: label {number}")
-        table = dict.fromkeys(names, "")
-        if len(table) < len(names):
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise InputError(f"labels: {twice!r} appears twice; expected distinct names")
-    for name, description in table.items():
-        check_text(name, f"labels: name {name!r}")
-        check_text(description, f"labels: the description of {name!r}")
+    names = list(labels if isinstance(labels, Mapping) else check_list(labels, "labels"))
+    for number, name in enumerate(names, 1):
+        check_text(name, f"labels: label {number}")
         if not name.strip():
             raise InputError(f"labels: {name!r} is blank; expected a name")
         if name.endswith("\0"):  # NumPy's arrays of text end there.
             raise InputError(f"labels: {name!r} ends in a NUL character; remove it")
-    if len(table) < 2:
+        if name in names[: number - 1]:
+            raise InputError(f"labels: {name!r} appears twice; expected distinct names")
+    if len(names) < 2:
         raise InputError(
-            f"labels: found {', '.join(table) or 'none'}; expected at least two distinct names"
+            f"labels: found {', '.join(names) or 'none'}; expected at least two distinct names"
         )
+    table = labels if isinstance(labels, Mapping) else dict.fromkeys(names, "")
+    for name, description in table.items():
+        check_text(description, f"labels: the description of {name!r}")
     return {str(name): description.strip() for name, description in table.items()}
 
 
@@ -64,9 +59,8 @@ def label_numbers(
     """Return the number of each row's label.
 
     With `multi_label` a row is a list of names, or 0 or 1 for each label, and the result a tuple of
-    bool, one per label. Raises `InputError` that
-    lists each row whose label is not text or not among `names`. With `known` False an unknown label
-    is -1 (with `multi_label` it is still an error).
+    bool, one per label. Raises `InputError` that lists each row whose label is not text or not
+    among `names`. With `known` False an unknown label is -1 (an error with `multi_label`).
 
     >>> label_numbers(["b", "a"], ["a", "b"], False)
     [1, 0]
@@ -78,12 +72,22 @@ def label_numbers(
     def number(label: Any) -> int:
         name = _name(label)
         if known:
-            _check_known(name, index)
+            check_known(name, index)
         return index.get(name, -1)
 
     if multi_label:
         return for_each_row(lambda row: _flags(row, index), name_rows(list_answers(answers)))
     return for_each_row(number, name_rows(check_list(answers, "labels")))
+
+
+def pair_labels(
+    texts: Sequence[str], answers: Iterable[Any], names: Sequence[str], multi_label: bool
+) -> list[Any]:
+    """Return `label_numbers` of texts; raise `InputError` unless each text has one row of it."""
+    truth = label_numbers(answers, names, multi_label)
+    if len(texts) != len(truth):
+        raise InputError(f"there are {len(texts)} texts and {len(truth)} labels; give one per text")
+    return truth
 
 
 def _name(label: Any) -> str:
@@ -106,7 +110,7 @@ def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
     if not entries or any(isinstance(entry, str) for entry in entries):
         names = set(map(_name, entries))
         for name in sorted(names):
-            _check_known(name, index)
+            check_known(name, index)
         return tuple(name in names for name in index)
     numeric = int | float | np.number | np.bool_
     are_flags = all(isinstance(entry, numeric) and entry in (0, 1) for entry in entries)
@@ -118,7 +122,8 @@ def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
     return tuple(map(bool, entries))
 
 
-def _check_known(name: str, index: Mapping[str, int]) -> None:
+def check_known(name: str, index: Mapping[str, Any]) -> None:
+    """Raise `InputError` for a label that is not among the keys of `index`."""
     if name not in index:
         raise InputError(f"label {name!r:.60} is not one of {', '.join(index):.200}")
 

@@ -5,6 +5,7 @@ It is apart from `classifier` because importing scikit-learn takes longer than a
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlmjax.classification.labels import label_numbers, right_columns
+from mlmjax.classification.labels import pair_labels, right_columns
 from mlmjax.classification.prompter import CHUNK_PROMPTS, Prompter
 from mlmjax.classification.settings import Answer, LongText, Settings, settle
 from mlmjax.config.run import Head
@@ -50,68 +51,41 @@ Labels = Sequence[str] | Mapping[str, str]
 CalibrationMethod = Literal["batch", "null", "order", "temperature"]
 
 
+@dataclass(eq=False, repr=False)
 class Predictor:
     """Load a model and classify texts; `Classifier` explains the arguments and can learn."""
 
-    settings_: Settings
-    asking_: Prompter
-    classes_: np.ndarray
-    manifest_: str | None
+    source: Source
+    labels: Labels | None = None
+    _: KW_ONLY
+    head: Head | None = None
+    answer: Answer | None = None
+    template: Template | str | None = None
+    instruction: str | None = None
+    examples: Sequence[tuple[str, Any]] | None = None
+    orders: int | Literal["all"] | None = None
+    long_text: LongText | None = None
+    multi_label: bool | None = None
+    abstain_below: float | None = None
+    dtype: str = "float32"
+    batch_size: int | None = None
+    max_length: int | None = None
+    revision: str | None = None
+    local_files_only: bool = False
+    epochs: int = 3
+    learning_rate: float = 3e-5
+    train_batch_size: int = 32
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    seed: int = 0
+    validation_share: float = 0.0
+    patience: int | None = None
+    progress: bool | None = None
 
-    def __init__(
-        self,
-        source: Source,
-        labels: Labels | None = None,
-        *,
-        head: Head | None = None,
-        answer: Answer | None = None,
-        template: Template | str | None = None,
-        instruction: str | None = None,
-        examples: Sequence[tuple[str, Any]] | None = None,
-        orders: int | Literal["all"] | None = None,
-        long_text: LongText | None = None,
-        multi_label: bool | None = None,
-        abstain_below: float | None = None,
-        dtype: str = "float32",
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        epochs: int = 3,
-        learning_rate: float = 3e-5,
-        train_batch_size: int = 32,
-        weight_decay: float = 0.01,
-        warmup: float = 0.05,
-        seed: int = 0,
-        validation_share: float = 0.0,
-        patience: int | None = None,
-        progress: bool | None = None,
-    ):
-        self.source = source
-        self.labels = labels
-        self.head = head
-        self.answer = answer
-        self.template = template
-        self.instruction = instruction
-        self.examples = examples
-        self.orders = orders
-        self.long_text = long_text
-        self.multi_label = multi_label
-        self.abstain_below = abstain_below
-        self.dtype = dtype
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.revision = revision
-        self.local_files_only = local_files_only
-        self.epochs = epochs
-        self.learning_rate = learning_rate
-        self.train_batch_size = train_batch_size
-        self.weight_decay = weight_decay
-        self.warmup = warmup
-        self.seed = seed
-        self.validation_share = validation_share
-        self.patience = patience
-        self.progress = progress
+    settings_: Settings = field(init=False)
+    asking_: Prompter = field(init=False)
+    classes_: np.ndarray = field(init=False)
+    manifest_: str | None = field(init=False)
 
     @classmethod
     def from_pretrained(cls, source: Source, labels: Labels | None = None, **options: Any) -> Self:
@@ -256,7 +230,7 @@ class Predictor:
             raw = np.concatenate(list(self._raw(listed)))
             if labels is not None:
                 before = self.settings_.calibration
-                truth = self._right_columns(labels, len(listed))
+                truth = self._right_columns(labels, listed)
                 found = temperature_calibration(self._calibrated(raw), truth)
                 found = found if before is None else before.then(found)
             else:
@@ -398,16 +372,15 @@ class Predictor:
                 "has its own probability: apply a limit of your own to it"
             )
         listed = _listed(texts)
-        truth = self._right_columns(labels, len(listed))
+        truth = self._right_columns(labels, listed)
         return self._calibrated(np.concatenate(list(self._raw(listed)))), truth
 
-    def _right_columns(self, labels: Iterable[Any], texts: int) -> np.ndarray:
+    def _right_columns(self, labels: Iterable[Any], texts: Sequence[str]) -> np.ndarray:
         """Return the right column of each row of `_raw`."""
         multi_label = self.settings_.multi_label
-        truth = label_numbers(labels, list(self.classes_), multi_label)
-        if len(truth) != texts:
-            raise InputError(f"{texts} texts and {len(truth)} labels; give one per text")
-        return right_columns(truth, multi_label)
+        return right_columns(
+            pair_labels(texts, labels, list(self.classes_), multi_label), multi_label
+        )
 
     def _learn(self, **values: Any) -> None:
         self.settings_ = self.settings_.model_copy(update=values)

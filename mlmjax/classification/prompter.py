@@ -309,29 +309,16 @@ def make_scorer(
     """Return the scorer of a way to answer; raises `InputError` for unsuitable labels."""
     if answer == "head":
         head = HeadScorer(*parts, **options)
-        if set(head.labels) != set(names):
-            raise InputError(
-                f"labels: the classification head has {_few(head.labels)}; found {_few(names)}; "
-                "give the same labels, or none"
-            )
+        head.check_labels(names, "the classifier")
         return head
     if answer == "continuation":
         return ContinuationScorer(*parts, names, **options, optional=OPTIONAL)
-    verbalizer = Verbalizer.words(names) if answer == "words" else _letters(parts, len(names))
-    return Scorer(*parts, verbalizer, **options, optional=OPTIONAL)
-
-
-def _letters(parts: tuple[Model, Tokenizer, Template], count: int) -> Verbalizer:
-    """Return option names as labels, as many as the tokenizer has of one token."""
-    kind = parts[2].names
-    names = usable_option_names(kind, parts[1], count)
-    if len(names) < 2:
-        raise InputError(
-            f"labels: the tokenizer has no two option names of one token ({kind}); "
-            "give answer='words' or another tokenizer"
-        )
-    return Verbalizer({name: (f" {name}",) for name in names})
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))[:200]
+    if answer == "letters":
+        _, tokenizer, template = parts
+        names = usable_option_names(template.names, tokenizer, len(names))
+        if len(names) < 2:
+            raise InputError(
+                f"labels: the tokenizer has no two option names of one token ({template.names}); "
+                "give answer='words' or another tokenizer"
+            )
+    return Scorer(*parts, Verbalizer.words(names), **options, optional=OPTIONAL)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlmjax.classification.labels import label_table, seen_labels
+from mlmjax.classification.labels import check_known, label_table, seen_labels
 from mlmjax.config.data import ShortenSide
 from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode
@@ -14,7 +14,7 @@ from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.scoring.scorers import HeadScorer
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
-from mlmjax.text.checks import check_list, check_share, check_text
+from mlmjax.text.checks import check_filled, check_list, check_share, check_text, for_each_row
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import OptionNames, usable_option_names
@@ -163,26 +163,21 @@ def _examples(given: Any, saved: Settings | None, values: Mapping[str, Any]) -> 
     """Return the few-shot examples; the saved ones only if they are about the same labels."""
     labels, multi_label = values["labels"], values["multi_label"]
     if given is not None:
-        pairs = check_list(given, "examples")
-        return tuple(_example(pair, i, labels, multi_label) for i, pair in enumerate(pairs))
+        pairs = enumerate(check_list(given, "examples"), 1)
+        named = ((f"examples: example {number}", pair) for number, pair in pairs)
+        return tuple(for_each_row(lambda pair: _example(pair, labels, multi_label), named))
     return saved.examples if saved is not None and saved.labels.keys() == labels.keys() else ()
 
 
-def _example(
-    pair: Any, number: int, labels: Mapping[str, str], multi_label: bool
-) -> dict[str, Any]:
-    where = f"examples: example {number + 1}"
+def _example(pair: Any, labels: Mapping[str, str], multi_label: bool) -> dict[str, Any]:
     if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
-        raise InputError(f"{where} is {pair!r:.60}; expected a pair of a text and its label")
+        raise InputError(f"is {pair!r:.60}; expected a pair of a text and its label")
     text, given = pair
-    check_text(text, f"{where}: text")
+    check_filled(text, "text")
     names = tuple(given) if multi_label and not isinstance(given, str) else (given,)
     for name in names:
-        check_text(name, f"{where}: label")
-        if name not in labels:
-            raise InputError(f"{where}: label {name!r:.60} is not one of {', '.join(labels):.200}")
-    if not text.strip():
-        raise InputError(f"{where}: its text is blank; give it some text or leave it out")
+        check_text(name, "label")
+        check_known(name, labels)
     return {"text": str(text), "labels": names}
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationError
+from pydantic import Field, FiniteFloat, ValidationError
 
 from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError, printable
 from mlmjax.statistics.comparison import mcnemar, paired_bootstrap
-from mlmjax.storage import plain_file, read_json
+from mlmjax.storage import MAX_JSON_BYTES, plain_file, read_bounded
 
 RESULTS, PREDICTIONS = "results.json", "predictions.jsonl"
 MAX_LINE_BYTES, MAX_LABELS = 1 << 20, 10_000
@@ -20,27 +20,19 @@ _AGAIN = "run the evaluation again"
 Read = TypeVar("Read", bound=StrictTable)
 
 
-def _check_unicode(text: str) -> str:
-    """Reject half characters such as `\\ud800`, which cannot be printed."""
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("holds half a character")
-    return text
-
-
-_Text = Annotated[str, AfterValidator(_check_unicode)]
-
-
 class _Results(StrictTable, extra="ignore"):  # later versions add keys
-    task: _Text
-    protocol: _Text
+    task: str
+    protocol: str
     n: Annotated[int, Field(ge=1)]
 
 
-class _Prediction(StrictTable, extra="ignore"):
+class Prediction(StrictTable, extra="ignore"):
+    """The answer to one question: `index` is its record in the file."""
+
     index: Annotated[int, Field(ge=0)]
     gold: str
     prediction: str
-    probabilities: dict[str, FiniteFloat]
+    probabilities: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
 
 
 class Evaluated(NamedTuple):
@@ -168,7 +160,8 @@ def read_results(path: str | Path) -> Evaluated:
         raise InputError(
             f"{folder}: has no file {missing[0]}; give a folder written by `mlmjax evaluate --out`"
         )
-    results = _decode(_Results, read_json(folder, RESULTS), f"{folder / RESULTS}")
+    content = read_bounded(plain_file(folder, RESULTS), MAX_JSON_BYTES)
+    results = _decode(_Results, content, f"{folder / RESULTS}")
     gold: dict[int, str] = {}
     predicted: dict[int, str] = {}
     try:
@@ -177,7 +170,7 @@ def read_results(path: str | Path) -> Evaluated:
                 where = f"{folder / PREDICTIONS}, line {len(gold) + 1}"
                 if len(line) > MAX_LINE_BYTES:
                     raise InputError(f"{where}: is longer than {MAX_LINE_BYTES} bytes; {_AGAIN}")
-                one = _decode(_Prediction, line, where)
+                one = _decode(Prediction, line, where)
                 if one.index in gold:
                     raise InputError(f"{where}: repeats index {one.index}; {_AGAIN}")
                 gold[one.index], predicted[one.index] = one.gold, one.prediction
@@ -195,12 +188,10 @@ def read_results(path: str | Path) -> Evaluated:
     return Evaluated(str(path), results.task, results.protocol, gold, predicted)
 
 
-def _decode(kind: type[Read], values: Any, where: str) -> Read:
-    """Check the values of an object, or of a line that holds one."""
+def _decode(kind: type[Read], content: bytes, where: str) -> Read:
+    """Decode a JSON object; half characters such as `\\ud800` are errors."""
     try:
-        if isinstance(values, bytes):
-            return kind.model_validate_json(values)
-        return kind.model_validate(values)
+        return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
-from mlmjax.scoring.engine import Progress
+from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
 from mlmjax.statistics.option_orders import order_sensitivity
@@ -22,6 +22,18 @@ from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
+
+
+class Answers(NamedTuple):
+    """Log probabilities `[questions, labels]`, truncated texts, and the mean loss per epoch.
+
+    `order` is the result of `measure_order`, None if the order was not changed.
+    """
+
+    log_probs: np.ndarray
+    shortened: int
+    losses: Sequence[float] = ()
+    order: dict[str, Any] | None = None
 
 
 def run_evaluation(
@@ -59,12 +71,11 @@ def run_evaluation(
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
         raise InputError(f"order_rows is {order_rows}; expected a number of rows, or 0 for none")
-    has_head = isinstance(model, ModernBertForSequenceClassification)
-    task = task.for_head() if has_head else task
+    if isinstance(model, ModernBertForSequenceClassification):
+        task = task.for_head()
     questions, left_out = read_questions(task, data, limit)
     folder = None if out is None else _make_folder(out)
-    make_scorer = _head_scorer if has_head else slot_scorer
-    scorer = make_scorer(model, tokenizer, task, questions, batch_size)
+    scorer = make_scorer(model, tokenizer, task, questions, batch_size=batch_size)
     labels = task.label_names or scorer.labels
     started = time.perf_counter()
     log_probs = score_questions(scorer, questions, progress)
@@ -78,8 +89,7 @@ def run_evaluation(
         "n": len(questions),
         **_metrics(task, questions, labels, log_probs),
         "shortened": scorer.shortened,
-        "dropped": left_out["dropped"],
-        "blank": left_out["blank"],
+        **left_out,
         "padding_share": scorer.padding_share,
         "seconds": seconds,
         "calibration": calibration(log_probs, truth),
@@ -90,61 +100,65 @@ def run_evaluation(
     if folder is not None:
         from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
 
-        write_whole(folder / "predictions.jsonl", _predictions(questions, labels, log_probs))
+        lines = map(_json_line, list_predictions(questions, labels, log_probs))
+        write_whole(folder / "predictions.jsonl", "".join(lines).encode())
         write_json(folder / "results.json", results)
         write_evaluation_report(folder, task, results, log_probs, truth, known)
     return results
 
 
-def slot_scorer(
-    model: Any,
-    tokenizer: Tokenizer,
-    task: Task,
-    questions: Sequence[Question],
-    batch_size: int | None,
-    max_length: int | None = None,
-) -> RowScorer:
-    """Return the scorer of a masked language model for the questions of a task."""
-    label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
-    return Scorer(
-        model,
-        tokenizer,
-        Template(task.prompt, shorten=dict(task.shorten)),
-        task.verbalizer_for(label_count),
-        normalize=task.normalize,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
-
-
-def _head_scorer(
+def make_scorer(
     model: Model,
     tokenizer: Tokenizer,
     task: Task,
     questions: Sequence[Question],
+    *,
     batch_size: int | None,
+    max_length: int | None = None,
 ) -> RowScorer:
-    """Return the scorer of a classification model; raise `InputError` for other labels."""
-    scorer = HeadScorer(model, tokenizer, task.head_template(), batch_size=batch_size)
-    if sorted(scorer.labels) != sorted(task.label_names):
-        wanted = ", ".join(map(repr, task.label_names)) or "each row's own options"
-        raise InputError(
-            f"the classification head has the labels {', '.join(map(repr, scorer.labels)):.400}; "
-            f"task {task.name} asks for {wanted:.400}; give a model with exactly the task's "
-            "labels, or name the labels in the task file as the model does"
-        )
-    return scorer
+    """Return the scorer of a model for the questions of a task.
+
+    Raises `InputError` for a classification model with other labels than the task's.
+    """
+    options: Any = {"batch_size": batch_size, "max_length": max_length}
+    if isinstance(model, ModernBertForSequenceClassification):
+        head = HeadScorer(model, tokenizer, task.for_head().head_template(), **options)
+        head.check_labels(task.label_names, f"task {task.name}")
+        return head
+    label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
+    template = Template(task.prompt, shorten=dict(task.shorten))
+    verbalizer = task.verbalizer_for(label_count)
+    return Scorer(model, tokenizer, template, verbalizer, normalize=task.normalize, **options)
 
 
 def score_questions(
     scorer: RowScorer, questions: Sequence[Question], progress: Progress | None = None
 ) -> np.ndarray:
     """Return the log probabilities of the labels, `[questions, labels]`."""
-    return scorer.log_probs(
-        [question.row for question in questions],
-        where=[question.where for question in questions],
-        progress=progress,
-    )
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress:
+            progress(done, len(questions))
+
+    rows, where = [q.row for q in questions], [q.where for q in questions]
+    return scorer.log_probs(rows, where=where, progress=count)
+
+
+def answer_questions(
+    scorer: RowScorer,
+    task: Task,
+    questions: Sequence[Question],
+    order_rows: int,
+    progress: Progress | None = None,
+) -> Answers:
+    """Score questions, then a sample of them under other orders of their options."""
+    log_probs = score_questions(scorer, questions, progress)
+    shortened = scorer.shortened
+    order = measure_order(scorer, task, questions, log_probs, order_rows)
+    return Answers(log_probs, shortened, order=order)
 
 
 def measure_order(
@@ -160,12 +174,6 @@ def measure_order(
         return None
     rows, gold = [question.row for question in questions], [q.gold for q in questions]
     return order_sensitivity(scorer.log_probs, rows, log_probs, gold, order_rows=order_rows)
-
-
-def probabilities_by_label(labels: Sequence[str], log_probs: np.ndarray) -> dict[str, float]:
-    """Return the probabilities of one row `[labels]`, without labels that the row does not have."""
-    pairs = zip(labels, log_probs, strict=True)
-    return {label: float(np.exp(value)) for label, value in pairs if np.isfinite(value)}
 
 
 def _metrics(
@@ -184,19 +192,30 @@ def _metrics(
     }
 
 
-def _predictions(
+def list_predictions(
     questions: Sequence[Question], labels: Sequence[str], log_probs: np.ndarray
-) -> bytes:
-    lines = [
+) -> list[dict[str, Any]]:
+    """Return `index, gold, prediction, probabilities` of each row of `[questions, labels]`.
+
+    The probabilities are by label, without labels that the row does not have.
+    """
+    return [
         {
             "index": question.index,
             "gold": labels[question.gold],
             "prediction": labels[row.argmax()],
-            "probabilities": probabilities_by_label(labels, row),
+            "probabilities": {
+                label: float(np.exp(value))
+                for label, value in zip(labels, row, strict=True)
+                if np.isfinite(value)
+            },
         }
         for question, row in zip(questions, log_probs, strict=True)
     ]
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _json_line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def _make_folder(out: str | Path) -> Path:

@@ -2,7 +2,6 @@
 
 import itertools
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,8 @@ class Question:
 
 def read_questions(
     task: Task, data: str | Path | None, limit: int | None
-) -> tuple[list[Question], Counter[str]]:
-    """Read the rows of a task as questions; count `dropped` and `blank` rows.
+) -> tuple[list[Question], dict[str, int]]:
+    """Read the rows of a task as questions; count the rows left out, `dropped` and `blank`.
 
     `data` replaces the task's own rows, `limit` keeps the first rows. Raises `InputError` that
     names every row without a usable answer, and if no row is left.
@@ -45,7 +44,7 @@ def read_questions(
         ((record.where, (index, record)) for index, record in records),
     )
     questions = [one for one in found if isinstance(one, Question)]
-    left_out = Counter[str](one for one in found if not isinstance(one, Question))
+    left_out = {reason: found.count(reason) for reason in ("dropped", "blank")}
     if not questions:
         raise InputError(
             f"{data or task.data or task.hub}: task {task.name}: no row is left to answer; "

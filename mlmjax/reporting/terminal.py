@@ -5,18 +5,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from mlmjax.parallel.processes import is_first
+
+Progress = Callable[[int, int], None]
+"""Called with the number of items done and their total."""
 
 PATIENCE_SECONDS = 2.0
 """How long work runs before a progress bar appears."""
@@ -51,7 +48,7 @@ def describe(values: Mapping[str, float | None]) -> str:
     )
 
 
-class Talk(ExitStack):
+class RunDisplay(ExitStack):
     """Show a training: a progress bar on a terminal, plain lines in a pipe.
 
     Only the first process of a run prints.
@@ -59,13 +56,13 @@ class Talk(ExitStack):
 
     def __init__(self, total: int, done: int = 0):
         super().__init__()
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_first())
-        self._progress: Progress | None = None
+        self._console = _console(quiet=not is_first())
+        self._bars: bars.Progress | None = None
         self._total = total
         if self._console.is_terminal and is_first():
-            figures = TextColumn("{task.fields[figures]}")
-            self._progress = self.enter_context(_bar("training", self._console, figures))
-            self._bar = self._progress.add_task("", total=total, completed=done, figures="")
+            figures = bars.TextColumn("{task.fields[figures]}")
+            self._bars = self.enter_context(_bar("training", self._console, figures))
+            self._bar = self._bars.add_task("", total=total, completed=done, figures="")
 
     def say(self, text: str) -> None:
         """Print one line."""
@@ -73,31 +70,35 @@ class Talk(ExitStack):
 
     def step(self, step: int) -> None:
         """Move the bar."""
-        if self._progress:
-            self._progress.update(self._bar, completed=step)
+        if self._bars:
+            self._bars.update(self._bar, completed=step)
 
     def figures(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Show a line of metrics, next to the bar or as a line."""
-        if self._progress and split == "train":
-            self._progress.update(self._bar, figures=describe(values))
+        if self._bars and split == "train":
+            self._bars.update(self._bar, figures=describe(values))
         else:
             name = "" if split == "train" else f"{split} | "
             self.say(f"step {step}/{self._total} | {name}{describe(values)}")
 
 
-def _bar(what: str, console: Console, *more: ProgressColumn) -> Progress:
-    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *more
-    return Progress(*columns, console=console)
+def _console(**options: Any) -> Console:
+    return Console(stderr=True, highlight=False, soft_wrap=True, **options)
+
+
+def _bar(what: str, console: Console, *more: bars.ProgressColumn) -> bars.Progress:
+    counts = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
+    return bars.Progress(bars.TextColumn(what), *counts, *more, console=console)
 
 
 @contextmanager
-def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def count_progress(what: str) -> Iterator[Progress]:
     """Yield a function that shows `(done, total)`: a bar on a terminal, else ten lines."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = _console()
     if console.is_terminal:
-        with _bar(what, console) as progress:
-            task = progress.add_task("", total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+        with _bar(what, console) as bar:
+            task = bar.add_task("", total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     shown = 0
 
@@ -111,24 +112,26 @@ def count_progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def progress_bar(what: str, shown: bool | None) -> Iterator[Callable[[int, int], None] | None]:
+def progress_bar(what: str, shown: bool | None) -> Iterator[Progress | None]:
     """Yield a function of `(done, total)` for work that may take long, or None.
 
     If `shown` is True, it is that of `count_progress`. If `shown` is None and stderr is a terminal,
     a bar appears after two seconds.
     """
+    if not (shown or (shown is None and sys.stderr.isatty())):
+        yield None
+        return
+    started, inner = time.monotonic(), list[Progress]()
+
+    def show(done: int, total: int) -> None:
+        is_late = done < total and time.monotonic() - started > PATIENCE_SECONDS
+        if not inner and (shown or is_late):
+            inner.append(stack.enter_context(count_progress(what)))
+        for one in inner:
+            one(done, total)
+
     with ExitStack() as stack:
-        started = time.monotonic()
-        inner: list[Callable[[int, int], None]] = []
-
-        def show(done: int, total: int) -> None:
-            late = done < total and time.monotonic() - started > PATIENCE_SECONDS
-            if not inner and (shown or late):
-                inner.append(stack.enter_context(count_progress(what)))
-            if inner:
-                inner[0](done, total)
-
-        yield show if shown or (shown is None and sys.stderr.isatty()) else None
+        yield show
 
 
 def say(text: str) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
-from mlmjax.scoring.engine import Progress
+from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.likelihood import log_prob_of_target, word_ends
 from mlmjax.scoring.scorers import RowScorer, check_masked_lm
 from mlmjax.text.checks import check_text
@@ -64,14 +64,14 @@ class ContinuationScorer(RowScorer):
         self,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Prompt],
-        progress: Progress | None,
+        progress: Advance | None,
     ) -> np.ndarray:
         results = []
         for start in range(0, len(prompts), BLOCK):
             block = prompts[start : start + BLOCK]
             results.append(self._block(block))
             if progress:
-                progress(start + len(block), len(prompts))
+                progress(len(block))
         return np.concatenate(results)
 
     def _block(self, prompts: Sequence[Prompt]) -> np.ndarray:

@@ -22,19 +22,14 @@ from mlmjax.parallel.sharding import (
 )
 
 log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
-"""Called with the number of items done and their total."""
+Advance = Callable[[int], None]
+"""Called with the number of items done since its last call."""
 
 Forward = Callable[..., Any]
 """From a model, ids and segment ids `[batch, seq]`, columns `[batch, ...]`, to `[batch, ...]`.
 
 It has to be hashable; equal ones share compiled programs.
 """
-
-
-def part_of(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Return the progress of a part of the work, which follows `before` of `total` items."""
-    return progress and (lambda done, _: progress(before + done, total))
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:
@@ -93,7 +88,7 @@ class Engine:
         self,
         sequences: Sequence[Sequence[int]],
         *columns: np.ndarray,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> Any:
         """Return the results of `forward` in the order of the sequences, `[sequences, ...]`.
 
@@ -115,7 +110,7 @@ class Engine:
                         into[members] = values[: len(members)]
                     done += len(members)
                     if progress:
-                        progress(done, len(order))
+                        progress(len(members))
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.engine import Progress
+from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.likelihood import check_finite, encode_texts
 from mlmjax.scoring.scorers import check_masked_lm, make_engine
 from mlmjax.text.prompts import MASK, WHITE_SPACE
@@ -36,11 +36,11 @@ def fill_mask(
     top_k: int = 5,
     batch_size: int | None = None,
     max_length: int | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[list[list[Filled]]]:
     """Return the likeliest tokens for each `[MASK]` of each text, as `MaskFiller` does.
 
-    `progress` is called with the number of masks filled and the total of the texts read so far.
+    `progress` is called with the number of masks filled since its last call.
     """
     filler = MaskFiller(model, tokenizer, top_k=top_k, batch_size=batch_size, max_length=max_length)
     return filler.fill(texts, progress=progress)
@@ -80,7 +80,7 @@ class MaskFiller:
         )
 
     def fill(
-        self, texts: Iterable[str], *, progress: Progress | None = None
+        self, texts: Iterable[str], *, progress: Advance | None = None
     ) -> list[list[list[Filled]]]:
         """Fill the masks of texts, any iterable of them, read in chunks.
 
@@ -88,7 +88,6 @@ class MaskFiller:
         `RunError` for probabilities that are not finite.
         """
         results: list[list[list[Filled]]] = []
-        done = 0
         for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
             slots = [np.flatnonzero(ids == self.tokenizer.mask_id) for ids in chunk]
             passes: list[tuple[Any, np.ndarray]] = [
@@ -109,9 +108,8 @@ class MaskFiller:
             )
             answers = map(self._filled, filled)
             results += [list(islice(answers, len(own))) for own in slots]
-            done += len(tokens)
             if progress:
-                progress(done, done)
+                progress(len(tokens))
         return results
 
     def _ids(self, text: str) -> list[int]:

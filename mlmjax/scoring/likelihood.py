@@ -15,7 +15,7 @@ import numpy as np
 
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.engine import Progress, part_of
+from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.scorers import check_masked_lm, make_engine
 from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
@@ -65,11 +65,11 @@ def pseudo_log_likelihood(
     method: Method = "word_l2r",
     batch_size: int | None = None,
     max_length: int | None = None,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[TextScore]:
     """Return the pseudo-log-likelihood of each text, token by token, as `TextScorer` does.
 
-    `progress` is called with the number of tokens scored and the total of the texts read so far.
+    `progress` is called with the number of tokens scored since its last call.
     """
     scorer = TextScorer(
         model, tokenizer, method=method, batch_size=batch_size, max_length=max_length
@@ -109,24 +109,20 @@ class TextScorer:
             model, tokenizer, log_prob_of_target, batch_size=batch_size, max_length=max_length
         )
 
-    def score(self, texts: Iterable[str], *, progress: Progress | None = None) -> list[TextScore]:
+    def score(self, texts: Iterable[str], *, progress: Advance | None = None) -> list[TextScore]:
         """Score texts, any iterable of them, read in chunks.
 
         Raises `InputError` that lists each row that is blank, not text, or too long, and `RunError`
         for scores that are not finite.
         """
         results: list[TextScore] = []
-        done = total = 0
         for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
-            total += sum(len(ids) - 2 for ids in chunk)
             sequences = chain.from_iterable(map(self._masked, chunk))
             parts = []
             for part in split_by_size(sequences, lambda one: len(one.ids), CHUNK_TOKENS):
                 slots, targets = np.array([one[1:] for one in part], np.int32).T
-                shown = part_of(progress, done, total)
                 ids = [one.ids for one in part]
-                parts.append(self.engine.run(ids, slots, targets, progress=shown))
-                done += len(part)
+                parts.append(self.engine.run(ids, slots, targets, progress=progress))
             log_probs = np.concatenate(parts)
             check_finite(log_probs)
             values = iter(log_probs.tolist())

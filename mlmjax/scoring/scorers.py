@@ -2,7 +2,7 @@
 
 import itertools
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from mlmjax.model.modernbert import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
 )
-from mlmjax.scoring.engine import Engine, Forward, Progress, part_of
+from mlmjax.scoring.engine import Advance, Engine, Forward
 from mlmjax.text.checks import check_list, check_row, for_each_row, name_rows
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -127,23 +127,21 @@ class RowScorer:
         rows: Iterable[Mapping[str, Any]],
         *,
         where: Sequence[str] | None = None,
-        progress: Progress | None = None,
+        progress: Advance | None = None,
     ) -> np.ndarray:
         """Return the log probabilities of rows of `{field: text}`, float32 `[rows, labels]`.
 
         A row may hold `"options"`, a list of texts; its columns past their number are -inf. `rows`
         is any iterable, read in chunks. `where` names each row in messages (default: its number).
-        `progress` is called with the number of rows done and their total (of rows read so far, if
-        `rows` has no length). Raises `InputError` that lists each row that cannot be scored, and
-        `RunError` for scores that are not finite.
+        `progress` is called with the number of rows scored since its last call. Raises `InputError`
+        that lists each row that cannot be scored, and `RunError` for scores that are not finite.
         """
         results = [np.zeros((0, len(self.labels)), np.float32)]
         first, pending = 0, iter(check_list(rows, "rows", "rows"))
         while chunk := list(itertools.islice(pending, CHUNK_ROWS)):
             stop = first + len(chunk)
             prompts = self.prompts(chunk, where=where and where[first:stop], first=first)
-            total = len(rows) if isinstance(rows, Sized) else stop
-            results.append(self._score(chunk, prompts, part_of(progress, first, total)))
+            results.append(self._score(chunk, prompts, progress))
             first = stop
             self.scored += len(chunk)
         scores = np.concatenate(results)
@@ -171,11 +169,18 @@ class RowScorer:
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 
+    def targets(self, columns: Sequence[int]) -> np.ndarray:
+        """Return the training target of rows whose right answers are in these columns."""
+        raise InputError(
+            "fit: labels of several tokens cannot be learned as one answer; fit with "
+            "answer='letters', which works for any labels"
+        )
+
     def _score(
         self,
         rows: Sequence[Mapping[str, Any]],
         prompts: Sequence[Prompt],
-        progress: Progress | None,
+        progress: Advance | None,
     ) -> np.ndarray:
         """Return the log probabilities of prompts, `[rows, labels]`."""
         ids = [prompt.ids for prompt in prompts]
@@ -227,6 +232,10 @@ class Scorer(RowScorer):
         counts = [len(self.labels if options is None else options) for options in own]
         slots = [prompt.slot for prompt in prompts]
         return np.array(slots, np.int32), np.array(counts, np.int32)
+
+    def targets(self, columns: Sequence[int]) -> np.ndarray:
+        """Return the token of the first form of each row's label, `[rows]`."""
+        return np.array([ids[0] for ids in self.verbalizer.ids(self.tokenizer)])[list(columns)]
 
 
 @dataclass(frozen=True)
@@ -282,6 +291,19 @@ class HeadScorer(RowScorer):
             )
         labels = self.labels_of(model)
         super().__init__(model, tokenizer, template, labels, _head_scores, **options)
+
+    def targets(self, columns: Sequence[int]) -> np.ndarray:
+        """Return the label number of each row, `[rows]`."""
+        return np.array(columns)
+
+    def check_labels(self, wanted: Sequence[str], what: str) -> None:
+        """Raise `InputError` unless the head has exactly the labels of `what`, in any order."""
+        if sorted(self.labels) != sorted(wanted):
+            own, other = (", ".join(map(repr, names)) for names in (self.labels, wanted))
+            raise InputError(
+                f"the classification head has the labels {own:.400}; {what} has "
+                f"{other or 'other options in each row':.400}; give both the same labels"
+            )
 
     @staticmethod
     def labels_of(model: Model) -> list[str]:

@@ -19,7 +19,7 @@ from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import local_mesh
-from mlmjax.scoring.engine import Progress
+from mlmjax.reporting.terminal import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.optimizer import make_schedule, make_update

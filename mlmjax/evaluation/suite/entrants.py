@@ -16,11 +16,10 @@ from mlmjax.config.suite import Suite, Sweep
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
-from mlmjax.evaluation.evaluate import measure_order, score_questions, slot_scorer
+from mlmjax.evaluation.evaluate import Answers, answer_questions, make_scorer
 from mlmjax.evaluation.questions import Question
 from mlmjax.model.modernbert import ModernBertForMaskedLM, with_classifier
-from mlmjax.scoring.engine import Progress
-from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
+from mlmjax.reporting.terminal import Progress
 from mlmjax.storage import CONFIG, TOKENIZER_FILES, hash_file
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.finetune import fine_tune
@@ -40,18 +39,6 @@ class Setting(NamedTuple):
 
 class DivergedError(RunError):
     """A training whose loss was no longer finite."""
-
-
-class Answers(NamedTuple):
-    """Log probabilities `[questions, labels]`, truncated texts, and the mean loss per epoch.
-
-    `order` is the result of `measure_order`, None if the order was not changed.
-    """
-
-    log_probs: np.ndarray
-    shortened: int
-    losses: list[float]
-    order: dict[str, Any] | None = None
 
 
 class SuiteModel:
@@ -179,31 +166,19 @@ def answer_fine_tuned(
     over the pooled text of `Task.for_head`. Equal seeds give equal answers. Raises `DivergedError`.
     """
     longest = min(sweep.max_length, model.config.max_position_embeddings)
-    scorer: RowScorer
-    if head == "classification":
-        classifier = with_classifier(model, task.label_names, seed=seed)
-        template = task.for_head().head_template()
-        scorer = HeadScorer(
-            classifier, tokenizer, template, batch_size=batch_size, max_length=longest
-        )
-    else:
-        scorer = slot_scorer(model, tokenizer, task, train, batch_size, longest)
+    tuned = with_classifier(model, task.label_names, seed=seed) if head != "mlm" else model
+    options: Any = {"batch_size": batch_size, "max_length": longest}
+    scorer = make_scorer(tuned, tokenizer, task, train, **options)
     prompts = scorer.prompts([q.row for q in train], where=[q.where for q in train])
     scorer.shortened = 0
-    targets = np.array([question.gold for question in train])
-    if isinstance(scorer, Scorer):
-        targets = np.array([ids[0] for ids in scorer.verbalizer.ids(tokenizer)])[targets]
     losses: list[float] = []
     try:
         scorer.model = fine_tune(
             scorer.model,
             prompts,
-            targets,
-            epochs=setting.epochs,
-            learning_rate=setting.learning_rate,
-            batch_size=sweep.batch_size,
-            weight_decay=sweep.weight_decay,
-            warmup=sweep.warmup,
+            scorer.targets([question.gold for question in train]),
+            **setting._asdict(),
+            **sweep.model_dump(include={"batch_size", "weight_decay", "warmup"}),
             seed=seed,
             pad_id=tokenizer.pad_id,
             after_epoch=lambda _, loss: losses.append(loss),
@@ -211,10 +186,7 @@ def answer_fine_tuned(
         )
     except RunError as error:
         raise DivergedError(str(error)) from error
-    log_probs = score_questions(scorer, asked)
-    shortened = scorer.shortened
-    order = measure_order(scorer, task, asked, log_probs, order_rows)
-    return Answers(log_probs, shortened, losses, order)
+    return answer_questions(scorer, task, asked, order_rows)._replace(losses=losses)
 
 
 def read_texts(task: Task, questions: Sequence[Question]) -> list[str]:
@@ -244,4 +216,4 @@ def answer_by_tfidf(task: Task, train: Sequence[Question], asked: Sequence[Quest
         raise InputError(f"task {task.name}: TF-IDF cannot read the rows: {error}") from error
     log_probs = np.full((len(asked), len(names)), -np.inf, np.float32)
     log_probs[np.arange(len(asked)), [names.index(name) for name in found]] = 0.0
-    return Answers(log_probs, 0, [])
+    return Answers(log_probs, 0)

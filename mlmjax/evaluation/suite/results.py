@@ -11,23 +11,14 @@ from pydantic import Field, FiniteFloat, ValidationError
 
 from mlmjax.config.tables import StrictTable
 from mlmjax.errors import InputError
-from mlmjax.evaluation.evaluate import probabilities_by_label
+from mlmjax.evaluation.compare import Prediction
+from mlmjax.evaluation.evaluate import Answers, list_predictions
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.entrants import Answers
 from mlmjax.statistics.metrics import classification_metrics
 from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import PARTIAL, hash_value, write_whole
 
 _UNREADABLE = re.compile(r"[^A-Za-z0-9._-]+")
-
-
-class Prediction(StrictTable):
-    """The answer to one question: `index` is its record in the file."""
-
-    index: int
-    gold: str
-    prediction: str
-    probabilities: dict[str, Annotated[FiniteFloat, Field(ge=0)]]
 
 
 class Result(StrictTable):
@@ -43,34 +34,24 @@ class Result(StrictTable):
 
 def make_result(questions: Sequence[Question], labels: Sequence[str], answers: Answers) -> Result:
     """Make the result of the answers to questions."""
-    log_probs = answers.log_probs
-    predictions = [
-        Prediction(
-            index=question.index,
-            gold=labels[question.gold],
-            prediction=labels[int(row.argmax())],
-            probabilities={
-                label: round(value, 8)
-                for label, value in probabilities_by_label(labels, row).items()
-            },
-        )
-        for question, row in zip(questions, log_probs, strict=True)
-    ]
-    truth = [question.gold for question in questions]
+    log_probs, truth = answers.log_probs, [question.gold for question in questions]
+    predictions = list_predictions(questions, labels, log_probs)
+    for one in predictions:
+        one["probabilities"] = {name: round(p, 8) for name, p in one["probabilities"].items()}
     # TF-IDF gives labels without probabilities: nothing can be calibrated.
     has_shares = bool((np.isfinite(log_probs).sum(axis=1) > 1).all())
     return Result(
         shortened=answers.shortened,
-        losses=answers.losses,
+        losses=list(answers.losses),
         metrics={
             "n": len(predictions),
             **classification_metrics(
-                [one.gold for one in predictions], [one.prediction for one in predictions]
+                [one["gold"] for one in predictions], [one["prediction"] for one in predictions]
             ),
             "calibration": calibration(log_probs, truth) if has_shares else None,
         },
         order=answers.order,
-        predictions=predictions,
+        predictions=[Prediction(**one) for one in predictions],
     )
 
 

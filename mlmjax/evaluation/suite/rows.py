@@ -169,7 +169,7 @@ def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
         lambda row: check_row(row, fields, len(task.label_names) or len(row["options"])),
         ((question.where, question.row) for question in questions),
     )
-    return questions, left_out.total()
+    return questions, sum(left_out.values())
 
 
 def sample(questions: list[Question], count: int | None, seed: list[int]) -> list[Question]:

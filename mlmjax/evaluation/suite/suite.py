@@ -13,10 +13,9 @@ from mlmjax.config.suite import Planned, Suite
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import contamination
 from mlmjax.errors import InputError, printable
-from mlmjax.evaluation.evaluate import measure_order, score_questions, slot_scorer
+from mlmjax.evaluation.evaluate import Answers, answer_questions, make_scorer
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import (
-    Answers,
     DivergedError,
     Entrant,
     Setting,
@@ -29,8 +28,7 @@ from mlmjax.evaluation.suite.entrants import (
 from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
 from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result, open_results
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
-from mlmjax.reporting.terminal import count_progress, say
-from mlmjax.scoring.engine import Progress
+from mlmjax.reporting.terminal import Progress, count_progress, say
 from mlmjax.storage import alone_in, read_json
 from mlmjax.text.verbalizer import option_names
 from mlmjax.training.run.resume import check_run_folder
@@ -130,36 +128,25 @@ def run_suite(
     entrants = [*make_entrants(suite, loaded), *others]
     folder, out = None if data is None else Path(data), Path(out)
     present, missing = _find_entries(suite, planned, folder)
-    reasons = [f"task {one['task']}: {one['reason']}" for one in missing]
-    if not present:
-        raise InputError(
-            f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
-            f"with its files: {reasons[0]}",
-            reasons[1:],
-        )
     total = sum(_count_results(suite, one, loaded, entrants) for one in present)
     run = Run(suite, out / CELLS, tell, counting, total)
     _check_baselines(run, present, others, folder)
     with alone_in(out, check_run_folder):
-        for reason in reasons:
-            tell(printable(f"left out: {reason}"))
+        for one in missing:
+            tell(printable(f"left out: task {one['task']}: {one['reason']}"))
         open_results(run.cells)
         lines: list[Line] = []
-        for one in present:
-            rows = read_rows(one, suite, folder)
-            if one.entry.kind == "zero-shot":
-                lines += [_ask_zero_shot(run, one, rows, model) for model in loaded]
+        for plan in present:
+            rows = read_rows(plan, suite, folder)
+            if plan.entry.kind == "zero-shot":
+                lines += [_ask_zero_shot(run, plan, rows, model) for model in loaded]
             else:
-                lines.append(_run_tfidf(run, one, rows))
-                lines += [_fine_tune(run, one, rows, entrant) for entrant in entrants]
+                lines.append(_run_tfidf(run, plan, rows))
+                lines += [_fine_tune(run, plan, rows, entrant) for entrant in entrants]
         about = {
             "suite": suite.name,
-            "description": suite.description,
             "version": __version__,
-            "limit": suite.limit,
-            "seeds": suite.seeds,
-            "order_rows": suite.order_rows,
-            "sweep": suite.sweep.model_dump(),
+            **suite.model_dump(include={"description", "limit", "seeds", "order_rows", "sweep"}),
             "models": {model.name: model.identity for model in loaded},
             "baselines": {one.model: one.identity["model"] for one in others},
         }
@@ -211,7 +198,10 @@ def _check_baselines(
 def _find_entries(
     suite: Suite, planned: Sequence[Planned], folder: Path | None
 ) -> tuple[list[Planned], list[dict[str, Any]]]:
-    """Read all rows once, so that bad rows raise an error before hours of work."""
+    """Return the entries with data, and the others with the reason; raise if none has data.
+
+    It reads all rows once, so that bad rows raise an error before hours of work.
+    """
     present, missing = [], []
     for one in planned:
         try:
@@ -222,6 +212,13 @@ def _find_entries(
                 {"task": one.task.name, "reason": error.message, "tables": one.entry.tables}
             )
     missing += [one.model_dump() for one in suite.missing if suite.is_wanted(one.task)]
+    if not present:
+        reasons = [f"task {one['task']}: {one['reason']}" for one in missing]
+        raise InputError(
+            f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
+            f"with its files: {reasons[0]}",
+            reasons[1:],
+        )
     return present, missing
 
 
@@ -245,11 +242,8 @@ def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) ->
     order_rows = run.suite.order_rows
 
     def answer(progress: Progress) -> Answers:
-        scorer = slot_scorer(*model.load(), task, rows.test, model.batch_size)
-        log_probs = score_questions(scorer, rows.test, progress)
-        shortened = scorer.shortened
-        order = measure_order(scorer, task, rows.test, log_probs, order_rows)
-        return Answers(log_probs, shortened, [], order)
+        scorer = make_scorer(*model.load(), task, rows.test, batch_size=model.batch_size)
+        return answer_questions(scorer, task, rows.test, order_rows, progress)
 
     result = run.result(
         f"{task.name}, zero-shot, {model.name}",

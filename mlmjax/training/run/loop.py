@@ -18,7 +18,7 @@ from mlmjax.config.run import RunConfig
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
-from mlmjax.reporting.terminal import Talk
+from mlmjax.reporting.terminal import RunDisplay
 from mlmjax.training.flops import training_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule
@@ -132,7 +132,7 @@ class Loop:
     stop: StopRequest
     clock: Clock
     log: MetricsLog | None
-    talk: Talk
+    display: RunDisplay
 
     def __post_init__(self) -> None:
         config = self.config
@@ -165,7 +165,7 @@ class Loop:
                 stops = False
                 while len(pending) > (0 if pauses or stops else IN_FLIGHT):
                     stops |= self._settle(*pending.popleft())
-                self.talk.step(step)
+                self.display.step(step)
                 if pauses or stops:
                     self._pause(step, state)
         return state
@@ -192,7 +192,7 @@ class Loop:
                 raise self._bad_update(step, values)
             add(self.totals, {"skipped": 1.0})
             norm = f"{values['grad_norm']:.3g}"
-            self.talk.say(f"step {step}: update skipped; its gradient norm is {norm}")
+            self.display.say(f"step {step}: update skipped; its gradient norm is {norm}")
         else:
             self._skipped_in_a_row = 0
             if not np.isfinite([values["loss_sum"], values["grad_norm"]]).all():
@@ -255,7 +255,7 @@ class Loop:
     def _report(self, step: int, split: str, figures: Figures) -> None:
         if self.log:
             self.log.write(step, split, figures)
-        self.talk.figures(step, split, figures)
+        self.display.figures(step, split, figures)
 
     def _save(self, step: int, state: TrainState, held_out: Figures | None) -> None:
         if self.log:
@@ -272,7 +272,7 @@ class Loop:
 
     def _leave(self, step: int) -> None:
         self.checkpoints.wait()
-        self.talk.say(f"stopped by a signal; step {step} is saved")
+        self.display.say(f"stopped by a signal; step {step} is saved")
         self.stop.leave()
 
     def _diverged(self, step: int, what: str) -> RunError:

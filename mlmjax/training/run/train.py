@@ -15,7 +15,7 @@ from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
 from mlmjax.parallel.processes import broadcast_from_first, is_first
 from mlmjax.parallel.sharding import gather_on_first
-from mlmjax.reporting.terminal import Talk, say
+from mlmjax.reporting.terminal import RunDisplay, say
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.flops import peak_flops
@@ -116,7 +116,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
             with (
                 profiling(profile, out / "profile", step, config.steps) as trace,
                 closing(MetricsLog(out, step)) if is_first() else nullcontext() as log,
-                Talk(config.steps, step) as talk,
+                RunDisplay(config.steps, step) as display,
             ):
                 if is_first():
                     write_json(out / "config.json", config.model_dump(mode="json"))
@@ -134,7 +134,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     stop=stop,
                     clock=clock,
                     log=log,
-                    talk=talk,
+                    display=display,
                 )
                 state = loop.run(state, trace)
 
