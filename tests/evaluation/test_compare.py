@@ -1,8 +1,9 @@
-"""Comparisons of two evaluations: the test, the intervals, the words, and what is refused."""
+"""Comparisons of two evaluations: the test, the intervals, the words, and what is rejected."""
 
 import json
 from fractions import Fraction
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +32,14 @@ def write(folder, gold, predicted, **changes):
     return folder
 
 
-def answers(rows, accuracies, seed=0):
-    rng = np.random.default_rng(seed)
+@pytest.fixture
+def write_both(tmp_path):
+    """Return a function that writes the result folders `a` and `b`."""
+    return lambda gold, a, b: (write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b))
+
+
+def answers(rows, accuracies):
+    rng = np.random.default_rng(0)
     gold = rng.choice(["x", "y", "z"], size=rows)
     sides = [
         np.where(rng.random(rows) < share, gold, rng.choice(["x", "y", "z"], size=rows))
@@ -57,9 +64,9 @@ def test_mcnemar_is_the_exact_binomial_test(a, b):
     assert mcnemar(a, b) == pytest.approx(float(min(tail, 1)), rel=1e-9)
 
 
-def test_counts_differences_and_intervals(tmp_path):
+def test_counts_differences_and_intervals(write_both):
     gold, a, b = answers(300, (0.8, 0.5))
-    found = compare_results(write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b))
+    found = compare_results(*write_both(gold, a, b))
     right_a, right_b = a == gold, b == gold
     assert found["n"] == 300
     assert found["only_a"] == (right_a & ~right_b).sum()
@@ -85,27 +92,20 @@ def test_counts_differences_and_intervals(tmp_path):
     json.dumps(found, allow_nan=False)
 
 
-def test_b_against_a_is_the_same_the_other_way(tmp_path):
-    gold, a, b = answers(80, (0.6, 0.7))
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+def test_neither_the_order_of_the_sides_nor_of_the_rows_matters(write_both):
+    one, two = write_both(*answers(80, (0.6, 0.7)))
     there, back = compare_results(one, two), compare_results(two, one)
     assert (there["only_a"], there["only_b"]) == (back["only_b"], back["only_a"])
     assert there["accuracy_difference"] == pytest.approx(-back["accuracy_difference"])
     assert there["mcnemar_p"] == back["mcnemar_p"]
-
-
-def test_the_rows_may_stand_in_another_order(tmp_path):
-    gold, a, b = answers(40, (0.9, 0.4))
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
-    found = compare_results(one, two)
     file = two / "predictions.jsonl"
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
-    assert compare_results(one, two) == found
+    assert compare_results(one, two) == there
 
 
-def test_the_verdict_claims_no_more_than_there_is(tmp_path):
+def test_the_verdict_claims_no_more_than_there_is(write_both, tmp_path):
     gold, a, b = answers(30, (0.6, 0.55))
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    one, two = write_both(gold, a, b)
     found = compare_results(one, two)
     assert found["mcnemar_p"] > 0.05
     assert "do not show which of the two is better" in found["verdict"]
@@ -113,21 +113,19 @@ def test_the_verdict_claims_no_more_than_there_is(tmp_path):
     assert compare_results(one, one)["accuracy_difference_ci95"] == [0, 0]
     better = write(tmp_path / "c", gold, gold)
     worse = write(tmp_path / "d", gold, np.where(gold == "x", "y", "x"))
-    for found, winner in (
-        (compare_results(better, worse), "A"),
-        (compare_results(worse, better), "B"),
-    ):
-        assert found["verdict"].startswith(f"{winner} has 30 more of 30 rows right")
-        assert "100.0 points" in found["verdict"]
-        assert "rows like these" in found["verdict"]
+    for sides, winner in (((better, worse), "A"), ((worse, better), "B")):
+        verdict = compare_results(*sides)["verdict"]
+        assert verdict.startswith(f"{winner} has 30 more of 30 rows right")
+        assert "100.0 points" in verdict
+        assert "rows like these" in verdict
 
 
-def test_macro_f1_may_tell_what_accuracy_does_not(tmp_path):
+def test_macro_f1_may_show_what_accuracy_does_not(write_both):
     """One side has the rare label right and as many more of the common one wrong."""
     gold = ["common"] * 180 + ["rare"] * 20
     a = ["common"] * 165 + ["rare"] * 15 + ["rare"] * 20
     b = ["common"] * 180 + ["common"] * 15 + ["rare"] * 5
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
+    one, two = write_both(gold, a, b)
     for found, winner in ((compare_results(one, two), "A"), (compare_results(two, one), "B")):
         assert found["mcnemar_p"] == 1
         assert "do not show which of the two is better" in found["verdict"]
@@ -135,63 +133,63 @@ def test_macro_f1_may_tell_what_accuracy_does_not(tmp_path):
         assert "does not contain 0" in found["verdict"]
 
 
-def test_macro_f1_may_tell_what_the_same_right_rows_do_not(tmp_path):
+def test_macro_f1_may_show_what_the_same_right_rows_do_not(write_both):
     gold = ["x", "y"] * 100
     swapped = gold[:100] + ["y", "x"] * 50
     scattered = gold[:100] + [f"z{i % 10}" for i in range(100)]
-    one, two = write(tmp_path / "a", gold, swapped), write(tmp_path / "b", gold, scattered)
-    verdict = compare_results(one, two)["verdict"]
+    verdict = compare_results(*write_both(gold, swapped, scattered))["verdict"]
     assert verdict.startswith("A and B have the same 100 of 200 rows right. Accuracy does not")
     assert "macro-F1 favours A" in verdict
 
 
 def replaced(found, put):
-    """Change the text of a file."""
-    return lambda folder, name: (folder / name).write_text(
-        (folder / name).read_text().replace(found, put, 1)
-    )
+    """Change the first place of a text in a file."""
+    return lambda file: file.write_text(file.read_text().replace(found, put, 1))
+
+
+def content(data):
+    return lambda file: file.write_bytes(data)
+
+
+HOSTILE = {
+    "results.json": [
+        (Path.unlink, r"has no file results\.json; give a folder"),
+        (replaced("{", ""), r"results\.json: Invalid JSON"),
+        (replaced('"task": "t", ', ""), r"results\.json: task: Field required"),
+        (replaced('"n": 5', '"n": NaN'), r"results\.json: n:"),
+        (replaced('"n": 5', '"n": true'), r"results\.json: n:"),
+        (replaced('"n": 5', '"n": 6'), "names 6 rows and .* has 5; run the"),
+        (replaced('"task": "', '"task": "\\ud800'), r"results\.json: Invalid JSON"),
+        (replaced('"n": 5', '"n": 1e999'), r"results\.json: n:"),
+        (replaced('{"task"', "[" * 9999 + '"task"'), "Invalid JSON"),
+    ],
+    "predictions.jsonl": [
+        (Path.unlink, r"has no file predictions\.jsonl"),
+        (replaced("}}", "}"), r"predictions\.jsonl, line 1: .*JSON"),
+        (replaced("0.5", "NaN"), r"line 1: probabilities\.\w+: .*finite"),
+        (replaced("0.5", "-0.5"), r"line 1: probabilities\.\w+: .*greater"),
+        (replaced('"gold"', '"golden"'), "line 1: gold: Field required"),
+        (replaced('"index": 2', '"index": 0'), "line 2: repeats index 0"),
+        (replaced('"index": 2', '"index": -2'), "line 2: index:"),
+        (replaced('"index": 2', '"index": "2"'), "line 2: index:"),
+        (replaced("{", "[" * 5000), "line 1: .*JSON"),
+        (replaced("{", "\n{"), "line 1: .*JSON"),
+        (replaced('"gold": "', '"gold": "\\ud800'), "line 1: "),
+        (content(b"\xff\xfe"), "line 1: .*JSON"),
+        (content(b" " * 2**21), "is longer than"),
+        (content(b""), "5 rows and .* has 0"),
+        (replaced('"index": 8', '"index": 9'), "2 rows are in only .* index 8"),
+    ],
+}
 
 
 @pytest.mark.parametrize(
     ("name", "break_it", "message"),
-    [
-        (
-            "results.json",
-            lambda f, n: (f / n).unlink(),
-            r"has no file results\.json; give a folder",
-        ),
-        ("predictions.jsonl", lambda f, n: (f / n).unlink(), r"has no file predictions\.jsonl"),
-        ("results.json", replaced("{", ""), r"results\.json: is not valid JSON"),
-        ("results.json", replaced('"task": "t", ', ""), r"results\.json: task: Field required"),
-        ("results.json", replaced('"n": 5', '"n": NaN'), r"results\.json: n:"),
-        ("results.json", replaced('"n": 5', '"n": true'), r"results\.json: n:"),
-        ("results.json", replaced('"n": 5', '"n": 6'), "names 6 rows and .* has 5; run the"),
-        ("predictions.jsonl", replaced("}}", "}"), r"predictions\.jsonl, line 1: .*JSON"),
-        ("predictions.jsonl", replaced("0.5", "NaN"), r"line 1: probabilities\.\w+: .*finite"),
-        ("predictions.jsonl", replaced('"gold"', '"golden"'), "line 1: gold: Field required"),
-        ("predictions.jsonl", replaced('"index": 2', '"index": 0'), "line 2: repeats index 0"),
-        ("predictions.jsonl", replaced('"index": 2', '"index": -2'), "line 2: index:"),
-        ("predictions.jsonl", replaced('"index": 2', '"index": "2"'), "line 2: index:"),
-        ("predictions.jsonl", replaced("{", "[" * 5000), "line 1: .*JSON"),
-        ("predictions.jsonl", replaced("{", "\n{"), "line 1: .*JSON"),
-        ("predictions.jsonl", replaced('"gold": "', '"gold": "\\ud800'), "line 1: "),
-        ("results.json", replaced('"task": "', '"task": "\\ud800'), r"results\.json: task: "),
-        ("results.json", replaced('"n": 5', '"n": 1e999'), r"results\.json: n:"),
-        ("results.json", replaced('{"task"', "[" * 9999 + '"task"'), "is not valid JSON"),
-        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b"\xff\xfe"), "line 1: .*JSON"),
-        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b" " * 2**21), "is longer than"),
-        ("predictions.jsonl", lambda f, n: (f / n).write_bytes(b""), "5 rows and .* has 0"),
-        (
-            "predictions.jsonl",
-            replaced('"index": 8', '"index": 9'),
-            "2 rows are in only .* index 8",
-        ),
-    ],
+    [(name, *case) for name, cases in HOSTILE.items() for case in cases],
 )
-def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, message, capsys):
-    gold, a, b = answers(5, (1, 1))
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, b)
-    break_it(two, name)
+def test_hostile_files_are_rejected_in_a_sentence(write_both, name, break_it, message, capsys):
+    one, two = write_both(*answers(5, (1, 1)))
+    break_it(two / name)
     with pytest.raises(InputError, match=message):
         compare_results(one, two)
     assert run(["compare", str(one), str(two)]) == 2
@@ -200,7 +198,7 @@ def test_hostile_files_are_refused_in_a_sentence(tmp_path, name, break_it, messa
     assert len(err.splitlines()) == 1
 
 
-def test_other_rows_are_refused(tmp_path):
+def test_other_rows_are_rejected(tmp_path):
     gold, a, b = answers(5, (1, 1))
     one = write(tmp_path / "a", gold, a)
     with pytest.raises(InputError, match=r"about the task t and .* about u; give two evaluations"):
@@ -214,16 +212,15 @@ def test_other_rows_are_refused(tmp_path):
         compare_results(one, tmp_path / "nowhere")
 
 
-def test_a_link_out_of_the_folder_is_not_read(tmp_path):
-    gold, a, _ = answers(5, (1, 1))
-    one, two = write(tmp_path / "a", gold, a), write(tmp_path / "b", gold, a)
+def test_a_link_out_of_the_folder_is_not_read(write_both):
+    one, two = write_both(*answers(5, (1, 1)))
     (two / "predictions.jsonl").unlink()
     (two / "predictions.jsonl").symlink_to(one / "predictions.jsonl")
     with pytest.raises(InputError, match="is a link to"):
         compare_results(one, two)
 
 
-def test_labels_without_end_are_refused(tmp_path):
+def test_too_many_labels_are_rejected(tmp_path):
     names = [str(i) for i in range(10_001)]
     one = write(tmp_path / "a", names, names)
     with pytest.raises(InputError, match="has 10001 labels"):

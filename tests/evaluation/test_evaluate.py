@@ -1,4 +1,4 @@
-"""Evaluation: the published protocol against torch, tables of one's own, what is refused."""
+"""Evaluation: the published protocol against torch, own tables, and what is rejected."""
 
 import json
 from pathlib import Path
@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from small_models import noisy, small_config
-from task_files import ROWS, answer, read_lines, task, write_csv
+from task_files import ROWS, read_lines, task, write_csv
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.cli.main import run
 from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.evaluate import run_evaluation
-from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "mmlu_500.jsonl"
@@ -29,9 +29,7 @@ labels = ["bad", "good"]
 """
 
 
-@pytest.fixture(scope="module")
-def model():
-    return noisy(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 @pytest.fixture
@@ -42,49 +40,44 @@ def reviews(tmp_path):
     return tmp_path / "reviews.toml"
 
 
-def test_published_mmlu_is_what_torch_says(tmp_path, tokenizer):
+@pytest.mark.parametrize("limit", [64, pytest.param(500, marks=pytest.mark.long)])
+def test_published_mmlu_equals_torch(tmp_path, tokenizer, limit):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     torch.set_num_threads(1)  # its idle threads would spin against the other tests
-    oracle = transformers.ModernBertForMaskedLM(
-        transformers.ModernBertConfig(
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            local_attention=32,
-            global_attn_every_n_layers=2,
-        )
-    ).eval()
+    config = transformers.ModernBertConfig(
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        local_attention=32,
+        global_attn_every_n_layers=2,
+    )
+    oracle = transformers.ModernBertForMaskedLM(config).eval()
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     oracle.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    model, loaded = load_pretrained(tmp_path / "model", attention="dense")
-    results = run_evaluation(
-        model, loaded, "mmlu", data=QUESTIONS, protocol="published", out=tmp_path / "out"
-    )
+    loaded = load_pretrained(tmp_path / "model", attention="dense")
+    # One batch of 64 is one program.
+    options = {"data": QUESTIONS, "protocol": "published", "batch_size": 64, "order_rows": 0}
+    results = run_evaluation(*loaded, "mmlu", limit=limit, out=tmp_path / "out", **options)
     found, questions = read_lines(tmp_path / "out" / "predictions.jsonl"), read_lines(QUESTIONS)
-    assert len(found) == len(questions) == results["n"] == 500
+    assert len(found) == results["n"] == limit
 
-    prompt = load_task("mmlu").prompt
+    encode, prompt = tokenizer.backend.encode, load_task("mmlu").prompt
     spaced, bare = (
-        [
-            tokenizer.backend.encode(form + letter, add_special_tokens=False).ids[0]
-            for letter in "ABCD"
-        ]
+        [encode(form + letter, add_special_tokens=False).ids[0] for letter in "ABCD"]
         for form in (" ", "")
     )
     correct, worst = 0, 0.0
-    for question, line in zip(questions, found, strict=True):
-        options = "".join(
-            f"- {letter}: {choice}\n"
-            for letter, choice in zip("ABCD", question["choices"], strict=True)
-        )
+    for question, line in zip(questions, found, strict=False):
+        choices = zip("ABCD", question["choices"], strict=True)
+        options = "".join(f"- {letter}: {choice}\n" for letter, choice in choices)
         text = prompt.replace("{question}", question["question"].strip())
-        ids = tokenizer.backend.encode(text.replace("{options}", options)).ids
+        ids = encode(text.replace("{options}", options)).ids
         with torch.no_grad():
             last_mask = max(i for i, token in enumerate(ids) if token == tokenizer.mask_id)
             hidden = oracle.model(torch.tensor([ids])).last_hidden_state[0, last_mask]
@@ -96,7 +89,7 @@ def test_published_mmlu_is_what_torch_says(tmp_path, tokenizer):
         assert line["gold"] == "ABCD"[question["answer"]]
         correct += expected.argmax() == question["answer"]
     assert worst < 1e-5
-    assert results["accuracy"] == correct / 500
+    assert results["accuracy"] == correct / limit
     assert len({line["prediction"] for line in found}) > 1
 
 
@@ -105,21 +98,14 @@ def test_the_mmlu_prompt_is_the_published_text(test_data):
     assert load_task("mmlu").prompt == (test_data / "prompts" / "mmlu.txt").read_text()
 
 
-def test_a_table_of_ones_own_end_to_end(model, tokenizer, reviews):
-    calls = []
+def test_a_table_end_to_end(model, tokenizer, reviews):
+    calls, out = [], reviews.parent / "deep" / "out"
     results = run_evaluation(
-        model,
-        tokenizer,
-        str(reviews),
-        out=reviews.parent / "deep" / "out",
-        progress=lambda done, total: calls.append((done, total)),
+        model, tokenizer, str(reviews), out=out, progress=lambda *at: calls.append(at)
     )
-    written = json.loads((reviews.parent / "deep" / "out" / "results.json").read_text())
-    assert written == results
-    assert set(results) >= {
-        "task", "protocol", "n", "accuracy", "macro_f1", "accuracy_ci95", "per_group", "shortened"
-    }  # fmt: skip
-    predictions = read_lines(reviews.parent / "deep" / "out" / "predictions.jsonl")
+    assert json.loads((out / "results.json").read_text()) == results
+    assert set(results) >= {"task", "protocol", "macro_f1", "per_group", "shortened"}
+    predictions = read_lines(out / "predictions.jsonl")
     assert [set(p) for p in predictions] == [{"index", "gold", "prediction", "probabilities"}] * 5
     assert [p["index"] for p in predictions] == list(range(5))
     assert [p["gold"] for p in predictions] == [row["label"] for row in ROWS]
@@ -134,12 +120,12 @@ def test_a_table_of_ones_own_end_to_end(model, tokenizer, reviews):
     assert calls[-1] == (5, 5)
 
 
-def test_limit_is_the_first_rows_and_data_overrides_the_file(model, tokenizer, reviews, tmp_path):
+def test_limit_keeps_the_first_rows_and_data_overrides_the_file(
+    model, tokenizer, reviews, tmp_path
+):
     write_csv(tmp_path / "other.csv", ROWS[::-1])
-    results = run_evaluation(
-        model, tokenizer, reviews, data=tmp_path / "other.csv", limit=2, out=tmp_path / "out"
-    )
-    assert results["n"] == 2
+    options = {"data": tmp_path / "other.csv", "limit": 2, "out": tmp_path / "out"}
+    assert run_evaluation(model, tokenizer, reviews, **options)["n"] == 2
     golds = [line["gold"] for line in read_lines(tmp_path / "out" / "predictions.jsonl")]
     assert golds == ["bad", "bad"]
 
@@ -152,53 +138,35 @@ def test_limit_is_the_first_rows_and_data_overrides_the_file(model, tokenizer, r
         ({"true": "good", "false": "bad"}, [False, True, True, False, "true", True]),
     ],
 )
-def test_answers_are_found_by_name_index_or_table(model, tokenizer, tmp_path, labels, answers):
+def test_answers_are_found_by_name_index_or_table(answer, labels, answers):
     rows = [{"text": "film", "label": value} for value in answers]
-    _, predictions = answer(model, tokenizer, tmp_path, rows, labels=labels)
+    _, predictions = answer(rows, labels=labels)
     assert [p["gold"] for p in predictions] == ["bad", "good", "good", "bad", "good", "good"]
 
 
-def test_options_of_the_row(model, tokenizer, tmp_path):
+def test_options_of_the_row(answer):
     rows = [
         {"text": "q", "choices": {"text": ["x", "y", "z"], "label": ["A", "B", "C"]}, "label": "C"},
         {"text": "q", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "label": "2"},
     ]
-    results, predictions = answer(
-        model,
-        tokenizer,
-        tmp_path,
-        rows,
-        prompt="{text}\n{options}[unused0] [MASK]",
-        labels=None,
-        options="choices.text",
-        option_names="choices.label",
-    )
+    own = {"labels": None, "options": "choices.text", "option_names": "choices.label"}
+    results, predictions = answer(rows, **own)
     assert [p["gold"] for p in predictions] == ["C", "B"]
     assert [list(p["probabilities"]) for p in predictions] == [["A", "B", "C"], ["A", "B"]]
     assert results["chance"] == pytest.approx((1 / 3 + 1 / 2) / 2)
     columns = [{"text": "q", "one": "x", "two": "y", "label": value} for value in ("B", 0, "1")]
-    _, predictions = answer(
-        model, tokenizer, tmp_path, columns, labels=None, options=("one", "two")
-    )
+    _, predictions = answer(columns, labels=None, options=("one", "two"))
     assert [p["gold"] for p in predictions] == ["B", "A", "B"]
 
 
-def test_columns_groups_and_dropped_labels(model, tokenizer, tmp_path):
+def test_columns_groups_and_dropped_labels(answer):
     rows = [
         {"title": "a", "body": "b", "label": "good", "kind": "x"},
         {"title": "c", "body": "d", "label": "-", "kind": "x"},
         {"title": "e", "body": "f", "label": "bad", "kind": 7},
     ]
-    results, predictions = answer(
-        model,
-        tokenizer,
-        tmp_path,
-        rows,
-        columns={"text": ("text", "{title}: {body}")},
-        group="kind",
-        drop_labels=("-",),
-        metric="mcc",
-    )
+    changes = {"columns": {"text": ("text", "{title}: {body}")}, "group": "kind", "metric": "mcc"}
+    results, predictions = answer(rows, drop_labels=("-",), **changes)
     assert results["dropped"] == 1
     assert [p["index"] for p in predictions] == [0, 2]
     assert {name: group["n"] for name, group in results["per_group"].items()} == {"x": 1, "7": 1}
@@ -207,42 +175,45 @@ def test_columns_groups_and_dropped_labels(model, tokenizer, tmp_path):
     assert -1 <= results[results["metric"]] <= 1
 
 
-def test_words_and_explicit_forms_can_stand_for_labels(model, tokenizer, tmp_path):
+def test_words_and_explicit_forms_can_stand_for_labels(answer):
     rows = [{"text": "film", "label": "good"}]
-    words = answer(model, tokenizer, tmp_path, rows, verbalizer="words")[1]
-    forms = {"bad": (" bad",), "good": (" good", " great")}
-    explicit = answer(model, tokenizer, tmp_path, rows, verbalizer=forms)[1]
-    both = {"bad": (" bad",), "good": (" good",)}
-    assert words == answer(model, tokenizer, tmp_path, rows, verbalizer=both)[1]
+    words, explicit, both = (
+        answer(rows, verbalizer=verbalizer)[1]
+        for verbalizer in (
+            "words",
+            {"bad": (" bad",), "good": (" good", " great")},
+            {"bad": (" bad",), "good": (" good",)},
+        )
+    )
+    assert words == both
     assert explicit[0]["probabilities"]["good"] > words[0]["probabilities"]["good"]
 
 
-def test_long_texts_are_counted(model, tokenizer, tmp_path):
+def test_long_texts_are_counted(answer):
     rows = [{"text": "film " * n, "label": "good"} for n in (3, 900)]
-    results, _ = answer(model, tokenizer, tmp_path, rows, shorten={"text": "tail"})
-    assert results["shortened"] == 1
+    assert answer(rows, shorten={"text": "tail"})[0]["shortened"] == 1
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda row: row | {"label": "god"}, "the answer 'god' is not one of 'bad', 'good'"),
-        (lambda row: row | {"label": 2}, "the answer 2 is not one of .* index from 0 to 1"),
-        (lambda row: row | {"label": None}, "the answer None is not one of"),
-        (lambda row: row | {"text": " "}, "field 'text': is blank"),
-        (lambda row: row | {"text": 5}, "field 'text': is int"),
-        (lambda row: {"txt": "x", "label": "good"}, "has no column 'text'.*'txt', 'label'"),
+        ({"label": "god"}, "the answer 'god' is not one of 'bad', 'good'"),
+        ({"label": 2}, "the answer 2 is not one of .* index from 0 to 1"),
+        ({"label": None}, "the answer None is not one of"),
+        ({"text": " "}, "field 'text': is blank"),
+        ({"text": 5}, "field 'text': is int"),
+        (None, "has no column 'text'.*'txt', 'label'"),
     ],
 )
-def test_a_broken_row_is_named(model, tokenizer, tmp_path, change, message):
-    rows = [ROWS[0], ROWS[1], change(ROWS[2])]
+def test_a_broken_row_is_named(answer, change, message):
+    broken = {"txt": "x", "label": "good"} if change is None else ROWS[2] | change
     with pytest.raises(InputError, match=rf"rows\.jsonl.*\b3\b.*{message}"):
-        answer(model, tokenizer, tmp_path, rows)
+        answer([ROWS[0], ROWS[1], broken])
 
 
-def test_nothing_to_answer_is_an_error(model, tokenizer, tmp_path):
+def test_nothing_to_answer_is_an_error(answer, tmp_path):
     with pytest.raises(InputError, match="no row is left to answer; 5 were dropped"):
-        answer(model, tokenizer, tmp_path, ROWS, drop_labels=("good", "bad"))
+        answer(ROWS, drop_labels=("good", "bad"))
     assert not (tmp_path / "out").exists()
 
 
@@ -256,47 +227,44 @@ def test_nothing_to_answer_is_an_error(model, tokenizer, tmp_path):
         ('labels = ["bad", "good"]', 'labels = ["bad", " "]', "a blank label"),
         ("labels =", 'verbalizer = { bad = [" bad"] }\nlabels =', "verbalizer names bad; expected"),
         ("labels =", "labels = [", "is not valid TOML"),
+        (
+            '["bad", "good"]\n',
+            "['bad', 'good']\n[protocols.mine]\nnormalise = 'labels'\n",
+            r"protocols\.mine\.normalise: .*'normalize'",
+        ),
     ],
 )
-def test_a_bad_task_file_is_refused(reviews, found, put, message):
+def test_a_bad_task_file_is_rejected(reviews, found, put, message):
     reviews.write_text(REVIEWS.replace(found, put))
     with pytest.raises(InputError, match=rf"reviews\.toml: .*{message}"):
         load_task(reviews)
 
 
-def test_keys_of_a_protocol_are_checked(reviews):
-    reviews.write_text(REVIEWS + "[protocols.mine]\nnormalise = 'labels'\n")
-    with pytest.raises(InputError, match=r"protocols\.mine\.normalise: .*'normalize'"):
-        load_task(reviews)
-
-
-def test_unknown_tasks_and_protocols_are_refused(model, tokenizer, reviews, caplog):
+def test_unknown_tasks_and_protocols_are_rejected(model, tokenizer, reviews, caplog):
     with pytest.raises(InputError, match=r"'mmlu-pro': .*did you mean 'mmlu_pro'\?.*ag_news"):
         load_task("mmlu-pro")
     with pytest.raises(InputError, match=r"nowhere\.toml: cannot be read"):
         load_task("nowhere.toml")
-    with pytest.raises(InputError, match="reviews: has no protocol 'published'; it has default"):
-        run_evaluation(model, tokenizer, reviews, protocol="published")
-    with pytest.raises(InputError, match=r"hub dataset a/b: cannot be read"):
-        run_evaluation(model, tokenizer, task(hub="a/b"))
+    for asked, options, message in (
+        (reviews, {"protocol": "published"}, "has no protocol 'published'; it has default"),
+        (task(hub="a/b"), {}, r"hub dataset a/b: cannot be read"),
+        ("20newsgroups_raw", {}, r"20newsgroups_raw: has neither data nor hub; .*--data"),
+        (reviews, {"data": ""}, "task reviews: path: is blank"),
+        (reviews, {"limit": 0}, "limit is 0"),
+        (task(), {}, "neither data nor hub"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_evaluation(model, tokenizer, asked, **options)
     assert "a/b: revision is None, not a commit" in caplog.text
-    with pytest.raises(InputError, match=r"20newsgroups_raw: has neither data nor hub; .*--data"):
-        run_evaluation(model, tokenizer, "20newsgroups_raw")
-    with pytest.raises(InputError, match="task reviews: path: is blank"):
-        run_evaluation(model, tokenizer, reviews, data="")
-    with pytest.raises(InputError, match="limit is 0"):
-        run_evaluation(model, tokenizer, reviews, limit=0)
-    with pytest.raises(InputError, match="neither data nor hub"):
-        run_evaluation(model, tokenizer, task())
 
 
 def head_model(labels, **changes):
     names = dict(enumerate(labels))
-    config = small_config(num_labels=len(labels), id2label=names, **changes)
+    config = small_config(num_labels=len(labels), id2label=names, num_hidden_layers=1, **changes)
     return noisy(ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0)), 0.1)
 
 
-def torch_like_probabilities(model, tokenizer, texts):
+def plain_probabilities(model, tokenizer, texts):
     """The softmax of the model's own logits, a text at a time."""
     found = []
     for text in texts:
@@ -306,11 +274,10 @@ def torch_like_probabilities(model, tokenizer, texts):
     return np.array(found)
 
 
-def test_a_classification_head_reads_the_fields_and_answers_by_name(tokenizer, reviews, tmp_path):
+def test_a_classification_head_reads_the_fields_and_answers_by_name(answer, tokenizer):
     model = head_model(["good", "bad"])  # the task has them the other way round
-    results = run_evaluation(model, tokenizer, reviews, out=tmp_path / "out")
-    lines = read_lines(tmp_path / "out" / "predictions.jsonl")
-    expected = torch_like_probabilities(model, tokenizer, [row["text"] for row in ROWS])
+    results, lines = answer(ROWS, by=model)
+    expected = plain_probabilities(model, tokenizer, [row["text"] for row in ROWS])
     found = [[line["probabilities"][name] for name in ("good", "bad")] for line in lines]
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert np.ptp(expected[:, 0]) > 1e-3
@@ -321,7 +288,7 @@ def test_a_classification_head_reads_the_fields_and_answers_by_name(tokenizer, r
     assert results["accuracy"] == pytest.approx(np.mean(right))
 
 
-def test_what_a_head_reads_is_the_tasks_to_say(tokenizer, tmp_path):
+def test_the_task_says_what_a_head_reads(answer, tokenizer):
     model = head_model(["bad", "good"])
     rows = [{"a": "fine", "b": "film", "label": "good"}, {"a": "dull", "b": "plot", "label": "bad"}]
     for changes, texts in (
@@ -329,23 +296,22 @@ def test_what_a_head_reads_is_the_tasks_to_say(tokenizer, tmp_path):
         ({"head_prompt": "{a}: {b}."}, ["fine: film.", "dull: plot."]),
     ):
         prompt = "{b} {options} {a} [unused0] [MASK]"
-        _, lines = answer(model, tokenizer, tmp_path, rows, prompt=prompt, **changes)
+        _, lines = answer(rows, by=model, prompt=prompt, **changes)
         found = [list(line["probabilities"].values()) for line in lines]
-        np.testing.assert_allclose(
-            found, torch_like_probabilities(model, tokenizer, texts), atol=1e-5
-        )
+        expected = plain_probabilities(model, tokenizer, texts)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_heads_of_other_labels_are_refused(tokenizer, reviews, tmp_path):
+def test_heads_of_other_labels_are_rejected(answer):
     for labels in (["good", "fair"], ["good", "bad", "fair"], ["good", "good"]):
         names = ", ".join(map(repr, labels))
-        with pytest.raises(InputError, match=f"head has the labels {names}; task reviews asks for"):
-            run_evaluation(head_model(labels), tokenizer, reviews)
+        with pytest.raises(InputError, match=f"head has the labels {names}; task t has 'bad', 'go"):
+            answer(ROWS, by=head_model(labels))
     rows = [{"text": "x", "choices": ["a", "b"], "label": 0}]
-    with pytest.raises(InputError, match="asks for each row's own options"):
-        answer(head_model(["a", "b"]), tokenizer, tmp_path, rows, labels=None, options="choices")
+    with pytest.raises(InputError, match="other options in each row"):
+        answer(rows, by=head_model(["a", "b"]), labels=None, options="choices")
     with pytest.raises(InputError, match="the head is for regression"):
-        run_evaluation(head_model(["a"], problem_type="regression"), tokenizer, reviews)
+        answer(ROWS, by=head_model(["a"], problem_type="regression"))
     for prompt, message in (
         ("{text} [MASK]", "head does not read"),
         ("no field", "names no field"),
@@ -354,16 +320,15 @@ def test_heads_of_other_labels_are_refused(tokenizer, reviews, tmp_path):
             task(head_prompt=prompt)
 
 
-def test_models_that_cannot_answer_are_refused(tokenizer, model, reviews):
-    broken = noisy(model, scale=np.nan)
+def test_weights_that_are_not_numbers_are_an_error(answer, model):
     with pytest.raises(RunError, match="not finite"):
-        run_evaluation(broken, tokenizer, reviews)
+        answer(ROWS, by=noisy(model, scale=np.nan))
 
 
 POST = "From: a@b.c\nSubject: Re: cars\n\n"
 
 
-def test_blank_posts_are_counted_not_asked(model, tokenizer, tmp_path):
+def test_blank_posts_are_counted_but_not_prompted(answer):
     rows = [
         {"text": POST + "One.\n\nTwo.", "label": "good"},
         {"text": POST + "> quoted", "label": "good"},
@@ -371,29 +336,28 @@ def test_blank_posts_are_counted_not_asked(model, tokenizer, tmp_path):
         {"text": "Sent without its header", "label": "bad"},
     ]
     cleaning = {"clean": {"text": "newsgroup"}}
-    results, predictions = answer(model, tokenizer, tmp_path, rows, **cleaning)
+    results, predictions = answer(rows, **cleaning)
     assert (results["n"], results["blank"], results["dropped"]) == (2, 2, 0)
     assert [line["index"] for line in predictions] == [0, 3]
     with pytest.raises(InputError, match=r"no row is left .* 2 were blank after cleaning"):
-        answer(model, tokenizer, tmp_path, rows[1:3], **cleaning)
+        answer(rows[1:3], **cleaning)
     with pytest.raises(InputError, match=r"field 'text'.*int"):
-        answer(model, tokenizer, tmp_path, [{"text": 5, "label": "bad"}], **cleaning)
+        answer([{"text": 5, "label": "bad"}], **cleaning)
     with pytest.raises(ValueError, match="'body' is not a field of the prompt"):
         task(clean={"body": "newsgroup"})
 
 
-def test_the_command_counts_rows_on_stderr(tmp_path, tokenizer, model, reviews, capsys):
-    save_pretrained(model, tokenizer, tmp_path / "model")
+@pytest.mark.parametrize("is_classifier", [False, True])
+def test_the_command_counts_rows_and_names_a_prompt_it_does_not_use(
+    tmp_path, tokenizer, model, reviews, capsys, is_classifier
+):
+    if is_classifier:
+        Classifier((model, tokenizer), ["good", "bad"]).save_pretrained(tmp_path / "model")
+    else:
+        save_pretrained(model, tokenizer, tmp_path / "model")
     assert run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["n"] == 5
     assert err.splitlines()[-1] == "rows scored 5/5"
-    assert "its own prompt" not in err
-
-
-def test_the_command_tells_that_a_classifier_is_not_asked_by_its_own_prompt(
-    tmp_path, tokenizer, model, reviews, capsys
-):
-    Classifier((model, tokenizer), ["good", "bad"]).save_pretrained(tmp_path / "model")
-    assert run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
-    assert "its own prompt; the task's prompt is used instead" in capsys.readouterr().err
+    own_prompt = "its own prompt; the task's prompt is used instead"
+    assert (own_prompt in err) == is_classifier

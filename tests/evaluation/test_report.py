@@ -5,26 +5,20 @@ import re
 
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import noisy, small_config
-from task_files import ROWS, answer, read_lines, task
+from task_files import ROWS, read_lines, task
 
 from mlmjax.cli.main import run
 from mlmjax.data.contamination import Contamination
 from mlmjax.errors import InputError
 from mlmjax.evaluation.evaluate import run_evaluation
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.scorers import Scorer
-from mlmjax.statistics.option_orders import order_sensitivity, sensitivity
+from mlmjax.statistics.option_orders import order_sensitivity, sensitivity, shifted
 from mlmjax.statistics.reliability import calibration
 from mlmjax.text.prompts import Template
 from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.weights.pretrained import save_pretrained
 
-
-@pytest.fixture(scope="module")
-def model():
-    return noisy(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
+OPTIONS = {"labels": None, "options": "choices"}
 
 
 def choices(rows):
@@ -34,45 +28,41 @@ def choices(rows):
     ]
 
 
-OPTIONS = {"labels": None, "options": "choices"}
-
-
-def test_calibration_is_that_of_the_predictions(model, tokenizer, tmp_path):
-    results, predictions = answer(model, tokenizer, tmp_path, ROWS)
+def test_calibration_is_that_of_the_predictions(answer, no_report):
+    results, predictions = answer(ROWS)
     scores = np.log([list(line["probabilities"].values()) for line in predictions])
     gold = [["bad", "good"].index(line["gold"]) for line in predictions]
     assert results["calibration"] == pytest.approx(calibration(scores, gold))
-    over_vocabulary, _ = answer(model, tokenizer, tmp_path, ROWS, normalize="vocabulary")
+    over_vocabulary, _ = answer(ROWS, normalize="vocabulary")
     assert over_vocabulary["calibration"] == pytest.approx(results["calibration"], rel=1e-4)
 
 
-def test_order_sensitivity_is_that_of_asking_by_hand(model, tokenizer, tmp_path):
+def test_order_sensitivity_is_that_of_asking_by_hand(model, tokenizer, answer, no_report):
     rows = choices(9)
-    results, _ = answer(model, tokenizer, tmp_path, rows, **OPTIONS)
+    results, _ = answer(rows, **OPTIONS)
     scorer = Scorer(model, tokenizer, Template(task().prompt), Verbalizer.letters(list("ABCDE")))
     scores = np.full((9, 4, 5), -np.inf)
     for i, row in enumerate(rows):
         n = len(row["choices"])
         for place, shift in enumerate({3: (0, 1, 2), 4: (0, 1, 2, 3), 5: (0, 1, 2, 3)}[n]):
-            order = [(j + shift) % n for j in range(n)]
+            order = shifted(range(n), shift)
             asked = {"text": row["text"], "options": [row["choices"][j] for j in order]}
-            (found,) = scorer.log_probs([asked])
-            for j, option in enumerate(order):
-                scores[i, place, option] = found[j]
+            scores[i, place, order] = scorer.log_probs([asked])[0, :n]
     expected = sensitivity(scores, [row["label"] for row in rows])
     assert results["order_sensitivity"] == expected
     assert expected["changed"] > 0
     assert [one["rows"] for one in expected["accuracy_by_shift"]] == [9, 9, 9, 6]
 
 
-def test_orders_are_asked_about_where_there_are_any(model, tokenizer, tmp_path):
-    words = answer(model, tokenizer, tmp_path, ROWS, verbalizer="words")[0]
-    assert words["order_sensitivity"] is None
+def test_orders_are_measured_where_there_are_any(model, tokenizer, answer, tmp_path, no_report):
     spelled = {"prompt": "{text} - A: bad\n- B: good\n[unused0] [MASK]"}
-    assert answer(model, tokenizer, tmp_path, ROWS, **spelled)[0]["order_sensitivity"] is None
+    for changes in ({"verbalizer": "words"}, spelled):
+        assert answer(ROWS, **changes)[0]["order_sensitivity"] is None
     data = tmp_path / "rows.jsonl"
-    off = run_evaluation(model, tokenizer, task(), data=data, order_rows=0)
-    on = run_evaluation(model, tokenizer, task(), data=data)
+    off, on = (
+        run_evaluation(model, tokenizer, task(), data=data, **options)
+        for options in ({"order_rows": 0}, {})
+    )
     assert off["order_sensitivity"] is None
     assert on["order_sensitivity"]["rows"] == 5
     assert on["order_sensitivity"]["shifts"] == 2
@@ -107,7 +97,7 @@ def test_rows_asked_again_are_a_sample_that_is_always_the_same():
     assert few["rows"] == 30
 
 
-def test_the_page_tells_everything_and_text_has_no_power_in_it(model, tokenizer, tmp_path):
+def test_the_page_shows_everything_and_no_text_can_break_it(model, tokenizer, tmp_path):
     rows = [{**row, "kind": f"<b>|`{i % 2}"} for i, row in enumerate(choices(8))]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -134,14 +124,9 @@ def test_the_page_tells_everything_and_text_has_no_power_in_it(model, tokenizer,
     for line in outside.splitlines():
         if line.startswith("|"):
             assert line.count("|") in (3, 4, 5)
-    headings = [line for line in outside.splitlines() if line.startswith("#")]
-    assert headings[1:] == [
-        "## The task",
-        "## Calibration",
-        "## Order of the options",
-        "## Groups",
-        "## Contamination",
-    ]
+    _, *headings = re.findall(r"^#+ (.*)", outside, flags=re.MULTILINE)
+    expected = ["The task", "Calibration", "Order of the options", "Groups", "Contamination"]
+    assert headings == expected
     found = results["order_sensitivity"]
     for shown in (
         f"**MCC {results['mcc']:.4f}**",
@@ -156,15 +141,15 @@ def test_the_page_tells_everything_and_text_has_no_power_in_it(model, tokenizer,
     assert "nan" not in outside.lower().split()
 
 
-def test_a_page_of_few_rows_and_no_order(model, tokenizer, tmp_path):
-    answer(model, tokenizer, tmp_path, ROWS[:1], verbalizer="words")
+def test_a_page_of_few_rows_and_no_order(answer, tmp_path):
+    answer(ROWS[:1], verbalizer="words")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "## Groups" not in text
     assert "Not measured" in text
     assert "**unknown**" in text
 
 
-def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys):
+def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys, no_report):
     save_pretrained(model, tokenizer, tmp_path / "model")
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))

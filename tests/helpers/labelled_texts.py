@@ -44,11 +44,12 @@ def word_tokenizer(folder, more=()):
     return Tokenizer.from_pretrained(folder)
 
 
-def word_model(tokenizer, **changes):
+def word_model(tokenizer, seed=0, **changes):
     """Return a model of one layer that learns these words in a few epochs."""
     special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
     special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
     ids = {f"{name}_token_id": token for name, token in special.items()}
-    config = small_config(**{"vocab_size": 64, "num_hidden_layers": 1, **ids, **changes})
+    size = -(-tokenizer.vocab_size // 64) * 64
+    config = small_config(**{"vocab_size": size, "num_hidden_layers": 1, **ids, **changes})
     # With this much noise the words differ enough to be learned fast.
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), 0.1)
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(seed)), 0.1)

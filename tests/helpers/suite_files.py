@@ -1,16 +1,15 @@
 """A small suite of one zero-shot and one fine-tuned task, with all its files, and a model."""
 
-import csv
+from contextlib import nullcontext
 
 import numpy as np
-from flax import nnx
-from small_models import noisy, small_config
+from labelled_texts import word_model, word_tokenizer
+from task_files import write_csv
 
 from mlmjax.config.suite import Sweep, load_suite
 from mlmjax.config.task import Task
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.suite import run_suite
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.weights.pretrained import save_pretrained
 
 TASK = """
@@ -78,15 +77,10 @@ SWEEP = Sweep(batch_size=8, max_length=40)
 
 def questions(count, seed):
     """Return the same rows as questions of the task."""
+    names = ["bad", "good"]
     return [
-        Question(
-            index,
-            f"row {index}",
-            {"text": row["text"], "options": ["bad", "good"]},
-            ("bad", "good").index(row["label"]),
-            "",
-        )
-        for index, row in enumerate(reviews(count, seed))
+        Question(i, f"row {i}", {"text": row["text"], "options": names}, i % 2, "")
+        for i, row in enumerate(reviews(count, seed))
     ]
 
 
@@ -94,19 +88,14 @@ def right(log_probs, asked):
     return np.mean(log_probs.argmax(axis=1) == [question.gold for question in asked])
 
 
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+def small_pair(folder, seed=0):
+    """Return a model that learns these words fast, and its tokenizer."""
+    tokenizer = word_tokenizer(folder, (*GOOD, *BAD, "film", "good", "bad"))
+    return word_model(tokenizer, seed=seed), tokenizer
 
 
-def write_model(path, tokenizer, seed=0):
-    model = noisy(
-        ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(seed)), scale=0.02
-    )
-    save_pretrained(model, tokenizer, path)
+def write_model(path, seed=0):
+    save_pretrained(*small_pair(path.parent / "tokenizer", seed), path)
 
 
 def write_suite(folder):
@@ -114,25 +103,16 @@ def write_suite(folder):
     folder.mkdir(exist_ok=True)
     (folder / "small.toml").write_text(SUITE)
     (folder / "reviews.toml").write_text(TASK)
-    write_rows(folder / "data" / "Reviews" / "train.csv", reviews(32, 1))
-    write_rows(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
+    (folder / "data" / "Reviews").mkdir(parents=True)
+    write_csv(folder / "data" / "Reviews" / "train.csv", reviews(32, 1))
+    write_csv(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
 
 
 class Output:
-    """Collect the lines a run prints; its progress bar shows nothing."""
+    """Collect the lines that a run prints."""
 
     def __init__(self):
         self.lines = []
-
-    def counting(self, what):
-        class Bar:
-            def __enter__(self):
-                return lambda done, total: None
-
-            def __exit__(self, *error):
-                return None
-
-        return Bar()
 
     @property
     def computed(self):
@@ -152,7 +132,7 @@ def run_small(folder, out, *overrides, models=("model",), data="data", **options
         data=folder / data,
         out=out,
         tell=told.lines.append,
-        counting=told.counting,
+        counting=lambda what: nullcontext(lambda done, total: None),
         **options,
     )
     return results, told

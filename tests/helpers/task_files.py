@@ -1,10 +1,9 @@
-"""A task over a few reviews, its table, and the results of evaluating it."""
+"""A task over a few reviews, and its table."""
 
 import csv
 import json
 
 from mlmjax.config.task import Task
-from mlmjax.evaluation.evaluate import run_evaluation
 
 ROWS = [
     {"text": "a fine film", "label": "good"},
@@ -30,12 +29,3 @@ def task(**changes):
     """Return a task over `rows.jsonl` with the keys of the reviews."""
     values = {"name": "t", "prompt": "{text} {options}[unused0] [MASK]", "answer": "label"}
     return Task(**{**values, "labels": ("bad", "good"), **changes})
-
-
-def answer(model, tokenizer, tmp_path, rows, **changes):
-    """Evaluate rows under a task; return the results and the predictions."""
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    out = tmp_path / "out"
-    results = run_evaluation(model, tokenizer, task(**changes), data=data, out=out)
-    return results, read_lines(out / "predictions.jsonl")

@@ -1,4 +1,4 @@
-"""Figures and their intervals against scikit-learn and plain loops, and the count of rows done."""
+"""Metrics and their intervals, against scikit-learn and plain loops."""
 
 import json
 
@@ -60,6 +60,22 @@ def plain_mcc(gold, predicted):
     truth, guess = truth - truth.mean(0), guess - guess.mean(0)
     scale = np.sqrt((truth * truth).sum() * (guess * guess).sum())
     return (truth * guess).sum() / scale if scale else 0.0
+
+
+def test_intervals_of_a_mean_over_seeds_keep_the_rows_together():
+    gold, guess = map(np.array, random_answers(60, 3, seed=0, right=0.7))
+    for statistic in (metrics.macro_f1, metrics.mcc):
+        found = metrics.bootstrap(gold, [guess], lambda models, s=statistic: [s(*models[0])])
+        same = metrics.mean_interval(gold, [guess] * 3, statistic)
+        np.testing.assert_allclose(same, found[0][1], atol=0.02)  # equal seeds add nothing
+    rng = np.random.default_rng(0)
+    other = np.where(rng.random(60) < 0.7, gold, "label 0")
+    interval = metrics.mean_interval(gold, [guess, other], metrics.macro_f1)
+    means = [
+        np.mean([plain_f1(gold[rows], one[rows]) for one in (guess, other)])
+        for rows in rng.integers(60, size=(2000, 60))
+    ]
+    np.testing.assert_allclose(interval, np.quantile(means, [0.025, 0.975]), atol=0.03)
 
 
 def test_intervals_are_the_same_every_time_and_shrink_with_rows():

@@ -1,4 +1,4 @@
-"""Suites: cells that are found again, a choice by validation rows, and what is not there."""
+"""Suites: results that are found again, a choice by validation rows, and missing data."""
 
 import csv
 import json
@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from suite_files import files_of, run_small, write_model, write_rows, write_suite
+from matplotlib.figure import Figure
+from suite_files import files_of, run_small, write_model, write_suite
+from task_files import write_csv
 
 from mlmjax.cli.main import run
 from mlmjax.config.suite import load_suite
 from mlmjax.errors import InputError
+from mlmjax.evaluation.suite import report
 from mlmjax.evaluation.suite.rows import NoDataError, find_file, read_rows
 
 TESTS = Path(__file__).parents[2]
@@ -37,26 +40,37 @@ run_small(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     write_suite(folder)
-    write_model(folder / "model", tokenizer)
+    write_model(folder / "model")
     return folder
 
 
 @pytest.fixture(scope="module")
 def done(folder):
-    """A run from beginning to end: the folder of its results, and what it told."""
-    out = folder / "out"
-    results, told = run_small(folder, out)
-    return out, results, told
+    """A whole run: the folder of its results, the results, and the printed lines."""
+    return folder / "out", *run_small(folder, folder / "out")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """Draw no scores, except in the first run."""
+    request.getfixturevalue("done")
+    monkeypatch.setattr(report, "scores_picture", lambda lines: Figure((1, 1)))
+
+
+@pytest.fixture
+def out(done, tmp_path):
+    """A copy of the folder of results."""
+    return shutil.copytree(done[0], tmp_path / "out")
 
 
 def lines_of(results, method):
     return [line for line in results["lines"] if line["method"] == method]
 
 
-def test_every_method_stands_in_the_results_and_on_the_page(done):
+def test_every_method_is_in_the_results_and_on_the_page(done):
     out, results, told = done
     assert json.loads((out / "suite.json").read_text()) == json.loads(json.dumps(results))
     methods = [(line["kind"], line["method"]) for line in results["lines"]]
@@ -91,9 +105,8 @@ def test_every_method_stands_in_the_results_and_on_the_page(done):
     ]
 
 
-def test_a_cell_holds_its_predictions_and_what_it_is_made_of(done):
-    out, _, _ = done
-    cells = [json.loads(path.read_text()) for path in sorted((out / "cells").iterdir())]
+def test_a_result_holds_its_predictions_and_its_identity(done):
+    cells = [json.loads(path.read_text()) for path in sorted((done[0] / "cells").iterdir())]
     tests = [cell for cell in cells if cell["identity"].get("part") == "test"]
     assert {cell["identity"]["method"] for cell in tests} == {"mlm", "classification"}
     for cell in tests:
@@ -109,11 +122,9 @@ def test_a_cell_holds_its_predictions_and_what_it_is_made_of(done):
     assert {(c["identity"]["seed"], len(c["predictions"])) for c in sweep} == {(0, 8)}
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(folder, done, tmp_path):
-    one_head = 'heads=["mlm"]'
-    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    shutil.copytree(done[0], undisturbed)
-    assert run_small(folder, undisturbed, one_head)[1].computed == []
+def test_a_killed_run_resumes_to_the_same_bytes(folder, out, tmp_path):
+    one_head, stopped = 'heads=["mlm"]', tmp_path / "stopped"
+    assert run_small(folder, out, one_head)[1].computed == []
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(folder), str(stopped), one_head],
         cwd=TESTS / "helpers",
@@ -127,21 +138,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(folder, done, tmp_path):
     assert sum(name.endswith(".partial") for name in left) == 1
     _, told = run_small(folder, stopped, one_head)
     assert len(told.computed) == 2
-    found, whole = files_of(stopped), files_of(undisturbed)
+    found, whole = files_of(stopped), files_of(out)
     assert found == {name: content for name, content in whole.items() if "classif" not in name}
 
 
-def test_what_is_done_is_not_done_again(folder, done):
-    out, _, _ = done
-    before = files_of(out)
-    _, told = run_small(folder, out)
-    assert told.computed == []
-    assert files_of(out) == before
+def test_results_are_not_computed_again(folder, done, out):
+    assert run_small(folder, out)[1].computed == []
+    before, after = files_of(done[0]), files_of(out)
+    assert after | {"suite.png": before["suite.png"]} == before
 
 
-def test_a_change_is_another_cell(folder, done, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(done[0], out)
+def test_a_change_is_another_result(folder, out):
     results, told = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
     assert len(told.computed) == 1  # the second seed
     (line,) = lines_of(results, "MLM head")
@@ -154,16 +161,15 @@ def test_a_change_is_another_cell(folder, done, tmp_path):
     assert lines_of(results, "MLM head")[0]["tried"] == []
 
 
-def test_the_choice_does_not_see_the_test_rows(folder, done, tmp_path):
-    """With other test labels the same cells of the sweep are taken, and the same setting."""
-    out, other = tmp_path / "out", tmp_path / "other"
-    shutil.copytree(done[0], out)
+def test_the_choice_does_not_see_the_test_rows(folder, done, out, tmp_path):
+    """With other test labels the results of the sweep and the setting are the same."""
+    other = tmp_path / "other"
     shutil.copytree(folder / "data", other)
     with (other / "my-reviews.test.csv").open() as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows):
         row["label"] = ("good", "bad", "bad")[number % 3]
-    write_rows(other / "my-reviews.test.csv", rows)
+    write_csv(other / "my-reviews.test.csv", rows)
     results, told = run_small(folder, out, 'heads=["mlm"]', data=other)
     assert [line for line in told.computed if "validation" in line] == []
     assert len(told.computed) == 3  # zero-shot, TF-IDF, and the seed of the chosen setting
@@ -172,8 +178,8 @@ def test_the_choice_does_not_see_the_test_rows(folder, done, tmp_path):
     assert after["scores"] != before["scores"]
 
 
-def test_several_models_stand_side_by_side(folder, tokenizer, tmp_path):
-    write_model(folder / "second", tokenizer, seed=1)
+def test_several_models_are_side_by_side(folder, tmp_path):
+    write_model(folder / "second", seed=1)
     shutil.copytree(folder / "model", folder / "copy", dirs_exist_ok=True)
     suite = (folder / "small.toml").read_text()
     until = suite.index("[[entries]]", suite.index("[[entries]]") + 1)
@@ -194,9 +200,7 @@ def test_several_models_stand_side_by_side(folder, tokenizer, tmp_path):
         run_small(tmp_path, tmp_path / "out", models=("model", "model"), data=folder / "data")
 
 
-def test_a_file_that_is_no_result_is_refused(folder, done, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(done[0], out)
+def test_a_file_that_is_not_a_result_is_rejected(folder, out):
     (path,) = (out / "cells").glob("*-zero-shot-*.json")
     good = json.loads(path.read_text())
     other = {**good, "identity": {**good["identity"], "model": "another"}}
@@ -214,7 +218,7 @@ def test_a_file_that_is_no_result_is_refused(folder, done, tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=said) as caught:
-            run_small(folder, out)
+            run_small(folder, out, 'heads=["mlm"]')
         assert caught.value.message.startswith(f"{path}: is not a result of this suite (")
         assert "delete the file" in caught.value.message
         assert path.read_bytes() == content
@@ -246,27 +250,28 @@ def test_a_file_that_is_no_result_is_refused(folder, done, tmp_path):
         ("missing=5", "missing"),
     ],
 )
-def test_hostile_suites_are_refused_in_a_sentence(folder, change, said):
+def test_hostile_suites_are_rejected_in_a_sentence(folder, change, said):
     with pytest.raises(InputError) as caught:
         load_suite(folder / "small.toml", [change])
     assert said in str(caught.value)
     assert "\n" not in caught.value.message
 
 
-def test_bad_files_are_refused_before_anything_is_computed(folder, tmp_path):
-    def refused(rows, **options):
+def test_bad_files_are_rejected_before_anything_is_computed(folder, tmp_path):
+    def message(rows):
         data = tmp_path / "data"
         shutil.rmtree(data, ignore_errors=True)
         shutil.copytree(folder / "data", data)
-        write_rows(data / "my-reviews.test.csv", rows)
+        write_csv(data / "my-reviews.test.csv", rows)
         with pytest.raises(InputError) as caught:
-            run_small(folder, tmp_path / "out", data=data, **options)
+            run_small(folder, tmp_path / "out", data=data)
         assert not list((tmp_path / "out").glob("cells/*"))
         return caught.value.message
 
-    assert "my-reviews.test.csv" in refused([{"text": " ", "label": "bad"}])
-    assert "'text': is blank" in refused([{"text": " ", "label": "bad"}])
-    assert "the answer 'odd'" in refused([{"text": "a", "label": "odd"}])
+    blank = message([{"text": " ", "label": "bad"}])
+    assert "my-reviews.test.csv" in blank
+    assert "'text': is blank" in blank
+    assert "the answer 'odd'" in message([{"text": "a", "label": "odd"}])
     with pytest.raises(InputError, match="is not a folder"):
         run_small(folder, tmp_path / "out", data="absent")
     with pytest.raises(InputError, match="only one label"):
@@ -317,36 +322,43 @@ def test_the_paper_finds_its_files(test_data):
         assert found == expected, name
 
 
-def test_the_command_runs_a_suite_and_refuses_what_does_not_go_together(
-    folder, done, tmp_path, capsys
-):
-    start = ["evaluate", "--model", str(folder / "model")]
-    small = ["--suite", str(folder / "small.toml"), "--data", str(folder / "data")]
-    refused = [
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
         ([], "exactly one of --task and --suite"),
-        (["--task", "mmlu", *small], "exactly one of --task and --suite"),
-        (small, "--suite needs --out"),
+        (["--task", "mmlu", "--suite", "paper"], "exactly one of --task and --suite"),
+        (["--suite", "paper"], "--suite needs --out"),
         (["--task", "mmlu", "seeds=2"], "KEY=VALUE"),
         (["--task", "mmlu", "--model", "other"], "several --model"),
         (["--task", "mmlu", "--baseline", "transformers:x"], "--baseline"),
-        ([*small, "--out", str(tmp_path), "--protocol", "published"], "--protocol"),
-        (["--suite", "papr", "--out", str(tmp_path)], "shipped are paper"),
-    ]
-    for arguments, said in refused:
-        assert run([*start, *arguments]) == 2, arguments
-        assert said in capsys.readouterr().err
+        (["--suite", "paper", "--out", "OUT", "--protocol", "published"], "--protocol"),
+        (["--suite", "papr", "--out", "OUT"], "shipped are paper"),
+    ],
+)
+def test_the_command_rejects_options_that_exclude_each_other(
+    folder, tmp_path, monkeypatch, capsys, arguments, said
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["evaluate", "--model", str(folder / "model"), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_runs_a_suite(folder, done, tmp_path, capsys):
     out = tmp_path / "out"
-    for task, reason in (("ag_news", "no file of"), ("dreams", "nobody has written them down")):
-        assert run([*start, *small, "--out", str(out), f'tasks=["{task}"]']) == 2
+    start = ["evaluate", "--model", str(folder / "model"), "--out", str(out)]
+    start += ["--suite", str(folder / "small.toml"), "--data", str(folder / "data")]
+    for tasks, reason in (
+        ('["ag_news"]', "task ag_news: test rows of ag_news: no file of"),
+        ('["dreams"]', "task dreams: nobody has written them down"),
+        ('["ag_news", "dreams"]', "task dreams: nobody has written"),
+    ):
+        assert run([*start, f"tasks={tasks}"]) == 2
         error = capsys.readouterr().err
         assert "no entry finds its data, so nothing was run" in error
-        assert f"task {task}: " in error
         assert reason in error
     assert not out.exists()
-    assert run([*start, *small, "--out", str(tmp_path), 'tasks=["ag_news", "dreams"]']) == 2
-    assert "task dreams: nobody has written" in capsys.readouterr().err
-    shutil.copytree(done[0], out, dirs_exist_ok=True)
-    assert run([*start, *small, "--out", str(out), "--limit", "500"]) == 0
+    shutil.copytree(done[0], out)
+    assert run([*start, "--limit", "500"]) == 0
     captured = capsys.readouterr()
     assert captured.out == f"report: {out / 'suite.md'}\n"
     assert "Not all of the data" in (out / "suite.md").read_text()

@@ -50,9 +50,9 @@ def test_it_learns_by_its_seed(model):
         answer(1, rate=1e30)
 
 
-def test_a_suite_reads_its_results(model, tokenizer, tmp_path):
+def test_a_suite_reads_its_results(model, tmp_path):
     write_suite(tmp_path)
-    write_model(tmp_path / "model", tokenizer)
+    write_model(tmp_path / "model")
     files = ["--suite", tmp_path / "small.toml", "--data", tmp_path / "data"]
     arguments = [model, *files, "--out", tmp_path / "torch", *FEW]
     assert run([str(one) for one in arguments], torch_baseline.main, "torch_baseline.py") == 0

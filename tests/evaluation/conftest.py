@@ -1,0 +1,37 @@
+"""One small model for all tests of evaluations, so that programs are shared."""
+
+import json
+
+import pytest
+from flax import nnx
+from small_models import noisy, small_config
+from task_files import read_lines, task
+
+from mlmjax.evaluation import report
+from mlmjax.evaluation.evaluate import run_evaluation
+from mlmjax.model.modernbert import ModernBertForMaskedLM
+
+
+@pytest.fixture(scope="session")
+def model():
+    config = small_config(num_hidden_layers=1)
+    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Leave out the page of an evaluation and its picture."""
+    monkeypatch.setattr(report, "write_evaluation_report", lambda *arguments: None)
+
+
+@pytest.fixture
+def answer(model, tokenizer, tmp_path):
+    """Return a function that evaluates rows under a task; it gives results and predictions."""
+
+    def answer(rows, by=model, **changes):
+        data, out = tmp_path / "rows.jsonl", tmp_path / "out"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        results = run_evaluation(by, tokenizer, task(**changes), data=data, out=out)
+        return results, read_lines(out / "predictions.jsonl")
+
+    return answer
