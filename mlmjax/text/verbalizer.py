@@ -65,7 +65,7 @@ def _leading(names: list[str], tokenizer: Tokenizer) -> list[str]:
 
 def _are_tokens(names: list[str], tokenizer: Tokenizer) -> list[bool]:
     encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
-    return [len(ids) == 1 for ids in encoded]
+    return [len(ids) == 1 and ids[0] not in tokenizer.special_ids for ids in encoded]
 
 
 @dataclass(frozen=True)

@@ -27,16 +27,11 @@ from mlmjax.classification.classifier import Classifier, classifier_card
 from mlmjax.classification.settings import Settings
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.storage import TRAINING
+from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import save_pretrained
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
-
-
-@pytest.fixture(scope="module")
-def pair(word_pair):
-    return word_pair
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +48,15 @@ def fitted(folder):
     return classifier.fit(texts, labels, validation=examples(20, seed=1), **FAST)
 
 
+@pytest.fixture(scope="module")
+def saved(fitted, tmp_path_factory):
+    path = tmp_path_factory.mktemp("fitted") / "saved"
+    fitted.save_pretrained(path)
+    return path
+
+
 def weights(classifier):
-    return [
-        np.asarray(leaf) for leaf in jax.tree.leaves(nnx.state(classifier.asking_.scorer.model))
-    ]
+    return jax.tree.leaves(nnx.state(classifier.asking_.scorer.model))
 
 
 def test_zero_shot_answers_have_the_shapes_of_an_estimator(folder):
@@ -102,14 +102,12 @@ def test_fit_learns_and_reports(fitted):
     assert list(fitted.classes_) == ["sports", "money"]
 
 
-def test_the_same_seed_gives_the_same_weights_and_a_refit_starts_anew(fitted):
+def test_the_same_seed_gives_the_same_weights_and_a_refit_starts_again(fitted):
     texts, labels = examples(96)
     other = clone(fitted).fit(texts, labels, **FAST, seed=1)
-    pairs = list(zip(weights(fitted), weights(other), strict=True))
-    assert any((left != right).any() for left, right in pairs)
+    assert not all(map(np.array_equal, weights(fitted), weights(other)))
     again = other.fit(texts, labels, **FAST)
-    for left, right in zip(weights(fitted), weights(again), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert all(map(np.array_equal, weights(fitted), weights(again)))
 
 
 def test_the_source_pair_is_never_changed(pair):
@@ -118,15 +116,13 @@ def test_the_source_pair_is_never_changed(pair):
     classifier = Classifier(pair, template=SHORT)
     classifier.fit(texts, labels, validation=(texts, labels), **{**FAST, "epochs": 1})
     assert list(classifier.classes_) == ["money", "sports"]
-    after = [np.array(leaf) for leaf in jax.tree.leaves(nnx.state(pair[0]))]
-    for left, right in zip(before, after, strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert all(map(np.array_equal, before, jax.tree.leaves(nnx.state(pair[0]))))
 
 
-def test_what_is_saved_comes_back(fitted, tmp_path):
+def test_saving_and_loading_restores_all(fitted, tmp_path):
     texts, _ = examples(20, seed=3)
-    fitted.save_pretrained(tmp_path / "saved")
-    fitted.save_pretrained(tmp_path / "saved")
+    for _ in range(2):  # the second replaces the first
+        fitted.save_pretrained(tmp_path / "saved")
     restored = Classifier.from_pretrained(tmp_path / "saved")
     assert list(restored.classes_) == list(fitted.classes_)
     np.testing.assert_array_equal(restored.predict_proba(texts), fitted.predict_proba(texts))
@@ -142,24 +138,33 @@ def test_what_is_saved_comes_back(fitted, tmp_path):
         ({"format": 2}, "format: found 2"),
         ({"template": "{other} {options}", "shorten": {}}, "its fields are other, options"),
         ({"max_length": -1}, "max_length: found -1"),
+        (
+            {"calibration": {"method": "batch", "bias": [1.0], "rows": 2}},
+            "calibration.bias has 1 numbers; expected 2",
+        ),
+        ({"calibration": {"method": "magic", "rows": 2}}, "method names 'magic'"),
+        ({"calibration": {"method": "batch", "rows": 2, "temperature": 0.0}}, "temperature"),
+        ({"conformal": {"method": "lac", "scores": [2.0]}}, "conformal.scores"),
+        ({"conformal": {"method": "lac", "scores": []}}, "conformal.scores"),
+        ({"abstain_below": 7}, "abstain_below"),
+        ({"orders": -1}, "orders"),
+        ({"examples": [{"text": "x", "labels": ["nobody"]}]}, "nobody"),
+        ({"examples": [{"text": "x"}]}, "labels"),
     ],
 )
-def test_broken_settings_are_refused(fitted, tmp_path, change, message):
-    fitted.save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "mlmjax_classifier.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_broken_settings_are_rejected(saved, tmp_path, change, message):
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    values = json.loads((folder / CLASSIFIER).read_text()) | change
+    (folder / CLASSIFIER).write_text(json.dumps(values))
     with pytest.raises(InputError, match=message):
-        Classifier.from_pretrained(tmp_path / "saved")
+        Classifier.from_pretrained(folder)
 
 
-def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_path):
-    hostile = {
-        "sports": "games",
-        "```\n# Owned <img src=x>": "$name ${prompt}",
-        "a\x1b[2J\u202eb": "",
-    }
+def test_the_card_shows_how_to_load_the_classifier_and_its_prompt(pair, tmp_path):
+    bad = {"```\n# Owned <img src=x>": "$name ${prompt}", "a\x1b[2J\u202eb": ""}
     template = SHORT.replace("{text}", "~~~\n````\n## A prompt $labels\n{text}")
-    Classifier(pair, hostile, template=template).save_pretrained(tmp_path / "saved")
+    classifier = Classifier(pair, {"sports": "games"} | bad, template=template)
+    classifier.save_pretrained(tmp_path / "saved")
     card = (tmp_path / "saved" / "README.md").read_text()
     assert 'Classifier.from_pretrained("PATH_OF_THIS_FOLDER")' in card
     assert "AutoModel" not in card
@@ -175,11 +180,8 @@ def test_the_card_tells_how_the_classifier_is_loaded_and_what_it_asks(pair, tmp_
         elif fence is None:
             outside.append(line)
     assert fence is None
-    assert [line for line in outside if line.startswith("#")] == [
-        "# Text classifier",
-        "## Labels",
-        "## Prompt",
-    ]
+    headings = [line for line in outside if line.startswith("#")]
+    assert headings == ["# Text classifier", "## Labels", "## Prompt"]
     assert not any("Owned" in line or "A prompt" in line for line in outside)
     assert SHORT.splitlines()[1] in card
 
@@ -200,7 +202,7 @@ def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp
     assert not (tmp_path / "fitted" / TRAINING).exists()
 
 
-def test_descriptions_stand_in_the_prompt_and_change_the_answer(pair):
+def test_descriptions_are_in_the_prompt_and_change_the_answer(pair):
     plain = Classifier(pair, ["sports", "money"]).predict_proba(["a new goal"])
     labels = {"sports": "games, teams and players", "money": ""}
     described = Classifier(pair, labels)
@@ -245,7 +247,7 @@ def test_it_works_inside_scikit_learn(pair):
         (None, "has no labels"),
     ],
 )
-def test_bad_labels_are_refused(pair, labels, message):
+def test_bad_labels_are_rejected(pair, labels, message):
     with pytest.raises(InputError, match=message):
         Classifier(pair, labels).predict(["text"])
 
@@ -261,26 +263,25 @@ def test_bad_labels_are_refused(pair, labels, message):
         (3, "texts: is one int"),
     ],
 )
-def test_bad_texts_are_refused(fitted, texts, message):
+def test_bad_texts_are_rejected(fitted, texts, message):
     with pytest.raises(InputError, match=message):
         fitted.predict(texts)
 
 
 @pytest.mark.parametrize(
-    ("texts", "labels", "options", "message"),
+    ("texts", "labels", "message"),
     [
-        (["a", "b"], ["sports"], {}, "fit: the distinct labels are 'sports'"),
-        (["a"], ["sports", "money"], {}, "1 texts and 2 labels"),
-        (["a", "b"], ["sports", "mony"], {}, r"row 2 \(index 1\): label 'mony' is not one of"),
-        (["a", "b"], ["sports", 1], {}, r"row 2 \(index 1\): label: is int"),
-        (["a", ""], ["sports", "money"], {}, r"row 2 \(index 1\): field 'text': is blank"),
-        (["a", "b"], ["sports", "money"], {"epochs": 0}, "epochs: found 0"),
-        (["a", "b"], ["sports", "money"], {"learning_rate": -1.0}, "learning_rate: found -1"),
+        (["a", "b"], ["sports", "sports"], "fit: the distinct labels are 'sports'"),
+        (["a"], ["sports", "money"], "1 texts and 2 labels"),
+        (["a", "b"], ["sports", "mony"], r"row 2 \(index 1\): label 'mony' is not one of"),
+        (["a", "b"], ["sports", 1], r"row 2 \(index 1\): label: is int"),
+        (["a", ""], ["sports", "money"], r"row 2 \(index 1\): field 'text': is blank"),
+        (["x", "y"], "ab", "labels: is one str"),
     ],
 )
-def test_bad_training_data_is_refused(pair, texts, labels, options, message):
+def test_bad_training_data_is_rejected(pair, texts, labels, message):
     with pytest.raises(InputError, match=message):
-        Classifier(pair, ["sports", "money"]).fit(texts, labels, **options)
+        Classifier(pair, ["sports", "money"]).fit(texts, labels)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_bad_training_data_is_refused(pair, texts, labels, options, message):
         ([["a"], ["c"]], "label 'c' is not one of a, b"),
     ],
 )
-def test_bad_rows_of_several_labels_are_refused(pair, rows, message):
+def test_bad_rows_of_several_labels_are_rejected(pair, rows, message):
     with pytest.raises(InputError, match=message):
         Classifier(pair, ["a", "b"], multi_label=True).fit(["x", "y"], rows)
     with pytest.raises(InputError, match="rows of numbers have no names"):
@@ -305,11 +306,13 @@ def test_a_loss_that_is_not_finite_stops_the_fit(pair):
     with pytest.raises(RunError, match=r"loss of epoch \d is not finite"):
         classifier.fit(texts, labels, **{**FAST, "learning_rate": 1e30})
     assert not hasattr(classifier, "asking_")
+    with pytest.raises(RunError, match="is not finite"):  # in its last update
+        classifier.fit(texts[:16], labels[:16], epochs=1, batch_size=16, learning_rate=1e30)
 
 
-def test_other_models_and_templates_are_refused(tokenizer, pair):
+def test_other_models_and_templates_are_rejected(tokenizer, pair):
     other = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="the classification head has 'LABEL_0', 'LABEL_1'"):
+    with pytest.raises(InputError, match="head has the labels 'LABEL_0', 'LABEL_1'"):
         Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
     with pytest.raises(InputError, match="has no masked-language-model head"):
         Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])

@@ -9,17 +9,13 @@ from labelled_texts import FAST, examples
 from sklearn.base import clone
 
 from mlmjax.classification.classifier import Classifier
+from mlmjax.classification.fitting import split_rows
 from mlmjax.classification.predictor import Predictor
-from mlmjax.errors import InputError, RunError
+from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.weights.pretrained import load_pretrained
 
 SHORT = "{text}\n{options}[unused0] [MASK]"
-
-
-@pytest.fixture(scope="module")
-def pair(word_pair):
-    return word_pair
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +36,10 @@ def test_a_head_learns_and_is_saved_as_a_classification_model(with_head, tmp_pat
     (tmp_path / "saved" / "mlmjax_classifier.json").unlink()
     plain = Classifier.from_pretrained(tmp_path / "saved")
     assert list(plain.classes_) == ["sports", "money"]
-    np.testing.assert_allclose(
-        plain.predict_proba(texts), with_head.predict_proba(texts), atol=1e-5
-    )
+    expected = with_head.predict_proba(texts)
+    np.testing.assert_allclose(plain.predict_proba(texts), expected, atol=1e-5)
     turned = Classifier.from_pretrained(tmp_path / "saved", ["money", "sports"])
-    np.testing.assert_allclose(
-        turned.predict_proba(texts), with_head.predict_proba(texts)[:, ::-1], atol=1e-5
-    )
+    np.testing.assert_allclose(turned.predict_proba(texts), expected[:, ::-1], atol=1e-5)
     assert turned.score(texts, labels) == with_head.score(texts, labels)
 
 
@@ -55,13 +48,8 @@ def test_a_head_can_be_calibrated_and_read_windows(with_head):
     clone(with_head)
     sets = with_head.conform(texts, labels).predict_set(texts, coverage=0.9)
     assert sets.shape == (60, 2)
-    windows = Classifier(
-        with_head.source,
-        ["sports", "money"],
-        head="classification",
-        long_text="mean",
-        max_length=64,
-    )
+    options = {"head": "classification", "long_text": "mean", "max_length": 64}
+    windows = Classifier(with_head.source, ["sports", "money"], **options)
     windows.fit(["goal " * 100, "bank " * 100], ["sports", "money"], epochs=1)
     assert windows.predict_proba(["goal " * 300]).shape == (1, 2)
     assert windows.shortened == 0
@@ -78,19 +66,11 @@ def test_training_ends_when_held_out_texts_say_so_and_keeps_the_best(pair):
     key = [(entry["validation_accuracy"], -entry["validation_loss"]) for entry in history]
     best = key.index(max(key))
     assert best == len(history) - 3
-    # The weights kept are the best epoch's: the same seed ends there when told to.
-    held = sorted(set(range(64)) - set(classifier_rows(noise, classifier)))
-    kept = classifier.predict_proba([texts[i] for i in held])
-    guess = [["sports", "money"][i] for i in kept.argmax(axis=1)]
-    accuracy = np.mean([guess[n] == noise[i] for n, i in enumerate(held)])
+    # The weights kept are the best epoch's.
+    numbers = [str(["sports", "money"].index(label)) for label in noise]
+    _, held = split_rows(numbers, classifier.validation_share, classifier.seed)
+    accuracy = classifier.score([texts[i] for i in held], [noise[i] for i in held])
     assert accuracy == pytest.approx(history[best]["validation_accuracy"])
-
-
-def classifier_rows(labels, classifier):
-    from mlmjax.classification.fitting import split_rows
-
-    names = [str(["sports", "money"].index(label)) for label in labels]
-    return split_rows(names, classifier.validation_share, classifier.seed)[0]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +83,7 @@ def classifier_rows(labels, classifier):
         ({"batch_size": 10**9}, "batch_size: found 1000000000"),
         ({"seed": -1}, "seed: found -1"),
         ({"learning_rate": float("nan")}, "learning_rate: found nan"),
+        ({"learning_rate": -1.0}, "learning_rate: found -1"),
         ({"validation_share": 1.0}, r"validation_share: found 1\.0"),
         ({"validation": ([], [])}, "no text to hold out"),
         ({"validation": 5}, "expected a pair"),
@@ -110,15 +91,9 @@ def classifier_rows(labels, classifier):
         ({"speed": 1}, "speed: unknown key"),
     ],
 )
-def test_bad_recipes_are_refused(pair, recipe, message):
+def test_bad_recipes_are_rejected(pair, recipe, message):
     with pytest.raises(InputError, match=message):
         Classifier(pair, ["a", "b"]).fit(["x", "y"], ["a", "b"], **recipe)
-
-
-def test_a_fit_that_diverges_in_its_last_update_is_refused(pair):
-    classifier = Classifier(pair, ["a", "b"], template=SHORT)
-    with pytest.raises(RunError, match="is not finite"):
-        classifier.fit(["x", "y", "z", "w"], list("abab"), epochs=1, learning_rate=1e30)
 
 
 def test_a_share_of_few_texts_is_one_at_least(pair):
@@ -127,8 +102,6 @@ def test_a_share_of_few_texts_is_one_at_least(pair):
     assert "validation_accuracy" in classifier.history_[0]
     with pytest.raises(InputError, match="no text to hold out"):
         classifier.fit(["x", "y"], ["a", "b"], epochs=1, validation_share=0.1)
-    with pytest.raises(InputError, match="labels: is one str"):
-        classifier.fit(["x", "y"], "ab")
 
 
 def test_a_fitted_classifier_can_be_copied_and_sent_to_other_processes(with_head, pair):

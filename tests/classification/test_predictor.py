@@ -1,7 +1,5 @@
 """Calibration, label sets and abstaining are right, and are saved with the classifier."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -26,14 +24,9 @@ def texts(count, seed=0):
     return [" ".join(rng.choice(WORDS, 4)) for _ in range(count)]
 
 
-@pytest.fixture(scope="module")
-def pair(noisy_pair):
-    return noisy_pair
-
-
 @pytest.fixture
-def classifier(pair):
-    return Classifier(pair, LABELS, template=SHORT)
+def classifier(noisy_pair):
+    return Classifier(noisy_pair, LABELS, template=SHORT)
 
 
 def log_probs(classifier, items):
@@ -48,7 +41,7 @@ def truth_of(classifier, items, seed=0):
     return [LABELS[rng.choice(3, p=row)] for row in probabilities]
 
 
-def test_biases_are_taken_off(classifier):
+def test_biases_are_removed(classifier):
     items = texts(12)
     raw = log_probs(classifier, items)
     classifier.calibrate(items)
@@ -76,11 +69,11 @@ def test_a_temperature_is_put_on_top_and_changes_no_answer(classifier):
     assert (after.argmax(axis=1) == before.argmax(axis=1)).all()
 
 
-def test_the_preference_for_letters_is_taken_off(classifier, pair):
-    """Of texts that are asked in all orders, letters are then equally probable."""
+def test_the_preference_for_letters_is_removed(classifier, noisy_pair):
+    """Over all orders of the options, letters are then equally probable."""
     items = texts(10)
     before = [
-        log_probs(Classifier(pair, shifted(LABELS, shift), template=SHORT), items)
+        log_probs(Classifier(noisy_pair, shifted(LABELS, shift), template=SHORT), items)
         for shift in range(3)
     ]
     classifier.calibrate(items, method="order")
@@ -88,7 +81,7 @@ def test_the_preference_for_letters_is_taken_off(classifier, pair):
     mean = np.mean(before, axis=0)
     priors = np.exp(mean) / np.exp(mean).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(np.exp(bias), priors.mean(axis=0), atol=1e-5)
-    again = Classifier(pair, LABELS, template=SHORT, orders="all")
+    again = Classifier(noisy_pair, LABELS, template=SHORT, orders="all")
     with pytest.raises(InputError, match="in one order"):
         again.calibrate(items, method="order")
 
@@ -133,7 +126,7 @@ def test_abstaining_keeps_the_answers_that_are_right_often_enough(classifier):
         classifier.abstain(items[:3], [LABELS[i] for i in sure[:3].astype(int)], accuracy=1.0)
 
 
-def test_all_of_it_is_saved_and_comes_back(classifier, tmp_path):
+def test_what_was_learned_is_saved_and_restored(classifier, tmp_path):
     items = texts(60)
     labels = truth_of(classifier, items)
     classifier.set_params(examples=[("old goal", "sports")], template=None, long_text="max")
@@ -146,12 +139,12 @@ def test_all_of_it_is_saved_and_comes_back(classifier, tmp_path):
     np.testing.assert_array_equal(restored.predict_proba(items), classifier.predict_proba(items))
     np.testing.assert_array_equal(restored.predict_set(items), classifier.predict_set(items))
     np.testing.assert_array_equal(restored.predict(items), classifier.predict(items))
-    # What was learned for these labels says nothing of others.
+    # What was learned for these labels does not hold for others.
     other = Classifier.from_pretrained(tmp_path / "saved", ["sports", "x"])
     assert other.settings_.calibration is other.settings_.conformal is None
 
 
-def test_what_was_learned_holds_for_the_same_questions_alone(classifier, tmp_path):
+def test_what_was_learned_holds_only_for_the_same_prompts(classifier, tmp_path):
     items = texts(60)
     classifier.set_params(labels=LABELS[:2], instruction="Which {topic}?", template=None)
     classifier.calibrate(items).conform(items, np.array(["sports", "money"] * 30))
@@ -173,38 +166,13 @@ def test_what_was_learned_holds_for_the_same_questions_alone(classifier, tmp_pat
     kept, template = again(examples=[("old goal", "sports")])
     assert not kept
     assert "{examples}" in template
-    # A prompt of one's own stays, and says what it lacks.
+    # An own prompt stays, and the error names what it lacks.
     own = Classifier(classifier.source, ["sports", "money"], template=SHORT)
     own.save_pretrained(tmp_path / "own")
     with pytest.raises(InputError, match=r"has no \{examples\}"):
         Classifier.from_pretrained(tmp_path / "own", examples=[("old goal", "sports")])
     with pytest.raises(InputError, match="write the instruction into it"):
         Classifier.from_pretrained(tmp_path / "own", instruction="Say.")
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"calibration": {"method": "batch", "bias": [1.0], "rows": 2}},
-            "calibration.bias has 1 numbers; expected 3",
-        ),
-        ({"calibration": {"method": "magic", "rows": 2}}, "method names 'magic'"),
-        ({"calibration": {"method": "batch", "rows": 2, "temperature": 0.0}}, "temperature"),
-        ({"conformal": {"method": "lac", "scores": [2.0]}}, "conformal.scores"),
-        ({"conformal": {"method": "lac", "scores": []}}, "conformal.scores"),
-        ({"abstain_below": 7}, "abstain_below"),
-        ({"orders": -1}, "orders"),
-        ({"examples": [{"text": "x", "labels": ["nobody"]}]}, "nobody"),
-        ({"examples": [{"text": "x"}]}, "labels"),
-    ],
-)
-def test_broken_files_are_refused(classifier, tmp_path, change, message):
-    classifier.save_pretrained(tmp_path / "saved")
-    path = tmp_path / "saved" / "mlmjax_classifier.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=message):
-        Classifier.from_pretrained(tmp_path / "saved").predict(["text"])
 
 
 @pytest.mark.parametrize(
@@ -219,22 +187,21 @@ def test_broken_files_are_refused(classifier, tmp_path, change, message):
         (([" "], None), "blank"),
     ],
 )
-def test_bad_arguments_are_refused(classifier, arguments, message):
+def test_bad_arguments_are_rejected(classifier, arguments, message):
     given, labels, method = (*arguments, None)[:3]
     with pytest.raises(InputError, match=message):
         classifier.calibrate(given, labels, method=method)
 
 
-def test_several_labels_are_calibrated_as_yes_and_no(pair):
+def test_several_labels_are_calibrated_as_yes_and_no(noisy_pair):
     items = texts(40)
-    classifier = Classifier(pair, LABELS, multi_label=True)
+    classifier = Classifier(noisy_pair, LABELS, multi_label=True)
     raw = classifier.predict_proba(items)
     classifier.calibrate(items)
     mean = np.array([raw.mean(), 1 - raw.mean()])
     odds = raw / mean[0], (1 - raw) / mean[1]
-    np.testing.assert_allclose(
-        classifier.predict_proba(items), odds[0] / (odds[0] + odds[1]), atol=1e-5
-    )
+    expected = odds[0] / (odds[0] + odds[1])
+    np.testing.assert_allclose(classifier.predict_proba(items), expected, atol=1e-5)
     with pytest.raises(InputError, match="one label per text"):
         classifier.conform(items, [["sports"]] * 40)
 

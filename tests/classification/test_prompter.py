@@ -1,4 +1,4 @@
-"""Questions: orders, rounds, windows, few-shot examples, several labels, labels of many tokens."""
+"""Prompts: orders, rounds, windows, few-shot examples, several labels, labels of many tokens."""
 
 from string import ascii_uppercase
 
@@ -41,11 +41,11 @@ def scored(pair, template, rows, labels):
     return np.exp(scorer.log_probs(rows).astype(np.float64))
 
 
-@pytest.mark.parametrize(("count", "names"), [(26, "letters"), (457, "letters"), (557, "numbers")])
+@pytest.mark.parametrize(("count", "names"), [(457, "letters"), (557, "numbers")])
 def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
     config = small_config(max_position_embeddings=8192, num_hidden_layers=1, hidden_size=16)
     model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
-    labels = [f"topic {i}" for i in range(count)]
+    labels = [f"t{i}" for i in range(count)]
     classifier = Classifier((model, tokenizer), labels, batch_size=1)
     probabilities = classifier.predict_proba(["which topic is this?"])
     assert (classifier.prompts, classifier.settings_.names) == (1, names)
@@ -54,7 +54,7 @@ def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
     np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-6)
 
 
-def test_more_labels_than_fit_are_asked_in_rounds(pair):
+def test_more_labels_than_fit_are_scored_in_rounds(pair):
     labels = [f"label number {i}" for i in range(90)]
     classifier = Classifier(pair, labels, template=SHORT)
     probabilities = classifier.predict_proba(TEXTS)
@@ -67,20 +67,17 @@ def test_more_labels_than_fit_are_asked_in_rounds(pair):
     np.testing.assert_allclose(alone[0], probabilities[1], atol=1e-5)
 
 
-def test_a_tokenizer_of_few_option_names_is_asked_in_rounds(tmp_path):
-    write_tokenizer(tmp_path / "tokenizer", ascii_uppercase)
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
-    config = small_config(num_hidden_layers=1, max_position_embeddings=512)
-    model = noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
-    assert len(usable_option_names("letters", tokenizer, 60)) == 26
-    classifier = Classifier((model, tokenizer), [str(i) for i in range(60)], template=SHORT)
+def test_a_tokenizer_of_few_option_names_needs_rounds(noisy_pair):
+    """Words that the tokenizer does not know are not option names."""
+    assert usable_option_names("letters", noisy_pair[1], 60) == list(ascii_uppercase)
+    classifier = Classifier(noisy_pair, [str(i) for i in range(60)], template=SHORT)
     probabilities = classifier.predict_proba(TEXTS)
     assert classifier.asking_.size <= 26
     assert classifier.settings_.names == "letters"
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
-def test_a_tokenizer_without_option_names_is_refused(tmp_path):
+def test_a_tokenizer_without_option_names_is_rejected(tmp_path):
     write_tokenizer(tmp_path / "tokenizer", ["sun", "moon"])
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
     model = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0))
@@ -88,7 +85,7 @@ def test_a_tokenizer_without_option_names_is_refused(tmp_path):
         Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
 
 
-def test_labels_that_cannot_fit_are_refused(pair):
+def test_labels_that_cannot_fit_are_rejected(pair):
     with pytest.raises(InputError, match="no two of the 600 labels fit"):
         Classifier(pair, [f"{i} " + "word " * 300 for i in range(600)]).predict(["text"])
 
@@ -157,20 +154,16 @@ def test_windows_hold_the_whole_text_and_fit(text, room):
     )
 
 
-def test_windows_cover_every_token_and_overlap():
-    tokenizer = Tokenizer.from_pretrained()
+def test_windows_are_equally_wide_and_overlap():
     text = " ".join(f"word{i}" for i in range(300))
-    windows = windows_of(tokenizer, text, 40)
-    joined, place = "", 0
-    for window in windows:
-        start = text.index(window)
-        assert start <= place
-        joined, place = text[: start + len(window)], start + len(window)
-    assert joined == text
-    assert min(len(tokenizer.encode_plain(window)) for window in windows) > 30
+    windows = windows_of(TOKENIZER, text, 40)
+    assert min(len(TOKENIZER.encode_plain(window)) for window in windows) > 30
+    starts = [text.index(window) for window in windows]
+    ends = [start + len(window) for start, window in zip(starts, windows, strict=True)]
+    assert all(start < end for start, end in zip(starts[1:], ends, strict=False))
 
 
-def test_windows_that_are_blank_or_of_a_field_that_stands_twice(pair):
+def test_windows_that_are_blank_or_of_a_field_that_is_used_twice(pair):
     options = {"long_text": "mean", "max_length": 60}
     classifier = Classifier(pair, ["a", "b", "c"], template="{text} {options}", **options)
     assert classifier.predict_proba(["goal" + " " * 4000 + "won"]).shape == (1, 3)
@@ -179,7 +172,7 @@ def test_windows_that_are_blank_or_of_a_field_that_stands_twice(pair):
     assert twice.shortened == 0
 
 
-def test_three_labels_of_which_two_fit_are_asked_in_rounds(pair):
+def test_three_labels_need_rounds_if_two_fit(pair):
     labels = [f"{name} " + "word " * 45 for name in "abc"]
     classifier = Classifier(pair, labels, template=SHORT, max_length=160)
     np.testing.assert_allclose(classifier.predict_proba(["goal"]).sum(), 1, atol=1e-6)
@@ -187,18 +180,14 @@ def test_three_labels_of_which_two_fit_are_asked_in_rounds(pair):
 
 
 @pytest.mark.parametrize("rule", ["mean", "max"])
-def test_long_texts_are_asked_in_windows(pair, rule):
+def test_long_texts_are_scored_in_windows(pair, rule):
     text = " ".join(f"goal {i} match" for i in range(300))
     labels = ["sports", "money"]
     classifier = Classifier(pair, labels, template=SHORT, long_text=rule, max_length=128)
     found = classifier.predict_proba([text, "goal"])
-    windows = windows_of(
-        pair[1],
-        text,
-        128
-        - 2
-        - classifier.asking_.scorer.template.length(pair[1], {"text": "", "options": labels}),
-    )
+    template = classifier.asking_.scorer.template
+    fixed = template.length(pair[1], {"text": "", "options": labels})
+    windows = windows_of(pair[1], text, 128 - 2 - fixed)
     assert classifier.prompts == len(windows) + 1 > 5
     assert classifier.shortened == 0
     each = scored(pair, SHORT, [{"text": w, "options": labels} for w in windows], 2)
@@ -208,13 +197,9 @@ def test_long_texts_are_asked_in_windows(pair, rule):
     np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
 
 
-def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
-    pool = [
-        ("goal one", "sports"),
-        ("goal two", "sports"),
-        ("bank one", "money"),
-        ("x " * 400, "money"),
-    ]
+def test_prompts_show_examples_by_turns_as_many_as_fit(pair):
+    pool = [("goal one", "sports"), ("goal two", "sports")]
+    pool += [("bank one", "money"), ("x " * 400, "money")]
     labels = ["money", "sports"]
     classifier = Classifier(pair, labels, examples=pool, max_length=160, orders="all")
     probabilities = classifier.predict_proba(["a match"])
@@ -224,7 +209,7 @@ def test_examples_stand_in_the_prompt_by_turns_as_many_as_fit(pair, tokenizer):
         f"TEXT:\n{text}\nAnswer: {{{letter}}}\n\n"
         for text, letter in (("goal one", 0), ("bank one", 1), ("goal two", 0))
     )
-    # The letters in the examples are those of the order that is asked.
+    # The letters in the examples are those of the prompt's order.
     assert [row["examples"] for row in rows] == [blocks.format("B", "A"), blocks.format("A", "B")]
     template = classifier.asking_.scorer.template
     assert template.text.index("{options}") < template.text.index("{examples}")
@@ -244,10 +229,8 @@ def test_examples_name_labels_or_say_yes_and_no(pair):
     query = several.asking_.queries("a match")[1]
     ((_, row),) = several.asking_.rows(query)
     # About the label sports the first example says yes (A), the second no (B).
-    assert [line for line in row["examples"].splitlines() if "Answer" in line] == [
-        "Answer: A",
-        "Answer: B",
-    ]
+    lines = row["examples"].splitlines()
+    assert [line for line in lines if "Answer" in line] == ["Answer: A", "Answer: B"]
     # An example whose label is not among the options of a round is left out.
     three = Classifier(pair, ["money", "sports", "rain"], examples=[("x", "rain")], template=None)
     assert three.predict(["a match"]).shape == (1,)
@@ -289,7 +272,7 @@ def test_several_labels_are_questions_of_yes_or_no(pair):
     assert classifier.predict(TEXTS).tolist() == (found >= 0.5).astype(int).tolist()
 
 
-def test_answers_are_objects_that_say_when_nothing_is_sure(pair):
+def test_answers_are_objects_without_a_label_when_unsure(pair):
     plain = Classifier(pair, ["sports", "money"], template=SHORT)
     probabilities = plain.predict_proba(TEXTS)
     for answer, row in zip(plain.answers(iter(TEXTS)), probabilities, strict=True):
@@ -374,8 +357,8 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
     ("options", "message"),
     [
         ({"examples": [("x", "c")]}, "example 1: label 'c' is not one of a, b"),
-        ({"examples": ["x"]}, "example 1 is 'x'; expected a pair"),
-        ({"examples": [(" ", "a")]}, "its text is blank"),
+        ({"examples": ["x"]}, "example 1: is 'x'; expected a pair"),
+        ({"examples": [("x", "a"), (" ", "a")]}, "example 2: text: is blank"),
         ({"examples": [("x", "a")], "template": SHORT}, "has no {examples}"),
         ({"orders": 0}, "orders"),
         ({"orders": 2, "answer": "words"}, "not letters of options"),
@@ -394,7 +377,7 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"source": 5}, "expected a folder, a hub id, or a pair"),
     ],
 )
-def test_what_does_not_go_together_is_refused(pair, options, message):
+def test_settings_that_exclude_each_other_are_rejected(pair, options, message):
     with pytest.raises(InputError, match=message):
         Classifier(**{"source": pair, "labels": ["a", "b"]} | options).predict(["text"])
 

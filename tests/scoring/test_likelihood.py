@@ -104,7 +104,7 @@ def test_alone_in_company_and_in_chunks(scorers, monkeypatch):
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 40)
     monkeypatch.setattr(likelihood, "CHUNK_TOKENS", 100)
     counted = []
-    chunked = scorer.score(iter(TEXTS), progress=lambda *at: counted.append(at))
+    chunked = scorer.score(iter(TEXTS), progress=counted.append)
     for other in (alone, chunked):
         for one, two in zip(together, other, strict=True):
             assert [token[:2] for token in one.tokens] == [token[:2] for token in two.tokens]
@@ -113,9 +113,8 @@ def test_alone_in_company_and_in_chunks(scorers, monkeypatch):
                 [token.log_prob for token in two.tokens],
                 atol=1e-4,
             )
-    total = sum(len(score.tokens) for score in together)
-    assert counted[-1] == (total, total)
-    assert counted == sorted(counted)
+    assert len(counted) > 1
+    assert sum(counted) == sum(len(score.tokens) for score in together)
 
 
 def test_sequences_of_a_long_text_do_not_exist_all_at_once(ours, monkeypatch):
@@ -193,10 +192,9 @@ def test_masks_alone_in_company_and_in_chunks(filler, monkeypatch):
     alone = [filler.fill([text])[0] for text in MASKED]
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 10)
     counted = []
-    chunked = filler.fill(iter(MASKED), progress=lambda *at: counted.append(at))
-    total = sum(map(len, together))
-    assert counted[-1] == (total, total)
-    assert counted == sorted(counted)
+    chunked = filler.fill(iter(MASKED), progress=counted.append)
+    assert len(counted) > 1
+    assert sum(counted) == sum(map(len, together))
     for other in (alone, chunked):
         for one, two in zip(together, other, strict=True):
             for a, b in zip(one, two, strict=True):
@@ -239,7 +237,7 @@ def test_rows_are_counted_over_chunks(scorers, filler, monkeypatch):
         filler.fill(["x [MASK]", "x [mask]"])
 
 
-def test_bad_arguments_are_refused(ours):
+def test_bad_arguments_are_rejected(ours):
     model, tokenizer = ours
     for function in (pseudo_log_likelihood, fill_mask):
         for texts in ("goal", b"goal", {"a": "b"}, 3, None):

@@ -43,16 +43,21 @@ def rows(count, **options):
     return [{"text": text, "options": LABELS} for text in texts(count, **options)]
 
 
+def plain_logits(call, tokenizer, ids):
+    """Return the logits of one prompt by the model's own call."""
+    padded = np.full((1, 160), tokenizer.pad_id)
+    padded[0, : len(ids)] = ids
+    return np.asarray(call(padded, np.arange(160)[None] < len(ids))[0], np.float64)
+
+
 @pytest.fixture(scope="module")
 def full_logits(model, tokenizer):
-    """Give all logits `[seq, vocab]` of one prompt at its slot, by the model's own call."""
+    """Give the logits `[vocab]` of one prompt at its slot."""
     call = jax.jit(model.__call__)
 
     def logits(template, row):
         ids, slot = template.encode(tokenizer, row, 160)
-        padded = np.full((1, 160), tokenizer.pad_id)
-        padded[0, : len(ids)] = ids
-        return np.asarray(call(padded, np.arange(160)[None] < len(ids))[0, slot], np.float64)
+        return plain_logits(call, tokenizer, ids)[slot]
 
     return logits
 
@@ -120,22 +125,19 @@ def test_bfloat16_is_close_to_float32(tokenizer):
 
 
 def test_compilations_are_at_most_the_buckets(model, tokenizer):
-    scorer = Scorer(model, tokenizer, TOPIC, LETTERS, max_length=96, batch_size=8)
+    scorer = Scorer(model, tokenizer, TOPIC, LETTERS, max_length=64, batch_size=8)
     other = scorer.engine.jitted._cache_size()
-    rng = np.random.default_rng(3)
-    stream = rows(250, longest=60)
-    start = 0
-    while start < len(stream):
-        size = int(rng.integers(1, 30))
-        scorer.log_probs(stream[start : start + size])
-        start += size
-    assert 3 < scorer.compilations <= len(scorer.buckets)
+    stream = rows(120, longest=40)
+    ends = np.cumsum(np.random.default_rng(3).integers(1, 30, 12))
+    for part in np.split(np.array(stream), ends):
+        scorer.log_probs(part.tolist())
+    assert 1 < scorer.compilations <= len(scorer.buckets) == 3
     compiled = scorer.engine.jitted._cache_size()
     assert compiled - other <= scorer.compilations
     scorer.log_probs(stream[:50])
     assert scorer.engine.jitted._cache_size() == compiled
-    # A scorer of a like model compiles nothing again.
-    again = Scorer(noisy(model), tokenizer, TOPIC, LETTERS, max_length=96, batch_size=8)
+    # A scorer of a similar model compiles nothing again.
+    again = Scorer(noisy(model), tokenizer, TOPIC, LETTERS, max_length=64, batch_size=8)
     again.log_probs(stream[:50])
     assert again.engine.jitted._cache_size() == compiled
 
@@ -164,7 +166,7 @@ def test_options_of_a_row_bound_its_labels(model, tokenizer, normalize):
     assert (sums < 1).all() if normalize == "vocabulary" else np.allclose(sums, 1, atol=1e-6)
 
 
-def test_options_do_not_need_a_place_in_the_prompt(model, tokenizer):
+def test_prompts_may_leave_out_the_options(model, tokenizer):
     found = Scorer(model, tokenizer, Template("{text}"), LETTERS).log_probs(
         [{"text": "goal", "options": ["x", "y"]}, {"text": "goal", "options": None}]
     )
@@ -179,11 +181,9 @@ def test_any_iterable_is_read_in_chunks(scorer, monkeypatch):
     items = rows(25)
     whole, done = scorer.log_probs(items), []
     monkeypatch.setattr(scorers, "CHUNK_ROWS", 10)
-    in_chunks = scorer.log_probs(iter(items), progress=lambda *at: done.append(at))
+    in_chunks = scorer.log_probs(iter(items), progress=done.append)
     np.testing.assert_allclose(np.exp(in_chunks), np.exp(whole), atol=1e-5)
-    assert done == [(10, 10), (20, 20), (25, 25)]
-    scorer.log_probs(items, progress=lambda *at: done.append(at))
-    assert done[3:] == [(10, 25), (20, 25), (25, 25)]
+    assert done == [10, 10, 5]  # rows since the last call
     with pytest.raises(InputError, match=r"row 24 \(index 23\)"):
         scorer.log_probs([*items[:23], {"text": " ", "options": LABELS}])
 
@@ -254,24 +254,24 @@ def test_a_bad_row_is_named(scorer, row, message):
         scorer.log_probs([row], where=["line 9"])
 
 
-def test_bad_arguments_are_refused(model, tokenizer):
+def test_bad_arguments_are_rejected(scorer, model, tokenizer):
     with pytest.raises(InputError, match="rows: is one str"):
-        Scorer(model, tokenizer, TOPIC, LETTERS).log_probs("goal")
-    with pytest.raises(InputError, match="normalize is 'none'"):
-        Scorer(model, tokenizer, TOPIC, LETTERS, normalize="none")
-    with pytest.raises(InputError, match="batch_size is 0"):
-        Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=0)
-    with pytest.raises(InputError, match="2 tokens"):
-        Scorer(model, tokenizer, TOPIC, Verbalizer.words(["entailment", "neutral"]))
-    classifier = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="ModernBertForSequenceClassification has no"):
-        Scorer(classifier, tokenizer, TOPIC, LETTERS)
+        scorer.log_probs("goal")
+    two_tokens = Verbalizer.words(["entailment", "neutral"])
+    head = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
     other = ModernBertForMaskedLM(small_config(vocab_size=50300), rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match="the model 50300"):
-        Scorer(other, tokenizer, TOPIC, LETTERS)
+    for asked, verbalizer, options, message in (
+        (model, LETTERS, {"normalize": "none"}, "normalize is 'none'"),
+        (model, LETTERS, {"batch_size": 0}, "batch_size is 0"),
+        (model, two_tokens, {}, "2 tokens"),
+        (head, LETTERS, {}, "ModernBertForSequenceClassification has no"),
+        (other, LETTERS, {}, "the model 50300"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Scorer(asked, tokenizer, TOPIC, verbalizer, **options)
 
 
-def test_a_model_changed_in_place_is_scored_as_it_is_now(tokenizer):
+def test_a_model_changed_in_place_is_scored_again(tokenizer):
     model = ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0))
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
     before = scorer.log_probs(rows(2))
@@ -289,14 +289,11 @@ def test_a_classification_head_gives_its_labels(tokenizer):
     assert scorer.labels == tuple(LABELS)
     call = jax.jit(model.__call__)
     for row, item in zip(found, items, strict=True):
-        ids = template.render(tokenizer, item, 160).ids
-        padded = np.full((1, 160), tokenizer.pad_id)
-        padded[0, : len(ids)] = ids
-        logits = np.asarray(call(padded, np.arange(160)[None] < len(ids))[0])
+        logits = plain_logits(call, tokenizer, template.render(tokenizer, item, 160).ids)
         np.testing.assert_allclose(row, jax.nn.log_softmax(logits), atol=1e-4)
 
 
-def test_heads_of_another_kind_are_refused(model, tokenizer):
+def test_heads_of_another_kind_are_rejected(model, tokenizer):
     template = Template("{text}", slot=False)
     with pytest.raises(InputError, match="ModernBertForMaskedLM has no classification head"):
         HeadScorer(model, tokenizer, template)

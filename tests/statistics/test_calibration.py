@@ -1,4 +1,4 @@
-"""Calibration: what it promises for any probabilities, known biases found, what is refused."""
+"""Calibration: what it promises for any probabilities, known biases found, what is rejected."""
 
 import json
 
@@ -148,13 +148,13 @@ def test_where_no_temperature_fits_it_says_so():
         ([[0.0, -np.inf]], "no row has label 2"),
     ],
 )
-def test_what_is_no_table_of_log_probabilities_is_refused(scores, message):
+def test_what_is_no_table_of_log_probabilities_is_rejected(scores, message):
     with pytest.raises(InputError, match=message):
         batch_calibration(scores)
 
 
 @pytest.mark.parametrize("gold", [[0], [0, 2], [0, -1], [0.0, 1.0], ["a", "b"], [[0], [1]], [1, 1]])
-def test_wrong_gold_is_refused(gold):
+def test_wrong_gold_is_rejected(gold):
     scores = np.array([[-1.0, -0.5], [-0.1, -np.inf]])
     with pytest.raises(InputError, match="gold"):
         temperature_calibration(scores, gold)
@@ -187,7 +187,7 @@ def test_it_comes_back_from_json():
         ({"more": 1}, "more: unknown key"),
     ],
 )
-def test_a_strangers_values_are_refused(change, message):
+def test_a_strangers_values_are_rejected(change, message):
     values = {"method": "batch", "bias": [0.1, 0.2], "temperature": 1.0, "rows": 5}
     Calibration.from_dict(values)
     with pytest.raises(InputError, match=rf"mine: .*{message}"):

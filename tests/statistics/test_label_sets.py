@@ -1,4 +1,4 @@
-"""Conformal sets: coverage on rows drawn alike, plain forms of the scores, what is refused."""
+"""Conformal sets: coverage on rows drawn alike, plain forms of the scores, what is rejected."""
 
 import json
 
@@ -101,7 +101,7 @@ def test_measured_sets():
     assert 0 < low < 0.5 < high < 1
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_rejected():
     scores, gold = drawn(20, 3, 0)
     fitted = label_sets.fit(scores, gold)
     for wanted in (0.0, 1.0, -1.0, float("nan"), 1, "0.9", None):

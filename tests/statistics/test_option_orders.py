@@ -31,7 +31,7 @@ def test_unshifting_undoes_shifting(values, shift, padding):
         assert value == values[(j + shift) % len(values)]
 
 
-def test_what_cannot_be_shifted_is_refused():
+def test_what_cannot_be_shifted_is_rejected():
     for wrong in ((0, 1), (3, 0)):
         with pytest.raises(InputError, match="expected 1 or more"):
             option_orders.shifts(*wrong)

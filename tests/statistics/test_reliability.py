@@ -90,7 +90,7 @@ def test_probabilities_are_over_the_labels_of_the_row():
     assert calibration(few - 40.0, gold) == pytest.approx(calibration(logits[:, :3], gold))
 
 
-def test_bad_input_is_refused():
+def test_bad_input_is_rejected():
     with pytest.raises(InputError, match="log_probs has shape"):
         calibration(np.zeros((0, 2)), [])
     with pytest.raises(InputError, match="gold: row 1"):
