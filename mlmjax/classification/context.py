@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from mlmjax.config.tables import StrictTable
 from mlmjax.text.tokenizer import Tokenizer
 
 OVERLAP = 8
@@ -49,8 +49,8 @@ def _cuts(spans: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int]]
     return cuts
 
 
-class Shot(NamedTuple):
-    """A text and its labels: one, or with several labels per text any number."""
+class Shot(StrictTable):
+    """A few-shot example: a text and its labels, one or (with `multi_label`) any number."""
 
     text: str
     labels: tuple[str, ...]
@@ -91,7 +91,8 @@ class Shots:
 def in_turn(pool: Sequence[Shot]) -> list[Shot]:
     """Order examples in turns of their first labels.
 
-    >>> [shot.text for shot in in_turn([Shot(t, (t[0],)) for t in ("a1", "a2", "b1", "b2")])]
+    >>> pool = [Shot(text=text, labels=(text[0],)) for text in ("a1", "a2", "b1", "b2")]
+    >>> [shot.text for shot in in_turn(pool)]
     ['a1', 'b1', 'a2', 'b2']
     """
     seen: Counter[tuple[str, ...]] = Counter()

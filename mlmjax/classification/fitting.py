@@ -12,7 +12,7 @@ from mlmjax.classification.prompter import Prompter
 from mlmjax.config.tables import StrictTable
 from mlmjax.model.modernbert import Model
 from mlmjax.reporting.terminal import Progress
-from mlmjax.scoring.scorers import MOST_ROWS
+from mlmjax.scoring.engine import MOST_ROWS
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import fine_tune
 

@@ -70,8 +70,7 @@ class Prompter:
                 "so they have no order to change; leave orders out"
             )
         self.shifts = None if settings.orders == "all" else settings.orders
-        shots = [Shot(example.text, example.labels) for example in settings.examples]
-        self.shots = Shots(shots, tokenizer) if shots else None
+        self.shots = Shots(settings.examples, tokenizer) if settings.examples else None
 
     @cached_property
     def size(self) -> int:

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mlmjax.classification.context import Shot
 from mlmjax.classification.labels import check_known, label_table, seen_labels
 from mlmjax.config.data import ShortenSide
 from mlmjax.config.run import Head
@@ -33,13 +34,6 @@ NAME_INSTRUCTION = "You will be given a text. Read it carefully and name its lab
 ASK = "Answer: [unused0] [MASK]"
 
 
-class Example(StrictTable):
-    """A few-shot example: its text and labels."""
-
-    text: str
-    labels: tuple[str, ...]
-
-
 class Settings(StrictTable):
     """The settings that `save_pretrained` writes; `labels` maps names to descriptions."""
 
@@ -55,7 +49,7 @@ class Settings(StrictTable):
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     long_text: LongText = "shorten"
     instruction: str | None = None
-    examples: tuple[Example, ...] = ()
+    examples: tuple[Shot, ...] = ()
     calibration: Calibration | None = None
     conformal: Conformal | None = None
     abstain_below: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,24 +53,20 @@ def run_evaluation(
     """Answer the rows of a task and return the results.
 
     A masked language model answers at the slot of the task's prompt. A classification model reads
-    `Task.for_head`; its labels must be those of the task, by name, in any order. `data` replaces
-    the task's own file or hub dataset, `limit` keeps the first rows, and `progress` is called with
-    the rows done and all rows.
+    `Task.for_head`; its labels must be those of the task, in any order. `data` replaces the task's
+    own rows, `limit` keeps the first rows, and `progress` gets the rows done and all rows.
 
-    The result holds `task, protocol, metric` (the headline metric's name), `n, accuracy` (micro),
-    `accuracy_ci95` (Wilson), `macro_f1, mcc` with `macro_f1_ci95, mcc_ci95` (bootstrap),
-    `macro_accuracy` (mean over groups), `per_group, majority, chance, shortened` (rows whose text
-    was truncated), `dropped` (rows with one of the task's `drop_labels`), `blank` (rows that
-    cleaning left blank), `padding_share, seconds, calibration` (`reliability.calibration`),
-    `order_sensitivity` (`option_orders.order_sensitivity` of at most `order_rows` rows; None unless
-    the answers are letters of `{options}`), `contamination` and `trained_on` (from `known`, see
-    `data/contamination.py`). With `out`, `results.json` holds the same, `predictions.jsonl` one
-    object per row (`index, gold, prediction, probabilities`), and `report.md` with
-    `reliability.png` is for people.
+    The result holds `task, protocol, metric` (the headline's name), `n`, `accuracy, macro_f1, mcc`
+    with `_ci95` (Wilson's for accuracy, else bootstrap), `macro_accuracy` (mean over groups),
+    `per_group, majority, chance`, counts of rows `shortened` (truncated), `dropped` (by the task's
+    `drop_labels`) and `blank` (after cleaning), `padding_share, seconds, calibration`,
+    `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
+    `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
+    `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
-        raise InputError(f"order_rows is {order_rows}; expected a number of rows, or 0 for none")
+        raise InputError(f"order_rows is {order_rows}; expected 0 or more rows")
     if isinstance(model, ModernBertForSequenceClassification):
         task = task.for_head()
     questions, left_out = read_questions(task, data, limit)
@@ -81,18 +77,16 @@ def run_evaluation(
     log_probs = score_questions(scorer, questions, progress)
     seconds = time.perf_counter() - started
     log_probs = log_probs[:, [scorer.labels.index(label) for label in labels]]
-    truth = [question.gold for question in questions]
     results = {
         "task": task.name,
         "protocol": protocol,
         "metric": task.metric,
-        "n": len(questions),
         **_metrics(task, questions, labels, log_probs),
         "shortened": scorer.shortened,
         **left_out,
         "padding_share": scorer.padding_share,
         "seconds": seconds,
-        "calibration": calibration(log_probs, truth),
+        "calibration": calibration(log_probs, [question.gold for question in questions]),
         "order_sensitivity": measure_order(scorer, task, questions, log_probs, order_rows),
         "contamination": known.status,
         "trained_on": known.trained_on,
@@ -100,10 +94,9 @@ def run_evaluation(
     if folder is not None:
         from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
 
-        lines = map(_json_line, list_predictions(questions, labels, log_probs))
-        write_whole(folder / "predictions.jsonl", "".join(lines).encode())
-        write_json(folder / "results.json", results)
-        write_evaluation_report(folder, task, results, log_probs, truth, known)
+        _write_results(folder, results, list_predictions(questions, labels, log_probs))
+        gold = [question.gold for question in questions]
+        write_evaluation_report(folder, task, results, log_probs, gold, known)
     return results
 
 
@@ -185,6 +178,7 @@ def _metrics(
     per_group = accuracy_by_group(gold, predicted, groups) if task.group else {}
     accuracies = [group["accuracy"] for group in per_group.values()]
     return {
+        "n": len(questions),
         **classification_metrics(gold, predicted),
         "macro_accuracy": float(np.mean(accuracies)) if accuracies else None,
         "chance": float(np.mean([1 / np.isfinite(row).sum() for row in log_probs])),
@@ -214,8 +208,12 @@ def list_predictions(
     ]
 
 
-def _json_line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False) + "\n"
+def _write_results(
+    folder: Path, results: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+) -> None:
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
+    write_whole(folder / "predictions.jsonl", "".join(lines).encode())
+    write_json(folder / "results.json", results)
 
 
 def _make_folder(out: str | Path) -> Path:

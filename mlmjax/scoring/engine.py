@@ -1,6 +1,7 @@
 """Run token sequences of any length through one jitted function."""
 
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mlmjax.errors import RunError
+from mlmjax.errors import InputError, RunError
 from mlmjax.model.layers import Linear
 from mlmjax.model.modernbert import Model
 from mlmjax.parallel.sharding import (
@@ -20,8 +21,10 @@ from mlmjax.parallel.sharding import (
     place,
     replicated_sharding,
 )
+from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+MOST_ROWS = 65536
 Advance = Callable[[int], None]
 """Called with the number of items done since its last call."""
 
@@ -53,20 +56,37 @@ class Engine:
     (`batch_size`, or as many as fill a token budget), sharded over all local devices. A sequence
     that comes alone is its own batch unless the full batch is compiled already, so there are at
     most two compilations per bucket. If the devices have no memory for a batch, it is halved for
-    good. `forward` must give each row a result that does not depend on the other rows.
+    good. `forward` must give each row a result that does not depend on the other rows. `max_length`
+    is the model's `max_position_embeddings` by default. Raises `InputError` for bad options.
     """
 
     def __init__(
         self,
         model: Model,
+        tokenizer: Tokenizer,
         forward: Forward,
         *,
-        pad_id: int,
-        max_length: int,
+        max_length: int | None = None,
         batch_size: int | None = None,
     ):
-        self.model, self.pad_id, self.batch_size = model, pad_id, batch_size
-        self.buckets = bucket_lengths(max_length)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise InputError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
+                f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
+            )
+        if batch_size is not None and not (
+            isinstance(batch_size, numbers.Integral) and 1 <= batch_size <= MOST_ROWS
+        ):
+            raise InputError(
+                f"batch_size is {batch_size!r:.60}; expected at least 1, at most {MOST_ROWS}"
+            )
+        longest = model.config.max_position_embeddings
+        if max_length is not None and not 0 < max_length <= longest:
+            raise InputError(
+                f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
+            )
+        self.model, self.pad_id, self.batch_size = model, tokenizer.pad_id, batch_size
+        self.buckets = bucket_lengths(max_length or longest)
         self._shapes: set[tuple[int, int]] = set()
         self.real_tokens = self.padded_tokens = 0
         self.mesh = local_mesh(batch_size)
@@ -157,35 +177,17 @@ class Engine:
         order: np.ndarray,
         columns: Sequence[np.ndarray],
     ) -> Iterator[tuple[np.ndarray, Any]]:
-        """Yield `(indices, results)`; one batch runs while the next is laid out."""
+        """Yield `(indices, results)` of batches; one runs while the next is laid out.
+
+        The longest sequences come first. A batch is filled with the next shorter ones even if they
+        fit a smaller bucket, so that only the last batch has rows of padding.
+        """
         state = self._state()
         waiting = None
-        for members, arrays in self._batches(sequences, lengths, order, columns):
-            with jax.set_mesh(self.mesh):
-                scored = members, self.jitted(state, *arrays)
-            if waiting:
-                yield waiting[0], jax.device_get(waiting[1])
-            waiting = scored
-        if waiting:
-            yield waiting[0], jax.device_get(waiting[1])
-
-    def _batches(
-        self,
-        sequences: Sequence[Sequence[int]],
-        lengths: np.ndarray,
-        order: np.ndarray,
-        columns: Sequence[np.ndarray],
-    ) -> Iterator[tuple[np.ndarray, tuple[Any, ...]]]:
-        """Yield batches, longest sequences first, as `(their indices, arrays)`.
-
-        A batch is filled with the next shorter sequences even if they fit a smaller bucket, so that
-        only the last batch has rows of padding.
-        """
-        start = 0
-        while start < len(order):
-            length = self._bucket(lengths[order[start]])
+        while len(order):
+            length = self._bucket(lengths[order[0]])
             rows = self.rows_of(length, len(sequences))
-            members = order[start : start + rows]
+            members, order = order[:rows], order[rows:]
             ids = np.full((rows, length), self.pad_id, np.int32)
             segment_ids = np.zeros((rows, length), np.int32)
             for row, member in enumerate(members):
@@ -198,8 +200,14 @@ class Engine:
             self.padded_tokens += rows * length
             self._shapes.add((rows, length))
             arrays = (ids, segment_ids, *(column[filled] for column in columns))
-            yield members, jax.device_put(arrays, batch_sharding(self.mesh))
-            start += rows
+            with jax.set_mesh(self.mesh):
+                placed = jax.device_put(arrays, batch_sharding(self.mesh))
+                scored = members, self.jitted(state, *placed)
+            if waiting:
+                yield waiting[0], jax.device_get(waiting[1])
+            waiting = scored
+        if waiting:
+            yield waiting[0], jax.device_get(waiting[1])
 
     def _state(self) -> Any:
         """Return the model's parameters on all devices; only changed ones are placed again."""

@@ -11,9 +11,9 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.engine import Advance
+from mlmjax.scoring.engine import Advance, Engine
 from mlmjax.scoring.likelihood import check_finite, encode_texts
-from mlmjax.scoring.scorers import check_masked_lm, make_engine
+from mlmjax.scoring.scorers import check_masked_lm
 from mlmjax.text.prompts import MASK, WHITE_SPACE
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -54,7 +54,8 @@ class MaskFiller:
     predicted in one pass, each without knowing the answers to the others.
 
     Special and `[unused*]` tokens are never answers. Probabilities are those of the softmax over
-    the whole vocabulary, so they do not sum to 1 even for the largest `top_k`.
+    the whole vocabulary, so they do not sum to 1 even for the largest `top_k`. `options` are
+    `batch_size` and `max_length`.
     """
 
     def __init__(
@@ -63,8 +64,7 @@ class MaskFiller:
         tokenizer: Tokenizer,
         *,
         top_k: int = 5,
-        batch_size: int | None = None,
-        max_length: int | None = None,
+        **options: Any,
     ):
         answers = np.setdiff1d(np.arange(tokenizer.vocab_size), list(tokenizer.special_ids))
         if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(answers):
@@ -75,9 +75,7 @@ class MaskFiller:
         self.tokenizer, self.top_k = tokenizer, top_k
         is_answer = np.isin(np.arange(model.config.vocab_size), answers)
         forward = partial(_likeliest, is_answer, top_k)
-        self.engine = make_engine(
-            model, tokenizer, forward, batch_size=batch_size, max_length=max_length
-        )
+        self.engine = Engine(model, tokenizer, forward, **options)
 
     def fill(
         self, texts: Iterable[str], *, progress: Advance | None = None

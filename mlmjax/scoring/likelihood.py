@@ -15,8 +15,8 @@ import numpy as np
 
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.scoring.engine import Advance
-from mlmjax.scoring.scorers import check_masked_lm, make_engine
+from mlmjax.scoring.engine import Advance, Engine
+from mlmjax.scoring.scorers import check_masked_lm
 from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
@@ -87,7 +87,8 @@ class TextScorer:
     give away its beginning. Nothing in a text becomes a special token.
 
     A text of more than `max_length` tokens with [CLS] and [SEP] (default: the model's
-    `max_position_embeddings`) is an error; it is never truncated.
+    `max_position_embeddings`) is an error; it is never truncated. `options` are `batch_size` and
+    `max_length`.
     """
 
     def __init__(
@@ -96,8 +97,7 @@ class TextScorer:
         tokenizer: Tokenizer,
         *,
         method: Method = "word_l2r",
-        batch_size: int | None = None,
-        max_length: int | None = None,
+        **options: Any,
     ):
         if method not in get_args(Method):
             raise InputError(
@@ -105,9 +105,7 @@ class TextScorer:
             )
         check_masked_lm(model)
         self.tokenizer, self.method = tokenizer, method
-        self.engine = make_engine(
-            model, tokenizer, log_prob_of_target, batch_size=batch_size, max_length=max_length
-        )
+        self.engine = Engine(model, tokenizer, log_prob_of_target, **options)
 
     def score(self, texts: Iterable[str], *, progress: Advance | None = None) -> list[TextScore]:
         """Score texts, any iterable of them, read in chunks.
@@ -119,9 +117,9 @@ class TextScorer:
         for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
             sequences = chain.from_iterable(map(self._masked, chunk))
             parts = []
-            for part in split_by_size(sequences, lambda one: len(one.ids), CHUNK_TOKENS):
+            for part in split_by_size(sequences, lambda one: len(one[0]), CHUNK_TOKENS):
                 slots, targets = np.array([one[1:] for one in part], np.int32).T
-                ids = [one.ids for one in part]
+                ids = [one[0] for one in part]
                 parts.append(self.engine.run(ids, slots, targets, progress=progress))
             log_probs = np.concatenate(parts)
             check_finite(log_probs)
@@ -135,14 +133,14 @@ class TextScorer:
             raise InputError("has no tokens in this tokenizer; leave it out")
         return ids
 
-    def _masked(self, ids: np.ndarray) -> Iterator["_Masked"]:
-        """Yield the sequences that predict each token of a text."""
+    def _masked(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Yield for each token the masked sequence, the slot to read and the token there."""
         ends = word_ends(word_starts(self.tokenizer)(ids[1:-1])) + 1
         for slot in range(1, len(ids) - 1):
             masked = ids.copy()
             stop = ends[slot - 1] if self.method == "word_l2r" else slot + 1
             masked[slot:stop] = self.tokenizer.mask_id
-            yield _Masked(masked, slot, int(ids[slot]))
+            yield masked, slot, int(ids[slot])
 
     def _text_score(self, ids: np.ndarray, log_probs: Iterable[float]) -> TextScore:
         own = ids[1:-1]
@@ -163,14 +161,6 @@ def word_ends(starts: np.ndarray) -> np.ndarray:
     [2, 2, 3]
     """
     return np.append(np.flatnonzero(starts)[1:], len(starts))[np.cumsum(starts) - 1]
-
-
-class _Masked(NamedTuple):
-    """A sequence with masks, the slot to read, and the token that was there."""
-
-    ids: np.ndarray
-    slot: int
-    target: int
 
 
 def log_prob_of_target(

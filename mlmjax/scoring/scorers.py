@@ -1,7 +1,6 @@
 """Turn rows into prompts, and prompts into probabilities of labels."""
 
 import itertools
-import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,41 +23,6 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
 
 CHUNK_ROWS = 8192
-MOST_ROWS = 65536
-
-
-def make_engine(
-    model: Model,
-    tokenizer: Tokenizer,
-    forward: Forward,
-    *,
-    batch_size: int | None,
-    max_length: int | None,
-) -> Engine:
-    """Return the engine of a model and its tokenizer; raises `InputError` for bad options."""
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-            f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
-        )
-    if batch_size is not None and not (
-        isinstance(batch_size, numbers.Integral) and 1 <= batch_size <= MOST_ROWS
-    ):
-        raise InputError(
-            f"batch_size is {batch_size!r:.60}; expected at least 1, at most {MOST_ROWS}"
-        )
-    longest = model.config.max_position_embeddings
-    if max_length is not None and not 0 < max_length <= longest:
-        raise InputError(
-            f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
-        )
-    return Engine(
-        model,
-        forward,
-        pad_id=tokenizer.pad_id,
-        max_length=max_length or longest,
-        batch_size=batch_size,
-    )
 
 
 def check_masked_lm(model: Any) -> None:
@@ -93,8 +57,8 @@ class RowScorer:
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
         self.optional = tuple(optional)
         self.scored = self.shortened = 0
-        self.engine = make_engine(
-            model, tokenizer, forward, batch_size=batch_size, max_length=max_length
+        self.engine = Engine(
+            model, tokenizer, forward, max_length=max_length, batch_size=batch_size
         )
         self.max_length = self.engine.buckets[-1]
 

@@ -252,7 +252,8 @@ def test_a_long_text_comes_before_examples(pair):
     st.integers(0, 120),
 )
 def test_examples_never_take_more_than_their_room(pool, room):
-    shots = Shots([Shot(text, (label,)) for text, label in pool], TOKENIZER)
+    pool = [Shot(text=text, labels=(label,)) for text, label in pool]
+    shots = Shots(pool, TOKENIZER)
     text = shots.fill(room, lambda shot: shot.labels[0])
     assert not text or len(TOKENIZER.encode_plain(text)) <= room
 

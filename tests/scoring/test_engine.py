@@ -1,6 +1,7 @@
 """The engine: all local devices, batches that fit memory, and results in the given order."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,8 @@ def sequences(count, seed=0):
 
 
 def make(model, forward=summed, **options):
-    return Engine(model, forward, pad_id=0, max_length=48, **options)
+    tokenizer = SimpleNamespace(pad_id=0, vocab_size=90)
+    return Engine(model, tokenizer, forward, max_length=48, **options)
 
 
 def test_results_are_in_order_and_the_same_on_any_devices(model):

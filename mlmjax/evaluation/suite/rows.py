@@ -1,11 +1,11 @@
 """Read the rows of a suite's tasks, from local files found by patterns or from the hub."""
 
-import fnmatch
 import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -115,19 +115,17 @@ def find_file(folder: Path, patterns: Sequence[str], what: str) -> Path:
     for pattern in patterns:
         wanted = normalize_name(pattern)
         fits = [
-            path
-            for path in found
-            if fnmatch.fnmatchcase(normalize_name(path.name), wanted)
-            or fnmatch.fnmatchcase(normalize_name(str(path.relative_to(folder))), wanted)
+            name
+            for name in found
+            if any(fnmatchcase(normalize_name(one), wanted) for one in (name, Path(name).name))
         ]
         if len(fits) > 1:
-            names = ", ".join(str(path.relative_to(folder)) for path in fits[:5])
             raise InputError(
-                f"{folder}: {what}: {len(fits)} files match {pattern!r} ({names}); keep one of "
-                "them in the folder, or name it in your own suite file"
+                f"{folder}: {what}: {len(fits)} files match {pattern!r} ({', '.join(fits[:5])}); "
+                "keep one of them in the folder, or name it in your own suite file"
             )
         if fits:
-            return fits[0]
+            return folder / fits[0]
     wanted = " or ".join(map(repr, patterns))
     raise NoDataError(
         f"{what}: no file of {folder} matches {wanted}"
@@ -145,15 +143,13 @@ def normalize_name(name: str) -> str:
     return _BETWEEN.sub(lambda found: found[1] or "_", name.lower())
 
 
-def _files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[str]:
+    """Return the paths of files in a folder, without hidden files and folders."""
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; give the folder of the suite's files as data")
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [str(path.relative_to(folder)) for path in paths]
+    return [name for name in names if not any(part[0] == "." for part in Path(name).parts)]
 
 
 def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
