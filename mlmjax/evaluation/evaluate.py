@@ -66,7 +66,7 @@ def run_evaluation(
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
-        raise InputError(f"order_rows is {order_rows}; expected 0 or more rows")
+        raise InputError(f"order_rows is {order_rows}; expected 0 or more")
     if isinstance(model, ModernBertForSequenceClassification):
         task = task.for_head()
     questions, left_out = read_questions(task, data, limit)

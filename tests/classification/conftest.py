@@ -6,13 +6,18 @@ from small_models import noisy
 
 
 @pytest.fixture(scope="session")
-def pair(tmp_path_factory):
+def word_pair(tmp_path_factory):
     """A model and tokenizer that know the words of `labelled_texts`."""
     tokenizer = word_tokenizer(tmp_path_factory.mktemp("words"))
     return word_model(tokenizer), tokenizer
 
 
 @pytest.fixture(scope="session")
-def noisy_pair(pair):
+def pair(word_pair):
+    return word_pair
+
+
+@pytest.fixture(scope="session")
+def noisy_pair(word_pair):
     """The same with more noise on every weight, whose answers differ from text to text."""
-    return noisy(pair[0]), pair[1]
+    return noisy(word_pair[0]), word_pair[1]

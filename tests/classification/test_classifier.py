@@ -321,8 +321,8 @@ def test_other_models_and_templates_are_rejected(tokenizer, pair):
 
 
 def test_hyperparameters_can_be_searched(pair):
-    texts, labels = examples(24)
-    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=8)
+    texts, labels = examples(32)
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=16)
     search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
     search.fit(texts, labels)
     assert len(search.cv_results_["mean_test_score"]) == 2

@@ -97,16 +97,17 @@ def test_bad_recipes_are_rejected(pair, recipe, message):
 
 
 def test_a_share_of_few_texts_is_one_at_least(pair):
-    classifier = Classifier(pair, ["a", "b"], template=SHORT)
-    classifier.fit(["x", "y", "z", "w"], list("abab"), epochs=1, validation_share=0.1)
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, validation_share=0.01)
+    classifier.fit(*examples(18), epochs=1, batch_size=16)
     assert "validation_accuracy" in classifier.history_[0]
     with pytest.raises(InputError, match="no text to hold out"):
-        classifier.fit(["x", "y"], ["a", "b"], epochs=1, validation_share=0.1)
+        classifier.fit(["x", "y"], ["sports", "money"])
 
 
 def test_a_fitted_classifier_can_be_copied_and_sent_to_other_processes(with_head, pair):
-    texts, labels = examples(20, seed=6)
-    masked = Classifier(pair, ["sports", "money"], template=SHORT).fit(texts, labels, epochs=1)
+    texts, labels = examples(16, seed=6)
+    masked = Classifier(pair, ["sports", "money"], template=SHORT)
+    masked.fit(texts, labels, epochs=1, batch_size=16)
     asked = Predictor(pair, ["sports", "money"], template=SHORT)
     for classifier in (with_head, masked, asked):
         expected = classifier.predict_proba(texts)

@@ -288,7 +288,7 @@ def test_answers_are_objects_without_a_label_when_unsure(pair):
         assert answer["labels"] == [n for n, on in zip(["sports", "money"], row, strict=True) if on]
 
 
-def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer):
+def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer, noisy_pair):
     truth, texts = [["money"], [], ["money", "sports"]], ["the bank", "the old", "goal bank"]
     classifier = Classifier(pair, ["sports", "money"], multi_label=True, orders=2)
     flags = [(False, True), (False, False), (True, True)]
@@ -308,6 +308,7 @@ def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer):
     assert found == expected
     yes = [column for column, (_, _, answer) in zip(columns, found, strict=True) if answer == "yes"]
     assert set(yes) == {0, 1}  # both orders of the options are trained on
+    classifier = Classifier(noisy_pair, ["sports", "money"], multi_label=True, orders=2)
     before = classifier.predict_proba(texts)
     classifier.fit(texts * 8, truth * 8, epochs=2, learning_rate=1e-2)
     assert np.abs(classifier.predict_proba(texts) - before).max() > 1e-3
