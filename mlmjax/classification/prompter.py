@@ -301,7 +301,7 @@ def _braced(names: Iterable[str]) -> str:
 
 def make_scorer(
     answer: str,
-    names: tuple[str, ...],
+    names: Sequence[str],
     parts: tuple[Model, Tokenizer, Template],
     options: Mapping[str, Any],
 ) -> RowScorer:

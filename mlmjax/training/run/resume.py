@@ -95,7 +95,10 @@ def check_run_folder(out: Path) -> None:
     except (OSError, ValueError, RecursionError):
         table = None
     if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
-        raise InputError(f"{path}: is not the configuration of a run; name another folder for out")
+        raise InputError(
+            f"{path}: is not the configuration of a run, so the folder holds something else, such "
+            "as a model; name another folder for out"
+        )
 
 
 def check_folders(config: RunConfig) -> None:
