@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _build(
 ) -> None:
     """Stage the sources, write the rows and their manifest; finished parts are used again."""
     evaluation = evaluation_identity(config.exclude)
-    with Workers(tokenizer) as workers:
+    with closing(Workers(tokenizer)) as workers:
         staged = stage(folder, config, workers, head, evaluation, progress)
         reports = {split: report_sources(staged, config, split) for split in SPLITS}
         splits, selection = build_rows(folder, staged, config, workers)

@@ -29,9 +29,9 @@ _PARENT_SECONDS = 0.1
 
 
 class Workers:
-    """Run jobs, in other processes if more than one works; a context that ends them.
+    """Run jobs here or in several processes, until `close`.
 
-    The processes start at the first jobs that need them, and stay for the next ones.
+    The processes start with the first jobs that need them, and stay for the next ones.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -39,10 +39,8 @@ class Workers:
         self._pool: Any = None
         self._size = 0
 
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
+    def close(self) -> None:
+        """End the processes."""
         if self._pool is not None:
             self._pool.shutdown(kill_workers=True)
 
@@ -87,7 +85,7 @@ class Workers:
         from joblib.externals.loky import ProcessPoolExecutor
 
         if self._size < count:
-            self.__exit__()
+            self.close()
             self._size = count
             self._pool = ProcessPoolExecutor(
                 count,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,8 @@ def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
 
 @pytest.fixture
 def workers():
-    with Workers(Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})) as workers:
+    small = Tokenizer({"tokenizer.json": json.dumps(small_table()).encode()})
+    with closing(Workers(small)) as workers:
         yield workers
 
 
