@@ -155,11 +155,7 @@ CONVERSIONS = {
         "is no checkpoint that to-jax wrote",
     ),
     "to a file": (TO_JAX, write("new", "precious"), "new: is a file"),
-    "to somebody's folder": (
-        TO_HF,
-        write("new/thesis.txt", "precious"),
-        "new: holds files",
-    ),
+    "to somebody's folder": (TO_HF, write("new/thesis.txt", "precious"), "new: holds files"),
     "to a name in brackets": (
         words("convert_weights.py to-jax model new[1]"),
         lambda folder: None,

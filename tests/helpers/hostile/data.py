@@ -35,8 +35,26 @@ def one(**changes):
     return jsonl([*ROWS[:2], {**ROW, **changes}])
 
 
+def only(**changes):
+    return jsonl([ROW | changes])
+
+
+def prompts(values):
+    return parquet(columns(prompt=values))
+
+
 NOISE = random.Random(0).randbytes(4096)
 SMALL = LINES.encode()
+BOMB = b"x" * 64 * MIB
+PACKED = zstd(NOISE.hex().encode())
+FLIPPED = PACKED[:99] + bytes([PACKED[99] ^ 1]) + PACKED[100:]
+NOT_TEXT = pa.Array.from_buffers(pa.string(), 8, pa.array([b"\xff"] * 8).buffers())
+TWICE = pa.Table.from_arrays([pa.array(["a"])] * 4, ["prompt", "prompt", "answer", "task"])
+FEATURES = {"answer": {"names": ["red", "blue"], "_type": "ClassLabel"}}
+CLASSES = pa.table(columns(answer=[7] * 8)).replace_schema_metadata(
+    {"huggingface": json.dumps({"info": {"features": FEATURES}})}
+)
+NONE_LEFT, FIRST = "no example is left to train on", "x.parquet row 1: column 'prompt'"
 # By file name and content: what the first line must say.
 FILES = {
     "JSONL cut in a line": ("x.jsonl", LINES[:-20], "x.jsonl line 8: is not valid JSON"),
@@ -46,41 +64,17 @@ FILES = {
     "JSONL of numbers": ("x.jsonl", "1\n2\n", "x.jsonl line 1: holds a JSON int"),
     "JSONL with a key twice": ("x.jsonl", '{"prompt": "a", "prompt": "b"}\n', "occurs twice"),
     "JSONL nested deeply": ("x.jsonl", "[" * 100_000 + "\n", "x.jsonl line 1: is not valid JSON"),
-    "JSONL with a number of 5000 digits": (
-        "x.jsonl",
-        '{"prompt": ' + "9" * 5000 + "}\n",
-        "x.jsonl line 1: is not valid JSON",
-    ),
+    "JSONL with a number of 5000 digits": ("x.jsonl", "9" * 5000, "x.jsonl line 1: is not valid"),
     "JSONL not UTF-8": ("x.jsonl", SMALL + b'{"prompt": "\xff"}\n', "x.jsonl line 9: is not UTF-8"),
     "JSONL in UTF-16": ("x.jsonl", LINES.encode("utf-16"), "x.jsonl line 1: "),
     "JSONL with a NUL": ("x.jsonl", SMALL + b"\0\n", "x.jsonl line 9: holds a NUL byte"),
     "JSONL of noise": ("x.jsonl", NOISE, "x.jsonl line 1: "),
-    "JSONL with half a character": (
-        "x.jsonl",
-        '{"prompt": "\\ud800", "answer": "red", "task": "color"}\n',
-        "x.jsonl line 1: column 'prompt': holds half a character",
-    ),
-    "JSONL with half a character in the answer": (
-        "x.jsonl",
-        '{"prompt": "a", "answer": "\\udfff", "task": "color"}\n',
-        "x.jsonl line 1: column 'answer': holds half a character",
-    ),
-    "JSONL with half a character in the task": (
-        "x.jsonl",
-        '{"prompt": "a", "answer": "red", "task": "\\udfff"}\n',
-        "x.jsonl line 1: column 'task': holds half a character",
-    ),
-    "JSONL with a line of 33 MiB": (
-        "x.jsonl",
-        LINES + '{"prompt": "' + "x" * 33 * MIB,
-        "x.jsonl line 9: is longer than 32 MiB",
-    ),
+    "JSONL with half a character": ("x.jsonl", one(prompt="\ud800"), "'prompt': holds half a char"),
+    "JSONL with half an answer": ("x.jsonl", one(answer="\udfff"), "'answer': holds half a char"),
+    "JSONL with half a task": ("x.jsonl", one(task="\udfff"), "'task': holds half a char"),
+    "JSONL with a line of 33 MiB": ("x.jsonl", LINES + "x" * 33 * MIB, "line 9: is longer than 32"),
     "JSONL without a column": ("x.jsonl", '{"prompt": "a"}\n', "has no column 'answer'"),
-    "JSONL without a column in one row": (
-        "x.jsonl",
-        LINES + '{"prompt": "a", "task": "x"}\n',
-        "x.jsonl line 9: has no column 'answer'",
-    ),
+    "JSONL without a column in one row": ("x.jsonl", LINES + "{}", "x.jsonl line 9: has no column"),
     "JSONL with a null": ("x.jsonl", one(prompt=None), "line 3: column 'prompt' is null"),
     "JSONL with a number": ("x.jsonl", one(prompt=7), "line 3: column 'prompt' is int (7)"),
     "JSONL with an answer of true": ("x.jsonl", one(answer=True), "column 'answer' is bool"),
@@ -88,31 +82,15 @@ FILES = {
     "JSONL with an object": ("x.jsonl", one(answer={"a": 1}), "column 'answer' is dict"),
     "JSONL with a task of nothing": ("x.jsonl", one(task=None), "line 3: column 'task' names no"),
     "JSONL with a task of spaces": ("x.jsonl", one(task="  "), "line 3: column 'task' names no"),
-    "JSONL with no answer of one token": (
-        "x.jsonl",
-        jsonl([{**ROW, "answer": "red blue green"}]),
-        "no example is left to train on",
-    ),
-    "JSONL with a special token for an answer": (
-        "x.jsonl",
-        jsonl([{**ROW, "answer": "[MASK]"}]),
-        "no example is left to train on",
-    ),
-    "JSONL with prompts too long": (
-        "x.jsonl",
-        jsonl([{**ROW, "prompt": "sun " * 99}]),
-        "prompt too long",
-    ),
+    "JSONL with no answer of one token": ("x.jsonl", only(answer="red blue green"), NONE_LEFT),
+    "JSONL with a special token for an answer": ("x.jsonl", only(answer="[MASK]"), NONE_LEFT),
+    "JSONL with prompts too long": ("x.jsonl", only(prompt="sun " * 99), "prompt too long"),
     "CSV of a header alone": ("x.csv", HEADER, "no example is left"),
     "CSV without a header": ("x.csv", "a b,red,color\n", "has no column 'prompt'"),
     "CSV with a header twice": ("x.csv", "prompt,prompt,answer,task\n", "has 'prompt' twice"),
     "CSV with a field too few": ("x.csv", HEADER + "a,red\n", "x.csv line 2: has 2 fields"),
     "CSV with a field too many": ("x.csv", HEADER + "a,b,red,color\n", "line 2: has 4 fields"),
-    "CSV with an open quote": (
-        "x.csv",
-        HEADER + '"a,red,color\n',
-        "x.csv line 2: is not valid CSV",
-    ),
+    "CSV with an open quote": ("x.csv", HEADER + '"a,red,color\n', "x.csv line 2: is not valid"),
     "CSV with text after a quote": ("x.csv", HEADER + '"a"b,red,x\n', "is not valid CSV"),
     "CSV with a NUL": ("x.csv", HEADER + "a\0,red,x\n", "x.csv line 2: holds a NUL byte"),
     "CSV in Latin-1": ("x.csv", HEADER.encode() + b"caf\xe9,red,x\n", "x.csv line 2: is not UTF-8"),
@@ -123,88 +101,26 @@ FILES = {
     "parquet cut short": ("x.parquet", parquet(columns())[:-9], "x.parquet: cannot be read"),
     "parquet without a footer": ("x.parquet", parquet(columns())[:300], "x.parquet: cannot be r"),
     "parquet of noise": ("x.parquet", NOISE, "x.parquet: cannot be read"),
-    "parquet of noise between its marks": (
-        "x.parquet",
-        b"PAR1" + NOISE + b"PAR1",
-        "x.parquet: cannot be read",
-    ),
+    "parquet of noise between marks": ("x.parquet", b"PAR1" + NOISE + b"PAR1", "cannot be read"),
     "parquet that is JSONL": ("x.parquet", LINES, "x.parquet: cannot be read"),
     "parquet without a column": (
         "x.parquet",
         parquet({"prompts": ["a"]}),
-        "has no column 'prompt'; did you mean 'prompts'?",
+        "did you mean 'prompts'",
     ),
-    "parquet with nulls": (
-        "x.parquet",
-        parquet(columns(prompt=[None] * 8)),
-        "x.parquet row 1: column 'prompt' is null",
-    ),
-    "parquet with numbers": (
-        "x.parquet",
-        parquet(columns(prompt=list(range(8)))),
-        "x.parquet row 1: column 'prompt' is int",
-    ),
-    "parquet with nested columns": (
-        "x.parquet",
-        parquet(columns(prompt=[{"text": "a"}] * 8)),
-        "x.parquet row 1: column 'prompt' is dict",
-    ),
-    "parquet with bytes": (
-        "x.parquet",
-        parquet(columns(prompt=[b"a"] * 8)),
-        "x.parquet row 1: column 'prompt' is bytes",
-    ),
-    "parquet with text not UTF-8": (
-        "x.parquet",
-        parquet(
-            columns(prompt=pa.Array.from_buffers(pa.string(), 8, pa.array([b"\xff"] * 8).buffers()))
-        ),
-        "x.parquet row 1: column 'prompt': is not UTF-8",
-    ),
-    "parquet with a column twice": (
-        "x.parquet",
-        parquet(
-            pa.Table.from_arrays([pa.array(["a"])] * 4, ["prompt", "prompt", "answer", "task"])
-        ),
-        "x.parquet: has the column 'prompt' twice",
-    ),
-    "parquet with a class out of range": (
-        "x.parquet",
-        parquet(
-            pa.table(columns(answer=[7] * 8)).replace_schema_metadata(
-                {
-                    "huggingface": json.dumps(
-                        {
-                            "info": {
-                                "features": {
-                                    "answer": {"names": ["red", "blue"], "_type": "ClassLabel"}
-                                }
-                            }
-                        }
-                    )
-                }
-            )
-        ),
-        "x.parquet row 1: column 'answer' is class 7; expected 0 to 1",
-    ),
+    "parquet with nulls": ("x.parquet", prompts([None] * 8), f"{FIRST} is null"),
+    "parquet with numbers": ("x.parquet", prompts(list(range(8))), f"{FIRST} is int"),
+    "parquet with nested columns": ("x.parquet", prompts([{"text": "a"}] * 8), f"{FIRST} is dict"),
+    "parquet with bytes": ("x.parquet", prompts([b"a"] * 8), f"{FIRST} is bytes"),
+    "parquet with text not UTF-8": ("x.parquet", prompts(NOT_TEXT), f"{FIRST}: is not UTF-8"),
+    "parquet with a column twice": ("x.parquet", parquet(TWICE), "has the column 'prompt' twice"),
+    "parquet with a class out of range": ("x.parquet", parquet(CLASSES), "is class 7; expected 0"),
     "parquet compressed again": ("x.parquet.gz", gzip.compress(b"x"), "unknown kind of file"),
     "zst cut short": ("x.jsonl.zst", zstd(SMALL * 99)[:-9], "x.jsonl.zst"),
     "zst of noise": ("x.jsonl.zst", NOISE, "x.jsonl.zst line 1: cannot be read"),
-    "zst with a flipped byte": (
-        "x.jsonl.zst",
-        b"".join([(z := zstd(NOISE.hex().encode()))[:99], bytes([z[99] ^ 1]), z[100:]]),
-        "x.jsonl.zst",
-    ),
-    "zst that is a bomb": (
-        "x.jsonl.zst",
-        zstd(b"x" * 64 * MIB),
-        "x.jsonl.zst line 1: is longer than 32 MiB",
-    ),
-    "gz that is a bomb": (
-        "x.jsonl.gz",
-        gzip.compress(b"x" * 64 * MIB, 1),
-        "x.jsonl.gz line 1: is longer than 32 MiB",
-    ),
+    "zst with a flipped byte": ("x.jsonl.zst", FLIPPED, "x.jsonl.zst"),
+    "zst that is a bomb": ("x.jsonl.zst", zstd(BOMB), "x.jsonl.zst line 1: is longer than 32 MiB"),
+    "gz that is a bomb": ("x.jsonl.gz", gzip.compress(BOMB, 1), "x.jsonl.gz line 1: is longer"),
     "gz cut short": ("x.jsonl.gz", gzip.compress(SMALL)[:-9], "x.jsonl.gz"),
     "gz of noise": ("x.jsonl.gz", NOISE, "x.jsonl.gz line 1: cannot be read"),
     "gz empty inside": ("x.jsonl.gz", gzip.compress(b""), "no example is left"),
@@ -233,10 +149,7 @@ GOOD_FILES = {
     "gz": ("x.jsonl.gz", gzip.compress(SMALL)),
     "zst": ("x.jsonl.zst", zstd(SMALL)),
     "parquet": ("x.parquet", parquet(columns())),
-    "parquet of large strings": (
-        "x.parquet",
-        parquet(columns(prompt=pa.array([row["prompt"] for row in ROWS], pa.large_string()))),
-    ),
+    "parquet of large strings": ("x.parquet", prompts(pa.array(["a b"] * 8, pa.large_string()))),
     "with prompts that imitate the template": (
         "x.jsonl",
         jsonl({**ROW, "prompt": (INJECTED * 2)[i]} for i in range(8)),
@@ -322,10 +235,7 @@ FOLDERS = {
         manifest(lambda table: table.update(tasks=["color"])),
         "row file is damaged: ",
     ),
-    "with a manifest of longer rows": (
-        manifest(lambda table: table.update(seq_length=8)),
-        "rows",
-    ),
+    "with a manifest of longer rows": (manifest(lambda table: table.update(seq_length=8)), "rows"),
     "of another configuration": (
         manifest(lambda table: table["config"].update(seq_length=64)),
         "holds rows made differently",
@@ -334,10 +244,7 @@ FOLDERS = {
         manifest(lambda table: table.update(tokenizer_sha256="0" * 64)),
         "the tokenizer's sha256",
     ),
-    "of changed records": (
-        write("records.jsonl", LINES),
-        "records.jsonl has changed since",
-    ),
+    "of changed records": (write("records.jsonl", LINES), "records.jsonl has changed since"),
     "that are a file": (all_of(remove("rows"), write("rows", "precious")), "rows"),
     "that are somebody else's": (
         all_of(remove("rows"), write("rows/thesis.txt", "precious")),

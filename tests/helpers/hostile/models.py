@@ -101,9 +101,7 @@ CONFIGS = {
         "architectures is ModernBertForTokenClassification",
     ),
     "two architectures": (
-        config(
-            architectures=["ModernBertForMaskedLM", "ModernBertForSequenceClassification"],
-        ),
+        config(architectures=["ModernBertForMaskedLM", "ModernBertForSequenceClassification"]),
         "expected one of",
     ),
     "architectures of numbers": (config(architectures=[1]), "architectures"),

@@ -80,10 +80,7 @@ OVERRIDES = {
     "with out in brackets": (["out=what[1]"], "under a name with '['"),
     "with out and rows in one folder": (["out=rows"], "data.rows: rows and out = rows"),
     "with out below the rows": (["out=rows/out"], "data.rows: rows and out = rows/out"),
-    "with rows among the checkpoints": (
-        ["data.rows=out/checkpoints"],
-        "data.rows: out/checkpoints",
-    ),
+    "with rows among the checkpoints": (["data.rows=out/checkpoints"], "data.rows: out/checkpoint"),
 }
 FILES = {
     "that is not there": (remove("run.toml"), "run.toml: cannot be read"),
@@ -162,10 +159,7 @@ FOLDERS = {
 }
 GOOD_FOLDERS = {
     "with foreign files": (write("out/notes.txt", "precious"), ()),
-    "with a cut last line of metrics": (
-        change(METRICS, lambda data: data + data[:40]),
-        (HERE,),
-    ),
+    "with a cut last line of metrics": (change(METRICS, lambda data: data + data[:40]), (HERE,)),
     "with zeros at the end of its metrics": (
         change(METRICS, lambda data: data + b"\0" * 512 + b"\n"),
         (HERE,),
