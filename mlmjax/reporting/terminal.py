@@ -68,12 +68,12 @@ class RunDisplay(ExitStack):
         """Print one line."""
         self._console.print(text, markup=False)
 
-    def step(self, step: int) -> None:
+    def advance(self, step: int) -> None:
         """Move the bar."""
         if self._bars:
             self._bars.update(self._bar, completed=step)
 
-    def figures(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+    def show(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         """Show a line of metrics, next to the bar or as a line."""
         if self._bars and split == "train":
             self._bars.update(self._bar, figures=describe(values))

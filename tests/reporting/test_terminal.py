@@ -41,9 +41,9 @@ def test_a_bar_appears_when_work_takes_long_or_is_asked_for(capsys, monkeypatch)
 def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
     values = {"loss": 0.71, "answer_accuracy": 0.8, "tokens_per_second": 1732.0}
     with RunDisplay(40) as display:
-        display.step(20)
-        display.figures(20, "train", values)
-        display.figures(20, "validation", {"loss": 0.5, "mfu": float("nan")})
+        display.advance(20)
+        display.show(20, "train", values)
+        display.show(20, "validation", {"loss": 0.5, "mfu": float("nan")})
         display.say("[saved]")
     assert capsys.readouterr().err.splitlines() == [
         "step 20/40 | loss 0.710 | accuracy 0.800 | 1,732 tok/s",
@@ -52,9 +52,9 @@ def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
     ]
     monkeypatch.setenv("FORCE_COLOR", "1")
     with RunDisplay(40, done=10) as display:
-        display.step(20)
-        display.figures(20, "train", values)
-        display.figures(20, "validation", values)
+        display.advance(20)
+        display.show(20, "train", values)
+        display.show(20, "validation", values)
     shown = capsys.readouterr().err
     assert "20/40" in shown
     assert "validation | loss 0.710" in shown

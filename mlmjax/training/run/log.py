@@ -16,7 +16,7 @@ import numpy as np
 from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
 from mlmjax.storage import write_whole
-from mlmjax.training.run.timing import PHASES, productive_share
+from mlmjax.training.run.timing import PHASES
 
 METRICS = "metrics.jsonl"
 EVENTS_SECONDS = 10.0
@@ -39,11 +39,13 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int = 0):
         self.path = folder / METRICS
+        self._events: _Events | None = None
         try:
             lines = _kept_lines(self.path, step)
             write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file = self.path.open("a", encoding="utf-8")
-            self._events = _open_events(folder, step)
+            with suppress(ImportError):
+                self._events = _Events(folder, step)
         except OSError as error:
             raise write_failed(self.path, error) from error
         self._written = {(line["step"], line["split"]) for line in lines}
@@ -95,7 +97,7 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
             if [type(part) for part in key] != [int, str]:
                 raise ValueError("no step, or no split")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            # A power cut can leave zeros at the end of a file, and nowhere else.
+            # A power failure leaves zeros only at the end of a file.
             if number == len(whole):
                 break
             raise InputError(
@@ -145,13 +147,6 @@ class _Events:
         self._file.close()
 
 
-def _open_events(folder: Path, step: int) -> _Events | None:
-    try:
-        return _Events(folder, step)
-    except ImportError:
-        return None
-
-
 def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:
     """Count positions and real tokens of a batch on the host.
 
@@ -189,6 +184,7 @@ def summarize(
     """
     seconds = {key: totals.get(key) for key in (f"seconds_{phase}" for phase in PHASES)}
     working = (seconds["seconds_step"] or 0.0) + (seconds["seconds_data"] or 0.0)
+    total = sum(value or 0.0 for value in seconds.values())
 
     def share(part: str, whole: str) -> float | None:
         return totals.get(part, 0.0) / totals[whole] if totals.get(whole) else None
@@ -213,5 +209,5 @@ def summarize(
         "target_share": share("loss_count", "tokens"),
         "padding_share": None if padding is None else 1.0 - padding,
         **seconds,
-        "productive_share": productive_share(totals),
+        "productive_share": (seconds["seconds_step"] or 0.0) / total if total else None,
     }

@@ -19,12 +19,12 @@ from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
 from mlmjax.reporting.terminal import RunDisplay
-from mlmjax.training.flops import training_flops
+from mlmjax.training.flops import peak_flops, training_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule
 from mlmjax.training.run.inputs import Loaders, feed
 from mlmjax.training.run.log import Figures, MetricsLog, Totals, add, count_tokens, summarize
-from mlmjax.training.run.timing import Clock, Profile
+from mlmjax.training.run.timing import Clock
 from mlmjax.training.run.validation import EvalStep, validate
 from mlmjax.training.step import AnyBatch, TrainState
 from mlmjax.weights.checkpoints import Checkpoints
@@ -41,14 +41,14 @@ TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class StoppedError(Exception):
-    """Ends a validation, if a signal asked to stop."""
+    """End a validation because a signal asked to stop."""
 
 
 class StopRequest:
-    """What SIGTERM and SIGINT have asked for.
+    """A request to stop, by SIGTERM or SIGINT.
 
     Before `arm` there is nothing to save, so the process ends at once. After it a signal only sets
-    `number`; the run looks at it between pieces of work, saves, and calls `leave`. A second SIGINT
+    `number`; the run looks at it between updates, saves, and calls `leave`. A second SIGINT
     ends the process at once.
     """
 
@@ -115,15 +115,13 @@ def catch_signals() -> Iterator[StopRequest]:
 class Loop:
     """The updates of a run that are left to do; `run` does them.
 
-    `totals` are the sums since the last line of metrics, and `peak` is the FLOP/s of all devices.
-    Only the first process has a log.
+    `totals` are the sums since the last line of metrics. Only the first process has a log.
     """
 
     config: RunConfig
     loaders: Loaders
     architecture: ModelConfig
     mesh: Mesh
-    peak: float | None
     train_step: TrainStep
     eval_step: EvalStep
     checkpoints: Checkpoints
@@ -138,25 +136,30 @@ class Loop:
         config = self.config
         self._counts: Totals = defaultdict(float)  # Those of this process since the last pause.
         self._skipped_in_a_row = 0
+        peak = peak_flops(self.mesh.devices.flat[0].device_kind, config.dtype)
+        self._peak = None if peak is None else peak * self.mesh.size  # of all devices
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
 
-    def run(self, state: TrainState, profile: Profile) -> TrainState:
-        """Do the updates that are left; return the state after the last."""
+    def run(self, state: TrainState, trace: Callable[[int, Any], None]) -> TrainState:
+        """Do the updates that are left; return the state after the last.
+
+        `trace` is that of `timing.profiling`.
+        """
         config, clock, train = self.config, self.clock, self.loaders.train
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
         self._make_up_evaluation(start, state)
         batches = feed(train, self.mesh, start, config.steps)
+        trace(start, None)
         with clock("step"):
             for index, batch, counted in clock.waiting("data", batches):
                 step = index + 1
                 compiles = index == start or train.rows(index) > train.rows(index - 1)
-                profile.before(step)
                 # The first step of a size compiles: its time says nothing about the others.
                 with clock("compile" if compiles else "step"):
                     state, metrics = self.train_step(state, batch)
                     if compiles:
                         jax.block_until_ready(metrics)
-                profile.after(step, metrics)
+                trace(step, metrics)
                 self._count(counted, is_timed=not compiles)
                 pending.append((step, metrics, processes.vote(self.stop.is_here())))
                 pauses = self._is_due(
@@ -165,7 +168,7 @@ class Loop:
                 stops = False
                 while len(pending) > (0 if pauses or stops else IN_FLIGHT):
                     stops |= self._settle(*pending.popleft())
-                self.display.step(step)
+                self.display.advance(step)
                 if pauses or stops:
                     self._pause(step, state)
         return state
@@ -216,7 +219,7 @@ class Loop:
         self._counts.clear()
         saves = self._is_due(step, config.checkpoint.every) or stop.is_anywhere()
         if self._is_due(step, config.log.every):
-            figures = summarize(self.totals, self.peak, self.mesh.size)
+            figures = summarize(self.totals, self._peak, self.mesh.size)
             self._report(step, "train", figures | {"learning_rate": float(self._rate(step - 1))})
             self.totals.clear()
         held_out = None
@@ -255,7 +258,7 @@ class Loop:
     def _report(self, step: int, split: str, figures: Figures) -> None:
         if self.log:
             self.log.write(step, split, figures)
-        self.display.figures(step, split, figures)
+        self.display.show(step, split, figures)
 
     def _save(self, step: int, state: TrainState, held_out: Figures | None) -> None:
         if self.log:

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,47 +76,15 @@ class Clock:
         return f"time: {total:,.0f} s in all ({shares})"
 
 
-def productive_share(totals: Mapping[str, float]) -> float | None:
-    """Return the share of `seconds_step` in all `seconds_PHASE`, or None without any.
-
-    >>> productive_share({"seconds_step": 3.0, "seconds_compile": 1.0})
-    0.75
-    """
-    total = sum(totals.get(f"seconds_{phase}", 0.0) for phase in PHASES)
-    return totals.get("seconds_step", 0.0) / total if total else None
-
-
-class Profile:
-    """Trace the updates `first` to `last` (counted from 1) into a folder, once."""
-
-    def __init__(self, folder: Path, first: int, last: int):
-        self.folder, self.first, self.last = folder, first, last
-        self.running = False
-
-    def before(self, step: int) -> None:
-        """Begin the trace if this is the first of the updates."""
-        if self.first <= step <= self.last and not self.running:
-            jax.profiler.start_trace(self.folder)
-            self.running = True
-
-    def after(self, step: int, results: Any) -> None:
-        """End the trace after the last of the updates, when the devices have finished it."""
-        if self.running and step >= self.last:
-            jax.block_until_ready(results)
-            self.stop()
-
-    def stop(self) -> None:
-        """Write what was recorded."""
-        if self.running:
-            self.running = False
-            jax.profiler.stop_trace()
-
-
 @contextmanager
-def profiling(updates: str | None, folder: Path, done: int, steps: int) -> Iterator[Profile]:
-    """Yield the `Profile` of `"FIRST:LAST"`; the trace is written however the run ends.
+def profiling(
+    updates: str | None, folder: Path, done: int, steps: int
+) -> Iterator[Callable[[int, Any], None]]:
+    """Trace the updates `"FIRST:LAST"` into a folder; the trace is written however the run ends.
 
-    Raises `InputError` unless these are two numbers of updates that the run still has to do.
+    Yields a function to call before the first update and after each, with the number of updates
+    done and the results of the last. Raises `InputError` unless these are two numbers of updates
+    that the run still has to do.
     """
     first = last = steps + 1
     if updates is not None:
@@ -129,9 +97,21 @@ def profiling(updates: str | None, folder: Path, done: int, steps: int) -> Itera
         if not done < first <= last <= steps:
             left = f"updates {done + 1} to {steps} left" if done < steps else "no updates left"
             raise InputError(f"--profile {updates}: the run has {left}; name some of those")
-    # Of several processes only the first records: its devices are like all the others.
-    profile = Profile(folder, first, last) if is_first() else Profile(folder, steps + 1, steps + 1)
+    is_tracing = False
+
+    def after(step: int, results: Any) -> None:
+        nonlocal is_tracing
+        if is_tracing and step == last:
+            jax.block_until_ready(results)
+            is_tracing = False
+            jax.profiler.stop_trace()
+        # Of several processes only the first records: its devices are like all the others.
+        if step + 1 == first and is_first():
+            jax.profiler.start_trace(folder)
+            is_tracing = True
+
     try:
-        yield profile
+        yield after
     finally:
-        profile.stop()
+        if is_tracing:
+            jax.profiler.stop_trace()

@@ -9,7 +9,7 @@ from typing import Any
 from flax import nnx
 
 from mlmjax.config.run import RunConfig
-from mlmjax.data.contamination import training_manifest
+from mlmjax.data.contamination import TrainingManifest, training_manifest
 from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
@@ -18,11 +18,10 @@ from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import RunDisplay, say
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.flops import peak_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_optimizer
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
-from mlmjax.training.run.inputs import open_loaders
+from mlmjax.training.run.inputs import Loaders, open_loaders
 from mlmjax.training.run.log import MetricsLog, Totals
 from mlmjax.training.run.loop import Loop, TrainStep, catch_signals
 from mlmjax.training.run.resume import (
@@ -75,44 +74,28 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     mesh = check_before_start(config)
     lock = alone_in(out, check_run_folder) if is_first() else nullcontext()
     with lock, catch_signals() as stop:
-        # 1. Load the model and its tokenizer, and prepare the rows.
         model, tokenizer, history = load_start(config)
+        architecture, (graphdef, params) = model.config, split_parameters(model)
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-        rows = Path(
-            broadcast_from_first(
-                lambda: str(_prepare(config, tokenizer)), "process 0 prepares the rows"
-            )
-        )
-        check_rows_shared(rows)
-        loaders = open_loaders(config, tokenizer)
-        say(_describe_rows(rows, loaders.manifest))
-        architecture = model.config
+        loaders = _open_rows(config, tokenizer)
         identity = identity_of(config, architecture, tokenizer, loaders)
-        graphdef, params = split_parameters(model)
-
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
-            # 2. Resume from the newest checkpoint, if it is one of this run; else begin.
-            step = broadcast_from_first(checkpoints.resumable) or 0
             totals: Totals = defaultdict(float)
-            if step:
+            if step := broadcast_from_first(checkpoints.resumable) or 0:
                 metadata = checkpoints.metadata(step)
                 check_same_run(config, step, metadata, identity)
                 totals.update(metadata["interval"])
                 state = checkpoints.restore(step, abstract_train_state(params, optimizer, mesh))
                 say(f"{out}: resumes from step {step}")
             else:
-                state = start_state(
-                    initial_parameters(config, model, params, mesh), optimizer, mesh
-                )
+                params = initial_parameters(config, model, params, mesh)
+                state = start_state(params, optimizer, mesh)
                 # Otherwise the export of an older run in this folder would pass for this one's.
                 if is_first():
                     (out / "validation.json").unlink(missing_ok=True)
             del model, params
 
-            # 3. Do the updates. From here on a signal waits until the state is saved.
-            stop.arm()
-            eval_step = shared_eval_step(graphdef, HEADS[config.head].evaluate)
-            peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
+            stop.arm()  # From here on a signal waits until the state is saved.
             with (
                 profiling(profile, out / "profile", step, config.steps) as trace,
                 closing(MetricsLog(out, step)) if is_first() else nullcontext() as log,
@@ -125,9 +108,8 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     loaders=loaders,
                     architecture=architecture,
                     mesh=mesh,
-                    peak=None if peak is None else peak * mesh.size,
                     train_step=_train_step(config, graphdef, optimizer),
-                    eval_step=eval_step,
+                    eval_step=shared_eval_step(graphdef, HEADS[config.head].evaluate),
                     checkpoints=checkpoints,
                     identity=identity,
                     totals=totals,
@@ -137,43 +119,63 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     display=display,
                 )
                 state = loop.run(state, trace)
-
-            # 4. Report on held-out answers and export, unless that was done before.
             with clock("checkpoint"):
                 checkpoints.wait()
             report = broadcast_from_first(lambda: read_finished(out, config.steps))
             if report is not None:
                 say(f"{out}: is complete at step {config.steps}; nothing to do")
             else:
-                params = averaged_parameters(state.params, state.opt_state)
-                with clock("evaluation"):
-                    held_out = report_held_out(
-                        eval_step,
-                        params,
-                        loaders,
-                        labels=config.label_names,
-                        tokenizer=tokenizer,
-                        check=stop.check,
-                    )
-                report = {"step": config.steps, **held_out}
-                whole = gather_on_first(params)  # All processes take part, and the first writes.
-                if is_first():
-                    model = nnx.merge(graphdef, whole)
-                    sections = training_card(config, loaders.manifest, report)
-                    card = pretrained.model_card(model, sections=sections)
-                    manifest = training_manifest(config.init_from, loaders.manifest, history)
-                    pretrained.save_pretrained(
-                        model,
-                        tokenizer,
-                        out / "export",
-                        card=card,
-                        more_files={TRAINING: manifest.text()},
-                    )
-                    write_json(out / "validation.json", report)
+                report = _report_and_export(loop, graphdef, state, tokenizer, history)
                 say(clock.describe())
     if is_first():
         print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))
     return state
+
+
+def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
+    """Prepare the rows on the first process, and open them on all."""
+    rows = Path(
+        broadcast_from_first(
+            lambda: str(_prepare(config, tokenizer)), "process 0 prepares the rows"
+        )
+    )
+    check_rows_shared(rows)
+    loaders = open_loaders(config, tokenizer)
+    say(_describe_rows(rows, loaders.manifest))
+    return loaders
+
+
+def _report_and_export(
+    loop: Loop,
+    graphdef: Any,
+    state: TrainState,
+    tokenizer: Tokenizer,
+    history: TrainingManifest | None,
+) -> dict[str, Any]:
+    """Evaluate the held-out answers, and write the export; return the report."""
+    config, loaders, out = loop.config, loop.loaders, Path(loop.config.out)
+    params = averaged_parameters(state.params, state.opt_state)
+    with loop.clock("evaluation"):
+        held_out = report_held_out(
+            loop.eval_step,
+            params,
+            loaders,
+            labels=config.label_names,
+            tokenizer=tokenizer,
+            check=loop.stop.check,
+        )
+    report = {"step": config.steps, **held_out}
+    whole = gather_on_first(params)  # All processes take part, and the first writes.
+    if is_first():
+        model = nnx.merge(graphdef, whole)
+        sections = training_card(config, loaders.manifest, report)
+        card = pretrained.model_card(model, sections=sections)
+        manifest = training_manifest(config.init_from, loaders.manifest, history)
+        pretrained.save_pretrained(
+            model, tokenizer, out / "export", card=card, more_files={TRAINING: manifest.text()}
+        )
+        write_json(out / "validation.json", report)
+    return report
 
 
 def _train_step(config: RunConfig, graphdef: Any, optimizer: Any) -> TrainStep:

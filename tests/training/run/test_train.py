@@ -24,6 +24,7 @@ from mlmjax.cli.main import run
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
 from mlmjax.training.run.log import MetricsLog
+from mlmjax.training.run.resume import check_same_run
 from mlmjax.training.run.timing import PHASES
 from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights import pretrained
@@ -99,7 +100,7 @@ def test_the_report_counts_every_held_out_answer(folder, straight):
 
 
 def test_the_losses_of_each_source_are_reported(folder, capsys):
-    """Of questions and plain text: what `validate` says of each alone, masked as the run does."""
+    """The sources are questions and plain text; each is masked as in training."""
     with (folder / "texts.jsonl").open("w") as file:
         for number in range(150):
             words = " ".join(OTHERS[number * i % 7] for i in range(1, 20))
@@ -143,91 +144,53 @@ def test_a_finished_run_is_reported_and_left_alone(folder, straight, capsys):
     assert len(lines_of(folder / "out")) == 10
 
 
-def test_sigterm_saves_and_exits_143(folder, straight, stop_after, capsys):
-    out = folder / "terminated"
-    config = write_config(make_table(folder, out=str(out)))
-    stop_after(6, lambda: run(["train", str(config)]))
-    said = capsys.readouterr().err
-    assert "stopped by a signal; step 6 is saved" in said
-    assert "Traceback" not in said
-    assert (out / "checkpoints" / "6").is_dir()
-    assert run(["train", str(config)]) == 0
-    assert "resumes from step 6" in capsys.readouterr().err
-    assert_same(run_training(make_config(folder, out=str(out))), straight)
-    assert lines_of(out) == lines_of(folder / "out")
-
-
-@pytest.mark.parametrize(
-    ("number", "where", "what", "saved"),
-    [
-        (signal.SIGTERM, loop_module, "count_tokens", 1),  # The first step has just compiled.
-        (signal.SIGTERM, loop_module, "validate", 4),
-        (signal.SIGTERM, Checkpoints, "save", 4),
-        (signal.SIGINT, loop_module, "validate", 4),
-    ],
-    ids=["first step", "evaluation", "save", "interrupt"],
-)
-def test_a_signal_at_any_time(folder, straight, monkeypatch, request, number, where, what, saved):
-    out = folder / request.node.callspec.id.replace(" ", "-")
-    original = getattr(where, what)
+def signal_once(monkeypatch, number, owner, name):
+    """Send this process a signal when a function is called next."""
+    original = getattr(owner, name)
 
     def signalled(*args, **kwargs):
+        monkeypatch.setattr(owner, name, original)
         os.kill(os.getpid(), number)
         return original(*args, **kwargs)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(where, what, signalled)
+    monkeypatch.setattr(owner, name, signalled)
+
+
+def test_signals_at_any_time_lose_nothing(folder, straight, monkeypatch, capsys):
+    """Stopped between lines of metrics, while it saves and twice while it validates."""
+    out, place = folder / "stopped", folder / "elsewhere" / "deep"
+    changes = {"out": str(out), "log__every": 4, "checkpoint": {"every": 4, "path": str(place)}}
+    command = ["train", str(write_config(make_table(folder, **changes)))]
+    for number, owner, name, saved in (
+        (signal.SIGTERM, loop_module, "count_tokens", 1),  # The first step has just compiled.
+        (signal.SIGTERM, Checkpoints, "save", 4),
+        (signal.SIGINT, loop_module, "validate", 8),
+        (signal.SIGTERM, loop_module, "validate", 8),
+    ):
+        signal_once(monkeypatch, number, owner, name)
         expected = KeyboardInterrupt if number == signal.SIGINT else SystemExit
         with pytest.raises(expected) as caught:
-            run_training(make_config(folder, out=str(out)))
-    assert expected is KeyboardInterrupt or caught.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*")) == saved
-    assert_same(run_training(make_config(folder, out=str(out))), straight)
-    assert lines_of(out) == lines_of(folder / "out")
-
-
-def test_an_evaluation_stopped_twice_is_made_up_for(folder, straight, monkeypatch):
-    out, validate = folder / "twice", loop_module.validate
-
-    def signalled(*args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*args, **kwargs)
-
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(loop_module, "validate", signalled)
-            with pytest.raises(SystemExit):
-                run_training(make_config(folder, out=str(out)))
-        assert max(int(path.name) for path in (out / "checkpoints").glob("[0-9]*")) == 4
-    run_training(make_config(folder, out=str(out)))
-    assert lines_of(out) == lines_of(folder / "out")
-
-
-def test_averages_survive_a_stop_between_lines(folder, monkeypatch):
-    """With one line for four steps, a stop after step 6 must not lose steps 5 and 6."""
-
-    def config(name):
-        return make_config(folder, out=str(folder / name), log__every=4, checkpoint__every=6)
-
-    run_training(config("whole"))
-    save = Checkpoints.save
-
-    def save_and_stop(self, step, *args, **kwargs):
-        save(self, step, *args, **kwargs)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "save", save_and_stop)
-        with pytest.raises(SystemExit):
-            run_training(config("parts"))
-    run_training(config("parts"))
-    assert lines_of(folder / "parts") == lines_of(folder / "whole")
+            run_training(make_config(folder, **changes)) if saved > 1 else run(command)
+        assert expected is KeyboardInterrupt or caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert max(int(path.name) for path in place.glob("[0-9]*")) == saved
+        said = capsys.readouterr().err
+        assert saved == 8 or f"stopped by a signal; step {saved} is saved" in said
+        assert "Traceback" not in said
+    assert run(command) == 0
+    assert "resumes from step 8" in capsys.readouterr().err
+    assert not (out / "checkpoints").exists()
+    assert_same(run_training(make_config(folder, **changes)), straight)
+    lines, expected = lines_of(out), lines_of(folder / "out")
+    assert [line for line in lines if line["split"] == "validation"] == [expected[4], expected[9]]
+    for line, four in zip(lines[::2], (expected[:4], expected[5:9]), strict=True):
+        norms = [line["grad_norm"] for line in four]
+        assert line["grad_norm"] == pytest.approx(np.mean(norms), rel=1e-12)
 
 
 def test_a_run_resumes_on_another_mesh(folder, straight, monkeypatch):
     """There are more devices, and their peak is known, so there is an MFU."""
-    monkeypatch.setattr(train_module, "peak_flops", lambda kind, dtype: 1e12)
+    monkeypatch.setattr(loop_module, "peak_flops", lambda kind, dtype: 1e12)
     out = folder / "moved"
     shutil.copytree(folder / "out", out)
     shutil.rmtree(out / "checkpoints" / "8")
@@ -265,7 +228,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
         ({"optimizer__b2": 0.5}, "optimizer.b2 is 0.5"),
         ({"seed": 1}, "seed is 1, the run there has 0"),
         ({"optimizer__learning_rate": 2e-3}, "update 1 of 8 already done had the learning rate"),
-        ({"steps": 12}, "update 8 of 8 already done"),
         ({"steps": 4}, "at step 8, past steps = 4"),
     ],
 )
@@ -277,14 +239,15 @@ def test_another_run_in_the_same_folder_is_refused(folder, straight, changes, me
     assert (folder / "out" / "metrics.jsonl").read_bytes() == before
 
 
-def test_steps_may_grow_where_the_past_stays_as_it_was(folder, straight):
-    out = folder / "longer"
-    shutil.copytree(folder / "out", out)
-    shutil.rmtree(out / "checkpoints" / "8")
-    state = run_training(make_config(folder, out=str(out), steps=9))
-    assert state.step == 9
-    rates = [line["learning_rate"] for line in lines_of(out) if line["split"] == "train"]
-    assert rates[:8] == pytest.approx([5e-4, *[1e-3] * 7])
+def test_steps_may_grow_if_no_update_that_was_made_changes(folder, straight):
+    config = make_config(folder, steps=12)
+    with Checkpoints(folder / "out" / "checkpoints", config.checkpoint) as checkpoints:
+        metadata = checkpoints.metadata(4)
+    identity = metadata["identity"]
+    longer = {**identity, "rates": {**identity["rates"], "steps": 12}}
+    check_same_run(config, 7, metadata, longer)
+    with pytest.raises(InputError, match="update 8 of 8 already done had the learning rate"):
+        check_same_run(config, 8, metadata, longer)
 
 
 def test_starting_from_an_export(folder, straight):
@@ -322,7 +285,7 @@ def test_what_cannot_be_trained_is_refused(folder, monkeypatch, changes, message
 def test_a_folder_that_is_no_runs_is_refused(folder, straight):
     export = folder / "out" / "export"
     before = (export / "config.json").read_bytes()
-    with pytest.raises(InputError, match=r"config.json: is not the configuration of a run"):
+    with pytest.raises(InputError, match=r"config.json: does not belong to a run of mlmjax"):
         run_training(make_config(folder, out=str(export)))
     assert (export / "config.json").read_bytes() == before
     with pytest.raises(InputError, match="cannot be written"):
