@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -128,6 +128,34 @@ def _step_into(here: Any, name: str, change: str) -> Any:
     if not isinstance(here, dict | list):
         raise InputError(f"override {change!r}: {name} is a value, not a table")
     return here
+
+
+def list_differences(here: Any, there: Any, other: str) -> list[str]:
+    """Describe how nested values differ by dotted key; empty tables and lists do not count.
+
+    >>> list_differences({"a": {"b": 1}, "c": [{"d": 2}], "e": []}, {"a": {"b": 3}}, "the run has")
+    ['a.b is 1, the run has 3', 'c.0.d is 2, the run has None']
+    """
+    here, there = _flatten(here), _flatten(there)
+    return [
+        f"{key} is {here.get(key)!r}, {other} {there.get(key)!r}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        items: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    else:
+        return {key: value}
+    return {
+        name: inner
+        for part, item in items
+        for name, inner in _flatten(item, f"{key}.{part}" if key else str(part)).items()
+    }
 
 
 def _describe(table_type: type[BaseModel], problem: Any) -> str:

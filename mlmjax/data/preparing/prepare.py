@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from mlmjax._version import __version__
 from mlmjax.config.data import DataConfig, SourceConfig
 from mlmjax.config.run import Head
+from mlmjax.config.tables import list_differences
 from mlmjax.data.manifest import (
     FORMAT,
     MANIFEST,
@@ -175,12 +176,7 @@ def check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Hea
     except InputError as error:
         log.info("%s; the rows are not checked against it", error.message)
         known.pop("evaluation", None)
-    wanted, there = _flat(identity), _flat(known)
-    differences = [
-        f"{key} is {wanted.get(key)!r}, the rows have {there.get(key)!r}"
-        for key in sorted(wanted.keys() | there.keys())
-        if wanted.get(key) != there.get(key)
-    ]
+    differences = list_differences(identity, known, "the rows have")
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         differences.append(
             f"the tokenizer's sha256 is {tokenizer.sha256[:12]}..., the rows have "
@@ -217,22 +213,3 @@ def _changed_files(source: SourceConfig, report: SourceReport, written: int) -> 
         ):
             changed.append(f"{name} has changed since")
     return sorted(changed)
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Flatten nested tables to dotted keys.
-
-    >>> _flat({"a": {"b": 1}, "c": [{"d": 2}]})
-    {'a.b': 1, 'c.0.d': 2}
-    """
-    if isinstance(value, Mapping):
-        items: Iterable[tuple[Any, Any]] = value.items()
-    elif isinstance(value, list | tuple):
-        items = enumerate(value)
-    else:
-        return {key: value}
-    return {
-        name: inner
-        for part, item in items
-        for name, inner in _flat(item, f"{key}.{part}" if key else str(part)).items()
-    }

@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 
 from mlmjax.config.data import DataConfig
 from mlmjax.config.run import MeshConfig, ObjectiveConfig, RunConfig, ScheduleConfig
+from mlmjax.config.tables import list_differences
 from mlmjax.data.manifest import MANIFEST
 from mlmjax.data.schedule import mask_rate, micro_batches, row_schedule
 from mlmjax.errors import InputError
@@ -31,8 +33,8 @@ OWN_FOLDERS = (LOCK, "checkpoints", "export")
 SHARED_SECONDS = 30.0
 """How long a shared file system may take to show a file to other processes."""
 
-_SIGN = ".shared"
-_MAY_DIFFER = ("out", "data.rows", "data.workers", "checkpoint.path")
+_SHARED = ".shared"
+_MAY_DIFFER: Any = {"out": True, "data": {"rows", "workers"}, "checkpoint": {"path"}}
 """Keys that processes may set differently: where shared folders are mounted, and local work."""
 
 _OBJECTIVE = {"dummy_mlm_share", "mlm_share", "masking"}
@@ -90,15 +92,13 @@ def check_run_folder(out: Path) -> None:
     path = out / CONFIG
     if not path.exists():
         return
-    try:
-        table = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        table = None
-    if not isinstance(table, dict) or not {"out", "steps", "data"} <= table.keys():
-        raise InputError(
-            f"{path}: is not the configuration of a run, so the folder holds something else, such "
-            "as a model; name another folder for out"
-        )
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        if {"out", "steps", "data"} <= json.loads(path.read_bytes()).keys():
+            return
+    raise InputError(
+        f"{path}: is not the configuration of a run, so the folder holds something else, such as a "
+        "model; name another folder for out"
+    )
 
 
 def check_folders(config: RunConfig) -> None:
@@ -110,23 +110,21 @@ def check_folders(config: RunConfig) -> None:
         if is_remote(place):
             raise InputError(
                 f"{key} = {place}: has to be a folder of this machine or of a mounted file system; "
-                "only checkpoints can be remote: set checkpoint.path"
+                "only checkpoint.path can be remote"
             )
-    out, rows = (Path(os.path.realpath(name)) for name in (config.out, config.data.rows))
-    if out.is_relative_to(rows) or any(rows.is_relative_to(out / name) for name in OWN_FOLDERS):
-        raise InputError(
-            f"data.rows: {config.data.rows} and out = {config.out} would be written into one "
-            "another; give the rows a folder of their own"
-        )
-    path = config.checkpoint.path
-    if path is None or is_remote(path):
-        return
-    own = Path(os.path.realpath(path))
-    for what, other in (("data.rows", rows), ("the export", out / "export")):
-        if own.is_relative_to(other) or other.is_relative_to(own):
+    out, rows, path = Path(config.out), config.data.rows, config.checkpoint.path
+    _check_apart("data.rows", rows, *(out / name for name in OWN_FOLDERS))
+    if path is not None and not is_remote(path):
+        _check_apart("checkpoint.path", path, Path(rows), out / "export")
+
+
+def _check_apart(key: str, folder: str, *others: Path) -> None:
+    here = Path(os.path.realpath(folder))
+    for other in map(Path, map(os.path.realpath, others)):
+        if here.is_relative_to(other) or other.is_relative_to(here):
             raise InputError(
-                f"checkpoint.path: {path} and {what}, {other}, would be written into one another; "
-                "give the checkpoints a folder of their own"
+                f"{key}: {folder} and {other} would be written into one another; choose another "
+                "folder"
             )
 
 
@@ -142,24 +140,20 @@ def check_same_settings(config: RunConfig) -> None:
     count = processes.process_count()
     if count == 1:
         return
-    mine = {"--processes": count, **_flat(config.model_dump(mode="json"))}
+    mine = {"--processes": count, **config.model_dump(mode="json", exclude=_MAY_DIFFER)}
     first = processes.broadcast_from_first(lambda: mine)
-    differences = [
-        f"{key} is {mine.get(key)!r} on {_this_process()}, and {first.get(key)!r} on process 0"
-        for key in {**first, **mine}
-        if key not in _MAY_DIFFER and mine.get(key) != first.get(key)
-    ]
-    if differences:
+    if differences := list_differences(mine, first, "process 0 has"):
         raise InputError(
-            f"{differences[0]}; give all processes the same configuration", differences[1:]
+            f"{_this_process()}: {differences[0]}; give all processes the same configuration",
+            differences[1:],
         )
 
 
 def _check_shared(key: str, folder: Path) -> None:
     """Check, on all processes together, that a folder is the same one for all of them."""
-    place = folder / _SIGN
+    place = folder / _SHARED
 
-    def sign() -> str:
+    def write() -> str:
         text = secrets.token_hex(8)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -170,11 +164,11 @@ def _check_shared(key: str, folder: Path) -> None:
             ) from error
         return text
 
-    signed = processes.broadcast_from_first(sign)
+    written = processes.broadcast_from_first(write)
     until = time.monotonic() + SHARED_SECONDS
-    while (found := _read(place)) != signed and time.monotonic() < until:
+    while (found := _read(place)) != written and time.monotonic() < until:
         time.sleep(0.5)  # A network file system shows a file late.
-    if found != signed:
+    if found != written:
         raise InputError(
             f"{key}: {folder} of {_this_process()} is not the folder of process 0; use a file "
             "system that all hosts share"
@@ -257,16 +251,11 @@ def check_same_run(
         raise InputError(
             f"{out}: its checkpoints are not those of a training run; name another out"
         ) from error
-    there, here = (_flat({k: v for k, v in t.items() if k != "rates"}) for t in (saved, identity))
-    differences = [
-        f"{key} is {here.get(key)!r}, the run there has {there.get(key)!r}"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    if differences:
+    here, there = ({**table, "rates": None} for table in (identity, saved))
+    if differences := list_differences(here, there, "the run there has"):
         raise InputError(
-            f"{out}: holds another run, at step {step}: {differences[0]}; to resume it, give the "
-            "configuration it was started with; to start another run, name another out",
+            f"{out}: holds another run, at step {step}: {differences[0]}; give its configuration "
+            "to resume it, or name another out",
             differences[1:],
         )
     if config.steps < step:
@@ -280,8 +269,7 @@ def check_same_run(
             raise InputError(
                 f"{out}: update {update + 1} of {step} already done had the {what} "
                 f"{before[what][update]:.6g}; this configuration says {now[what][update]:.6g}. "
-                f"Give the {keys} it was started with (fractions of the run change with steps; "
-                "numbers of updates do not)"
+                f"Give the {keys} of the first start; fractions of the run change with steps"
             )
 
 
@@ -297,11 +285,3 @@ def _rates(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
         "mask rate": np.array([rate(update) for update in range(step)]),
         "number of rows": np.array([rows.rows(update) for update in range(step)]),
     }
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        is_table = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
-    return flat

@@ -285,7 +285,7 @@ def test_what_cannot_be_trained_is_refused(folder, monkeypatch, changes, message
 def test_a_folder_that_is_no_runs_is_refused(folder, straight):
     export = folder / "out" / "export"
     before = (export / "config.json").read_bytes()
-    with pytest.raises(InputError, match=r"config.json: does not belong to a run of mlmjax"):
+    with pytest.raises(InputError, match=r"config.json: is not the configuration of a run"):
         run_training(make_config(folder, out=str(export)))
     assert (export / "config.json").read_bytes() == before
     with pytest.raises(InputError, match="cannot be written"):
