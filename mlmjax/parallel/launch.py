@@ -145,7 +145,7 @@ def find_launcher(environment: Mapping[str, str]) -> str | None:
             return TPU  # The metadata server may name workers.
         if workers and ("," in workers or are_several("MEGASCALE_NUM_SLICES")):
             return TPU
-    # Only an indexed job has an index; JAX asks the cluster for the rest through this package.
+    # Only an indexed job has an index; JAX reads the rest from the cluster through this package.
     is_indexed = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= environment.keys()
     return "Kubernetes" if is_indexed and find_spec("kubernetes") else None
 

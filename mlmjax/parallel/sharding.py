@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mlmjax.config.run import MeshConfig
@@ -201,14 +201,25 @@ def state_specs(sizes: Mapping[str, int], abstract_params: Any, abstract_tree: A
     return jax.tree_util.tree_map_with_path(find_spec, abstract_tree)
 
 
-def parameter_sharding(mesh: Mesh, abstract_params: Any) -> Any:
-    """Return the `NamedSharding` of every parameter; raises `InputError` as `parameter_specs`."""
-    return _on_mesh(mesh, parameter_specs(mesh.shape, abstract_params))
+def parameter_sharding(mesh: Mesh | None, abstract_params: Any) -> Any:
+    """Return the sharding of every parameter; raises `InputError` as `parameter_specs`."""
+    return state_sharding(mesh, abstract_params, abstract_params)
 
 
-def state_sharding(mesh: Mesh, abstract_params: Any, abstract_tree: Any) -> Any:
-    """Return the `NamedSharding` of every leaf of a tree, as `state_specs` says."""
-    return _on_mesh(mesh, state_specs(mesh.shape, abstract_params, abstract_tree))
+def state_sharding(mesh: Mesh | None, abstract_params: Any, abstract_tree: Any) -> Any:
+    """Return the sharding of every leaf as `state_specs` says: the first device without a mesh."""
+    if mesh is None:
+        device = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: device, abstract_tree)
+    specs = state_specs(mesh.shape, abstract_params, abstract_tree)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+
+
+def abstract_arrays(tree: Any, sharding: Any) -> Any:
+    """Return the shapes and dtypes of a tree of arrays, with a tree of shardings."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, sharding
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -254,7 +265,7 @@ def platform() -> str:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Shard `x` over mesh axes: one name for each dimension, `None` for a whole one.
 
-    `"batch"` stands for `data` and `fsdp` together. Without a current mesh (`jax.set_mesh`), and
+    `"batch"` means `data` and `fsdp` together. Without a current mesh (`jax.set_mesh`), and
     inside `shard_map`, `x` is returned unchanged. Raises `InputError` if an axis does not divide
     its dimension.
     """
@@ -269,17 +280,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_tree(tree: Any, specs: Any) -> Any:
-    """Shard every leaf as its `PartitionSpec` says; needs a current mesh."""
-    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
-
-
 def _is_spec(value: Any) -> bool:
     return isinstance(value, P)
-
-
-def _on_mesh(mesh: Mesh, specs: Any) -> Any:
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
 
 
 def _find_rule(path: str, ndim: int) -> P | None:

@@ -206,7 +206,7 @@ def label_evaluation(model: Any, batch: LabelBatch) -> Metrics:
     logits, given = logits.reshape(given.size, logits.shape[-1]), given.reshape(-1)
     used = ~jnp.isnan(given)
     labels = jnp.where(used, given, 0.0)
-    count = jnp.sum(used, dtype=jnp.int32).astype(jnp.float32)
+    count = _count(used)
     more: Metrics = {}
     if logits.shape[1] == 1:
         losses = jnp.square(logits[:, 0] - labels)
@@ -215,9 +215,6 @@ def label_evaluation(model: Any, batch: LabelBatch) -> Metrics:
         chosen = jnp.take_along_axis(logits, numbers[:, None], axis=1)[:, 0]
         losses = jax.nn.logsumexp(logits, axis=1) - chosen
         correct = used & (jnp.argmax(logits, axis=1) == numbers)
-        more = {
-            "label_count": count,
-            "label_correct": jnp.sum(correct, dtype=jnp.int32).astype(jnp.float32),
-        }
+        more = {"label_count": count, "label_correct": _count(correct)}
     loss_sum = jnp.sum(jnp.where(used, losses, 0.0))
     return {"loss_sum": loss_sum, "loss_count": count, **more, "logits": logits}

@@ -68,7 +68,7 @@ def make_update(
 ) -> optax.GradientTransformation:
     """Return clipping by the global norm (`clip = 0`: none), then AdamW or StableAdamW.
 
-    Weight decay is multiplied by the learning rate, and leaves norms and biases alone. ModernBERT
+    Weight decay is multiplied by the learning rate, and skips norms and biases. ModernBERT
     quotes decay without that factor: its 1e-5 at a learning rate of 5e-4 is 0.02 here. With
     `layer_decay` the rate falls towards the embeddings (`scale_by_depth`). With `ema` the state
     also holds averaged parameters (`with_average`). With `skip_spikes` some updates are not made

@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding as partition
-from mlmjax.parallel.sharding import check_rows
 from mlmjax.training.loss import (
     Metrics,
     label_evaluation,
@@ -52,7 +52,7 @@ def create_train_state(
     params = jax.tree.map(
         lambda x, sharding: jax.device_put(jnp.copy(x), sharding),
         params,
-        parameter_sharding(mesh, params),
+        partition.parameter_sharding(mesh, params),
     )
     return graphdef, start_state(params, optimizer, mesh)
 
@@ -61,13 +61,10 @@ def start_state(
     params: Any, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> TrainState:
     """Return the state at step 0 for parameters that are on their devices."""
-    abstract = abstract_train_state(params, optimizer, mesh)
-    make = jax.jit(
-        lambda params: (jnp.zeros([], jnp.int32), optimizer.init(params)),
-        out_shardings=jax.tree.map(lambda x: x.sharding, (abstract.step, abstract.opt_state)),
-    )
-    step, opt_state = make(params)
-    return TrainState(step, params, opt_state)
+    sharding = jax.tree.map(lambda x: x.sharding, abstract_train_state(params, optimizer, mesh))
+    # JAX keeps the program of `optimizer.init`, so another run with this optimizer shares it.
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding.opt_state)(params)
+    return TrainState(partition.place(np.int32(0), sharding.step), params, opt_state)
 
 
 def abstract_train_state(
@@ -79,21 +76,7 @@ def abstract_train_state(
         jax.eval_shape(lambda p: p, params),
         jax.eval_shape(optimizer.init, params),
     )
-    if mesh is None:
-        device = SingleDeviceSharding(jax.devices()[0])
-        sharding = jax.tree.map(lambda _: device, state)
-    else:
-        sharding = partition.state_sharding(mesh, state.params, state)
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, sharding
-    )
-
-
-def parameter_sharding(mesh: Mesh | None, params: Any) -> Any:
-    """Return the sharding of every parameter: the first device, if there is no mesh."""
-    if mesh is None:
-        return jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), params)
-    return partition.parameter_sharding(mesh, params)
+    return partition.abstract_arrays(state, partition.state_sharding(mesh, state.params, state))
 
 
 def split_parameters(model: nnx.Module) -> tuple[Any, Any]:
@@ -170,10 +153,8 @@ def train_update(
             metrics, grads = gradient(state.params, batch)
         else:
             micro = cut_batch(batch, accumulate)
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype),
-                jax.eval_shape(gradient, state.params, jax.tree.map(lambda x: x[0], micro)),
-            )
+            first = jax.tree.map(lambda x: x[0], micro)
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first))
 
             def add(total: Any, part: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
@@ -240,7 +221,7 @@ def make_eval_step(
     @cache
     def over_processes(mesh: Mesh) -> Any:
         # A process cannot read what is on another one, so all of them get everything.
-        return jax.jit(eval_step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        return jax.jit(eval_step, out_shardings=partition.replicated_sharding(mesh))
 
     @wraps(jitted)
     def step(params: Any, batch: Any) -> Metrics:
@@ -286,7 +267,8 @@ def _keep_sharding(params: Any, tree: Any) -> Any:
     sizes = partition.mesh_sizes()
     if not sizes:
         return tree
-    return partition.constrain_tree(tree, partition.state_specs(sizes, params, tree))
+    specs = partition.state_specs(sizes, params, tree)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
 AXIS = "data"
@@ -319,7 +301,7 @@ def make_replicated_step(
     @wraps(update)
     def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
         devices = jax.local_device_count()
-        check_rows({"data": devices}, batch.input_ids.shape[0], accumulate)
+        partition.check_rows({"data": devices}, batch.input_ids.shape[0], accumulate)
         layout = jax.tree.map(lambda x: x.sharding, state)
         parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
         state, metrics = replicated(state, parts)

@@ -1,4 +1,4 @@
-"""Plan a run: does it fit a machine that is not here, and if not, which change does?"""
+"""Check whether a run fits a machine that is elsewhere, and find a change that makes it fit."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmjax.config.run import RunConfig, parse_config
+from mlmjax.config.tables import override
 from mlmjax.errors import InputError
 from mlmjax.training.planning.programs import PROGRAMS, check_run
 from mlmjax.training.planning.topology import Topology, environment, parse_topology
@@ -106,11 +107,7 @@ def apply_change(config: RunConfig, change: dict[str, Any]) -> RunConfig:
     """Return the configuration with other values of dotted keys."""
     table = config.model_dump(mode="json")
     for key, value in change.items():
-        *outer, last = key.split(".")
-        inner = table
-        for name in outer:
-            inner = inner[name]
-        inner[last] = value
+        override(table, f"{key}={json.dumps(value)}")
     return parse_config(table)
 
 
@@ -184,8 +181,8 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     )
     chosen, blocks = machine["attention_chosen"], machine["splash_blocks"]
     auto = f": {chosen}" if chosen != machine["attention"] else ""
-    cut = f", blocks of {blocks[0]} in global and {blocks[1]} in local layers" if blocks else ""
-    yield f"  attention {machine['attention']}{auto}{cut}"
+    sizes = f", blocks of {blocks[0]} in global and {blocks[1]} in local layers" if blocks else ""
+    yield f"  attention {machine['attention']}{auto}{sizes}"
     yield f"  jax {machine['jax']}, {machine['compiler']}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "
@@ -226,15 +223,11 @@ def _report_changes(plan: dict[str, Any], limit: int | None) -> Iterator[str]:
 def _report_program(program: dict[str, Any], limit: int | None) -> Iterator[str]:
     unit = _unit(program)
     yield f"  {_outcome(program, limit)}"
-    sizes: dict[str, float] = {}
-    for key in ("parameters", "optimizer_state", "batch"):
-        if key in program:
-            sizes[key] = program[key]
-    if "memory" in program:
-        memory = program["memory"]
-        sizes["temporaries"] = memory["temporaries"]
-        sizes["outputs"] = memory["outputs"] - memory["outputs_in_arguments"]
-        sizes["code"] = memory["code"]
+    known = ("parameters", "optimizer_state", "batch")
+    sizes: dict[str, float] = {key: program[key] for key in known if key in program}
+    if memory := program.get("memory"):
+        outputs = memory["outputs"] - memory["outputs_in_arguments"]
+        sizes |= {"temporaries": memory["temporaries"], "outputs": outputs, "code": memory["code"]}
     notes = {"temporaries": " (activations, gradients)", "outputs": " that reuse no argument"}
     for key, size in sizes.items():
         yield f"    {key.replace('_', ' '):<17}{_format_size(size, unit)}{notes.get(key, '')}"

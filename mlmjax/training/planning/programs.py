@@ -100,12 +100,9 @@ def compile_run(
         "jax": jax.__version__,
         "compiler": f"{compiler} {version(compiler)}",
     }
-    found: dict[str, Any] = {}
     assumptions: list[str] = []
-    if "training" in programs:
-        found["training"] = _compile_training(config, model, mesh, assumptions)
-    if "scoring" in programs:
-        found["scoring"] = _compile_scoring(config, model, mesh, assumptions)
+    make = {"training": _compile_training, "scoring": _compile_scoring}
+    found = {name: make[name](config, model, mesh, assumptions) for name in programs}
     for program in found.values():
         if "memory" in program and machine["memory"] is not None:
             program["fits"] = program["memory"]["total"] <= machine["memory"]
@@ -155,7 +152,7 @@ def _compile_scoring(
         rows, length = config.data.batch_size // config.data.accumulate, config.data.seq_length
         graphdef, params = split_parameters(model)
         program = make_eval_step(graphdef, HEADS[config.head].evaluate).__wrapped__  # type: ignore[attr-defined]
-        params = _abstract_params(params, mesh)
+        params = sharding.abstract_arrays(params, sharding.parameter_sharding(mesh, params))
         inputs: tuple[Any, ...] = (_abstract_batch(config, mesh, rows, []),)
         assumptions.append("scoring: the validation step, on the whole mesh")
         helps = "set a larger data.accumulate or a smaller data.seq_length"
@@ -166,7 +163,8 @@ def _compile_scoring(
         length = scorer.engine.buckets[-1]
         rows = rows_per_device(length, mesh.devices.flat[0].platform)
         rounded = jax.eval_shape(partial(as_computed, model), nnx.split(model)[1])
-        params, program = _abstract_params(rounded, mesh), scorer.engine.jitted
+        params = sharding.abstract_arrays(rounded, sharding.parameter_sharding(mesh, rounded))
+        program = scorer.engine.jitted
         whole = sharding.replicated_sharding(mesh)
         inputs = tuple(
             jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
@@ -211,14 +209,6 @@ def _compile(program: Any, mesh: Mesh, *arguments: Any) -> dict[str, Any]:
         "collectives": count_collectives(stage.as_text()),
         "seconds": seconds,
     }
-
-
-def _abstract_params(params: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        jax.eval_shape(lambda p: p, params),
-        sharding.parameter_sharding(mesh, params),
-    )
 
 
 def _abstract_batch(

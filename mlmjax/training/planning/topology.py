@@ -33,16 +33,11 @@ class Chip(NamedTuple):
 _FLAT = "1x1, 2x2, 2x4, 4x4, 4x8, 8x8, 8x16, 16x16"
 _CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"
 
+# The two cores of a chip are one device, as JAX has it on the hardware.
+_MEGACORE = {"chip_config_name": "megacore"}
+
 CHIPS = {
-    # In v4 the two cores of a chip are one device, as JAX has it on the hardware.
-    "v4": Chip(
-        "v4",
-        3,
-        4096,
-        30.75 * GIB,
-        f"{_CUBES}, 4x4x8, ... 12x16x16",
-        {"chip_config_name": "megacore"},
-    ),
+    "v4": Chip("v4", 3, 4096, 30.75 * GIB, f"{_CUBES}, 4x4x8, ... 12x16x16", _MEGACORE),
     "v5e": Chip("v5e", 2, 256, 15.75 * GIB, _FLAT),
     "v5p": Chip("v5p", 3, 8960, 95.73 * GIB, f"1x1x1, {_CUBES}, ... 16x20x28"),
     "v6e": Chip("v6e", 2, 256, 31.24 * GIB, _FLAT),

@@ -20,10 +20,9 @@ from mlmjax.model.modernbert import (
     labelled_config,
     with_classifier,
 )
-from mlmjax.parallel.sharding import place
+from mlmjax.parallel.sharding import parameter_sharding, place
 from mlmjax.storage import CONFIG, read_json
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.step import parameter_sharding
 from mlmjax.weights import hub, pretrained
 
 PUBLISHED: dict[str, dict[str, Any]] = {

@@ -139,33 +139,22 @@ def share_of(
     process_of: Callable[[Any], int] = lambda device: device.process_index,
 ) -> Share:
     """Return which of `rows` rows the devices of a process need."""
-    owners: dict[tuple[int, int], int] = {}
-    needed: set[tuple[int, int]] = set()
-    placed: Any = batch_sharding(mesh).devices_indices_map((rows,))
-    for device, index in placed.items():
-        first, last, _ = index[0].indices(rows)
-        owners.setdefault((first, last), process_of(device))
-        if process_of(device) == process:
-            needed.add((first, last))
-    parts = [(np.arange(*part), owners[part] == process) for part in sorted(needed)]
-    empty = (np.arange(0), False)
-    numbers = [one for one, _ in (empty, *parts)]
-    counts = [np.full(len(one), is_counted) for one, is_counted in (empty, *parts)]
-    return Share(np.concatenate(numbers), np.concatenate(counts))
+    owner, is_needed = np.full(rows, -1), np.zeros(rows, bool)
+    for device, index in batch_sharding(mesh).devices_indices_map((rows,)).items():
+        owner[index] = np.where(owner[index] < 0, process_of(device), owner[index])
+        is_needed[index] |= process_of(device) == process
+    needed = np.flatnonzero(is_needed)
+    return Share(needed, owner[needed] == process)
 
 
 def assemble(batch: AnyBatch, mesh: Mesh, rows: np.ndarray, size: int) -> Any:
     """Make the global batch of `size` rows from those that each process has (`rows`)."""
     sharding = batch_sharding(mesh)
 
-    def piece(x: np.ndarray, index: Any) -> np.ndarray:
-        first, last, _ = index[0].indices(size)
-        at = int(np.searchsorted(rows, first))
-        return x[at : at + last - first]
+    def place(x: np.ndarray) -> jax.Array:
+        def piece(index: Any) -> np.ndarray:
+            return x[np.searchsorted(rows, np.arange(size)[index[0]])]
 
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(
-            (size, *x.shape[1:]), sharding, lambda index: piece(x, index)
-        ),
-        batch,
-    )
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, piece)
+
+    return jax.tree.map(place, batch)
