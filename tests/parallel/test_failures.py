@@ -88,12 +88,6 @@ def test_when_one_of_four_processes_ends_the_others_do(tmp_path, does, code, mes
     assert all(message in errors[number] for number in others)
 
 
-def test_processes_that_end_together_print_nothing(tmp_path):
-    codes, _, errors = run(tmp_path, "return", "return")
-    assert codes == [0, 0], errors
-    assert "mlmjax" not in "".join(errors)
-
-
 def test_others_that_do_not_come(tmp_path):
     config = processes.write_config(make_table(tmp_path))
     addresses = [f"127.0.0.1:{processes.free_port()}" for _ in range(2)]

@@ -80,8 +80,8 @@ def free_job():
     raise AssertionError("no free port")
 
 
-@pytest.mark.parametrize("launcher", ["SLURM", "Open MPI"])
-def test_processes_of_a_launcher_find_each_other(environment, launcher):
+@pytest.mark.parametrize("launcher", ["SLURM", pytest.param("Open MPI", marks=pytest.mark.long)])
+def test_processes_of_a_launcher_find_each_other_and_end_together(environment, launcher):
     started = []
     job = free_job()
     for number in ("0", "1"):
@@ -102,6 +102,7 @@ def test_processes_of_a_launcher_find_each_other(environment, launcher):
         )
     codes, outputs, errors = children.finish(started, timeout=60)
     assert codes == [0, 0], errors
+    assert "mlmjax" not in "".join(errors)
     assert [json.loads(output) for output in outputs] == [[0, 2, 0], [1, 2, 0]]
 
 

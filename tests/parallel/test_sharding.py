@@ -13,13 +13,11 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import (
-    batch_sharding,
     check_rows,
     constrain,
     lay_out_slices,
     leaf_path,
     make_mesh,
-    parameter_sharding,
     parameter_specs,
     state_specs,
 )
@@ -39,7 +37,7 @@ SWITCHES = {
     "num_hidden_layers": 2,
 }
 
-# What every parameter of a layer, and of what surrounds the layers, is cut into.
+# How every parameter of a layer, and around the layers, is sharded.
 LAYER = {
     "attn_norm.weight": P(),
     "attn_norm.bias": P(),
@@ -80,12 +78,10 @@ def by_path(tree):
     return {leaf_path(path): leaf for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("values", [BASE, LARGE, SWITCHES], ids=["base", "large", "biases"])
 @pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
-def test_every_parameter_is_cut_as_written_down(model, values):
-    found = by_path(
-        parameter_specs({"data": 1, "fsdp": 4, "tensor": 2}, abstract_parameters(model, **values))
-    )
+def test_every_parameter_is_sharded_as_written_down(model):
+    sizes = {"data": 1, "fsdp": 4, "tensor": 2}
+    found = by_path(parameter_specs(sizes, abstract_parameters(model, **SWITCHES)))
     for path, spec in found.items():
         in_layer = path.removeprefix("model.layers.").partition(".")[2]
         expected = LAYER[in_layer] if path.startswith("model.layers.") else AROUND[path]
@@ -94,7 +90,7 @@ def test_every_parameter_is_cut_as_written_down(model, values):
 
 
 def sharding_table(name, values):
-    """One line for each parameter: the model, its path, and what each dimension is cut over."""
+    """One line for each parameter: the model, its path, and how each dimension is sharded."""
     params = abstract_parameters(**values)
     specs = by_path(parameter_specs({"data": 1, "fsdp": 4, "tensor": 2}, params))
     for path, leaf in by_path(params).items():
@@ -110,18 +106,14 @@ def test_every_parameter_of_base_and_large_is_in_the_golden_table():
     table = Path(__file__).parents[1] / "data" / "sharding.tsv"
     expected = table.read_text().splitlines()
     assert [*sharding_table("base", BASE), *sharding_table("large", LARGE)] == expected[1:]
-    assert len(expected) == 1 + 137 + 173  # six a layer, five of them cut
+    assert len(expected) == 1 + 137 + 173  # six a layer, five of them sharded
 
 
-def test_a_parameter_without_a_rule_is_refused():
-    params = nnx.State({"adapter": {"weight": nnx.Param(jnp.zeros((4, 8)))}})
-    with pytest.raises(InputError, match=r"no sharding rule for parameter adapter.weight \[4, 8\]"):
-        parameter_specs({"fsdp": 2}, params)
-
-
-def test_a_matrix_under_the_name_of_a_norm_is_not_replicated_in_silence():
-    params = nnx.State({"norm": {"weight": nnx.Param(jnp.zeros((4, 8)))}})
-    with pytest.raises(InputError, match="no sharding rule"):
+@pytest.mark.parametrize("name", ["adapter", "norm"])  # Only vectors of a norm are replicated.
+def test_a_parameter_without_a_rule_is_refused(name):
+    params = nnx.State({name: {"weight": nnx.Param(jnp.zeros((4, 8)))}})
+    message = rf"no sharding rule for parameter {name}.weight \[4, 8\]"
+    with pytest.raises(InputError, match=message):
         parameter_specs({"fsdp": 2}, params)
 
 
@@ -174,14 +166,14 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
         make_mesh(sizes)
 
 
-def test_rows_that_cannot_be_cut_are_refused():
+def test_rows_that_cannot_be_divided_are_refused():
     check_rows({"data": 2, "fsdp": 2}, 16, accumulate=4)
     check_rows({}, 3)
     with pytest.raises(InputError, match="make batch_size a multiple of 16"):
         check_rows({"data": 2, "fsdp": 2}, 8, accumulate=4)
 
 
-def test_constrain_cuts_inside_a_trace_and_is_nothing_without_a_mesh():
+def test_constrain_shards_inside_a_trace_and_does_nothing_without_a_mesh():
     x = np.arange(32, dtype=np.float32).reshape(8, 4)
     cut = jax.jit(lambda x: constrain(x * 2, "batch", "tensor"))
     assert cut(x).sharding.num_devices == 1
@@ -192,16 +184,6 @@ def test_constrain_cuts_inside_a_trace_and_is_nothing_without_a_mesh():
             jax.jit(lambda x: constrain(x[:, :3], "batch", "tensor"))(x)
     assert result.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(result, 2 * x)
-
-
-def test_batch_and_parameters_lie_in_pieces():
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    batch = jax.device_put(np.zeros((8, 6)), batch_sharding(mesh))
-    assert batch.addressable_shards[0].data.shape == (2, 6)
-    params = abstract_parameters(num_hidden_layers=1)
-    sharding = by_path(parameter_sharding(mesh, params))
-    shape = (50368, 768)
-    assert sharding["model.embeddings.tok_embeddings.weight"].shard_shape(shape) == (25184, 384)
 
 
 class FakeDevice:

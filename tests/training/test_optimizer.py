@@ -17,7 +17,6 @@ from mlmjax.training.optimizer import (
     make_schedule,
     scale_by_depth,
     skipped_updates,
-    stable_adamw,
 )
 
 
@@ -139,19 +138,6 @@ def test_optimizers_follow_their_equations(name, clip):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
 
 
-def test_stable_adamw_moves_less_after_a_sudden_gradient():
-    rate = optax.constant_schedule(0.1)
-    plain = run(optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=0.0), 5)
-    stable = run(stable_adamw(rate, weight_decay=0.0), 5)
-    before = run(stable_adamw(rate, weight_decay=0.0), 4)
-    plain_before = run(optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=0.0), 4)
-
-    def moved(a, b):
-        return float(optax.tree.norm(jax.tree.map(jnp.subtract, a, b)))
-
-    assert moved(stable, before) < 0.5 * moved(plain, plain_before)
-
-
 def abstract_parameters(layers=3):
     config = ModelConfig.from_hf({"num_hidden_layers": layers})
     model = nnx.eval_shape(lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
@@ -237,7 +223,7 @@ def test_a_spike_is_skipped_and_counted():
             continue
         updates, other = plain.update(grads, other, others)
         others = optax.apply_updates(others, updates)
-    # The sixth is within the updates of which nothing is known to be usual.
+    # The sixth is still in the warm-up, where every finite norm is accepted.
     assert [str(norm) for norm in skipped] == ["nan", "400.0", "inf"]
     assert int(state.made) == len(norms) - 3
     for found, expected in zip(

@@ -1,4 +1,4 @@
-"""A disk that fills up in the middle of a run: it fails aloud, and the same command goes on."""
+"""A disk that fills up during a run: the run fails with a reason, and the same command resumes."""
 
 import json
 import os

@@ -39,7 +39,7 @@ sys.exit(run(["train", sys.argv[1]]))
 
 
 def kill(config, moment, rng):
-    """Train in a process of its own and kill it, most times from the first save on."""
+    """Train in a child process and kill it, most times after the first save."""
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(config)],
         cwd=ROOT,

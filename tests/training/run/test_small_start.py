@@ -77,10 +77,10 @@ def test_only_embeddings_of_what_was_read_change(made):
     np.testing.assert_allclose(np.linalg.norm(new[sorted(read)], axis=1), usual, rtol=1e-5)
 
 
-def test_the_result_tells_what_was_counted(made):
+def test_the_result_lists_what_was_counted(made):
     folder, _ = made
-    told = json.loads((folder / "start" / "training_manifest.json").read_text())
-    (run,) = told["runs"]
+    manifest = json.loads((folder / "start" / "training_manifest.json").read_text())
+    (run,) = manifest["runs"]
     assert run["init_from"] is None
     assert [file["name"] for file in run["sources"][0]["files"]] == ["texts.jsonl"]
 

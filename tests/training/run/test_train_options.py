@@ -2,11 +2,13 @@
 
 import json
 import random
-import shutil
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from training import OTHERS, TASKS, assert_same, lines_of, make_config
 
 import mlmjax.training.run.loop as loop_module
@@ -17,6 +19,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification, parameters
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.inputs import open_loaders
+from mlmjax.training.run.timing import profiling
 from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights import pretrained
 
@@ -162,85 +165,114 @@ def test_rows_are_for_one_head(folder):
         )
 
 
-def test_averages_are_validated_and_exported(folder, straight, stop_after):
-    settings = {"optimizer": {"learning_rate": 1e-3, "ema": 0.9}}
-    state = run_training(make_config(folder, out=str(folder / "ema"), **settings))
-    exported = dict(
-        pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "ema" / "export")[0])
-    )
-    average = state.opt_state.average["model"]["final_norm"]["weight"][...]
-    np.testing.assert_array_equal(exported["model.final_norm.weight"], average)
-    assert abs(average - state.params["model"]["final_norm"]["weight"][...]).max() > 0
-    averaged, plain = lines_of(folder / "ema"), lines_of(folder / "out")
-    pairs = list(zip(averaged, plain, strict=True))
-    assert all(a == b for a, b in pairs if a["split"] == "train")
-    assert all(a["loss"] != b["loss"] for a, b in pairs if a["split"] == "validation")
-    stopped = make_config(folder, out=str(folder / "ema-stopped"), **settings)
-    stop_after(5, lambda: run_training(stopped))
-    assert_same(run_training(stopped), state)
+OPTIONS = {
+    "model__num_hidden_layers": 3,  # Two of them are scanned.
+    "data__batch_start": 4,
+    "data__batch_warmup": 6,
+    "data__accumulate": 2,
+    "objective": {"mlm_share": 0.5, "mlm_rate": 0.4, "mlm_rate_end": 0.1},
+    "optimizer": {
+        "name": "stable_adamw",
+        "learning_rate": 1e-3,
+        "layer_decay": 0.8,
+        "ema": 0.9,
+        "skip_spikes": 1.0001,
+    },
+    "remat": "layer",
+}
 
 
-def test_a_growing_batch_and_a_falling_mask_rate_resume_exactly(
-    folder, straight, monkeypatch, stop_after
-):
+@pytest.fixture(scope="module")
+def optioned(folder):
+    """A run with many options: its state, its lines, and what it used and printed on the way."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(StringIO()) as printed:
+        # Every norm above the mean is a spike.
+        patch.setattr("mlmjax.training.optimizer.SPIKE_WARMUP", 2)
+        used = {name: record_first(patch, name) for name in ("count_tokens", "validate")}
+        config = make_config(folder, out=str(folder / "options"), **OPTIONS)
+        state = run_training(config, profile="2:3")
+        yield state, lines_of(folder / "options"), used, printed.getvalue()
+
+
+def record_first(patch, name):
+    """Have a function of the loop record its first two arguments."""
+    function, calls = getattr(loop_module, name), []
+    patch.setattr(loop_module, name, lambda *a, **k: calls.append(a[:2]) or function(*a, **k))
+    return calls
+
+
+def test_a_batch_grows_and_its_mask_rate_falls(folder, straight, optioned):
     """The first updates read few rows; the devices have to take each size."""
-    settings = {
-        "model__num_hidden_layers": 3,  # of which two are scanned
-        "data__batch_start": 4,
-        "data__batch_warmup": 6,
-        "data__accumulate": 2,
-        "objective": {"mlm_share": 0.5, "mlm_rate": 0.4, "mlm_rate_end": 0.1},
-        "optimizer": {"learning_rate": 1e-3, "layer_decay": 0.8, "name": "stable_adamw"},
-        "remat": "layer",
-    }
-    sizes, count_tokens = [], loop_module.count_tokens
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            loop_module,
-            "count_tokens",
-            lambda batch: sizes.append(len(batch.input_ids)) or count_tokens(batch),
-        )
-        state = run_training(make_config(folder, out=str(folder / "grown"), **settings))
-    assert sizes == [4] * 6 + [8] * 2
-    lines = lines_of(folder / "grown")
-    train = [line for line in lines if line["split"] == "train"]
-    assert train[0]["target_share"] > train[-1]["target_share"]
+    _, lines, used, _ = optioned
+    assert [len(batch.input_ids) for (batch,) in used["count_tokens"]] == [4] * 6 + [8] * 2
+    shares = [line["target_share"] for line in lines if line["split"] == "train" and line["loss"]]
+    assert shares[0] > shares[-1]
     # Padding of validation does not depend on the size of its batches.
     plain = lines_of(folder / "out")[-1]["padding_share"]
     assert lines[-1]["padding_share"] == pytest.approx(plain)
-    stopped = make_config(folder, out=str(folder / "grown-stopped"), **settings)
+
+
+def test_averages_are_validated_and_exported(folder, optioned):
+    state, _, used, _ = optioned
+    exported, _ = pretrained.load_pretrained(folder / "options" / "export")
+    average = state.opt_state.inner.average["model"]["final_norm"]["weight"][...]
+    assert abs(average - state.params["model"]["final_norm"]["weight"][...]).max() > 0
+    _, validated = used["validate"][-1]
+    for params in (nnx.state(exported, nnx.Param), validated):
+        np.testing.assert_array_equal(params["model"]["final_norm"]["weight"][...], average)
+
+
+def test_spikes_are_skipped_and_counted(optioned):
+    state, lines, _, printed = optioned
+    train = [line for line in lines if line["split"] == "train"]
+    skipped = sum(line["skipped_updates"] for line in train)
+    assert 0 < skipped == int(state.opt_state.skipped)
+    assert printed.count(": update skipped; its gradient norm is ") == skipped
+    for line in train:  # Each is of one update.
+        assert (line["loss"] is None) == bool(line["skipped_updates"])
+        assert (line["grad_norm"] is None) == bool(line["skipped_updates"])
+        assert line["padding_share"] is not None
+
+
+def test_a_run_with_options_resumes_exactly(folder, optioned, stop_after):
+    stopped = make_config(folder, out=str(folder / "options-stopped"), **OPTIONS)
     stop_after(5, lambda: run_training(stopped))
-    assert_same(run_training(stopped), state)
-    assert lines_of(folder / "grown-stopped") == lines
-    for change, message in (
+    assert_same(run_training(stopped), optioned[0])
+    assert lines_of(folder / "options-stopped") == optioned[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (
             {"data__batch_warmup": 4},
             "update 5 of 8 already done had the number of rows 4; this configuration says 8",
         ),
         ({"objective": {"mlm_share": 0.5, "mlm_rate": 0.4}}, "had the mask rate"),
-        ({"optimizer": {**settings["optimizer"], "layer_decay": 0.9}}, "layer_decay is 0.9"),
+        ({"optimizer": {**OPTIONS["optimizer"], "layer_decay": 0.9}}, "layer_decay is 0.9"),
         (
             {"data__batch_start": 2, "data__accumulate": 1, "mesh": {"data": 4}},
             "batch of 2 rows cannot be divided",
         ),
-    ):
-        with pytest.raises(InputError, match=message):
-            run_training(make_config(folder, out=str(folder / "grown"), **settings | change))
+    ],
+)
+def test_a_run_with_other_options_is_refused(folder, optioned, change, message):
+    with pytest.raises(InputError, match=message):
+        run_training(make_config(folder, out=str(folder / "options"), **OPTIONS | change))
 
 
-def test_a_profile_is_written(folder):
-    config = make_config(folder, out=str(folder / "traced"))
+def test_a_profile_is_written(folder, optioned):
+    assert list((folder / "options" / "profile").rglob("*.xplane.pb"))
+    finished = make_config(folder, out=str(folder / "options"), **OPTIONS)
+    with pytest.raises(InputError, match="has no updates left"):
+        run_training(finished, profile="2:3")
     for updates, message in (
         ("3", "expected FIRST:LAST"),
         ("2:1", "expected FIRST:LAST"),
         ("2:9", "has updates 1 to 8 left"),
     ):
-        with pytest.raises(InputError, match=message):
-            run_training(config, profile=updates)
-    run_training(config, profile="2:3")
-    assert list((folder / "traced" / "profile").rglob("*.xplane.pb"))
-    with pytest.raises(InputError, match="has no updates left"):
-        run_training(config, profile="2:3")
+        with pytest.raises(InputError, match=message), profiling(updates, folder, 0, 8):
+            pass
     assert run(["train", "missing.toml", "--profile", "1:2"]) == 2
 
 
@@ -289,20 +321,19 @@ def test_a_weighted_source_without_a_row_is_refused(folder):
         run_training(config)
 
 
-@pytest.mark.parametrize("value", ["1_0", "١", 10**400, 1e7, "1" * 5000, "", "0x10", True, None])
-def test_what_is_no_number_to_predict_is_refused(folder, value):
-    (folder / "odd.jsonl").write_text(json.dumps({"text": "red", "score": value}) + "\n")
-    source = {"path": str(folder / "odd.jsonl"), "answer": "score"}
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        *(("score", v) for v in ("1_0", "١", 10**400, 1e7, "1" * 5000, "", "0x10", True, None)),
+        *(("label", v) for v in (None, "1" * 5000, "²", 7)),
+    ],
+)
+def test_what_is_no_number_or_no_label_is_refused(folder, column, value):
+    (folder / "odd.jsonl").write_text(json.dumps({"text": "red", column: value}) + "\n")
+    source = {"path": str(folder / "odd.jsonl")}
+    source |= {"answer": "score"} if column == "score" else {"labels": COLORS}
     with pytest.raises(InputError, match="line 1"):
-        run_training(labelled(folder, "odd", source=source, rows="rows-odd"))
-
-
-@pytest.mark.parametrize("value", [None, "1" * 5000, "²", 7])
-def test_what_is_no_label_is_refused(folder, value):
-    (folder / "odd.jsonl").write_text(json.dumps({"text": "red", "label": value}) + "\n")
-    source = {"path": str(folder / "odd.jsonl"), "labels": COLORS}
-    with pytest.raises(InputError, match="line 1"):
-        run_training(labelled(folder, "odd", source=source, rows="rows-odd"))
+        prepare_rows(labelled(folder, "odd", source=source, rows="rows-odd"))
 
 
 def test_a_subset_is_what_is_drawn(folder):
@@ -330,27 +361,6 @@ def test_a_subset_is_what_is_drawn(folder):
     assert 100 < len(large) <= 160
 
 
-def test_spikes_are_skipped_the_same_after_a_stop(folder, monkeypatch, capsys, stop_after):
-    """With every norm above the mean a spike, of parameters that hardly move."""
-    monkeypatch.setattr("mlmjax.training.optimizer.SPIKE_WARMUP", 2)
-    settings = {"optimizer": {"learning_rate": 1e-9, "skip_spikes": 1.0001}}
-    state = run_training(make_config(folder, out=str(folder / "spikes"), **settings))
-    lines = lines_of(folder / "spikes")
-    train = [line for line in lines if line["split"] == "train"]
-    skipped = sum(line["skipped_updates"] for line in train)
-    assert 0 < skipped == int(state.opt_state.skipped)
-    assert capsys.readouterr().err.count(": update skipped; its gradient norm is ") == skipped
-    for line in train:  # each is of one update
-        assert (
-            (line["loss"] is None) == (line["grad_norm"] is None) == bool(line["skipped_updates"])
-        )
-        assert line["padding_share"] is not None
-    stopped = make_config(folder, out=str(folder / "spikes-stopped"), **settings)
-    stop_after(5, lambda: run_training(stopped))
-    assert_same(run_training(stopped), state)
-    assert lines_of(folder / "spikes-stopped") == lines
-
-
 def test_a_run_that_only_skips_fails(folder, monkeypatch):
     monkeypatch.setattr("mlmjax.training.run.loop.MOST_SKIPPED", 2)
     changes = {"optimizer": {"learning_rate": 1e30, "skip_spikes": 2.0}, "schedule__warmup": 0}
@@ -361,20 +371,10 @@ def test_a_run_that_only_skips_fails(folder, monkeypatch):
     assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
 
 
-def test_checkpoints_may_lie_elsewhere(folder, straight):
-    place = folder / "elsewhere" / "deep"
-    changes = {"out": str(folder / "moved-out"), "checkpoint": {"every": 4, "path": str(place)}}
-    run_training(make_config(folder, **changes))
-    assert sorted(path.name for path in place.glob("*")) == ["4", "8"]
-    assert not (folder / "moved-out" / "checkpoints").exists()
-    shutil.rmtree(place / "8")
-    assert_same(run_training(make_config(folder, **changes)), straight)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": "gs://bucket/run"}, "^out = gs://bucket/run: has to be .*set checkpoint.path"),
+        ({"out": "gs://bucket/run"}, "^out = gs://bucket/run: has to be .*only checkpoint.path"),
         ({"data__rows": "s3://bucket/rows"}, "^data.rows = s3://bucket/rows: has to be a folder"),
         (
             {"checkpoint": {"path": "gs://bucket/run"}},
