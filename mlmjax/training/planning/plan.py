@@ -12,7 +12,7 @@ from typing import Any
 from mlmjax.config.run import RunConfig, parse_config
 from mlmjax.config.tables import override
 from mlmjax.errors import InputError
-from mlmjax.training.planning.programs import PROGRAMS, check_run
+from mlmjax.training.planning.compilation import PROGRAMS, check_run
 from mlmjax.training.planning.topology import Topology, environment, parse_topology
 
 Say = Callable[[str], None]
@@ -123,7 +123,7 @@ def _compile(
     package = str(Path(__file__).parents[3])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, "-m", "mlmjax.training.planning.programs"],
+        [sys.executable, "-m", "mlmjax.training.planning.compilation"],
         input=json.dumps(request),
         env={**os.environ, **environment(topology), "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,

@@ -9,7 +9,7 @@ from plans import MODEL, config_of
 from mlmjax.cli.main import run
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding
-from mlmjax.training.planning import plan, programs
+from mlmjax.training.planning import compilation, plan
 from mlmjax.training.planning.topology import parse_topology
 
 
@@ -51,7 +51,7 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
     """Have plans take verdicts from these functions; return what was to be compiled."""
     asked = []
 
-    def ask(config, topology, which=programs.PROGRAMS):
+    def ask(config, topology, which=compilation.PROGRAMS):
         asked.append((config.remat, config.data.accumulate, *which))
         mesh = sharding.mesh_shape(config.mesh, 8)
         found = {}

@@ -1,6 +1,6 @@
 """Compile the training step and the scoring of a run for a described machine.
 
-`python -m mlmjax.training.planning.programs` reads a request as JSON from standard input and
+`python -m mlmjax.training.planning.compilation` reads a request as JSON from standard input and
 prints the answer.
 """
 

@@ -14,7 +14,7 @@ from mlmjax.config.run import load_config
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.model.attention import attend
 from mlmjax.parallel import sharding
-from mlmjax.training.planning import plan, programs
+from mlmjax.training.planning import compilation, plan
 from mlmjax.training.planning.topology import devices_of, environment, parse_topology
 from mlmjax.training.run.initial_model import describe_start, load_tokenizer
 from mlmjax.training.run.inputs import open_loaders
@@ -24,15 +24,15 @@ def long(*values):
     return pytest.param(*values, marks=pytest.mark.long)
 
 
-def compile_training(**changes):
-    return programs.compile_run(config_of(**changes), parse_topology("cpu:8"), ["training"])[
-        "training"
+def compile_one(program="training", **changes):
+    return compilation.compile_run(config_of(**changes), parse_topology("cpu:8"), [program])[
+        program
     ]
 
 
 @cache
 def data_parallel_step():
-    return compile_training()
+    return compile_one()
 
 
 @pytest.mark.parametrize("name", ["atp_base", "atp_large", "finetune_head", "finetune_sst2"])
@@ -70,7 +70,7 @@ def test_a_data_parallel_step_sums_the_gradients_once():
 
 
 def test_an_fsdp_step_gathers_parameters_and_holds_a_shard():
-    whole, cut = data_parallel_step(), compile_training(mesh={"fsdp": 8})
+    whole, cut = data_parallel_step(), compile_one(mesh={"fsdp": 8})
     assert cut["parameters"] < 0.2 * whole["parameters"]  # vectors are whole everywhere
     found = cut["collectives"]
     assert found["all-gather"]["bytes"] > 0.9 * whole["parameters"]
@@ -84,8 +84,7 @@ def test_an_fsdp_step_gathers_parameters_and_holds_a_shard():
 def test_the_scoring_of_a_classification_head_is_its_validation():
     source = {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
     data = {"seq_length": 32, "batch_size": 16, "accumulate": 2, "pack": False, "sources": [source]}
-    config = config_of(head="classification", data={"rows": "-", **data})
-    scoring = programs.compile_run(config, parse_topology("cpu:8"), ["scoring"])["scoring"]
+    scoring = compile_one("scoring", head="classification", data={"rows": "-", **data})
     assert (scoring["rows"], scoring["seq_length"], scoring["devices"]) == (8, 32, 8)
     assert scoring["memory"]["total"] > scoring["parameters"]
 
@@ -100,7 +99,7 @@ def test_the_scoring_of_a_classification_head_is_its_validation():
 def test_no_array_is_gathered_whole_to_be_resharded(changes, capfd):
     """The compiler would warn about it on standard error."""
     changes["data"] = {"rows": "-", "seq_length": 32, "batch_size": 16, **changes.get("data", {})}
-    assert compile_training(**changes, model={**MODEL, "vocab_size": 50432})["memory"]
+    assert compile_one(**changes, model={**MODEL, "vocab_size": 50432})["memory"]
     assert "rematerialization" not in capfd.readouterr().err
 
 
@@ -121,7 +120,7 @@ def test_collectives_in_a_loop_count_once_per_iteration():
 
     shape = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spec)
     text = jax.jit(program).lower(shape).compile().as_text()
-    assert programs.count_collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
+    assert compilation.count_collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
 
 
 # As a TPU's compiler writes it: no trip counts, overlapping collectives, named groups.
@@ -163,7 +162,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_tpu():
-    assert programs.count_collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
+    assert compilation.count_collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
         "all-gather": {"count": 10, "bytes": 9 * 8 * 128 * 2 + 8 * 4},
         "reduce-scatter": {"count": 1, "bytes": 256},
     }
@@ -172,9 +171,9 @@ def test_collectives_of_a_tpu():
 def test_too_little_memory_is_an_answer():
     says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     says += "temporaries (600.00G) exceeds available HBM (15.75G). HLO module: jit_step."
-    found = programs.read_refusal(RuntimeError(says))
+    found = compilation.read_refusal(RuntimeError(says))
     assert (found["needed"], found["available"]) == (600 * 2**30, 15.75 * 2**30)
-    assert programs.read_refusal(RuntimeError("INTERNAL: broken")) is None
+    assert compilation.read_refusal(RuntimeError("INTERNAL: broken")) is None
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -189,23 +188,23 @@ def test_the_targets_of_a_row_are_those_of_the_loader(tmp_path, pack):
         "sources": [{"path": str(source), "prompt": "{q}", "answer": "a"}],
     }
     config = config_of(data=data, objective={"dummy_mlm_share": 0.2})
-    bound = programs.bound_targets(config, [])
+    bound = compilation.bound_targets(config, [])
     tokenizer = load_tokenizer(config)
     prepare(config.data, tokenizer)
     assumptions = []
-    width = programs.bound_targets(config, assumptions)
+    width = compilation.bound_targets(config, assumptions)
     assert width == open_loaders(config, tokenizer).train.target_width <= bound
     assert "from the rows in" in assumptions[0]
     # `train` rejects these rows under other settings, so they do not count.
     other = config_of(data={**data, "seq_length": 64}, objective={"dummy_mlm_share": 0.2})
     assumptions = []
-    width = programs.bound_targets(other, assumptions)
+    width = compilation.bound_targets(other, assumptions)
     assert "rows made differently: data.seq_length is 64, the rows have 32" in assumptions[0]
     assert "the most possible" in assumptions[1]
     other = config_of(
         data={**data, "rows": "none", "seq_length": 64}, objective={"dummy_mlm_share": 0.2}
     )
-    assert width == programs.bound_targets(other, [])
+    assert width == compilation.bound_targets(other, [])
 
 
 @pytest.mark.libtpu
