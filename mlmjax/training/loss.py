@@ -111,7 +111,7 @@ def _forward(
     def body(index: jax.Array, carry: Any) -> Any:
         values, grad_consts, grad_hidden = carry
         h, target = _chunk_at(index, chunk, hidden, ids)
-        logits, pull_back = jax.vjp(lambda *inputs: logits_of(inputs[0], *inputs[1:]), h, *consts)
+        logits, pull_back = jax.vjp(logits_of, h, *consts)
         loss, correct, grad_logits = _cross_entropy(logits, target)
         grad_h, *grads = pull_back(grad_logits.astype(logits.dtype))
         return (

@@ -229,8 +229,7 @@ def _abstract_batch(
 def bound_targets(config: RunConfig, assumptions: list[str]) -> int:
     """Return the most targets a row can have, from its prepared rows or from its settings."""
     data, has_text = config.data, any(source.text for source in config.data.sources)
-    manifest = _read_rows(config, assumptions)
-    if manifest is not None:
+    if manifest := _read_rows(config, assumptions):
         files = [file for file in manifest.splits["train"] if file.rows]
         most = max((file.max_examples_per_row for file in files), default=1)
         has_text = any(file.text for file in files)
