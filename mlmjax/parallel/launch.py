@@ -83,9 +83,9 @@ def _initialize(coordinator: str | None, processes: int | None, process: int | N
 
 def _give_up() -> None:
     print(
-        f"mlmjax: not all processes came to {coordinator_address() or 'the first one'} within "
-        f"{JOIN_SECONDS} s; start the same command on every host, with an address of the first "
-        "one that all of them reach",
+        f"mlmjax: not all processes reached {coordinator_address() or 'process 0'} within "
+        f"{JOIN_SECONDS} s; start the same command on every host, with an address of process 0 "
+        "that all hosts reach",
         file=sys.stderr,
     )
     failures.exit_now(EXIT_FAILED)

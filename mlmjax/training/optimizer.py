@@ -166,7 +166,7 @@ def averaged_parameters(params: Any, opt_state: Any) -> Any:
 
 
 class SpikeState(NamedTuple):
-    """The mean gradient norm of the updates made, their number, the skipped, the state inside."""
+    """The mean gradient norm, the numbers of updates made and skipped, and the state inside."""
 
     mean: jax.Array
     made: jax.Array

@@ -88,7 +88,7 @@ def test_when_one_of_four_processes_ends_the_others_do(tmp_path, does, code, mes
     assert all(message in errors[number] for number in others)
 
 
-def test_others_that_do_not_come(tmp_path):
+def test_processes_that_do_not_find_each_other(tmp_path):
     config = processes.write_config(make_table(tmp_path))
     addresses = [f"127.0.0.1:{processes.free_port()}" for _ in range(2)]
 
@@ -99,5 +99,5 @@ def test_others_that_do_not_come(tmp_path):
     codes, _, errors = processes.finish(processes.start(config, 2, 1, code, flags), 60)
     assert codes == [1, 1], errors
     for address, error in zip(addresses, errors, strict=True):
-        assert error.startswith(f"mlmjax: not all processes came to {address} within 3 s; ")
+        assert error.startswith(f"mlmjax: not all processes reached {address} within 3 s; ")
         assert len(error.splitlines()) == 1

@@ -40,7 +40,7 @@ class Loaders(NamedTuple):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the tasks by number."""
+        """Return the names of the tasks by number."""
         return self.manifest.tasks
 
 

@@ -75,7 +75,7 @@ class MetricsLog:
         self._written.add((step, split))
 
     def sync(self) -> None:
-        """Force all lines to disk, as a checkpoint needs those before it."""
+        """Force all lines to disk, so that no checkpoint is ahead of them."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())

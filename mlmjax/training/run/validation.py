@@ -171,7 +171,7 @@ def _accuracy(
 
 
 def _majority(gold: np.ndarray, name: Callable[[int], str]) -> dict[str, Any]:
-    """Return the share and the name of the most common answer, of equals the smallest."""
+    """Return the share and the name of the most common answer; of equals, the smallest."""
     answers, counts = np.unique(gold, return_counts=True)
     most = int(counts.argmax())
     return {"majority": int(counts[most]) / len(gold), "majority_answer": name(int(answers[most]))}
