@@ -54,7 +54,7 @@ def make_table(folder, **changes):
         "model": {
             "hidden_size": 32,
             "intermediate_size": 32,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": 1,
             "num_attention_heads": 2,
         },
         "data": {

@@ -48,7 +48,6 @@ def labelled(folder, name, **changes):
     settings = {
         "out": str(folder / name),
         "head": "classification",
-        "model__num_hidden_layers": 1,
         "steps": 30,
         "data": {
             "rows": str(folder / rows),
@@ -162,7 +161,6 @@ def test_rows_are_for_one_head(folder):
 
 
 OPTIONS = {
-    "model__num_hidden_layers": 3,  # Two of them are scanned.
     "data__batch_start": 4,
     "data__batch_warmup": 6,
     "data__accumulate": 2,
@@ -296,8 +294,7 @@ def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
     folder, monkeypatch, changes, message
 ):
     monkeypatch.chdir(folder)
-    small = {"model__num_hidden_layers": 1, "schedule__warmup": 0}
-    settings = {**small, "checkpoint": {"every": 1}, **changes}
+    settings = {"schedule__warmup": 0, "checkpoint": {"every": 1}, **changes}
     with pytest.raises(RunError, match=message):
         run_training(make_config(folder, out=f"diverged-{len(changes)}", **settings))
     assert not list(Path(f"diverged-{len(changes)}", "checkpoints").glob("[0-9]*"))
@@ -361,7 +358,6 @@ def test_a_subset_is_what_is_drawn(folder):
 def test_a_run_that_only_skips_fails(folder, monkeypatch):
     monkeypatch.setattr("mlmjax.training.run.loop.MOST_SKIPPED", 2)
     changes = {"optimizer": {"learning_rate": 1e30, "skip_spikes": 2.0}, "schedule__warmup": 0}
-    changes["model__num_hidden_layers"] = 1
     out = folder / "only-spikes"
     with pytest.raises(RunError, match="and the 2 updates before it were skipped") as caught:
         run_training(make_config(folder, out=str(out), **changes))
