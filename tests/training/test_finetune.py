@@ -26,6 +26,7 @@ from mlmjax.training.loss import label_loss
 from mlmjax.training.step import masked_token_loss
 
 PAD = 7
+IDS = dict.fromkeys((f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")), 0)
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
 
 
@@ -90,7 +91,9 @@ def test_one_shape_holds_all_and_costs_no_more_than_single_rows(batches, parts):
 
 @pytest.fixture(scope="module")
 def model():
-    return noisy(ModernBertForMaskedLM(small_config(vocab_size=512), rngs=nnx.Rngs(0)), scale=0.05)
+    return noisy(
+        ModernBertForMaskedLM(small_config(vocab_size=512, **IDS), rngs=nnx.Rngs(0)), scale=0.05
+    )
 
 
 def test_loss_and_gradients_are_those_of_single_rows(model):
