@@ -241,9 +241,10 @@ def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
     check_same_settings(first)
     check_same_settings(make_config(tmp_path, out="/elsewhere", data__workers=3))
     other = make_config(tmp_path, steps=9, optimizer={"learning_rate": 0.5})
-    with pytest.raises(InputError, match=r"^process 1 .*steps is 9, process 0 has 8") as caught:
+    message = r"^process 1 .*learning_rate is 0.5, process 0 has 0.001; give all processes the same"
+    with pytest.raises(InputError, match=message) as caught:
         check_same_settings(other)
-    assert len(caught.value.details) == 1
+    assert caught.value.details == ("steps is 9, process 0 has 8",)
     monkeypatch.setattr(distributed, "process_count", lambda: 3)
     with pytest.raises(InputError, match=r"--processes is 3, process 0 has 2"):
         check_same_settings(first)
