@@ -112,20 +112,20 @@ def check_folders(config: RunConfig) -> None:
                 f"{key} = {place}: has to be a folder of this machine or of a mounted file system; "
                 "only checkpoint.path can be remote"
             )
-    out, rows, path = Path(config.out), config.data.rows, config.checkpoint.path
-    _check_apart("data.rows", rows, *(out / name for name in OWN_FOLDERS))
+    rows, path = config.data.rows, config.checkpoint.path
+    for name in OWN_FOLDERS:
+        _check_apart("data.rows", rows, f"out = {config.out}", Path(config.out, name))
     if path is not None and not is_remote(path):
-        _check_apart("checkpoint.path", path, Path(rows), out / "export")
+        _check_apart("checkpoint.path", path, f"data.rows = {rows}", Path(rows))
+        _check_apart("checkpoint.path", path, f"out = {config.out}", Path(config.out, "export"))
 
 
-def _check_apart(key: str, folder: str, *others: Path) -> None:
-    here = Path(os.path.realpath(folder))
-    for other in map(Path, map(os.path.realpath, others)):
-        if here.is_relative_to(other) or other.is_relative_to(here):
-            raise InputError(
-                f"{key}: {folder} and {other} would be written into one another; choose another "
-                "folder"
-            )
+def _check_apart(key: str, folder: str, what: str, other: Path) -> None:
+    here, there = (Path(os.path.realpath(place)) for place in (folder, other))
+    if here.is_relative_to(there) or there.is_relative_to(here):
+        raise InputError(
+            f"{key}: {folder} and {what} would be written into one another; choose another folder"
+        )
 
 
 def check_batches(config: RunConfig, sizes: Mapping[str, int]) -> None:
