@@ -86,7 +86,7 @@ def profiling(
     done and the results of the last. Raises `InputError` unless these are two numbers of updates
     that the run still has to do.
     """
-    first = last = steps + 1
+    first = last = 0
     if updates is not None:
         found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", updates)
         first, last = (int(found[1]), int(found[2])) if found else (0, 0)

@@ -74,6 +74,7 @@ def test_a_run_leaves_what_it_promises(folder, straight):
     assert all(0 < line["target_share"] < 1 and 0 <= line["padding_share"] < 1 for line in lines)
     assert json.loads((out / "config.json").read_text())["steps"] == 8
     assert list(out.glob("events.out.tfevents.*"))
+    assert not (out / "profile").exists()
     model, tokenizer = pretrained.load_pretrained(out / "export")
     exported = dict(pretrained.to_hf_tensors(model))
     assert exported["model.final_norm.weight"].tolist() == (
