@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ import pytest
 from mlmjax.parallel import sharding
 
 CACHE, CACHE_BYTES = Path(__file__).parents[1] / ".pytest_cache" / "xla", 2 * 2**30
+MOST_MEMORY = 3 * 2**30
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # All test processes, their children and the next run share compiled programs. Without them,
     # a run takes twice as long, because many tests compile the same small programs.
@@ -67,6 +69,21 @@ def pytest_collection_modifyitems(config, items):
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drop compiled programs after a file if the process holds much memory.
+
+    The next file reads those it needs from the disk. A worker grew to 5 GB without this.
+    """
+    if nextitem is not None and nextitem.path != item.path and resident_bytes() > MOST_MEMORY:
+        jax.clear_caches()
+
+
+def resident_bytes():
+    """Return the memory this process holds, as Linux counts it, or 0."""
+    path = Path("/proc/self/statm")
+    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
 
 
 @pytest.fixture(scope="session")

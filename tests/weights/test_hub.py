@@ -39,17 +39,18 @@ def on_the_hub(test):
 
 def check_slices(golden, model, tokenizer):
     """Compare logits and hidden states `[1, 5, ...]` of one sentence, and the words for a mask."""
-    ids = np.array([tokenizer.backend.encode(golden["text"]).ids])
-    hidden = model.encode(ids, np.ones_like(ids))
-    found = {"last_hidden_state": hidden, "logits": model.mlm_logits(hidden)}
-    for name, value in found.items():
+    rows = [tokenizer.backend.encode(text["text"]).ids for text in (golden, golden["fill_mask"])]
+    ids, mask = np.full((2, 2, max(map(len, rows))), tokenizer.pad_id)
+    for row, mask_row, found in zip(ids, mask, rows, strict=True):
+        row[: len(found)], mask_row[:] = found, np.arange(len(row)) < len(found)
+    hidden = model.encode(ids, mask)
+    logits = model.mlm_logits(hidden)
+    for name, value in (("last_hidden_state", hidden), ("logits", logits)):
+        value = value[:1, : len(rows[0])]
         assert list(value.shape) == golden[f"{name}_shape"]
         expected = golden[f"{name}[:, :3, :3]"]
         np.testing.assert_allclose(value[:, :3, :3], expected, **golden["tolerance"], err_msg=name)
-    ids = np.array([tokenizer.backend.encode(golden["fill_mask"]["text"]).ids])
-    hidden = model.encode(ids, np.ones_like(ids))
-    logits = model.mlm_logits(hidden[0, list(ids[0]).index(tokenizer.mask_id)])
-    best = np.argsort(-np.asarray(logits))[:5]
+    best = np.argsort(-np.asarray(logits[1, rows[1].index(tokenizer.mask_id)]))[:5]
     assert [tokenizer.decode([int(i)]).strip() for i in best] == golden["fill_mask"]["top5_tokens"]
 
 
