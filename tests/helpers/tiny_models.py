@@ -12,6 +12,7 @@ from mlmjax.storage import CONFIG
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # these models are too small for more
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
