@@ -21,7 +21,7 @@ from sklearn.utils import get_tags
 from sklearn.utils.estimator_checks import estimator_checks_generator
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
-from small_models import small_config
+from small_models import small_model
 
 from mlmjax.classification.classifier import Classifier, classifier_card
 from mlmjax.classification.settings import Settings
@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit(pair):
 
 
 def test_other_models_and_templates_are_rejected(tokenizer, pair):
-    other = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
+    other = small_model(ModernBertForSequenceClassification)
     with pytest.raises(InputError, match="head has the labels 'LABEL_0', 'LABEL_1'"):
         Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
     with pytest.raises(InputError, match="has no masked-language-model head"):

@@ -5,10 +5,9 @@ from string import ascii_uppercase
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small_models import noisy, small_config
+from small_models import small_model
 from training import write_tokenizer
 
 from mlmjax.classification import rounds
@@ -17,7 +16,6 @@ from mlmjax.classification.context import Shot, Shots, windows_of
 from mlmjax.classification.prompter import Prompter, Query
 from mlmjax.classification.rounds import in_rounds
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.scorers import Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -30,8 +28,8 @@ TEXTS = ["a new goal", "the bank fell", "an old match of the team"]
 
 @pytest.fixture(scope="module")
 def pair(tokenizer):
-    config = small_config(max_position_embeddings=512, num_hidden_layers=1, hidden_size=16)
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))), tokenizer
+    sizes = {"max_position_embeddings": 512, "num_hidden_layers": 1, "hidden_size": 16}
+    return small_model(**sizes), tokenizer
 
 
 def scored(pair, template, rows, labels):
@@ -43,8 +41,8 @@ def scored(pair, template, rows, labels):
 
 @pytest.mark.parametrize(("count", "names"), [(457, "letters"), (557, "numbers")])
 def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
-    config = small_config(max_position_embeddings=8192, num_hidden_layers=1, hidden_size=16)
-    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 1, "hidden_size": 16}
+    model = small_model(scale=0.02, **sizes)
     labels = [f"t{i}" for i in range(count)]
     classifier = Classifier((model, tokenizer), labels, batch_size=1)
     probabilities = classifier.predict_proba(["which topic is this?"])
@@ -80,7 +78,7 @@ def test_a_tokenizer_of_few_option_names_needs_rounds(noisy_pair):
 def test_a_tokenizer_without_option_names_is_rejected(tmp_path):
     write_tokenizer(tmp_path / "tokenizer", ["sun", "moon"])
     tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
-    model = ModernBertForMaskedLM(small_config(num_hidden_layers=1), rngs=nnx.Rngs(0))
+    model = small_model(num_hidden_layers=1)
     with pytest.raises(InputError, match="no two option names of one token"):
         Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
 

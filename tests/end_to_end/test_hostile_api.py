@@ -2,11 +2,10 @@
 
 import numpy as np
 import pytest
-from flax import nnx
 from hostile import api
-from small_models import noisy, small_config
+from small_models import small_model
 
-from mlmjax import Classifier, ModernBertForMaskedLM, Scorer, Template, Verbalizer
+from mlmjax import Classifier, Scorer, Template, Verbalizer
 from mlmjax.errors import InputError
 from mlmjax.scoring import engine
 from mlmjax.scoring.fill_mask import MaskFiller
@@ -28,8 +27,7 @@ def two_buckets(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    config = small_config(max_position_embeddings=LENGTH, num_hidden_layers=1)
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    return small_model(max_position_embeddings=LENGTH, num_hidden_layers=1)
 
 
 @pytest.fixture(scope="module")

@@ -3,19 +3,16 @@
 import json
 
 import pytest
-from flax import nnx
-from small_models import noisy, small_config
+from small_models import small_model
 from task_files import read_lines, task
 
 from mlmjax.evaluation import report
 from mlmjax.evaluation.evaluate import run_evaluation
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 
 
 @pytest.fixture(scope="session")
 def model():
-    config = small_config(num_hidden_layers=1)
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    return small_model(num_hidden_layers=1)
 
 
 @pytest.fixture

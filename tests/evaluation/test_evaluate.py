@@ -6,8 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import noisy, small_config
+from small_models import noisy, small_model
 from task_files import ROWS, read_lines, task, write_csv
 
 from mlmjax.classification.classifier import Classifier
@@ -261,8 +260,8 @@ def test_unknown_tasks_and_protocols_are_rejected(model, tokenizer, reviews, cap
 
 def head_model(labels, **changes):
     names = dict(enumerate(labels))
-    config = small_config(num_labels=len(labels), id2label=names, num_hidden_layers=1, **changes)
-    return noisy(ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0)), 0.1)
+    sizes = {"num_labels": len(labels), "num_hidden_layers": 1, **changes}
+    return small_model(ModernBertForSequenceClassification, 0.1, id2label=names, **sizes)
 
 
 def plain_probabilities(model, tokenizer, texts):

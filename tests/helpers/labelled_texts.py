@@ -4,11 +4,9 @@ from string import ascii_uppercase, digits
 
 import numpy as np
 import tokenizers
-from flax import nnx
-from small_models import noisy, small_config
+from small_models import small_model
 from tokenizers import models, pre_tokenizers
 
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.text.tokenizer import Tokenizer
 
 FAST = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 16}
@@ -44,12 +42,13 @@ def word_tokenizer(folder, more=()):
     return Tokenizer.from_pretrained(folder)
 
 
-def word_model(tokenizer, seed=0, **changes):
+def word_model(tokenizer, **changes):
     """Return a model of one layer that learns these words in a few epochs."""
     special = {"pad": tokenizer.pad_id, "cls": tokenizer.cls_id, "sep": tokenizer.sep_id}
     special |= {"bos": tokenizer.cls_id, "eos": tokenizer.sep_id}
     ids = {f"{name}_token_id": token for name, token in special.items()}
     size = -(-tokenizer.vocab_size // 64) * 64
-    config = small_config(**{"vocab_size": size, "num_hidden_layers": 1, **ids, **changes})
     # With this much noise the words differ enough to be learned fast.
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(seed)), 0.1)
+    return small_model(
+        **{"scale": 0.1, "vocab_size": size, "num_hidden_layers": 1, **ids, **changes}
+    )

@@ -1,10 +1,13 @@
 """Models small enough for every test to score with."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from noisy_models import build
 
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import ModernBertForMaskedLM
 
 
 def small_config(**changes):
@@ -22,10 +25,17 @@ def small_config(**changes):
     )
 
 
+def small_model(kind=ModernBertForMaskedLM, scale=0.3, **changes):
+    """Return a model with noise on every parameter; nothing is compiled for it."""
+    return build(kind, small_config(**changes), scale)
+
+
 def noisy(model, scale=0.3):
     """Add noise to every parameter, so that no result is right only because one is 0 or 1."""
     graphdef, state = nnx.split(model)
-    leaves, treedef = jax.tree.flatten(state)
     rng = np.random.default_rng(7)
-    leaves = [leaf + scale * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
+
+    def shaken(leaf):
+        return jnp.asarray(np.asarray(leaf) + scale * rng.standard_normal(leaf.shape, np.float32))
+
+    return nnx.merge(graphdef, jax.tree.map(shaken, state))

@@ -88,14 +88,14 @@ def right(log_probs, asked):
     return np.mean(log_probs.argmax(axis=1) == [question.gold for question in asked])
 
 
-def small_pair(folder, seed=0):
+def small_pair(folder, scale=0.1):
     """Return a model that learns these words fast, and its tokenizer."""
     tokenizer = word_tokenizer(folder, (*GOOD, *BAD, "film", "good", "bad"))
-    return word_model(tokenizer, seed=seed), tokenizer
+    return word_model(tokenizer, scale=scale), tokenizer
 
 
-def write_model(path, seed=0):
-    save_pretrained(*small_pair(path.parent / "tokenizer", seed), path)
+def write_model(path, scale=0.1):
+    save_pretrained(*small_pair(path.parent / "tokenizer", scale), path)
 
 
 def write_suite(folder):

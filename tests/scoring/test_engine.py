@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from labelled_texts import word_model, word_tokenizer
-from small_models import noisy, small_config
+from noisy_models import build
+from small_models import noisy, small_model
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.errors import RunError
@@ -25,9 +26,8 @@ def all_devices(monkeypatch):
 
 @pytest.fixture(scope="module")
 def model():
-    ids = {name: i for i, name in enumerate(("pad", "cls", "bos", "sep", "eos"))}
-    config = small_config(vocab_size=90, **{f"{k}_token_id": i for k, i in ids.items()})
-    return noisy(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)))
+    names = ("pad", "cls", "bos", "sep", "eos")
+    return small_model(vocab_size=90, **{f"{name}_token_id": i for i, name in enumerate(names)})
 
 
 def summed(model, ids, segment_ids, weights):
@@ -87,8 +87,8 @@ def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
 
 def test_facts_of_files_do_not_change_the_program(model):
     said = {"extra": {"dtype": "bfloat16"}, "source_dtypes": {"decoder.bias": "bfloat16"}}
-    same = ModernBertForMaskedLM(replace(model.config, **said), rngs=nnx.Rngs(1))
-    wider = ModernBertForMaskedLM(replace(same.config, local_attention=4), rngs=nnx.Rngs(1))
+    same = build(ModernBertForMaskedLM, replace(model.config, **said))
+    wider = build(ModernBertForMaskedLM, replace(same.config, local_attention=4))
     ours = make(model)
     assert make(same).jitted is ours.jitted
     assert make(wider).jitted is not ours.jitted
@@ -171,8 +171,7 @@ def test_parameters_are_placed_again_only_when_they_change(model):
 
 def test_weights_of_products_are_rounded_once(model):
     config = model.config
-    half = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    nnx.update(half, nnx.state(model))
+    half = build(ModernBertForMaskedLM, config, dtype=jnp.bfloat16)
 
     def forward(model, ids, segment_ids):
         kinds = {name: leaf.dtype for name, leaf in parameters(model).items()}

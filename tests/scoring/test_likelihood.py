@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from flax import nnx
+from noisy_models import build
 from tiny_models import torch, torch_model, transformers
 
 from mlmjax import fill_mask, pseudo_log_likelihood
@@ -249,7 +250,7 @@ def test_bad_arguments_are_rejected(ours):
             function(model, tokenizer, ["x"], batch_size=0)
         with pytest.raises(InputError, match="max_length is 97; expected 1 to 96"):
             function(model, tokenizer, ["x"], max_length=97)
-        head = ModernBertForSequenceClassification(model.config, rngs=nnx.Rngs(0))
+        head = build(ModernBertForSequenceClassification, model.config)
         with pytest.raises(InputError, match="ModernBertForSequenceClassification has no masked"):
             function(head, tokenizer, ["x"])
     with pytest.raises(InputError, match="method is 'sum'; expected one of 'word_l2r', 'original'"):

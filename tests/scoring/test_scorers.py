@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_models import noisy, small_config
+from noisy_models import build
+from small_models import noisy, small_config, small_model
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
@@ -24,7 +25,7 @@ LETTERS = Verbalizer.letters(LABELS)
 
 @pytest.fixture(scope="module")
 def model():
-    return noisy(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
+    return small_model()
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +115,13 @@ def test_results_follow_the_order_of_the_rows(scorer):
 
 
 def test_bfloat16_is_close_to_float32(tokenizer):
-    graphdef, state = nnx.split(ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0)))
-    low = ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    items = rows(12)
-    full = Scorer(nnx.merge(graphdef, state), tokenizer, TOPIC, LETTERS).log_probs(items)
-    half = Scorer(low, tokenizer, TOPIC, LETTERS).log_probs(items)
+    config, items = small_config(), rows(12)
+    full, half = (
+        Scorer(
+            build(ModernBertForMaskedLM, config, 0.02, dtype=dtype), tokenizer, TOPIC, LETTERS
+        ).log_probs(items)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert half.dtype == np.float32
     np.testing.assert_allclose(np.exp(half), np.exp(full), atol=0.02)
     assert np.abs(half - full).max() > 0
@@ -258,8 +261,8 @@ def test_bad_arguments_are_rejected(scorer, model, tokenizer):
     with pytest.raises(InputError, match="rows: is one str"):
         scorer.log_probs("goal")
     two_tokens = Verbalizer.words(["entailment", "neutral"])
-    head = ModernBertForSequenceClassification(small_config(), rngs=nnx.Rngs(0))
-    other = ModernBertForMaskedLM(small_config(vocab_size=50300), rngs=nnx.Rngs(0))
+    head = small_model(ModernBertForSequenceClassification)
+    other = small_model(vocab_size=50300)
     for asked, verbalizer, options, message in (
         (model, LETTERS, {"normalize": "none"}, "normalize is 'none'"),
         (model, LETTERS, {"batch_size": 0}, "batch_size is 0"),
@@ -272,7 +275,7 @@ def test_bad_arguments_are_rejected(scorer, model, tokenizer):
 
 
 def test_a_model_changed_in_place_is_scored_again(tokenizer):
-    model = ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0))
+    model = small_model(scale=0.02)
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
     before = scorer.log_probs(rows(2))
     nnx.update(model, nnx.state(noisy(model)))
@@ -280,8 +283,8 @@ def test_a_model_changed_in_place_is_scored_again(tokenizer):
 
 
 def test_a_classification_head_gives_its_labels(tokenizer):
-    config = small_config(num_labels=3, id2label=dict(enumerate(LABELS)))
-    model = noisy(ModernBertForSequenceClassification(config, rngs=nnx.Rngs(0)))
+    names = dict(enumerate(LABELS))
+    model = small_model(ModernBertForSequenceClassification, num_labels=3, id2label=names)
     template = Template("{text}", shorten={"text": "tail"}, slot=False)
     scorer = HeadScorer(model, tokenizer, template)
     items = [{"text": text} for text in texts(9)]
@@ -298,6 +301,6 @@ def test_heads_of_another_kind_are_rejected(model, tokenizer):
     with pytest.raises(InputError, match="ModernBertForMaskedLM has no classification head"):
         HeadScorer(model, tokenizer, template)
     for changes in ({"num_labels": 1}, {"problem_type": "multi_label_classification"}):
-        head = ModernBertForSequenceClassification(small_config(**changes), rngs=nnx.Rngs(0))
+        head = small_model(ModernBertForSequenceClassification, **changes)
         with pytest.raises(InputError, match="expected one class of two or more"):
             HeadScorer(head, tokenizer, template)

@@ -179,7 +179,7 @@ def test_the_choice_does_not_see_the_test_rows(folder, done, out, tmp_path):
 
 
 def test_several_models_are_side_by_side(folder, tmp_path):
-    write_model(folder / "second", seed=1)
+    write_model(folder / "second", scale=0.2)
     shutil.copytree(folder / "model", folder / "copy", dirs_exist_ok=True)
     suite = (folder / "small.toml").read_text()
     until = suite.index("[[entries]]", suite.index("[[entries]]") + 1)
