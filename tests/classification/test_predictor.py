@@ -122,8 +122,8 @@ def test_abstaining_keeps_the_answers_that_are_right_often_enough(classifier):
     assert (more[more != ""] == labels[more != ""]).mean() < wanted
     assert (classifier.predict(items, abstain_below=0.0) != "").all()
     assert classifier.score(items, labels) < plain  # no answer is no right one
+    wrong = classifier.predict_proba(items[:3]).argmax(axis=1) - 1
     with pytest.raises(InputError, match="no threshold reaches"):
-        wrong = classifier.predict_proba(items[:3]).argmax(axis=1) - 1
         classifier.abstain(items[:3], [LABELS[i] for i in wrong], accuracy=1.0)
 
 
