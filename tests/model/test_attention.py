@@ -91,7 +91,7 @@ def test_dense_is_the_definition(window, packed):
     np.testing.assert_allclose(out, by_hand(q, k, v, ids, window), atol=1e-6)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(
     length=st.integers(1, 75),
     window=st.none() | st.integers(0, 80),
