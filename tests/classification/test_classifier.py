@@ -386,8 +386,8 @@ def written(rows):
 
 NOT_OURS = {
     "check_classifiers_classes": "labels are texts, so classes_ is an array of texts",
-    "check_classifiers_one_label": "with one label there is nothing to choose; it is refused",
-    "check_fit2d_1sample": "one text has one label, which is refused for that",
+    "check_classifiers_one_label": "with one label there is nothing to choose; it is rejected",
+    "check_fit2d_1sample": "one text has one label, which is rejected for that",
     "check_array_api_input": "texts are no arrays",
 }
 

@@ -125,17 +125,17 @@ class Output:
 
 def run_small(folder, out, *overrides, models=("model",), data="data", **options):
     """Run the suite of a folder; return the results and the printed lines."""
-    told = Output()
+    printed = Output()
     results = run_suite(
         *load_suite(folder / "small.toml", overrides),
         [str(folder / name) for name in models],
         data=folder / data,
         out=out,
-        tell=told.lines.append,
+        tell=printed.lines.append,
         counting=lambda what: nullcontext(lambda done, total: None),
         **options,
     )
-    return results, told
+    return results, printed
 
 
 def files_of(out):

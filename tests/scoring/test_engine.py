@@ -72,7 +72,7 @@ def test_a_sequence_that_comes_alone_is_a_batch_of_its_own(model):
     engine.jitted = ScarceMemory(engine, tokens=0)
     with pytest.raises(RunError, match=f"one text of {len(item)} tokens"):
         engine.run([item], weights)
-    assert engine.jitted.refused == 1
+    assert engine.jitted.rejected == 1
 
 
 def test_a_sequence_that_comes_alone_joins_the_batch_that_is_compiled(model):
@@ -100,11 +100,11 @@ class ScarceMemory:
     """Reject batches of more than some tokens, as a device without memory for them does."""
 
     def __init__(self, engine, tokens):
-        self.call, self.tokens, self.refused = engine.jitted, tokens, 0
+        self.call, self.tokens, self.rejected = engine.jitted, tokens, 0
 
     def __call__(self, state, ids, *arrays):
         if ids.size > self.tokens:
-            self.refused += 1
+            self.rejected += 1
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory, 9.9G")
         return self.call(state, ids, *arrays)
 
@@ -117,10 +117,10 @@ def test_batches_without_memory_are_halved_and_nothing_is_lost(model):
     found = engine.run(items, weights, progress=done.append)
     np.testing.assert_allclose(found["weighted"], expected["weighted"], rtol=1e-4, atol=1e-4)
     assert sum(done) == 150
-    refused = engine.jitted.refused
-    assert refused == 2  # 6 rows a device, then 3
+    rejected = engine.jitted.rejected
+    assert rejected == 2  # 6 rows a device, then 3
     engine.run(items, weights)
-    assert engine.jitted.refused == refused
+    assert engine.jitted.rejected == rejected
 
 
 def test_fine_tuning_on_all_devices_is_that_on_one(tmp_path, monkeypatch):

@@ -170,7 +170,7 @@ def read_baselines(name: str) -> list[Entrant]:
             "by benchmarks/torch_baseline.py"
         )
 
-    def refuse(task: Task, *_: Any, **options: Any) -> NoReturn:
+    def reject(task: Task, *_: Any, **options: Any) -> NoReturn:
         raise InputError(
             f"--baseline {name}: has no result for {task.name} with these rows and settings; run "
             "benchmarks/torch_baseline.py with the same suite, data, settings and version of mlmjax"
@@ -178,7 +178,7 @@ def read_baselines(name: str) -> list[Entrant]:
 
     kind = "transformers"
     return [
-        Entrant(model, kind, kind, {"model": digest}, refuse, cells=folder / CELLS)
+        Entrant(model, kind, kind, {"model": digest}, reject, cells=folder / CELLS)
         for model, digest in found.items()
     ]
 

@@ -71,7 +71,7 @@ def lines_of(results, method):
 
 
 def test_every_method_is_in_the_results_and_on_the_page(done):
-    out, results, told = done
+    out, results, printed = done
     assert json.loads((out / "suite.json").read_text()) == json.loads(json.dumps(results))
     methods = [(line["kind"], line["method"]) for line in results["lines"]]
     assert methods == [
@@ -97,9 +97,9 @@ def test_every_method_is_in_the_results_and_on_the_page(done):
     assert "24\\*" in page  # 32 training rows less the 8 that were held out
     assert (out / "suite.png").read_bytes().startswith(b"\x89PNG")
     # One zero-shot, one TF-IDF, and for each head two settings and one seed.
-    assert len(told.cells) == len(list((out / "cells").iterdir())) == 8
-    assert told.lines[-1].startswith("[8/8] ")
-    assert [line[:30] for line in told.lines[:2]] == [
+    assert len(printed.cells) == len(list((out / "cells").iterdir())) == 8
+    assert printed.lines[-1].startswith("[8/8] ")
+    assert [line[:30] for line in printed.lines[:2]] == [
         "left out: task ag_news: test r",
         "left out: task dreams: nobody ",
     ]
@@ -136,8 +136,8 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, out, tmp_path):
     left = [path.name for path in (stopped / "cells").iterdir()]
     assert len(left) == 4
     assert sum(name.endswith(".partial") for name in left) == 1
-    _, told = run_small(folder, stopped, one_head)
-    assert len(told.computed) == 2
+    _, printed = run_small(folder, stopped, one_head)
+    assert len(printed.computed) == 2
     found, whole = files_of(stopped), files_of(out)
     assert found == {name: content for name, content in whole.items() if "classif" not in name}
 
@@ -149,15 +149,15 @@ def test_results_are_not_computed_again(folder, done, out):
 
 
 def test_a_change_is_another_result(folder, out):
-    results, told = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
-    assert len(told.computed) == 1  # the second seed
+    results, printed = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
+    assert len(printed.computed) == 1  # the second seed
     (line,) = lines_of(results, "MLM head")
     assert len(line["scores"]) == 2
     assert line["spread"] is not None
-    results, told = run_small(
+    results, printed = run_small(
         folder, out, 'heads=["mlm"]', "sweep.weight_decay=0.5", "sweep.learning_rate=[3e-3]"
     )
-    assert len(told.computed) == 1  # one setting needs no choice
+    assert len(printed.computed) == 1  # one setting needs no choice
     assert lines_of(results, "MLM head")[0]["tried"] == []
 
 
@@ -170,9 +170,9 @@ def test_the_choice_does_not_see_the_test_rows(folder, done, out, tmp_path):
     for number, row in enumerate(rows):
         row["label"] = ("good", "bad", "bad")[number % 3]
     write_csv(other / "my-reviews.test.csv", rows)
-    results, told = run_small(folder, out, 'heads=["mlm"]', data=other)
-    assert [line for line in told.computed if "validation" in line] == []
-    assert len(told.computed) == 3  # zero-shot, TF-IDF, and the seed of the chosen setting
+    results, printed = run_small(folder, out, 'heads=["mlm"]', data=other)
+    assert [line for line in printed.computed if "validation" in line] == []
+    assert len(printed.computed) == 3  # zero-shot, TF-IDF, and the seed of the chosen setting
     before, after = lines_of(done[1], "MLM head")[0], lines_of(results, "MLM head")[0]
     assert (after["chosen"], after["tried"]) == (before["chosen"], before["tried"])
     assert after["scores"] != before["scores"]
@@ -187,13 +187,13 @@ def test_several_models_are_side_by_side(folder, tmp_path):
     shutil.copy(folder / "reviews.toml", tmp_path)
     for name in ("model", "second", "copy"):
         (tmp_path / name).symlink_to(folder / name)
-    results, told = run_small(
+    results, printed = run_small(
         tmp_path, tmp_path / "out", models=("model", "second", "copy"), data=folder / "data"
     )
     assert [Path(line["model"]).name for line in results["lines"]] == ["model", "second", "copy"]
     first, _, copy = (line["scores"] for line in results["lines"])
     assert copy == first
-    assert len(told.computed) == 2  # a copy of a model is the same model
+    assert len(printed.computed) == 2  # a copy of a model is the same model
     page = (tmp_path / "out" / "suite.md").read_text()
     assert all(f"/{name}`" in page for name in ("model", "second", "copy"))
     with pytest.raises(InputError, match="named twice"):

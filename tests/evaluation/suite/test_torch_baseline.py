@@ -1,4 +1,4 @@
-"""The torch baseline: it learns, its results are read by a suite, and what is refused."""
+"""The torch baseline: it learns, its results are read by a suite, and what is rejected."""
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -56,21 +56,20 @@ def test_a_suite_reads_its_results(model, tmp_path):
     files = ["--suite", tmp_path / "small.toml", "--data", tmp_path / "data"]
     arguments = [model, *files, "--out", tmp_path / "torch", *FEW]
     assert run([str(one) for one in arguments], torch_baseline.main, "torch_baseline.py") == 0
-    results, told = run_small(tmp_path, tmp_path / "out", *FEW, baselines=[str(tmp_path / "torch")])
+    baselines = [str(tmp_path / "torch")]
+    results, printed = run_small(tmp_path, tmp_path / "out", *FEW, baselines=baselines)
     (line,) = [line for line in results["lines"] if line["method"] == "transformers"]
     assert (line["n"], line["model"], len(line["scores"])) == (12, f"transformers:{model}", 1)
     assert line["score"] > 0.8
     assert line["ece"] is not None
     assert f"`transformers:{model}`" in (tmp_path / "out" / "suite.md").read_text()
-    assert len(told.computed) == len(told.cells) - 1 == 3  # zero-shot, TF-IDF, the MLM head
+    assert len(printed.computed) == len(printed.cells) - 1 == 3  # zero-shot, TF-IDF, the MLM head
     with pytest.raises(InputError, match="has no result for reviews with these rows and settings"):
-        run_small(
-            tmp_path, tmp_path / "other", *FEW[:3], "seeds=2", baselines=[str(tmp_path / "torch")]
-        )
+        run_small(tmp_path, tmp_path / "other", *FEW[:3], "seeds=2", baselines=baselines)
     assert not (tmp_path / "other").exists()
 
 
-def test_what_cannot_be_a_baseline_is_refused(tmp_path, tokenizer):
+def test_what_cannot_be_a_baseline_is_rejected(tmp_path, tokenizer):
     write_suite(tmp_path)
     for name, said in (
         ("transformers:bert", "torch_baseline.py bert --suite SUITE --out FOLDER"),
