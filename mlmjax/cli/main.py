@@ -68,7 +68,11 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("mlmjax").setLevel(logging.INFO)
     if logging.lastResort:
+        # Orbax would otherwise give the root logger a handler that prefixes every line. Hugging
+        # Face has its own handler and would print every line twice.
         logging.lastResort.setLevel(logging.INFO)
+        logging.basicConfig(format="%(message)s", handlers=[logging.lastResort])
+        logging.getLogger("huggingface_hub").propagate = False
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
     keep_compiled()

@@ -1,9 +1,8 @@
 """Print lines and progress bars on stderr."""
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,75 +17,14 @@ Progress = Callable[[int, int], None]
 PATIENCE_SECONDS = 2.0
 """How long work runs before a progress bar appears."""
 
-_FIGURES = {
-    "loss": "loss {:.3f}",
-    "loss_atp": "atp {:.3f}",
-    "loss_dummy": "dummy {:.3f}",
-    "loss_mlm": "mlm {:.3f}",
-    "answer_accuracy": "accuracy {:.3f}",
-    "grad_norm": "grad {:.2f}",
-    "learning_rate": "lr {:.1e}",
-    "tokens_per_second": "{:,.0f} tok/s",
-    "mfu": "mfu {:.1%}",
-    "productive_share": "compute {:.0%}",
-}
 
-
-def describe(values: Mapping[str, float | None]) -> str:
-    """Return the figures of one line of metrics.jsonl as text, the only part of a loss once.
-
-    >>> describe({"loss": 2.5, "loss_atp": 2.5, "mfu": None, "tokens_per_second": 1234.5})
-    'loss 2.500 | 1,234 tok/s'
-    """
-    found = [
-        (form, values.get(key))
-        for key, form in _FIGURES.items()
-        if not (key.startswith("loss_") and values.get(key) == values.get("loss"))
-    ]
-    return " | ".join(
-        form.format(value) for form, value in found if value is not None and math.isfinite(value)
-    )
-
-
-class RunDisplay(ExitStack):
-    """Show a training: a progress bar on a terminal, plain lines in a pipe.
-
-    Only the first process of a run prints.
-    """
-
-    def __init__(self, total: int, done: int = 0):
-        super().__init__()
-        self._console = _console(quiet=not is_first())
-        self._bars: bars.Progress | None = None
-        self._total = total
-        if self._console.is_terminal and is_first():
-            figures = bars.TextColumn("{task.fields[figures]}")
-            self._bars = self.enter_context(_bar("training", self._console, figures))
-            self._bar = self._bars.add_task("", total=total, completed=done, figures="")
-
-    def say(self, text: str) -> None:
-        """Print one line."""
-        self._console.print(text, markup=False)
-
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        if self._bars:
-            self._bars.update(self._bar, completed=step)
-
-    def show(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
-        """Show a line of metrics, next to the bar or as a line."""
-        if self._bars and split == "train":
-            self._bars.update(self._bar, figures=describe(values))
-        else:
-            name = "" if split == "train" else f"{split} | "
-            self.say(f"step {step}/{self._total} | {name}{describe(values)}")
-
-
-def _console(**options: Any) -> Console:
+def new_console(**options: Any) -> Console:
+    """Return a console for stderr that prints texts as they are."""
     return Console(stderr=True, highlight=False, soft_wrap=True, **options)
 
 
-def _bar(what: str, console: Console, *more: bars.ProgressColumn) -> bars.Progress:
+def new_bar(what: str, console: Console, *more: bars.ProgressColumn) -> bars.Progress:
+    """Return a progress bar with its counts, the remaining time and more columns."""
     counts = bars.BarColumn(), bars.MofNCompleteColumn(), bars.TimeRemainingColumn()
     return bars.Progress(bars.TextColumn(what), *counts, *more, console=console)
 
@@ -94,9 +32,9 @@ def _bar(what: str, console: Console, *more: bars.ProgressColumn) -> bars.Progre
 @contextmanager
 def count_progress(what: str) -> Iterator[Progress]:
     """Yield a function that shows `(done, total)`: a bar on a terminal, else ten lines."""
-    console = _console()
+    console = new_console()
     if console.is_terminal:
-        with _bar(what, console) as bar:
+        with new_bar(what, console) as bar:
             task = bar.add_task("", total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return

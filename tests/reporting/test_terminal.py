@@ -3,7 +3,7 @@
 import sys
 
 from mlmjax.reporting import terminal
-from mlmjax.reporting.terminal import RunDisplay, count_progress, progress_bar
+from mlmjax.reporting.terminal import count_progress, progress_bar
 
 
 def test_rows_are_counted_in_tenths(capsys):
@@ -36,25 +36,3 @@ def test_a_bar_appears_when_work_takes_long_or_is_asked_for(capsys, monkeypatch)
         monkeypatch.setattr(terminal, "PATIENCE_SECONDS", -1.0)
         show(1, 2)
     assert "1/2" in capsys.readouterr().err
-
-
-def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
-    values = {"loss": 0.71, "answer_accuracy": 0.8, "tokens_per_second": 1732.0}
-    with RunDisplay(40) as display:
-        display.advance(20)
-        display.show(20, "train", values)
-        display.show(20, "validation", {"loss": 0.5, "mfu": float("nan")})
-        display.say("[saved]")
-    assert capsys.readouterr().err.splitlines() == [
-        "step 20/40 | loss 0.710 | accuracy 0.800 | 1,732 tok/s",
-        "step 20/40 | validation | loss 0.500",
-        "[saved]",
-    ]
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with RunDisplay(40, done=10) as display:
-        display.advance(20)
-        display.show(20, "train", values)
-        display.show(20, "validation", values)
-    shown = capsys.readouterr().err
-    assert "20/40" in shown
-    assert "validation | loss 0.710" in shown

@@ -1,4 +1,4 @@
-"""Write metrics.jsonl and TensorBoard events, from sums over a stretch of updates."""
+"""Write metrics.jsonl, TensorBoard events and log lines, from sums over a stretch of updates."""
 
 import json
 import math
@@ -7,14 +7,17 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import progress as bars
 
 from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
+from mlmjax.parallel.processes import is_first
+from mlmjax.reporting.terminal import new_bar, new_console
 from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES
 
@@ -211,3 +214,65 @@ def summarize(
         **seconds,
         "productive_share": (seconds["seconds_step"] or 0.0) / total if total else None,
     }
+
+
+_FIGURES = {
+    "loss": "loss {:.3f}",
+    "loss_atp": "atp {:.3f}",
+    "loss_dummy": "dummy {:.3f}",
+    "loss_mlm": "mlm {:.3f}",
+    "answer_accuracy": "accuracy {:.3f}",
+    "grad_norm": "grad {:.2f}",
+    "learning_rate": "lr {:.1e}",
+    "tokens_per_second": "{:,.0f} tok/s",
+    "mfu": "mfu {:.1%}",
+    "productive_share": "compute {:.0%}",
+}
+
+
+def describe(values: Mapping[str, float | None]) -> str:
+    """Return the figures of one line of metrics.jsonl as text, without the only part of a loss.
+
+    >>> describe({"loss": 2.5, "loss_atp": 2.5, "mfu": None, "tokens_per_second": 1234.5})
+    'loss 2.500 | 1,234 tok/s'
+    """
+    parts = [key for key in _FIGURES if key.startswith("loss_") and values.get(key) is not None]
+    hidden = parts if len(parts) == 1 else []
+    found = [(form, values.get(key)) for key, form in _FIGURES.items() if key not in hidden]
+    return " | ".join(
+        form.format(value) for form, value in found if value is not None and math.isfinite(value)
+    )
+
+
+class RunDisplay(ExitStack):
+    """Show a training: a progress bar on a terminal, plain lines in a pipe.
+
+    Only the first process of a run prints.
+    """
+
+    def __init__(self, total: int, done: int = 0):
+        super().__init__()
+        self._console = new_console(quiet=not is_first())
+        self._bars: bars.Progress | None = None
+        self._total = total
+        if self._console.is_terminal and is_first():
+            figures = bars.TextColumn("{task.fields[figures]}")
+            self._bars = self.enter_context(new_bar("training", self._console, figures))
+            self._bar = self._bars.add_task("", total=total, completed=done, figures="")
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        self._console.print(text, markup=False)
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._bars:
+            self._bars.update(self._bar, completed=step)
+
+    def show(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
+        """Show a line of metrics, next to the bar or as a line."""
+        if self._bars and split == "train":
+            self._bars.update(self._bar, figures=describe(values))
+        else:
+            name = "" if split == "train" else f"{split} | "
+            self.say(f"step {step}/{self._total} | {name}{describe(values)}")

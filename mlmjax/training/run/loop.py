@@ -18,12 +18,19 @@ from mlmjax.config.run import RunConfig
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
-from mlmjax.reporting.terminal import RunDisplay
 from mlmjax.training.flops import peak_flops, training_flops
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule
 from mlmjax.training.run.inputs import Loaders, feed
-from mlmjax.training.run.log import Figures, MetricsLog, Totals, add, count_tokens, summarize
+from mlmjax.training.run.log import (
+    Figures,
+    MetricsLog,
+    RunDisplay,
+    Totals,
+    add,
+    count_tokens,
+    summarize,
+)
 from mlmjax.training.run.timing import Clock
 from mlmjax.training.run.validation import EvalStep, validate
 from mlmjax.training.step import AnyBatch, TrainState

@@ -15,14 +15,14 @@ from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
 from mlmjax.parallel.processes import broadcast_from_first, is_first
 from mlmjax.parallel.sharding import gather_on_first
-from mlmjax.reporting.terminal import RunDisplay, say
+from mlmjax.reporting.terminal import say
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_optimizer
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
 from mlmjax.training.run.inputs import Loaders, open_loaders
-from mlmjax.training.run.log import MetricsLog, Totals
+from mlmjax.training.run.log import MetricsLog, RunDisplay, Totals
 from mlmjax.training.run.loop import Loop, TrainStep, catch_signals
 from mlmjax.training.run.resume import (
     check_before_start,
