@@ -308,6 +308,7 @@ class ModelConfig:
                 yield _problem(name, self.extra[name], "null: not supported here")
 
 
+# What pydantic checks: each annotation, with None where that is the default.
 _FIELDS: dict[str, Any] = {
     name: (kind | None if getattr(ModelConfig, name, ...) is None else kind, ...)
     for name, kind in ModelConfig.__annotations__.items()

@@ -206,8 +206,9 @@ class Embedding(nnx.Module):
 
     def __call__(self, input_ids: jax.Array) -> jax.Array:
         """Look up `[batch, seq]`; an id outside the vocabulary gives NaN."""
-        # The table is sharded along hidden. Each device looks up its columns for all rows, and then
-        # columns are exchanged for rows. Otherwise the compiler may gather all rows on all devices.
+        # The table is sharded along hidden by the axis fsdp. Each device looks up its columns for
+        # the rows of "data", and then columns are exchanged for rows: "batch" is data and fsdp
+        # together. Otherwise the compiler may gather all rows on all devices.
         input_ids = constrain(input_ids, "data", None)
         rows = jnp.take(self.weight[...], input_ids, axis=0, mode="fill")
         rows = constrain(rows, "data", None, "fsdp")
