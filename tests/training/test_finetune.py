@@ -38,13 +38,13 @@ def drawn(lengths, seed=0, vocabulary=60):
     ]
 
 
-def single_rows(prompts, answers, rows, length):
+def single_rows(prompts, answers, rows, length, slots=1):
     """One prompt in each row: what packed batches have to be equal to."""
     filled = [[*prompt.ids, *[PAD] * (length - len(prompt.ids))] for prompt in prompts]
     filled += [[PAD] * length] * (rows - len(prompts))
     segments = [[int(i < len(prompt.ids)) for i in range(length)] for prompt in prompts]
     segments += [[0] * length] * (rows - len(prompts))
-    targets = np.full((3, rows, 1), UNUSED, np.int32)
+    targets = np.full((3, rows, slots), UNUSED, np.int32)
     targets[0, : len(prompts), 0] = [prompt.slot for prompt in prompts]
     targets[1, : len(prompts), 0], targets[2, : len(prompts), 0] = answers, ATP
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
@@ -99,8 +99,9 @@ def model():
 def test_loss_and_gradients_are_those_of_single_rows(model):
     lengths = [9, 30, 14, 22, 5, 40, 17]
     prompts, answers = drawn(lengths, vocabulary=model.config.vocab_size), np.arange(7) + 11
-    packed = answer_batch(prompts, answers, shape=Shape(4, 48, 3), pad_id=PAD)
-    single = single_rows(prompts, answers, 7, 40)
+    packed = answer_batch(prompts, answers, shape=Shape(7, 48, 3), pad_id=PAD)
+    assert not packed.segment_ids[4:].any()
+    single = single_rows(prompts, answers, 7, 48, slots=3)
     graphdef, params = nnx.split(model)
 
     @jax.jit
