@@ -13,7 +13,6 @@ CHILD = """
 import sys
 import jax
 devices, code, arguments = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
-sys.modules["torch"] = None  # tensorboardX would spend a second on its import.
 jax.config.update("jax_num_cpu_devices", devices)
 from mlmjax.cli.main import main
 from mlmjax.parallel import failures, launch
