@@ -47,6 +47,12 @@ PATTERNS = [
     {"local_attention": 16},
     {"local_attention": 1000},
 ]
+MORE = [
+    *({name: True} for name in BIASES),
+    {"layer_types": [GLOBAL] * 2},
+    {"local_attention": 1},
+    {"local_attention": 16, "num_attention_heads": 8},
+]
 
 
 def oracle(model):
@@ -70,6 +76,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "implementation"),
     [(changes, "auto") for changes in PIECES]
+    + [pytest.param(changes, "banded", marks=pytest.mark.long) for changes in MORE]
     + [(changes, "banded") for changes in PATTERNS]
     + [(changes, "dense") for changes in ({"layer_types": [LOCAL] * 2}, {"local_attention": 7})],
     ids=str,
@@ -118,7 +125,10 @@ def test_sequence_classification_is_that_of_transformers(changes):
     np.testing.assert_allclose(model(ids), full.logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", [65, 66, 300])
+@pytest.mark.parametrize(
+    "length",
+    [65, 66, 300, *(pytest.param(n, marks=pytest.mark.long) for n in (63, 64, 128, 129))],
+)
 def test_lengths_around_the_window(length):
     """All tokens see each other up to 65; the longest row is computed in blocks."""
     config = config_of(local_attention=128, global_attn_every_n_layers=2)

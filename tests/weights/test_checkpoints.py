@@ -235,7 +235,7 @@ def test_damaged_checkpoint_says_which_step_and_what_to_do(damage, state, saved,
     with Checkpoints(saved, KEEP) as checkpoints:
         with pytest.raises(InputError) as caught:
             checkpoints.restore(2, abstract(state))
-        assert checkpoints.restore(1, abstract(state)).step == 0
+        assert bits(checkpoints.restore(1, abstract(state))) == bits(make_state(seed=5))
     message = caught.value.message
     assert f"{saved / '2'}: " in message
     assert "step 2 is damaged" in message
