@@ -2,12 +2,14 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+MAX_DETAIL_LINES = 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -15,16 +17,26 @@ class InputError(ValueError):
     """Reject user input: where, what was found, what was expected, what to do.
 
     `message` is one complete line; `details` are further lines, each one problem of many. The
-    command line prints the message, at most 20 details, and exits with code 2.
+    text of the error has at most 20 details; the command line prints it and exits with code 2.
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
         self.message = printable(message)
         self.details = tuple(map(printable, details))
-        super().__init__("\n".join([self.message, *self.details]))
+        super().__init__("\n".join([self.message, *first_details(self.details)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.details)  # Workers send errors to their parent.
+
+
+class MissingColumnError(InputError):
+    """Reject a row without a column, which most likely no other row has either."""
+
+
+def first_details(details: Sequence[str]) -> list[str]:
+    """Return at most 20 lines, and one with the number of the others."""
+    more = len(details) - MAX_DETAIL_LINES
+    return [*details[:MAX_DETAIL_LINES], *([f"... and {more} more"] if more > 0 else [])]
 
 
 @contextmanager
@@ -82,5 +94,9 @@ def write_advice(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type without text."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    """Return the first line of an error's text, or its type without text.
+
+    What Orbax adds to the words of TensorStore says nothing to a user.
+    """
+    text = re.split(r"\.?\s*(?:See full )?TensorStore details:", str(error).strip())[0]
+    return next(iter(text.splitlines()), "") or type(error).__name__

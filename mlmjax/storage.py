@@ -49,7 +49,10 @@ def plain_file(folder: Path, name: str) -> Path:
             return target
     except (OSError, RuntimeError) as error:
         raise InputError(f"{folder / name}: cannot be read ({error})") from error
-    raise InputError(f"{folder / name}: is missing; a model folder needs this file")
+    raise InputError(
+        f"{folder / name}: is missing; a model folder needs this file; fetch or export the model "
+        "again, or give another folder"
+    )
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
 from mlmjax.classification.fitting import HeldOut, Recipe, learn, split_rows
-from mlmjax.classification.labels import label_numbers, list_answers, pair_labels, right_columns
+from mlmjax.classification.labels import (
+    check_lengths,
+    label_numbers,
+    list_answers,
+    pair_labels,
+    right_columns,
+)
 from mlmjax.classification.predictor import Predictor
 from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
@@ -156,6 +162,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         """
         chosen = self._recipe(recipe)
         texts, labels = list(check_list(texts, "texts")), list_answers(labels)
+        check_lengths(texts, labels)
         settings, model, tokenizer, _ = self._read(seen=labels)
         if chosen.patience is not None and validation is None and not chosen.validation_share:
             raise InputError(

@@ -85,9 +85,16 @@ def pair_labels(
 ) -> list[Any]:
     """Return `label_numbers` of texts; raise `InputError` unless each text has one row of it."""
     truth = label_numbers(answers, names, multi_label)
-    if len(texts) != len(truth):
-        raise InputError(f"there are {len(texts)} texts and {len(truth)} labels; give one per text")
+    check_lengths(texts, truth)
     return truth
+
+
+def check_lengths(texts: Sequence[str], answers: Sequence[Any]) -> None:
+    """Raise `InputError` unless each text has one answer."""
+    if len(texts) != len(answers):
+        raise InputError(
+            f"there are {len(texts)} texts and {len(answers)} labels; give one per text"
+        )
 
 
 def _name(label: Any) -> str:
@@ -125,7 +132,10 @@ def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:
 def check_known(name: str, index: Mapping[str, Any]) -> None:
     """Raise `InputError` for a label that is not among the keys of `index`."""
     if name not in index:
-        raise InputError(f"label {name!r:.60} is not one of {', '.join(index):.200}")
+        raise InputError(
+            f"label {name!r:.60} is not one of {', '.join(index):.200}; correct it, or add it to "
+            "the classifier's labels"
+        )
 
 
 def right_columns(truth: Sequence[Any], multi_label: bool) -> np.ndarray:

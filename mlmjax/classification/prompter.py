@@ -1,6 +1,7 @@
 """Turn a text into prompts, and their scores into one answer."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
@@ -276,12 +277,8 @@ def draw_options(
 
 def make_template(settings: Settings) -> Template:
     """Return the template; raises `InputError` if its fields do not suit the settings."""
-    template = Template(
-        settings.template,
-        shorten=dict(settings.shorten),
-        slot=settings.head == "mlm",
-        names=settings.names,
-    )
+    slot = settings.head == "mlm"
+    template = Template(settings.template, slot=slot, names=settings.names)
     needed = {"text", "label"} if settings.multi_label else {"text"}
     allowed = needed if settings.head == "classification" else needed | {"options", "examples"}
     fields = set(template.fields)
@@ -292,7 +289,7 @@ def make_template(settings: Settings) -> Template:
         )
     if settings.examples and "examples" not in fields:
         raise InputError("template: has no {examples} for the examples given; add it")
-    return template
+    return replace(template, shorten=settings.shorten)
 
 
 def _braced(names: Iterable[str]) -> str:

@@ -112,7 +112,10 @@ def settle(
     if labels is None and has_head:
         labels = HeadScorer.labels_of(model)
     if labels is None:
-        raise InputError("the classifier has no labels; give labels, or call fit first")
+        raise InputError(
+            "the classifier has no labels; give labels (--labels on the command line), or call fit "
+            "first"
+        )
     values["labels"] = label_table(labels)
     values["examples"] = _examples(given["examples"], saved, values)
     values |= _template(given, saved, values, tokenizer)

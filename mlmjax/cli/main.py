@@ -20,6 +20,7 @@ from mlmjax.errors import (
     EXIT_INTERRUPTED,
     InputError,
     RunError,
+    first_details,
     write_advice,
 )
 
@@ -53,8 +54,6 @@ def _processor() -> str:
     return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
 
 
-MAX_DETAIL_LINES = 20
-
 # By default XLA orders a CPU program for concurrency: a training step then needs a quarter to a
 # half more memory, `remat` saves nothing, and it is no faster on few cores.
 FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
@@ -83,9 +82,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         if debug:
             traceback.print_exc()
         first, *rest = [*message.splitlines(), *details] or [""]
-        lines = [f"{program}: {first}", *(f"  {line}" for line in rest[:MAX_DETAIL_LINES])]
-        if len(rest) > MAX_DETAIL_LINES:
-            lines.append(f"  ... and {len(rest) - MAX_DETAIL_LINES} more")
+        lines = [f"{program}: {first}", *(f"  {line}" for line in first_details(rest))]
         click.echo("\n".join(lines), err=True)
         return code
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 import numpy as np
 from pydantic import AfterValidator, Field
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, MissingColumnError
 
 
 def pattern_parts(pattern: str) -> list[tuple[str, str | None]]:
@@ -37,8 +37,10 @@ Pattern: TypeAlias = Annotated[str, AfterValidator(_checked)]
 Column: TypeAlias = Pattern | Annotated[tuple[Pattern, ...], Field(min_length=1)]
 
 
-def look_up(fields: Mapping[str, Any], column: Column) -> Any:
-    """Return the value of a column in a record; raise `InputError` if it has none.
+def look_up(fields: Mapping[str, Any], column: Column, key: str = "") -> Any:
+    """Return the value of a column in a record; raise `MissingColumnError` if it has none.
+
+    `key` is the key of a task file that names the column.
 
     >>> record = {"title": "On ice", "body": "Skates.", "meta": {"year": 1999}}
     >>> look_up(record, "meta.year"), look_up(record, ("text", "{title}: {body}"))
@@ -55,7 +57,8 @@ def look_up(fields: Mapping[str, Any], column: Column) -> Any:
             continue
     found = ", ".join(map(repr, fields))
     expected = " or ".join(map(repr, alternatives))
-    raise InputError(f"has no column {expected}; its columns are {found}")
+    advice = f"; give other rows (--data), or set {key} of the task to one of these" if key else ""
+    raise MissingColumnError(f"has no column {expected}; its columns are {found}{advice}")
 
 
 def as_written(value: Any) -> str:

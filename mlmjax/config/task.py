@@ -182,7 +182,7 @@ class Task(StrictTable):
         """Return the fields of the prompt except options; None if cleaning leaves one blank."""
         row: dict[str, Any] = {}
         for field in _row_fields(self.prompt):
-            value = look_up(record, self.columns.get(field, field))
+            value = look_up(record, self.columns.get(field, field), f"columns.{field}")
             if field in self.clean:
                 check_text(value, f"field {field!r}")
                 value = CLEANINGS[self.clean[field]](value)
@@ -240,8 +240,8 @@ def _row_fields(prompt: str) -> tuple[str, ...]:
 def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:
     """Return the values of a row in a column of lists, or in several columns."""
     if isinstance(options, tuple):
-        return [look_up(record, column) for column in options]
-    values = look_up(record, options)
+        return [look_up(record, column, "options") for column in options]
+    values = look_up(record, options, "options")
     if not isinstance(values, list | tuple | np.ndarray) or len(values) < 2:
         raise InputError(f"column {options!r} is {values!r:.60}; expected a list of two or more")
     return list(values)

@@ -169,12 +169,12 @@ def contamination(
     else:
         is_partly = any(one.task == task.name for run in training.runs for one in run.excluded)
         how = (
-            "kept out only of some runs, or by another copy of it" if is_partly else "not kept out"
+            f"not every run kept out examples that share text with {task.name}, or a run used "
+            "another copy of it"
+            if is_partly
+            else "examples that share text with it were not kept out"
         )
-        remarks = [
-            f"the training manifest names no file, dataset or task of {task.name}; examples that "
-            f"share text with it were {how}"
-        ]
+        remarks = [f"the training manifest names no file, dataset or task of {task.name}; {how}"]
     start = training.runs[0].init_from if training.runs else None
     if start is not None:
         remarks.append(f"what {start} was trained on is not known")
@@ -201,7 +201,8 @@ def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, 
     if names:
         more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         listed = ", ".join(map(repr, names[:NAMED])) + more
-        found.append(f"trained on tasks named like this evaluation, {task.name}: {listed}")
+        whose = "whose name contains" if len(names) == 1 else "whose names contain"
+        found.append(f"trained on {listed}, {whose} the name of this task, {task.name!r}")
     return found
 
 

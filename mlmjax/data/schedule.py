@@ -58,9 +58,10 @@ def row_schedule(data: DataConfig, steps: int) -> RowSchedule:
         )
     warmup = updates_of(data.batch_warmup, steps)
     if not 0 < warmup <= steps:
+        share = "" if warmup else f" ({data.batch_warmup} of them, rounded)"
         raise InputError(
-            f"data.batch_warmup: {warmup} updates of {steps} steps; expected 1 to {steps}, or no "
-            "batch_start"
+            f"data.batch_warmup: {warmup} updates of {steps} steps{share}; give 1 to {steps}, or "
+            "leave batch_start out"
         )
     return RowSchedule(data.batch_start, data.batch_size, warmup)
 

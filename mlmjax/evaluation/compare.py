@@ -156,6 +156,8 @@ def read_results(path: str | Path) -> Evaluated:
     repeated index, and rejects rows that do not match `results.json`.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise InputError(f"{folder}: is a file; expected its folder; give {folder.parent}")
     if missing := [name for name in (RESULTS, PREDICTIONS) if not (folder / name).is_file()]:
         raise InputError(
             f"{folder}: has no file {missing[0]}; give a folder written by `mlmjax evaluate --out`"

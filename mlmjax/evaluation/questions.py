@@ -56,7 +56,7 @@ def read_questions(
 
 def _question(task: Task, index: int, record: Record) -> Question | Literal["dropped", "blank"]:
     """Turn a record into a question, or return why it is left out."""
-    answer = look_up(record.fields, task.answer)
+    answer = look_up(record.fields, task.answer, "answer")
     if as_written(answer) in task.drop_labels:
         return "dropped"
     row = task.fields_of(record.fields)
@@ -74,7 +74,7 @@ def _question(task: Task, index: int, record: Record) -> Question | Literal["dro
                     f"{len(row['options'])} options; expected one for each"
                 )
     gold = _gold(answer, names, task.labels)
-    group = None if task.group is None else look_up(record.fields, task.group)
+    group = None if task.group is None else look_up(record.fields, task.group, "group")
     if task.group is not None and group is None:
         raise InputError(f"column {task.group!r}, the row's group, is null; expected a name")
     return Question(index, record.where, row, gold, "" if group is None else as_written(group))
@@ -86,12 +86,15 @@ def _gold(answer: Any, names: Sequence[str], labels: Any) -> int:
     if isinstance(labels, Mapping):
         if key in labels:
             return names.index(labels[key])
-        raise InputError(f"the answer {answer!r} is not one of {', '.join(map(repr, labels))}")
+        raise InputError(
+            f"the answer {answer!r} is not one of {', '.join(map(repr, labels))}; correct it, or "
+            "add it to labels or drop_labels of the task"
+        )
     if key in names:
         return names.index(key)
     if key.isdecimal() and len(key) < 10 and int(key) < len(names):
         return int(key)
     raise InputError(
         f"the answer {answer!r} is not one of {', '.join(map(repr, names))} and not an index from "
-        f"0 to {len(names) - 1}"
+        f"0 to {len(names) - 1}; correct it, or set answer of the task to another column"
     )

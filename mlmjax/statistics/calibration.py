@@ -143,7 +143,7 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
 
     `gold` is an index per row. Only confidence changes, no answer (Guo et al. 2017, arXiv
     1706.04599). Raises `InputError` if there is none: every answer is right, so that no
-    confidence is too high, or the probabilities say no more of the labels than a guess.
+    confidence is too high, or the probabilities are no better than guessing.
     """
     scores = check_log_probs(log_probs, ("rows", "labels"))
     truth = check_gold(gold, scores)
@@ -159,8 +159,8 @@ def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndar
     low, high = -math.log(HOTTEST), -math.log(COLDEST)
     if slope(low) >= 0:
         raise InputError(
-            f"the probabilities of these {len(scores)} rows say no more of their labels than a "
-            "guess, so no temperature fits; check the labels and their order"
+            f"the probabilities of these {len(scores)} rows are no better than guessing, so no "
+            "temperature fits; check the labels and their order"
         )
     if slope(high) <= 0:
         raise InputError(
@@ -269,7 +269,7 @@ def abstention_threshold(
     if not len(reached):
         raise InputError(
             f"no threshold reaches an accuracy of {accuracy} with {least} or more answers to these "
-            f"{len(order)} texts, but at most {accuracies[is_allowed].max():.3f}; ask for less, or "
+            f"{len(order)} texts; the best is {accuracies[is_allowed].max():.3f}; ask for less, or "
             "give more texts"
         )
     return float(ranked[reached[-1]])

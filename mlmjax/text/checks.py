@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, MissingColumnError
 
 _Result = TypeVar("_Result")
 
@@ -42,13 +42,18 @@ def name_rows(rows: Iterable[_Result], first: int = 0) -> Iterator[tuple[str, _R
 def for_each_row(
     act: Callable[[Any], _Result], named_rows: Iterable[tuple[str, Any]]
 ) -> list[_Result]:
-    """Apply `act` to each row; raise one `InputError` that names every bad row."""
+    """Apply `act` to each row; raise one `InputError` that names every bad row.
+
+    It stops at a row without a column, because the others hardly have it.
+    """
     results, problems = [], []
     for name, row in named_rows:
         try:
             results.append(act(row))
         except InputError as error:
             problems.append(f"{name}: {error.message}")
+            if isinstance(error, MissingColumnError):
+                break
     if problems := list(dict.fromkeys(problems)):
         raise InputError(problems[0], problems[1:])
     return results
@@ -128,7 +133,8 @@ def check_row(
     check_options(row["options"])
     if len(row["options"]) > label_count:
         raise InputError(
-            f"has {len(row['options'])} options; the verbalizer has {label_count} labels"
+            f"has {len(row['options'])} options; the verbalizer has {label_count} labels; remove "
+            "options, or give a verbalizer with more labels"
         )
     for number, option in enumerate(row["options"], 1):
         check_filled(option, f"option {number}")

@@ -100,7 +100,8 @@ class Verbalizer:
                 if not form.strip():
                     raise InputError(f"label {label!r}: form {form!r} is blank; expected some text")
         if len(forms) < 2:
-            raise InputError(f"verbalizer: has {len(forms)} labels; expected at least two")
+            count = "1 label" if len(forms) == 1 else "no label"
+            raise InputError(f"found {count}; expected at least two")
         object.__setattr__(self, "forms", forms)
 
     @classmethod

@@ -123,6 +123,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
 def _restore(folder: Path, abstract: Any, expected: Mapping[str, int] | None) -> Any:
     """Return the arrays of a folder, all on one device; None restores whatever tree is there."""
     check_name(folder)
+    advice = "make the checkpoint again with to-jax"
+    if folder.name == STATE:
+        advice = "it is the state of a training run; give the export folder of the run instead"
     device = SingleDeviceSharding(jax.devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -137,6 +140,4 @@ def _restore(folder: Path, abstract: Any, expected: Mapping[str, int] | None) ->
             verify(restored, expected)
         return restored
     except Exception as error:
-        raise InputError(
-            f"{folder}: is damaged ({first_line(error):.200}); write the checkpoint again"
-        ) from error
+        raise InputError(f"{folder}: is damaged ({first_line(error):.200}); {advice}") from error

@@ -184,7 +184,9 @@ def _not_whole(where: Path, error: Exception) -> InputError:
 def _no_weights(folder: Path) -> InputError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
-        return InputError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
+        export = folder / "export"
+        advice = export if export.is_dir() else "the folder of an exported model"
+        return InputError(f"{folder}: holds no weights ({WEIGHTS} or {INDEX}); give {advice}")
     return InputError(
         f"{folder}: holds weights only in a format that can run code or is not supported "
         f"({', '.join(pickles[:3])}); expected {WEIGHTS}. If you trust the file, convert it: "

@@ -271,6 +271,7 @@ def test_bad_texts_are_rejected(fitted, texts, message):
 @pytest.mark.parametrize(
     ("texts", "labels", "message"),
     [
+        (["a", "b", "c"], ["sports"] * 2, "there are 3 texts and 2 labels"),
         (["a", "b"], ["sports", "sports"], "fit: the distinct labels are 'sports'"),
         (["a"], ["sports", "money"], "1 texts and 2 labels"),
         (["a", "b"], ["sports", "mony"], r"row 2 \(index 1\): label 'mony' is not one of"),
@@ -282,6 +283,17 @@ def test_bad_texts_are_rejected(fitted, texts, message):
 def test_bad_training_data_is_rejected(pair, texts, labels, message):
     with pytest.raises(InputError, match=message):
         Classifier(pair, ["sports", "money"]).fit(texts, labels)
+
+
+def test_an_error_shows_twenty_more_rows_and_counts_the_others(pair):
+    with pytest.raises(InputError, match=r"row 21 .*\n\.\.\. and 9 more$") as caught:
+        Classifier(pair, ["sports", "money"]).fit(["a"] * 30, ["mony"] * 30)
+    assert len(caught.value.details) == 29
+
+
+def test_a_template_without_the_text_is_rejected(pair):
+    with pytest.raises(InputError, match=r"template: its fields are foo; expected \{text\}"):
+        Classifier(pair, ["a", "b"], template="hello {foo}").predict(["x"])
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_the_very_file_is_found_whatever_it_is_called(exports, capsys):
 def test_a_task_of_the_same_name_is_found(tmp_path):
     known = look([run_of(tasks=["animal", "color"])], fresh(tmp_path), name="Colo_r")
     assert known.status == "found"
-    found = "trained on tasks named like this evaluation, Colo_r: 'color'"
+    found = "trained on 'color', whose name contains the name of this task, 'Colo_r'"
     assert known.lines == [f"not zero-shot: the model was {found}"]
 
 
@@ -144,7 +144,7 @@ def test_exclusion_by_overlap_is_reported_when_it_was_of_this_data(tmp_path):
     data.write_text('{"text": "other", "label": "a"}\n')
     known = look([kept_out], data)
     assert known.status == "none found"
-    assert "kept out only of some runs, or by another copy of it" in known.remarks[0]
+    assert "not every run kept out examples that share text with quiz" in known.remarks[0]
     # A file or a task that was trained on is worse than what was kept out.
     assert look([kept_out, run_of(tasks=["a quiz"])], data).status == "found"
     assert look([run_of(init_from="org/base")], data).remarks[1] == (
@@ -181,4 +181,5 @@ def test_a_broken_manifest_is_rejected(tmp_path, text, message):
 
 def test_many_tasks_are_counted(tmp_path):
     known = look([run_of(tasks=[f"quiz_{i}" for i in range(9)])], fresh(tmp_path))
-    assert known.trained_on[0].endswith("'quiz_4' and 4 more")
+    assert known.trained_on[0].startswith("trained on 'quiz_0',")
+    assert "'quiz_4' and 4 more, whose names contain" in known.trained_on[0]

@@ -30,7 +30,9 @@ def test_a_growing_batch_keeps_its_micro_batch():
         row_schedule(DataConfig(rows="r", batch_size=32, batch_start=12), 10)
     with pytest.raises(InputError, match="batch_warmup: 11 updates of 10 steps"):
         row_schedule(DataConfig(**data, batch_start=8, batch_warmup=11), 10)
-    with pytest.raises(InputError, match="batch_warmup: 0 updates of 4 steps"):
+    with pytest.raises(
+        InputError, match=r"batch_warmup: 0 updates of 4 steps \(0.1 of them, rounded\)"
+    ):
         row_schedule(DataConfig(**data, batch_start=8, batch_warmup=0.1), 4)
 
 

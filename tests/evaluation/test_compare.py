@@ -208,6 +208,8 @@ def test_other_rows_are_rejected(tmp_path):
     other = np.array(["w", *gold[1:]])
     with pytest.raises(InputError, match=r"1 rows have different gold labels .*index 0.*same file"):
         compare_results(one, write(tmp_path / "d", other, b))
+    with pytest.raises(InputError, match=r"results.json: is a file; .* give .*"):
+        compare_results(one, tmp_path / "a" / "results.json")
     with pytest.raises(InputError, match="nowhere: has no file"):
         compare_results(one, tmp_path / "nowhere")
 

@@ -211,6 +211,12 @@ def test_a_broken_row_is_named(answer, change, message):
         answer([ROWS[0], ROWS[1], broken])
 
 
+def test_a_missing_column_is_reported_once(answer):
+    with pytest.raises(InputError, match=r"has no column 'label'.*--data.*answer of the task") as e:
+        answer([{"text": "x"}] * 3)
+    assert not e.value.details
+
+
 def test_nothing_to_answer_is_an_error(answer, tmp_path):
     with pytest.raises(InputError, match="no row is left to answer; 5 were dropped"):
         answer(ROWS, drop_labels=("good", "bad"))

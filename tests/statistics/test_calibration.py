@@ -130,9 +130,9 @@ def test_where_no_temperature_fits_it_says_so():
     scores = np.log([[0.9, 0.1], [0.2, 0.8]])
     with pytest.raises(InputError, match="answers of all these 2 rows are right"):
         temperature_calibration(scores, [0, 1])
-    with pytest.raises(InputError, match="say no more of their labels than a guess"):
+    with pytest.raises(InputError, match="are no better than guessing"):
         temperature_calibration(scores, [1, 0])
-    with pytest.raises(InputError, match="say no more of their labels than a guess"):
+    with pytest.raises(InputError, match="are no better than guessing"):
         temperature_calibration(np.zeros((3, 2)), [1, 0, 1])
 
 

@@ -51,8 +51,8 @@ def test_verbalizers(tokenizer):
 @pytest.mark.parametrize(
     ("forms", "message"),
     [
-        ({"a": [" a"]}, "has 1 labels; expected at least two"),
-        ({}, "has 0 labels; expected at least two"),
+        ({"a": [" a"]}, "found 1 label; expected at least two"),
+        ({}, "found no label; expected at least two"),
         ([" a", " b"], "is list; expected label -> list of forms"),
         ({"a": [" a"], " ": [" b"]}, "label ' ': is blank"),
         ({"a": [" a"], "": [" b"]}, "label '': is blank"),
@@ -111,7 +111,7 @@ def test_a_word_unknown_to_the_tokenizer_is_rejected():
     ("labels", "message"),
     [
         (["a", "b", "a"], "label 'a': is repeated"),
-        (["a"], "has 1 labels"),
+        (["a"], "found 1 label;"),
         (["a", " \n"], "is blank"),
         (["a", 3], "label 2: is int"),
         ("ab", "expected a list of labels"),

@@ -97,7 +97,7 @@ def locate_part(task: Task, part: Part, folder: Path | None, name: str) -> tuple
             raise NoDataError(f"test rows of {task.name}: the task names no dataset of the hub")
         return task, None
     if part.split is None or (part.hub or task.hub) is None:
-        raise NoDataError(f"{name} rows of {task.name}: are not on the hub; give a folder (--data)")
+        raise NoDataError(f"its {name} rows are not on the hub")
     place = {key: getattr(part, key) for key in ("subset", "folder", "revision")}
     if part.hub is None:  # the task's own dataset; otherwise nothing of the task's place applies
         place = {key: value for key, value in place.items() if value is not None}

@@ -216,7 +216,7 @@ def _find_entries(
         reasons = [f"task {one['task']}: {one['reason']}" for one in missing]
         raise InputError(
             f"suite {suite.name}: no entry finds its data, so nothing was run; give a folder "
-            f"with its files: {reasons[0]}",
+            f"with its files (--data): {reasons[0]}",
             reasons[1:],
         )
     return present, missing

@@ -175,8 +175,8 @@ def _compile_scoring(
             "shorter prompts"
         )
         assumptions.append(
-            f"scoring: one device, the longest prompts ({length} tokens), four labels; in bfloat16 "
-            "the float32 model takes memory too, which is not counted"
+            f"scoring: one device, the longest prompts ({length} tokens), four labels; with "
+            "dtype bfloat16 the float32 parameters take memory too, which is not counted"
         )
     found = _compile(program, mesh, params, *inputs)
     return {

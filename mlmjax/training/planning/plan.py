@@ -20,6 +20,11 @@ _RESHARDING = "Involuntary full rematerialization"
 _UNKNOWN_FLAG = "Unknown flag"
 _KILLED = -9
 _UNITS = {"GiB": 2**30, "MiB": 2**20}
+_STAGES = {
+    "trace": "reading the program",
+    "lower": "translating it",
+    "compile": "compiling it",
+}
 
 
 def make_plan(config: RunConfig, topology: str, *, say: Say = lambda line: None) -> dict[str, Any]:
@@ -228,13 +233,16 @@ def _report_program(program: dict[str, Any], limit: int | None) -> Iterator[str]
     if memory := program.get("memory"):
         outputs = memory["outputs"] - memory["outputs_in_arguments"]
         sizes |= {"temporaries": memory["temporaries"], "outputs": outputs, "code": memory["code"]}
-    notes = {"temporaries": " (activations, gradients)", "outputs": " that reuse no argument"}
+    notes = {
+        "temporaries": " (activations, gradients)",
+        "outputs": " (not in the memory of the inputs)",
+    }
     for key, size in sizes.items():
         yield f"    {key.replace('_', ' '):<17}{_format_size(size, unit)}{notes.get(key, '')}"
     for kind, found in program.get("collectives", {}).items():
         yield f"  {kind:<19}{_format_size(found['bytes'], unit)}, {found['count']} per step"
     seconds = program["seconds"].items()
-    yield "  " + ", ".join(f"{name} {_format_seconds(value)}" for name, value in seconds)
+    yield "  " + ", ".join(f"{_STAGES[name]} {_format_seconds(value)}" for name, value in seconds)
 
 
 def _outcome(program: dict[str, Any], limit: int | None) -> str:

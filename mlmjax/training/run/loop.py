@@ -282,7 +282,10 @@ class Loop:
 
     def _leave(self, step: int) -> None:
         self.checkpoints.wait()
-        self.display.say(f"stopped by a signal; step {step} is saved")
+        self.display.say(
+            f"stopped by a signal; step {step} is saved in {self.config.out}; the same "
+            "command resumes"
+        )
         self.stop.leave()
 
     def _diverged(self, step: int, what: str) -> RunError:

@@ -14,7 +14,7 @@ from mlmjax.errors import InputError
 from mlmjax.parallel.processes import is_first
 
 PHASES = {
-    "step": "training steps",
+    "step": "compute",
     "compile": "compiling",
     "data": "waiting for data",
     "checkpoint": "checkpoints",

@@ -189,13 +189,13 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
         ]
     baseline = "majority baseline, per task"
     width = max(map(len, [*report["per_task"], baseline]))
-    lines = [f"{'task':{width}}  {'n':>6}  accuracy  majority"]
+    heads = f"accuracy  {'95 % interval':14}  majority  most common answer"
+    lines = [f"{'task':{width}}  {'n':>6}  {heads}"]
     for name, row in (*report["per_task"].items(), ("all", report)):
-        figures = f"{row['n']:6d}  {row['accuracy']:8.3f}  {row['majority']:8.3f}"
-        lines.append(f"{name:{width}}  {figures}  {row['majority_answer']!r}")
-    low, high = report["accuracy_ci95"]
-    lines[-1] += f", 95 % interval {low:.3f} to {high:.3f}"
-    lines.append(f"{baseline:{width}}  {'':6}  {'':8}  {report['per_task_majority']:8.3f}")
+        interval = "{:.3f} to {:.3f}".format(*row["accuracy_ci95"]) if row is report else ""
+        figures = f"{row['accuracy']:8.3f}  {interval:14}  {row['majority']:8.3f}"
+        lines.append(f"{name:{width}}  {row['n']:6d}  {figures}  {row['majority_answer']!r}")
+    lines.append(f"{baseline:{width}}  {'':6}  {'':8}  {'':14}  {report['per_task_majority']:8.3f}")
     return lines + sources
 
 

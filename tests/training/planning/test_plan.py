@@ -137,7 +137,7 @@ def test_figures_of_a_program_have_one_unit_and_readable_seconds():
     assert "512.00 MiB of 2.000 GiB per device" in scoring
     assert scoring.count("GiB") == 1
     assert "98.1 ms at the peak" in training
-    assert "compile 3 min 10 s" in training
+    assert "compiling it 3 min 10 s" in training
     assert "attention auto: splash, blocks of 512 in global and 256 in local layers" in training
 
 
