@@ -25,8 +25,14 @@ _config = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _positive = click.IntRange(min=1)
 _revision = click.option("--revision", help="Revision of a Hub model.")
-_dtype = click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
-_batch_size = click.option("--batch-size", type=_positive)
+_dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Precision that the model computes in.",
+)
+_batch_size = click.option("--batch-size", type=_positive, help="Rows of one forward pass.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
@@ -39,7 +45,10 @@ def cli() -> None:
 @cli.command()
 @click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
 def demo(out: str) -> None:
-    """Fine-tune, test and export the packaged model on bundled textbook passages, offline."""
+    """Fine-tune the packaged model offline.
+
+    It learns bundled textbook passages, is tested on others, and is exported with a report.
+    """
     from mlmjax.cli.demo import run_demo
 
     run_demo(Path(out))
@@ -49,7 +58,10 @@ def demo(out: str) -> None:
 @_config
 @_overrides
 def prepare(config: str, overrides: tuple[str, ...]) -> None:
-    """Turn the sources of CONFIG.toml into packed rows on disk, and report on them."""
+    """Prepare the rows of CONFIG.toml on disk.
+
+    The sources are packed into rows, and a report on them is written.
+    """
     from mlmjax.data.preparing.report import write_rows_report
     from mlmjax.training.run.initial_model import load_tokenizer
     from mlmjax.training.run.train import prepare_rows
@@ -82,7 +94,9 @@ def train(
     processes: int | None,
     process: int | None,
 ) -> None:
-    """Run the training of CONFIG.toml; the same command again resumes it.
+    """Run or resume the training of CONFIG.toml.
+
+    The same command again resumes it.
 
     On a TPU pod and under SLURM, Open MPI and Kubernetes, the processes of a run find one another.
     Elsewhere, give --coordinator, --processes and --process.
@@ -104,9 +118,9 @@ def train(
 )
 @_json
 def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> int:
-    """Check ahead of time whether CONFIG.toml fits a TPU topology (no TPU needed).
+    """Check if CONFIG.toml fits a TPU topology.
 
-    The exit code is 1 if it does not fit.
+    No TPU is needed. The exit code is 1 if it does not fit.
     """
     run_config = _load(config, overrides)
     from mlmjax.reporting.terminal import say
@@ -138,10 +152,10 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 )
 @click.option(
     "--protocol",
-    type=click.Choice(["default", "published"]),
     default="default",
     show_default=True,
-    help="How options are scored; published follows the paper's scripts.",
+    metavar="NAME",
+    help="A protocol of the task; `published` of mmlu and mmlu_pro follows the paper's scripts.",
 )
 @click.option("--limit", type=_positive, help="Only the first N rows; for a suite, N drawn rows.")
 @click.option("--out", help="Folder for the results; a suite resumes from it.")
@@ -158,9 +172,10 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
 )
 @click.pass_context
 def evaluate(context: click.Context, /, **given: Any) -> None:
-    """Score a model on a task and print JSON, or run a suite into --out.
+    """Score a model on a task or a suite.
 
-    KEY=VALUE changes a setting of a suite, such as sweep.epochs=[1] seeds=2 limit=500.
+    A task prints JSON; a suite writes into --out. KEY=VALUE changes a setting of a suite, such as
+    sweep.epochs=[1] seeds=2 limit=500.
     """
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
@@ -218,6 +233,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
 
     (model,) = given["models"] or [PACKAGED]
     task = load_task(given["task"])
+    task.under(given["protocol"])  # an unknown name raises an error before anything is loaded
     loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
     _report_packaged(not given["models"])
     folder = fetch(model, revision=given["revision"], local_files_only=True)
@@ -239,9 +255,9 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
 @click.argument("b")
 @_json
 def compare(a: str, b: str, as_json: bool) -> None:
-    """Compare two evaluations of the same rows (paired significance test).
+    """Compare two evaluations of the same rows.
 
-    A and B are folders written by `mlmjax evaluate --out`.
+    The test of significance is paired. A and B are folders written by `mlmjax evaluate --out`.
     """
     from mlmjax.evaluation.compare import compare_results, lines
 
@@ -263,7 +279,10 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @_batch_size
 @click.argument("file", default="-")
 def classify(model: str | None, labels: str | None, file: str, **options: Any) -> None:
-    """Classify each line of FILE (- for standard input); print one JSON line each."""
+    """Classify each line of FILE.
+
+    FILE may be - for standard input. Each answer is one JSON line.
+    """
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
     from mlmjax.reporting.terminal import say

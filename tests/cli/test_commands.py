@@ -1,9 +1,11 @@
 """The command line: exit codes, first lines, no traceback, only results on stdout."""
 
+import json
 import os
 import subprocess
 import sys
 
+import click
 import pytest
 
 from mlmjax.cli import commands
@@ -28,6 +30,29 @@ def test_bad_input_exits_2_with_one_clear_line(capsys, arguments, message):
     assert not out
     assert "Traceback" not in err
     assert message in err.splitlines()[0]
+
+
+def test_an_own_protocol_is_accepted_and_an_unknown_one_rejected_first(capsys, tmp_path):
+    (tmp_path / "reviews.jsonl").write_text('{"text": "A fine film.", "label": 1}\n' * 2)
+    path = tmp_path / "reviews.toml"
+    path.write_text(
+        "name = 'reviews'\ndata = 'reviews.jsonl'\nprompt = 'TEXT: {text}\\nCHOICES:\\n{options}"
+        " [unused0] [MASK]'\nanswer = 'label'\nlabels = ['bad', 'good']\n"
+        "[protocols.plain]\nbare = true\n"
+    )
+    command = ["evaluate", "--task", str(path), "--order-rows", "0", "--protocol"]
+    assert run([*command, "plain"]) == 0
+    assert json.loads(capsys.readouterr().out)["protocol"] == "plain"
+    assert run([*command, "other"]) == 2
+    message = "mlmjax: task reviews: has no protocol 'other'; it has default, plain"
+    assert capsys.readouterr().err.splitlines()[0] == message
+
+
+def test_the_help_has_a_whole_line_for_every_command():
+    for command in commands.cli.commands.values():
+        assert len(command.get_short_help_str(1000)) <= 45
+        options = [one for one in command.params if isinstance(one, click.Option)]
+        assert all(option.help for option in options)
 
 
 def test_labels_from_a_file(tmp_path):
