@@ -191,7 +191,9 @@ class SelectConfig(StrictTable):
     @model_validator(mode="after")
     def _ascending(self) -> "SelectConfig":
         if any(a >= b for a, b in pairwise(self.sizes)) or len(self.sizes) > 100:
-            raise ValueError(f"sizes are {list(self.sizes)}; expected at most 100, ascending")
+            raise ValueError(
+                f"sizes are {list(self.sizes)}; expected at most 100 sizes, in ascending order"
+            )
         return self
 
 
@@ -221,7 +223,8 @@ class DataConfig(StrictTable):
     def _consistent(self) -> "DataConfig":
         if self.batch_size % self.accumulate:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}; "
+                "change one of them, so that batches divide into equal parts"
             )
         if self.validation_sources and self.validation_rows:
             raise ValueError(

@@ -44,7 +44,8 @@ class ObjectiveConfig(StrictTable):
     def _at_most_one(self) -> "ObjectiveConfig":
         if self.dummy_mlm_share + self.mlm_share > 1.0:
             raise ValueError(
-                f"dummy_mlm_share {self.dummy_mlm_share} + mlm_share {self.mlm_share} is above 1"
+                f"dummy_mlm_share {self.dummy_mlm_share} + mlm_share {self.mlm_share} is above 1; "
+                "lower one of them"
             )
         return self
 
@@ -152,8 +153,10 @@ class RunConfig(StrictTable):
     def _one_start(self) -> "RunConfig":
         # An empty [model] describes nothing, so `model={}` as an override removes the table.
         if self.model is None if self.init_from is None else self.model:
+            found = "neither init_from nor" if self.init_from is None else "both init_from and"
             raise ValueError(
-                "give exactly one of init_from (a folder or hub id) and [model] (HF config keys)"
+                f"found {found} [model]; give exactly one of init_from (a folder or hub id) and "
+                "[model] (HF config keys)"
             )
         if self.head == "classification":
             self._check_classification()

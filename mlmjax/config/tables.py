@@ -52,7 +52,7 @@ def check_values(table_type: type[Table], values: Any, where: str, advice: str =
     try:
         return table_type.model_validate(values)
     except ValidationError as error:
-        problems = [_describe(table_type, problem) for problem in error.errors()]
+        problems = _problems(table_type, error)
         raise InputError(f"{where}: {problems[0]}{advice}", problems[1:]) from error
 
 
@@ -119,8 +119,8 @@ def _step_into(here: Any, name: str, change: str) -> Any:
     if isinstance(here, list):
         if not (name.isdecimal() and int(name) < len(here)):
             raise InputError(
-                f"override {change!r}: the list has {len(here)} elements, numbered from 0; "
-                f"found {name!r}"
+                f"override {change!r}: found {name!r}; expected an index of the list, from 0 and "
+                f"below its length {len(here)}"
             )
         here = here[int(name)]
     else:
@@ -158,24 +158,41 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     }
 
 
-def _describe(table_type: type[BaseModel], problem: Any) -> str:
-    location = [part for part in problem["loc"] if not _is_union_branch(part)]
-    key = ".".join(str(part) for part in location) or "top level"
+def _problems(table_type: type[BaseModel], error: ValidationError) -> list[str]:
+    """Describe each wrong value once: the types of a union together, a parent not at all."""
+    problems: dict[tuple[Any, ...], list[Any]] = {}
+    for problem in error.errors():
+        location = tuple(part for part in problem["loc"] if not _is_union_branch(part))
+        problems.setdefault(location, []).append(problem)
+    parents = {location[:end] for location in problems for end in range(len(location))}
+    return [
+        _describe(table_type, location, found)
+        for location, found in problems.items()
+        if location not in parents
+    ]
+
+
+def _describe(table_type: type[BaseModel], location: Sequence[Any], problems: list[Any]) -> str:
+    problem = problems[0]
+    where = ".".join(str(part) for part in location) + ": " if location else ""
     found = problem.get("input")
     if problem["type"] == "extra_forbidden":
         known = _keys_at(table_type, location[:-1])
         hint = suggest_name(str(location[-1]), known) or f"known here: {', '.join(known)}"
-        return f"{key}: unknown key; {hint.strip()}"
+        return f"{where}unknown key; {hint.strip()}"
     if problem["type"] == "missing":
-        return f"{key}: is missing; this key is required"
+        return f"{where}is missing; this key is required"
     if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
-    expected = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key}: found {found!r} ({type(found).__name__}); {expected}"
+        return f"{where}{problem['ctx']['error']}"
+    named = [one["msg"].replace("Input should be ", "") for one in problems]
+    expected = problem["msg"] if len(named) == 1 else f"Input should be {' or '.join(named)}"
+    return f"{where}found {found!r} ({type(found).__name__}); {expected[0].lower()}{expected[1:]}"
 
 
 def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and ("[" in part or part in {"str", "int", "float"})
+    return isinstance(part, str) and (
+        "[" in part or part.startswith("constrained-") or part in {"str", "int", "float", "bool"}
+    )
 
 
 def _keys_at(table_type: type[BaseModel], location: Sequence[Any]) -> list[str]:

@@ -1,10 +1,15 @@
 """The run configuration: strict, complete, and every shipped file parses."""
 
+import re
 from pathlib import Path
 
 import pytest
 
+from mlmjax.classification.settings import Settings
+from mlmjax.config.data import SelectConfig
 from mlmjax.config.run import RunConfig, load_config
+from mlmjax.config.suite import Suite
+from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -75,13 +80,29 @@ def test_override_reaches_into_lists(minimal):
         ("optimizer.lr=1e-3", r"optimizer\.lr: unknown key; known here: name, learning_rate"),
         ("data.sources.0.promt='x'", r"data\.sources\.0\.promt: unknown key; did you mean"),
         ("data.sources.0.shorten={inputs='end'}", r"0\.shorten\.inputs: found 'end'"),
-        ("data.sources.x.path=3", "the list has 1 elements.*found 'x'"),
+        ("data.sources.x.path=3", "found 'x'; expected an index .* length 1"),
         ("data.sources.0=3", r"data\.sources\.0"),
     ],
 )
 def test_refusals_name_the_key(minimal, override, message):
     with pytest.raises(InputError, match=message):
         load_config(minimal, [override])
+
+
+def test_every_wrong_value_is_one_message():
+    start = {"init_from": "x", "out": "x", "steps": 1, "data": {"rows": "x"}}
+    for table_type, values, message, count in (
+        (Suite, {"heads": ["foo"], "entries": [{"task": 3}]}, r"heads\.0: found 'foo'", 4),
+        (RunConfig, start | {"model": {"a": 1}}, r"^x: found both init_from and \[model\]", 1),
+        (RunConfig, start | {"init_from": None}, r"^x: found neither init_from nor \[model\]", 1),
+        (SelectConfig, {"sizes": [2, 1]}, "at most 100 sizes, in ascending order", 1),
+        (Settings, {"labels": {}, "template": "", "orders": 0}, "orders: .* to 1 or 'all'", 1),
+    ):
+        with pytest.raises(InputError) as caught:
+            decode(table_type, values, "x")
+        lines = str(caught.value).splitlines()
+        assert len(lines) == count, lines
+        assert any(re.search(message, line) for line in lines)
 
 
 def test_all_problems_are_listed(minimal):

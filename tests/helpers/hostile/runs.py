@@ -66,7 +66,7 @@ OVERRIDES = {
     ),
     "with an override of nothing": (["=3"], "expected key=value"),
     "with an override into a value": (["steps.a=3"], "steps is a value, not a table"),
-    "with an override past a list": (["data.sources.7.path=x"], "the list has 1 elements"),
+    "with an override past a list": (["data.sources.7.path=x"], "below its length 1"),
     "with a mesh too large": (["mesh.fsdp=1024"], "fsdp"),
     "with a mesh of zero": (["mesh.data=0"], "data is 0; expected -1"),
     "with pmap and a mesh": (["parallel=pmap"], "leave [mesh] out"),

@@ -20,7 +20,7 @@ TASKS = {
     "without a prompt": ({"prompt": None}, "task.toml: prompt: is missing"),
     "with a blank prompt": ({"prompt": '""'}, "prompt names no field of the row"),
     "with a prompt of options alone": ({"prompt": '"{options}"'}, "prompt names no field of the r"),
-    "with an open brace": ({"prompt": '"{text"'}, "task.toml: top level: template: single '{'"),
+    "with an open brace": ({"prompt": '"{text"'}, "task.toml: template: single '{'"),
     "with a format in a field": ({"prompt": '"{text:>9}"'}, "is not a field"),
     "with two slots": ({"prompt": '"{text} [unused0] [MASK] [unused0] [MASK]"'}, "has 2 [MASK]"),
     "with letters for labels that are not shown": (
