@@ -21,12 +21,14 @@ from mlmjax.data.manifest import MANIFEST
 from mlmjax.data.schedule import mask_rate, micro_batches, row_schedule
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.attention import check_platform
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import check_rows, make_mesh
 from mlmjax.storage import CONFIG, LOCK, check_name, is_remote
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import make_schedule
 from mlmjax.training.run.inputs import Loaders
+from mlmjax.training.run.timing import profiled_updates
 
 OWN_FOLDERS = (LOCK, "checkpoints", "export")
 
@@ -47,7 +49,7 @@ _CHOSEN_BY = {
 """What changes from update to update, and the keys that decide it."""
 
 
-def check_before_start(config: RunConfig) -> Mesh:
+def check_before_start(config: RunConfig, profile: str | None = None) -> Mesh:
     """Check everything that needs neither weights nor rows; return the mesh of the run.
 
     Several processes also check together that they have the same settings, share their folders and
@@ -67,7 +69,9 @@ def check_before_start(config: RunConfig) -> Mesh:
     check_folders(config)
     check_name(Path(config.out))
     check_same_settings(config)
+    profiled_updates(profile, 0, config.steps)
     mesh = make_mesh(config.mesh)
+    check_platform(config.attention, mesh.devices.flat[0].platform)
     check_batches(config, mesh.shape)
     make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
     if count > 1:

@@ -76,6 +76,22 @@ class Clock:
         return f"time: {total:,.0f} s in all ({shares})"
 
 
+def profiled_updates(updates: str | None, done: int, steps: int) -> tuple[int, int]:
+    """Return the first and the last update to trace, 0 for none; raises as `profiling`."""
+    if updates is None:
+        return 0, 0
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", updates)
+    first, last = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise InputError(
+            f"--profile {updates!r}: expected FIRST:LAST, two numbers of updates such as 10:15"
+        )
+    if not done < first <= last <= steps:
+        left = f"updates {done + 1} to {steps} left" if done < steps else "no updates left"
+        raise InputError(f"--profile {updates}: the run has {left}; name some of those")
+    return first, last
+
+
 @contextmanager
 def profiling(
     updates: str | None, folder: Path, done: int, steps: int
@@ -86,17 +102,7 @@ def profiling(
     done and the results of the last. Raises `InputError` unless these are two numbers of updates
     that the run still has to do.
     """
-    first = last = 0
-    if updates is not None:
-        found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", updates)
-        first, last = (int(found[1]), int(found[2])) if found else (0, 0)
-        if not 1 <= first <= last:
-            raise InputError(
-                f"--profile {updates!r}: expected FIRST:LAST, two numbers of updates such as 10:15"
-            )
-        if not done < first <= last <= steps:
-            left = f"updates {done + 1} to {steps} left" if done < steps else "no updates left"
-            raise InputError(f"--profile {updates}: the run has {left}; name some of those")
+    first, last = profiled_updates(updates, done, steps)
     is_tracing = False
 
     def after(step: int, results: Any) -> None:

@@ -71,7 +71,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     `KeyboardInterrupt`.
     """
     clock, out = Clock(), Path(config.out)
-    mesh = check_before_start(config)
+    mesh = check_before_start(config, profile)
     lock = alone_in(out, check_run_folder) if is_first() else nullcontext()
     with lock, catch_signals() as stop:
         model, tokenizer, history = load_start(config)

@@ -268,6 +268,14 @@ def test_a_profile_is_written(folder, optioned):
         with pytest.raises(InputError, match=message), profiling(updates, folder, 0, 8):
             pass
     assert run(["train", "missing.toml", "--profile", "1:2"]) == 2
+    fresh = make_config(folder, out=str(folder / "fresh"), data__rows=str(folder / "fresh-rows"))
+    for wrong, options in (
+        (fresh, {"profile": "3"}),
+        (fresh.model_copy(update={"attention": "splash"}), {}),
+    ):
+        with pytest.raises(InputError, match=r"--profile '3'|needs a TPU"):
+            run_training(wrong, **options)
+    assert not (folder / "fresh-rows").exists()  # said before the rows are prepared
 
 
 @pytest.mark.parametrize(
