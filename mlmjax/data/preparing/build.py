@@ -180,9 +180,16 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
     bins = int(np.searchsorted(filled, wanted)) + 1
     if bins > _BINS or filled[bins - 1] == filled[-1]:
         unit_name = "tokens" if config.pack else "examples"
+        least = int(np.searchsorted(filled, config.seq_length if config.pack else 1))
+        advice = "leaves nothing to train on; lower data.validation_rows or give more data"
+        if least >= _BINS or filled[least] == filled[-1]:
+            advice = (
+                f"would hold out every document ({np.count_nonzero(sizes)}); set "
+                "data.validation_rows = 0, use data.validation_sources, or give more documents"
+            )
         raise InputError(
             f"data.validation_rows = {config.validation_rows}: holding out {wanted} {unit_name} of "
-            f"{filled[-1]} leaves nothing to train on; give fewer rows or more data"
+            f"{filled[-1]} {advice}"
         )
     return bins
 

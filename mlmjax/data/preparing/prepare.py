@@ -100,9 +100,12 @@ def summary(manifest: Manifest) -> list[str]:
             f"{one.examples} examples{text}, at most {one.per_task} a task"
             for one, text in zip(chosen.sets, short, strict=True)
         ]
-        left = f"left out: {chosen.unbalanced} by answer_share, {chosen.capped} by the caps"
+        lines += [f"selected: {one}" for one in sets]
         alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
-        lines.append(f"selected: {'; '.join(sets)}; {left}{alike}")
+        lines.append(
+            f"left out: {chosen.unbalanced} by select.answer_share, {chosen.capped} by "
+            f"select.per_task and select.sizes{alike}"
+        )
     for split, files in manifest.splits.items():
         found = totals(files, manifest.seq_length)
         lines.append(
@@ -177,6 +180,12 @@ def check_same(folder: Path, config: DataConfig, tokenizer: Tokenizer, head: Hea
         log.info("%s; the rows are not checked against it", error.message)
         known.pop("evaluation", None)
     differences = list_differences(identity, known, "the rows have")
+    for name in ("sources", "validation_sources"):
+        now, then = (len(one["data"].get(name, ())) for one in (identity, known))
+        if now != then:  # Their settings are not compared one by one.
+            rest = [line for line in differences if not line.startswith(f"data.{name}.")]
+            found = f"has {now}" if now else "is empty"
+            differences = [f"data.{name} {found}; the rows have {then}", *rest]
     if manifest.tokenizer_sha256 != tokenizer.sha256:
         differences.append(
             f"the tokenizer's sha256 is {tokenizer.sha256[:12]}..., the rows have "

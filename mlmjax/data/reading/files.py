@@ -172,7 +172,7 @@ def _read_jsonl(
         if line.strip():
             here = f"{where} line {number}"
             try:
-                advice = "expected one object per line"
+                advice = "expected one object per line (broken = 'skip' leaves it out)"
                 fields = parse_object(line, here, advice, object_pairs_hook=unique_keys)
                 record = Record(fields, here)
                 require_columns(here, columns, record.fields)

@@ -148,10 +148,18 @@ def test_without_packing_a_row_is_an_example(config, tokenizer):
 
 
 def test_a_configuration_that_leaves_nothing_is_rejected(config, tokenizer, tmp_path):
-    with pytest.raises(InputError, match="leaves nothing to train on"):
+    with pytest.raises(InputError, match=r"leaves nothing to train on; lower data\.validation_row"):
         prepare(change(config, validation_rows=10_000), tokenizer)
     # What was read is kept for the next try.
     assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "rows.partial"}
+
+
+def test_one_document_cannot_be_held_out(config, tokenizer, tmp_path):
+    (tmp_path / "one.txt").write_text("some words of one document\n" * 200)
+    source = {"path": str(tmp_path / "one.txt"), "text": "text"}
+    table = config.model_dump(mode="json") | {"sources": [source], "validation_rows": 1}
+    with pytest.raises(InputError, match=r"every document \(1\); set data\.validation_rows = 0"):
+        prepare(DataConfig.from_dict(table), tokenizer)
 
 
 def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
@@ -190,7 +198,9 @@ def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, toke
     examples = manifest.sources[0].examples
     left_out = manifest.selection.unbalanced + manifest.selection.capped
     assert examples - left_out == manifest.selection.sets[-1].examples
-    assert "selected: " in "\n".join(summary(manifest))
+    lines = "\n".join(summary(manifest))
+    assert lines.count("selected: ") == 2
+    assert f"left out: {manifest.selection.unbalanced} by select.answer_share" in lines
 
 
 def test_caps_hold_for_equal_prompts_and_the_report_is_true(config, tokenizer, tmp_path):

@@ -50,6 +50,11 @@ def test_rows_made_differently_are_rejected(config, tokenizer):
         (change(config, pack=False), tokenizer, "data.pack is False, the rows have True"),
         (change_source(config, prompt="{input}."), tokenizer, prompt),
         (change_source(config, limit=5), tokenizer, "data.sources.0.limit is 5, the rows have No"),
+        (
+            change(config, sources=config.sources[:1]),
+            tokenizer,
+            "data.sources has 1; the rows have 2",
+        ),
         (config, other, "the tokenizer's sha256 is 000000000000"),
     ):
         with pytest.raises(InputError, match=message) as caught:
