@@ -62,8 +62,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         Few-shot examples. Each prompt shows as many as fit, in turns of their labels. None: no
         examples.
     orders : int or "all", default=None
-        The number of cyclic orders of the options to average over, at one forward pass each. `fit`
-        trains on these orders, so use the same ones afterwards. None: 1.
+        The number of cyclic orders of the options to average over, at one forward pass each.
+        There are as many as labels; a higher number and "all" use each once. `fit` trains on these
+        orders, so use the same ones afterwards. None: 1.
     long_text : {"shorten", "mean", "max"}, default=None
         "shorten" truncates a text that is too long at its end. "mean" and "max" score overlapping
         windows of it, and take the mean or the maximum of each probability. None: "shorten".

@@ -37,13 +37,14 @@ def confidence(
 
 
 def equal_width(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bin]:
-    """Put rows into bins of equal width by confidence; a bin excludes its lower edge.
+    """Put rows `[rows]` into bins of equal width by confidence; a bin excludes its lower edge.
+
+    `confidence` returns both arrays.
 
     >>> [b.rows for b in equal_width(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 2)]
     [2, 1]
     """
-    if bins < 1:
-        raise InputError(f"bins is {bins}; expected 1 or more")
+    _check(sure, right, bins)
     return _binned(sure, right, np.arange(bins + 1) / bins)
 
 
@@ -55,10 +56,20 @@ def equal_mass(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[Bi
     >>> [b.rows for b in equal_mass(np.array([0.2, 0.5, 0.6]), np.array([True, True, False]), 3)]
     [1, 1, 1]
     """
-    if bins < 1:
-        raise InputError(f"bins is {bins}; expected 1 or more")
+    _check(sure, right, bins)
     edges = np.quantile(sure, np.arange(1, bins) / bins, method="inverted_cdf")
     return _binned(sure, right, np.unique([0.0, *edges, 1.0]))
+
+
+def _check(sure: np.ndarray, right: np.ndarray, bins: int) -> None:
+    if bins < 1:
+        raise InputError(f"bins is {bins}; expected 1 or more")
+    shapes = np.shape(sure), np.shape(right)
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1] or not shapes[0][0]:
+        raise InputError(
+            f"sure and right have shapes {list(shapes[0])} and {list(shapes[1])}; expected [rows] "
+            "for both, as confidence(log_probs, gold) returns them"
+        )
 
 
 def _binned(sure: np.ndarray, right: np.ndarray, edges: np.ndarray) -> list[Bin]:

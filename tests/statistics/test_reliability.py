@@ -96,6 +96,8 @@ def test_bad_input_is_rejected():
     with pytest.raises(InputError, match="gold: row 1"):
         calibration(np.zeros((1, 2)), [2])
     for cut in (equal_width, equal_mass):
+        with pytest.raises(InputError, match=r"shapes \[2, 2\] and \[2\]; .*confidence"):
+            cut(np.log([[0.8, 0.2], [0.6, 0.4]]), [0, 0])
         with pytest.raises(InputError, match="bins is 0"):
             cut(np.array([0.5]), np.array([True]), 0)
 
