@@ -69,11 +69,11 @@ def test_the_document_lists_every_folder_and_file_at_the_top():
 
 @pytest.mark.parametrize("name", list(MODULES))
 def test_imports_run_one_way(name):
-    room = name.split(".")[0]
+    folder = name.split(".")[0]
     for target in IMPORTS[name]:
         other = target.split(".")[0]
         if other != "_version":
-            assert ORDER.index(other) <= ORDER.index(room), f"{name} imports {target}"
+            assert ORDER.index(other) <= ORDER.index(folder), f"{name} imports {target}"
 
 
 def defined_names(tree):

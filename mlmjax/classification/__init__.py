@@ -1,5 +1,5 @@
 """Classify texts: labels and texts enter, labels and probabilities leave.
 
-This room builds prompts, scores them, calibrates and fine-tunes. It knows nothing of tasks, suites
-or the command line.
+This folder builds prompts, scores them, calibrates and fine-tunes. It knows nothing of tasks,
+suites or the command line.
 """

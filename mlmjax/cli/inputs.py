@@ -74,5 +74,6 @@ def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise InputError(
-                f"{where}, line {number}: is not UTF-8 text ({error.reason})"
+                f"{where}, line {number}: is not UTF-8 text ({error.reason}); "
+                "save the file as UTF-8"
             ) from error

@@ -102,7 +102,8 @@ def check_flags(coordinator: str | None, processes: int | None, process: int | N
             return False
         missing = [name for name in flags if name not in given]
         raise InputError(
-            f"{', '.join(given)}: {', '.join(missing)} missing; give all three of "
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given without "
+            f"{' and '.join(missing)}; give all three of "
             "--coordinator HOST:PORT --processes N --process I, or none"
         )
     host, _, port = coordinator.rpartition(":")

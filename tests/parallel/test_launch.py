@@ -157,10 +157,10 @@ def test_a_launcher_that_does_not_say_enough_is_named(environment):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("a:1", None, None), "--coordinator: --processes, --process missing"),
-        ((None, 2, None), "--processes: --coordinator, --process missing"),
-        ((None, None, 0), "--process: --coordinator, --processes missing"),
-        (("a:1", 2, None), "--coordinator, --processes: --process missing"),
+        (("a:1", None, None), "--coordinator is given without --processes and --process"),
+        ((None, 2, None), "--processes is given without --coordinator and --process"),
+        ((None, None, 0), "--process is given without --coordinator and --processes"),
+        (("a:1", 2, None), "--coordinator and --processes are given without --process"),
         (("a", 2, 0), "--coordinator 'a': expected HOST:PORT"),
         ((":80", 2, 0), "expected HOST:PORT"),
         (("a:99999", 2, 0), "expected HOST:PORT"),
