@@ -12,6 +12,10 @@ EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 MAX_DETAIL_LINES = 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+_INTERNALS = re.compile(
+    r" in OCDBT database|\.?\s*(?:See full )?TensorStore details:| \[tensorstore_spec"
+)
+
 
 class InputError(ValueError):
     """Reject user input: where, what was found, what was expected, what to do.
@@ -96,7 +100,10 @@ def write_advice(error: BaseException) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or its type without text.
 
-    What Orbax adds to the words of TensorStore says nothing to a user.
+    What Orbax and TensorStore add on their internals is left out.
+
+    >>> first_line(ValueError('Error reading "step" in OCDBT database at local file "a/": ...'))
+    'Error reading "step"'
     """
-    text = re.split(r"\.?\s*(?:See full )?TensorStore details:", str(error).strip())[0]
+    text = _INTERNALS.split(str(error).strip())[0]
     return next(iter(text.splitlines()), "") or type(error).__name__
