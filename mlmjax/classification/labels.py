@@ -100,7 +100,7 @@ def check_lengths(texts: Sequence[str], answers: Sequence[Any]) -> None:
 def _name(label: Any) -> str:
     if isinstance(label, int | float | np.number):
         raise InputError(
-            f"label: is {type(label).__name__} ({label!r:.40}); expected text: give names that say "
+            f"label is {type(label).__name__} ({label!r:.40}); expected text: give names that say "
             "what the labels mean, or at least str(label)"
         )
     check_text(label, "label")

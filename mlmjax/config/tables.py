@@ -181,9 +181,10 @@ def _describe(table_type: type[BaseModel], location: Sequence[Any], problems: li
         hint = suggest_name(str(location[-1]), known) or f"known here: {', '.join(known)}"
         return f"{where}unknown key; {hint.strip()}"
     if problem["type"] == "missing":
-        return f"{where}is missing; this key is required"
+        return f"{where[:-2]} is missing; this key is required"
     if problem["type"] == "value_error":
-        return f"{where}{problem['ctx']['error']}"
+        text = str(problem["ctx"]["error"])
+        return f"{where[:-2]} {text}" if where and text.startswith("is ") else where + text
     named = [one["msg"].replace("Input should be ", "") for one in problems]
     expected = problem["msg"] if len(named) == 1 else f"Input should be {' or '.join(named)}"
     return f"{where}found {found!r} ({type(found).__name__}); {expected[0].lower()}{expected[1:]}"

@@ -221,7 +221,7 @@ def _make_folder(out: str | Path) -> Path:
     folder = Path(out)
     try:
         if not str(out).strip():
-            raise InputError("out: is blank; give a folder for the results")
+            raise InputError("out is blank; give a folder for the results")
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(

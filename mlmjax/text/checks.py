@@ -21,7 +21,8 @@ def check_list(values: Any, what: str, of: str = "texts", *, columns: int = 1) -
     With `columns` 2 each of its rows may be a list too.
     """
     if not is_listing(values):
-        raise InputError(f"{what}: is one {type(values).__name__}; expected a list of {of}")
+        found = "None" if values is None else f"one {type(values).__name__}"
+        raise InputError(f"{what}: found {found}; expected a list of {of}")
     if isinstance(values, Set):
         raise InputError(f"{what}: is a set, which has no order; expected a list of {of}")
     if not 1 <= getattr(values, "ndim", 1) <= columns:
@@ -122,7 +123,7 @@ def check_row(
 
     >>> check_row({"text": " "}, ["text"], 2)
     Traceback (most recent call last):
-    mlmjax.errors.InputError: field 'text': is blank; give it some text or leave the row out
+    mlmjax.errors.InputError: field 'text' is blank; give it some text or leave the row out
     """
     check_fields(row, fields)
     for field in fields:
@@ -144,7 +145,7 @@ def check_filled(text: Any, what: str) -> None:
     """Raise `InputError` that begins with `what` for a blank text or no text."""
     check_text(text, what)
     if not text.strip():
-        raise InputError(f"{what}: is blank; give it some text or leave the row out")
+        raise InputError(f"{what} is blank; give it some text or leave the row out")
 
 
 def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
@@ -159,7 +160,7 @@ def check_texts(texts: Sequence[Any], first: int = 0) -> list[str]:
 def check_text(text: Any, what: str) -> None:
     """Raise `InputError` that begins with `what` unless `text` is a valid string."""
     if not isinstance(text, str):
-        raise InputError(f"{what}: is {type(text).__name__} ({text!r:.60}); expected text")
+        raise InputError(f"{what} is {type(text).__name__} ({text!r:.60}); expected text")
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -85,13 +85,13 @@ class Verbalizer:
     def __post_init__(self) -> None:
         if not isinstance(self.forms, Mapping):
             raise InputError(
-                f"verbalizer: is {type(self.forms).__name__}; expected label -> list of forms"
+                f"verbalizer is {type(self.forms).__name__}; expected label -> list of forms"
             )
         forms = {}
         for label, given in self.forms.items():
             check_text(label, f"label {label!r}")
             if not label.strip():
-                raise InputError(f"label {label!r}: is blank; expected some text")
+                raise InputError(f"label {label!r} is blank; expected some text")
             if not isinstance(given, str | list | tuple) or not given:
                 raise InputError(f"label {label!r}: has no forms; expected a list such as [' yes']")
             forms[label] = (given,) if isinstance(given, str) else tuple(given)

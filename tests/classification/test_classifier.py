@@ -241,9 +241,9 @@ def test_it_works_inside_scikit_learn(pair):
         (["a", " "], "' ' is blank"),
         (["a", 1], "is int"),
         (["a", "b\0"], "ends in a NUL character"),
-        ("ab", "labels: is one str"),
+        ("ab", "labels: found one str"),
         ({"a": "x"}, "found a; expected at least two"),
-        ({"a": "x", "b": None}, "the description of 'b': is NoneType"),
+        ({"a": "x", "b": None}, "the description of 'b' is NoneType"),
         (None, "has no labels"),
     ],
 )
@@ -255,12 +255,12 @@ def test_bad_labels_are_rejected(pair, labels, message):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("one text", "texts: is one str; expected a list"),
-        (["a", " "], r"row 2 \(index 1\): field 'text': is blank"),
-        (["a", None], r"row 2 \(index 1\): field 'text': is NoneType"),
-        ([1.5], r"row 1 \(index 0\): field 'text': is float"),
+        ("one text", "texts: found one str; expected a list"),
+        (["a", " "], r"row 2 \(index 1\): field 'text' is blank"),
+        (["a", None], r"row 2 \(index 1\): field 'text' is NoneType"),
+        ([1.5], r"row 1 \(index 0\): field 'text' is float"),
         (np.array([["a"], ["b"]]), "texts: is a table"),
-        (3, "texts: is one int"),
+        (3, "texts: found one int"),
     ],
 )
 def test_bad_texts_are_rejected(fitted, texts, message):
@@ -275,9 +275,9 @@ def test_bad_texts_are_rejected(fitted, texts, message):
         (["a", "b"], ["sports", "sports"], "fit: the distinct labels are 'sports'"),
         (["a"], ["sports", "money"], "1 texts and 2 labels"),
         (["a", "b"], ["sports", "mony"], r"row 2 \(index 1\): label 'mony' is not one of"),
-        (["a", "b"], ["sports", 1], r"row 2 \(index 1\): label: is int"),
-        (["a", ""], ["sports", "money"], r"row 2 \(index 1\): field 'text': is blank"),
-        (["x", "y"], "ab", "labels: is one str"),
+        (["a", "b"], ["sports", 1], r"row 2 \(index 1\): label is int"),
+        (["a", ""], ["sports", "money"], r"row 2 \(index 1\): field 'text' is blank"),
+        (["x", "y"], "ab", "labels: found one str"),
     ],
 )
 def test_bad_training_data_is_rejected(pair, texts, labels, message):

@@ -358,7 +358,7 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
     [
         ({"examples": [("x", "c")]}, "example 1: label 'c' is not one of a, b"),
         ({"examples": ["x"]}, "example 1: is 'x'; expected a pair"),
-        ({"examples": [("x", "a"), (" ", "a")]}, "example 2: text: is blank"),
+        ({"examples": [("x", "a"), (" ", "a")]}, "example 2: text is blank"),
         ({"examples": [("x", "a")], "template": SHORT}, "has no {examples}"),
         ({"orders": 0}, "orders"),
         ({"orders": 2, "answer": "words"}, "not letters of options"),
@@ -371,7 +371,7 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"answer": "phrase"}, "answer"),
         ({"batch_size": 1.5}, r"batch_size is 1\.5"),
         ({"batch_size": 10**9}, "at most 65536"),
-        ({"examples": 5}, "examples: is one int"),
+        ({"examples": 5}, "examples: found one int"),
         ({"labels": {"a", "b"}}, "is a set, which has no order"),
         ({"labels": ["\u00e9", "e\u0301"], "answer": "continuation"}, "are the same tokens"),
         ({"source": 5}, "expected a folder, a hub id, or a pair"),

@@ -200,8 +200,8 @@ def test_long_texts_are_counted(answer):
         ({"label": "god"}, "the answer 'god' is not one of 'bad', 'good'"),
         ({"label": 2}, "the answer 2 is not one of .* index from 0 to 1"),
         ({"label": None}, "the answer None is not one of"),
-        ({"text": " "}, "field 'text': is blank"),
-        ({"text": 5}, "field 'text': is int"),
+        ({"text": " "}, "field 'text' is blank"),
+        ({"text": 5}, "field 'text' is int"),
         (None, "has no column 'text'.*'txt', 'label'"),
     ],
 )
@@ -255,7 +255,7 @@ def test_unknown_tasks_and_protocols_are_rejected(model, tokenizer, reviews, cap
         (reviews, {"protocol": "published"}, "has no protocol 'published'; it has default"),
         (task(hub="a/b"), {}, r"hub dataset a/b: cannot be read"),
         ("20newsgroups_raw", {}, r"20newsgroups_raw: has neither data nor hub; .*--data"),
-        (reviews, {"data": ""}, "task reviews: path: is blank"),
+        (reviews, {"data": ""}, "task reviews: path is blank"),
         (reviews, {"limit": 0}, "limit is 0"),
         (task(), {}, "neither data nor hub"),
     ):

@@ -207,7 +207,7 @@ def test_without_a_decoder_bias_and_for_a_classifier(little):
         (["angio\ud800"], "half a character"),
         ([7], "is int"),
         ([None], "is NoneType"),
-        ("angio", "is one str; expected a list of words"),
+        ("angio", "found one str; expected a list of words"),
         ({"angio": ""}, "knows no part of the text"),
         ({"angio": 3}, "is int"),
     ],

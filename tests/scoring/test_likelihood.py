@@ -211,12 +211,12 @@ def test_nothing_to_do(scorers, filler):
 
 
 BAD = [
-    (" \n\u3000", "the text: is blank"),
-    ("", "the text: is blank"),
-    (None, "the text: is NoneType"),
-    (float("nan"), "the text: is float"),
-    (b"goal", "the text: is bytes"),
-    (np.array(["goal"]), "the text: is ndarray"),
+    (" \n\u3000", "the text is blank"),
+    ("", "the text is blank"),
+    (None, "the text is NoneType"),
+    (float("nan"), "the text is float"),
+    (b"goal", "the text is bytes"),
+    (np.array(["goal"]), "the text is ndarray"),
     ("a\ud800", "the text: holds half a character"),
     ("goal [MASK] " * LONGEST, r"has \d+ tokens and at most 94 fit"),
 ]
@@ -232,7 +232,7 @@ def test_a_bad_row_is_named(scorers, filler, text, message):
 
 def test_rows_are_counted_over_chunks(scorers, filler, monkeypatch):
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 1)
-    with pytest.raises(InputError, match=r"^row 3 \(index 2\): the text: is blank"):
+    with pytest.raises(InputError, match=r"^row 3 \(index 2\): the text is blank"):
         scorers["original"].score(iter(["x", "x", " "]))
     with pytest.raises(InputError, match=r"^row 2 \(index 1\): has no \[MASK\]; write"):
         filler.fill(["x [MASK]", "x [mask]"])
@@ -242,7 +242,7 @@ def test_bad_arguments_are_rejected(ours):
     model, tokenizer = ours
     for function in (pseudo_log_likelihood, fill_mask):
         for texts in ("goal", b"goal", {"a": "b"}, 3, None):
-            with pytest.raises(InputError, match="texts: is one"):
+            with pytest.raises(InputError, match="texts: found one"):
                 function(model, tokenizer, texts)
         with pytest.raises(InputError, match="texts: is a table"):
             function(model, tokenizer, np.array([["a", "b"]]))

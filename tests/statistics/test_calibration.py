@@ -192,7 +192,7 @@ def test_a_strangers_values_are_rejected(change, message):
     Calibration.from_dict(values)
     with pytest.raises(InputError, match=rf"mine: .*{message}"):
         Calibration.from_dict(values | change, "mine")
-    with pytest.raises(InputError, match="rows: is missing"):
+    with pytest.raises(InputError, match="rows is missing"):
         Calibration.from_dict({"method": "batch"})
     with pytest.raises(InputError):
         Calibration.from_dict([values])

@@ -19,8 +19,8 @@ def test_a_set_has_no_order():
 
 @pytest.mark.parametrize("values", ["a", b"a", {"a": "b"}, 3, None])
 def test_one_value_is_no_list(values):
-    kind = type(values).__name__
-    with pytest.raises(InputError, match=f"^x: is one {kind}; expected a list of rows"):
+    kind = "None" if values is None else f"one {type(values).__name__}"
+    with pytest.raises(InputError, match=f"^x: found {kind}; expected a list of rows"):
         checks.check_list(values, "x", "rows")
 
 
@@ -28,7 +28,7 @@ def test_a_table_is_a_list_only_of_rows():
     table = np.zeros((2, 2))
     assert checks.check_list(table, "x", columns=2) is table
     for values in (table, np.array(1)):
-        with pytest.raises(InputError, match=r"x: is (a table; expected one column|one ndarray)"):
+        with pytest.raises(InputError, match=r"x: (is a table; expected|found one nd)"):
             checks.check_list(values, "x")
 
 

@@ -85,7 +85,7 @@ def test_offsets_are_characters(tokenizer):
 
 @pytest.mark.parametrize("text", [None, 3, b"x", ["x"], "ok \ud83d half"])
 def test_what_is_no_text_is_rejected(tokenizer, text):
-    with pytest.raises(InputError, match=r"text: (is|holds)"):
+    with pytest.raises(InputError, match=r"text(:| is) "):
         tokenizer.encode_plain(text)
 
 

@@ -173,7 +173,7 @@ def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):
     source = SourceConfig(path=table(rows), prompt="{question}\n{options}", answer="answer")
     (example,), _ = read(source, tokenizer)
     assert tokenizer.decode([example.ids[example.answer_position]]) == " B"
-    with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options': is one str"):
+    with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options': found one str"):
         read(source.model_copy(update={"path": table([{**rows[0], "options": "3, 4"}])}), tokenizer)
 
 

@@ -155,7 +155,7 @@ def test_rows_and_revisions_of_a_set_are_checked(rivers, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"tasks": [" "]}, r"tasks.0: is blank"),
+        ({"tasks": [" "]}, r"tasks.0 is blank"),
         ({"overlap": [{"tusk": "mmlu"}]}, r"overlap.0.t.sk: "),
         ({"overlap": [5]}, r"overlap.0: found 5"),
         ({"ngram": 0}, r"ngram: found 0"),

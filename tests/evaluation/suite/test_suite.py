@@ -270,7 +270,7 @@ def test_bad_files_are_rejected_before_anything_is_computed(folder, tmp_path):
 
     blank = message([{"text": " ", "label": "bad"}])
     assert "my-reviews.test.csv" in blank
-    assert "'text': is blank" in blank
+    assert "'text' is blank" in blank
     assert "the answer 'odd'" in message([{"text": "a", "label": "odd"}])
     with pytest.raises(InputError, match="is not a folder"):
         run_small(folder, tmp_path / "out", data="absent")

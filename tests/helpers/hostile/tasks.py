@@ -17,7 +17,7 @@ def task(changes):
 # By changed keys: what the first line must say.
 TASKS = {
     "with an unknown key": ({"promt": '"x"'}, "task.toml: promt: unknown key; did you mean 'pro"),
-    "without a prompt": ({"prompt": None}, "task.toml: prompt: is missing"),
+    "without a prompt": ({"prompt": None}, "task.toml: prompt is missing"),
     "with a blank prompt": ({"prompt": '""'}, "prompt names no field of the row"),
     "with a prompt of options alone": ({"prompt": '"{options}"'}, "prompt names no field of the r"),
     "with an open brace": ({"prompt": '"{text"'}, "task.toml: template: single '{'"),
@@ -95,7 +95,7 @@ TASKS = {
     "with an unknown metric": ({"metric": '"bleu"'}, "metric: found 'bleu'"),
     "with data that is not there": ({"data": '"absent.jsonl"'}, "absent.jsonl: no file matches"),
     "with data that has a NUL in its name": ({"data": '"a\\u0000b"'}, "task.toml: data: holds a N"),
-    "with blank data": ({"data": '""'}, "task.toml: data: is blank"),
+    "with blank data": ({"data": '""'}, "task.toml: data is blank"),
     "with neither data nor hub": ({"data": None}, "has neither data nor hub"),
     "of a hub that is not there": ({"data": None, "hub": '"x/y"'}, "x/y"),
 }
