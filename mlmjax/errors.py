@@ -52,6 +52,15 @@ def named_place(where: str, hint: str = "") -> Iterator[None]:
         raise InputError(f"{where}: {error.message}{hint}", error.details) from error
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun.
+
+    >>> counted(1, "row"), counted(2, "batch")
+    ('1 row', '2 batches')
+    """
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Escape characters that do not print or that control a terminal.
 

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from mlmjax.config.tables import StrictTable
-from mlmjax.errors import InputError, printable
+from mlmjax.errors import InputError, counted, printable
 from mlmjax.statistics.comparison import mcnemar, paired_bootstrap
 from mlmjax.storage import MAX_JSON_BYTES, plain_file, read_bounded
 
@@ -209,13 +209,14 @@ def _check_same_rows(a: Evaluated, b: Evaluated) -> None:
     if unpaired := sorted(a.gold.keys() ^ b.gold.keys()):
         where = a.folder if unpaired[0] in a.gold else b.folder
         raise InputError(
-            f"{len(unpaired)} rows are in only one of {a.folder} and {b.folder}, the first with "
+            f"{a.folder} and {b.folder} have different rows: {counted(len(unpaired), 'row')} in only "
+            "one of them, the first with "
             f"index {unpaired[0]} (in {where}); evaluate both on the same rows, with the same limit"
         )
     if other := sorted(index for index in a.gold if a.gold[index] != b.gold[index]):
         one, two = a.gold[other[0]], b.gold[other[0]]
         raise InputError(
-            f"{len(other)} rows have different gold labels in {a.folder} and {b.folder}, the "
-            f"first with index {other[0]}: {one!r:.60} and {two!r:.60}; evaluate both on the same "
-            "file"
+            f"{a.folder} and {b.folder} have different gold labels in "
+            f"{counted(len(other), 'row')}, the first with index {other[0]}: {one!r:.60} and "
+            f"{two!r:.60}; evaluate both on the same file"
         )

@@ -178,7 +178,7 @@ HOSTILE = {
         (content(b"\xff\xfe"), "line 1: .*JSON"),
         (content(b" " * 2**21), "is longer than"),
         (content(b""), "5 rows and .* has 0"),
-        (replaced('"index": 8', '"index": 9'), "2 rows are in only .* index 8"),
+        (replaced('"index": 8', '"index": 9'), "2 rows in only .* index 8"),
     ],
 }
 
@@ -203,10 +203,12 @@ def test_other_rows_are_rejected(tmp_path):
     one = write(tmp_path / "a", gold, a)
     with pytest.raises(InputError, match=r"about the task t and .* about u; give two evaluations"):
         compare_results(one, write(tmp_path / "b", gold, b, task="u"))
-    with pytest.raises(InputError, match=r"1 rows are in only one of .*, the first with index 8"):
+    with pytest.raises(
+        InputError, match=r"different rows: 1 row in only one of them, the first with index 8"
+    ):
         compare_results(one, write(tmp_path / "c", gold[:4], b[:4]))
     other = np.array(["w", *gold[1:]])
-    with pytest.raises(InputError, match=r"1 rows have different gold labels .*index 0.*same file"):
+    with pytest.raises(InputError, match=r"different gold labels in 1 row, .*index 0.*same file"):
         compare_results(one, write(tmp_path / "d", other, b))
     with pytest.raises(InputError, match=r"results.json: is a file; .* give .*"):
         compare_results(one, tmp_path / "a" / "results.json")

@@ -31,7 +31,7 @@ from mlmjax.data.preparing.staging import (
 from mlmjax.data.preparing.workers import Workers
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, counted
 from mlmjax.storage import build_folder, hash_file, is_there, unmark
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -101,7 +101,11 @@ def summary(manifest: Manifest) -> list[str]:
             for one, text in zip(chosen.sets, short, strict=True)
         ]
         lines += [f"selected: {one}" for one in sets]
-        alike = f"; {chosen.one_answer} tasks have one answer only" if chosen.one_answer else ""
+        alike = (
+            f"; {counted(chosen.one_answer, 'task')} with one answer only"
+            if chosen.one_answer
+            else ""
+        )
         lines.append(
             f"left out: {chosen.unbalanced} by select.answer_share, {chosen.capped} by "
             f"select.per_task and select.sizes{alike}"
@@ -109,7 +113,7 @@ def summary(manifest: Manifest) -> list[str]:
     for split, files in manifest.splits.items():
         found = totals(files, manifest.seq_length)
         lines.append(
-            f"{split}: {found['rows']} rows, {found['tokens']} tokens, "
+            f"{split}: {counted(found['rows'], 'row')}, {counted(found['tokens'], 'token')}, "
             f"{found['padding_share']:.2%} padding"
         )
     return lines

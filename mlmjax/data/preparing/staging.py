@@ -19,7 +19,7 @@ from mlmjax.data.reading.examples import Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.reading.sources import source_files
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, counted
 from mlmjax.storage import describe_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -248,10 +248,12 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
 
 def describe_source(report: SourceReport) -> str:
     """Describe in one line what became of the records of a source."""
-    parts = [f"{report.name}: {report.records} records, {report.examples} examples"]
+    parts = [
+        f"{report.name}: {counted(report.records, 'record')}, {counted(report.examples, 'example')}"
+    ]
     dropped = dict(report.dropped)
     if files := dropped.pop(BROKEN_FILE, 0):
-        parts.append(f"{files} broken {'file' if files == 1 else 'files'}")
+        parts.append(f"{counted(files, 'broken file')}")
     parts += [f"{count} dropped ({reason})" for reason, count in dropped.items()]
     parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
     return ", ".join(parts)

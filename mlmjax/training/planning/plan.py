@@ -11,7 +11,7 @@ from typing import Any
 
 from mlmjax.config.run import RunConfig, parse_config
 from mlmjax.config.tables import override
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, counted
 from mlmjax.training.planning.compilation import PROGRAMS, check_run
 from mlmjax.training.planning.topology import Topology, environment, parse_topology
 
@@ -191,7 +191,7 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  jax {machine['jax']}, {machine['compiler']}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "
-        f"{training['accumulate']} micro-batch(es), remat {training['remat']}; "
+        f"{counted(training['accumulate'], 'micro-batch')}, remat {training['remat']}; "
         f"{training['tokens_per_device']} tokens per device"
     )
     yield from _report_program(training, limit)
@@ -203,7 +203,7 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"scoring: {scoring['rows']} rows of {scoring['seq_length']} tokens on "
-        f"{scoring['devices']} device(s)"
+        f"{counted(scoring['devices'], 'device')}"
     )
     yield from _report_program(scoring, limit)
     yield from _report_changes(plan, limit)
