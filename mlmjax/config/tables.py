@@ -186,7 +186,7 @@ def _describe(table_type: type[BaseModel], location: Sequence[Any], problems: li
         text = str(problem["ctx"]["error"])
         return f"{where[:-2]} {text}" if where and text.startswith("is ") else where + text
     named = [one["msg"].replace("Input should be ", "") for one in problems]
-    expected = problem["msg"] if len(named) == 1 else f"Input should be {' or '.join(named)}"
+    expected = problem["msg"] if len(named) == 1 else f"Input should be {', or '.join(named)}"
     return f"{where}found {found!r} ({type(found).__name__}); {expected[0].lower()}{expected[1:]}"
 
 

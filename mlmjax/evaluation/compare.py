@@ -209,9 +209,9 @@ def _check_same_rows(a: Evaluated, b: Evaluated) -> None:
     if unpaired := sorted(a.gold.keys() ^ b.gold.keys()):
         where = a.folder if unpaired[0] in a.gold else b.folder
         raise InputError(
-            f"{a.folder} and {b.folder} have different rows: {counted(len(unpaired), 'row')} in only "
-            "one of them, the first with "
-            f"index {unpaired[0]} (in {where}); evaluate both on the same rows, with the same limit"
+            f"{a.folder} and {b.folder} have different rows: {counted(len(unpaired), 'row')} in "
+            f"only one of them, the first with index {unpaired[0]} (in {where}); evaluate both on "
+            "the same rows, with the same limit"
         )
     if other := sorted(index for index in a.gold if a.gold[index] != b.gold[index]):
         one, two = a.gold[other[0]], b.gold[other[0]]

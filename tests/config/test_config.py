@@ -96,7 +96,7 @@ def test_every_wrong_value_is_one_message():
         (RunConfig, start | {"model": {"a": 1}}, r"^x: found both init_from and \[model\]", 1),
         (RunConfig, start | {"init_from": None}, r"^x: found neither init_from nor \[model\]", 1),
         (SelectConfig, {"sizes": [2, 1]}, "at most 100 sizes, in ascending order", 1),
-        (Settings, {"labels": {}, "template": "", "orders": 0}, "orders: .* to 1 or 'all'", 1),
+        (Settings, {"labels": {}, "template": "", "orders": 0}, "orders: .* to 1, or 'all'", 1),
     ):
         with pytest.raises(InputError) as caught:
             decode(table_type, values, "x")

@@ -96,16 +96,11 @@ def summary(manifest: Manifest) -> list[str]:
     if manifest.selection:
         chosen = manifest.selection
         short = [f" ({text})" if text else "" for text in shortages(chosen)]
-        sets = [
-            f"{one.examples} examples{text}, at most {one.per_task} a task"
+        lines += [
+            f"selected: {counted(one.examples, 'example')}{text}, at most {one.per_task} a task"
             for one, text in zip(chosen.sets, short, strict=True)
         ]
-        lines += [f"selected: {one}" for one in sets]
-        alike = (
-            f"; {counted(chosen.one_answer, 'task')} with one answer only"
-            if chosen.one_answer
-            else ""
-        )
+        alike = f"; {counted(chosen.one_answer, 'task')} of one answer" if chosen.one_answer else ""
         lines.append(
             f"left out: {chosen.unbalanced} by select.answer_share, {chosen.capped} by "
             f"select.per_task and select.sizes{alike}"

@@ -253,7 +253,7 @@ def describe_source(report: SourceReport) -> str:
     ]
     dropped = dict(report.dropped)
     if files := dropped.pop(BROKEN_FILE, 0):
-        parts.append(f"{counted(files, 'broken file')}")
+        parts.append(counted(files, "broken file"))
     parts += [f"{count} dropped ({reason})" for reason, count in dropped.items()]
     parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
     return ", ".join(parts)
