@@ -84,7 +84,7 @@ class Run:
 
         started = time.perf_counter()
         identity = {"version": __version__, **identity}
-        result, is_new = find_or_compute(cells or self.cells, identity, compute)
+        result, is_new = find_or_compute(cells or self.cells, identity, asked, labels, compute)
         self.done += 1
         found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
         took = f"{time.perf_counter() - started:.1f} s" if is_new else "already computed"

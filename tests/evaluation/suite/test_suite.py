@@ -206,6 +206,25 @@ def test_a_file_that_is_not_a_result_is_rejected(folder, out):
     other = {**good, "identity": {**good["identity"], "model": "another"}}
     half = {key: value for key, value in good.items() if key != "predictions"}
     wrong = {**good, "predictions": [{**good["predictions"][0], "gold": 5}]}
+    first, *rest = good["predictions"]
+    metrics, figures = "its metrics are not", good["metrics"]
+    edits = [
+        ({"predictions": rest}, "for other questions"),
+        ({"predictions": good["predictions"][::-1]}, "for other questions"),
+        ({"predictions": [{**first, "gold": "zzz"}, *rest]}, "for other questions"),
+        ({"predictions": [{**first, "prediction": "zzz"}, *rest]}, "not its most probable"),
+        ({"predictions": [{**first, "probabilities": {}}, *rest]}, "not its most probable"),
+        ({"metrics": {**figures, "accuracy": 0.99}}, metrics),
+        ({"metrics": {**figures, "accuracy": "x"}}, "ufunc|metrics"),
+        ({"metrics": {**figures, "macro_f1": None}}, "unsupported|ufunc|metrics"),
+        ({"metrics": {**figures, "accuracy_ci95": [9, 9]}}, metrics),
+        ({"metrics": {}}, metrics),
+        ({"metrics": {k: v for k, v in figures.items() if k != "calibration"}}, "calibration"),
+        ({"metrics": {**figures, "calibration": {"ece": 7}}}, "ece is 7"),
+        ({"metrics": {**figures, "calibration": {"ece": float("nan")}}}, "it holds NaN"),
+        ({"order": {}}, "changed"),
+        ({"diverged": "x"}, "predictions and diverged"),
+    ]
     for content, said in (
         (b"", "Expecting value"),
         (b"[1]", "it holds a list; expected an object"),
@@ -213,8 +232,9 @@ def test_a_file_that_is_not_a_result_is_rejected(folder, out):
         (b"{" * 100_000, "RecursionError|recursion|Expecting"),
         (b"\xff", "codec can't decode"),
         (json.dumps(other).encode(), "it has another identity"),
-        (json.dumps(half).encode(), "it has no predictions"),
+        (json.dumps(half).encode(), "or neither"),
         (json.dumps(wrong).encode(), r"predictions\.0\.gold"),
+        *((json.dumps(good | edit).encode(), said) for edit, said in edits),
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=said) as caught:
