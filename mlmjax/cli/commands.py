@@ -194,7 +194,7 @@ def _reject(context: click.Context, owner: str, *names: str) -> None:
         is_given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
         if is_given and context.params[name] not in ((), "default"):
             option = shown[name].opts[0] if name != "overrides" else "KEY=VALUE"
-            raise click.UsageError(f"{option} belongs to {owner}.")
+            raise click.UsageError(f"{option} belongs to {owner}; leave it out here.")
 
 
 def _evaluate_suite(given: Mapping[str, Any]) -> None:

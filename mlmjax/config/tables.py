@@ -38,7 +38,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise read_failed(path, error, "give the path of a TOML file") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 text; expected a TOML file") from error
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # also a NUL in the path, and a giant number
         raise InputError(f"{path}: is not valid TOML: {error}") from error
 
 
@@ -104,7 +104,7 @@ def override(table: dict[str, Any], change: str) -> None:
         raise InputError(f"override {change!r}: expected key=value, as in data.batch_size=64")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # also a number of thousands of digits
         value = text
     *parents, last = key.split(".")
     here: Any = table

@@ -198,26 +198,24 @@ class RowSource:
         crc = crcs[offset]
         if _crc(columns) != crc:
             raise self.damaged(f"the checksum of row {row} does not match")
+        return self._checked(columns, 1, f"row {row}")
+
+    def _checked(self, columns: list[np.ndarray], rows: int, what: str) -> tuple[np.ndarray, ...]:
+        """Return the columns of some rows with the numbers of their examples in the whole split."""
         tokens, lengths, answers, tasks, indices, labels = columns
         is_sound = (
             len(lengths) == len(answers) == len(tasks) == len(indices) == len(labels) > 0
             and lengths.min() > 0
-            and lengths.sum() == len(tokens) <= self.seq_length
-            and self._within_bounds(tokens, lengths, answers, tasks)
-        )
-        if not is_sound:
-            raise self.damaged(f"row {row} holds lengths, ids or positions out of bounds")
-        return tokens, lengths, answers, tasks, indices + self._first_example, labels
-
-    def _within_bounds(self, *columns: np.ndarray) -> bool:
-        tokens, lengths, answers, tasks = columns
-        return bool(
-            tokens.max() < self._vocab_size
+            and lengths.sum() == len(tokens) <= rows * self.seq_length
+            and tokens.max() < self._vocab_size
             and lengths.max() <= self.seq_length
             and (answers < lengths).all()
             and answers.min() >= -1
             and 0 <= tasks.min() <= tasks.max() < self._tasks
         )
+        if not is_sound:
+            raise self.damaged(f"{what} holds lengths, ids, positions or tasks out of bounds")
+        return tokens, lengths, answers, tasks, indices + self._first_example, labels
 
     def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
         """Yield the columns of all rows in order, those of `ROWS_PER_CHUNK` rows joined.
@@ -228,10 +226,7 @@ class RowSource:
             lists, _ = self._map(number)
             self._views[number] = None  # Reading all rows must not hold them all.
             columns = [values[offsets[0] : offsets[-1]] for offsets, values in lists]
-            tokens, lengths, answers, tasks, indices, labels = columns
-            if not self._within_bounds(tokens, lengths, answers, tasks):
-                raise self.damaged(f"chunk {number} holds ids, positions or tasks out of bounds")
-            yield tokens, lengths, answers, tasks, indices + self._first_example, labels
+            yield self._checked(columns, ROWS_PER_CHUNK, f"chunk {number}")
 
 
 def open_rows(

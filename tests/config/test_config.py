@@ -112,3 +112,11 @@ def test_all_problems_are_listed(minimal):
     assert "steps" in text
     assert "batch_siz" in text
     assert "seed" in text
+
+
+def test_a_path_or_a_number_that_no_toml_has_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="is not valid TOML"):
+        load_config("a\0b")
+    (tmp_path / "run.toml").write_text(f"steps = {'9' * 5000}\n")
+    with pytest.raises(InputError, match="is not valid TOML"):
+        load_config(tmp_path / "run.toml")
