@@ -128,7 +128,7 @@ PLACES = {
     "out a link to nowhere": (link("out", "no/where"), ("--out", "out"), "folder for the results"),
     "data a folder": (remove(), ("--data", "model"), "model: is a folder"),
     "data absent": (remove(), ("--data", "./absent.csv"), "absent.csv: no file matches"),
-    "an unknown protocol": (remove(), ("--protocol", "secret"), "'secret' is not one of"),
+    "an unknown protocol": (remove(), ("--protocol", "secret"), "has no protocol 'secret'"),
     "a protocol the task has not": (remove(), ("--protocol", "published"), "has no protocol"),
     "a limit of zero": (remove(), ("--limit", "0"), "'--limit': 0 is not in the range"),
     "an unknown option": (remove(), ("--nonsense",), "No such option"),
