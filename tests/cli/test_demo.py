@@ -73,6 +73,7 @@ class TestData:
         for needed in ("CC BY 4.0", "creativecommons.org/licenses/by/4.0/", "## Changes"):
             assert needed in text
 
+    @pytest.mark.long
     @pytest.mark.data
     def test_the_tool_makes_the_same_files_again(self, test_data, tmp_path):
         main = runpy.run_path(str(TOOL))["main"]

@@ -49,6 +49,7 @@ def test_ids_of_500_questions_are_the_whole_strings(tokenizer):
     check_mmlu(tokenizer, rows)
 
 
+@pytest.mark.long
 @pytest.mark.data
 def test_ids_of_all_of_mmlu_are_the_whole_strings(tokenizer, test_data):
     from pyarrow import parquet
