@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
-from mlmjax.classification.fitting import HeldOut, Recipe, learn, split_rows
+from mlmjax.classification.fitting import Recipe, learn, split_rows
 from mlmjax.classification.labels import (
     check_lengths,
     label_numbers,
@@ -220,8 +220,8 @@ def _hold_out(
     recipe: Recipe,
     *,
     validation: Any,
-) -> tuple[Sequence[int], HeldOut | None]:
-    """Return the numbers of the training texts, and the held-out texts or None."""
+) -> tuple[Sequence[int], tuple[Sequence[str], np.ndarray] | None]:
+    """Return the numbers of the training texts, and `held_out` of `learn`."""
     train: Sequence[int] = range(len(texts))
     if validation is not None:
         if not isinstance(validation, Sequence) or len(validation) != 2:
@@ -237,7 +237,7 @@ def _hold_out(
         return train, None
     if not texts:
         raise InputError("validation: there is no text to hold out; give more rows")
-    return train, HeldOut(texts, right_columns(truth, settings.multi_label))
+    return train, (texts, right_columns(truth, settings.multi_label))
 
 
 LABELS = 100
@@ -249,7 +249,8 @@ def classifier_card(model: Model, settings: Settings) -> str:
 
     Labels and prompt may come from strangers, so they are put in code blocks that they cannot end.
     """
-    shown = [_one_line(label) for label in settings.shown[:LABELS]]
+    # With its line ends written out, one label cannot look like two.
+    shown = [label.replace("\n", "⟨U+000A⟩") for label in settings.shown[:LABELS]]
     if more := len(settings.shown) - len(shown):
         shown.append(f"... and {number(more)} more")
     return model_card(
@@ -261,8 +262,3 @@ def classifier_card(model: Model, settings: Settings) -> str:
         multi_label=settings.multi_label,
         prompt=settings.template,
     )
-
-
-def _one_line(label: str) -> str:
-    """Write out line ends, so that one label cannot look like two."""
-    return label.replace("\n", "⟨U+000A⟩")

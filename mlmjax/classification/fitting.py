@@ -1,7 +1,7 @@
 """Fine-tune a classifier, and keep the weights of its best epoch."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -34,53 +34,41 @@ class Recipe(StrictTable):
     patience: Annotated[int, Field(ge=1)] | None = None
 
 
-class HeldOut(NamedTuple):
-    """Texts not trained on, and the right column of each row of their scores."""
-
-    texts: Sequence[str]
-    columns: np.ndarray
-
-    def judge(self, prompter: Prompter) -> tuple[float, float]:
-        """Return the prompter's accuracy and mean loss on these texts."""
-        scores = np.concatenate(list(prompter.stream(self.texts)))
-        right = scores.argmax(axis=1) == self.columns
-        of_gold = scores[np.arange(len(self.columns)), self.columns]
-        return float(right.mean()), float(-of_gold.mean())
-
-
 def learn(
     prompter: Prompter,
     examples: tuple[Sequence[Prompt], Sequence[int]],
     recipe: Recipe,
     *,
-    held_out: HeldOut | None,
+    held_out: tuple[Sequence[str], np.ndarray] | None,
     progress: Progress | None,
 ) -> list[dict[str, float]]:
     """Fine-tune the prompter's model, and return what is known of each epoch.
 
-    `examples` are prompts and the columns of their answers, from `Prompter.examples`. An epoch's
+    `examples` are prompts and the columns of their answers, from `Prompter.examples`; `held_out`
+    are texts that are not trained on, and the right column of each row of their scores. An epoch's
     entry has `epoch` and `loss`, with held-out texts `validation_accuracy` and `validation_loss`.
     """
     scorer = prompter.scorer
     history: list[dict[str, float]] = []
-    best: tuple[float, float] | None = None
+    best, since = (-1.0, 0.0), 0
     kept: Any = None
-    since = 0
 
     def after_epoch(model: Model, loss: float) -> bool:
         nonlocal best, kept, since
-        entry: dict[str, float] = {"epoch": len(history) + 1, "loss": loss}
-        history.append(entry)
+        history.append({"epoch": len(history) + 1, "loss": loss})
         if held_out is None:
             return False
         scorer.model = model
-        accuracy, held_out_loss = held_out.judge(prompter)
-        entry |= {"validation_accuracy": accuracy, "validation_loss": held_out_loss}
+        texts, right = held_out
+        scores = np.concatenate(list(prompter.stream(texts)))
+        accuracy = float((scores.argmax(axis=1) == right).mean())
+        of_gold = float(scores[np.arange(len(right)), right].mean())
+        history[-1] |= {"validation_accuracy": accuracy, "validation_loss": -of_gold}
         if recipe.patience is None:
             return False
         since += 1
-        if best is None or (accuracy, -held_out_loss) > best:
-            best, since = (accuracy, -held_out_loss), 0
+        if (accuracy, of_gold) > best:
+            best, since = (accuracy, of_gold), 0
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,7 +73,7 @@ def run_evaluation(
     folder = None if out is None else _make_folder(out)
     scorer = make_scorer(model, tokenizer, task, questions, batch_size=batch_size)
     labels = task.label_names or scorer.labels
-    started = time.perf_counter()
+    gold, started = [question.gold for question in questions], time.perf_counter()
     log_probs = score_questions(scorer, questions, progress)
     seconds = time.perf_counter() - started
     log_probs = log_probs[:, [scorer.labels.index(label) for label in labels]]
@@ -86,7 +86,7 @@ def run_evaluation(
         **left_out,
         "padding_share": scorer.padding_share,
         "seconds": seconds,
-        "calibration": calibration(log_probs, [question.gold for question in questions]),
+        "calibration": calibration(log_probs, gold),
         "order_sensitivity": measure_order(scorer, task, questions, log_probs, order_rows),
         "contamination": known.status,
         "trained_on": known.trained_on,
@@ -94,8 +94,10 @@ def run_evaluation(
     if folder is not None:
         from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
 
-        _write_results(folder, results, list_predictions(questions, labels, log_probs))
-        gold = [question.gold for question in questions]
+        predictions = list_predictions(questions, labels, log_probs)
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
+        write_whole(folder / "predictions.jsonl", "".join(lines).encode())
+        write_json(folder / "results.json", results)
         write_evaluation_report(folder, task, results, log_probs, gold, known)
     return results
 
@@ -206,14 +208,6 @@ def list_predictions(
         }
         for question, row in zip(questions, log_probs, strict=True)
     ]
-
-
-def _write_results(
-    folder: Path, results: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
-) -> None:
-    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
-    write_whole(folder / "predictions.jsonl", "".join(lines).encode())
-    write_json(folder / "results.json", results)
 
 
 def _make_folder(out: str | Path) -> Path:

@@ -33,7 +33,7 @@ def write_evaluation_report(
     `results` were computed from `log_probs` `[rows, labels]` and `gold`, an index per row.
     """
     sure, right = confidence(log_probs, gold)
-    charts.save(diagram(sure, right), folder / PICTURE)
+    write_whole(folder / PICTURE, charts.png(diagram(sure, right)))
 
     def interval(metric: str) -> str:
         return " to ".join(map(score, results[f"{metric}_ci95"]))
@@ -51,16 +51,16 @@ def write_evaluation_report(
 
 
 @charts.own_style()
-def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
+def diagram(sure: np.ndarray, right: np.ndarray) -> Figure:
     """Draw accuracy by confidence over bins of equal width, and the rows of each bin.
 
     Calibrated answers lie on the dashed line; below it a model is too sure. Vertical lines are 95 %
     Wilson intervals of the accuracy.
     """
     figure, (top, below) = charts.new_figure(5.6, 2, height_ratios=[3, 1], sharex=True)
-    found = equal_width(sure, right, bins)
+    found = equal_width(sure, right)
     top.plot([0, 1], [0, 1], color=OTHER, linestyle="--", linewidth=1.2, label="calibrated")
-    middles, width = [(one.low + one.high) / 2 for one in found], 0.92 / bins
+    middles, width = [(one.low + one.high) / 2 for one in found], 0.92 / BINS
     for middle, one in zip(middles, found, strict=True):
         if one.confidence is None or one.accuracy is None:
             continue

@@ -2,9 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -18,11 +16,9 @@ INK, FAINT, ACCENT, OTHER, WARN = "#1f2933", "#9aa5b1", "#0f766e", "#94a3b8", "#
 WIDTH = 7.4  # inches, the width of a page's column
 
 
-@contextmanager
-def own_style() -> Iterator[None]:
-    """Ignore the user's matplotlib settings; also a decorator of functions that draw."""
-    with style.context("default"):
-        yield
+def own_style() -> Any:
+    """Ignore the user's matplotlib settings, as a context or a decorator."""
+    return style.context("default")
 
 
 def new_figure(
@@ -32,15 +28,10 @@ def new_figure(
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, **options)
     for one in np.ravel(axes):
-        plain(one)
+        one.spines[["top", "right"]].set_visible(False)
+        one.spines[["left", "bottom"]].set_color(FAINT)
+        one.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
     return figure, axes
-
-
-def plain(axes: Any) -> None:
-    """Remove the frame of a picture and grey its axes."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(color=FAINT, labelcolor=INK, labelsize=9)
 
 
 def hide_left_axis(axes: Any) -> None:
@@ -84,11 +75,6 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a picture as PNG."""
-    path.write_bytes(png(figure))
 
 
 def embedded_picture(figure: Figure, description: str) -> Markup:

@@ -19,15 +19,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for function in (
-        markdown.cell,
-        markdown.fenced,
-        markdown.number,
-        markdown.percent,
-        markdown.score,
-        markdown.share,
-    ):
-        environment.filters[function.__name__] = function
+    for name in ("cell", "fenced", "number", "percent", "score", "share"):
+        environment.filters[name] = getattr(markdown, name)
     environment.globals.update(LONG=markdown.LONG_CELL, METRIC_NAMES=markdown.METRIC_NAMES)
     return environment
 

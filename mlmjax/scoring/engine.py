@@ -157,15 +157,10 @@ class Engine:
                 f"the devices' memory does not hold one text of {length} tokens each; give a "
                 "smaller max_length, dtype bfloat16, or a device with more memory"
             ) from error
-        self._halvings += 1
-        while self.rows_of(bucket, sequences) == rows:
+        while (fewer := self.rows_of(bucket, sequences)) == rows:
             self._halvings += 1
-        log.info(
-            "not enough memory for %d rows of %d tokens; continuing with %d rows",
-            rows,
-            length,
-            self.rows_of(bucket, sequences),
-        )
+        message = "not enough memory for %d rows of %d tokens; continuing with %d rows"
+        log.info(message, rows, length, fewer)
 
     def _bucket(self, length: int) -> int:
         return self.buckets[np.searchsorted(self.buckets, length)]

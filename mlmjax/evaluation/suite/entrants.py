@@ -1,8 +1,9 @@
 """Entrants of a suite: models with their heads under every setting of the sweep, and TF-IDF."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,26 +102,25 @@ def hash_files(paths: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def make_entrants(suite: Suite, models: Sequence[SuiteModel]) -> Iterator[Entrant]:
-    """Yield every model with every head of the suite."""
-    for model in models:
-        for head in suite.heads:
-            yield Entrant(
-                model=model.name,
-                method=METHODS[head],
-                key=head,
-                identity=model.identity,
-                answer=_answer_with(model, head),
-                source=model,
-            )
+def make_entrants(suite: Suite, models: Sequence[SuiteModel]) -> list[Entrant]:
+    """Return every model with every head of the suite."""
+    return [
+        Entrant(
+            model=model.name,
+            method=METHODS[head],
+            key=head,
+            identity=model.identity,
+            answer=partial(_answer, model, head),
+            source=model,
+        )
+        for model in models
+        for head in suite.heads
+    ]
 
 
-def _answer_with(source: SuiteModel, head: Head) -> Callable[..., Answers]:
-    def answer(task: Task, *arguments: Any, **options: Any) -> Answers:
-        options["batch_size"] = source.batch_size
-        return answer_fine_tuned(*source.load(), task, head, *arguments, **options)
-
-    return answer
+def _answer(model: SuiteModel, head: Head, task: Task, *arguments: Any, **options: Any) -> Answers:
+    options["batch_size"] = model.batch_size
+    return answer_fine_tuned(*model.load(), task, head, *arguments, **options)
 
 
 def settings_of(sweep: Sweep) -> list[Setting]:

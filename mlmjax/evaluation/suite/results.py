@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -65,31 +66,20 @@ def open_results(folder: Path) -> None:
         left.unlink()
 
 
-def find_or_compute(
-    folder: Path,
-    identity: Mapping[str, Any],
-    questions: Sequence[Question],
-    labels: Sequence[str],
-    compute: Callable[[], Result],
-) -> tuple[Result, bool]:
-    """Return the result with an identity, and whether it had to be computed.
+def path_of(folder: Path, identity: Mapping[str, Any]) -> Path:
+    """Return the file of the result with an identity.
 
     An identity is a JSON object of everything that the result depends on: a result of another
-    model, setting or row is another file. Raises `InputError` for a file that is damaged or not a
-    result of these questions, `RunError` if a file cannot be written.
+    model, setting or row is another file.
     """
     words = _UNREADABLE.sub("_", f"{identity['task']['name']}-{identity['method']}")[:60]
-    path = folder / f"{words}-{hash_value(identity)[:16]}.json"
-    if path.exists():
-        return _read(path, identity, questions, labels), False
-    result = compute()
-    _write(path, identity, result)
-    return result, True
+    return folder / f"{words}-{hash_value(identity)[:16]}.json"
 
 
-def _read(
+def read_result(
     path: Path, identity: Mapping[str, Any], questions: Sequence[Question], labels: Sequence[str]
 ) -> Result:
+    """Read a result; raise `InputError` for a file that is damaged or about other questions."""
     try:
         table = json.loads(path.read_bytes(), parse_constant=_reject)
         if not isinstance(table, dict):
@@ -138,14 +128,11 @@ def _check_figures(result: Result, questions: Sequence[Question], labels: Sequen
             raise ValueError(f"{key} is {table[key]!r}; expected a share")
 
 
-def _write(path: Path, identity: Mapping[str, Any], result: Result) -> None:
-    """Write a result with one line for each prediction."""
+def write_result(path: Path, identity: Mapping[str, Any], result: Result) -> None:
+    """Write a result with one line for each prediction; raise `RunError` if writing fails."""
+    line = partial(json.dumps, ensure_ascii=False, allow_nan=False)
     values = {"identity": identity, **result.model_dump()}
-    rows = ",\n".join(map(_line, values.pop("predictions")))
-    head = [f"{json.dumps(key)}: {_line(value)}" for key, value in values.items()]
+    rows = ",\n".join(map(line, values.pop("predictions")))
+    head = [f"{json.dumps(key)}: {line(value)}" for key, value in values.items()]
     text = "{\n" + ",\n".join([*head, f'"predictions": [\n{rows}\n]']) + "\n}\n"
     write_whole(path, text.encode())
-
-
-def _line(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -194,11 +194,10 @@ def hold_out(
             f"task {name}: has {len(questions)} training rows, and {count} would be held out to "
             "choose the setting; give more rows, or a higher limit"
         )
-    drawn = set(
-        np.random.default_rng(HELD_OUT_SEED).choice(len(questions), count, replace=False).tolist()
-    )
+    rng = np.random.default_rng(HELD_OUT_SEED)
+    drawn = set(rng.choice(len(questions), count, replace=False).tolist())
     kept = [question for i, question in enumerate(questions) if i not in drawn]
-    return kept, [question for i, question in enumerate(questions) if i in drawn]
+    return kept, [questions[i] for i in sorted(drawn)]
 
 
 def hash_questions(questions: Sequence[Question]) -> str:

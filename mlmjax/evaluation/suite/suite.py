@@ -26,7 +26,14 @@ from mlmjax.evaluation.suite.entrants import (
     settings_of,
 )
 from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
-from mlmjax.evaluation.suite.results import Result, find_or_compute, make_result, open_results
+from mlmjax.evaluation.suite.results import (
+    Result,
+    make_result,
+    open_results,
+    path_of,
+    read_result,
+    write_result,
+)
 from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
 from mlmjax.reporting.terminal import Progress, count_progress, say
 from mlmjax.storage import alone_in, read_json
@@ -35,18 +42,6 @@ from mlmjax.training.run.resume import check_run_folder
 
 SWEEP_SEED = 0
 """The seed of the trainings that choose a setting; reported trainings have seeds 1, 2, ..."""
-
-TASK_KEYS = (
-    "name",
-    "prompt",
-    "shorten",
-    "labels",
-    "verbalizer",
-    "bare",
-    "normalize",
-    "head_prompt",
-)
-"""The keys of a task that its answers depend on."""
 
 CELLS = "cells"
 Counting = Callable[[str], AbstractContextManager[Progress]]
@@ -74,20 +69,21 @@ class Run:
         cells: Path | None = None,
     ) -> Result:
         """Return a result, computed unless it is in `cells` (by default the run's own)."""
-
-        def compute() -> Result:
-            try:
-                with self.counting(what) as progress:
-                    return make_result(asked, labels, answer(progress))
-            except DivergedError as error:
-                return Result(diverged=str(error))
-
         started = time.perf_counter()
         identity = {"version": __version__, **identity}
-        result, is_new = find_or_compute(cells or self.cells, identity, asked, labels, compute)
+        path = path_of(cells or self.cells, identity)
+        if path.exists():
+            result, took = read_result(path, identity, asked, labels), "already computed"
+        else:
+            try:
+                with self.counting(what) as progress:
+                    result = make_result(asked, labels, answer(progress))
+            except DivergedError as error:
+                result = Result(diverged=str(error))
+            write_result(path, identity, result)
+            took = f"{time.perf_counter() - started:.1f} s"
         self.done += 1
         found = "diverged" if result.diverged else f"accuracy {result.metrics['accuracy']:.4f}"
-        took = f"{time.perf_counter() - started:.1f} s" if is_new else "already computed"
         self.tell(printable(f"[{self.done}/{self.total}] {what}: {found} ({took})"))
         return result
 
@@ -232,8 +228,10 @@ def _count_results(
 
 
 def _task_identity(task: Task, method: str) -> dict[str, Any]:
-    values = task.model_dump(mode="json")
-    return {"task": {key: values[key] for key in TASK_KEYS}, "method": method}
+    """Return the method and the keys of a task that its answers depend on."""
+    read = {"name", "prompt", "shorten", "head_prompt"}
+    scored = {"labels", "verbalizer", "bare", "normalize"}
+    return {"task": task.model_dump(mode="json", include=read | scored), "method": method}
 
 
 def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) -> Line:
@@ -302,8 +300,7 @@ def _fine_tune(run: Run, planned: Planned, rows: Rows, entrant: Entrant) -> Line
         for number in range(run.suite.seeds)
         if chosen
     ]
-    source = entrant.source
-    if source:
+    if source := entrant.source:
         source.unload()
     return summarize(
         planned,
