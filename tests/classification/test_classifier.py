@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from labelled_texts import FAST, WORDS, examples
+from labelled_texts import FAST, SHORT, WORDS, examples
 from sklearn.base import ClassifierMixin, clone, is_classifier
 from sklearn.model_selection import GridSearchCV, ShuffleSplit, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -28,10 +28,7 @@ from mlmjax.classification.settings import Settings
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.storage import CLASSIFIER, TRAINING
-from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import save_pretrained
-
-SHORT = "{text}\n{options}[unused0] [MASK]"
 
 
 @pytest.fixture(scope="module")
@@ -233,42 +230,6 @@ def test_it_works_inside_scikit_learn(pair):
 
 
 @pytest.mark.parametrize(
-    ("labels", "message"),
-    [
-        (["one"], "found one; expected at least two"),
-        ([], "found none"),
-        (["a", "a"], "'a' appears twice"),
-        (["a", " "], "' ' is blank"),
-        (["a", 1], "is int"),
-        (["a", "b\0"], "ends in a NUL character"),
-        ("ab", "labels: found one str"),
-        ({"a": "x"}, "found a; expected at least two"),
-        ({"a": "x", "b": None}, "the description of 'b' is NoneType"),
-        (None, "has no labels"),
-    ],
-)
-def test_bad_labels_are_rejected(pair, labels, message):
-    with pytest.raises(InputError, match=message):
-        Classifier(pair, labels).predict(["text"])
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ("one text", "texts: found one str; expected a list"),
-        (["a", " "], r"row 2 \(index 1\): field 'text' is blank"),
-        (["a", None], r"row 2 \(index 1\): field 'text' is NoneType"),
-        ([1.5], r"row 1 \(index 0\): field 'text' is float"),
-        (np.array([["a"], ["b"]]), "texts: is a table"),
-        (3, "texts: found one int"),
-    ],
-)
-def test_bad_texts_are_rejected(fitted, texts, message):
-    with pytest.raises(InputError, match=message):
-        fitted.predict(texts)
-
-
-@pytest.mark.parametrize(
     ("texts", "labels", "message"),
     [
         (["a", "b", "c"], ["sports"] * 2, "there are 3 texts and 2 labels"),
@@ -278,6 +239,7 @@ def test_bad_texts_are_rejected(fitted, texts, message):
         (["a", "b"], ["sports", 1], r"row 2 \(index 1\): label is int"),
         (["a", ""], ["sports", "money"], r"row 2 \(index 1\): field 'text' is blank"),
         (["x", "y"], "ab", "labels: found one str"),
+        ("one text", ["sports"], "texts: found one str; expected a list"),
     ],
 )
 def test_bad_training_data_is_rejected(pair, texts, labels, message):
@@ -285,15 +247,16 @@ def test_bad_training_data_is_rejected(pair, texts, labels, message):
         Classifier(pair, ["sports", "money"]).fit(texts, labels)
 
 
+def test_bad_texts_are_rejected(fitted):
+    for texts, message in (("one text", "found one str"), (np.array([["a"], ["b"]]), "is a table")):
+        with pytest.raises(InputError, match=f"texts: {message}"):
+            fitted.predict(texts)
+
+
 def test_an_error_shows_twenty_more_rows_and_counts_the_others(pair):
     with pytest.raises(InputError, match=r"row 21 .*\n\.\.\. and 9 more$") as caught:
         Classifier(pair, ["sports", "money"]).fit(["a"] * 30, ["mony"] * 30)
     assert len(caught.value.details) == 29
-
-
-def test_a_template_without_the_text_is_rejected(pair):
-    with pytest.raises(InputError, match=r"template: its fields are foo; expected \{text\}"):
-        Classifier(pair, ["a", "b"], template="hello {foo}").predict(["x"])
 
 
 @pytest.mark.parametrize(
@@ -322,14 +285,12 @@ def test_a_loss_that_is_not_finite_stops_the_fit(pair):
         classifier.fit(texts[:16], labels[:16], epochs=1, batch_size=16, learning_rate=1e30)
 
 
-def test_other_models_and_templates_are_rejected(tokenizer, pair):
+def test_other_models_are_rejected(tokenizer):
     other = small_model(ModernBertForSequenceClassification)
     with pytest.raises(InputError, match="head has the labels 'LABEL_0', 'LABEL_1'"):
         Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
     with pytest.raises(InputError, match="has no masked-language-model head"):
         Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])
-    with pytest.raises(InputError, match="its fields are title"):
-        Classifier(pair, ["a", "b"], template=Template("{title}")).predict(["text"])
 
 
 def test_hyperparameters_can_be_searched(pair):

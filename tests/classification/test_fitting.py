@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-from labelled_texts import FAST, examples
+from labelled_texts import FAST, SHORT, examples
 from sklearn.base import clone
 
 from mlmjax.classification.classifier import Classifier
@@ -14,8 +14,6 @@ from mlmjax.classification.predictor import Predictor
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.weights.pretrained import load_pretrained
-
-SHORT = "{text}\n{options}[unused0] [MASK]"
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from labelled_texts import SHORT
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.predictor import NULL_TEXTS
@@ -15,7 +16,6 @@ from mlmjax.statistics.calibration import (
 from mlmjax.statistics.option_orders import shifted
 
 LABELS = ["sports", "money", "rain"]
-SHORT = "{text}\n{options}[unused0] [MASK]"
 WORDS = ["goal", "bank", "rain", "old", "new", "team", "price", "cloud"]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from labelled_texts import SHORT
 from small_models import small_model
 from training import write_tokenizer
 
@@ -21,7 +22,6 @@ from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, option_names, usable_option_names
 
-SHORT = "{text}\n{options}[unused0] [MASK]"
 TOKENIZER = Tokenizer.from_pretrained()
 TEXTS = ["a new goal", "the bank fell", "an old match of the team"]
 
@@ -39,17 +39,20 @@ def scored(pair, template, rows, labels):
     return np.exp(scorer.log_probs(rows).astype(np.float64))
 
 
+def check_shares(probabilities, shape):
+    """Check that every label has some of the probability of each text."""
+    assert probabilities.shape == shape
+    assert (probabilities > 0).all()
+    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+
+
 @pytest.mark.parametrize(("count", "names"), [(457, "letters"), (557, "numbers")])
 def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
     sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 1, "hidden_size": 16}
     model = small_model(scale=0.02, **sizes)
-    labels = [f"t{i}" for i in range(count)]
-    classifier = Classifier((model, tokenizer), labels, batch_size=1)
-    probabilities = classifier.predict_proba(["which topic is this?"])
+    classifier = Classifier((model, tokenizer), [f"t{i}" for i in range(count)], batch_size=1)
+    check_shares(classifier.predict_proba(["which topic is this?"]), (1, count))
     assert (classifier.prompts, classifier.settings_.names) == (1, names)
-    assert probabilities.shape == (1, count)
-    assert (probabilities > 0).all()
-    np.testing.assert_allclose(probabilities.sum(), 1, atol=1e-6)
 
 
 def test_more_labels_than_fit_are_scored_in_rounds(pair):
@@ -59,8 +62,7 @@ def test_more_labels_than_fit_are_scored_in_rounds(pair):
     size = classifier.asking_.size
     assert 2 < size < 90
     assert classifier.prompts == len(TEXTS) * (-(-90 // size) + 1)
-    assert (probabilities > 0).all()
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
+    check_shares(probabilities, (3, 90))
     alone = Classifier(pair, labels, template=SHORT, batch_size=1).predict_proba(TEXTS[1:2])
     np.testing.assert_allclose(alone[0], probabilities[1], atol=1e-5)
 
@@ -69,10 +71,9 @@ def test_a_tokenizer_of_few_option_names_needs_rounds(noisy_pair):
     """Words that the tokenizer does not know are not option names."""
     assert usable_option_names("letters", noisy_pair[1], 60) == list(ascii_uppercase)
     classifier = Classifier(noisy_pair, [str(i) for i in range(60)], template=SHORT)
-    probabilities = classifier.predict_proba(TEXTS)
+    check_shares(classifier.predict_proba(TEXTS), (3, 60))
     assert classifier.asking_.size <= 26
     assert classifier.settings_.names == "letters"
-    np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
 def test_a_tokenizer_without_option_names_is_rejected(tmp_path):
@@ -81,11 +82,6 @@ def test_a_tokenizer_without_option_names_is_rejected(tmp_path):
     model = small_model(num_hidden_layers=1)
     with pytest.raises(InputError, match="no two option names of one token"):
         Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
-
-
-def test_labels_that_cannot_fit_are_rejected(pair):
-    with pytest.raises(InputError, match="no two of the 600 labels fit"):
-        Classifier(pair, [f"{i} " + "word " * 300 for i in range(600)]).predict(["text"])
 
 
 @settings(deadline=None)
@@ -173,7 +169,7 @@ def test_windows_that_are_blank_or_of_a_field_that_is_used_twice(pair):
 def test_three_labels_need_rounds_if_two_fit(pair):
     labels = [f"{name} " + "word " * 45 for name in "abc"]
     classifier = Classifier(pair, labels, template=SHORT, max_length=160)
-    np.testing.assert_allclose(classifier.predict_proba(["goal"]).sum(), 1, atol=1e-6)
+    check_shares(classifier.predict_proba(["goal"]), (1, 3))
     assert classifier.prompts == 3  # of two labels, of one, and of the better two
 
 
@@ -366,6 +362,8 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"instruction": "Say.", "template": SHORT}, "write the instruction into it"),
         ({"multi_label": True, "head": "classification"}, "leave out answer and head"),
         ({"multi_label": True, "template": SHORT}, "its fields are text, options"),
+        ({"template": "hello {foo}"}, r"template: its fields are foo; expected \{text\}"),
+        ({"template": Template("{title}")}, "its fields are title"),
         ({"head": "classification"}, "call fit"),
         ({"abstain_below": 2.0}, "abstain_below"),
         ({"answer": "phrase"}, "answer"),
@@ -373,11 +371,22 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"batch_size": 10**9}, "at most 65536"),
         ({"examples": 5}, "examples: found one int"),
         ({"labels": {"a", "b"}}, "is a set, which has no order"),
+        ({"labels": [f"{i} " + "word " * 300 for i in range(600)]}, "no two of the 600 labels fit"),
+        ({"labels": ["one"]}, "found one; expected at least two"),
+        ({"labels": []}, "found none"),
+        ({"labels": ["a", "a"]}, "'a' appears twice"),
+        ({"labels": ["a", " "]}, "' ' is blank"),
+        ({"labels": ["a", 1]}, "is int"),
+        ({"labels": ["a", "b\0"]}, "ends in a NUL character"),
+        ({"labels": "ab"}, "labels: found one str"),
+        ({"labels": {"a": "x"}}, "found a; expected at least two"),
+        ({"labels": {"a": "x", "b": None}}, "the description of 'b' is NoneType"),
+        ({"labels": None}, "has no labels"),
         ({"labels": ["\u00e9", "e\u0301"], "answer": "continuation"}, "are the same tokens"),
         ({"source": 5}, "expected a folder, a hub id, or a pair"),
     ],
 )
-def test_settings_that_exclude_each_other_are_rejected(pair, options, message):
+def test_bad_settings_and_labels_are_rejected(pair, options, message):
     with pytest.raises(InputError, match=message):
         Classifier(**{"source": pair, "labels": ["a", "b"]} | options).predict(["text"])
 

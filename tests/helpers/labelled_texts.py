@@ -9,6 +9,7 @@ from tokenizers import models, pre_tokenizers
 
 from mlmjax.text.tokenizer import Tokenizer
 
+SHORT = "{text}\n{options}[unused0] [MASK]"
 FAST = {"epochs": 6, "learning_rate": 1e-2, "batch_size": 16}
 WORDS = {"sports": ["goal", "match", "team"], "money": ["stock", "bank", "price"]}
 OTHERS = ["the", "a", "new", "old", "rain", "cloud", "yes", "no", "text"]

@@ -1,6 +1,8 @@
 """A small suite of one zero-shot and one fine-tuned task, with all its files, and a model."""
 
+import tomllib
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 from labelled_texts import word_model, word_tokenizer
@@ -65,13 +67,7 @@ def reviews(count, seed):
     return rows
 
 
-REVIEWS = Task(
-    name="reviews",
-    prompt="{text}\n{options}[unused0] [MASK]",
-    shorten={"text": "tail"},
-    answer="label",
-    labels=("bad", "good"),
-)
+REVIEWS = Task.from_dict(tomllib.loads(TASK))
 SWEEP = Sweep(batch_size=8, max_length=40)
 
 
@@ -108,34 +104,21 @@ def write_suite(folder):
     write_csv(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
 
 
-class Output:
-    """Collect the lines that a run prints."""
-
-    def __init__(self):
-        self.lines = []
-
-    @property
-    def computed(self):
-        return [line for line in self.cells if "already computed" not in line]
-
-    @property
-    def cells(self):
-        return [line for line in self.lines if line.startswith("[")]
-
-
 def run_small(folder, out, *overrides, models=("model",), data="data", **options):
-    """Run the suite of a folder; return the results and the printed lines."""
-    printed = Output()
+    """Run the suite of a folder; return the results, and what is printed (all, cells, computed)."""
+    lines = []
     results = run_suite(
         *load_suite(folder / "small.toml", overrides),
         [str(folder / name) for name in models],
         data=folder / data,
         out=out,
-        tell=printed.lines.append,
+        tell=lines.append,
         counting=lambda what: nullcontext(lambda done, total: None),
         **options,
     )
-    return results, printed
+    cells = [line for line in lines if line.startswith("[")]
+    computed = [line for line in cells if "already computed" not in line]
+    return results, SimpleNamespace(lines=lines, cells=cells, computed=computed)
 
 
 def files_of(out):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from labelled_texts import examples, word_model, word_tokenizer
+from labelled_texts import SHORT, examples, word_model, word_tokenizer
 from noisy_models import build
 from small_models import noisy, small_model
 
@@ -129,7 +129,7 @@ def test_fine_tuning_on_all_devices_is_that_on_one(tmp_path, monkeypatch):
     texts, labels = examples(32)
     # As in `test_fitting`, so that one program is compiled for both.
     options = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 16}
-    short = {"labels": ["sports", "money"], "template": "{text}\n{options}[unused0] [MASK]"}
+    short = {"labels": ["sports", "money"], "template": SHORT}
     everywhere = Classifier(source, **short).fit(texts, labels, **options)
     devices = everywhere.asking_.scorer.engine.mesh.size
     monkeypatch.setattr(sharding, "local_devices", lambda: jax.local_devices()[:1])
