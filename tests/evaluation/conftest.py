@@ -4,7 +4,7 @@ import json
 
 import pytest
 from small_models import small_model
-from task_files import read_lines, task
+from task_files import REVIEWS, ROWS, read_lines, task, write_csv
 
 from mlmjax.evaluation import report
 from mlmjax.evaluation.evaluate import run_evaluation
@@ -19,6 +19,14 @@ def model():
 def no_report(monkeypatch):
     """Leave out the page of an evaluation and its picture."""
     monkeypatch.setattr(report, "write_evaluation_report", lambda *arguments: None)
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Write a task file and its table; give the task file."""
+    (tmp_path / "reviews.toml").write_text(REVIEWS)
+    write_csv(tmp_path / "reviews.csv", ROWS)
+    return tmp_path / "reviews.toml"
 
 
 @pytest.fixture

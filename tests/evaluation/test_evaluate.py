@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from small_models import noisy, small_model
-from task_files import ROWS, read_lines, task, write_csv
+from task_files import REVIEWS, ROWS, read_lines, task, write_csv
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.cli.main import run
@@ -18,26 +18,7 @@ from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "mmlu_500.jsonl"
-
-REVIEWS = """
-name = "reviews"
-data = "reviews.csv"
-prompt = "Is the review good?\\n{text}\\n{options}Answer: [unused0] [MASK]"
-shorten = { text = "tail" }
-answer = "label"
-labels = ["bad", "good"]
-"""
-
-
 pytestmark = pytest.mark.usefixtures("no_report")
-
-
-@pytest.fixture
-def reviews(tmp_path):
-    """Write a task file and its table; give the task file."""
-    (tmp_path / "reviews.toml").write_text(REVIEWS)
-    write_csv(tmp_path / "reviews.csv", ROWS)
-    return tmp_path / "reviews.toml"
 
 
 @pytest.mark.parametrize("limit", [32, pytest.param(500, marks=pytest.mark.long)])
@@ -118,16 +99,11 @@ def test_a_table_end_to_end(model, tokenizer, reviews):
     assert 0 <= low <= results["accuracy"] <= high <= 1
     assert (results["majority"], results["chance"], results["n"]) == (0.6, 0.5, 5)
     assert calls[-1] == (5, 5)
-
-
-def test_limit_keeps_the_first_rows_and_data_overrides_the_file(
-    model, tokenizer, reviews, tmp_path
-):
-    write_csv(tmp_path / "other.csv", ROWS[::-1])
-    options = {"data": tmp_path / "other.csv", "limit": 2, "out": tmp_path / "out"}
+    # The limit keeps the first rows, and data overrides the file.
+    write_csv(reviews.parent / "other.csv", ROWS[::-1])
+    options = {"data": reviews.parent / "other.csv", "limit": 2, "out": out}
     assert run_evaluation(model, tokenizer, reviews, **options)["n"] == 2
-    golds = [line["gold"] for line in read_lines(tmp_path / "out" / "predictions.jsonl")]
-    assert golds == ["bad", "bad"]
+    assert [p["gold"] for p in read_lines(out / "predictions.jsonl")] == ["bad", "bad"]
 
 
 @pytest.mark.parametrize(
@@ -211,13 +187,10 @@ def test_a_broken_row_is_named(answer, change, message):
         answer([ROWS[0], ROWS[1], broken])
 
 
-def test_a_missing_column_is_reported_once(answer):
+def test_a_missing_column_is_reported_once_and_no_rows_are_an_error(answer, tmp_path):
     with pytest.raises(InputError, match=r"has no column 'label'.*--data.*answer of the task") as e:
         answer([{"text": "x"}] * 3)
     assert not e.value.details
-
-
-def test_nothing_to_answer_is_an_error(answer, tmp_path):
     with pytest.raises(InputError, match="no row is left to answer; 5 were dropped"):
         answer(ROWS, drop_labels=("good", "bad"))
     assert not (tmp_path / "out").exists()

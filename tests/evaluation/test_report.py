@@ -149,20 +149,13 @@ def test_a_page_of_few_rows_and_no_order(answer, tmp_path):
     assert "**unknown**" in text
 
 
-def test_the_command_takes_a_number_of_rows(model, tokenizer, tmp_path, capsys, no_report):
+def test_the_command_takes_a_number_of_rows(model, tokenizer, reviews, capsys, no_report):
+    tmp_path = reviews.parent
     save_pretrained(model, tokenizer, tmp_path / "model")
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    task_file = tmp_path / "t.toml"
-    task_file.write_text(
-        'name = "t"\nprompt = "{text} {options}[unused0] [MASK]"\nanswer = "label"\n'
-        'labels = ["bad", "good"]\n'
-    )
-    base = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(task_file)]
+    base = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]
     for number in (0, 3):
         out = tmp_path / f"out{number}"
-        more = ["--data", str(data), "--order-rows", str(number), "--out", str(out)]
-        assert run([*base, *more]) == 0
+        assert run([*base, "--order-rows", str(number), "--out", str(out)]) == 0
         found = json.loads(capsys.readouterr().out)["order_sensitivity"]
         assert found is None if not number else found["rows"] == 3
         assert len(read_lines(out / "predictions.jsonl")) == 5

@@ -104,11 +104,13 @@ def write_suite(folder):
     write_csv(folder / "data" / "my-reviews.test.csv", reviews(12, 2))
 
 
-def run_small(folder, out, *overrides, models=("model",), data="data", **options):
+def run_small(
+    folder, out, *overrides, suite="small.toml", models=("model",), data="data", **options
+):
     """Run the suite of a folder; return the results, and what is printed (all, cells, computed)."""
     lines = []
     results = run_suite(
-        *load_suite(folder / "small.toml", overrides),
+        *load_suite(folder / suite, overrides),
         [str(folder / name) for name in models],
         data=folder / data,
         out=out,

@@ -14,6 +14,16 @@ ROWS = [
 ]
 
 
+REVIEWS = """
+name = "reviews"
+data = "reviews.csv"
+prompt = "Is the review good?\\n{text}\\n{options}Answer: [unused0] [MASK]"
+shorten = { text = "tail" }
+answer = "label"
+labels = ["bad", "good"]
+"""
+
+
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 

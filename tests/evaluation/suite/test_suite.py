@@ -142,13 +142,10 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, out, tmp_path):
     assert found == {name: content for name, content in whole.items() if "classif" not in name}
 
 
-def test_results_are_not_computed_again(folder, done, out):
+def test_results_are_not_computed_again_unless_a_setting_changes(folder, done, out):
     assert run_small(folder, out)[1].computed == []
     before, after = files_of(done[0]), files_of(out)
     assert after | {"suite.png": before["suite.png"]} == before
-
-
-def test_a_change_is_another_result(folder, out):
     results, printed = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
     assert len(printed.computed) == 1  # the second seed
     (line,) = lines_of(results, "MLM head")
@@ -179,36 +176,33 @@ def test_the_choice_does_not_see_the_test_rows(folder, done, out, tmp_path):
 
 
 def test_several_models_are_side_by_side(folder, tmp_path):
+    names = ("model", "second", "copy")
     write_model(folder / "second", scale=0.2)
     shutil.copytree(folder / "model", folder / "copy", dirs_exist_ok=True)
     suite = (folder / "small.toml").read_text()
     until = suite.index("[[entries]]", suite.index("[[entries]]") + 1)
-    (tmp_path / "small.toml").write_text(suite[:until])  # the zero-shot entry alone
-    shutil.copy(folder / "reviews.toml", tmp_path)
-    for name in ("model", "second", "copy"):
-        (tmp_path / name).symlink_to(folder / name)
-    results, printed = run_small(
-        tmp_path, tmp_path / "out", models=("model", "second", "copy"), data=folder / "data"
-    )
-    assert [Path(line["model"]).name for line in results["lines"]] == ["model", "second", "copy"]
+    (folder / "zero_shot.toml").write_text(suite[:until])
+    options = {"suite": "zero_shot.toml", "models": names}
+    results, printed = run_small(folder, tmp_path / "out", **options)
+    assert [Path(line["model"]).name for line in results["lines"]] == list(names)
     first, _, copy = (line["scores"] for line in results["lines"])
     assert copy == first
     assert len(printed.computed) == 2  # a copy of a model is the same model
     page = (tmp_path / "out" / "suite.md").read_text()
-    assert all(f"/{name}`" in page for name in ("model", "second", "copy"))
+    assert all(f"/{name}`" in page for name in names)
     with pytest.raises(InputError, match="named twice"):
-        run_small(tmp_path, tmp_path / "out", models=("model", "model"), data=folder / "data")
+        run_small(folder, tmp_path / "out", models=("model", "model"))
 
 
 def test_a_file_that_is_not_a_result_is_rejected(folder, out):
     (path,) = (out / "cells").glob("*-zero-shot-*.json")
     good = json.loads(path.read_text())
-    other = {**good, "identity": {**good["identity"], "model": "another"}}
-    half = {key: value for key, value in good.items() if key != "predictions"}
-    wrong = {**good, "predictions": [{**good["predictions"][0], "gold": 5}]}
     first, *rest = good["predictions"]
     metrics, figures = "its metrics are not", good["metrics"]
     edits = [
+        ({"identity": {**good["identity"], "model": "another"}}, "it has another identity"),
+        ({"predictions": []}, "or neither"),
+        ({"predictions": [{**first, "gold": 5}]}, r"predictions\.0\.gold"),
         ({"predictions": rest}, "for other questions"),
         ({"predictions": good["predictions"][::-1]}, "for other questions"),
         ({"predictions": [{**first, "gold": "zzz"}, *rest]}, "for other questions"),
@@ -231,9 +225,6 @@ def test_a_file_that_is_not_a_result_is_rejected(folder, out):
         (b'{"identity": 1}', "it has another identity"),
         (b"{" * 100_000, "RecursionError|recursion|Expecting"),
         (b"\xff", "codec can't decode"),
-        (json.dumps(other).encode(), "it has another identity"),
-        (json.dumps(half).encode(), "or neither"),
-        (json.dumps(wrong).encode(), r"predictions\.0\.gold"),
         *((json.dumps(good | edit).encode(), said) for edit, said in edits),
     ):
         path.write_bytes(content)
@@ -315,12 +306,8 @@ def test_files_are_found_by_any_usual_name(tmp_path):
     with pytest.raises(InputError, match="2 files match") as caught:
         find(entries["sst2"].validation)
     assert not isinstance(caught.value, NoDataError)
-
-
-def test_the_questions_of_the_repository_are_found():
-    _, planned = load_suite("paper", ['tasks=["mmlu"]'])
-    found = find_file(TESTS / "data", planned[0].entry.test.files, "rows")
-    assert found.name == "mmlu_500.jsonl"
+    questions = find_file(TESTS / "data", entries["mmlu"].test.files, "rows")
+    assert questions.name == "mmlu_500.jsonl"
 
 
 @pytest.mark.data
