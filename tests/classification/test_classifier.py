@@ -181,9 +181,6 @@ def test_the_card_shows_how_to_load_the_classifier_and_its_prompt(pair, tmp_path
     assert headings == ["# Text classifier", "## Labels", "## Prompt"]
     assert not any("Owned" in line or "A prompt" in line for line in outside)
     assert SHORT.splitlines()[1] in card
-
-
-def test_the_card_of_many_labels_shows_the_first_hundred(pair):
     settings = Settings(labels={f"label {i}": "" for i in range(102)}, template="{text}")
     assert "\nlabel 99\n... and 2 more\n" in classifier_card(pair[0], settings)
 
@@ -208,13 +205,6 @@ def test_descriptions_are_in_the_prompt_and_change_the_answer(pair):
     assert described.settings_.shown == ("sports: games, teams and players", "money")
 
 
-def test_long_texts_are_shortened_and_counted(pair):
-    classifier = Classifier(pair, ["a", "b"], max_length=128)
-    short, long = classifier.predict_proba(["goal", "goal " * 5000])
-    assert classifier.shortened == 1
-    assert np.isfinite([short, long]).all()
-
-
 def test_it_works_inside_scikit_learn(pair):
     texts, labels = examples(24)
     classifier = Classifier(pair, ["sports", "money"], template=SHORT)
@@ -225,6 +215,10 @@ def test_it_works_inside_scikit_learn(pair):
     split = ShuffleSplit(1, test_size=8, random_state=0)
     assert cross_val_score(pipeline, texts, labels, cv=split, params=options).shape == (1,)
     assert set(classifier.predict(texts)) <= {"sports", "money"}
+    search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
+    search.fit(texts, labels, batch_size=16)
+    assert len(search.cv_results_["mean_test_score"]) == 2
+    assert set(search.predict(texts)) <= {"sports", "money"}
     classifier.set_params(labels=["x", "y", "z"])
     assert classifier.predict_proba(texts[:1]).shape == (1, 3)
 
@@ -260,19 +254,18 @@ def test_an_error_shows_twenty_more_rows_and_counts_the_others(pair):
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("labels", "row", "message"),
     [
-        ([["a"], "b"], r"row 2 \(index 1\): its labels are 'b' \(str\); expected a list of names"),
-        ([["a"], [0, 1, 0]], "expected names, or 0 or 1 for each of the 2 labels"),
-        ([["a"], [0, 2]], "expected names, or 0 or 1 for each of the 2 labels"),
-        ([["a"], ["c"]], "label 'c' is not one of a, b"),
+        (["a", "b"], "b", r"row 2 \(index 1\): its labels are 'b' \(str\); expected a list of na"),
+        (["a", "b"], [0, 1, 0], "expected names, or 0 or 1 for each of the 2 labels"),
+        (["a", "b"], [0, 2], "expected names, or 0 or 1 for each of the 2 labels"),
+        (["a", "b"], ["c"], "label 'c' is not one of a, b"),
+        (None, np.eye(2)[0], "rows of numbers have no names"),
     ],
 )
-def test_bad_rows_of_several_labels_are_rejected(pair, rows, message):
+def test_bad_rows_of_several_labels_are_rejected(pair, labels, row, message):
     with pytest.raises(InputError, match=message):
-        Classifier(pair, ["a", "b"], multi_label=True).fit(["x", "y"], rows)
-    with pytest.raises(InputError, match="rows of numbers have no names"):
-        Classifier(pair, multi_label=True).fit(["x", "y"], np.eye(2))
+        Classifier(pair, labels, multi_label=True).fit(["x", "y"], [["a"], row])
 
 
 def test_a_loss_that_is_not_finite_stops_the_fit(pair):
@@ -291,15 +284,6 @@ def test_other_models_are_rejected(tokenizer):
         Classifier((other, tokenizer), ["a", "b"]).predict(["text"])
     with pytest.raises(InputError, match="has no masked-language-model head"):
         Classifier((other, tokenizer), ["a", "b"], head="mlm").predict(["text"])
-
-
-def test_hyperparameters_can_be_searched(pair):
-    texts, labels = examples(32)
-    classifier = Classifier(pair, ["sports", "money"], template=SHORT, train_batch_size=16)
-    search = GridSearchCV(classifier, {"epochs": [1, 2]}, cv=2, error_score="raise")
-    search.fit(texts, labels)
-    assert len(search.cv_results_["mean_test_score"]) == 2
-    assert set(search.predict(texts)) <= {"sports", "money"}
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")

@@ -16,6 +16,7 @@ TEXTS = api.texts()
 REFUSED = api.refused()
 LISTS = api.option_lists(4)
 TOPIC = Template("{text}\n{options}Answer: [unused0] [MASK]", shorten={"text": "tail"})
+SHORT = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
 LETTERS = Verbalizer.letters(["a", "b", "c", "d"])
 
 
@@ -36,19 +37,6 @@ def tokens(tokenizer):
     return [len(ids) for ids in tokenizer.encode_plain_batch(TEXTS)]
 
 
-def rows():
-    return [{"text": text, "options": LISTS[i % len(LISTS)]} for i, text in enumerate(TEXTS)]
-
-
-def check_all_named(error, count):
-    """Check that the message names every row in order, and can be printed."""
-    lines = [error.message, *error.details]
-    assert [line.split(":")[0] for line in lines] == [
-        f"row {i + 1} (index {i})" for i in range(count)
-    ]
-    assert all(line.isprintable() and len(line) < 400 for line in lines)
-
-
 def test_there_are_enough():
     assert len(TEXTS) + len(REFUSED) + len(LISTS) + len(api.LABELS_REFUSED) > 600
     assert len(set(TEXTS)) > 500
@@ -57,7 +45,8 @@ def test_there_are_enough():
 def test_every_row_is_scored_as_if_alone(model, tokenizer):
     fitting = []
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
-    for row in rows():
+    for i, text in enumerate(TEXTS):
+        row = {"text": text, "options": LISTS[i % len(LISTS)]}
         try:
             (prompt,) = scorer.prompts([row])
         except InputError:  # its options alone are more than the model reads
@@ -80,8 +69,7 @@ def test_every_row_is_scored_as_if_alone(model, tokenizer):
 
 
 def test_every_text_is_classified_as_if_alone(model, tokenizer):
-    short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
-    options = {"template": short, "batch_size": 8}
+    options = {"template": SHORT, "batch_size": 8}
     for labels in api.LABELS.values():
         classifier = Classifier.from_pretrained((model, tokenizer), labels, **options)
         assert list(classifier.classes_) == list(labels)
@@ -141,27 +129,24 @@ def test_every_mask_is_filled(model, tokenizer, tokens):
 
 def test_blank_texts_and_other_values_are_rejected_by_row(model, tokenizer):
     scorer = Scorer(model, tokenizer, TOPIC, LETTERS)
-    classifier = Classifier.from_pretrained(
-        (model, tokenizer), ["a", "b"], template="{text}{options}"
-    )
     for act in (
         lambda texts: scorer.log_probs([{"text": text, "options": ["a"]} for text in texts]),
-        classifier.predict_proba,
+        lambda texts: scorer.log_probs([{"text": "goal", "options": [text]} for text in texts]),
+        Classifier((model, tokenizer), ["a", "b"], template="{text}{options}").predict_proba,
         TextScorer(model, tokenizer).score,
         MaskFiller(model, tokenizer).fill,
     ):
         with pytest.raises(InputError) as caught:
             act(REFUSED)
-        check_all_named(caught.value, len(REFUSED))
-    with pytest.raises(InputError) as caught:
-        scorer.log_probs([{"text": "goal", "options": [text]} for text in REFUSED])
-    check_all_named(caught.value, len(REFUSED))
+        lines = [caught.value.message, *caught.value.details]
+        names = [f"row {i + 1} (index {i})" for i in range(len(REFUSED))]
+        assert [line.split(":")[0] for line in lines] == names
+        assert all(line.isprintable() and len(line) < 400 for line in lines)
 
 
 @pytest.mark.parametrize("name", api.LABELS_REFUSED)
 def test_wrong_label_lists_are_rejected(model, tokenizer, name):
-    short = Template("{text}\n{options}Answer:", shorten={"text": "tail"})
     with pytest.raises(InputError) as caught:
-        Classifier((model, tokenizer), api.LABELS_REFUSED[name], template=short).predict(["goal"])
+        Classifier((model, tokenizer), api.LABELS_REFUSED[name], template=SHORT).predict(["goal"])
     assert caught.value.message.isprintable()
     assert len(caught.value.message) < 600

@@ -128,12 +128,13 @@ def test_temperature_has_the_least_loss(truth):
 
 def test_where_no_temperature_fits_it_says_so():
     scores = np.log([[0.9, 0.1], [0.2, 0.8]])
-    with pytest.raises(InputError, match="answers of all these 2 rows are right"):
-        temperature_calibration(scores, [0, 1])
-    with pytest.raises(InputError, match="are no better than guessing"):
-        temperature_calibration(scores, [1, 0])
-    with pytest.raises(InputError, match="are no better than guessing"):
-        temperature_calibration(np.zeros((3, 2)), [1, 0, 1])
+    for given_scores, gold, message in (
+        (scores, [0, 1], "answers of all these 2 rows are right"),
+        (scores, [1, 0], "are no better than guessing"),
+        (np.zeros((3, 2)), [1, 0, 1], "are no better than guessing"),
+    ):
+        with pytest.raises(InputError, match=message):
+            temperature_calibration(given_scores, gold)
 
 
 @pytest.mark.parametrize(
