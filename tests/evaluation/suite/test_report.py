@@ -4,8 +4,10 @@ import json
 import re
 from dataclasses import replace
 
+from suite_files import SWEEP
+from task_files import task
+
 from mlmjax.config.suite import Entry, Part, Planned
-from mlmjax.config.task import Task
 from mlmjax.data.contamination import Contamination
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import Setting
@@ -15,30 +17,11 @@ from mlmjax.evaluation.suite.rows import Rows
 from mlmjax.statistics.metrics import classification_metrics, macro_f1, mean_interval
 
 HOSTILE = "<b>|`$x_1$`\n# y"
-TASK = Task(
-    name=HOSTILE,
-    prompt="{text} {options}[unused0] [MASK]",
-    answer="label",
-    labels=("bad", "good"),
-    metric="macro_f1",
-)
+TASK = task(name=HOSTILE, metric="macro_f1")
 QUESTIONS = [
     Question(i, "", {"text": "a", "options": ["bad", "good"]}, i % 2, "") for i in range(8)
 ]
-ABOUT = {
-    "suite": HOSTILE,
-    "description": HOSTILE,
-    "limit": 1000,
-    "seeds": 2,
-    "order_rows": 200,
-    "sweep": {
-        "batch_size": 8,
-        "weight_decay": 0.01,
-        "warmup": 0.05,
-        "max_length": 64,
-        "held_out": 0.1,
-    },
-}
+ABOUT = {"suite": HOSTILE, "description": HOSTILE, "limit": 1000, "seeds": 2, "order_rows": 200}
 
 
 def result(wrong, **changes):
@@ -93,7 +76,8 @@ def test_seeds_are_summed_up():
 
 def test_the_page_shows_everything_and_text_has_no_power_in_it(tmp_path):
     missing = [{"task": HOSTILE, "tables": (2,), "reason": HOSTILE}]
-    results = write_report(tmp_path, ABOUT, lines(), missing)
+    about = {**ABOUT, "sweep": SWEEP.model_dump()}
+    results = write_report(tmp_path, about, lines(), missing)
     assert json.loads((tmp_path / "suite.json").read_text()) == json.loads(json.dumps(results))
     assert (tmp_path / "suite.png").read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "suite.md").read_text()
