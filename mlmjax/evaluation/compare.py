@@ -63,14 +63,13 @@ def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
     right = np.array([[g == p for g, p in zip(gold, one, strict=True)] for one in answers])
     only_a, only_b = int((right[0] & ~right[1]).sum()), int((~right[0] & right[1]).sum())
     figures = paired_bootstrap(gold, *answers)
-    accuracy, f1 = figures["accuracy"], figures["macro_f1"]
     found: dict[str, Any] = {
         side: {
             "folder": one.folder,
             "task": one.task,
             "protocol": one.protocol,
             "accuracy": float(right[i].mean()),
-            "macro_f1": f1.of[i],
+            "macro_f1": figures["macro_f1"].of[i],
         }
         for i, (side, one) in enumerate((("a", first), ("b", second)))
     }
@@ -80,12 +79,11 @@ def compare_results(a: str | Path, b: str | Path) -> dict[str, Any]:
         "only_a": only_a,
         "only_b": only_b,
         "neither": int((~right).all(axis=0).sum()),
-        "accuracy_difference": accuracy.difference,
-        "accuracy_difference_ci95": list(accuracy.interval),
-        "macro_f1_difference": f1.difference,
-        "macro_f1_difference_ci95": list(f1.interval),
-        "mcnemar_p": mcnemar(only_a, only_b),
     }
+    for name, figure in figures.items():
+        found[f"{name}_difference"] = figure.difference
+        found[f"{name}_difference_ci95"] = list(figure.interval)
+    found["mcnemar_p"] = mcnemar(only_a, only_b)
     return found | {"verdict": verdict(found)}
 
 
@@ -164,8 +162,7 @@ def read_results(path: str | Path) -> Evaluated:
         )
     content = read_bounded(plain_file(folder, RESULTS), MAX_JSON_BYTES)
     results = _decode(_Results, content, f"{folder / RESULTS}")
-    gold: dict[int, str] = {}
-    predicted: dict[int, str] = {}
+    gold, predicted = dict[int, str](), dict[int, str]()
     try:
         with plain_file(folder, PREDICTIONS).open("rb") as stream:
             while line := stream.readline(MAX_LINE_BYTES + 1):
@@ -181,10 +178,8 @@ def read_results(path: str | Path) -> Evaluated:
             f"{folder / PREDICTIONS}: cannot be read ({error.strerror}); {_AGAIN}"
         ) from error
     if len(gold) != results.n:
-        raise InputError(
-            f"{folder}: {RESULTS} names {results.n} rows and {PREDICTIONS} has {len(gold)}; "
-            f"{_AGAIN}"
-        )
+        found = f"{RESULTS} names {results.n} rows and {PREDICTIONS} has {len(gold)}"
+        raise InputError(f"{folder}: {found}; {_AGAIN}")
     if (labels := len({*gold.values(), *predicted.values()})) > MAX_LABELS:
         raise InputError(f"{folder}: has {labels} labels; expected at most {MAX_LABELS}")
     return Evaluated(str(path), results.task, results.protocol, gold, predicted)

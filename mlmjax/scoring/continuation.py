@@ -50,12 +50,12 @@ class ContinuationScorer(RowScorer):
                 )
             seen[tokens] = label
         super().__init__(model, tokenizer, template, labels, log_prob_of_target, **options)
-        longest = max(range(len(labels)), key=lambda i: len(self._tokens[i]))
-        self.max_length -= len(self._tokens[longest]) - 1
+        count, longest = max(zip(map(len, self._tokens), labels, strict=True))
+        self.max_length -= count - 1
         if self.max_length < 1:
             raise InputError(
-                f"label {labels[longest]!r:.60}: has {len(self._tokens[longest])} tokens, more "
-                "than a prompt may have; give a shorter name"
+                f"label {longest!r:.60}: has {count} tokens, more than a prompt may have; give a "
+                "shorter name"
             )
         starts = word_starts(tokenizer)
         self._masks = [word_ends(starts(np.array(tokens))).tolist() for tokens in self._tokens]

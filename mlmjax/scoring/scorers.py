@@ -28,10 +28,8 @@ CHUNK_ROWS = 8192
 def check_masked_lm(model: Any) -> None:
     """Raise `InputError` for a model that cannot predict masked tokens."""
     if not isinstance(model, ModernBertForMaskedLM):
-        raise InputError(
-            f"a {type(model).__name__} has no masked-language-model head to score with; "
-            "expected a ModernBertForMaskedLM"
-        )
+        kind = type(model).__name__
+        raise InputError(f"a {kind} has no masked-language-model head; give one that has it")
 
 
 class RowScorer:

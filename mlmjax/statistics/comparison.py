@@ -17,8 +17,7 @@ def mcnemar(only_a: int, only_b: int) -> float:
     >>> mcnemar(0, 5), mcnemar(3, 3), mcnemar(0, 0)
     (0.0625, 1.0, 1.0)
     """
-    fewer = binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)
-    return min(1.0, 2 * float(fewer))
+    return min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
 
 
 class Paired(NamedTuple):

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from small_models import noisy, small_model
@@ -15,6 +14,8 @@ from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.evaluate import run_evaluation
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.scoring.scorers import HeadScorer
+from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "mmlu_500.jsonl"
@@ -244,15 +245,8 @@ def head_model(labels, **changes):
 
 
 def plain_probabilities(model, tokenizer, texts):
-    """The softmax of the model's own logits."""
-    ids = np.full((len(texts), 32), tokenizer.pad_id)
-    lengths = []
-    for row, text in zip(ids, texts, strict=True):
-        own = [tokenizer.cls_id, *tokenizer.encode_plain(text), tokenizer.sep_id]
-        row[: len(own)] = own
-        lengths.append([len(own)])
-    logits = np.asarray(jax.jit(model.__call__)(ids, np.arange(32)[None] < lengths), np.float64)
-    return np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    scorer = HeadScorer(model, tokenizer, Template("{text}", slot=False))
+    return np.exp(scorer.log_probs([{"text": text} for text in texts]))
 
 
 def test_a_classification_head_reads_the_fields_and_answers_by_name(answer, tokenizer):

@@ -126,8 +126,8 @@ def _answer(model: SuiteModel, head: Head, task: Task, *arguments: Any, **option
 def settings_of(sweep: Sweep) -> list[Setting]:
     """Return the points of a sweep in the order of preference among equals.
 
-    >>> settings_of(Sweep(epochs=(2, 1), learning_rate=(5e-5, 2e-5)))[:2]
-    [Setting(epochs=1, learning_rate=2e-05), Setting(epochs=1, learning_rate=5e-05)]
+    >>> [tuple(one) for one in settings_of(Sweep(epochs=(2, 1), learning_rate=(5e-5, 2e-5)))]
+    [(1, 2e-05), (1, 5e-05), (2, 2e-05), (2, 5e-05)]
     """
     return [Setting(e, rate) for e in sorted(sweep.epochs) for rate in sorted(sweep.learning_rate)]
 
@@ -139,6 +139,8 @@ def choose(scores: Mapping[Setting, float | None]) -> Setting | None:
 
     >>> choose({Setting(2, 2e-5): 0.5, Setting(1, 5e-5): 0.5, Setting(1, 3e-5): None})
     Setting(epochs=1, learning_rate=5e-05)
+    >>> choose({Setting(2, 2e-5): 0.6, Setting(1, 5e-5): 0.5}).epochs, choose({Setting(1, 1): None})
+    (2, None)
     """
     known = [(setting, score) for setting, score in scores.items() if score is not None]
     return min(known, key=lambda one: (-one[1], one[0]), default=(None, 0.0))[0]

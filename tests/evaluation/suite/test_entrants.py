@@ -6,17 +6,9 @@ import pytest
 from flax import nnx
 from suite_files import REVIEWS, SWEEP, questions, right, small_pair
 
-from mlmjax.config.suite import HEADS, Sweep
-from mlmjax.config.tables import decode
+from mlmjax.config.suite import HEADS
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.entrants import (
-    DivergedError,
-    Setting,
-    answer_fine_tuned,
-    choose,
-    read_texts,
-    settings_of,
-)
+from mlmjax.evaluation.suite.entrants import DivergedError, Setting, answer_fine_tuned, read_texts
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +63,3 @@ def test_heads_and_baselines_read_the_fields_alone(tokenizer):
     ids, slot = template.encode(tokenizer, row, 64)
     assert ids[1:-1] == tokenizer.encode_plain(text)
     assert slot == -1
-
-
-def test_the_best_setting_is_chosen_and_ties_go_to_the_smaller():
-    settings = settings_of(decode(Sweep, {"epochs": [3, 1], "learning_rate": [5e-5, 2e-5]}, "s"))
-    assert settings == [(1, 2e-5), (1, 5e-5), (3, 2e-5), (3, 5e-5)]
-    assert choose(dict.fromkeys(reversed(settings), 0.5)) == settings[0]
-    assert choose(dict(zip(settings, [0.1, None, 0.3, 0.2], strict=True))) == settings[2]
-    assert choose(dict.fromkeys(settings)) is None
