@@ -29,7 +29,7 @@ def check_masked_lm(model: Any) -> None:
     """Raise `InputError` for a model that cannot predict masked tokens."""
     if not isinstance(model, ModernBertForMaskedLM):
         kind = type(model).__name__
-        raise InputError(f"a {kind} has no masked-language-model head; give one that has it")
+        raise InputError(f"a {kind} has no masked-language-model head; give ModernBertForMaskedLM")
 
 
 class RowScorer:
