@@ -33,7 +33,7 @@ def write_evaluation_report(
     `results` were computed from `log_probs` `[rows, labels]` and `gold`, an index per row.
     """
     sure, right = confidence(log_probs, gold)
-    write_whole(folder / PICTURE, charts.png(diagram(sure, right)))
+    charts.save(diagram(sure, right), folder / PICTURE)
 
     def interval(metric: str) -> str:
         return " to ".join(map(score, results[f"{metric}_ci95"]))

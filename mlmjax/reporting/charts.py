@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -75,6 +76,11 @@ def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG."""
+    path.write_bytes(png(figure))
 
 
 def embedded_picture(figure: Figure, description: str) -> Markup:
