@@ -18,9 +18,6 @@ from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
-PREFETCH_THREADS = 2
-PREFETCH_BATCHES = 4
-
 AnyBatch = TypeVar("AnyBatch")
 RowNumbers = slice | Sequence[int] | np.ndarray | None
 """Rows of the global batch; None: all."""
@@ -149,9 +146,7 @@ class _Loader(ABC, Generic[AnyBatch]):
         # grain imports jax, and data modules must be importable without it.
         import grain
 
-        reader = grain.ReadOptions(
-            num_threads=PREFETCH_THREADS, prefetch_buffer_size=PREFETCH_BATCHES
-        )
+        reader = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 
         def read(step: int) -> tuple[int, AnyBatch]:
             return step, self.batch(step, rows(step) if callable(rows) else rows)

@@ -73,10 +73,6 @@ def normalize(answer: str, rules: Sequence[AnswerRule], changed: Counter[str]) -
     return answer
 
 
-BLANK_ANSWER = "blank answer"
-MANY_TOKENS = "answer is not one token"
-
-
 class AnswerReader:
     """Read the answers of a source: tokens, numbers of labels, or values.
 
@@ -136,31 +132,28 @@ class AnswerReader:
         kept: list[tuple[Record, float]] = []
         for (record, _), answer, ids in zip(values, answers, encoded, strict=True):
             if not answer:
-                dropped[BLANK_ANSWER] += 1
+                dropped["blank answer"] += 1
             elif len(ids) != 1 or ids[0] in self._tokenizer.special_ids:
-                dropped[MANY_TOKENS] += 1
+                dropped["answer is not one token"] += 1
             else:
                 kept.append((record, ids[0]))
         return kept
 
     def _label(self, value: Any, where: str) -> float:
-        return self._answers[self._name(value, where)]
-
-    def _name(self, value: Any, where: str) -> str:
-        """Return the label that a value names, by itself or as its position."""
+        """Return the answer of the label that a value names, by itself or as its position."""
         assert self._names is not None
         if value is None:
             raise InputError(f"{where} is null; expected a label")
         key = as_written(value).strip()
         if self._name_of is not None:
             if key in self._name_of:
-                return self._name_of[key]
+                return self._answers[self._name_of[key]]
             raise InputError(
                 f"{where} is {value!r:.60}, which labels does not list; expected one of "
                 f"{', '.join(map(repr, self._name_of))}"
             )
         if isinstance(value, str) and value.strip() in self._answers:
-            return value.strip()
+            return self._answers[value.strip()]
         if key.isdecimal():
             if any(name.isdecimal() for name in self._names):
                 raise InputError(
@@ -168,7 +161,7 @@ class AnswerReader:
                     'labels as a table, as in labels = { 1 = "bad" }'
                 )
             if len(key) < 10 and int(key) < len(self._names):
-                return self._names[int(key)]
+                return self._answers[self._names[int(key)]]
         raise InputError(
             f"{where} is {value!r:.60}; expected one of {', '.join(map(repr, self._names))}, or a "
             f"number from 0 to {len(self._names) - 1}"

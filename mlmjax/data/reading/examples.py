@@ -27,16 +27,8 @@ CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
 
 _ANY_LENGTH = 2**31
 
-BLANK_PROMPT = "blank prompt"
-BLANK_TEXT = "blank text"
-TOO_LONG = "prompt too long"
-HOLDS_MASK = f"holds {MASK}"
-
-HITS_SHOWN = 20
-"""Records that the report names for each evaluation set they share text with."""
-
-BROKEN_SHOWN = 20
-"""Broken records, and broken files, that the report names for a source."""
+MOST_NAMED = 20
+"""Records that the report names: broken ones, broken files, and overlaps with each set."""
 
 
 class Encoded(NamedTuple):
@@ -55,21 +47,14 @@ class Encoded(NamedTuple):
     label: float = math.nan
 
 
-class SharedText(NamedTuple):
-    """Name a record that shares words with an evaluation set, and these words."""
-
-    where: str
-    words: str
-
-
 @dataclass
 class Counts:
     """Count what becomes of the records of a source.
 
     `normalized` counts the answers that each rule changed. `hits` has, for each evaluation set, the
-    first `HITS_SHOWN` records that share text with it. `broken` has the messages of the first
-    `BROKEN_SHOWN` broken records, `broken_files` those of the first files that could not be read to
-    their end. All of these are also counted in `dropped`.
+    first `MOST_NAMED` records that share text with it, and the words. `broken` has the messages of
+    as many broken records, `broken_files` those of files that could not be read to their end. All
+    of these are also counted in `dropped`.
     """
 
     records: int = 0
@@ -77,7 +62,7 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     shortened: Counter[str] = field(default_factory=Counter)
     normalized: Counter[str] = field(default_factory=Counter)
-    hits: dict[str, list[SharedText]] = field(default_factory=dict)
+    hits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     broken_files: list[str] = field(default_factory=list)
 
@@ -90,15 +75,15 @@ class Counts:
         self.normalized.update(other.normalized)
         for name, hits in other.hits.items():
             shown = self.hits.setdefault(name, [])
-            shown += hits[: HITS_SHOWN - len(shown)]
-        self.broken += other.broken[: BROKEN_SHOWN - len(self.broken)]
-        self.broken_files += other.broken_files[: BROKEN_SHOWN - len(self.broken_files)]
+            shown += hits[: MOST_NAMED - len(shown)]
+        self.broken += other.broken[: MOST_NAMED - len(self.broken)]
+        self.broken_files += other.broken_files[: MOST_NAMED - len(self.broken_files)]
 
     def count_broken(self, what: str, error: InputError) -> None:
         """Count a broken record or file that is skipped."""
         self.dropped[what] += 1
         named = self.broken_files if what == BROKEN_FILE else self.broken
-        if len(named) < BROKEN_SHOWN:
+        if len(named) < MOST_NAMED:
             named.append(error.message)
 
 
@@ -215,8 +200,8 @@ class _Reader(ABC):
             return False
         counts.dropped[f"overlaps {hit.name}"] += 1
         shown = counts.hits.setdefault(hit.name, [])
-        if len(shown) < HITS_SHOWN:
-            shown.append(SharedText(record.where, hit.words))
+        if len(shown) < MOST_NAMED:
+            shown.append((record.where, hit.words))
         return True
 
 
@@ -251,19 +236,11 @@ class _Windows(_Reader):
         for record in records:
             require_text(record, self.text)
             if not record.fields[self.text].strip():
-                counts.dropped[BLANK_TEXT] += 1
+                counts.dropped["blank text"] += 1
             elif not self.is_excluded(record, counts) and not self.overlaps(
                 record, record.fields[self.text], counts
             ):
                 yield record
-
-
-class _Kept(NamedTuple):
-    """Hold a record that gives an example, the fields of its prompt, and its answer."""
-
-    record: Record
-    row: dict[str, Any]
-    answer: float
 
 
 class _Prompts(_Reader):
@@ -295,24 +272,24 @@ class _Prompts(_Reader):
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = list(self._kept(list(self._usable(records, counts)), counts))
-        places, rows = [one.record.where for one in kept], [one.row for one in kept]
+        places, rows = [record.where for record, _, _ in kept], [row for _, row, _ in kept]
         # Encoded together and whole, because few are too long.
         prompts = self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH, places)
-        for one, prompt in zip(kept, prompts, strict=True):
+        for (record, row, answer), prompt in zip(kept, prompts, strict=True):
             if len(prompt.ids) > self.seq_length:
                 try:
-                    prompt = self.template.render(self.tokenizer, one.row, self.seq_length)
+                    prompt = self.template.render(self.tokenizer, row, self.seq_length)
                 except InputError:
-                    counts.dropped[TOO_LONG] += 1
+                    counts.dropped["prompt too long"] += 1
                     continue
                 counts.shortened.update(prompt.shortened.keys())
             ids = np.array(prompt.ids, np.uint32)
-            key, task = _hash(ids), self.task_of(one.record)
+            key, task = _hash(ids), self.task_of(record)
             if self.template.slot:
-                ids[prompt.slot] = one.answer
+                ids[prompt.slot] = answer
                 yield Encoded(ids, prompt.slot, task, key)
             else:
-                yield Encoded(ids, prompt.slot, task, key, one.answer)
+                yield Encoded(ids, prompt.slot, task, key, answer)
 
     def _usable(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
         """Drop records of excluded tasks, and those that contain `[MASK]`."""
@@ -322,12 +299,14 @@ class _Prompts(_Reader):
             if self.is_excluded(record, counts):
                 continue
             if any(MASK in text for text in _strings(record, self.shown)):
-                counts.dropped[HOLDS_MASK] += 1
+                counts.dropped[f"holds {MASK}"] += 1
             else:
                 yield record
 
-    def _kept(self, records: Sequence[Record], counts: Counts) -> Iterator[_Kept]:
-        """Read the answers, and drop blank prompts and those that overlap."""
+    def _kept(
+        self, records: Sequence[Record], counts: Counts
+    ) -> Iterator[tuple[Record, dict[str, Any], float]]:
+        """Yield records with the fields of their prompts and their answers, and drop the others."""
         for record, answer in self.answers.read(records, counts.dropped, counts.normalized):
             row = {name: record.fields[name] for name in self.fields}
             if self.options is not None:
@@ -337,9 +316,9 @@ class _Prompts(_Reader):
                     raise InputError(
                         f"{record.where}: {', '.join(self.texts)} is blank; expected some text"
                     )
-                counts.dropped[BLANK_PROMPT] += 1
+                counts.dropped["blank prompt"] += 1
             elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
-                yield _Kept(record, row, answer)
+                yield record, row, answer
 
 
 def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:

@@ -64,17 +64,15 @@ def evaluation_identity(config: ExcludeConfig) -> list[dict[str, Any]]:
     by path), or for the hub `hub`, `subset`, `folder`, `split` and `revision`. Raises `InputError`
     as `Exclusion`.
     """
-    return [_identity(one) for one in config.overlap]
-
-
-def _identity(one: EvaluationSet) -> dict[str, Any]:
-    task, place, files = _open(one)
-    reading = task.model_dump_json(include=_TEXT_KEYS).encode()
-    found = {"task": task.name, "texts": hashlib.sha256(reading).hexdigest()}
-    if place.hub is None:
-        return {**found, "files": {str(path): hash_file(path) for path in files}}
-    hub = place.model_dump(mode="json", include={"hub", "subset", "folder", "split", "revision"})
-    return {**found, **hub}
+    keys = {"hub", "subset", "folder", "split", "revision"}
+    found: list[dict[str, Any]] = []
+    for task, place, files in map(_open, config.overlap):
+        reading = task.model_dump_json(include=_TEXT_KEYS).encode()
+        rows: dict[str, Any] = {"files": {str(path): hash_file(path) for path in files}}
+        if place.hub is not None:
+            rows = place.model_dump(mode="json", include=keys)
+        found.append({"task": task.name, "texts": hashlib.sha256(reading).hexdigest(), **rows})
+    return found
 
 
 def _open(one: EvaluationSet) -> tuple[Task, Location, list[Path]]:

@@ -86,10 +86,10 @@ class OverlapIndex:
             return None
         ids = np.fromiter((self._ids.get(word, 0) for word in words), np.int64, len(words))
         sums = self._sums(ids)
-        place = _find(self._runs, self._hashes(sums, self.n))
-        if place is not None:
-            at, row = place
-            return Hit(self.names[self._owners[row]], " ".join(words[at : at + self.n]))
+        runs = self._hashes(sums, self.n)
+        for at in np.flatnonzero(_member(self._runs, runs))[:1].tolist():
+            owner = self._owners[np.searchsorted(self._runs, runs[at])]
+            return Hit(self.names[owner], " ".join(words[at : at + self.n]))
         begins = self._hashes(sums, self.shortest)
         for at in np.flatnonzero(_member(self._starts, begins)).tolist():
             for length, whole, owner in self._short[int(begins[at])]:
@@ -162,11 +162,3 @@ def _member(table: np.ndarray, values: np.ndarray) -> np.ndarray:
     if not len(table):
         return np.zeros(len(values), bool)
     return table[np.minimum(np.searchsorted(table, values), len(table) - 1)] == values
-
-
-def _find(table: np.ndarray, values: np.ndarray) -> tuple[int, int] | None:
-    """Return the places of the first value that is in a sorted table, in both."""
-    found = np.flatnonzero(_member(table, values))
-    if not len(found):
-        return None
-    return int(found[0]), int(np.searchsorted(table, values[found[0]]))

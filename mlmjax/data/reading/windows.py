@@ -10,10 +10,9 @@ _SPACED = re.escape(".!?…‼⁇⁈⁉؟۔։።፧")
 _UNSPACED = re.escape("。｡！？।॥")
 # Possessive, and starts only at the first of a run, so that hostile text takes linear time.
 _SENTENCE = re.compile(
-    rf"(?<![{_SPACED}])[{_SPACED}]++[{_CLOSERS}]*+(?=\s|\Z)|[{_UNSPACED}]++[{_CLOSERS}]*+"
+    rf"((?<![{_SPACED}])[{_SPACED}]++[{_CLOSERS}]*+(?=\s|\Z)|[{_UNSPACED}]++[{_CLOSERS}]*+)\s*+"
 )
 _PARAGRAPH = re.compile("(?:\n[^\\S\n]*+\n|\u2029)\\s*+")
-_SPACE = re.compile(r"\s*+")
 _LAST_WORD = re.compile(r"(?:^|[\s(\[\"'“‘])([^\W\d_]\w*(?:\.\w+)*)\.\Z")
 _ABBREVIATION = re.compile(
     r"mrs?|ms|dr|prof|st|sr|jr|gen|col|sgt|capt|lt|rev|hon|vs|cf|viz|e\.g|i\.e|al|figs?|eq|vol"
@@ -38,10 +37,9 @@ def sentence_ends(text: str) -> list[tuple[int, int]]:
     """
     gaps = []
     for match in _SENTENCE.finditer(text):
-        start, end = match.span()
-        after = _next(text, end)
+        end, after = match.end(1), match.end()
         if not (end < after and text[after : after + 1].islower()) and not (
-            text[start:end] == "." and _is_abbreviation(text, end)
+            match[1] == "." and _is_abbreviation(text, end)
         ):
             gaps.append((end, after))
     for match in _PARAGRAPH.finditer(text):
@@ -94,11 +92,6 @@ def windows(
                 end = int(cuts[at])
         yield ids[start:end]
         start = end
-
-
-def _next(text: str, end: int) -> int:
-    match = _SPACE.match(text, end)
-    return match.end() if match else end
 
 
 def _is_abbreviation(text: str, end: int) -> bool:

@@ -4,6 +4,8 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,11 @@ def change_json(name: str, function: Callable[[Any], Any]) -> Spoil:
         return json.dumps(value).encode()
 
     return change(name, apply)
+
+
+def update_json(name: str, *keys: str | int, **values: Any) -> Spoil:
+    """Set values in a JSON file, in the table to which the keys lead."""
+    return change_json(name, lambda table: reduce(getitem, keys, table).update(values))
 
 
 def remove(*names: str) -> Spoil:

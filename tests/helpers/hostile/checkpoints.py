@@ -3,8 +3,9 @@
 import json
 import random
 import shutil
+from functools import partial
 
-from hostile.case import Case, all_of, change, change_json, cut, remove, words, write
+from hostile.case import Case, all_of, change, change_json, cut, remove, update_json, words, write
 from hostile.weights import INDEX, NORM, WEIGHTS, put, shards
 
 STEP = "out/checkpoints/2"
@@ -37,7 +38,20 @@ def renamed(old, new):
     return lambda folder: (folder / old).rename(folder / new)
 
 
+def pop(key):
+    """Remove the last entry of a table of the record."""
+    return change_json(RECORD, lambda table: table[key].popitem())
+
+
+def numbers(table):
+    """Put a number in the place of every array."""
+    table["arrays"] = dict.fromkeys(table["arrays"], 7)
+
+
+record = partial(update_json, RECORD)
 DAMAGED = f"{STEP}: the checkpoint of step 2 is damaged"
+NO_RUN = "its checkpoints are not those of a training run"
+OTHER = "is the checkpoint of another model"
 STEPS = {
     "with its arrays cut": (arrays(cut(0.5)), DAMAGED),
     "with its arrays empty": (arrays(cut(0)), DAMAGED),
@@ -61,54 +75,20 @@ STEPS = {
     "with a record of a list": (write(RECORD, "[]"), DAMAGED),
     "with a record of nothing": (write(RECORD, "{}"), DAMAGED),
     "with a record nested deeply": (write(RECORD, "[" * 100_000), DAMAGED),
-    "of nobody's run": (
-        change_json(RECORD, lambda table: table.update(metadata={})),
-        "its checkpoints are not those of a training run",
-    ),
-    "with an identity of text": (
-        change_json(RECORD, lambda table: table["metadata"].update(identity="x")),
-        "its checkpoints are not those of a training run",
-    ),
-    "with an identity of nothing": (
-        change_json(RECORD, lambda table: table["metadata"].update(identity={})),
-        "its checkpoints are not those of a training run",
-    ),
+    "of nobody's run": (record(metadata={}), NO_RUN),
+    "with an identity of text": (record("metadata", identity="x"), NO_RUN),
+    "with an identity of nothing": (record("metadata", identity={}), NO_RUN),
     "without learning rates": (
         change_json(RECORD, lambda table: table["metadata"]["identity"].pop("rates")),
-        "its checkpoints are not those of a training run",
+        NO_RUN,
     ),
-    "with learning rates of text": (
-        change_json(RECORD, lambda table: table["metadata"]["identity"].update(rates="x")),
-        "its checkpoints are not those of a training run",
-    ),
-    "with a schedule of text": (
-        change_json(
-            RECORD, lambda table: table["metadata"]["identity"]["rates"].update(schedule="x")
-        ),
-        "its checkpoints are not those of a training run",
-    ),
-    "with sums of text": (
-        change_json(RECORD, lambda table: table["metadata"]["interval"].update(loss_sum="x")),
-        "its checkpoints are not those of a training run",
-    ),
-    "of a tree of other arrays": (
-        change_json(RECORD, lambda table: table["arrays"].popitem()),
-        "is the checkpoint of another model",
-    ),
-    "with arrays of text": (
-        change_json(
-            RECORD, lambda table: table["arrays"].update(dict.fromkeys(table["arrays"], 7))
-        ),
-        "is the checkpoint of another model",
-    ),
-    "with a fingerprint missing": (
-        change_json(RECORD, lambda table: table["fingerprints"].popitem()),
-        DAMAGED,
-    ),
-    "with a fingerprint of text": (
-        change_json(RECORD, lambda table: table["fingerprints"].update(step="x")),
-        DAMAGED,
-    ),
+    "with learning rates of text": (record("metadata", "identity", rates="x"), NO_RUN),
+    "with a schedule of text": (record("metadata", "identity", "rates", schedule="x"), NO_RUN),
+    "with sums of text": (record("metadata", "interval", loss_sum="x"), NO_RUN),
+    "of a tree of other arrays": (pop(RECORD, "arrays"), OTHER),
+    "with arrays of text": (change_json(RECORD, numbers), OTHER),
+    "with a fingerprint missing": (pop(RECORD, "fingerprints"), DAMAGED),
+    "with a fingerprint of text": (record("fingerprints", step="x"), DAMAGED),
     "half deleted": (
         remove(f"{STEP}/record", f"{STEP}/_CHECKPOINT_METADATA"),
         f"{STEP}: is not a whole checkpoint; delete this folder, and the run resumes from step 1",
@@ -134,48 +114,29 @@ GOOD_STEPS = {
         "resumes from step 1",
     ),
 }
-MODEL = "checkpoint/checkpoint.json"
-TO_HF = words("convert_weights.py to-hf checkpoint new")
-TO_JAX = words("convert_weights.py to-jax model new")
-CHECK = words("convert_weights.py check model checkpoint")
+MODEL, CONFIG = "checkpoint/checkpoint.json", "checkpoint/config.json"
+TO_HF, TO_JAX, CHECK = "to-hf checkpoint new", "to-jax model new", "check model checkpoint"
+NO_FOLDER, BRACKET = "absent: there is no such folder", "cannot lie under a name with '['"
+PICKLES = all_of(remove(WEIGHTS), write("model/pytorch_model.bin", "x"))
+PICKLED = all_of(remove(WEIGHTS), write(INDEX, json.dumps({"weight_map": {NORM: "a.bin"}})))
 CONVERSIONS = {
-    "of a folder that is not there": (
-        words("convert_weights.py to-jax ./absent new"),
-        lambda folder: None,
-        "absent: there is no such folder",
-    ),
+    "of a folder that is not there": ("to-jax ./absent new", remove(), NO_FOLDER),
     "of a checkpoint as a model": (
-        words("convert_weights.py to-jax checkpoint new"),
-        lambda folder: None,
-        "is an Orbax checkpoint already",
+        "to-jax checkpoint new",
+        remove(),
+        "an Orbax checkpoint already",
     ),
     "of a model as a checkpoint": (
-        words("convert_weights.py to-hf model new"),
-        lambda folder: None,
+        "to-hf model new",
+        remove(),
         "is no checkpoint that to-jax wrote",
     ),
     "to a file": (TO_JAX, write("new", "precious"), "new: is a file"),
     "to somebody's folder": (TO_HF, write("new/thesis.txt", "precious"), "new: holds files"),
-    "to a name in brackets": (
-        words("convert_weights.py to-jax model new[1]"),
-        lambda folder: None,
-        "cannot lie under a name with '['",
-    ),
-    "to a name with a star": (
-        words("convert_weights.py to-jax model new*"),
-        lambda folder: None,
-        "cannot lie under a name with '*'",
-    ),
-    "from a name in brackets": (
-        words("convert_weights.py to-hf old[1] new"),
-        renamed("checkpoint", "old[1]"),
-        "cannot lie under a name with '['",
-    ),
-    "of pickles": (
-        TO_JAX,
-        all_of(remove(WEIGHTS), write("model/pytorch_model.bin", "x")),
-        "can run code",
-    ),
+    "to a name in brackets": ("to-jax model new[1]", remove(), BRACKET),
+    "to a name with a star": ("to-jax model new*", remove(), "cannot lie under a name with '*'"),
+    "from a name in brackets": ("to-hf old[1] new", renamed("checkpoint", "old[1]"), BRACKET),
+    "of pickles": (TO_JAX, PICKLES, "can run code"),
     "of shards that lead outside": (TO_JAX, shards({NORM: "../x.safetensors"}), "no plain *.s"),
     "of weights with a NaN": (TO_JAX, put(NORM, float("nan"), 3), f"{NORM}: 1 of 16 values"),
     "of a broken tokenizer": (TO_JAX, write("model/tokenizer.json", "{}"), "tokenizer.json"),
@@ -183,42 +144,18 @@ CONVERSIONS = {
     "of a record cut short": (TO_HF, change(MODEL, cut(0.5)), "checkpoint.json: is not valid JSON"),
     "of a record with other dtypes": (
         TO_HF,
-        change_json(MODEL, lambda table: table["source_dtypes"].update({NORM: "object"})),
+        update_json(MODEL, "source_dtypes", **{NORM: "object"}),
         "checkpoint.json: expected dtypes",
     ),
-    "of a record with arrays of text": (
-        TO_HF,
-        change_json(MODEL, lambda table: table["arrays"].update(dict.fromkeys(table["arrays"], 7))),
-        "is the checkpoint of another model",
-    ),
-    "of a record without fingerprints": (
-        TO_HF,
-        change_json(MODEL, lambda table: table.update(fingerprints={})),
-        "is damaged",
-    ),
+    "of a record with arrays of text": (TO_HF, change_json(MODEL, numbers), OTHER),
+    "of a record without fingerprints": (TO_HF, update_json(MODEL, fingerprints={}), "is damaged"),
     "of arrays with bits flipped": (TO_HF, arrays(flip, "checkpoint/params"), "is damaged"),
     "of arrays cut short": (TO_HF, arrays(cut(0.5), "checkpoint/params"), "is damaged"),
     "of no arrays": (TO_HF, remove("checkpoint/params"), "is damaged"),
-    "of another configuration": (
-        TO_HF,
-        change_json("checkpoint/config.json", lambda table: table.update(hidden_size=32)),
-        "is the checkpoint of another model",
-    ),
-    "of an unknown class": (
-        TO_HF,
-        change_json("checkpoint/config.json", lambda table: table.update(architectures=["X"])),
-        "architectures",
-    ),
-    "and a comparison with nothing": (
-        words("convert_weights.py check model absent"),
-        lambda folder: None,
-        "absent: there is no such folder",
-    ),
-    "and a comparison with an index of pickles": (
-        CHECK,
-        all_of(remove(WEIGHTS), write(INDEX, json.dumps({"weight_map": {NORM: "a.bin"}}))),
-        "no plain *.s",
-    ),
+    "of another configuration": (TO_HF, update_json(CONFIG, hidden_size=32), OTHER),
+    "of an unknown class": (TO_HF, update_json(CONFIG, architectures=["X"]), "architectures"),
+    "and a comparison with nothing": ("check model absent", remove(), NO_FOLDER),
+    "and a comparison with an index of pickles": (CHECK, PICKLED, "no plain *.s"),
     "and a comparison with flipped bits": (CHECK, arrays(flip, "checkpoint/params"), "is damaged"),
 }
 
@@ -231,6 +168,7 @@ def cases():
     for name, (spoil, says) in GOOD_STEPS.items():
         yield Case(f"checkpoint {name}", train, 0, says, needs, spoil, writes=OUT)
     for name, (command, spoil, says) in CONVERSIONS.items():
+        command = words(f"convert_weights.py {command}")
         yield Case(f"conversion {name}", command, 2, says, ("model", "checkpoint"), spoil)
 
 

@@ -4,10 +4,11 @@ import gzip
 import io
 import json
 import random
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hostile.case import Case, all_of, change, change_json, cut, jsonl, link, remove, words, write
+from hostile.case import Case, all_of, change, cut, jsonl, link, remove, update_json, words, write
 
 ROW = {"prompt": "the color: red sun", "answer": "red", "task": "color"}
 ROWS = [ROW, {**ROW, "prompt": "the color: blue moon", "answer": "blue"}] * 4
@@ -65,7 +66,11 @@ FILES = {
     "JSONL with a key twice": ("x.jsonl", '{"prompt": "a", "prompt": "b"}\n', "occurs twice"),
     "JSONL nested deeply": ("x.jsonl", "[" * 100_000 + "\n", "x.jsonl line 1: is not valid JSON"),
     "JSONL with a number of 5000 digits": ("x.jsonl", "9" * 5000, "x.jsonl line 1: is not valid"),
-    "JSONL not UTF-8": ("x.jsonl", SMALL + b'{"prompt": "\xff"}\n', "x.jsonl line 9: is not UTF-8"),
+    "JSONL not UTF-8": (
+        "x.jsonl",
+        SMALL + b'{"p": "\xff"}\n',
+        "9: is not UTF-8 (byte 8 of the line",
+    ),
     "JSONL in UTF-16": ("x.jsonl", LINES.encode("utf-16"), "x.jsonl line 1: "),
     "JSONL with a NUL": ("x.jsonl", SMALL + b"\0\n", "x.jsonl line 9: holds a NUL byte"),
     "JSONL of noise": ("x.jsonl", NOISE, "x.jsonl line 1: "),
@@ -103,11 +108,7 @@ FILES = {
     "parquet of noise": ("x.parquet", NOISE, "x.parquet: cannot be read"),
     "parquet of noise between marks": ("x.parquet", b"PAR1" + NOISE + b"PAR1", "cannot be read"),
     "parquet that is JSONL": ("x.parquet", LINES, "x.parquet: cannot be read"),
-    "parquet without a column": (
-        "x.parquet",
-        parquet({"prompts": ["a"]}),
-        "did you mean 'prompts'",
-    ),
+    "parquet without a column": ("x.parquet", parquet({"prompts": ["a"]}), "mean 'prompts'?"),
     "parquet with nulls": ("x.parquet", prompts([None] * 8), f"{FIRST} is null"),
     "parquet with numbers": ("x.parquet", prompts(list(range(8))), f"{FIRST} is int"),
     "parquet with nested columns": ("x.parquet", prompts([{"text": "a"}] * 8), f"{FIRST} is dict"),
@@ -116,15 +117,19 @@ FILES = {
     "parquet with a column twice": ("x.parquet", parquet(TWICE), "has the column 'prompt' twice"),
     "parquet with a class out of range": ("x.parquet", parquet(CLASSES), "is class 7; expected 0"),
     "parquet compressed again": ("x.parquet.gz", gzip.compress(b"x"), "unknown kind of file"),
-    "zst cut short": ("x.jsonl.zst", zstd(SMALL * 99)[:-9], "x.jsonl.zst"),
+    "zst cut short": (
+        "x.jsonl.zst",
+        zstd(SMALL * 99)[:-9],
+        "zst line 1: cannot be read: Truncated",
+    ),
     "zst of noise": ("x.jsonl.zst", NOISE, "x.jsonl.zst line 1: cannot be read"),
     "zst with a flipped byte": ("x.jsonl.zst", FLIPPED, "x.jsonl.zst"),
     "zst that is a bomb": ("x.jsonl.zst", zstd(BOMB), "x.jsonl.zst line 1: is longer than 32 MiB"),
     "gz that is a bomb": ("x.jsonl.gz", gzip.compress(BOMB, 1), "x.jsonl.gz line 1: is longer"),
-    "gz cut short": ("x.jsonl.gz", gzip.compress(SMALL)[:-9], "x.jsonl.gz"),
+    "gz cut short": ("x.jsonl.gz", gzip.compress(SMALL)[:-9], "1: cannot be read: Truncated"),
     "gz of noise": ("x.jsonl.gz", NOISE, "x.jsonl.gz line 1: cannot be read"),
     "gz empty inside": ("x.jsonl.gz", gzip.compress(b""), "no example is left"),
-    "pickle": ("x.pkl", b"cos\nsystem\n(S'false'\ntR.", "unknown kind of file"),
+    "pickle": ("x.pkl", b"cos\nsystem\n(S'false'\ntR.", "x.pkl: unknown kind of file; expected a"),
     "no ending": ("records", LINES, "unknown kind of file"),
 }
 INJECTED = (
@@ -192,34 +197,26 @@ def flip(data):
     return bytes(changed)
 
 
-def manifest(function):
-    return change_json(MANIFEST, function)
-
-
-def entry(**values):
-    return manifest(lambda table: table["splits"]["train"][0].update(values))
-
-
+manifest = partial(update_json, MANIFEST)
+entry = partial(update_json, MANIFEST, "splits", "train", 0)
+DAMAGED = "row file is damaged: "
 FOLDERS = {
-    "cut short": (change(ROWS_FILE, cut(0.5)), "row file is damaged"),
-    "with a bit flipped": (change(ROWS_FILE, flip), "row file is damaged"),
+    "cut short": (change(ROWS_FILE, cut(0.5)), DAMAGED),
+    "with a bit flipped": (change(ROWS_FILE, flip), DAMAGED),
     "with noise of the same size": (
         change(ROWS_FILE, lambda data: random.Random(0).randbytes(len(data))),
-        "row file is damaged",
+        DAMAGED,
     ),
-    "with a file missing": (remove(ROWS_FILE), "row file is damaged"),
-    "with a split missing": (remove("rows/train"), "row file is damaged"),
+    "with a file missing": (remove(ROWS_FILE), DAMAGED),
+    "with a split missing": (remove("rows/train"), DAMAGED),
     "without a manifest": (remove(MANIFEST), "manifest.json: cannot be read"),
     "with a manifest cut short": (change(MANIFEST, cut(0.5)), "manifest.json: is not valid JSON"),
     "with a manifest nested deeply": (write(MANIFEST, "[" * 100_000), "is not valid JSON"),
     "with a manifest of a list": (write(MANIFEST, "[]"), "holds a JSON list"),
-    "with a manifest of another format": (
-        manifest(lambda table: table.update(format=99)),
-        "rows of format 99",
-    ),
+    "with a manifest of another format": (manifest(format=99), "rows of format 99"),
     "with a manifest of wrong types": (entry(rows="many"), "is not a manifest of rows"),
     "with a manifest of a negative number": (entry(rows=-1), "is not a manifest of rows"),
-    "with a manifest of more rows": (entry(rows=10**6), "row file is damaged"),
+    "with a manifest of more rows": (entry(rows=10**6), DAMAGED),
     "with a manifest that leads outside": (
         all_of(
             lambda folder: (folder / ROWS_FILE).rename(folder / "0.arrow"),
@@ -227,23 +224,11 @@ FOLDERS = {
         ),
         "leads out of the rows folder",
     ),
-    "with a manifest of another vocabulary": (
-        manifest(lambda table: table.update(vocab_size=9)),
-        "row file is damaged: ",
-    ),
-    "with a manifest of one task": (
-        manifest(lambda table: table.update(tasks=["color"])),
-        "row file is damaged: ",
-    ),
-    "with a manifest of longer rows": (manifest(lambda table: table.update(seq_length=8)), "rows"),
-    "of another configuration": (
-        manifest(lambda table: table["config"].update(seq_length=64)),
-        "holds rows made differently",
-    ),
-    "of another tokenizer": (
-        manifest(lambda table: table.update(tokenizer_sha256="0" * 64)),
-        "the tokenizer's sha256",
-    ),
+    "with a manifest of another vocabulary": (manifest(vocab_size=9), DAMAGED),
+    "with a manifest of one task": (manifest(tasks=["color"]), DAMAGED),
+    "with a manifest of longer rows": (manifest(seq_length=8), "rows"),
+    "of another configuration": (manifest("config", seq_length=64), "holds rows made differently"),
+    "of another tokenizer": (manifest(tokenizer_sha256="0" * 64), "the tokenizer's sha256"),
     "of changed records": (write("records.jsonl", LINES), "records.jsonl has changed since"),
     "that are a file": (all_of(remove("rows"), write("rows", "precious")), "rows"),
     "that are somebody else's": (

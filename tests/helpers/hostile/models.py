@@ -1,21 +1,22 @@
 """config.json and tokenizer.json from strangers."""
 
 import json
+from functools import partial
 from pathlib import Path
 from string import ascii_uppercase
 
 import tokenizers
-from hostile.case import Case, all_of, change_json, remove, write
+from hostile.case import Case, all_of, change_json, remove, update_json, write
 from hostile.weights import CLASSIFY, outside
 from tokenizers import models, pre_tokenizers
 
 CONFIG, TOKENIZER = "model/config.json", "model/tokenizer.json"
 SPECIALS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[unused0]"]
 NESTED = "[" * 100_000
+HEAD, TOKENS = "ModernBertForSequenceClassification", "ModernBertForTokenClassification"
 
 
-def config(**values):
-    return change_json(CONFIG, lambda table: table.update(values))
+config = partial(update_json, CONFIG)
 
 
 def raw(key, text):
@@ -37,13 +38,10 @@ CONFIGS = {
     "nested deeply": (write(CONFIG, NESTED), "is not valid JSON"),
     "a value nested deeply": (raw("extra", NESTED), "is not valid JSON"),
     "too large": (write(CONFIG, b" " * (17 * 2**20)), "is larger than 16 MiB"),
-    "linked from outside": (outside("config.json", "../outside/config.json"), "outside its"),
+    "linked from outside": (outside("config.json"), "outside its folder"),
     "vocabulary of 10^12": (config(vocab_size=10**12), "vocab_size: found 10000"),
     "vocabulary of 5000 digits": (raw("vocab_size", "9" * 5000), "config.json: is not valid JSON"),
-    "vocabulary of another model": (
-        config(vocab_size=4_000_000),
-        "decoder.bias: has shape [384]; expected [4000000]",
-    ),
+    "vocabulary of another model": (config(vocab_size=4_000_000), "[384]; expected [4000000]"),
     "vocabulary of nothing": (config(vocab_size=0), "vocab_size: found 0"),
     "vocabulary smaller than the tokenizer": (config(vocab_size=20), "pad_token_id: found"),
     "layers by the thousand": (config(num_hidden_layers=10**6), "num_hidden_layers"),
@@ -96,19 +94,10 @@ CONFIGS = {
     "model_type a list": (config(model_type=["modernbert"]), "model_type"),
     "BERT by its class": (config(architectures=["BertForMaskedLM"]), "is BertForMaskedLM"),
     "bare encoder": (config(architectures=["ModernBertModel"]), "architectures is ModernBertModel"),
-    "token classifier": (
-        config(architectures=["ModernBertForTokenClassification"]),
-        "architectures is ModernBertForTokenClassification",
-    ),
-    "two architectures": (
-        config(architectures=["ModernBertForMaskedLM", "ModernBertForSequenceClassification"]),
-        "expected one of",
-    ),
+    "token classifier": (config(architectures=[TOKENS]), f"architectures is {TOKENS}"),
+    "two architectures": (config(architectures=["ModernBertForMaskedLM", HEAD]), "expected one of"),
     "architectures of numbers": (config(architectures=[1]), "architectures"),
-    "a classifier that is none": (
-        config(architectures=["ModernBertForSequenceClassification"]),
-        "the weights are not those of the ModernBertForSequenceClassification",
-    ),
+    "a classifier that is none": (config(architectures=[HEAD]), f"are not those of the {HEAD}"),
     "another [PAD]": (config(pad_token_id=7), "; pad_token_id is 7"),
     "another [CLS]": (config(cls_token_id=7), "; cls_token_id is 7"),
     "another [SEP]": (config(sep_token_id=7), "; sep_token_id is 7"),
@@ -141,16 +130,9 @@ def without(*names):
     return tokenizer(function)
 
 
-def part(key, value):
-    return tokenizer(lambda table: table.update({key: value}))
-
-
-def added(number, **values):
-    return tokenizer(lambda table: table["added_tokens"][number].update(values))
-
-
-def model_part(**values):
-    return tokenizer(lambda table: table["model"].update(values))
+part = partial(update_json, TOKENIZER)
+added = partial(update_json, TOKENIZER, "added_tokens")
+model_part = partial(update_json, TOKENIZER, "model")
 
 
 def word_level(count, unknown="[UNK]", words=pre_tokenizers.Whitespace):
@@ -172,8 +154,9 @@ def word_level(count, unknown="[UNK]", words=pre_tokenizers.Whitespace):
     return spoil
 
 
+ITS_IDS = config(pad_token_id=0, cls_token_id=1, bos_token_id=1, sep_token_id=2, eos_token_id=2)
 NO_TOKENIZER, NOT_READ = "has no tokenizer.json", "is not a tokenizer the library can read"
-BREACH = "plain text becomes the special token"
+COMPANION = "model/tokenizer_config.json"
 TOKENIZERS = {
     "absent": (remove(TOKENIZER), NO_TOKENIZER),
     "empty": (write(TOKENIZER, ""), "is not valid JSON"),
@@ -182,17 +165,11 @@ TOKENIZERS = {
     "an empty object": (write(TOKENIZER, "{}"), NOT_READ),
     "nested deeply": (write(TOKENIZER, NESTED), "is not valid JSON"),
     "not UTF-8": (write(TOKENIZER, b'{"\xff": 1}'), "is not valid JSON"),
-    "linked from outside": (
-        outside("tokenizer.json", "../outside/tokenizer.json"),
-        "outside its folder",
-    ),
+    "linked from outside": (outside("tokenizer.json"), "outside its folder"),
     "of no known model": (model_part(type="Magic"), NOT_READ),
     "without a vocabulary": (model_part(vocab={}), NOT_READ),
     "with ids of text": (model_part(vocab={"a": "0"}), NOT_READ),
-    "with holes in its ids": (
-        tokenizer(lambda table: table["model"]["vocab"].update({"hole": 9999})),
-        "expected",
-    ),
+    "with holes in its ids": (part("model", "vocab", hole=9999), "expected"),
     "with a negative id": (added(0, id=-1), "tokenizer.json: "),
     "with an id of text": (added(0, id="1"), NOT_READ),
     "with an id twice": (
@@ -201,7 +178,7 @@ TOKENIZERS = {
     ),
     "with a token twice": (added(1, content="[CLS]"), "added_tokens repeats '[CLS]'"),
     "with a wrong id": (added(4, id=9999), "expected ids without gaps"),
-    "with added tokens of text": (part("added_tokens", "x"), "tokenizer.json: "),
+    "with added tokens of text": (part(added_tokens="x"), "tokenizer.json: "),
     "without [MASK]": (without("[MASK]"), "has no token [MASK]"),
     "without [unused0]": (without("[unused0]"), "has no token [unused0]"),
     "without any special": (
@@ -209,64 +186,45 @@ TOKENIZERS = {
         "has no token [CLS], [SEP], [PAD], [MASK], [unused0]",
     ),
     "that calls one token two names": (
-        write("model/tokenizer_config.json", '{"mask_token": "[SEP]"}'),
+        write(COMPANION, '{"mask_token": "[SEP]"}'),
         "are one token; expected five",
     ),
-    "that calls a special by a number": (
-        write("model/tokenizer_config.json", '{"mask_token": 7}'),
-        "mask_token is 7",
-    ),
+    "that calls a special by a number": (write(COMPANION, '{"mask_token": 7}'), "mask_token is 7"),
     "whose companions differ": (
         all_of(
-            write("model/tokenizer_config.json", '{"cls_token": "[CLS]"}'),
+            write(COMPANION, '{"cls_token": "[CLS]"}'),
             write("model/special_tokens_map.json", '{"cls_token": "[SEP]"}'),
         ),
         "one name in all files",
     ),
-    "whose companion is no JSON": (write("model/tokenizer_config.json", "{"), "is not valid JSON"),
-    "too large for the model": (
-        word_level(999),
-        "the tokenizer does not match the model: it has 999 ids; the model's vocab_size is 384",
-    ),
+    "whose companion is no JSON": (write(COMPANION, "{"), "is not valid JSON"),
+    "too large for the model": (word_level(999), "it has 999 ids; the model's vocab_size is 384"),
     "of another model": (word_level(300), "the tokenizer does not match the model: its [PAD] is 0"),
     "with a broken expression": (
-        part("normalizer", {"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}),
+        part(normalizer={"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}),
         NOT_READ,
     ),
     "that turns text into [MASK]": (
-        all_of(
-            word_level(300, words=pre_tokenizers.WhitespaceSplit),
-            config(pad_token_id=0, cls_token_id=1, bos_token_id=1, sep_token_id=2, eos_token_id=2),
-        ),
-        BREACH,
+        all_of(word_level(300, words=pre_tokenizers.WhitespaceSplit), ITS_IDS),
+        "plain text becomes the special token",
     ),
     "that knows no unknown token": (
-        all_of(
-            word_level(300, unknown="[NOTHING]"),
-            config(pad_token_id=0, cls_token_id=1, bos_token_id=1, sep_token_id=2, eos_token_id=2),
-        ),
+        all_of(word_level(300, unknown="[NOTHING]"), ITS_IDS),
         "cannot encode a text",
     ),
 }
+
+
+def baked_in(folder: Path) -> None:
+    """Save settings that would truncate and pad every text."""
+    backend = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    backend.save(str(folder / TOKENIZER))
+
+
 GOOD_TOKENIZERS = {
-    "that would cut and pad": tokenizer(
-        lambda table: table.update(
-            truncation={
-                "direction": "Right",
-                "max_length": 3,
-                "strategy": "LongestFirst",
-                "stride": 0,
-            },
-            padding={
-                "strategy": {"Fixed": 9},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 0,
-                "pad_type_id": 0,
-                "pad_token": "[PAD]",
-            },
-        )
-    ),
+    "that would cut and pad": baked_in,
     "that would drop merges at random": model_part(dropout=0.5),
 }
 

@@ -1,6 +1,6 @@
 """Run files with mistakes, run folders of other programs, and folders that collide."""
 
-from hostile.case import Case, change, cut, link, remove, words, write
+from hostile.case import Case, all_of, change, cut, link, remove, words, write
 
 NEEDS = ("tokenizer", "run.toml", "records.jsonl")
 # By overrides: what the first line must say.
@@ -60,10 +60,7 @@ OVERRIDES = {
     "with the tokenizer blank": (["tokenizer="], "tokenizer is blank"),
     "with the source blank": (["data.sources.0.path="], "path is blank"),
     "with the tokenizer elsewhere": (["tokenizer=absent"], "absent: has no tokenizer.json"),
-    "with a start that is not there": (
-        ["init_from=./absent", "model={}"],
-        "./absent: there is no such folder",
-    ),
+    "with a start that is not there": (["init_from=./absent", "model={}"], "there is no such fold"),
     "with an override of nothing": (["=3"], "expected key=value"),
     "with an override into a value": (["steps.a=3"], "steps is a value, not a table"),
     "with an override past a list": (["data.sources.7.path=x"], "below its length 1"),
@@ -82,88 +79,58 @@ OVERRIDES = {
     "with out below the rows": (["out=rows/out"], "data.rows: rows and out = rows/out"),
     "with rows among the checkpoints": (["data.rows=out/checkpoints"], "data.rows: out/checkpoint"),
 }
+NO_TOML = "run.toml: is not valid TOML"
 FILES = {
     "that is not there": (remove("run.toml"), "run.toml: cannot be read"),
     "that is a folder": (
-        lambda folder: ((folder / "run.toml").unlink(), (folder / "run.toml").mkdir()),
+        all_of(remove("run.toml"), write("run.toml/x", "")),
         "run.toml: cannot be read",
     ),
     "that is empty": (write("run.toml", ""), "run.toml: out is missing"),
     "that is cut short": (change("run.toml", cut(0.95)), "run.toml: "),
-    "that is no TOML": (write("run.toml", "out: x\n"), "run.toml: is not valid TOML"),
+    "that is no TOML": (write("run.toml", "out: x\n"), NO_TOML),
     "that is not UTF-8": (write("run.toml", b"out = '\xff'\n"), "run.toml: is not UTF-8 text"),
-    "with a key twice": (
-        change("run.toml", lambda data: b"out = 'x'\n" + data),
-        "run.toml: is not valid TOML",
-    ),
-    "nested deeply": (write("run.toml", "a = " + "[" * 100_000), "run.toml: is not valid TOML"),
-    "with a NUL": (write("run.toml", "out = 'a\0b'\n"), "run.toml: is not valid TOML"),
+    "with a key twice": (change("run.toml", lambda data: b"out = 'x'\n" + data), NO_TOML),
+    "nested deeply": (write("run.toml", "a = " + "[" * 100_000), NO_TOML),
+    "with a NUL": (write("run.toml", "out = 'a\0b'\n"), NO_TOML),
 }
 
 
-METRICS = "unfinished/metrics.jsonl"
-HERE = 'out="unfinished"'
+def metrics(function):
+    return change("unfinished/metrics.jsonl", function)
+
+
+NO_RUN = "out/config.json: is not the configuration of a run"
+FIRST = "metrics.jsonl, line 1: is not a line of metrics"
+THIRD = "metrics.jsonl, line 3: is not a line of metrics"
+# What lies in `out`, or in `unfinished`, the folder of a run to resume.
 FOLDERS = {
-    "that is a file": (write("out", "precious"), (), "out: cannot be written"),
-    "below a file": (write("out", "precious"), ("out=out/below",), "cannot be written"),
-    "with somebody's config.json": (
-        write("out/config.json", '{"model_type": "bert"}'),
-        (),
-        "out/config.json: is not the configuration of a run",
-    ),
-    "with a broken config.json": (
-        write("out/config.json", "{"),
-        (),
-        "out/config.json: is not the configuration of a run",
-    ),
-    "with a config.json nested deeply": (
-        write("out/config.json", "[" * 100_000),
-        (),
-        "out/config.json: is not the configuration of a run",
-    ),
-    "whose config.json is a folder": (
-        write("out/config.json/x", ""),
-        (),
-        "out/config.json: is not the configuration of a run",
-    ),
-    "that is a link to nowhere": (link("out", "nowhere/at/all"), (), "out: cannot be written"),
-    "that is a link in a circle": (link("out", "out"), (), "out: cannot be written"),
-    "whose checkpoints are a file": (
-        write("out/checkpoints", "precious"),
-        (),
-        "cannot be used for checkpoints",
-    ),
-    "with metrics of noise": (write(METRICS, b"\xff\xfe\n" * 9), (HERE,), "metrics.jsonl, line 1"),
-    "with somebody's notes for metrics": (
-        change(METRICS, lambda data: b"my notes\n" + data),
-        (HERE,),
-        "metrics.jsonl, line 1: is not a line of metrics",
-    ),
-    "with a broken line of metrics": (
-        change(METRICS, lambda data: data + data[:40] + b"\n" + data),
-        (HERE,),
-        "metrics.jsonl, line 3: is not a line of metrics",
-    ),
-    "with a line of metrics nested deeply": (
-        change(METRICS, lambda data: b"[" * 100_000 + b"\n" + data),
-        (HERE,),
-        "metrics.jsonl, line 1: is not a line of metrics",
-    ),
-    "of another seed": (lambda folder: None, (HERE, "seed=1"), "seed is 1, the run there has 0"),
-    "of another model": (
-        lambda folder: None,
-        (HERE, "model.hidden_size=32"),
-        "model.hidden_size is 32",
-    ),
-    "of more steps": (lambda folder: None, (HERE, "steps=1", "data.batch_size=8"), "batch_size"),
+    "that is a file": (write("out", "precious"), "out: cannot be written"),
+    "with somebody's config.json": (write("out/config.json", '{"model_type": "bert"}'), NO_RUN),
+    "with a broken config.json": (write("out/config.json", "{"), NO_RUN),
+    "with a config.json nested deeply": (write("out/config.json", "[" * 100_000), NO_RUN),
+    "whose config.json is a folder": (write("out/config.json/x", ""), NO_RUN),
+    "that is a link to nowhere": (link("out", "nowhere/at/all"), "out: cannot be written"),
+    "that is a link in a circle": (link("out", "out"), "out: cannot be written"),
+    "whose checkpoints are a file": (write("out/checkpoints", "x"), "cannot be used for checkpoin"),
 }
-GOOD_FOLDERS = {
-    "with foreign files": (write("out/notes.txt", "precious"), ()),
-    "with a cut last line of metrics": (change(METRICS, lambda data: data + data[:40]), (HERE,)),
-    "with zeros at the end of its metrics": (
-        change(METRICS, lambda data: data + b"\0" * 512 + b"\n"),
-        (HERE,),
+METRICS = {
+    "with metrics of noise": (metrics(lambda data: b"\xff\xfe\n" * 9), FIRST),
+    "with somebody's notes for metrics": (metrics(lambda data: b"my notes\n" + data), FIRST),
+    "with a broken line of metrics": (metrics(lambda data: data + data[:40] + b"\n" + data), THIRD),
+    "with a line of metrics nested deeply": (
+        metrics(lambda data: b"[" * 100_000 + b"\n" + data),
+        FIRST,
     ),
+}
+RESUMED = {
+    "of another seed": (["seed=1"], "seed is 1, the run there has 0"),
+    "of another model": (["model.hidden_size=32"], "model.hidden_size is 32"),
+    "of more steps": (["steps=1", "data.batch_size=8"], "batch_size"),
+}
+GOOD_METRICS = {
+    "with a cut last line of metrics": metrics(lambda data: data + data[:40]),
+    "with zeros at the end of its metrics": metrics(lambda data: data + b"\0" * 512 + b"\n"),
 }
 DEMO = {
     "that is a file": (write("demo", "precious"), "demo"),
@@ -181,25 +148,24 @@ def cases():
         yield Case(f"run file {name}", command, 2, says, NEEDS, writes=("out", "out/.lock"))
     for name, (spoil, says) in FILES.items():
         yield Case(f"run file {name}", train, 2, says, NEEDS, spoil)
-    needs, writes = (*NEEDS, "rows", "unfinished"), ("out/.lock", "unfinished/.lock")
-    for name, (spoil, overrides, says) in FOLDERS.items():
-        command = (*train, *overrides)
-        yield Case(f"run folder {name}", command, 2, says, needs, spoil, writes=writes)
-    for name, (spoil, overrides) in GOOD_FOLDERS.items():
-        used = ("unfinished",) if overrides else tuple(f"out/{part}" for part in OUT)
-        command = (*train, *overrides)
-        yield Case(f"run folder {name}", command, 0, "export: ", needs, spoil, writes=used)
+    needs, lock = (*NEEDS, "rows", "unfinished"), ("out/.lock", "unfinished/.lock")
+    for name, (spoil, says) in FOLDERS.items():
+        yield Case(f"run folder {name}", train, 2, says, needs, spoil, writes=lock)
+    command, spoil = (*train, "out=out/below"), write("out", "precious")
+    yield Case("run folder below a file", command, 2, "cannot be written", needs, spoil)
+    spoil, used = write("out/notes.txt", "precious"), tuple(f"out/{part}" for part in OUT)
+    yield Case("run folder with foreign files", train, 0, "export: ", needs, spoil, writes=used)
+    train = (*train, 'out="unfinished"')
+    for name, (spoil, says) in METRICS.items():
+        yield Case(f"run folder {name}", train, 2, says, needs, spoil, writes=lock)
+    for name, (overrides, says) in RESUMED.items():
+        yield Case(f"run folder {name}", (*train, *overrides), 2, says, needs, writes=lock)
+    for name, spoil in GOOD_METRICS.items():
+        used = ("unfinished",)
+        yield Case(f"run folder {name}", train, 0, "export: ", needs, spoil, writes=used)
     for name, (spoil, says) in DEMO.items():
         out = "demo/below" if "below" in name else "demo"
         yield Case(f"demo folder {name}", words(f"mlmjax demo --out {out}"), 2, says, (), spoil)
 
 
-OUT = (
-    "checkpoints",
-    "config.json",
-    "export",
-    "metrics.jsonl",
-    "validation.json",
-    ".lock",
-    "events.*",
-)
+OUT = ("checkpoints", "config.json", "export", "*.json*", ".lock", "events.*")

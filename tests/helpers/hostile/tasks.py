@@ -7,6 +7,7 @@ from hostile.good import ROW, TASK
 
 NO_LABELS = {"labels": None, "options": '"two"', "answer": '"index"'}
 HALF = json.dumps(ROW).replace("the sun", "\\ud800")
+NOT_SHOWN = "the prompt has no {options}"
 
 
 def task(changes):
@@ -23,13 +24,10 @@ TASKS = {
     "with an open brace": ({"prompt": '"{text"'}, "task.toml: template: single '{'"),
     "with a format in a field": ({"prompt": '"{text:>9}"'}, "is not a field"),
     "with two slots": ({"prompt": '"{text} [unused0] [MASK] [unused0] [MASK]"'}, "has 2 [MASK]"),
-    "with letters for labels that are not shown": (
-        {"prompt": '"Q: {text}"'},
-        "the prompt has no {options}",
-    ),
+    "with letters for labels that are not shown": ({"prompt": '"Q: {text}"'}, NOT_SHOWN),
     "with rows' own options that are not shown": (
         {**NO_LABELS, "prompt": '"Q: {text}"'},
-        "the prompt has no {options}",
+        NOT_SHOWN,
     ),
     "with a label twice": ({"labels": '["bad", "bad", "good"]'}, "labels repeats a label"),
     "with one label": ({"labels": '["red"]'}, "labels needs at least two"),
@@ -50,7 +48,7 @@ TASKS = {
     "with one word for two labels": ({"verbalizer": '{ red = [" A"], blue = [" A"] }'}, "A"),
     "with a special token for a word": (
         {"verbalizer": '{ red = ["[MASK]"], blue = [" A"] }'},
-        "[MASK]",
+        "'[MASK]'",
     ),
     "with labels and options": ({"options": '"two"'}, "exactly one of options"),
     "with neither": ({"labels": None}, "exactly one of options"),
@@ -63,14 +61,8 @@ TASKS = {
     "with an answer of a list": ({"answer": '"two"'}, "line 1: the answer ['a', 'b'] is not one"),
     "with an answer that is not there": ({"answer": '"lable"'}, "line 1: has no column 'lable'"),
     "with a column of braces": ({"columns": '{text = "{}"}'}, "without a plain column name"),
-    "with a column and a format": (
-        {"columns": '{text = "{label!r}"}'},
-        "without a plain column name",
-    ),
-    "with a column of no field": (
-        {"columns": '{txet = "label"}'},
-        "'txet' is not a field of the prompt; its fields: text",
-    ),
+    "with a column and a format": ({"columns": '{text = "{label!r}"}'}, "a plain column name"),
+    "with a column of no field": ({"columns": '{txet = "label"}'}, "of the prompt; its fields: te"),
     "with a field of a number": ({"columns": '{text = "number"}'}, "line 1: field 'text'"),
     "with a field of null": ({"columns": '{text = "nothing"}'}, "line 1: field 'text'"),
     "with a field of a list": ({"columns": '{text = "two"}'}, "line 1: field 'text'"),
@@ -81,14 +73,8 @@ TASKS = {
     "with options of one column": ({**NO_LABELS, "options": '["text"]'}, "options"),
     "with options of text": ({**NO_LABELS, "options": '"text"'}, "column 'text' is 'the sun'"),
     "with one option": ({**NO_LABELS, "options": '"one"'}, "expected a list of two or more"),
-    "with options of numbers": (
-        {**NO_LABELS, "options": '["number", "index"]'},
-        "line 1: option 1",
-    ),
-    "with names of a number": (
-        {**NO_LABELS, "option_names": '"number"'},
-        "column 'number' is 5; expected a list",
-    ),
+    "with options of numbers": ({**NO_LABELS, "options": '["number", "index"]'}, "1: option 1"),
+    "with names of a number": ({**NO_LABELS, "option_names": '"number"'}, "column 'number' is 5;"),
     "with names of text": ({**NO_LABELS, "option_names": '"text"'}, "column 'text' is 'the sun';"),
     "with names of one": ({**NO_LABELS, "option_names": '"one"'}, "expected a list of two or more"),
     "that drops every row": ({"drop_labels": '["red"]'}, "task colors: no row is left to answer"),
@@ -106,10 +92,7 @@ ROWS = {
     "cut short": (json.dumps(ROW)[:-5], "data.jsonl line 1: is not valid JSON"),
     "with a blank text": (jsonl([ROW, ROW | {"text": " "}]), "data.jsonl line 2: field "),
     "with half a character": (HALF + "\n", "data.jsonl line 1: field 'text': holds half a char"),
-    "with a label of half a character": (
-        HALF.replace("red", "\\udfff") + "\n",
-        "data.jsonl line 1: ",
-    ),
+    "with a label of half a character": (HALF.replace("red", "\\udfff"), "data.jsonl line 1: "),
     "with 30 wrong labels": (
         jsonl([ROW | {"label": f"no{i}"} for i in range(30)]),
         "data.jsonl line 1: the answer 'no0' is not one of 'red', 'blue'",
@@ -119,11 +102,7 @@ ROWS = {
 EVALUATE = words("mlmjax evaluate --model model --task task.toml")
 PLACES = {
     "out a file": (write("file", "precious"), ("--out", "file"), "folder for the results"),
-    "out below a file": (
-        write("file", "precious"),
-        ("--out", "file/below"),
-        "folder for the results",
-    ),
+    "out below a file": (write("file", "x"), ("--out", "file/below"), "folder for the results"),
     "out blank": (remove(), ("--out", ""), "folder for the results"),
     "out a link to nowhere": (link("out", "no/where"), ("--out", "out"), "folder for the results"),
     "data a folder": (remove(), ("--data", "model"), "model: is a folder"),
@@ -143,35 +122,17 @@ FILES = {
     "not UTF-8": (write("task.toml", b"name = '\xff'"), "task.toml: is not UTF-8 text"),
 }
 GOOD = {
-    "letters for labels that the prompt spells out": (
-        task({"prompt": '"Q: {text} A: red B: blue"'}),
-        (),
-        '"n": 1',
+    "letters for labels that the prompt spells out": task({"prompt": '"Q: {text} A: red B: blue"'}),
+    "letters for columns that the prompt spells out": all_of(
+        task({**NO_LABELS, "options": '["x", "y"]', "prompt": '"Q: {text} A: {x} B: {y}"'}),
+        write("data.jsonl", jsonl([ROW | {"x": "a", "y": "b"}])),
     ),
-    "letters for columns that the prompt spells out": (
-        all_of(
-            task({**NO_LABELS, "options": '["x", "y"]', "prompt": '"Q: {text} A: {x} B: {y}"'}),
-            write("data.jsonl", jsonl([ROW | {"x": "a", "y": "b"}])),
-        ),
-        (),
-        '"n": 1',
+    "a limit of 30 digits": remove(),
+    "results in a folder with other files": write("results/notes.txt", "precious"),
+    "a row that imitates the template": write(
+        "data.jsonl", jsonl([ROW | {"text": "- A: x\nANSWER: [unused0] [MASK]{options}"}])
     ),
-    "a limit of 30 digits": (task({}), ("--limit", "9" * 30), '"n": 1'),
-    "results in a folder with other files": (
-        write("results/notes.txt", "precious"),
-        ("--out", "results"),
-        '"n": 1',
-    ),
-    "a row that imitates the template": (
-        write("data.jsonl", jsonl([ROW | {"text": "- A: x\nANSWER: [unused0] [MASK]{options}"}])),
-        (),
-        '"n": 1',
-    ),
-    "words for labels that are not shown": (
-        task({"prompt": '"Q: {text}"', "verbalizer": '"words"'}),
-        (),
-        '"n": 1',
-    ),
+    "words for labels that are not shown": task({"prompt": '"Q: {text}"', "verbalizer": '"words"'}),
 }
 
 
@@ -188,6 +149,7 @@ def cases():
         yield case(f"task file {name}", spoil, says=says)
     for name, (spoil, more, says) in PLACES.items():
         yield case(f"evaluate {name}", spoil, *more, says=says)
-    for name, (spoil, more, says) in GOOD.items():
-        writes = ("results/*.json*", "results/report.md", "results/reliability.png")
-        yield case(f"evaluate {name}", spoil, *more, says=says, code=0, writes=writes)
+    more = ("--out", "results", "--limit", "9" * 30)
+    writes = ("results/*.json*", "results/report.md", "results/reliability.png")
+    for name, spoil in GOOD.items():
+        yield case(f"evaluate {name}", spoil, *more, says='"n": 1', code=0, writes=writes)

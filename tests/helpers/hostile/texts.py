@@ -1,6 +1,8 @@
 """Texts and labels for `classify`."""
 
-from hostile.case import Case, all_of, change, change_json, link, remove, words, write
+import json
+
+from hostile.case import Case, all_of, change, link, update_json, words, write
 
 ODD = (
     "[MASK] [unused0] [SEP][CLS] [PAD]",
@@ -47,35 +49,20 @@ TEXT_FILES = {
     "UTF-16": ("one\n".encode("utf-16"), "texts.txt, line 1: is not UTF-8 text"),
 }
 CLASSIFIER = "model/mlmjax_classifier.json"
+# By changed keys: what the first line must say.
 SAVED = {
-    "no JSON": ("{", "mlmjax_classifier.json: is not valid JSON"),
-    "of another format": ('{"format": 2, "labels": {}, "template": "x"}', "format: found 2"),
-    "with an unknown key": (
-        '{"labels": {"a": "", "b": ""}, "template": "{text}", "code": "x"}',
-        "code: unknown key",
-    ),
-    "of one label": ('{"labels": {"a": ""}, "template": "{text}"}', "expected at least two"),
-    "of labels of numbers": ('{"labels": {"a": 1}, "template": "{text}"}', "labels"),
-    "of a template of nothing": (
-        '{"labels": {"A": "", "B": ""}, "template": "x"}',
-        "template: its fields are none",
-    ),
+    "of another format": ({"format": 2}, "format: found 2"),
+    "with an unknown key": ({"code": "x"}, "code: unknown key"),
+    "of one label": ({"labels": {"a": ""}}, "expected at least two"),
+    "of labels of numbers": ({"labels": {"a": 1}}, "labels"),
+    "of a template of nothing": ({"template": "x"}, "template: its fields are none"),
     "of a template that asks for more": (
-        '{"labels": {"A": "", "B": ""}, "template": "{text} {password}"}',
+        {"template": "{text} {password}"},
         "template: its fields are text, password",
     ),
-    "of a length negative": (
-        '{"labels": {"A": "", "B": ""}, "template": "{text}", "max_length": -1}',
-        "max_length: found -1",
-    ),
-    "of a length of nothing": (
-        '{"labels": {"A": "", "B": ""}, "template": "{text}", "max_length": 1}',
-        "at most 1 fit",
-    ),
-    "of a length beyond the model": (
-        '{"labels": {"A": "", "B": ""}, "template": "{text}", "max_length": 99999}',
-        "max_length is 99999; expected 1 to 512",
-    ),
+    "of a length negative": ({"max_length": -1}, "max_length: found -1"),
+    "of a length of nothing": ({"max_length": 1}, "at most 1 fit"),
+    "of a length beyond the model": ({"max_length": 99999}, "is 99999; expected 1 to 512"),
 }
 HEAD = words("mlmjax classify --model model")
 RED = ("--labels", "red,blue")
@@ -92,40 +79,25 @@ def cases():
     for name, (content, says) in TEXT_FILES.items():
         spoil = write("texts.txt", content)
         yield Case(f"texts {name}", (*HEAD, *RED, "texts.txt"), 2, says, needs, spoil)
-    for name, (content, says) in SAVED.items():
-        spoil = write(CLASSIFIER, content)
+    for name, (changes, says) in SAVED.items():
+        table = {"labels": {"A": "", "B": ""}, "template": "{text}"} | changes
+        spoil = write(CLASSIFIER, json.dumps(table))
         yield Case(f"classifier {name}", (*HEAD, "texts.txt"), 2, says, needs, spoil)
-    yield Case(
-        "classifier linked from outside",
-        (*HEAD, "texts.txt"),
-        2,
-        "outside its folder",
-        needs,
-        all_of(write("elsewhere.json", "{}"), link(CLASSIFIER, "../elsewhere.json")),
-    )
+    says, spoil = "mlmjax_classifier.json: is not valid JSON", write(CLASSIFIER, "{")
+    yield Case("classifier no JSON", (*HEAD, "texts.txt"), 2, says, needs, spoil)
+    spoil = all_of(write("elsewhere.json", "{}"), link(CLASSIFIER, "../elsewhere.json"))
+    says = "outside its folder"
+    yield Case("classifier linked from outside", (*HEAD, "texts.txt"), 2, says, needs, spoil)
     yield Case("texts absent", (*HEAD, *RED, "absent.txt"), 2, "absent.txt: cannot be", needs)
     yield Case("texts a folder", (*HEAD, *RED, "model"), 2, "model: cannot be read", needs)
     yield Case("texts none", (*HEAD, *RED), 2, "standard input: is empty", needs)
     yield Case("texts without labels", (*HEAD, "texts.txt"), 2, "the classifier has no", needs)
-    yield Case(
-        "texts a link to a device",
-        (*HEAD, *RED, "texts.txt"),
-        2,
-        "texts.txt: is empty",
-        needs,
-        all_of(remove("texts.txt"), link("texts.txt", "/dev/null")),
-    )
-    yield Case(
-        "texts for a classification head",
-        (*HEAD, *RED, "texts.txt"),
-        2,
-        "ModernBertForSequenceClassification",
-        needs,
-        change_json(
-            "model/config.json",
-            lambda table: table.update(architectures=["ModernBertForSequenceClassification"]),
-        ),
-    )
+    command = (*HEAD, *RED, "texts.txt")
+    spoil = link("texts.txt", "/dev/null")
+    yield Case("texts a link to a device", command, 2, "texts.txt: is empty", needs, spoil)
+    says = "ModernBertForSequenceClassification"
+    spoil = update_json("model/config.json", architectures=[says])
+    yield Case("texts for a classification head", command, 2, says, needs, spoil)
     odd = "\n".join([*ODD, "sun " * 50_000])
     says = "1 of the texts did not fit the model"
     labels = ("--labels", "[MASK],[unused0],\U0001f600")

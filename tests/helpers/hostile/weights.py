@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+from pathlib import Path
 
 import numpy as np
 from hostile.case import Case, all_of, change, cut, link, remove, words, write
@@ -83,13 +84,13 @@ def shards(weight_map=None, second=None, keep=False):
     return spoil
 
 
-def outside(name, target):
+def outside(name, base=".."):
     """Move a file out of the model, and leave a link to it."""
 
     def spoil(folder):
         (folder / "outside").mkdir()
         shutil.move(folder / "model" / name, folder / "outside" / name)
-        (folder / "model" / name).symlink_to(target.format(folder=folder))
+        (folder / "model" / name).symlink_to(f"{base.format(folder=folder)}/outside/{name}")
 
     return spoil
 
@@ -98,11 +99,13 @@ def pickle_only(name):
     return all_of(remove(WEIGHTS), write(f"model/{name}", PICKLE))
 
 
-def pipe(folder):
-    (folder / WEIGHTS).unlink()
-    os.mkfifo(folder / WEIGHTS)
+def instead(make):
+    """Put what `make` makes in the place of the weights."""
+    return all_of(remove(WEIGHTS), lambda folder: make(folder / WEIGHTS))
 
 
+LIE = struct.pack("<Q", 2**60)
+INDEX_NAME, OUTSIDE = "model.safetensors.index.json", "outside its folder"
 TRUNCATED, NOT_WHOLE, NO_NAMES = "truncated or no safetensors", "not a whole safet", "no plain *.s"
 SPOILS = {
     "truncated data": (change(WEIGHTS, lambda data: data[:-7]), NOT_WHOLE),
@@ -110,10 +113,7 @@ SPOILS = {
     "truncated length": (change(WEIGHTS, lambda data: data[:5]), TRUNCATED),
     "truncated in the middle": (change(WEIGHTS, cut(0.5)), NOT_WHOLE),
     "empty file": (write(WEIGHTS, b""), TRUNCATED),
-    "length of the header a lie": (
-        change(WEIGHTS, lambda data: struct.pack("<Q", 2**60) + data[8:]),
-        TRUNCATED,
-    ),
+    "length of the header a lie": (change(WEIGHTS, lambda data: LIE + data[8:]), TRUNCATED),
     "header no JSON": (header(lambda table: b"x" * 200), NOT_WHOLE),
     "header not UTF-8": (header(lambda table: b'{"\xff": 1}'), NOT_WHOLE),
     "header nested deeply": (header(lambda table: b"[" * 100_000), NOT_WHOLE),
@@ -177,33 +177,15 @@ SPOILS = {
     "index without a map": (all_of(shards(), write(INDEX, "{}")), "has no weight_map"),
     "index with a list": (all_of(shards(), write(INDEX, '{"weight_map": []}')), "has no weight_m"),
     "index no JSON": (all_of(shards(), write(INDEX, "{")), "is not valid JSON"),
-    "index linked from outside": (
-        all_of(
-            shards(),
-            outside("model.safetensors.index.json", "../outside/model.safetensors.index.json"),
-        ),
-        "outside its folder",
-    ),
-    "shard linked from outside": (
-        all_of(shards(), outside("a.safetensors", "../outside/a.safetensors")),
-        "outside its folder",
-    ),
-    "linked from outside": (
-        outside("model.safetensors", "{folder}/outside/model.safetensors"),
-        "outside its folder",
-    ),
-    "linked by a relative path": (
-        outside("model.safetensors", "../outside/model.safetensors"),
-        "outside its folder",
-    ),
+    "index linked from outside": (all_of(shards(), outside(INDEX_NAME)), OUTSIDE),
+    "shard linked from outside": (all_of(shards(), outside("a.safetensors")), OUTSIDE),
+    "linked from outside": (outside("model.safetensors", "{folder}"), OUTSIDE),
+    "linked by a relative path": (outside("model.safetensors"), OUTSIDE),
     "link in a circle": (link(WEIGHTS, "model.safetensors"), "model.safetensors: "),
     "dangling link": (link(WEIGHTS, "nowhere.safetensors"), "is missing"),
-    "link to a device": (link(WEIGHTS, "/dev/zero"), "outside its folder"),
-    "a folder": (
-        lambda folder: ((folder / WEIGHTS).unlink(), (folder / WEIGHTS).mkdir()),
-        "is missing",
-    ),
-    "a pipe": (pipe, "is missing"),
+    "link to a device": (link(WEIGHTS, "/dev/zero"), OUTSIDE),
+    "a folder": (instead(Path.mkdir), "is missing"),
+    "a pipe": (instead(os.mkfifo), "is missing"),
     "none": (remove(WEIGHTS), "holds no weights"),
     "pickle only": (pickle_only("pytorch_model.bin"), "can run code"),
     "checkpoint pickle only": (pickle_only("last.ckpt"), "last.ckpt"),
