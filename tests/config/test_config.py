@@ -54,8 +54,7 @@ def test_shipped_configs_cover_the_ways_of_training():
 
 def test_overrides_are_toml_values(minimal):
     config = load_config(
-        minimal,
-        ["data.batch_size=64", "out=runs/b", "optimizer.learning_rate=1e-5", "mesh.data=2"],
+        minimal, ["data.batch_size=64", "out=runs/b", "optimizer.learning_rate=1e-5", "mesh.data=2"]
     )
     assert config.data.batch_size == 64
     assert config.out == "runs/b"

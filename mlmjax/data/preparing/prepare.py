@@ -22,12 +22,7 @@ from mlmjax.data.manifest import (
     totals,
 )
 from mlmjax.data.preparing.build import build_rows
-from mlmjax.data.preparing.staging import (
-    check_unchanged,
-    describe_source,
-    report_sources,
-    stage,
-)
+from mlmjax.data.preparing.staging import check_unchanged, describe_source, report_sources, stage
 from mlmjax.data.preparing.workers import Workers
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files

@@ -103,10 +103,7 @@ class Bucket(NamedTuple):
 
 
 def scatter(
-    chunks: Iterable[tuple[Chunk, np.ndarray]],
-    tokens: Sequence[int],
-    folder: Path,
-    vocab_size: int,
+    chunks: Iterable[tuple[Chunk, np.ndarray]], tokens: Sequence[int], folder: Path, vocab_size: int
 ) -> list[Bucket]:
     """Write examples into buckets of their groups; return the buckets, group by group.
 
