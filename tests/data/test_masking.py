@@ -37,28 +37,34 @@ def test_every_ordinary_position_is_drawn_equally_often():
     assert np.abs(drawn[1:-1] - 600).max() < 100
 
 
-@pytest.mark.parametrize("position", [-1, 4, 100])
-def test_an_answer_outside_the_example_is_rejected(position):
-    with pytest.raises(InputError, match="outside the example of 4 tokens"):
-        mask_answer([0, 7, 8, 1], position, mask_id=MASK)
+@pytest.mark.parametrize(
+    ("ids", "position", "message"),
+    [
+        *[([0, 7, 8, 1], n, "outside the example of 4 tokens") for n in (-1, 4, 100)],
+        *[(ids, 0, "a flat list of whole token ids") for ids in ([1.5, 2.0], [[1, 2]], "ab")],
+    ],
+)
+def test_what_is_no_answer_is_rejected(ids, position, message):
+    with pytest.raises(InputError, match=message):
+        mask_answer(ids, position, mask_id=MASK)
 
 
-@pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, 1.5, float("nan")])
-def test_a_rate_outside_the_open_interval_is_rejected(rate):
-    with pytest.raises(InputError, match="rate"):
-        mask_random([7, 8], rate, np.random.default_rng(0), special_ids=SPECIAL, mask_id=MASK)
+STARTS = "needs word_starts, one for each of 2 tokens; found"
 
 
-@pytest.mark.parametrize("ids", [[0, 1, 2], []])
-def test_nothing_to_mask_is_rejected(ids):
-    with pytest.raises(InputError, match="nothing to mask"):
-        mask_dummy(ids, 0.3, np.random.default_rng(0), special_ids=SPECIAL, mask_id=MASK)
-
-
-@pytest.mark.parametrize("ids", [[1.5, 2.0], [[1, 2]], "ab"])
-def test_ids_that_are_no_flat_list_of_numbers_are_rejected(ids):
-    with pytest.raises(InputError, match="expected a flat list of whole token ids"):
-        mask_answer(ids, 0, mask_id=MASK)
+@pytest.mark.parametrize(
+    ("ids", "rate", "options", "message"),
+    [
+        *[([7, 8], rate, {}, "rate") for rate in (0.0, 1.0, -0.1, 1.5, float("nan"))],
+        *[(ids, 0.3, {}, "nothing to mask") for ids in ([0, 1, 2], [])],
+        ([7, 8], 0.3, {"masking": "span"}, STARTS),
+        ([7, 8], 0.3, {"masking": "span", "word_starts": np.ones(3, bool)}, STARTS),
+    ],
+)
+def test_what_cannot_be_masked_is_rejected(ids, rate, options, message):
+    rng = np.random.default_rng(0)
+    with pytest.raises(InputError, match=message):
+        mask_dummy(ids, rate, rng, special_ids=SPECIAL, mask_id=MASK, **options)
 
 
 @st.composite
@@ -167,10 +173,3 @@ def test_spans_end_at_specials(apart, expected):
     starts = np.ones(3000 * apart, bool)
     positions = draw_words(maskable, starts, 0.1, np.random.default_rng(0), spans=True)
     assert np.mean(np.diff(positions) == apart) == pytest.approx(expected, abs=0.07)
-
-
-@pytest.mark.parametrize("starts", [None, np.ones(3, bool)])
-def test_words_without_their_starts_are_rejected(starts):
-    rng, options = np.random.default_rng(0), {"masking": "span", "word_starts": starts}
-    with pytest.raises(InputError, match="needs word_starts, one for each of 2 tokens; found"):
-        mask_random([7, 8], 0.3, rng, special_ids=SPECIAL, mask_id=MASK, **options)

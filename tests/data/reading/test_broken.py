@@ -13,7 +13,7 @@ from row_files import read
 from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading import files
-from mlmjax.data.reading.examples import BROKEN_SHOWN
+from mlmjax.data.reading.examples import MOST_NAMED
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
 from mlmjax.storage import hash_value
 
@@ -94,7 +94,7 @@ def test_any_mixture_of_broken_lines_leaves_the_rest(tmp_path_factory, tokenizer
     assert len(examples) == drawn.count("good")
     assert counts.records == len(drawn)
     assert counts.dropped.get(BROKEN_RECORD, 0) == len(drawn) - len(examples)
-    assert len(counts.broken) == min(len(drawn) - len(examples), BROKEN_SHOWN)
+    assert len(counts.broken) == min(len(drawn) - len(examples), MOST_NAMED)
 
 
 def parquet(path, rows=GOOD, **options):
