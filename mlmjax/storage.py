@@ -261,9 +261,7 @@ def alone_in(out: Path, check: Callable[[Path], None] = lambda out: None) -> Ite
             f"{out}: another process uses it; choose another folder for out"
         ) from error
     except OSError as error:
-        raise InputError(
-            f"{out}: cannot be written ({error.strerror or error}); give a folder for out"
-        ) from error
+        raise _not_writable(out, error) from error
     with held:
         check(out)
         yield

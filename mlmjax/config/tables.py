@@ -203,9 +203,6 @@ def _keys_at(table_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
         if part not in model.model_fields:  # An index into a list, or a key of a mapping.
             continue
         annotation = model.model_fields[part].annotation
-        model = next((a for a in (annotation, *get_args(annotation)) if _is_table(a)), annotation)
+        tables = (a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
+        model = next(tables, annotation)
     return list(model.model_fields)
-
-
-def _is_table(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, StrictTable)

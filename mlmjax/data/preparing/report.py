@@ -124,11 +124,10 @@ def count_split(
             has_answer = places >= 0
             for kind, which in enumerate((has_answer, ~has_answer)):
                 found.lengths[kind] += np.bincount(sizes[which], minlength=manifest.seq_length + 1)
-            answers = tokens[(starts + places)[has_answer]].astype(np.int64)
-            pairs = tasks[has_answer].astype(np.int64) << 32 | answers
-            found.pairs.update({divmod(pair, 2**32): n for pair, n in _counts(pairs).items()})
+            answers = tokens[(starts + places)[has_answer]].tolist()
+            found.pairs.update(zip(tasks[has_answer].tolist(), answers, strict=True))
             if not entry.text:
-                found.tasks.update(_counts(tasks))
+                found.tasks.update(tasks.tolist())
             first, last = np.searchsorted(wanted, [seen, seen + len(sizes)])
             for number in wanted[first:last].tolist():
                 at = number - seen
@@ -138,14 +137,8 @@ def count_split(
                 found.drawn.append(facts | example)
             seen += len(sizes)
         if seen - before != entry.examples:
-            what = f"{seen - before} examples, the manifest says {entry.examples}"
-            raise source.damaged(what)
+            raise source.damaged(f"{seen - before} examples, the manifest says {entry.examples}")
     return found
-
-
-def _counts(values: np.ndarray) -> dict[int, int]:
-    numbers, counts = np.unique(values, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
 
 
 def _example(
@@ -290,17 +283,14 @@ def _split_figures(
     split: str, files: list[RowFile], manifest: Manifest, counted: Counted, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     sets = len(manifest.selection.sets) if manifest.selection and split == "train" else 0
-    answers: Counter[int] = Counter()
+    length, answers = manifest.seq_length, Counter[int]()
     for (_, answer), n in counted.pairs.items():
         answers[answer] += n
     return {
-        **totals(files, manifest.seq_length),
-        "sets": [
-            totals([f for f in files if f.level <= level], manifest.seq_length)
-            for level in range(sets)
-        ],
+        **totals(files, length),
+        "sets": [totals([f for f in files if f.level <= n], length) for n in range(sets)],
         "sources": {
-            name: totals([f for f in files if f.name == name], manifest.seq_length)
+            name: totals([f for f in files if f.name == name], length)
             for name in dict.fromkeys(file.name for file in files)
         },
         "tasks": {manifest.tasks[number]: n for number, n in _most_common(counted.tasks)},

@@ -59,16 +59,6 @@ def chunk_schema(vocab_size: int) -> pa.Schema:
     )
 
 
-def to_arrow(chunk: Chunk, schema: pa.Schema) -> pa.RecordBatch:
-    """Return a chunk as a record batch."""
-    tokens = pa.array(chunk.tokens, schema.field("tokens").type.value_type)
-    arrays = [
-        pa.ListArray.from_arrays(pa.array(chunk.offsets, pa.int32()), tokens),
-        *(pa.array(c, f.type) for c, f in zip(chunk[2:], list(schema)[1:], strict=True)),
-    ]
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
 def from_arrow(batch: pa.RecordBatch) -> Chunk:
     """Return views of a record batch, which is read only when they are used."""
     tokens, *others = batch.columns
@@ -113,7 +103,7 @@ def scatter(
     """
     counts = [max(1, -(-total // BUCKET_TOKENS)) for total in tokens]
     first = np.concatenate([[0], np.cumsum(counts)])
-    schema = chunk_schema(vocab_size)
+    schema, token = chunk_schema(vocab_size), token_type(vocab_size)
     paths = [folder / f"{number:05d}.bucket" for number in range(first[-1])]
     totals = np.zeros((len(paths), 2), np.int64)
     for chunk, group in chunks:
@@ -123,7 +113,8 @@ def scatter(
         bucket = first[own] + (share * np.array(counts)[own] >> 32)
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
-        batch = to_arrow(chunk, schema)
+        lists = pa.ListArray.from_arrays(chunk.offsets, pa.array(chunk.tokens, token))
+        batch = pa.RecordBatch.from_arrays([lists, *map(pa.array, chunk[2:])], schema=schema)
         for members in np.split(order, edges[1:]) if len(order) else ():
             number = int(bucket[members[0]])
             part = batch.take(pa.array(used[members]))

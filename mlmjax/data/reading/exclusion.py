@@ -30,16 +30,12 @@ class Exclusion:
     def __init__(self, config: ExcludeConfig):
         self.patterns = config.tasks
         self._tasks = [re.compile(fnmatch.translate(p.casefold())) for p in config.tasks]
-        self.index = None
-        if config.overlap:
-            texts: dict[str, Iterable[str]] = {}
-            for one in config.overlap:
-                task, place, _ = _open(one)
-                # A set of several files has one entry for each.
-                texts[task.name] = itertools.chain(
-                    texts.get(task.name, ()), _texts(task, place, config.ngram)
-                )
-            self.index = OverlapIndex(texts, config.ngram)
+        texts: dict[str, Iterable[str]] = {}
+        for task, place, _ in map(_open, config.overlap):
+            # A set of several files has one entry for each.
+            own = _texts(task, place, config.ngram)
+            texts[task.name] = itertools.chain(texts.get(task.name, ()), own)
+        self.index = OverlapIndex(texts, config.ngram) if texts else None
 
     def pattern(self, task: str) -> str | None:
         """Return the first pattern that a task's name matches, in any case; or None.
@@ -48,9 +44,8 @@ class Exclusion:
         >>> exclusion.pattern("GLUE/RTE:2.0.0"), exclusion.pattern("glue/wnli:2.0.0")
         ('glue/rte:*', None)
         """
-        name = task.casefold()
-        matches = zip(self.patterns, self._tasks, strict=True)
-        return next((pattern for pattern, known in matches if known.match(name)), None)
+        named = zip(self.patterns, self._tasks, strict=True)
+        return next((pattern for pattern, known in named if known.match(task.casefold())), None)
 
     def overlap(self, text: str) -> Hit | None:
         """Return what a text shares with an evaluation set; or None."""
