@@ -87,6 +87,9 @@ def test_a_folder_is_built_once_and_from_what_is_left(tmp_path):
         assert folder is None
     assert names(tmp_path) == ["made"]
     assert names(path) == ["stage"]
+    below = path / "stage" / "a.json" / "x"
+    with pytest.raises(InputError, match="cannot be written"), build_folder(below):
+        pass
 
 
 def test_a_run_folder_has_one_process_and_is_checked(tmp_path):

@@ -34,43 +34,25 @@ def minimal(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
-def test_shipped_config_parses(path):
-    config = load_config(path)
-    assert isinstance(config, RunConfig)
-    assert config.data.sources
+def test_shipped_configs_parse_and_cover_the_ways_of_training():
+    found = {path.stem: load_config(path) for path in CONFIGS.glob("*.toml")}
+    assert all(config.data.sources for config in found.values())
+    sizes = {"atp_tiny", "atp_base", "atp_large"}
+    assert found.keys() >= sizes | {"finetune", "mlm_pretrain", "continue_mlm"}
 
 
-def test_shipped_configs_cover_the_ways_of_training():
-    assert {path.stem for path in CONFIGS.glob("*.toml")} >= {
-        "atp_tiny",
-        "atp_base",
-        "atp_large",
-        "finetune",
-        "mlm_pretrain",
-        "continue_mlm",
-    }
-
-
-def test_overrides_are_toml_values(minimal):
-    config = load_config(
-        minimal, ["data.batch_size=64", "out=runs/b", "optimizer.learning_rate=1e-5", "mesh.data=2"]
-    )
-    assert config.data.batch_size == 64
-    assert config.out == "runs/b"
+def test_overrides_are_toml_values_and_reach_into_lists(minimal):
+    changes = ["data.batch_size=64", "out=runs/b", "optimizer.learning_rate=1e-5"]
+    config = load_config(minimal, [*changes, "data.sources.0.path=y.jsonl"])
+    assert (config.data.batch_size, config.out) == (64, "runs/b")
     assert config.optimizer.learning_rate == 1e-5
-    assert config.mesh.data == 2
+    assert config.data.sources[0].path == "y.jsonl"
 
 
 def test_an_empty_model_makes_way_for_a_start(minimal):
     changes = ["model={hidden_size=4}", "init_from=start"]
     table = load_config(minimal, [*changes, "model={}"])
     assert (table.init_from, not table.model) == ("start", True)
-
-
-def test_override_reaches_into_lists(minimal):
-    config = load_config(minimal, ["data.sources.0.path=y.jsonl"])
-    assert config.data.sources[0].path == "y.jsonl"
 
 
 @pytest.mark.parametrize(
@@ -102,15 +84,6 @@ def test_every_wrong_value_is_one_message():
         lines = str(caught.value).splitlines()
         assert len(lines) == count, lines
         assert any(re.search(message, line) for line in lines)
-
-
-def test_all_problems_are_listed(minimal):
-    with pytest.raises(InputError) as caught:
-        load_config(minimal, ["steps=0", "data.batch_siz=4", "seed='a'"])
-    text = str(caught.value)
-    assert "steps" in text
-    assert "batch_siz" in text
-    assert "seed" in text
 
 
 def test_a_path_or_a_number_that_no_toml_has_is_an_input_error(tmp_path):

@@ -64,13 +64,12 @@ def test_ids_of_all_of_mmlu_are_the_whole_strings(tokenizer, test_data):
 def test_published_prompts(tokenizer, test_data):
     row = {"question": "Is it?", "options": ["yes", "no"]}
     card = (test_data / "prompts/model_card.txt").read_text(encoding="utf-8")
-    ids, slot = Template(card).encode(tokenizer, row, 512)
     whole = (
         "You will be given a question and options. Select the right answer.\nQUESTION: Is it?\n"
         "CHOICES:\n- A: yes\n- B: no\nANSWER: [unused0] [MASK]"
     )
-    assert ids == tokenizer.backend.encode(whole).ids
-    assert slot == len(ids) - 2
+    ids = tokenizer.backend.encode(whole).ids
+    assert Template(card).encode(tokenizer, row, 512) == (ids, len(ids) - 2)
 
 
 # Templates as lists of parts, so that what the whole string is needs no parser.

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from texts import small_table
+from texts import small_table, word_level
 
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
@@ -72,36 +72,24 @@ def test_a_malformed_verbalizer_is_rejected(forms, message):
 @pytest.mark.parametrize(
     ("forms", "message"),
     [
-        (
-            {"yes": [" yes"], "atheism": [" atheism"]},
-            r"label 'atheism': form ' atheism' is 2 tokens \(' athe' \+ 'ism'\); each form must be",
-        ),
-        ({"yes": [" yes"], "a": [" Sci/Tech"]}, r"is 3 tokens \(' Sci' \+ '/' \+ 'Tech'\)"),
-        (
-            {"yes": [" yes"], "no": [" yes"]},
-            "form ' yes' is the same token as a form of label 'yes'",
-        ),
-        ({"yes": [" yes", " yes"], "no": [" no"]}, "is the same token as a form of label 'yes'"),
-        ({"yes": [" yes"], "no": ["[MASK]"]}, r"form '\[MASK\]' is 3 tokens"),
-        ({"yes": [" yes"], "no": ["[unused0]"]}, r"form '\[unused0\]' is \d tokens"),
-        ({"yes": [" yes"], "no": [" [unused0]"]}, r"form ' \[unused0\]' is \d tokens"),
+        ([" atheism"], r"label 'no': form ' atheism' is 2 tokens \(' athe' \+ 'ism'\); each form "),
+        ([" Sci/Tech"], r"is 3 tokens \(' Sci' \+ '/' \+ 'Tech'\)"),
+        ([" yes"], "form ' yes' is the same token as a form of label 'yes'"),
+        ([" no", " no"], "is the same token as a form of label 'no'"),
+        (["[MASK]"], r"form '\[MASK\]' is 3 tokens"),
+        (["[unused0]"], r"form '\[unused0\]' is \d tokens"),
+        ([" [unused0]"], r"form ' \[unused0\]' is \d tokens"),
     ],
 )
 def test_a_form_that_is_not_one_ordinary_token_is_rejected(tokenizer, forms, message):
-    verbalizer = Verbalizer(forms)
+    verbalizer = Verbalizer({"yes": [" yes"], "no": forms})
     with pytest.raises(InputError, match=message):
         verbalizer.ids(tokenizer)
 
 
 def test_a_word_unknown_to_the_tokenizer_is_rejected():
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models, pre_tokenizers
-
     words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]", "yes"]
-    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(words[:5])
-    small = Tokenizer({"tokenizer.json": backend.to_str().encode()})
+    small = Tokenizer({"tokenizer.json": word_level(words).encode()})
     with pytest.raises(InputError, match=r"form ' no' is the special token \[UNK\]"):
         Verbalizer.words(["yes", "no"]).ids(small)
 

@@ -85,6 +85,8 @@ def test_the_manifest_counts_what_is_there(config, tokenizer):
     lines = summary(manifest)
     assert "qa: 300 records, 180 examples, 60 dropped (answer is not one token)" in lines[0]
     assert lines[-1].startswith("validation: ")
+    with pytest.raises(InputError, match="has no split 'test'; its splits: train, validation"):
+        open_rows(folder, "test")
 
 
 @settings(
@@ -147,13 +149,6 @@ def test_without_packing_a_row_is_an_example(config, tokenizer):
     assert 8 <= held_out <= 20
 
 
-def test_a_configuration_that_leaves_nothing_is_rejected(config, tokenizer, tmp_path):
-    with pytest.raises(InputError, match=r"leaves nothing to train on; lower data\.validation_row"):
-        prepare(change(config, validation_rows=10_000), tokenizer)
-    # What was read is kept for the next try.
-    assert {path.name for path in tmp_path.iterdir()} == {"a.jsonl", "b.jsonl", "rows.partial"}
-
-
 def test_one_document_cannot_be_held_out(config, tokenizer, tmp_path):
     (tmp_path / "one.txt").write_text("some words of one document\n" * 200)
     source = {"path": str(tmp_path / "one.txt"), "text": "text"}
@@ -170,12 +165,6 @@ def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
             change(config, sources=(*config.sources, bad)), tokenizer, lambda *a: calls.append(a)
         )
     assert calls == []
-
-
-def test_a_split_that_is_not_there_is_rejected(config, tokenizer):
-    folder = prepare(change(config, validation_rows=0), tokenizer)
-    with pytest.raises(InputError, match="has no split 'validation'; its splits: train"):
-        open_rows(folder, "validation")
 
 
 def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, tokenizer):
