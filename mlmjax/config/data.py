@@ -94,7 +94,7 @@ class SourceConfig(Location):
     weight: PositiveFloat | None = None
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> "SourceConfig":
+    def _consistent(self) -> "SourceConfig":
         if (self.prompt is None) == (self.text is None):
             raise ValueError(
                 "give exactly one of prompt (with answer) and text (a column of plain text)"
@@ -107,10 +107,6 @@ class SourceConfig(Location):
             raise ValueError("cut is for plain text (text); for a prompt, use shorten")
         if self.normalize and self.prompt is None:
             raise ValueError("normalize is for answers; it needs prompt and answer")
-        return self
-
-    @model_validator(mode="after")
-    def _pinned(self) -> "SourceConfig":
         if not self.is_pinned:
             found = "no revision" if self.revision is None else f"revision {self.revision!r}"
             raise ValueError(

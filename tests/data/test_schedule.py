@@ -24,16 +24,14 @@ def test_a_growing_batch_keeps_its_micro_batch():
     assert row_schedule(DataConfig(**data), 10).rows(0) == 32
     grown = row_schedule(DataConfig(**data, batch_start=8, batch_warmup=0.5), 10)
     assert [grown.rows(step) for step in range(7)] == [8, 8, 16, 16, 24, 32, 32]
-    with pytest.raises(InputError, match=r"batch_start: found 4; .*micro-batch of 8 rows"):
-        row_schedule(DataConfig(**data, batch_start=4), 10)
-    with pytest.raises(InputError, match="batch_start: found 12; expected a divisor"):
-        row_schedule(DataConfig(rows="r", batch_size=32, batch_start=12), 10)
-    with pytest.raises(InputError, match="batch_warmup: 11 updates of 10 steps"):
-        row_schedule(DataConfig(**data, batch_start=8, batch_warmup=11), 10)
-    with pytest.raises(
-        InputError, match=r"batch_warmup: 0 updates of 4 steps \(0.1 of them, rounded\)"
+    for changes, steps, message in (
+        ({"batch_start": 4}, 10, "batch_start: found 4; .*micro-batch of 8 rows"),
+        ({"batch_start": 12, "accumulate": 1}, 10, "batch_start: found 12; expected a divisor"),
+        ({"batch_start": 8, "batch_warmup": 11}, 10, "batch_warmup: 11 updates of 10 steps"),
+        ({"batch_start": 8}, 4, r"batch_warmup: 0 updates of 4 steps \(0.1 of them, rounded\)"),
     ):
-        row_schedule(DataConfig(**data, batch_start=8, batch_warmup=0.1), 4)
+        with pytest.raises(InputError, match=message):
+            row_schedule(DataConfig(**data | changes), steps)
 
 
 def test_the_mask_rate_is_linear_and_its_largest_value_bounds_the_targets():

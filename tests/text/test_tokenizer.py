@@ -15,11 +15,9 @@ from mlmjax.text.tokenizer import Tokenizer
 
 
 def written(folder: Path, table, **companions) -> Path:
-    text = table if isinstance(table, str | bytes) else json.dumps(table)
-    data = text.encode() if isinstance(text, str) else text
-    (folder / "tokenizer.json").write_bytes(data)
-    for name, companion in companions.items():
-        (folder / f"{name}.json").write_text(json.dumps(companion))
+    for name, content in {"tokenizer": table, **companions}.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / f"{name}.json").write_text(text)
     return folder
 
 
