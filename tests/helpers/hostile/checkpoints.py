@@ -85,9 +85,9 @@ STEPS = {
     "with learning rates of text": (record("metadata", "identity", rates="x"), NO_RUN),
     "with a schedule of text": (record("metadata", "identity", "rates", schedule="x"), NO_RUN),
     "with sums of text": (record("metadata", "interval", loss_sum="x"), NO_RUN),
-    "of a tree of other arrays": (pop(RECORD, "arrays"), OTHER),
+    "of a tree of other arrays": (pop("arrays"), OTHER),
     "with arrays of text": (change_json(RECORD, numbers), OTHER),
-    "with a fingerprint missing": (pop(RECORD, "fingerprints"), DAMAGED),
+    "with a fingerprint missing": (pop("fingerprints"), DAMAGED),
     "with a fingerprint of text": (record("fingerprints", step="x"), DAMAGED),
     "half deleted": (
         remove(f"{STEP}/record", f"{STEP}/_CHECKPOINT_METADATA"),

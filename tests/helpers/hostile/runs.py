@@ -168,4 +168,12 @@ def cases():
         yield Case(f"demo folder {name}", words(f"mlmjax demo --out {out}"), 2, says, (), spoil)
 
 
-OUT = ("checkpoints", "config.json", "export", "*.json*", ".lock", "events.*")
+OUT = (
+    "checkpoints",
+    "config.json",
+    "export",
+    "metrics.jsonl",
+    "validation.json",
+    ".lock",
+    "events.*",
+)
