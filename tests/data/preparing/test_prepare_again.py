@@ -44,21 +44,17 @@ def test_rows_made_differently_are_rejected(config, tokenizer):
     before = content(folder)
     other = type(tokenizer)(tokenizer.files)
     other.sha256 = "0" * 64
-    prompt = "data.sources.0.prompt is '{input}.', the rows have '{input}'"
-    for changed, reads, message in (
-        (change(config, seq_length=128), tokenizer, "data.seq_length is 128, the rows have 64"),
-        (change(config, pack=False), tokenizer, "data.pack is False, the rows have True"),
-        (change_source(config, prompt="{input}."), tokenizer, prompt),
-        (change_source(config, limit=5), tokenizer, "data.sources.0.limit is 5, the rows have No"),
-        (
-            change(config, sources=config.sources[:1]),
-            tokenizer,
-            "data.sources has 1; the rows have 2",
-        ),
-        (config, other, "the tokenizer's sha256 is 000000000000"),
+    fewer, prompt = config.sources[:1], "0.prompt is '{input}.', the rows have '{input}'"
+    for changed, message in (
+        (change(config, seq_length=128), "data.seq_length is 128, the rows have 64"),
+        (change(config, pack=False), "data.pack is False, the rows have True"),
+        (change_source(config, prompt="{input}."), f"data.sources.{prompt}"),
+        (change_source(config, limit=5), "data.sources.0.limit is 5, the rows have None"),
+        (change(config, sources=fewer), "data.sources has 1; the rows have 2"),
+        (config, "the tokenizer's sha256 is 000000000000"),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            prepare(changed, reads)
+            prepare(changed, other if changed is config else tokenizer)
         assert "delete the folder to prepare again, or name another" in str(caught.value)
     assert content(folder) == before
 
