@@ -96,19 +96,15 @@ class Tokenizer:
         >>> Tokenizer.from_pretrained().mask_id
         50284
         """
-        if path is None:
-            packaged = resources.files("mlmjax") / "assets" / "small"
-            names = [name for name in _MAX_BYTES if (packaged / name).is_file()]
-            return cls({name: (packaged / name).read_bytes() for name in names})
-        folder = Path(path)
+        packaged = Path(str(resources.files("mlmjax") / "assets" / "small"))
+        folder = packaged if path is None else Path(path)
         if not (folder / "tokenizer.json").is_file():
             raise InputError(
                 f"{folder}: has no tokenizer.json; give the folder of a fast tokenizer"
             )
-        names = [name for name in _MAX_BYTES if (folder / name).is_file()]
-        return cls(
-            {name: read_bounded(folder / name, _MAX_BYTES[name]) for name in names}, str(folder)
-        )
+        there = {name: most for name, most in _MAX_BYTES.items() if (folder / name).is_file()}
+        files = {name: read_bounded(folder / name, most) for name, most in there.items()}
+        return cls(files, "tokenizer" if path is None else str(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.files, self.where)

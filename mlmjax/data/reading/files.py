@@ -88,27 +88,14 @@ def read_file(
             with io.BufferedReader(raw, _READ_AHEAD) as stream:
                 yield from read(stream, str(path), columns, broken)
     except (OSError, pa.ArrowException) as error:
-        _leave(path, error, broken)
-    except _Damage as damage:
-        _leave(damage.where, damage.error, broken)
+        (where,) = getattr(error, "__notes__", [path])
+        what = getattr(error, "strerror", None) or first_line(error)
+        failure = InputError(f"{where}: cannot be read: {what}")
+        if getattr(error, "errno", None) is not None:  # It is the system's, not the file's.
+            raise failure from error
+        broken(BROKEN_FILE, failure)
     except InputError as error:
         broken(BROKEN_FILE, error)
-
-
-class _Damage(Exception):  # noqa: N818 - carries an error to where it is reported
-    """Carry the error of a library in the middle of a file, and its place."""
-
-    def __init__(self, where: str, error: Exception):
-        self.where, self.error = where, error
-
-
-def _leave(where: str | Path, error: Exception, broken: Broken) -> None:
-    """Give up a file; raise an error with a number, which is the system's."""
-    what = getattr(error, "strerror", None) or first_line(error)
-    failure = InputError(f"{where}: cannot be read: {what}")
-    if getattr(error, "errno", None) is not None:
-        raise failure from error
-    broken(BROKEN_FILE, failure)
 
 
 def require_columns(
@@ -146,7 +133,8 @@ def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tu
             while is_long and rest and not rest.endswith(b"\n") and broken is not stop:
                 rest = stream.readline(MAX_LINE_BYTES)
         except OSError as error:
-            raise _Damage(here, error) from error
+            error.add_note(here)
+            raise
         if not line:
             return
         if is_long:
@@ -257,7 +245,8 @@ def _read_parquet(
             try:
                 batch = next(batches, None)
             except (OSError, pa.ArrowException) as error:
-                raise _Damage(f"{path} after row {row}", error) from error
+                error.add_note(f"{path} after row {row}")
+                raise
             if batch is None:
                 return
             for i in range(batch.num_rows):
