@@ -191,10 +191,13 @@ def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
     config = change_source(config, path=str(tmp_path / "p*.jsonl"))
     calls = []
     many = change(config, rows=str(tmp_path / "many"), workers=2)
-    assert content(prepare(config, tokenizer)) == content(
-        prepare(many, tokenizer, lambda *reported: calls.append(reported))
-    )
+    written = content(prepare(config, tokenizer))
+    again = prepare(many, tokenizer, lambda *reported: calls.append(reported))
+    assert written == content(again)
     assert ("qa", 270) in calls
+    files = {f"{split}/{n}.arrow" for split in ("train", "validation") for n in (0, 1)}
+    assert written.keys() == files | {"manifest.json"}
+    assert str(tmp_path / "rows") not in written["manifest.json"].decode()
 
 
 @pytest.fixture
