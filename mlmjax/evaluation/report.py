@@ -51,16 +51,16 @@ def write_evaluation_report(
 
 
 @charts.own_style()
-def diagram(sure: np.ndarray, right: np.ndarray) -> Figure:
+def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
     """Draw accuracy by confidence over bins of equal width, and the rows of each bin.
 
     Calibrated answers lie on the dashed line; below it a model is too sure. Vertical lines are 95 %
     Wilson intervals of the accuracy.
     """
     figure, (top, below) = charts.new_figure(5.6, 2, height_ratios=[3, 1], sharex=True)
-    found = equal_width(sure, right)
+    found = equal_width(sure, right, bins)
     top.plot([0, 1], [0, 1], color=OTHER, linestyle="--", linewidth=1.2, label="calibrated")
-    middles, width = [(one.low + one.high) / 2 for one in found], 0.92 / BINS
+    middles, width = [(one.low + one.high) / 2 for one in found], 0.92 / bins
     for middle, one in zip(middles, found, strict=True):
         if one.confidence is None or one.accuracy is None:
             continue

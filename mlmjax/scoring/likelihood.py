@@ -187,14 +187,13 @@ def encode_texts(
             )
         return np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32)
 
+    def size(text: Any) -> int:
+        return 1 + (len(text) if isinstance(text, str) else 0)
+
     first = 0
-    for chunk in split_by_size(check_list(texts, "texts"), _characters, CHUNK_CHARACTERS):
+    for chunk in split_by_size(check_list(texts, "texts"), size, CHUNK_CHARACTERS):
         yield for_each_row(encode, name_rows(chunk, first))
         first += len(chunk)
-
-
-def _characters(text: Any) -> int:
-    return 1 + (len(text) if isinstance(text, str) else 0)
 
 
 def check_finite(log_probs: np.ndarray) -> None:

@@ -43,7 +43,7 @@ class DivergedError(RunError):
 
 
 class SuiteModel:
-    """A model of the suite, loaded on first use; `digest` is the hash of its files."""
+    """A model of the suite, loaded on first use; `identity` is what its results depend on."""
 
     def __init__(self, name: str, revision: str | None, dtype: str, batch_size: int | None):
         self.name, self.dtype, self.batch_size = name, dtype, batch_size
@@ -54,12 +54,8 @@ class SuiteModel:
         self.unload()
         weights = set((weight_map(self.folder) or {}).values()) or {WEIGHTS}
         files = [self.folder / name for name in (CONFIG, *TOKENIZER_FILES, *sorted(weights))]
-        self.digest = hash_files([path for path in files if path.exists()])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """The properties of the model that its results depend on."""
-        return {"model": self.digest, "dtype": self.dtype}
+        digest = hash_files([path for path in files if path.exists()])
+        self.identity = {"model": digest, "dtype": dtype}
 
     def load(self) -> tuple[ModernBertForMaskedLM, Tokenizer]:
         """Load the model and its tokenizer; raise `InputError` for one without an MLM head."""

@@ -17,7 +17,7 @@ from mlmjax.evaluation.evaluate import Answers, list_predictions
 from mlmjax.evaluation.questions import Question
 from mlmjax.statistics.metrics import classification_metrics
 from mlmjax.statistics.reliability import calibration
-from mlmjax.storage import PARTIAL, hash_value, write_whole
+from mlmjax.storage import hash_value, write_whole
 
 _UNREADABLE = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -57,13 +57,6 @@ def make_result(questions: Sequence[Question], labels: Sequence[str], answers: A
 def _metrics_of(predictions: Sequence[Prediction]) -> dict[str, Any]:
     gold, given = [one.gold for one in predictions], [one.prediction for one in predictions]
     return {"n": len(predictions), **classification_metrics(gold, given)}
-
-
-def open_results(folder: Path) -> None:
-    """Make the folder of results and remove what a killed run left half written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(f"*{PARTIAL}"):
-        left.unlink()
 
 
 def path_of(folder: Path, identity: Mapping[str, Any]) -> Path:

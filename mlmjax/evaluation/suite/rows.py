@@ -47,7 +47,7 @@ class Rows:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """The hash of each part's questions and correct answers."""
-        return {name: hash_questions(getattr(self, name)) for name in PARTS}
+        return {name: _hash(getattr(self, name)) for name in PARTS}
 
 
 def read_rows(planned: Planned, suite: Suite, folder: Path | None) -> Rows:
@@ -200,8 +200,7 @@ def hold_out(
     return kept, [questions[i] for i in sorted(drawn)]
 
 
-def hash_questions(questions: Sequence[Question]) -> str:
-    """Return the hash of questions and their correct answers."""
+def _hash(questions: Sequence[Question]) -> str:
     found = hashlib.sha256()
     for question in questions:
         line = [sorted(question.row.items()), question.gold]

@@ -26,17 +26,10 @@ from mlmjax.evaluation.suite.entrants import (
     settings_of,
 )
 from mlmjax.evaluation.suite.report import JSON, Line, summarize, write_report
-from mlmjax.evaluation.suite.results import (
-    Result,
-    make_result,
-    open_results,
-    path_of,
-    read_result,
-    write_result,
-)
-from mlmjax.evaluation.suite.rows import NoDataError, Rows, hash_questions, read_rows
+from mlmjax.evaluation.suite.results import Result, make_result, path_of, read_result, write_result
+from mlmjax.evaluation.suite.rows import NoDataError, Rows, read_rows
 from mlmjax.reporting.terminal import Progress, count_progress, say
-from mlmjax.storage import alone_in, read_json
+from mlmjax.storage import PARTIAL, alone_in, read_json
 from mlmjax.text.verbalizer import option_names
 from mlmjax.training.run.resume import check_run_folder
 
@@ -130,7 +123,9 @@ def run_suite(
     with alone_in(out, check_run_folder):
         for one in missing:
             tell(printable(f"left out: task {one['task']}: {one['reason']}"))
-        open_results(run.cells)
+        run.cells.mkdir(parents=True, exist_ok=True)
+        for left in run.cells.glob(f"*{PARTIAL}"):  # half written by a killed run
+            left.unlink()
         lines: list[Line] = []
         for plan in present:
             rows = read_rows(plan, suite, folder)
@@ -249,7 +244,7 @@ def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) ->
             **_task_identity(task, "zero-shot"),
             **model.identity,
             "order_rows": order_rows,
-            "asked": hash_questions(rows.test),
+            "asked": rows.hashes["test"],
         },
         rows.test,
         task.label_names or option_names(max(len(q.row["options"]) for q in rows.test)),
