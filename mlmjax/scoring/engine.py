@@ -138,14 +138,11 @@ class Engine:
         return results
 
     def rows_of(self, length: int, sequences: int) -> int:
-        """Return the rows of a batch of this length, a multiple of the devices.
-
-        Somebody waits for a sequence that comes alone, so it is not padded with rows; unless the
-        full batch is compiled already, because compiling takes longer than the rows.
-        """
+        """Return the rows of a batch of this length, a multiple of the devices."""
         devices = self.mesh.size
         rows = self.batch_size or rows_per_device(length) * devices
         rows = -(-max(1, rows >> self._halvings) // devices) * devices
+        # Compiling the full batch takes longer than its rows, running it longer than one text.
         is_alone = sequences == 1 and self.batch_size is None
         return devices if is_alone and (rows, length) not in self._shapes else rows
 
