@@ -127,7 +127,15 @@ def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
     `RunError` when writing fails. Then the old folder stays, and nothing else is left.
     """
     path = path.expanduser()
-    _check_replaceable(path, replaceable)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is a file; give a folder to write to")
+    endings = tuple(name[1:] for name in replaceable if name.startswith("*"))
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if others := [n for n in names if n not in replaceable and not n.endswith(endings)]:
+        raise InputError(
+            f"{path}: holds files that are not part of a model ({min(others)}); give a new or "
+            "empty folder"
+        )
     new = _hidden(path, "new")
     try:
         with _move_when_done(new, path):
@@ -226,25 +234,6 @@ def _move_when_done(new: Path, path: Path) -> Iterator[None]:
 
 def _hidden(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}")
-
-
-def _check_replaceable(path: Path, replaceable: Collection[str]) -> None:
-    """Raise `InputError` for anything but an older folder of a model."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise InputError(f"{path}: is a file; give a folder to write to")
-    endings = tuple(name[1:] for name in replaceable if name.startswith("*"))
-    others = [
-        entry.name
-        for entry in path.iterdir()
-        if entry.name not in replaceable and not (endings and entry.name.endswith(endings))
-    ]
-    if others:
-        raise InputError(
-            f"{path}: holds files that are not part of a model ({min(others)}); give a new or "
-            "empty folder"
-        )
 
 
 @contextmanager

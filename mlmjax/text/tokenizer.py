@@ -42,12 +42,10 @@ class Tokenizer:
         tables = {name: parse_object(data, f"{where}/{name}") for name, data in files.items()}
         table = tables.pop("tokenizer.json")
         path = f"{where}/tokenizer.json"
-        self.backend = _backend(table, path)
         if baked := _baked_in(table):
-            text = json.dumps(table | baked, indent=2, ensure_ascii=False)
-            self.files["tokenizer.json"] = text.encode()
             table |= baked
-            self.backend = _backend(table, path)
+            self.files["tokenizer.json"] = json.dumps(table, indent=2, ensure_ascii=False).encode()
+        self.backend = _backend(table, path)
         self.sha256 = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
         added = _added_tokens(table, path)

@@ -1,14 +1,16 @@
-"""The tasks that come with the package: sound, and each reads its public file whole."""
+"""The tasks that come with the package, the suites of the small model, and cleanings of texts."""
 
 import re
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from task_files import write_csv
 
+from mlmjax.config.suite import load_suite
 from mlmjax.config.tables import shipped_names
-from mlmjax.config.task import load_task
+from mlmjax.config.task import load_task, newsgroup
 from mlmjax.evaluation.questions import read_questions
 from mlmjax.text.checks import check_row
 from mlmjax.text.prompts import Template
@@ -90,3 +92,59 @@ def test_labels_of_raft_are_names_or_the_class_numbers_of_the_hub(tmp_path):
             "intermediate", "elementary", "advanced"
         ]  # fmt: skip
         assert left_out == {"dropped": 1, "blank": 0}
+
+
+SUITES = sorted((Path(__file__).parents[2] / "configs" / "suites").glob("*.toml"))
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
+def test_every_answer_is_one_token_of_its_own(suite, tokenizer):
+    _, planned = load_suite(str(suite), [])
+    assert len(planned) >= 3
+    for _, task in planned:
+        names = task.label_names or ["w", "x", "y", "z"]
+        forms = list(task.verbalizer_for(len(names)).ids(tokenizer))
+        assert len(forms) == len(names)
+        every = [token for ids in forms for token in ids]
+        assert len(set(every)) == len(every)
+
+
+def test_the_network_from_scratch_is_fitted_as_the_trained_one_is():
+    """Both are lines of one table."""
+    trained, scratch = (
+        load_suite(str(next(path for path in SUITES if path.stem == name)), [])[0].model_dump()
+        for name in ("small_fine_tune", "small_from_scratch")
+    )
+    differing = {key for key in trained if trained[key] != scratch[key]}
+    assert differing == {"name", "description", "heads"}
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_posts_are_cleaned_as_scikit_learn_cleans_them(test_data, split):
+    from sklearn.datasets import _twenty_newsgroups as oracle
+
+    path = test_data / "eval" / f"20newsgroups_bydate_{split}.parquet"
+    for post in pq.read_table(path, columns=["text"])["text"].to_pylist():
+        kept = oracle.strip_newsgroup_header(post)
+        kept = oracle.strip_newsgroup_quoting(oracle.strip_newsgroup_footer(kept))
+        assert newsgroup(post) == kept
+
+
+HEADER = "From: a@b.c\nSubject: Re: cars\nReferences: <1@x>\n\t<2@y>\n\n"
+
+
+@pytest.mark.parametrize(
+    ("post", "left"),
+    [
+        (HEADER + "In article <1@x> Joe writes:\n> Which?\nThe red.\n-- \nA. B.\n", "The red."),
+        (HEADER + "One.\n\nTwo.\n", "One."),
+        (HEADER + "---\nAll of it.", "---\nAll of it."),
+        (HEADER + "> Which?\n| quoted", ""),
+        ("One.\n\nTwo, he said: no header.\n", "One.\n\nTwo, he said: no header.\n"),
+        ("Note: this is the text.\n\nNot a header.", "Note: this is the text.\n\nNot a header."),
+        ("", ""),
+    ],
+)
+def test_what_is_left_of_a_post(post, left):
+    assert newsgroup(post) == left

@@ -31,28 +31,20 @@ def source_files(source: Location) -> list[Path]:
     """
     files: list[Path] = []
     for path in source.paths:
-        found = _matching(path)
-        doubled = [file for file in found if file in files]
-        if doubled:
+        names = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
+        found = sorted(file for file in map(Path, names) if file.is_file())
+        if not found:
+            what = "is a folder" if Path(path).is_dir() else "no file matches"
+            raise InputError(
+                f"{path}: {what}; expected a file or a glob such as 'data/*.parquet' (relative to "
+                "the working directory)"
+            )
+        if doubled := [file for file in found if file in files]:
             raise InputError(
                 f"{path}: {doubled[0]} also matches another path of the source; name every file "
                 "once"
             )
         files += found
-    return files
-
-
-def _matching(path: str) -> list[Path]:
-    if Path(path).is_file():
-        return [Path(path)]
-    found = sorted(Path(name) for name in glob.glob(path, recursive=True))
-    files = [path for path in found if path.is_file()]
-    if not files:
-        what = "is a folder" if Path(path).is_dir() else "no file matches"
-        raise InputError(
-            f"{path}: {what}; expected a file or a glob such as 'data/*.parquet' (relative to the "
-            "working directory)"
-        )
     return files
 
 

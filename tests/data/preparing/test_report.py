@@ -327,9 +327,10 @@ data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer"
     assert content(tmp_path / "rows" / "train") == rows
 
 
-def written(config, tokenizer, **head):
+def written(folder, tokenizer, *sources, name="rows", head="mlm", **settings):
     """Prepare rows; return the page of their report, its figures, and the lines printed."""
-    rows = prepare.prepare(config, tokenizer, **head)
+    config = DataConfig(rows=str(folder / name), sources=sources, **settings)
+    rows = prepare.prepare(config, tokenizer, head=head)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "save", lambda figure, path: None)  # most of the time
         page = write_rows_report(rows, tokenizer)
@@ -355,8 +356,7 @@ def test_broken_files_are_named_before_all_broken_records(tmp_path, tokenizer):
         paths.append(str(tmp_path / f"b{i:02}.parquet"))
         (tmp_path / f"b{i:02}.parquet").write_bytes(b"PAR1 no such thing")
     source = SourceConfig(path=tuple(paths), text="text", broken="skip", name="s")
-    config = DataConfig(rows=str(tmp_path / "rows"), seq_length=8, sources=(source,))
-    page, found, printed = written(config, tokenizer)
+    page, found, printed = written(tmp_path, tokenizer, source, seq_length=8)
     rows = [row for row in cells(page) if row[0] == "s"]
     named = [row for row in rows if row[1].startswith(("file", "record "))]
     assert [row[1] for row in named] == [
@@ -378,8 +378,7 @@ def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
         answer="label",
         labels=("a", "b", "c"),
     )
-    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=(source,))
-    page, found, _ = written(config, tokenizer, head="classification")
+    page, found, _ = written(tmp_path, tokenizer, source, pack=False, head="classification")
     assert found["splits"]["train"]["answers"] == []
     for one in found["prompts"]:
         number = int(re.search(r"Text (\d+)", one["text"])[1])
@@ -405,8 +404,7 @@ def test_every_exclusion_is_reported_with_what_it_kept_out(tmp_path, tokenizer):
     exclude = ExcludeConfig.model_validate(
         {"tasks": ("t3", "*nowhere'*"), "overlap": overlap, "ngram": 14}, strict=False
     )
-    config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), exclude=exclude)
-    page, found, _ = written(config, tokenizer)
+    page, found, _ = written(tmp_path, tokenizer, source, exclude=exclude)
     reported = found["exclusions"]
     assert reported["ngram"] == 14
     globs = [(one["glob"], one["records"]) for one in reported["tasks"]]
@@ -420,8 +418,7 @@ def test_every_exclusion_is_reported_with_what_it_kept_out(tmp_path, tokenizer):
     assert ["text", "towns", str(tmp_path / "towns.jsonl"), "0"] in table
     assert "14 words in a row" in page
     assert "`data.exclude` is empty" not in page
-    config = DataConfig(rows=str(tmp_path / "others"), sources=(source,))
-    page, found, _ = written(config, tokenizer)
+    page, found, _ = written(tmp_path, tokenizer, source, name="others")
     assert found["exclusions"] == {"ngram": 13, "tasks": [], "overlap": []}
     assert "`data.exclude` is empty" in page
 
@@ -429,10 +426,8 @@ def test_every_exclusion_is_reported_with_what_it_kept_out(tmp_path, tokenizer):
 @pytest.mark.parametrize("per_task", [None, 20])
 def test_a_set_that_is_too_small_is_reported(tmp_path, tokenizer, per_task):
     rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 2}"} for i in range(60)]
-    source = questions(tmp_path, rows)
     select = SelectConfig(sizes=(20, 3000), per_task=per_task)
-    config = DataConfig(rows=str(tmp_path / "rows"), sources=(source,), select=select)
-    page, _, printed = written(config, tokenizer)
+    page, _, printed = written(tmp_path, tokenizer, questions(tmp_path, rows), select=select)
     found, limits = (60, "") if per_task is None else (40, " within the limits")
     reported = f"asked 3000, found {found}: there are no more{limits}"
     assert f"| 3,000 | {found} ({reported}) |" in page
@@ -447,12 +442,11 @@ def test_weights_are_reported_as_what_is_drawn(tmp_path, tokenizer):
     ]
 
     def reported(*weights):
-        sources = tuple(
+        sources = [
             SourceConfig(path=path, text="text", name=name, weight=weight)
             for name, path, weight in zip("ab", paths, weights, strict=True)
-        )
-        rows = str(tmp_path / f"rows{weights}")
-        page, found, _ = written(DataConfig(rows=rows, pack=False, sources=sources), tokenizer)
+        ]
+        page, found, _ = written(tmp_path, tokenizer, *sources, name=str(weights), pack=False)
         tokens = {one["source"]: f"{one['tokens']:,}" for one in found["weights"]}
         return tokens, cells(page), page
 
@@ -472,13 +466,10 @@ def test_answers_are_counted_by_task(tmp_path, tokenizer):
     ]
     rows += [{"q": f"Is {i} one?", "a": "no", "t": "big"} for i in range(90)]
     rows += [{"q": f"Is {i} two?", "a": "yes", "t": "big"} for i in range(10)]
-    text = [{"text": f"Some words {i}."} for i in range(500)]
-    sources = (
-        SourceConfig(path=write_table(tmp_path / "t.jsonl", text), text="text", name="plain"),
-        questions(tmp_path, rows),
-    )
-    config = DataConfig(rows=str(tmp_path / "rows"), pack=False, sources=sources)
-    page, found, _ = written(config, tokenizer)
+    path = write_table(tmp_path / "t.jsonl", [{"text": f"Some words {i}."} for i in range(500)])
+    text = SourceConfig(path=path, text="text", name="plain")
+    sources = [text, questions(tmp_path, rows)]
+    page, found, _ = written(tmp_path, tokenizer, *sources, pack=False)
     train = found["splits"]["train"]
     assert train["answers_by_task"][0] == {
         "task": "big",
