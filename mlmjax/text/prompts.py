@@ -11,12 +11,8 @@ from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
 
 # Unicode's White_Space, which a token with lstrip or rstrip includes (str.isspace differs).
-WHITE_SPACE = (
-    "".join(
-        map(chr, [*range(9, 14), 32, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029])
-    )
-    + "\u202f\u205f\u3000"
-)
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+WHITE_SPACE += "".join(map(chr, range(0x2000, 0x200B)))
 MASK = "[MASK]"
 _TOKENS = {"[CLS]": "cls_id", "[SEP]": "sep_id", MASK: "mask_id", ANCHOR: "anchor_id"}
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")

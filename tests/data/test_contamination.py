@@ -95,11 +95,14 @@ def test_the_very_file_is_found_whatever_it_is_called(exports, capsys):
     assert f"not zero-shot: the model was {line}" in err
 
 
-def test_a_task_of_the_same_name_is_found(tmp_path):
+def test_tasks_of_the_same_name_are_found(tmp_path):
     known = look([run_of(tasks=["animal", "color"])], fresh(tmp_path), name="Colo_r")
     assert known.status == "found"
     found = "trained on 'color', whose name contains the name of this task, 'Colo_r'"
     assert known.lines == [f"not zero-shot: the model was {found}"]
+    known = look([run_of(tasks=[f"quiz_{i}" for i in range(9)])], fresh(tmp_path))
+    assert known.trained_on[0].startswith("trained on 'quiz_0',")
+    assert "'quiz_4' and 4 more, whose names contain" in known.trained_on[0]
 
 
 def test_nothing_known_differs_from_nothing_found(exports, capsys):
@@ -177,9 +180,3 @@ def test_a_broken_manifest_is_rejected(tmp_path, text, message):
     (tmp_path / TRAINING).write_text(text)
     with pytest.raises(InputError, match=message):
         read_training_manifest(tmp_path)
-
-
-def test_many_tasks_are_counted(tmp_path):
-    known = look([run_of(tasks=[f"quiz_{i}" for i in range(9)])], fresh(tmp_path))
-    assert known.trained_on[0].startswith("trained on 'quiz_0',")
-    assert "'quiz_4' and 4 more, whose names contain" in known.trained_on[0]

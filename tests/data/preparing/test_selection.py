@@ -106,8 +106,3 @@ def test_what_is_kept_is_what_was_promised(counts, size, share):
         answers = [c for (t, _), c in balanced.items() if t == task]
         if share is not None and len(answers) > 1 and max(answers) > min(answers):
             assert max(answers) <= max(share * n + 1, 1)
-
-
-def test_levels_need_no_task_to_be_cut():
-    members = make_members({(0, 1): 5})
-    assert set(select(scan_of(members), {(0, 1): 5}, sizes=(10,)).levels(members)) == {0}

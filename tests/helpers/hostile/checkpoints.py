@@ -121,16 +121,8 @@ PICKLES = all_of(remove(WEIGHTS), write("model/pytorch_model.bin", "x"))
 PICKLED = all_of(remove(WEIGHTS), write(INDEX, json.dumps({"weight_map": {NORM: "a.bin"}})))
 CONVERSIONS = {
     "of a folder that is not there": ("to-jax ./absent new", remove(), NO_FOLDER),
-    "of a checkpoint as a model": (
-        "to-jax checkpoint new",
-        remove(),
-        "an Orbax checkpoint already",
-    ),
-    "of a model as a checkpoint": (
-        "to-hf model new",
-        remove(),
-        "is no checkpoint that to-jax wrote",
-    ),
+    "of a checkpoint as a model": ("to-jax checkpoint new", remove(), "Orbax checkpoint already"),
+    "of a model as a checkpoint": ("to-hf model new", remove(), "no checkpoint that to-jax wrote"),
     "to a file": (TO_JAX, write("new", "precious"), "new: is a file"),
     "to somebody's folder": (TO_HF, write("new/thesis.txt", "precious"), "new: holds files"),
     "to a name in brackets": ("to-jax model new[1]", remove(), BRACKET),

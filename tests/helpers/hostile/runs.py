@@ -29,10 +29,7 @@ OVERRIDES = {
     ),
     "with a share NaN": (["objective.mlm_share=nan"], "objective.mlm_share: found nan"),
     "with a mask rate of zero": (["objective.mlm_rate=0.0"], "objective.mlm_rate: found 0.0"),
-    "with a batch that does not accumulate": (
-        ["data.accumulate=3"],
-        "data: batch_size 4 is not a multiple of accumulate 3",
-    ),
+    "with a batch that does not accumulate": (["data.accumulate=3"], "4 is not a multiple of accu"),
     "with a warm-up too long": (["schedule.warmup=100"], "schedule: warmup 100"),
     "with rows too long": (["data.seq_length=9000"], "data.seq_length: found 9000"),
     "with rows too short": (["data.seq_length=3"], "no example is left"),
@@ -82,10 +79,7 @@ OVERRIDES = {
 NO_TOML = "run.toml: is not valid TOML"
 FILES = {
     "that is not there": (remove("run.toml"), "run.toml: cannot be read"),
-    "that is a folder": (
-        all_of(remove("run.toml"), write("run.toml/x", "")),
-        "run.toml: cannot be read",
-    ),
+    "that is a folder": (all_of(remove("run.toml"), write("run.toml/x", "")), "toml: cannot be"),
     "that is empty": (write("run.toml", ""), "run.toml: out is missing"),
     "that is cut short": (change("run.toml", cut(0.95)), "run.toml: "),
     "that is no TOML": (write("run.toml", "out: x\n"), NO_TOML),
@@ -100,6 +94,7 @@ def metrics(function):
     return change("unfinished/metrics.jsonl", function)
 
 
+DEEP = b"[" * 100_000
 NO_RUN = "out/config.json: is not the configuration of a run"
 FIRST = "metrics.jsonl, line 1: is not a line of metrics"
 THIRD = "metrics.jsonl, line 3: is not a line of metrics"
@@ -108,7 +103,7 @@ FOLDERS = {
     "that is a file": (write("out", "precious"), "out: cannot be written"),
     "with somebody's config.json": (write("out/config.json", '{"model_type": "bert"}'), NO_RUN),
     "with a broken config.json": (write("out/config.json", "{"), NO_RUN),
-    "with a config.json nested deeply": (write("out/config.json", "[" * 100_000), NO_RUN),
+    "with a config.json nested deeply": (write("out/config.json", DEEP), NO_RUN),
     "whose config.json is a folder": (write("out/config.json/x", ""), NO_RUN),
     "that is a link to nowhere": (link("out", "nowhere/at/all"), "out: cannot be written"),
     "that is a link in a circle": (link("out", "out"), "out: cannot be written"),
@@ -118,10 +113,7 @@ METRICS = {
     "with metrics of noise": (metrics(lambda data: b"\xff\xfe\n" * 9), FIRST),
     "with somebody's notes for metrics": (metrics(lambda data: b"my notes\n" + data), FIRST),
     "with a broken line of metrics": (metrics(lambda data: data + data[:40] + b"\n" + data), THIRD),
-    "with a line of metrics nested deeply": (
-        metrics(lambda data: b"[" * 100_000 + b"\n" + data),
-        FIRST,
-    ),
+    "with a line of metrics nested deeply": (metrics(lambda data: DEEP + b"\n" + data), FIRST),
 }
 RESUMED = {
     "of another seed": (["seed=1"], "seed is 1, the run there has 0"),
