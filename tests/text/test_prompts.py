@@ -22,6 +22,7 @@ MMLU = (
     "Answer: [unused0] [MASK]"
 )
 LONG = 10**6
+AFTER = "is not directly after"
 
 
 def mmlu_whole(row) -> str:
@@ -218,17 +219,11 @@ def test_a_training_row_is_the_prompt_with_the_answer_in_the_slot(tokenizer):
         ("{{a}", r"single '\}' at character 4"),
         ('{"a": {x}}', r"single '\{' at character 1"),
         ("{}", r"'\{\}' at character 1 is not a field"),
-        ("{ }", "is not a field"),
-        ("{x:>10}", "is not a field"),
-        ("{x!r}", "is not a field"),
+        *[(text, "is not a field") for text in ("{ }", "{x:>10}", "{x!r}")],
         ("[unused0] [MASK] {x} [unused0] [MASK]", "has 2"),
         ("[unused0] [MASK][MASK]", "has 2"),
-        ("{x} [MASK]", "is not directly after"),
-        ("[MASK]", "is not directly after"),
-        ("[unused0]{x}[MASK]", "is not directly after"),
-        ("[unused0].[MASK]", "is not directly after"),
-        ("[unused0]\u200b[MASK]", "is not directly after"),
-        ("[MASK] [unused0]", "is not directly after"),
+        *[(text, AFTER) for text in ("[MASK]", "{x} [MASK]", "[MASK] [unused0]")],
+        *[(f"[unused0]{text}[MASK]", AFTER) for text in ("{x}", ".", "\u200b")],
         ("half \ud83d", "lone surrogate"),
         (None, "expected text"),
     ],

@@ -77,15 +77,9 @@ def test_a_field_named_in_shorten_is_cut_and_counted(table, tokenizer):
     assert (counts.dropped, counts.shortened) == ({}, {"input": 2})
     # Equal prompts have equal keys, whatever stands around them in the file.
     assert examples[0].key == examples[1].key != examples[2].key
-
-
-def test_shortening_that_is_not_enough_drops(table, tokenizer):
-    rows = [{"a": "word " * 100, "b": "word", "answer": "yes"}]
-    source = SourceConfig(
-        path=table(rows), prompt="{a} {b}", answer="answer", shorten={"b": "tail"}
-    )
-    examples, counts = read(source, tokenizer)
-    assert (examples, counts.dropped) == ([], {"prompt too long": 1})
+    change = {"prompt": "{input} " + "word " * 70}  # Shortening is not enough.
+    examples, counts = read(source.model_copy(update=change), tokenizer)
+    assert (examples, counts.dropped) == ([], {"prompt too long": 3})
 
 
 PROMPT = "{text}\n{options}Answer:"
@@ -116,9 +110,8 @@ def test_a_labelled_row_is_answered_by_its_letter(table, tokenizer, labels, valu
 
 def test_without_options_the_label_is_its_own_answer(table, tokenizer):
     rows = [{"text": "fine", "label": 1}, {"text": "fine", "label": "negative"}]
-    source = SourceConfig(
-        path=table(rows), prompt="{text} It is", answer="label", labels=("negative", "positive")
-    )
+    names = ("negative", "positive")
+    source = SourceConfig(path=table(rows), prompt="{text} It is", answer="label", labels=names)
     examples, _ = read(source, tokenizer)
     answers = [tokenizer.decode([e.ids[e.answer_position]]) for e in examples]
     assert answers == [" positive", " negative"]

@@ -126,17 +126,11 @@ def test_a_glob_reads_files_in_sorted_order_up_to_the_limit(tmp_path):
 @pytest.fixture
 def hub(tmp_path):
     """A folder that `datasets` reads as it reads a dataset of the hub."""
-    schema = pa.schema([("text", pa.string()), ("label", pa.int64())])
-    folder = tmp_path / "dataset"
-    (folder / "data").mkdir(parents=True)
-    pq.write_table(pa.table([["x", "y"], [1, 0]], schema=schema), folder / "data/train-0.parquet")
-    readme = (
-        "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n"
-        "    dtype:\n      class_label:\n        names:\n          '0': bad\n          '1': good\n"
-        "---\n"
-    )
-    (folder / "README.md").write_text(readme)
-    return folder
+    classes = datasets.ClassLabel(names=["bad", "good"])
+    features = datasets.Features(text=datasets.Value("string"), label=classes)
+    rows = datasets.Dataset.from_dict({"text": ["x", "y"], "label": [1, 0]}, features)
+    rows.to_parquet(tmp_path / "dataset" / "data" / "train-0.parquet")
+    return tmp_path / "dataset"
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
