@@ -26,14 +26,8 @@ from mlmjax.errors import (
     RunError,
     first_line,
 )
-from mlmjax.parallel.processes import (
-    barrier,
-    client,
-    is_first,
-    process_count,
-    process_index,
-    read_all,
-)
+from mlmjax.parallel import processes
+from mlmjax.parallel.processes import process_count, process_index
 
 HEARTBEAT_SECONDS = 40
 """How long a process may send no heartbeat before JAX ends the others."""
@@ -69,7 +63,9 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if not _is_watching.is_set():
             raise
-        if _looks_lost(error):
+        # An error of a library may come from another process that has ended.
+        ours = isinstance(error, InputError | SystemExit | KeyboardInterrupt)
+        if not ours and _LOST.search(str(error)):
             time.sleep(5 * POLL_SECONDS)  # If the other process says why, this one ends here.
             if not isinstance(error, RunError):
                 lost = f"lost the connection to another process ({first_line(error)})"
@@ -80,7 +76,7 @@ def ending_together() -> Iterator[None]:
 
 def end_together(name: str) -> None:
     """Wait for all processes; afterwards each may end without failing the others."""
-    barrier(name)
+    processes.barrier(name)
     _is_watching.clear()
 
 
@@ -96,10 +92,10 @@ def leave(code: int) -> None:
 
 def _stop(code: int) -> None:
     """End this process once the others, which read through the first one, know why."""
-    if is_first():
+    if processes.is_first():
         until = time.monotonic() + LINGER_SECONDS
         with suppress(Exception):
-            while time.monotonic() < until and len(read_all(FAILURES)) < process_count():
+            while time.monotonic() < until and len(processes.read_all(FAILURES)) < process_count():
                 time.sleep(0.2)
     exit_now(code)
 
@@ -116,7 +112,7 @@ def _watch() -> None:
     while _is_watching.is_set():
         time.sleep(POLL_SECONDS)
         with suppress(Exception):  # JAX ends this process if the first one is gone.
-            failures = read_all(FAILURES)
+            failures = processes.read_all(FAILURES)
             if failures and _is_watching.is_set():
                 _follow(json.loads(next(iter(failures.values()))))
 
@@ -151,10 +147,4 @@ def _publish(failure: dict[str, Any]) -> None:
     """Let the others know that this process ends because of a failure, its own or another's."""
     with suppress(Exception):
         key = f"{FAILURES}{process_index()}"
-        client().key_value_set(key, json.dumps(failure), allow_overwrite=True)
-
-
-def _looks_lost(error: BaseException) -> bool:
-    """Tell whether an error may come from another process that has ended."""
-    ours = (InputError, SystemExit, KeyboardInterrupt)
-    return not isinstance(error, ours) and _LOST.search(str(error)) is not None
+        processes.client().key_value_set(key, json.dumps(failure), allow_overwrite=True)

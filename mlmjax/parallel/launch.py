@@ -97,14 +97,13 @@ def check_flags(coordinator: str | None, processes: int | None, process: int | N
         return False
     flags = {"--coordinator": coordinator, "--processes": processes, "--process": process}
     given = [name for name, value in flags.items() if value is not None]
+    if not given:
+        return False
     if coordinator is None or processes is None or process is None:
-        if not given:
-            return False
-        missing = [name for name in flags if name not in given]
+        missing = " and ".join(name for name in flags if name not in given)
         raise InputError(
-            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given without "
-            f"{' and '.join(missing)}; give all three of "
-            "--coordinator HOST:PORT --processes N --process I, or none"
+            f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} given without {missing}; "
+            "give all three of --coordinator HOST:PORT --processes N --process I, or none"
         )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

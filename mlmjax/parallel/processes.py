@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax._src import cloud_tpu_init, distributed
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 BROADCAST, BARRIER = "mlmjax/broadcast/", "mlmjax/barrier/"
 
@@ -110,10 +110,9 @@ def vote(flag: bool) -> Callable[[], bool]:
     """
     if process_count() == 1:
         return lambda: flag
-    mesh = _all_devices()
-    ballots = NamedSharding(mesh, PartitionSpec("device"))
-    votes = jax.make_array_from_callback((mesh.size,), ballots, lambda index: np.full(1, flag))
-    answer = _count_votes()(votes)
+    ballots, count = _count_votes()
+    ballot = np.full(1, flag)
+    answer = count(jax.make_array_from_callback((jax.device_count(),), ballots, lambda _: ballot))
     return lambda: bool(answer)
 
 
@@ -123,13 +122,9 @@ def any_process(flag: bool) -> bool:
 
 
 @cache
-def _all_devices() -> Mesh:
-    devices = jax.devices()
-    return jax.make_mesh((len(devices),), ("device",), (AxisType.Auto,), devices=devices)
-
-
-@cache
-def _count_votes() -> Callable[[Any], jax.Array]:
-    return jax.jit(
-        lambda votes: votes.any(), out_shardings=NamedSharding(_all_devices(), PartitionSpec())
-    )
+def _count_votes() -> tuple[NamedSharding, Callable[[Any], jax.Array]]:
+    """Return the layout of the votes, one on each device, and a function that counts them."""
+    mesh = jax.make_mesh((jax.device_count(),), ("device",), (AxisType.Auto,))
+    whole = NamedSharding(mesh, PartitionSpec())
+    count = jax.jit(lambda votes: votes.any(), out_shardings=whole)
+    return NamedSharding(mesh, PartitionSpec("device")), count

@@ -46,8 +46,7 @@ def make_mesh(config: MeshConfig | Mapping[str, int], devices: Sequence[Any] | N
     devices = list(jax.devices() if devices is None else devices)
     sizes = tuple(mesh_shape(config, len(devices)).values())
     devices, kinds = devices[: math.prod(sizes)], (AxisType.Auto,) * len(AXES)
-    layout = lay_out_slices(sizes, devices)
-    if layout is not None:
+    if (layout := lay_out_slices(sizes, devices)) is not None:
         return Mesh(layout, AXES, axis_types=kinds)
     return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
 
@@ -64,8 +63,7 @@ def mesh_shape(config: MeshConfig | Mapping[str, int], devices: int) -> dict[str
     wanted = f"mesh: fsdp {config.fsdp} x tensor {config.tensor}"
     if config.data == -1 and devices % other:
         raise InputError(
-            f"{wanted} = {other} does not divide the {devices} devices; "
-            "choose sizes whose product does"
+            f"{wanted} = {other} does not divide the {devices} devices; choose other sizes"
         )
     if data * other > devices:
         raise InputError(
@@ -155,8 +153,7 @@ def leaf_path(key_path: Sequence[Any]) -> str:
 
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by their dotted names."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {leaf_path(path): leaf for path, leaf in leaves}
+    return {leaf_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def parameter_specs(sizes: Mapping[str, int], abstract_params: Any) -> Any:
@@ -165,21 +162,18 @@ def parameter_specs(sizes: Mapping[str, int], abstract_params: Any) -> Any:
     `sizes` is the number of devices along each mesh axis (`dict(mesh.shape)`). Raises `InputError`
     that lists every parameter without a rule and every dimension that its axes do not divide.
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params)
     specs, problems = [], []
-    for path, leaf in leaves:
-        name, spec = leaf_path(path), _find_rule(leaf_path(path), leaf.ndim)
+    for name, leaf in named_leaves(abstract_params).items():
+        what, spec = f"parameter {name}", _find_rule(name, leaf.ndim)
         specs.append(spec)
         if spec is None:
-            problems.append(
-                f"no sharding rule for parameter {name} {list(leaf.shape)}; add one to "
-                "sharding.RULES"
-            )
+            lacks = f"no sharding rule for {what} {list(leaf.shape)}; add one to sharding.RULES"
+            problems.append(lacks)
         else:
-            problems += _find_indivisible(f"parameter {name}", leaf.shape, spec, sizes)
+            problems += _find_indivisible(what, leaf.shape, spec, sizes)
     if problems:
         raise InputError(f"mesh: {problems[0]}", problems[1:])
-    return jax.tree.unflatten(treedef, specs)
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), specs)
 
 
 def state_specs(sizes: Mapping[str, int], abstract_params: Any, abstract_tree: Any) -> Any:
@@ -188,11 +182,9 @@ def state_specs(sizes: Mapping[str, int], abstract_params: Any, abstract_tree: A
     A leaf whose path ends in a parameter's path and that has its shape is sharded like the
     parameter; everything else (counters, factored moments) is replicated.
     """
-    params = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
+    params = jax.tree_util.tree_leaves_with_path(abstract_params)
     specs = jax.tree.leaves(parameter_specs(sizes, abstract_params), is_leaf=_is_spec)
-    known = {
-        (tuple(path), leaf.shape): spec for (path, leaf), spec in zip(params, specs, strict=True)
-    }
+    known = {(path, leaf.shape): spec for (path, leaf), spec in zip(params, specs, strict=True)}
 
     def find_spec(path: tuple[Any, ...], leaf: Any) -> P:
         ends = (known.get((path[start:], leaf.shape)) for start in range(len(path)))
@@ -293,7 +285,7 @@ def _find_rule(path: str, ndim: int) -> P | None:
 
 
 def _find_indivisible(
-    name: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]
+    name: str, shape: Sequence[int], spec: P, sizes: Mapping[str, int]
 ) -> Iterator[str]:
     for size, entry in zip(shape, spec, strict=False):
         axes = () if entry is None else (entry,) if isinstance(entry, str) else entry

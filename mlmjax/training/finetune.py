@@ -1,6 +1,6 @@
 """Fine-tune in memory: packed prompts, for the answer at each slot or for a classification head."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from mlmjax.reporting.terminal import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.optimizer import make_schedule, make_update
-from mlmjax.training.step import HEADS, TrainState, create_train_state, shared_train_step
+from mlmjax.training.step import HEADS, create_train_state, shared_train_step
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
@@ -64,7 +64,9 @@ def fine_tune(
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
     head = HEADS["classification" if has_head else "mlm"]
     step = shared_train_step(graphdef, update, loss=head.loss)
-    batches = [_batches(len(prompts), batch_size, [seed, epoch]) for epoch in range(epochs)]
+    orders = [np.random.default_rng([seed, e]).permutation(len(prompts)) for e in range(epochs)]
+    starts = range(0, len(prompts), batch_size)
+    batches = [[order[start : start + batch_size] for start in starts] for order in orders]
     lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
     shape = common_shape(lengths, model.config, mesh.size)
     make_batch: Any = label_batch if has_head else answer_batch
@@ -75,7 +77,9 @@ def fine_tune(
             shown = [prompts[i] for i in members]
             batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
             rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
-            state, metrics = step(_with_rates(state, rates), batch)
+            rates = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
+            opt_state = state.opt_state._replace(hyperparams=rates)
+            state, metrics = step(state._replace(opt_state=opt_state), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
             done += 1
             if progress:
@@ -91,12 +95,6 @@ def fine_tune(
     return nnx.merge(graphdef, state.params)
 
 
-def _batches(count: int, size: int, seed: Sequence[int]) -> list[np.ndarray]:
-    """Divide the numbers below `count`, in an order drawn by `seed`, into batches."""
-    order = np.random.default_rng(seed).permutation(count)
-    return [order[start : start + size] for start in range(0, count, size)]
-
-
 @lru_cache(maxsize=8)
 def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     """Return the optimizer with its rates in its state, so that other rates share its program."""
@@ -104,11 +102,6 @@ def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
     made = make(learning_rate=0.0, weight_decay=0.0)
     assert isinstance(made, optax.GradientTransformation)
     return made
-
-
-def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
-    values = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
-    return state._replace(opt_state=state.opt_state._replace(hyperparams=values))
 
 
 class Shape(NamedTuple):
@@ -185,8 +178,5 @@ def _packed(
         lengths = [len(prompts[member].ids) for member in members]
         rows[row] = np.concatenate([prompts[member].ids for member in members]), lengths
         starts = accumulate(lengths[:-1], initial=0)
-        places += [
-            (member, row, number, start)
-            for number, (member, start) in enumerate(zip(members, starts, strict=True))
-        ]
+        places += [(m, row, n, s) for n, (m, s) in enumerate(zip(members, starts, strict=True))]
     return lay_out(rows, shape.length, pad_id), places

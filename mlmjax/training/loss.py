@@ -1,6 +1,6 @@
 """Compute cross-entropy as a pair (sum, count); the head runs on the targets only."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,20 +19,12 @@ Metrics = dict[str, jax.Array]
 Logits = Callable[..., jax.Array]
 
 
-def token_loss(model: Any, hidden: jax.Array, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """Sum the cross-entropy over all targets of a batch, and count.
-
-    `hidden` is `[batch, seq, hidden]` from `model.encode`; `model.mlm_logits` maps its last axis to
-    the vocabulary. Returns the float32 sum and the metrics `loss_sum`, `loss_count` and, for each
-    of `atp`, `dummy`, `mlm`, `_loss_sum`, `_count`, `_correct` (the target has the largest logit
-    of the whole vocabulary). Without targets all of these and the gradient are 0.
-    """
-    loss_sum, losses, correct = target_losses(model, hidden, batch)
-    return loss_sum, summarize(loss_sum, losses, correct, batch)
-
-
 def summarize(loss_sum: jax.Array, losses: jax.Array, correct: jax.Array, batch: Batch) -> Metrics:
-    """Return sums, counts and correct answers over all targets and per objective."""
+    """Return the metrics of what `target_losses` returned, float32; without targets all are 0.
+
+    They are `loss_sum`, `loss_count` and, for each of `atp`, `dummy`, `mlm`, `_loss_sum`, `_count`
+    and `_correct`.
+    """
     is_target = batch.target_ids >= 0
     metrics = {"loss_sum": loss_sum, "loss_count": _count(is_target)}
     for number, name in enumerate(OBJECTIVES):
@@ -48,8 +40,9 @@ def target_losses(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the loss sum, and for each target its loss and whether it was predicted.
 
-    Shapes: `[]`, `[batch, targets]` float32 (0 for unused targets), `[batch, targets]` bool.
-    Gradients flow only through the sum.
+    `hidden` is `[batch, seq, hidden]` from `model.encode`; `model.mlm_logits` maps its last axis to
+    the vocabulary. Shapes: `[]`, `[batch, targets]` float32 (0 for unused targets),
+    `[batch, targets]` bool. Gradients flow only through the sum.
 
     The targets of the rows on one device are moved to the front, so the head runs over chunks of
     real targets, not over the width that a row could need. No target is dropped.
@@ -163,12 +156,8 @@ def _used_chunks(ids: jax.Array, chunk: int) -> jax.Array:
     return (most + chunk - 1) // chunk
 
 
-def _chunk_at(
-    index: jax.Array, chunk: int, hidden: jax.Array, ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    return tuple(  # type: ignore[return-value]
-        jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1) for array in (hidden, ids)
-    )
+def _chunk_at(index: jax.Array, chunk: int, *arrays: jax.Array) -> Iterator[jax.Array]:
+    return (jax.lax.dynamic_slice_in_dim(array, index * chunk, chunk, axis=1) for array in arrays)
 
 
 def _empty(ids: jax.Array) -> tuple[jax.Array, jax.Array]:

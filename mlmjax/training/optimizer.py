@@ -10,7 +10,7 @@ import optax
 
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig, updates_of
 from mlmjax.errors import InputError
-from mlmjax.parallel.sharding import leaf_path
+from mlmjax.parallel.sharding import leaf_path, named_leaves
 
 _NO_DECAY = re.compile(r"(^|\.)(\w*norm\.\w+|\w*bias)$")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -38,12 +38,11 @@ def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> o
             f"schedule: warmup {warmup} + decay {max(decay, 0)} updates are more than steps "
             f"{steps}; make one of them shorter"
         )
-    shapes = {
+    shape = {
         "wsd": lambda done: 1.0 - jnp.sqrt(done),
         "cosine": lambda done: 0.5 * (1.0 + jnp.cos(jnp.pi * done)),
         "linear": lambda done: 1.0 - done,
-    }
-    shape = shapes[config.name]
+    }[config.name]
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:
         count = jnp.asarray(count, jnp.float32)
@@ -54,7 +53,7 @@ def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> o
     return schedule
 
 
-@lru_cache(maxsize=8)  # so that runs of one configuration share what is compiled
+@lru_cache(maxsize=8)  # so that runs of one configuration share compiled programs
 def make_optimizer(
     optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> optax.GradientTransformation:
@@ -106,15 +105,13 @@ def scale_by_depth(layer_decay: float) -> optax.GradientTransformation:
     """
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
-        paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(updates)]
-        layers = 1 + max((int(found[1]) for found in map(_LAYER.search, paths) if found), default=0)
+        found = map(_LAYER.search, named_leaves(updates))
+        layers = 1 + max((int(layer[1]) for layer in found if layer), default=0)
 
         def scale(path: Any, change: jax.Array) -> jax.Array:
-            name = leaf_path(path)
-            layer = _LAYER.search(name)
-            above = (
-                layers - int(layer[1]) if layer else (layers + 1) * bool(_EMBEDDINGS.search(name))
-            )
+            layer = _LAYER.search(name := leaf_path(path))
+            embeds = _EMBEDDINGS.search(name) is not None
+            above = layers - int(layer[1]) if layer else (layers + 1) * embeds
             return change * layer_decay**above
 
         return jax.tree_util.tree_map_with_path(scale, updates), state
@@ -219,12 +216,7 @@ class StableAdamWState(NamedTuple):
 
 
 def stable_adamw(
-    learning_rate: optax.Schedule,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    eps: float = 1e-6,
-    weight_decay: float = 0.01,
-    mask: Any = None,
+    learning_rate: optax.Schedule, *, b1: float, b2: float, eps: float, weight_decay: Any, mask: Any
 ) -> optax.GradientTransformation:
     """Return AdamW with a lower learning rate for tensors whose second moment is outdated.
 
@@ -245,8 +237,7 @@ def stable_adamw(
         beta1, beta2 = _debiased(b1, count), _debiased(b2, count)
         mu = jax.tree.map(lambda v, g: beta1 * v + (1 - beta1) * g, state.mu, grads)
         nu = jax.tree.map(lambda u, g: beta2 * u + (1 - beta2) * g * g, state.nu, grads)
-        decays = mask(params) if mask else jax.tree.map(lambda _: True, params)
-        rate = learning_rate(state.step)
+        rate, decays = learning_rate(state.step), mask(params)
 
         def change(g: jax.Array, v: jax.Array, u: jax.Array, theta: jax.Array, d: bool) -> Any:
             rms = jnp.sqrt(jnp.mean(g * g / jnp.maximum(u, eps**2)))

@@ -1,8 +1,8 @@
 """Make the train state and the jitted steps: pure functions of (state, batch)."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache, lru_cache, wraps
+from contextlib import contextmanager, nullcontext
+from functools import cache, lru_cache, partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +15,7 @@ from jax.sharding import Mesh
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding as partition
-from mlmjax.training.loss import (
-    Metrics,
-    label_evaluation,
-    label_loss,
-    summarize,
-    target_losses,
-    token_loss,
-)
+from mlmjax.training.loss import Metrics, label_evaluation, label_loss, summarize, target_losses
 from mlmjax.training.optimizer import skipped_updates
 
 AnyBatch = Batch | LabelBatch
@@ -82,19 +75,30 @@ def abstract_train_state(
 def split_parameters(model: nnx.Module) -> tuple[Any, Any]:
     """Split a model into its graph and its parameters; raises `InputError` for other state."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)  # type: ignore[misc]
-    if jax.tree.leaves(rest):
-        names = [partition.leaf_path(p) for p, _ in jax.tree_util.tree_leaves_with_path(rest)]
+    for name in partition.named_leaves(rest):
         raise InputError(
-            f"model: holds state that is not a parameter ({names[0]}); training takes a model "
+            f"model: holds state that is not a parameter ({name}); training takes a model "
             "without dropout or other state: set the dropout rates to 0"
         )
     return graphdef, params
 
 
 def masked_token_loss(model: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
-    """Encode the rows and sum the cross-entropy over their targets, as `loss.token_loss`."""
+    """Sum the cross-entropy over the targets; the metrics are those of `loss.summarize`."""
+    metrics = target_evaluation(model, batch)
+    del metrics["loss"], metrics["correct"]
+    return metrics["loss_sum"], metrics
+
+
+def target_evaluation(model: Any, batch: Batch) -> Metrics:
+    """Return the metrics of `loss.summarize`, and for each target `loss` and `correct`.
+
+    These two are float32 and bool `[batch, targets]`, and 0 for unused targets.
+    """
     hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
-    return token_loss(model, hidden, batch)
+    loss_sum, losses, correct = target_losses(model, hidden, batch)
+    metrics = summarize(loss_sum, losses, correct, batch)
+    return {**metrics, "loss": losses, "correct": correct}
 
 
 def make_train_step(
@@ -141,25 +145,25 @@ def train_update(
     part of the batch.
     """
 
-    def value(params: Any, batch: Any) -> tuple[jax.Array, Metrics]:
+    @partial(jax.value_and_grad, has_aux=True)
+    def gradient(params: Any, batch: Any) -> tuple[jax.Array, Metrics]:
         return loss(nnx.merge(graphdef, params), batch)
-
-    def gradient(params: Any, batch: Any) -> tuple[Metrics, Any]:
-        (_, metrics), grads = jax.value_and_grad(value, has_aux=True)(params, batch)
-        return metrics, grads
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         if accumulate == 1:
-            metrics, grads = gradient(state.params, batch)
+            (_, metrics), grads = gradient(state.params, batch)
         else:
-            micro = cut_batch(batch, accumulate)
+            # Each takes every `accumulate`-th row, so each device has rows of every micro-batch.
+            micro = jax.tree.map(
+                lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
+            )
             first = jax.tree.map(lambda x: x[0], micro)
             zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first))
 
             def add(total: Any, part: Batch) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
 
-            (metrics, grads), _ = jax.lax.scan(add, zeros, micro)
+            ((_, metrics), grads), _ = jax.lax.scan(add, zeros, micro)
 
         metrics, grads = reduce((metrics, grads))
         count = metrics["loss_count"]
@@ -182,17 +186,6 @@ def train_update(
         }
 
     return train_step
-
-
-def target_evaluation(model: Any, batch: Batch) -> Metrics:
-    """Return the metrics of `loss.token_loss`, and for each target `loss` and `correct`.
-
-    These two are float32 and bool `[batch, targets]`, and 0 for unused targets.
-    """
-    hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
-    loss_sum, losses, correct = target_losses(model, hidden, batch)
-    metrics = summarize(loss_sum, losses, correct, batch)
-    return {**metrics, "loss": losses, "correct": correct}
 
 
 class Head(NamedTuple):
@@ -241,24 +234,11 @@ def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
     return partition.place(batch, jax.tree.map(lambda _: sharding, batch))
 
 
-def cut_batch(batch: Any, parts: int) -> Batch:
-    """Divide every array into micro-batches: `[parts, batch / parts, ...]`.
-
-    Each takes every `parts`-th row, so each device has rows of every micro-batch.
-    """
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0), batch
-    )
-
-
 @contextmanager
 def _mesh_of(array: Any) -> Iterator[Mesh | None]:
     """Set the mesh an array is on, for `sharding.constrain`, and yield it."""
     mesh = None if isinstance(array, jax.core.Tracer) else partition.mesh_of(array)
-    if mesh is None:
-        yield None
-        return
-    with jax.set_mesh(mesh):
+    with nullcontext() if mesh is None else jax.set_mesh(mesh):
         yield mesh
 
 
@@ -269,9 +249,6 @@ def _keep_sharding(params: Any, tree: Any) -> Any:
         return tree
     specs = partition.state_specs(sizes, params, tree)
     return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
-
-
-AXIS = "data"
 
 
 def make_replicated_step(
@@ -287,15 +264,10 @@ def make_replicated_step(
     layout, whole on every device of its mesh; this step takes no mesh that shards parameters.
     Raises `InputError` if the rows cannot be divided over `accumulate` and the devices.
     """
-    update = train_update(
-        graphdef,
-        optimizer,
-        accumulate=accumulate,
-        loss=loss,
-        reduce=lambda sums: jax.lax.psum(sums, AXIS),
-    )
+    add_up = partial(jax.lax.psum, axis_name="data")
+    update = train_update(graphdef, optimizer, accumulate=accumulate, loss=loss, reduce=add_up)
     replicated = jax.pmap(
-        update, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+        update, axis_name="data", in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
     )
 
     @wraps(update)
