@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,14 +18,9 @@ from mlmjax.training.planning.topology import Topology, environment, parse_topol
 
 Say = Callable[[str], None]
 _RESHARDING = "Involuntary full rematerialization"
-_UNKNOWN_FLAG = "Unknown flag"
 _KILLED = -9
 _UNITS = {"GiB": 2**30, "MiB": 2**20}
-_STAGES = {
-    "trace": "reading the program",
-    "lower": "translating it",
-    "compile": "compiling it",
-}
+_STAGES = {"trace": "reading the program", "lower": "translating it", "compile": "compiling it"}
 
 
 def make_plan(config: RunConfig, topology: str, *, say: Say = lambda line: None) -> dict[str, Any]:
@@ -120,13 +116,9 @@ def _compile(
     config: RunConfig, topology: Topology, programs: Sequence[str] = PROGRAMS
 ) -> dict[str, Any]:
     """Compile in a child process; raise its `InputError`, or one if its compiler dies."""
-    request = {
-        "config": config.model_dump(mode="json"),
-        "topology": topology.name,
-        "programs": list(programs),
-    }
-    package = str(Path(__file__).parents[3])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    settings = config.model_dump(mode="json")
+    request = {"config": settings, "topology": topology.name, "programs": list(programs)}
+    paths = filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")])
     done = subprocess.run(
         [sys.executable, "-m", "mlmjax.training.planning.compilation"],
         input=json.dumps(request),
@@ -141,8 +133,7 @@ def _compile(
     answer: dict[str, Any] = json.loads(lines[-1])
     if "error" in answer:
         raise InputError(answer["error"][0], answer["error"][1:])
-    resharded = sum(_RESHARDING in line for line in errors)
-    if resharded:
+    if resharded := sum(_RESHARDING in line for line in errors):
         answer["assumptions"].append(
             f"slow: every device gathers {resharded} whole arrays to shard them differently"
         )
@@ -151,11 +142,10 @@ def _compile(
 
 def _explain_death(topology: Topology, status: int, errors: list[str]) -> InputError:
     """Explain why a compiler ended without an answer, from its last lines."""
-    flag = next((line for line in errors if _UNKNOWN_FLAG in line), None)
-    if flag is not None:
-        flag = flag.partition(_UNKNOWN_FLAG)[2].partition(": ")[2].strip()
+    if flag := re.search(r"Unknown flag.*?: (.*)", "\n".join(errors)):
         return InputError(
-            f"XLA_FLAGS: {flag} is not a flag of this compiler; remove it from the environment"
+            f"XLA_FLAGS: {flag[1].strip()} is not a flag of this compiler; remove it from the "
+            "environment"
         )
     if status == _KILLED:
         return InputError(

@@ -110,10 +110,8 @@ def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
     defaults = {
         "vocab_size": -(-tokenizer.vocab_size // 64) * 64,
         "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.cls_id,
-        "eos_token_id": tokenizer.sep_id,
-        "cls_token_id": tokenizer.cls_id,
-        "sep_token_id": tokenizer.sep_id,
+        **dict.fromkeys(("bos_token_id", "cls_token_id"), tokenizer.cls_id),
+        **dict.fromkeys(("eos_token_id", "sep_token_id"), tokenizer.sep_id),
     }
     return _abstract(config, ModelConfig.from_hf(defaults | dict(config.model or {}), strict=True))
 

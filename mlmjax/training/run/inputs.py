@@ -1,7 +1,7 @@
 """Open the loaders of a run, and give each process the rows its devices need."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,11 +38,6 @@ class Loaders(NamedTuple):
     manifest: Manifest
     sha256: str
 
-    @property
-    def tasks(self) -> list[str]:
-        """Return the names of the tasks by number."""
-        return self.manifest.tasks
-
 
 def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
@@ -58,15 +53,14 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     def make(
         sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any
     ) -> AnyLoader:
-        order: dict[str, Any] = {
-            "seed": config.seed,
-            "batch_size": batch_size,
-            "seq_length": data.seq_length,
-            "tokenizer": tokenizer,
-        }
-        if config.head != "mlm":
-            return LabelLoader(sources, **order)
-        return Loader(sources, **order, **masking)
+        kind: Any = partial(Loader, **masking) if config.head == "mlm" else LabelLoader
+        return kind(
+            sources,
+            seed=config.seed,
+            batch_size=batch_size,
+            seq_length=data.seq_length,
+            tokenizer=tokenizer,
+        )
 
     sizes, rate = row_schedule(data, config.steps), mask_rate(objective, config.steps)
     train = make(rows.get("train", []), sizes, objective=objective, mask_rate=rate)
@@ -149,12 +143,11 @@ def share_of(
 
 def assemble(batch: AnyBatch, mesh: Mesh, rows: np.ndarray, size: int) -> Any:
     """Make the global batch of `size` rows from those that each process has (`rows`)."""
-    sharding = batch_sharding(mesh)
+    places = np.searchsorted(rows, np.arange(size))
 
     def place(x: np.ndarray) -> jax.Array:
-        def piece(index: Any) -> np.ndarray:
-            return x[np.searchsorted(rows, np.arange(size)[index[0]])]
-
-        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, piece)
+        return jax.make_array_from_callback(
+            (size, *x.shape[1:]), batch_sharding(mesh), lambda index: x[places[index[0]]]
+        )
 
     return jax.tree.map(place, batch)

@@ -54,18 +54,14 @@ class StoppedError(Exception):
 class StopRequest:
     """A request to stop, by SIGTERM or SIGINT.
 
-    Before `arm` there is nothing to save, so the process ends at once. After it a signal only sets
-    `number`; the run looks at it between updates, saves, and calls `leave`. A second SIGINT
-    ends the process at once.
+    Until `is_armed` there is nothing to save, so the process ends at once. Then a signal only sets
+    `number`; the run looks at it between updates, saves, and calls `leave`. A second SIGINT ends
+    the process at once.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._is_armed = False
-
-    def arm(self) -> None:
-        """Let signals wait until the run has saved."""
-        self._is_armed = True
+        self.is_armed = False
 
     def is_here(self) -> bool:
         """Tell whether this process was asked to stop."""
@@ -76,7 +72,7 @@ class StopRequest:
         return processes.any_process(self.is_here())
 
     def check(self) -> None:
-        """Raise `StoppedError` if any process was asked to stop; all processes call it together."""
+        """Raise `StoppedError` if `is_anywhere`."""
         if self.is_anywhere():
             raise StoppedError
 
@@ -89,7 +85,7 @@ class StopRequest:
         """Handle a signal."""
         is_second = self.number == number == signal.SIGINT
         self.number = number
-        if is_second or not self._is_armed:
+        if is_second or not self.is_armed:
             self._end()
 
     def _end(self) -> None:
@@ -185,10 +181,9 @@ class Loop:
 
     def _count(self, batch: AnyBatch, *, is_timed: bool) -> None:
         counts = count_tokens(batch)
-        add(self._counts, counts, {"timed_tokens": 0.0, "timed_flops": 0.0})
-        if is_timed:
-            flops = training_flops(self.architecture, batch)
-            add(self._counts, {"timed_tokens": counts["tokens"], "timed_flops": flops})
+        tokens = counts["tokens"] if is_timed else 0.0
+        flops = training_flops(self.architecture, batch) if is_timed else 0.0
+        add(self._counts, counts, {"timed_tokens": tokens, "timed_flops": flops})
 
     def _settle(self, step: int, metrics: Any, stops: Callable[[], bool]) -> bool:
         """Add up the metrics of an update that is done; tell whether any process was asked to stop.

@@ -39,6 +39,7 @@ _SHARED = ".shared"
 _MAY_DIFFER: Any = {"out": True, "data": {"rows", "workers"}, "checkpoint": {"path"}}
 """Keys that processes may set differently: where shared folders are mounted, and local work."""
 
+_SAME = {"init_from", "revision", "dtype", "seed", "head"}
 _OBJECTIVE = {"dummy_mlm_share", "mlm_share", "masking"}
 _BATCH = {"batch_size", "batch_start", "batch_warmup"}
 _CHOSEN_BY = {
@@ -116,20 +117,18 @@ def check_folders(config: RunConfig) -> None:
                 f"{key} = {place}: has to be a folder of this machine or of a mounted file system; "
                 "only checkpoint.path can be remote"
             )
-    rows, path = config.data.rows, config.checkpoint.path
-    for name in OWN_FOLDERS:
-        _check_apart("data.rows", rows, f"out = {config.out}", Path(config.out, name))
+    rows, path, out = config.data.rows, config.checkpoint.path, f"out = {config.out}"
+    apart = [("data.rows", rows, out, Path(config.out, name)) for name in OWN_FOLDERS]
     if path is not None and not is_remote(path):
-        _check_apart("checkpoint.path", path, f"data.rows = {rows}", Path(rows))
-        _check_apart("checkpoint.path", path, f"out = {config.out}", Path(config.out, "export"))
-
-
-def _check_apart(key: str, folder: str, what: str, other: Path) -> None:
-    here, there = (Path(os.path.realpath(place)) for place in (folder, other))
-    if here.is_relative_to(there) or there.is_relative_to(here):
-        raise InputError(
-            f"{key}: {folder} and {what} would be written into one another; choose another folder"
-        )
+        apart.append(("checkpoint.path", path, f"data.rows = {rows}", Path(rows)))
+        apart.append(("checkpoint.path", path, out, Path(config.out, "export")))
+    for key, folder, what, other in apart:
+        here, there = (Path(os.path.realpath(place)) for place in (folder, other))
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise InputError(
+                f"{key}: {folder} and {what} would be written into one another; choose another "
+                "folder"
+            )
 
 
 def check_batches(config: RunConfig, sizes: Mapping[str, int]) -> None:
@@ -141,10 +140,8 @@ def check_batches(config: RunConfig, sizes: Mapping[str, int]) -> None:
 
 def check_same_settings(config: RunConfig) -> None:
     """Raise `InputError`, on all processes together, if one has other settings than the first."""
-    count = processes.process_count()
-    if count == 1:
-        return
-    mine = {"--processes": count, **config.model_dump(mode="json", exclude=_MAY_DIFFER)}
+    settings = config.model_dump(mode="json", exclude=_MAY_DIFFER)
+    mine = {"--processes": processes.process_count(), **settings}
     first = processes.broadcast_from_first(lambda: mine)
     if differences := list_differences(mine, first, "process 0 has"):
         raise InputError(
@@ -214,20 +211,14 @@ def identity_of(
     """
     data = config.data
     table = {
+        **config.model_dump(mode="json", include=_SAME),
         "model": model.to_hf(),
-        "init_from": config.init_from,
-        "revision": config.revision,
-        "dtype": config.dtype,
-        "seed": config.seed,
         "tokenizer": tokenizer.sha256,
         "data": {
+            **data.model_dump(mode="json", include={"seq_length", "batch_size", "subset"}),
             "manifest": loaders.sha256,
-            "seq_length": data.seq_length,
-            "batch_size": data.batch_size,
-            "subset": data.subset,
             "weights": {source.title: source.weight for source in data.sources},
         },
-        "head": config.head,
         "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE),
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"learning_rate"}),
         "rates": {
@@ -286,6 +277,6 @@ def _rates(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
     rows = row_schedule(DataConfig.model_validate({"rows": "-", **table["batch"]}), steps)
     return {
         "learning rate": np.asarray(learning_rate(updates)),
-        "mask rate": np.array([rate(update) for update in range(step)]),
-        "number of rows": np.array([rows.rows(update) for update in range(step)]),
+        "mask rate": np.array([*map(rate, range(step))]),
+        "number of rows": np.array([*map(rows.rows, range(step))]),
     }

@@ -95,7 +95,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     (out / "validation.json").unlink(missing_ok=True)
             del model, params
 
-            stop.arm()  # From here on a signal waits until the state is saved.
+            stop.is_armed = True  # From here on a signal waits until the state is saved.
             with (
                 profiling(profile, out / "profile", step, config.steps) as trace,
                 closing(MetricsLog(out, step)) if is_first() else nullcontext() as log,
@@ -134,11 +134,8 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
 
 def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     """Prepare the rows on the first process, and open them on all."""
-    rows = Path(
-        broadcast_from_first(
-            lambda: str(_prepare(config, tokenizer)), "process 0 prepares the rows"
-        )
-    )
+    waiting_for, prepared = "process 0 prepares the rows", lambda: str(_prepare(config, tokenizer))
+    rows = Path(broadcast_from_first(prepared, waiting_for))
     check_rows_shared(rows)
     loaders = open_loaders(config, tokenizer)
     say(_describe_rows(rows, loaders.manifest))

@@ -44,7 +44,7 @@ def validate(
     counts: Totals = defaultdict(float)
 
     def widened(batch: Any) -> Any:
-        return batch if width is None or not isinstance(batch, Batch) else _widened(batch, width)
+        return batch if width is None else _widened(batch, width)
 
     for _, batch, counted in feed(loader, mesh_of(params), 0, loader.epoch_steps(), widened):
         check()
@@ -78,7 +78,7 @@ def report_held_out(
     task (`per_task`). The MLM head has the losses by source (`per_source`), a classification head
     has macro-F1. A regression has `mse`, `mae`, and `mse_of_mean`, the error of giving the mean.
     """
-    answers, validation, tasks = loaders.answers, loaders.validation, loaders.tasks
+    answers, validation, tasks = loaders.answers, loaders.validation, loaders.manifest.tasks
     if answers is None:
         return {"n": 0}
     if isinstance(answers, LabelLoader):
@@ -201,15 +201,13 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 def _source_lines(per_source: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """Return the losses of the sources as lines: a heading, then one for each."""
-    if not per_source:
-        return []
-    width = max(map(len, ["source", *per_source]))
-    shown = {
-        name: ["" if row[key] is None else f"{row[key]:.3f}" for key in ("loss_atp", "loss_mlm")]
-        for name, row in per_source.items()
-    }
-    rows = {"source": ["loss_atp", "loss_mlm"], **shown}
-    return [f"{name:{width}}  {atp:>8}  {mlm:>8}" for name, (atp, mlm) in rows.items()]
+    losses = ("loss_atp", "loss_mlm")
+    rows = [("source", *losses)] if per_source else []
+    for name, figures in per_source.items():
+        shown = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in losses)
+        rows.append((name, *shown))
+    width = max((len(name) for name, *_ in rows), default=0)
+    return [f"{name:{width}}  {atp:>8}  {mlm:>8}" for name, atp, mlm in rows]
 
 
 def read_finished(out: Path, step: int) -> dict[str, Any] | None:

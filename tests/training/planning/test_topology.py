@@ -13,7 +13,7 @@ from mlmjax.training.planning.topology import CHIPS, devices_of, environment, pa
     ("name", "says"),
     [
         ("v9:2x2", "unknown kind 'v9'; the kinds are v4, v5e, v5p, v6e, 7x and cpu"),
-        ("", "is empty"),
+        ("", "unknown kind ''"),
         ("v5e", "shape ''"),
         ("v5e:ax2", "shape 'ax2'"),
         ("v5e:02x2", "shape '02x2'"),
