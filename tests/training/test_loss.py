@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mlmjax.data.batch import UNUSED, Batch
 from mlmjax.parallel.sharding import batch_sharding, make_mesh
 from mlmjax.training import loss as loss_module
-from mlmjax.training.loss import target_losses, token_loss
+from mlmjax.training.loss import summarize, target_losses
 
 ROWS, SEQ, HIDDEN, VOCAB, WIDTH = 8, 12, 16, 40, 7
 
@@ -64,7 +64,7 @@ def both_losses(params, hidden, batch):
     graphdef = nnx.split(nnx.eval_shape(Head))[0]
 
     def ours(params, hidden):
-        return token_loss(nnx.merge(graphdef, params), hidden, batch)[0]
+        return target_losses(nnx.merge(graphdef, params), hidden, batch)[0]
 
     def reference(params, hidden):
         return jnp.sum(dense(nnx.merge(graphdef, params), hidden, batch)[0])
@@ -93,23 +93,16 @@ def test_loss_and_gradients_are_those_of_dense_logits(counts):
 @jax.jit
 def everything(params, hidden, batch):
     model = nnx.merge(nnx.split(nnx.eval_shape(Head))[0], params)
-    return (
-        token_loss(model, hidden, batch),
-        target_losses(model, hidden, batch),
-        dense(model, hidden, batch),
-    )
+    found = target_losses(model, hidden, batch)
+    return found, summarize(*found, batch), dense(model, hidden, batch)
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    counts=st.lists(st.integers(0, WIDTH), min_size=ROWS, max_size=ROWS),
-    seed=st.integers(0, 10**6),
-)
+@given(st.lists(st.integers(0, WIDTH), min_size=ROWS, max_size=ROWS), st.integers(0, 10**6))
 def test_every_target_is_counted_once_under_its_objective(counts, seed):
     batch, hidden = make_batch(counts, seed), make_hidden(seed=seed)
-    (loss_sum, metrics), (_, losses, correct), (expected, best) = everything(
-        nnx.state(Head()), hidden, batch
-    )
+    found, metrics, (expected, best) = everything(nnx.state(Head()), hidden, batch)
+    loss_sum, losses, correct = found
     used = batch.target_ids >= 0
     at = np.take_along_axis(np.asarray(best), np.maximum(batch.target_positions, 0), 1)
     right = used & (at == batch.target_ids)
@@ -121,24 +114,14 @@ def test_every_target_is_counted_once_under_its_objective(counts, seed):
         mine = used & (batch.target_objective == number)
         assert metrics[f"{name}_count"] == np.count_nonzero(mine)
         assert metrics[f"{name}_correct"] == np.count_nonzero(right & mine)
-        np.testing.assert_allclose(
-            metrics[f"{name}_loss_sum"], np.sum(np.where(mine, expected, 0)), rtol=1e-5
-        )
+        total = np.sum(np.where(mine, expected, 0))
+        np.testing.assert_allclose(metrics[f"{name}_loss_sum"], total, rtol=1e-5)
 
 
 def test_without_targets_everything_is_zero():
-    graphdef, params = nnx.split(Head())
-    batch = make_batch([0] * ROWS)
-
-    def total(params, hidden):
-        return token_loss(nnx.merge(graphdef, params), hidden, batch)
-
-    (loss_sum, metrics), grads = jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(
-        params, make_hidden()
-    )
-    assert loss_sum == 0
-    assert all(value == 0 for value in metrics.values())
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+    inputs = nnx.state(Head()), make_hidden(), make_batch([0] * ROWS)
+    found = everything(*inputs)[:2], both_losses(*inputs)[0]
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(found))
 
 
 def test_of_equal_logits_the_smallest_id_is_the_prediction():
@@ -146,11 +129,9 @@ def test_of_equal_logits_the_smallest_id_is_the_prediction():
     model.words[...] = jnp.zeros_like(model.words[...])
     model.bias[...] = jnp.zeros_like(model.bias[...])
     batch = make_batch([2] * ROWS)
-    batch.target_ids[:, 0] = 0
-    batch.target_ids[:, 1] = 1
+    batch.target_ids[:, :2] = 0, 1
     _, losses, correct = target_losses(model, make_hidden(), batch)
-    assert correct[:, 0].all()
-    assert not correct[:, 1].any()
+    assert (correct[:, :2] == [True, False]).all()
     np.testing.assert_allclose(losses[:, :2], np.log(VOCAB), rtol=1e-6)
 
 
@@ -167,7 +148,7 @@ def test_rows_on_several_devices_give_the_same_sums():
     hidden, batch = make_hidden(), make_batch([3, 0, 7, 1, 2, 0, 5, 4])
 
     def value(hidden, batch):
-        return token_loss(nnx.merge(graphdef, params), hidden, batch)[0]
+        return target_losses(nnx.merge(graphdef, params), hidden, batch)[0]
 
     expected = jax.jit(jax.value_and_grad(value))(hidden, batch)
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
