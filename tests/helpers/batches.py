@@ -10,19 +10,21 @@ from mlmjax.model.modernbert import ModernBertForMaskedLM
 VOCAB, SEQ, WIDTH = 64, 16, 6
 
 
+UNEVEN = [6, 0, 1, 0, 6, 5, 0, 0] * 2  # Rows for micro-batches on eight devices.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "local_attention": 8,
+    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+    **dict.fromkeys(("cls_token_id", "sep_token_id"), 1),
+}
+
+
 def make_model(layers=2):
-    config = ModelConfig.from_hf(
-        {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 2,
-            "local_attention": 8,
-            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-            **dict.fromkeys(("cls_token_id", "sep_token_id"), 1),
-        }
-    )
+    config = ModelConfig.from_hf({**SIZES, "num_hidden_layers": layers})
     return ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), attention="dense")
 
 
@@ -39,6 +41,3 @@ def make_batch(counts, seed=0):
         targets[1, row, :count] = rng.integers(2, VOCAB, count)
         targets[2, row, :count] = rng.integers(0, 3, count)
     return Batch(ids, segments, positions, *targets)
-
-
-UNEVEN = [6, 0, 1, 0, 6, 5, 0, 0]

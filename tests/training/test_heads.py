@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from batches import SIZES
 from flax import nnx
 
 from mlmjax.data.batch import LabelBatch
@@ -25,16 +26,6 @@ from mlmjax.training.step import (
 )
 from mlmjax.weights import pretrained
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "local_attention": 8,
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-    **dict.fromkeys(("cls_token_id", "sep_token_id"), 1),
-}
 NAMES = ["bad", "fair", "good"]
 
 
@@ -127,10 +118,7 @@ def test_evaluation_counts_only_labelled_rows():
     assert found["loss_count"] == found["label_count"] == 7
     right = np.asarray(found["logits"]).argmax(axis=1)[:7] == batch.labels[:7]
     assert found["label_correct"] == right.sum()
-    number = label_evaluation(make_model([]), make_batch(labels=1))
-    assert "label_count" not in number
-    errors = np.asarray(number["logits"])[:7, 0] - make_batch(labels=1).labels[:7]
-    np.testing.assert_allclose(number["loss_sum"], np.sum(errors**2), rtol=1e-5)
+    assert "label_count" not in label_evaluation(make_model([]), make_batch(labels=1))
 
 
 def test_a_masked_language_model_keeps_all_but_its_decoder():
