@@ -1,4 +1,6 @@
+from itertools import zip_longest
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,58 +15,41 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import (
+    AXES,
     check_rows,
     constrain,
     lay_out_slices,
-    leaf_path,
     make_mesh,
+    named_leaves,
     parameter_specs,
     state_specs,
 )
+from mlmjax.training.run.initial_model import PUBLISHED
 
 BASE = {}
-LARGE = {
-    "hidden_size": 1024,
-    "intermediate_size": 2624,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-}
-SWITCHES = {
-    "norm_bias": True,
-    "attention_bias": True,
-    "mlp_bias": True,
-    "classifier_bias": True,
-    "num_hidden_layers": 2,
-}
+LARGE = PUBLISHED["answerdotai/ModernBERT-large"]
+SWITCHES = dict.fromkeys(("norm_bias", "attention_bias", "mlp_bias", "classifier_bias"), True)
+SIZES = {"data": 1, "fsdp": 4, "tensor": 2}
 
-# How every parameter of a layer, and around the layers, is sharded.
+# How every parameter of a layer, and around the layers, is sharded; the others are replicated.
 LAYER = {
-    "attn_norm.weight": P(),
-    "attn_norm.bias": P(),
     "attn.Wqkv.weight": P("fsdp", None, "tensor", None),
     "attn.Wqkv.bias": P(None, "tensor", None),
     "attn.Wo.weight": P("tensor", None, "fsdp"),
-    "attn.Wo.bias": P(),
-    "mlp_norm.weight": P(),
-    "mlp_norm.bias": P(),
     "mlp.Wi.weight": P("fsdp", None, "tensor"),
     "mlp.Wi.bias": P(None, "tensor"),
     "mlp.Wo.weight": P("tensor", "fsdp"),
-    "mlp.Wo.bias": P(),
+    **dict.fromkeys(("attn_norm.weight", "attn_norm.bias", "attn.Wo.bias"), P()),
+    **dict.fromkeys(("mlp_norm.weight", "mlp_norm.bias", "mlp.Wo.bias"), P()),
 }
+NORMS = ("model.embeddings.norm", "model.final_norm", "head.norm")
 AROUND = {
     "model.embeddings.tok_embeddings.weight": P("tensor", "fsdp"),
-    "model.embeddings.norm.weight": P(),
-    "model.embeddings.norm.bias": P(),
-    "model.final_norm.weight": P(),
-    "model.final_norm.bias": P(),
     "head.dense.weight": P("fsdp", None),
-    "head.dense.bias": P(),
-    "head.norm.weight": P(),
-    "head.norm.bias": P(),
     "decoder.bias": P("tensor"),
     "classifier.weight": P("fsdp", None),
-    "classifier.bias": P(),
+    **dict.fromkeys(("head.dense.bias", "classifier.bias"), P()),
+    **{f"{norm}.{name}": P() for norm in NORMS for name in ("weight", "bias")},
 }
 
 
@@ -73,15 +58,10 @@ def abstract_parameters(model=ModernBertForMaskedLM, **values):
     return nnx.state(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))), nnx.Param)
 
 
-def by_path(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: isinstance(x, P))
-    return {leaf_path(path): leaf for path, leaf in leaves}
-
-
 @pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
 def test_every_parameter_is_sharded_as_written_down(model):
-    sizes = {"data": 1, "fsdp": 4, "tensor": 2}
-    found = by_path(parameter_specs(sizes, abstract_parameters(model, **SWITCHES)))
+    params = abstract_parameters(model, **SWITCHES, num_hidden_layers=2)
+    found = named_leaves(parameter_specs(SIZES, params))
     for path, spec in found.items():
         in_layer = path.removeprefix("model.layers.").partition(".")[2]
         expected = LAYER[in_layer] if path.startswith("model.layers.") else AROUND[path]
@@ -92,13 +72,10 @@ def test_every_parameter_is_sharded_as_written_down(model):
 def sharding_table(name, values):
     """One line for each parameter: the model, its path, and how each dimension is sharded."""
     params = abstract_parameters(**values)
-    specs = by_path(parameter_specs({"data": 1, "fsdp": 4, "tensor": 2}, params))
-    for path, leaf in by_path(params).items():
-        axes = [*specs[path], *[None] * (leaf.ndim - len(specs[path]))]
-        cut = [
-            f"{size}/{axis}" if axis else str(size)
-            for size, axis in zip(leaf.shape, axes, strict=True)
-        ]
+    specs = named_leaves(parameter_specs(SIZES, params))
+    for path, leaf in named_leaves(params).items():
+        axes = zip_longest(leaf.shape, specs[path])
+        cut = [f"{size}/{axis}" if axis else str(size) for size, axis in axes]
         yield f"{name}\t{path}\t{' x '.join(cut)}"
 
 
@@ -127,30 +104,31 @@ def test_every_dimension_that_does_not_divide_is_listed():
     assert len([caught.value.message, *caught.value.details]) == 4
 
 
-def test_optimizer_state_follows_its_parameter():
+def test_optimizer_state_follows_its_parameter_and_factored_moments_are_replicated():
     params = abstract_parameters(num_hidden_layers=1)
-    sizes = {"data": 1, "fsdp": 2, "tensor": 2}
-    expected = by_path(parameter_specs(sizes, params))
-    state = jax.eval_shape(optax.adamw(1e-3).init, params)
-    found = by_path(state_specs(sizes, params, state))
+
+    def specs_of(optimizer):
+        return named_leaves(state_specs(SIZES, params, jax.eval_shape(optimizer.init, params)))
+
+    expected, found = named_leaves(parameter_specs(SIZES, params)), specs_of(optax.adamw(1e-3))
     assert found.pop("0.count") == P()
     assert found == {f"0.{m}.{path}": spec for m in ("mu", "nu") for path, spec in expected.items()}
-
-
-def test_factored_moments_are_replicated():
-    params = abstract_parameters(num_hidden_layers=1)
-    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
-    specs = by_path(state_specs({"data": 1, "fsdp": 2, "tensor": 2}, params, state))
-    rows = [spec for path, spec in specs.items() if "v_row" in path]
-    assert rows
+    specs = specs_of(optax.adafactor(1e-3))
+    assert any("v_row" in path for path in specs)
     assert all(spec == P() for path, spec in specs.items() if "tok_embeddings" in path)
 
 
-def test_make_mesh():
-    assert dict(make_mesh(MeshConfig(fsdp=2)).shape) == {"data": 4, "fsdp": 2, "tensor": 1}
-    assert dict(make_mesh({"tensor": 2}).shape) == {"data": 1, "fsdp": 1, "tensor": 2}
-    assert dict(make_mesh({"data": -1, "fsdp": 4, "tensor": 2}).shape)["data"] == 1
-    assert make_mesh({"data": 3}).size == 3
+@pytest.mark.parametrize(
+    ("config", "shape"),
+    [
+        (MeshConfig(fsdp=2), (4, 2, 1)),
+        ({"tensor": 2}, (1, 1, 2)),
+        ({"data": -1, "fsdp": 4, "tensor": 2}, (1, 4, 2)),
+        ({"data": 3}, (3, 1, 1)),
+    ],
+)
+def test_a_mesh_has_the_sizes_of_its_configuration(config, shape):
+    assert tuple(make_mesh(config).shape.items()) == tuple(zip(AXES, shape, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -186,21 +164,18 @@ def test_constrain_shards_inside_a_trace_and_does_nothing_without_a_mesh():
     np.testing.assert_array_equal(result, 2 * x)
 
 
-class FakeDevice:
-    """What the layout of a mesh looks at."""
-
-    def __init__(self, number, slice_index, platform):
-        self.id, self.slice_index, self.platform = number, slice_index, platform
-        self.device_kind = platform
-        self.process_index = number // 4
-
-    def __repr__(self):
-        return f"{self.slice_index}:{self.id}"
+def fake_devices(platform):
+    """What the layout of a mesh looks at, out of order, as a runtime may list it."""
+    return [
+        SimpleNamespace(
+            id=n, slice_index=n % 4, platform=platform, device_kind=platform, process_index=n // 4
+        )
+        for n in range(16)
+    ]
 
 
 def test_only_data_crosses_from_slice_to_slice():
-    # Out of order, as a runtime may list them.
-    devices = [FakeDevice(n, n % 4, "cpu") for n in range(16)]
+    devices = fake_devices("cpu")
     layout = lay_out_slices((8, 2, 1), devices)
     assert layout.shape == (8, 2, 1)
     slices = np.vectorize(lambda device: device.slice_index)(layout)
@@ -209,6 +184,5 @@ def test_only_data_crosses_from_slice_to_slice():
     assert sorted(device.id for device in layout.ravel()) == list(range(16))
     assert lay_out_slices((2, 8, 1), devices) is None
     assert lay_out_slices((4, 1, 1), devices[::4]) is None  # of one slice
-    tpus = [FakeDevice(n, n % 4, "tpu") for n in range(16)]
     with pytest.raises(InputError, match="data 2 cannot be divided over 4 slices"):
-        lay_out_slices((2, 8, 1), tpus)
+        lay_out_slices((2, 8, 1), fake_devices("tpu"))

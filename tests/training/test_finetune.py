@@ -1,6 +1,7 @@
 """Prompts packed for fine-tuning: each is there once, and training is that of single rows."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from mlmjax.training.step import masked_token_loss
 
 PAD = 7
 IDS = dict.fromkeys((f"{name}_token_id" for name in ("pad", "bos", "eos", "cls", "sep")), 0)
+SEVEN = [9, 30, 14, 22, 5, 40, 17]
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=40)
 
 
@@ -60,21 +62,17 @@ def test_a_packed_batch_holds_every_prompt_once(lengths, parts):
     assert batch.input_ids.shape == shape[:2]
     assert batch.target_ids.shape == (shape.rows, shape.slots)
     found = []
-    for row in range(shape.rows):
-        for number in range(1, batch.segment_ids[row].max() + 1):
-            (places,) = np.nonzero(batch.segment_ids[row] == number)
-            slot, target = (
-                batch.target_positions[row, number - 1],
-                batch.target_ids[row, number - 1],
-            )
-            assert batch.target_objective[row, number - 1] == ATP
-            assert batch.position_ids[row, places].tolist() == list(range(len(places)))
-            found.append((target, batch.input_ids[row, places].tolist(), slot - places[0]))
-    assert sorted(found) == [
-        (a, prompt.ids, prompt.slot) for a, prompt in zip(answers, prompts, strict=True)
-    ]
+    for row, number in np.argwhere(batch.target_ids != UNUSED):
+        (places,) = np.nonzero(batch.segment_ids[row] == number + 1)
+        slot = batch.target_positions[row, number] - places[0]
+        assert batch.target_objective[row, number] == ATP
+        assert batch.position_ids[row, places].tolist() == list(range(len(places)))
+        ids = batch.input_ids[row, places].tolist()
+        found.append((batch.target_ids[row, number], ids, slot))
+    shown = zip(answers, prompts, strict=True)
+    assert sorted(found) == [(answer, prompt.ids, prompt.slot) for answer, prompt in shown]
     assert np.all(batch.input_ids[batch.segment_ids == 0] == PAD)
-    assert np.count_nonzero(batch.target_ids != UNUSED) == len(prompts)
+    assert np.count_nonzero(batch.segment_ids) == sum(lengths)
 
 
 @given(st.lists(LENGTHS, min_size=1, max_size=4), st.integers(1, 4))
@@ -96,24 +94,30 @@ def model():
     )
 
 
+def assert_same_gradients(model, loss, packed, single, *, rtol, atol):
+    """Compare loss, metrics and gradients of two batches; return the metrics."""
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    @jax.jit
+    @partial(jax.value_and_grad, has_aux=True)
+    def gradient(params, batch):
+        return loss(nnx.merge(graphdef, params), batch)
+
+    (found, metrics), grads = gradient(params, packed)
+    (expected, known), reference = gradient(params, single)
+    np.testing.assert_allclose(found, expected, rtol=rtol)
+    assert metrics.keys() == known.keys()
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol * max(1.0, np.abs(b).max()))
+    return metrics
+
+
 def test_loss_and_gradients_are_those_of_single_rows(model):
-    lengths = [9, 30, 14, 22, 5, 40, 17]
-    prompts, answers = drawn(lengths, vocabulary=model.config.vocab_size), np.arange(7) + 11
+    prompts, answers = drawn(SEVEN, vocabulary=model.config.vocab_size), np.arange(7) + 11
     packed = answer_batch(prompts, answers, shape=Shape(7, 48, 3), pad_id=PAD)
     assert not packed.segment_ids[4:].any()
     single = single_rows(prompts, answers, 7, 48, slots=3)
-    graphdef, params = nnx.split(model)
-
-    @jax.jit
-    def losses(params, batch):
-        return jax.value_and_grad(
-            lambda params: masked_token_loss(nnx.merge(graphdef, params), batch)[0]
-        )(params)
-
-    (loss, gradient), (expected, reference) = losses(params, packed), losses(params, single)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    for found, known in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_allclose(found, known, atol=1e-6 * max(1.0, np.abs(known).max()))
+    assert_same_gradients(model, masked_token_loss, packed, single, rtol=1e-6, atol=1e-6)
 
 
 def test_training_packed_is_training_on_single_rows(model, monkeypatch):
@@ -124,36 +128,25 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
         "epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "weight_decay": 0.01, "warmup": 0.1,
         "seed": 0, "pad_id": PAD,
     }  # fmt: skip
-    losses = {}
+    rows = []
 
-    def trained(name):
-        losses[name] = []
-        return fine_tune(
-            model,
-            prompts,
-            answers,
-            **settings,
-            after_epoch=lambda _, loss: losses[name].append(loss),
-        )
+    def trained(make_batch):
+        def make(*arguments, **options):
+            batch = make_batch(*arguments, **options)
+            rows.append(len(batch.input_ids))
+            return batch
 
-    shapes = []
+        losses = []
+        monkeypatch.setattr(finetune, "answer_batch", make)
+        settings["after_epoch"] = lambda _, loss: losses.append(loss)
+        return fine_tune(model, prompts, answers, **settings), losses
 
-    def seen(*arguments):
-        shapes.append(common_shape(*arguments))
-        return shapes[-1]
-
-    monkeypatch.setattr(finetune, "common_shape", seen)
-    packed = trained("packed")
-    assert shapes[0].rows < 8  # so that something was packed
-    monkeypatch.setattr(
-        finetune, "answer_batch", lambda prompts, answers, **_: single_rows(prompts, answers, 8, 40)
-    )
-    single = trained("single")
-    np.testing.assert_allclose(losses["packed"], losses["single"], rtol=1e-5)
-    before, after, expected = (
-        jax.tree.leaves(nnx.state(one, nnx.Param)) for one in (model, packed, single)
-    )
-    for start, found, known in zip(before, after, expected, strict=True):
+    packed, losses = trained(answer_batch)
+    assert max(rows) < 8  # so that something was packed
+    single, expected = trained(lambda shown, given, **_: single_rows(shown, given, 8, 40))
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    leaves = (jax.tree.leaves(nnx.state(one, nnx.Param)) for one in (model, packed, single))
+    for start, found, known in zip(*leaves, strict=True):
         moved = np.abs(np.asarray(known) - np.asarray(start)).max()
         # AdamW divides by the size of a gradient, so rounding is no small thing where it is near 0.
         assert np.abs(np.asarray(found) - np.asarray(known)).mean() <= 0.01 * moved
@@ -167,28 +160,14 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
 def test_packed_texts_have_the_logits_loss_and_gradients_of_single_rows(model, labels, pooling):
     config = replace(labelled_config(model.config, labels), classifier_pooling=pooling)
     head = ModernBertForSequenceClassification(config, rngs=nnx.Rngs(3))
-    texts = drawn([9, 30, 14, 22, 5, 40, 17], vocabulary=config.vocab_size)
+    texts = drawn(SEVEN, vocabulary=config.vocab_size)
     answers = np.arange(7) % 3 if labels else np.linspace(-1, 2, 7)
     packed = label_batch(texts, answers, shape=Shape(4, 48, 3), pad_id=PAD)
     assert packed.segment_ids.max() == 3
     rows = single_rows(texts, answers, 7, 40)
     single = LabelBatch(rows.input_ids, rows.segment_ids, np.float32(answers))
-    graphdef, params = nnx.split(head, nnx.Param)
-
-    @jax.jit
-    def losses(params, batch):
-        return jax.value_and_grad(
-            lambda params: label_loss(nnx.merge(graphdef, params), batch), has_aux=True
-        )(params)
-
-    (loss, metrics), gradient = losses(params, packed)
-    (expected, known_metrics), reference = losses(params, single)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
-    assert metrics.keys() == known_metrics.keys()
+    metrics = assert_same_gradients(head, label_loss, packed, single, rtol=1e-5, atol=2e-6)
     assert metrics["loss_count"] == 7
-    for found, known in zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_allclose(found, known, atol=2e-6 * max(1.0, np.abs(known).max()))
-
     used = ~np.isnan(packed.labels)
     logits = np.asarray(head(packed.input_ids, packed.segment_ids, segments=3))[used]
     alone = np.asarray(head(single.input_ids, single.segment_ids))

@@ -1,4 +1,5 @@
-import jax
+from functools import cache
+
 import numpy as np
 import pytest
 from flax import nnx
@@ -7,17 +8,18 @@ from mlmjax.data.batch import UNUSED, Batch, LabelBatch
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.blockwise import visible
 from mlmjax.model.modernbert import ModernBertForMaskedLM
-from mlmjax.parallel.sharding import leaf_path
-from mlmjax.training.flops import forward_flops, peak_flops, segment_lengths, training_flops
+from mlmjax.parallel.sharding import named_leaves
+from mlmjax.training.flops import forward_flops, peak_flops, training_flops
 
 CONFIG = ModelConfig.from_hf({"num_hidden_layers": 4, "local_attention": 10})
 
 
+@cache
 def kernels():
     """Sizes of the matrices, by name, as the model itself has them."""
     model = nnx.eval_shape(lambda: ModernBertForMaskedLM(CONFIG, rngs=nnx.Rngs(0)))
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.Param))
-    return {leaf_path(path): leaf.size for path, leaf in leaves if leaf.ndim > 1}
+    leaves = named_leaves(nnx.state(model, nnx.Param))
+    return {name: leaf.size for name, leaf in leaves.items() if leaf.ndim > 1}
 
 
 @pytest.mark.parametrize("lengths", [[1], [3, 5], [6, 7, 40], [64]])
@@ -41,16 +43,13 @@ def test_padding_and_unused_targets_count_nothing():
     targets = np.full((3, 4), UNUSED)
     targets[0, :3] = 7
     batch = Batch(segments, segments, segments, targets, targets, targets)
-    assert sorted(segment_lengths(segments)) == [5, 9, 16]
-    expected = 3 * forward_flops(CONFIG, [9, 5, 16], 3, CONFIG.vocab_size)
-    assert training_flops(CONFIG, batch) == expected
     labelled = LabelBatch(segments, segments, np.array([1, np.nan, 0], np.float32))
-    expected = 3 * forward_flops(CONFIG, [9, 5, 16], 2, CONFIG.num_labels)
-    assert training_flops(CONFIG, labelled) == expected
+    for given, answers, width in ((batch, 3, CONFIG.vocab_size), (labelled, 2, CONFIG.num_labels)):
+        expected = 3 * forward_flops(CONFIG, [9, 5, 16], answers, width)
+        assert training_flops(CONFIG, given) == expected
 
 
 def test_peaks_are_known_by_kind_and_for_bfloat16_alone():
-    assert peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
-    assert peak_flops("TPU v5 lite", "bfloat16") == 197e12
-    assert peak_flops("TPU v5p", "bfloat16") == 459e12
+    kinds = ("NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v5p", "TPU v6 lite")
+    assert [peak_flops(kind, "bfloat16") for kind in kinds] == [989e12, 197e12, 459e12, 918e12]
     assert peak_flops("NVIDIA H200", "float32") is None
