@@ -183,7 +183,7 @@ def state_specs(sizes: Mapping[str, int], abstract_params: Any, abstract_tree: A
     parameter; everything else (counters, factored moments) is replicated.
     """
     params = jax.tree_util.tree_leaves_with_path(abstract_params)
-    specs = jax.tree.leaves(parameter_specs(sizes, abstract_params), is_leaf=_is_spec)
+    specs = jax.tree.leaves(parameter_specs(sizes, abstract_params))
     known = {(path, leaf.shape): spec for (path, leaf), spec in zip(params, specs, strict=True)}
 
     def find_spec(path: tuple[Any, ...], leaf: Any) -> P:
@@ -204,7 +204,7 @@ def state_sharding(mesh: Mesh | None, abstract_params: Any, abstract_tree: Any) 
         device = SingleDeviceSharding(jax.devices()[0])
         return jax.tree.map(lambda _: device, abstract_tree)
     specs = state_specs(mesh.shape, abstract_params, abstract_tree)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=_is_spec)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def abstract_arrays(tree: Any, sharding: Any) -> Any:
@@ -270,10 +270,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     for problem in _find_indivisible("array", x.shape, spec, sizes):
         raise InputError(f"mesh: {problem}")
     return jax.lax.with_sharding_constraint(x, spec)
-
-
-def _is_spec(value: Any) -> bool:
-    return isinstance(value, P)
 
 
 def _find_rule(path: str, ndim: int) -> P | None:

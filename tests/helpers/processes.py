@@ -44,25 +44,29 @@ def free_port():
         return server.getsockname()[1]
 
 
+def spawn(code, *arguments, environment=None):
+    """Start a process that runs some code; its outputs are read by `finish`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (environment or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def start(config, count, devices, code=None, flags=None):
     """Start `count` processes with `devices` each; each first runs its part of `code`."""
     port = free_port()
-    children = []
-    for number in range(count):
-        peers = ["--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", number]
-        arguments = ["train", str(config), *(peers if flags is None else flags(number))]
-        command = [sys.executable, "-c", CHILD, str(devices), (code or {}).get(number, "")]
-        children.append(
-            subprocess.Popen(
-                [*command, *map(str, arguments)],
-                cwd=ROOT,
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    return children
+
+    def peers(number):
+        return ["--coordinator", f"127.0.0.1:{port}", "--processes", count, "--process", number]
+
+    return [
+        spawn(CHILD, devices, (code or {}).get(n, ""), "train", config, *(flags or peers)(n))
+        for n in range(count)
+    ]
 
 
 def finish(children, timeout=240):
@@ -72,11 +76,7 @@ def finish(children, timeout=240):
     finally:
         for child in children:
             child.kill()
-    return (
-        [child.returncode for child in children],
-        [out for out, _ in outputs],
-        [error for _, error in outputs],
-    )
+    return [child.returncode for child in children], *map(list, zip(*outputs, strict=True))
 
 
 def train(config, count, devices, code=None, timeout=240):

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import socket
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,18 +18,10 @@ from mlmjax.parallel.launch import check_flags, find_launcher, joined
 SLURM = {
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_NODELIST": "node[007-010],other",
-    "SLURM_NTASKS": "4",
-    "SLURM_PROCID": "2",
-    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "2",
     "SLURM_STEP_NUM_TASKS": "4",
 }
-OPEN_MPI = {
-    "OMPI_COMM_WORLD_SIZE": "2",
-    "OMPI_COMM_WORLD_RANK": "1",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-}
-
+OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "2"}
 
 JOIN = """
 import json
@@ -56,20 +46,22 @@ def environment(monkeypatch):
     return add
 
 
+PLAIN = """
+import socket, time
+from mlmjax.parallel.launch import joined
+def refuse(*args): raise AssertionError("a connection")
+socket.socket.connect = refuse
+begun = time.monotonic()
+with joined(): pass
+assert time.monotonic() - begun < 1
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized()
+"""
+
+
 def test_a_plain_machine_neither_waits_nor_looks():
     """Neither a backend nor a connection, in a child process."""
-    code = (
-        "import socket, time\n"
-        "from mlmjax.parallel.launch import joined\n"
-        "def refuse(*args): raise AssertionError('a connection')\n"
-        "socket.socket.connect = refuse\n"
-        "begun = time.monotonic()\n"
-        "with joined(): pass\n"
-        "assert time.monotonic() - begun < 1\n"
-        "from jax._src import xla_bridge\n"
-        "assert not xla_bridge.backends_are_initialized()\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert children.finish([children.spawn(PLAIN)])[0] == [0]
 
 
 def free_job():
@@ -82,24 +74,17 @@ def free_job():
 
 @pytest.mark.parametrize("launcher", ["SLURM", pytest.param("Open MPI", marks=pytest.mark.long)])
 def test_processes_of_a_launcher_find_each_other_and_end_together(environment, launcher):
-    started = []
     job = free_job()
-    for number in ("0", "1"):
-        own = {"SLURM_PROCID": number, "SLURM_LOCALID": number, "SLURM_STEP_NODELIST": "127.0.0.1"}
-        values = {**SLURM, **own, "SLURM_JOB_ID": str(job), "SLURM_NTASKS": "2"}
-        if launcher == "Open MPI":
-            address = f"{job * 2**12}.0;tcp://127.0.0.1:34911"
-            values = {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": address}
-            values |= {"OMPI_COMM_WORLD_RANK": number, "OMPI_COMM_WORLD_LOCAL_RANK": number}
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", JOIN],
-                env={**os.environ, **values},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+    if launcher == "SLURM":
+        values = SLURM | {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_ID": str(job)}
+        numbers = ("SLURM_PROCID", "SLURM_LOCALID")
+    else:
+        values = OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": f"{job * 2**12}.0;tcp://127.0.0.1:34911"}
+        numbers = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    started = [
+        children.spawn(JOIN, environment=values | dict.fromkeys(numbers, number))
+        for number in ("0", "1")
+    ]
     codes, outputs, errors = children.finish(started, timeout=60)
     assert codes == [0, 0], errors
     assert "mlmjax" not in "".join(errors)
@@ -122,34 +107,29 @@ def test_a_process_is_alone_under_a_launcher(alone):
     assert find_launcher(alone) is None
 
 
-def test_several_processes_are_known_by_their_launcher():
-    assert find_launcher(SLURM) == "SLURM"
-    assert find_launcher(OPEN_MPI) == "Open MPI"
-
-
 def fail(*args, **options):
     raise OSError("no such host")
 
 
-def test_one_process_can_be_asked_for(environment, monkeypatch):
-    environment(**SLURM)
-    monkeypatch.setattr("jax.distributed.initialize", fail)
-    for flags in ((None, 1, None), (None, 1, 0), ("localhost:1234", 1, 0)):
-        with joined(*flags):
-            pass
-
-
-def test_flags_come_before_the_launcher(environment, monkeypatch):
+@pytest.mark.parametrize(
+    ("flags", "is_alone"),
+    [
+        ((None, 1, None), True),
+        ((None, 1, 0), True),
+        (("localhost:1234", 1, 0), True),
+        (("10.0.0.1:8476", 3, 2), False),
+    ],
+)
+def test_flags_come_before_the_launcher(environment, monkeypatch, flags, is_alone):
     environment(**SLURM)
     given = []
     monkeypatch.setattr("jax.distributed.initialize", lambda *a, **options: given.append(a))
-    with joined("10.0.0.1:8476", 3, 2):
-        pass
-    assert given == [("10.0.0.1:8476", 3, 2)]
+    with joined(*flags):
+        assert given == ([] if is_alone else [flags])
 
 
 def test_a_launcher_that_does_not_say_enough_is_named(environment):
-    environment(**{name: value for name, value in OPEN_MPI.items() if "URI" not in name.upper()})
+    environment(**OPEN_MPI)
     with pytest.raises(InputError, match="Open MPI started several processes, but JAX"), joined():
         pass
 

@@ -115,8 +115,7 @@ def feed(
     """
     if mesh is None or not mesh.is_multi_process:
         for step, batch in loader.batches(start, stop):
-            batch = change(batch)
-            yield Fed(step, batch, batch)
+            yield Fed(step, changed := change(batch), changed)
         return
     share = cache(lambda rows: share_of(mesh, rows, jax.process_index()))
     for step, batch in loader.batches(start, stop, lambda step: share(loader.rows(step)).rows):

@@ -3,16 +3,13 @@
 `pytest -m long tests/training/run/test_resume.py` kills at fifty moments.
 """
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import jax
 import pytest
-from processes import ROOT, write_config
+from processes import spawn, write_config
 from training import assert_same, lines_of, make_config, make_table
 
 from mlmjax.training.run.train import run_training
@@ -40,15 +37,7 @@ sys.exit(run(["train", sys.argv[1]]))
 
 def kill(config, moment, rng):
     """Train in a child process and kill it, most times after the first save."""
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(config)],
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with child:
+    with spawn(CHILD, config) as child:
         # Some anywhere, in the middle of starting or compiling.
         word = "started" if moment % 5 == 4 else "saving"
         for line in child.stdout:
