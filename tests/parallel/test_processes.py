@@ -14,7 +14,7 @@ from mlmjax.parallel import processes as distributed
 from mlmjax.parallel.sharding import make_mesh
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.run.initial_model import load_start
-from mlmjax.training.run.resume import check_folders, check_same_settings
+from mlmjax.training.run.resume import check_same_settings
 from mlmjax.training.run.train import run_training
 from mlmjax.training.step import abstract_train_state, split_parameters
 from mlmjax.weights import pretrained
@@ -46,10 +46,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-def table(folder, name, **changes):
-    return make_table(folder, out=str(folder / name), **{**SMALL, **changes})
-
-
 @pytest.fixture(scope="module")
 def one(folder):
     """The run of one process, on two of its devices, to compare with."""
@@ -59,15 +55,10 @@ def one(folder):
 
 def assert_close_lines(lines, expected):
     """Same steps and counts, and the same figures to rounding."""
-    for a, b in zip(lines, expected, strict=True):
-        assert a.keys() == b.keys()
-        exact = "step", "split", "target_share", "padding_share", "learning_rate", "answer_accuracy"
-        for key in exact:
-            assert a[key] == b[key]
-        for key in a.keys() - {"split"}:
-            assert (a[key] is None) == (b[key] is None)
-            if a[key] is not None:
-                np.testing.assert_allclose(a[key], b[key], rtol=2e-5, err_msg=key)
+    close = [key for key in expected[0] if key.startswith("loss") or key.endswith("_norm")]
+    assert lines == [
+        line | {key: pytest.approx(line[key], rel=2e-5) for key in close} for line in expected
+    ]
 
 
 def assert_close_runs(out, expected):
@@ -79,13 +70,10 @@ def assert_close_runs(out, expected):
     )
     for name, value in wanted.items():
         np.testing.assert_allclose(found[name], value, atol=2e-5, err_msg=name)
-    reports = [json.loads((o / "validation.json").read_text()) for o in (out, expected)]
-    assert reports[0]["per_task"] == reports[1]["per_task"]
-    np.testing.assert_allclose(
-        [source["loss_mlm"] for source in reports[0]["per_source"].values()],
-        [source["loss_mlm"] for source in reports[1]["per_source"].values()],
-        rtol=2e-5,
-    )
+    found, wanted = (json.loads((o / "validation.json").read_text()) for o in (out, expected))
+    assert found["per_task"] == wanted["per_task"]
+    losses = ([one["loss_mlm"] for one in o["per_source"].values()] for o in (found, wanted))
+    np.testing.assert_allclose(*losses, rtol=2e-5)
 
 
 AT_STEP = """
@@ -110,7 +98,7 @@ def saved(out):
 def stopped(folder):
     """The run of two processes, which both stop and save when one gets a signal."""
     out = folder / "two"
-    config = processes.write_config(table(folder, "two"))
+    config = processes.write_config(make_table(folder, out=str(out), **SMALL))
     stop = {1: AT_STEP.format(step=4, name="SIGTERM", after=str(out / "checkpoints" / "3"))}
     codes, outputs, errors = processes.train(config, 2, 1, stop)
     assert codes == [143, 143], errors
@@ -248,17 +236,3 @@ def test_processes_of_other_settings_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "process_count", lambda: 3)
     with pytest.raises(InputError, match=r"--processes is 3, process 0 has 2"):
         check_same_settings(first)
-
-
-@pytest.mark.parametrize("place", ["rows", "rows/ck", "out/export", "out"])
-def test_checkpoints_have_a_place_of_their_own(tmp_path, place):
-    config = make_config(tmp_path, checkpoint__path=str(tmp_path / place))
-    with pytest.raises(InputError, match=r"^checkpoint\.path: .* choose another folder"):
-        check_folders(config)
-    check_folders(make_config(tmp_path, checkpoint__path=str(tmp_path / "out" / "ck")))
-
-
-def test_pmap_is_for_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(distributed, "process_count", lambda: 2)
-    with pytest.raises(InputError, match="uses the devices of one process, and there are 2"):
-        run_training(make_config(tmp_path, parallel="pmap", mesh={}))

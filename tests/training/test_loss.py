@@ -131,7 +131,7 @@ def test_of_equal_logits_the_smallest_id_is_the_prediction():
     batch = make_batch([2] * ROWS)
     batch.target_ids[:, :2] = 0, 1
     _, losses, correct = target_losses(model, make_hidden(), batch)
-    assert (correct[:, :2] == [True, False]).all()
+    np.testing.assert_array_equal(correct[:, :2], [[True, False]] * ROWS)
     np.testing.assert_allclose(losses[:, :2], np.log(VOCAB), rtol=1e-6)
 
 

@@ -17,9 +17,10 @@ from mlmjax.data.manifest import read_manifest
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification, parameters
+from mlmjax.parallel import processes
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.inputs import open_loaders
-from mlmjax.training.run.timing import profiling
+from mlmjax.training.run.timing import profiled_updates
 from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights import pretrained
 
@@ -148,16 +149,9 @@ def test_what_a_classification_head_cannot_be_trained_on_is_refused(folder, chan
 
 def test_rows_are_for_one_head(folder):
     prepare_rows(make_config(folder))
+    other = {"head": "classification", "objective": {}, "data__pack": False}
     with pytest.raises(InputError, match="head is 'classification', the rows have 'mlm'"):
-        run_training(
-            make_config(
-                folder,
-                out=str(folder / "other-head"),
-                head="classification",
-                objective={},
-                data__pack=False,
-            )
-        )
+        run_training(make_config(folder, out=str(folder / "other-head"), **other))
 
 
 OPTIONS = {
@@ -260,22 +254,14 @@ def test_a_profile_is_written(folder, optioned):
     finished = make_config(folder, out=str(folder / "options"), **OPTIONS)
     with pytest.raises(InputError, match="has no updates left"):
         run_training(finished, profile="2:3")
-    for updates, message in (
-        ("3", "expected FIRST:LAST"),
-        ("2:1", "expected FIRST:LAST"),
-        ("2:9", "has updates 1 to 8 left"),
-    ):
-        with pytest.raises(InputError, match=message), profiling(updates, folder, 0, 8):
-            pass
+    for updates, message in (("2:1", "expected FIRST:LAST"), ("2:9", "has updates 1 to 8 left")):
+        with pytest.raises(InputError, match=message):
+            profiled_updates(updates, 0, 8)
     assert run(["train", "missing.toml", "--profile", "1:2"]) == 2
     fresh = make_config(folder, out=str(folder / "fresh"), data__rows=str(folder / "fresh-rows"))
-    for wrong, options in (
-        (fresh, {"profile": "3"}),
-        (fresh.model_copy(update={"attention": "splash"}), {}),
-    ):
-        with pytest.raises(InputError, match=r"--profile '3'|needs a TPU"):
-            run_training(wrong, **options)
-    assert not (folder / "fresh-rows").exists()  # said before the rows are prepared
+    with pytest.raises(InputError, match=r"--profile '3'"):
+        run_training(fresh, profile="3")
+    assert not (folder / "fresh-rows").exists()  # rejected before the rows are prepared
 
 
 @pytest.mark.parametrize(
@@ -373,20 +359,35 @@ def test_a_run_that_only_skips_fails(folder, monkeypatch):
     assert [line["loss"] is None for line in lines_of(out)][1:] == [True, True]
 
 
+REMOTE = "gs://bucket/run"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"out": "gs://bucket/run"}, "^out = gs://bucket/run: has to be .*only checkpoint.path"),
+        ({"model__vocab_size": 301}, "the tokenizer does not match the model"),
+        ({"mesh": {"data": 3}}, "batch of 8 rows cannot be divided"),
+        ({"mesh": {"data": 1, "tensor": 4}}, "tensor = 4 does not divide 2"),
+        ({"attention": "splash"}, "needs a TPU"),
+        ({"out": REMOTE}, f"^out = {REMOTE}: has to be .*only checkpoint.path"),
         ({"data__rows": "s3://bucket/rows"}, "^data.rows = s3://bucket/rows: has to be a folder"),
-        (
-            {"checkpoint": {"path": "gs://bucket/run"}},
-            "^gs://bucket/run: cannot be reached .*gcsfs",
-        ),
+        ({"checkpoint": {"path": REMOTE}}, f"^{REMOTE}: cannot be reached .*gcsfs"),
         ({"checkpoint": {"path": "ftp://host/run"}}, "^ftp://host/run: cannot be reached"),
+        *(
+            ({"checkpoint": {"path": place}}, r"^checkpoint\.path: .* choose another folder")
+            for place in ("rows-of-it", "rows-of-it/ck", "refused/export", "refused")
+        ),
     ],
 )
-def test_what_cannot_be_remote_is_refused_by_its_key(folder, monkeypatch, changes, message):
+def test_what_cannot_be_trained_is_refused(folder, monkeypatch, changes, message):
     monkeypatch.chdir(folder)
+    changes = {"out": "refused", "data__rows": "rows-of-it", **changes}
     with pytest.raises(InputError, match=message):
-        run_training(make_config(folder, **{"out": "remote", **changes}))
+        run_training(make_config(folder, **changes))
     assert not (folder / "gs:").exists()
+
+
+def test_pmap_is_for_one_process(folder, monkeypatch):
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    with pytest.raises(InputError, match="uses the devices of one process, and there are 2"):
+        run_training(make_config(folder, parallel="pmap", mesh={}))
