@@ -10,6 +10,16 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 
+CLASSIFIER = {
+    "head": "classification",
+    "data": {
+        "pack": False,
+        "sources": [
+            {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
+        ],
+    },
+}
+
 
 def config_of(**changes):
     """Decode the run file; a dict changes a table, any other value replaces a key."""

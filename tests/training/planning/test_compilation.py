@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from plans import MODEL, config_of
+from plans import CLASSIFIER, config_of
 
 from mlmjax.config.run import load_config
 from mlmjax.data.preparing.prepare import prepare
@@ -25,9 +25,8 @@ def long(*values):
 
 
 def compile_one(program="training", **changes):
-    return compilation.compile_run(config_of(**changes), parse_topology("cpu:8"), [program])[
-        program
-    ]
+    found = compilation.compile_run(config_of(**changes), parse_topology("cpu:8"), [program])
+    return found[program]
 
 
 @cache
@@ -82,9 +81,8 @@ def test_an_fsdp_step_gathers_parameters_and_holds_a_shard():
 
 
 def test_the_scoring_of_a_classification_head_is_its_validation():
-    source = {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
-    data = {"seq_length": 32, "batch_size": 16, "accumulate": 2, "pack": False, "sources": [source]}
-    scoring = compile_one("scoring", head="classification", data={"rows": "-", **data})
+    data = CLASSIFIER["data"] | {"accumulate": 2}
+    scoring = compile_one("scoring", **CLASSIFIER | {"data": data})
     assert (scoring["rows"], scoring["seq_length"], scoring["devices"]) == (8, 32, 8)
     assert scoring["memory"]["total"] > scoring["parameters"]
 
@@ -98,8 +96,7 @@ def test_the_scoring_of_a_classification_head_is_its_validation():
 )
 def test_no_array_is_gathered_whole_to_be_resharded(changes, capfd):
     """The compiler would warn about it on standard error."""
-    changes["data"] = {"rows": "-", "seq_length": 32, "batch_size": 16, **changes.get("data", {})}
-    assert compile_one(**changes, model={**MODEL, "vocab_size": 50432})["memory"]
+    assert compile_one(**changes, model={"vocab_size": 50432})["memory"]
     assert "rematerialization" not in capfd.readouterr().err
 
 
@@ -181,40 +178,33 @@ def test_the_targets_of_a_row_are_those_of_the_loader(tmp_path, pack):
     source = tmp_path / "s.jsonl"
     records = [{"q": f"question {n}?", "a": "yes"} for n in range(40)]
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = {
-        "rows": str(tmp_path / "rows"),
-        "seq_length": 32,
-        "pack": pack,
-        "sources": [{"path": str(source), "prompt": "{q}", "answer": "a"}],
-    }
-    config = config_of(data=data, objective={"dummy_mlm_share": 0.2})
-    bound = compilation.bound_targets(config, [])
+    sources = [{"path": str(source), "prompt": "{q}", "answer": "a"}]
+
+    def bound_of(**changes):
+        """Return the configuration, the bound of its targets, and what it says."""
+        data = {"rows": str(tmp_path / "rows"), "pack": pack, "sources": sources, **changes}
+        config, assumptions = config_of(data=data, objective={"dummy_mlm_share": 0.2}), []
+        return config, compilation.bound_targets(config, assumptions), assumptions
+
+    config, bound, _ = bound_of()
     tokenizer = load_tokenizer(config)
     prepare(config.data, tokenizer)
-    assumptions = []
-    width = compilation.bound_targets(config, assumptions)
+    _, width, says = bound_of()
     assert width == open_loaders(config, tokenizer).train.target_width <= bound
-    assert "from the rows in" in assumptions[0]
+    assert "from the rows in" in says[0]
     # `train` rejects these rows under other settings, so they do not count.
-    other = config_of(data={**data, "seq_length": 64}, objective={"dummy_mlm_share": 0.2})
-    assumptions = []
-    width = compilation.bound_targets(other, assumptions)
-    assert "rows made differently: data.seq_length is 64, the rows have 32" in assumptions[0]
-    assert "the most possible" in assumptions[1]
-    other = config_of(
-        data={**data, "rows": "none", "seq_length": 64}, objective={"dummy_mlm_share": 0.2}
-    )
-    assert width == compilation.bound_targets(other, [])
+    _, width, says = bound_of(seq_length=64)
+    assert "rows made differently: data.seq_length is 64, the rows have 32" in says[0]
+    assert "the most possible" in says[1]
+    assert width == bound_of(seq_length=64, rows="none")[1]
+
+
+SPLASH = {"dtype": "bfloat16", "attention": "splash", "mesh": {"fsdp": 2}}
 
 
 @pytest.mark.libtpu
 def test_a_step_with_splash_kernels_compiles_for_a_tpu():
-    config = config_of(
-        dtype="bfloat16",
-        attention="splash",
-        mesh={"fsdp": 2},
-        model={**MODEL, "num_hidden_layers": 1},
-    )
+    config = config_of(**SPLASH, model={"num_hidden_layers": 1})
     found = plan._compile(config, parse_topology("v5e:2x2"), ["training"])
     assert found["machine"]["device"] == "TPU v5 lite"
     assert found["training"]["fits"]
@@ -225,8 +215,7 @@ def test_a_step_with_splash_kernels_compiles_for_a_tpu():
 @pytest.mark.long
 @pytest.mark.libtpu
 def test_a_run_with_splash_kernels_fits_a_tpu():
-    config = config_of(dtype="bfloat16", attention="splash", mesh={"fsdp": 2})
-    assert plan.make_plan(config, "v5e:2x2")["fits"]
+    assert plan.make_plan(config_of(**SPLASH), "v5e:2x2")["fits"]
 
 
 @pytest.mark.libtpu

@@ -4,7 +4,8 @@ import json
 import sys
 
 import pytest
-from plans import MODEL, config_of
+from plans import CLASSIFIER, MODEL, config_of
+from processes import write_config
 
 from mlmjax.cli.main import run
 from mlmjax.errors import InputError
@@ -15,14 +16,12 @@ from mlmjax.training.planning.topology import parse_topology
 
 def test_changes_start_with_the_cheapest():
     mesh = {"data": 4, "fsdp": 2, "tensor": 1}
-    found = list(plan.changes(config_of(data={"batch_size": 32}), mesh))
-    assert found[0] == {"remat": "dots"}
-    assert found[1] == {"remat": "layer"}
+    config = config_of(data={"batch_size": 32})
+    found = list(plan.changes(config, mesh))
+    assert found[:2] == [{"remat": "dots"}, {"remat": "layer"}]
     assert [c.get("data.accumulate") for c in found[2:]] == [2, 4, 4, 4]
     assert [c.get("mesh.fsdp") for c in found[4:]] == [4, 8]
-    for change in found:
-        changed = plan.apply_change(config_of(data={"batch_size": 32}), change)
-        assert changed.remat == change["remat"]
+    assert all(plan.apply_change(config, c).remat == c["remat"] for c in found)
     assert "remat" not in next(plan.changes(config_of(remat="layer"), mesh))
 
 
@@ -65,9 +64,15 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
     return asked
 
 
+def plan_one(**changes):
+    """Return a plan for a slice of a TPU, and its report."""
+    found = plan.make_plan(config_of(**changes), "v5e:2x4")
+    return found, "\n".join(plan.report(found))
+
+
 def test_the_nearest_change_that_fits_is_found_by_compiling(monkeypatch):
     asked = fake_compiler(monkeypatch, lambda config: config.data.accumulate == 2)
-    found = plan.make_plan(config_of(), "v5e:2x4")
+    found, text = plan_one()
     assert found["fits"] is False
     assert found["change"] == {"remat": "layer", "data.accumulate": 2}
     assert asked == [
@@ -78,11 +83,10 @@ def test_the_nearest_change_that_fits_is_found_by_compiling(monkeypatch):
         ("layer", 2, "scoring"),
     ]
     assert len(found["tried"]) == 3
-    text = "\n".join(plan.report(found))
     assert "DOES NOT FIT" in text
     assert "nearest change that fits: remat=layer data.accumulate=2" in text
     fake_compiler(monkeypatch, lambda config: False)
-    text = "\n".join(plan.report(plan.make_plan(config_of(), "v5e:2x4")))
+    _, text = plan_one()
     assert "no change fits" in text
     assert "rejected: needs 28.000 GiB of 2.000 GiB" in text
 
@@ -94,35 +98,29 @@ def test_an_invalid_change_does_not_end_the_search(monkeypatch):
         sharding, "mesh_shape", lambda mesh, _: {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": 1}
     )
     monkeypatch.setattr(plan, "changes", lambda *_: [{"mesh.fsdp": 32}, {"mesh.data": -3}])
-    found = plan.make_plan(config_of(data={"batch_size": 32}), "v5e:2x4")
+    found, text = plan_one(data={"batch_size": 32})
     first, second = (tried["refusal"]["message"] for tried in found["tried"])
     assert "fsdp = 32 does not divide 16" in first
     assert "data is -3" in second
-    text = "\n".join(plan.report(found))
     assert "tried mesh.fsdp=32: rejected: mesh: parameter" in text
     assert "training step: 16 rows" in text
 
 
 def test_a_change_is_accepted_by_training_and_its_scoring_is_reported(monkeypatch):
     asked = fake_compiler(monkeypatch, lambda c: c.remat != "none", lambda c: False)
-    found = plan.make_plan(config_of(), "v5e:2x4")
+    found, text = plan_one()
     assert [a[:2] for a in asked] == [("none", 1), ("dots", 1), ("dots", 1)]
     assert found["tried"][-1]["scoring"]["fits"] is False
-    text = "\n".join(plan.report(found))
     assert "nearest change with which the training step fits: remat=dots" in text
     assert "scoring does not fit: give fewer rows" in text
     # If only scoring does not fit, no change of the training helps, so none is tried.
     asked = fake_compiler(monkeypatch, lambda c: True, lambda c: False)
-    found = plan.make_plan(config_of(), "v5e:2x4")
+    found, text = plan_one()
     assert (found["fits"], "tried" in found, len(asked)) == (False, False, 1)
-    assert "scoring does not fit" in "\n".join(plan.report(found))
-
-
-def test_the_search_counts_validation_of_a_classifier(monkeypatch):
-    source = {"path": "s.jsonl", "prompt": "{q}", "answer": "a", "labels": {"x": "X", "y": "Y"}}
-    data = {"rows": "-", "seq_length": 32, "batch_size": 16, "pack": False, "sources": [source]}
+    assert "scoring does not fit" in text
+    # But one helps the validation of a classifier.
     fake_compiler(monkeypatch, lambda c: True, lambda c: c.data.accumulate == 2)
-    found = plan.make_plan(config_of(head="classification", data=data), "v5e:2x4")
+    found, _ = plan_one(**CLASSIFIER)
     assert found["change"] == {"remat": "layer", "data.accumulate": 2}
 
 
@@ -146,10 +144,7 @@ def test_figures_of_a_program_have_one_unit_and_readable_seconds():
     [
         ({"parallel": "pmap"}, "parallel: only 'pjit' can be planned"),
         ({"data": {"batch_size": 12}}, "batch of 12 rows cannot be divided"),
-        (
-            {"data": {"batch_size": 16, "batch_start": 4, "batch_warmup": 2}},
-            "batch of 4 rows cannot be divided",
-        ),
+        ({"data": {"batch_start": 4, "batch_warmup": 2}}, "batch of 4 rows cannot be divided"),
         ({"attention": "splash"}, "'splash' needs a TPU, and this is cpu"),
         ({"attention": "cudnn"}, "'cudnn' needs an NVIDIA GPU, and this is cpu"),
         ({"mesh": {"tensor": 8}}, "tensor = 8 does not divide 2"),
@@ -170,19 +165,18 @@ def test_a_compiler_that_aborts_is_explained(monkeypatch):
     with pytest.raises(InputError, match="the compiler stopped"):
         plan.make_plan(config_of(), "cpu:8")
     topology, says = parse_topology("cpu:8"), "x.cc:234] Unknown flag in XLA_FLAGS: --nope=1"
-    assert (
-        "XLA_FLAGS: --nope=1 is not a flag"
-        in plan._explain_death(topology, 1, ["more", says]).message
-    )
-    assert "too little memory" in plan._explain_death(topology, -9, []).message
+    for status, lines, message in (
+        (1, ["more", says], "XLA_FLAGS: --nope=1 is not a flag"),
+        (-9, [], "too little memory"),
+    ):
+        assert message in plan._explain_death(topology, status, lines).message
 
 
 def test_the_command_prints_figures(tmp_path, capsys, monkeypatch):
-    file, small = tmp_path / "run.toml", {**MODEL, "num_hidden_layers": 1}
-    file.write_text(
-        'out = "x"\nsteps = 2\n[data]\nrows = "r"\nseq_length = 16\nbatch_size = 4\n[model]\n'
-        + "\n".join(f"{key} = {value}" for key, value in small.items())
-    )
+    data = {"rows": "r", "seq_length": 16, "batch_size": 4}
+    model = {**MODEL, "num_hidden_layers": 1}
+    table = {"out": str(tmp_path / "run"), "steps": 2, "data": data, "model": model}
+    file = write_config(table)
     assert run(["plan", str(file), "mesh.fsdp=2", "--topology", "cpu:4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     # Simulated devices have no memory limit.
