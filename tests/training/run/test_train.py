@@ -214,23 +214,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
     assert [line["step"] for line in lines_of(out)] == [1]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"objective__dummy_mlm_share": 0.5}, "objective.dummy_mlm_share is 0.5, the run there"),
-        ({"optimizer__b2": 0.5}, "optimizer.b2 is 0.5"),
-        ({"optimizer__learning_rate": 2e-3}, "update 1 of 8 already done had the learning rate"),
-        ({"steps": 4}, "at step 8, past steps = 4"),
-    ],
-)
-def test_another_run_in_the_same_folder_is_refused(folder, straight, changes, message):
-    before = (folder / "out" / "metrics.jsonl").read_bytes()
-    with pytest.raises(InputError, match="^" + str(folder / "out")) as caught:
-        run_training(make_config(folder, **changes))
-    assert message in str(caught.value)
-    assert (folder / "out" / "metrics.jsonl").read_bytes() == before
-
-
 def test_steps_may_grow_if_no_update_that_was_made_changes(folder, straight):
     config = make_config(folder, steps=12)
     with Checkpoints(folder / "out" / "checkpoints", config.checkpoint) as checkpoints:

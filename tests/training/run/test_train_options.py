@@ -3,6 +3,7 @@
 import json
 import random
 from contextlib import redirect_stderr
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 
@@ -50,19 +51,17 @@ def labelled(folder, name, **changes):
         "out": str(folder / name),
         "head": "classification",
         "steps": 30,
-        "data": {
-            "rows": str(folder / rows),
-            "seq_length": 16,
-            "batch_size": 16,
-            "pack": changes.pop("pack", False),
-            "validation_rows": 60,
-            "sources": [source],
-        },
+        "data__rows": str(folder / rows),
+        "data__seq_length": 16,
+        "data__batch_size": 16,
+        "data__pack": False,
+        "data__validation_rows": 60,
+        "data__sources": [source],
         "objective": {},
-        "optimizer": {"learning_rate": 1e-2},
-        "checkpoint": {"every": 15},
-        "evaluation": {"every": 15},
-        "log": {"every": 10},
+        "optimizer__learning_rate": 1e-2,
+        "checkpoint__every": 15,
+        "evaluation__every": 15,
+        "log__every": 10,
     }
     return make_config(folder, **settings | changes)
 
@@ -94,15 +93,8 @@ def test_the_classification_head_learns_and_is_exported(folder, stop_after, caps
 
 
 def test_classification_starts_from_a_masked_language_model(folder, straight):
-    start = {
-        "init_from": str(folder / "out" / "export"),
-        "model": None,
-        "tokenizer": None,
-        "steps": 2,
-        "schedule": {"warmup": 0, "decay": 0},
-        "parallel": "pmap",
-        "mesh": {},
-    }
+    start = {"init_from": str(folder / "out" / "export"), "model": None, "tokenizer": None}
+    start |= {"steps": 2, "schedule": {"warmup": 0, "decay": 0}, "parallel": "pmap", "mesh": {}}
     run_training(labelled(folder, "head", **start))
     model, _ = pretrained.load_pretrained(folder / "head" / "export")
     assert model.config.num_labels == 3
@@ -130,7 +122,7 @@ def test_without_labels_a_number_is_predicted(folder, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pack": True}, r"set data.pack = false"),
+        ({"data__pack": True}, r"set data.pack = false"),
         ({"objective": {"mlm_share": 0.1}}, "is for the MLM head"),
         ({"source": {"labels": ["red"]}}, "labels are 'red'; expected two or more"),
         ({"source": {"labels": ["red", "red"]}}, "'red', 'red'; expected two or more, distinct"),
@@ -232,21 +224,26 @@ def test_a_run_with_options_resumes_exactly(folder, optioned, stop_after):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"steps": 4}, "at step 8, past steps = 4"),
         (
             {"data__batch_warmup": 4},
             "update 5 of 8 already done had the number of rows 4; this configuration says 8",
         ),
         ({"objective": {"mlm_share": 0.5, "mlm_rate": 0.4}}, "had the mask rate"),
-        ({"optimizer": {**OPTIONS["optimizer"], "layer_decay": 0.9}}, "layer_decay is 0.9"),
+        ({"optimizer__learning_rate": 2e-3}, "update 1 of 8 already done had the learning rate"),
+        ({"optimizer__layer_decay": 0.9}, "optimizer.layer_decay is 0.9, the run there has 0.8"),
         (
             {"data__batch_start": 2, "data__accumulate": 1, "mesh": {"data": 4}},
             "batch of 2 rows cannot be divided",
         ),
     ],
 )
-def test_a_run_with_other_options_is_refused(folder, optioned, change, message):
+def test_another_run_in_the_same_folder_is_refused(folder, optioned, change, message):
+    out = folder / "options"
+    before = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=message):
-        run_training(make_config(folder, out=str(folder / "options"), **OPTIONS | change))
+        run_training(make_config(folder, out=str(out), **deepcopy(OPTIONS) | change))
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_profile_is_written(folder, optioned):
@@ -267,19 +264,9 @@ def test_a_profile_is_written(folder, optioned):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        # The first update already takes the parameters beyond float32.
+        ({"evaluation__every": 1}, "step 1: the validation loss is nan"),
         (
-            {"optimizer": {"learning_rate": 1e38}, "evaluation": {"every": 1}},
-            "step 1: the validation loss is nan",
-        ),
-        (
-            {
-                "optimizer": {"learning_rate": 3e38, "weight_decay": 10.0},
-                "data__validation_rows": 0,
-                "data__rows": "all-rows",
-                "steps": 1,
-                "schedule": {"warmup": 0},
-            },
+            {"data__validation_rows": 0, "data__rows": "all-rows"},
             "step 1: the parameters are not all finite",
         ),
     ],
@@ -287,11 +274,14 @@ def test_a_profile_is_written(folder, optioned):
 def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
     folder, monkeypatch, changes, message
 ):
+    """The first update already takes the parameters beyond float32."""
     monkeypatch.chdir(folder)
-    settings = {"schedule__warmup": 0, "checkpoint": {"every": 1}, **changes}
+    changes["optimizer"] = {"learning_rate": 3e38, "weight_decay": 10.0}
+    settings = {"schedule__warmup": 0, "checkpoint__every": 1, **changes}
+    out = "diverged-" + message.split()[-1]
     with pytest.raises(RunError, match=message):
-        run_training(make_config(folder, out=f"diverged-{len(changes)}", **settings))
-    assert not list(Path(f"diverged-{len(changes)}", "checkpoints").glob("[0-9]*"))
+        run_training(make_config(folder, out=out, **settings))
+    assert not list(Path(out, "checkpoints").glob("[0-9]*"))
 
 
 def test_a_weighted_source_without_a_row_is_refused(folder):
@@ -327,24 +317,19 @@ def test_what_is_no_number_or_no_label_is_refused(folder, column, value):
 def test_a_subset_is_what_is_drawn(folder):
     """The rows hold both sets; training draws those of the smaller, epoch after epoch."""
 
-    def drawn(subset):
-        change = {"data__subset": subset} if subset else {}
-        config = make_config(
-            folder,
-            data__rows=str(folder / "rows-nested"),
-            data__select={"sizes": [50, 150]},
-            data__batch_size=2,
-            data__validation_rows=1,
-            **change,
-        )
+    changes = {"data__rows": str(folder / "rows-nested"), "data__select": {"sizes": [50, 150]}}
+    changes |= {"data__batch_size": 2, "data__validation_rows": 1}
+
+    def drawn(**subset):
+        config = make_config(folder, **changes, **subset)
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         prepare(config.data, tokenizer)
         train = open_loaders(config, tokenizer).train
         batches = range(3 * train.epoch_steps())
         return {int(i) for step in batches for row in train.example_indices(step) for i in row}
 
-    small, large = drawn(50), drawn(None)
-    assert small < large == drawn(150)
+    small, large = drawn(data__subset=50), drawn()
+    assert small < large == drawn(data__subset=150)
     assert 30 < len(small) <= 60
     assert 100 < len(large) <= 160
 
