@@ -142,11 +142,12 @@ def share_of(
 
 def assemble(batch: AnyBatch, mesh: Mesh, rows: np.ndarray, size: int) -> Any:
     """Make the global batch of `size` rows from those that each process has (`rows`)."""
-    places = np.searchsorted(rows, np.arange(size))
+    places, sharding = np.searchsorted(rows, np.arange(size)), batch_sharding(mesh)
 
     def place(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(
-            (size, *x.shape[1:]), batch_sharding(mesh), lambda index: x[places[index[0]]]
-        )
+        def piece(index: Any) -> np.ndarray:
+            return x[places[index[0]]]
+
+        return jax.make_array_from_callback((size, *x.shape[1:]), sharding, piece)
 
     return jax.tree.map(place, batch)

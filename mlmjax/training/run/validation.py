@@ -202,10 +202,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 def _source_lines(per_source: Mapping[str, Mapping[str, float | None]]) -> list[str]:
     """Return the losses of the sources as lines: a heading, then one for each."""
     losses = ("loss_atp", "loss_mlm")
-    rows = [("source", *losses)] if per_source else []
+    rows = [["source", *losses]] if per_source else []
     for name, figures in per_source.items():
         shown = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in losses)
-        rows.append((name, *shown))
+        rows.append([name, *shown])
     width = max((len(name) for name, *_ in rows), default=0)
     return [f"{name:{width}}  {atp:>8}  {mlm:>8}" for name, atp, mlm in rows]
 

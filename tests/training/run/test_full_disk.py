@@ -19,6 +19,8 @@ from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.train import run_training
 from mlmjax.weights.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("orbax_leftovers")
+
 ROOT = Path(__file__).parents[3]
 OVERRIDES = (
     "steps=30",

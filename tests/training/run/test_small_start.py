@@ -82,7 +82,7 @@ def test_the_result_lists_what_was_counted(made):
     folder, _ = made
     (run,) = read_training_manifest(folder / "start").runs
     assert run.init_from is None
-    assert [file["name"] for file in run.sources[0]["files"]] == ["texts.jsonl"]
+    assert [file.name for file in run.sources[0].files] == ["texts.jsonl"]
 
 
 def test_neighbours_do_not_cross_examples_and_blocks_make_no_difference():

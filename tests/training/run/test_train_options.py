@@ -224,7 +224,7 @@ def test_a_run_with_options_resumes_exactly(folder, optioned, stop_after):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 4}, "at step 8, past steps = 4"),
+        ({"steps": 7}, "at step 8, past steps = 7"),
         (
             {"data__batch_warmup": 4},
             "update 5 of 8 already done had the number of rows 4; this configuration says 8",
