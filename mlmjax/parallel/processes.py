@@ -116,11 +116,6 @@ def vote(flag: bool) -> Callable[[], bool]:
     return lambda: bool(answer)
 
 
-def any_process(flag: bool) -> bool:
-    """Tell whether the flag is set on any process; all processes call it together."""
-    return vote(flag)()
-
-
 @cache
 def _count_votes() -> tuple[NamedSharding, Callable[[Any], jax.Array]]:
     """Return the layout of the votes, one on each device, and a function that counts them."""

@@ -19,7 +19,7 @@ def work(config, profile=None):
     sums = processes.sum_over_processes({"x": 0.25, "y": 2.0**50 + index})
     assert sums == {"x": 0.25 * count, "y": count * 2.0**50 + sum(range(count))}
     for turn in range(10**6):
-        if processes.any_process(turn == 20 and index == 1):
+        if processes.vote(turn == 20 and index == 1)():
             break
         time.sleep(0.02)
     assert turn == 20
@@ -29,7 +29,7 @@ def work(config, profile=None):
         WAITS
 sys.modules["mlmjax.training.run.train"] = types.SimpleNamespace(run_training=work)
 """
-COLLECTIVE, ALONE = "processes.any_process(False)", "time.sleep(0.05)"
+COLLECTIVE, ALONE = "processes.vote(False)()", "time.sleep(0.05)"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 
 

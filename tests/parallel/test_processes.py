@@ -25,12 +25,8 @@ pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 TWO = {"data": 1, "fsdp": 2}
 SMALL = {
     "steps": 6,
-    "model": {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    },
+    "model__hidden_size": 16,
+    "model__intermediate_size": 16,
     "log__every": 2,
     "evaluation__every": 3,
     "checkpoint__every": 3,
@@ -168,7 +164,7 @@ def test_four_processes_through_signals_at_any_time(folder):
         **SMALL,
         "steps": 12,
         "mesh": {"data": 2, "fsdp": 2, "tensor": 2},
-        "model": {**SMALL["model"], "num_hidden_layers": 2},
+        "model__num_hidden_layers": 2,
         "optimizer": {"learning_rate": 1e-3, "skip_spikes": 6.0, "ema": 0.5},
         "data__accumulate": 2,
     }

@@ -420,7 +420,7 @@ def _count_members(line: str) -> int:
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", axes))
 
 
-def main() -> int:
+def main() -> None:
     """Answer one request: `{"config": ..., "topology": ..., "programs": [...]}`."""
     request = json.load(sys.stdin)
     try:
@@ -430,8 +430,7 @@ def main() -> int:
     except InputError as error:
         answer = {"error": [error.message, *error.details]}
     print(json.dumps(answer))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

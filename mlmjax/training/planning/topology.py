@@ -1,10 +1,10 @@
 """Describe machines by name: TPU slices and simulated CPU devices."""
 
-import importlib.util
 import math
 import os
 import re
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from mlmjax.errors import InputError, first_line
@@ -151,7 +151,7 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # JAX and libtpu raise no type of their own here.
-        if _lacks_libtpu(error):
+        if find_spec("libtpu") is None or "libtpu" in str(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "
                 "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "
@@ -163,7 +163,3 @@ def devices_of(topology: Topology) -> list[Any]:
             f"({first_line(error)})",
         ) from error
     return list(described.devices)
-
-
-def _lacks_libtpu(error: BaseException) -> bool:
-    return importlib.util.find_spec("libtpu") is None or "libtpu" in str(error)

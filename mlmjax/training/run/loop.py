@@ -69,7 +69,7 @@ class StopRequest:
 
     def is_anywhere(self) -> bool:
         """Tell whether any process was asked to stop; all processes call it together."""
-        return processes.any_process(self.is_here())
+        return processes.vote(self.is_here())()
 
     def check(self) -> None:
         """Raise `StoppedError` if `is_anywhere`."""

@@ -35,19 +35,18 @@ def test_an_unknown_topology_is_rejected_with_the_known_ones(name, says):
 
 
 @pytest.mark.parametrize(
-    ("lacks_libtpu", "message"),
+    ("libtpu", "message"),
     [
-        (False, "does not know a v5e slice of this shape .no such layout.;"),
-        (True, r"pip install '\.\[plan\]' in a clone"),
+        ("found", "does not know a v5e slice of this shape .no such layout.;"),
+        (None, r"pip install '\.\[plan\]' in a clone"),
     ],
 )
-def test_a_compiler_that_rejects_a_shape_or_is_not_there(monkeypatch, lacks_libtpu, message):
+def test_a_compiler_that_rejects_a_shape_or_is_not_there(monkeypatch, libtpu, message):
     def refuse(**_):
         raise RuntimeError("no such layout\nand pages more")
 
-    topology = "mlmjax.training.planning.topology"
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
-    monkeypatch.setattr(f"{topology}._lacks_libtpu", lambda error: lacks_libtpu)
+    monkeypatch.setattr("mlmjax.training.planning.topology.find_spec", lambda name: libtpu)
     with pytest.raises(InputError, match=message):
         devices_of(parse_topology("v5e:2x2"))
 
