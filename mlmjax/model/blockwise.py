@@ -163,10 +163,6 @@ def _loop(
     return jax.lax.fori_loop(0, math.prod(blocks.grid(query)), body, query)
 
 
-def _loop_forward(blocks: _Blocks, *arrays: jax.Array) -> tuple[jax.Array, Any]:
-    return _loop(blocks, *arrays), arrays
-
-
 def _loop_backward(blocks: _Blocks, arrays: Any, gradient: jax.Array) -> tuple[Any, ...]:
     query, key, value, *segments = arrays
 
@@ -191,7 +187,7 @@ def _loop_backward(blocks: _Blocks, arrays: Any, gradient: jax.Array) -> tuple[A
     return to_query, to_key.astype(key.dtype), to_value.astype(value.dtype), None, None
 
 
-_loop.defvjp(_loop_forward, _loop_backward)
+_loop.defvjp(lambda blocks, *arrays: (_loop(blocks, *arrays), arrays), _loop_backward)
 # Outside of jit a loop would be compiled again at each call.
 _attend_in_loop = jax.jit(_loop, static_argnums=0)
 

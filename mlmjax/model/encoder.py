@@ -95,9 +95,11 @@ class Encoder(nnx.Module):
         vocabulary. Traced ids outside the vocabulary give NaN instead.
         """
         config, kinds = self.config, self.config.layer_types
-        ids, segments, positions = _check_inputs(
-            input_ids, segment_ids, position_ids, config.vocab_size
-        )
+        ids = check_token_ids("input_ids", input_ids, 2, config.vocab_size)
+        segments = _check_like_ids("segment_ids", segment_ids, ids)
+        positions = _check_like_ids("position_ids", position_ids, ids)
+        if positions is None:
+            positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
         ropes: dict[str, Rope] = {
             kind: _rope_tables(positions, config.head_dim, config.rope_theta(kind))
             for kind in sorted(set(kinds))
@@ -303,21 +305,6 @@ def _shard_rows(hidden: jax.Array) -> jax.Array:
     return constrain(hidden, "batch", None, None)
 
 
-def _check_inputs(
-    input_ids: ArrayLike,
-    segment_ids: ArrayLike | None,
-    position_ids: ArrayLike | None,
-    vocab_size: int,
-) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    ids = check_token_ids("input_ids", input_ids, 2, vocab_size)
-    if position_ids is None:
-        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None, :]
-    else:
-        positions = _check_like_ids("position_ids", position_ids, ids)
-    segments = None if segment_ids is None else _check_like_ids("segment_ids", segment_ids, ids)
-    return ids, segments, positions
-
-
 def check_token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) -> jax.Array:
     """Return token ids as unsigned integers; raises `InputError` for anything else."""
     ids = jnp.asarray(values)
@@ -337,7 +324,9 @@ def check_token_ids(name: str, values: ArrayLike, rank: int, vocab_size: int) ->
     return ids.astype(jnp.uint32)
 
 
-def _check_like_ids(name: str, values: ArrayLike, input_ids: jax.Array) -> jax.Array:
+def _check_like_ids(name: str, values: ArrayLike | None, input_ids: jax.Array) -> jax.Array | None:
+    if values is None:
+        return None
     array = jnp.asarray(values)
     whole = jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == bool
     if array.shape != input_ids.shape or not whole:

@@ -45,10 +45,6 @@ def _product(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum(subscripts, x, y.astype(x.dtype))
 
 
-def _forward(subscripts: str, x: jax.Array, y: jax.Array) -> tuple[jax.Array, _Pair]:
-    return _product(subscripts, x, y), (x, y)
-
-
 def _backward(subscripts: str, saved: _Pair, gradient: jax.Array) -> _Pair:
     """Compute each gradient with its axes in place.
 
@@ -66,11 +62,8 @@ def _backward(subscripts: str, saved: _Pair, gradient: jax.Array) -> _Pair:
     return to_x.astype(x.dtype), to_y.astype(y.dtype)
 
 
-_product.defvjp(_forward, _backward)
-
-
-def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+_product.defvjp(lambda subscripts, x, y: (_product(subscripts, x, y), (x, y)), _backward)
+_einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Linear(nnx.Module):

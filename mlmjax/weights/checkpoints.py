@@ -3,8 +3,9 @@
 import logging
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Checkpoints:
         policies: list[Any] = [ocp.checkpoint_managers.LatestN(config.keep_last)]
         if config.keep_best:
             best = ocp.checkpoint_managers.BestN(
-                get_metric_fn=_loss,
+                get_metric_fn=itemgetter("loss"),
                 n=config.keep_best,
                 reverse=True,  # the last ones in order are kept
                 keep_checkpoints_without_metrics=False,
@@ -63,7 +64,7 @@ class Checkpoints:
                 options=ocp.CheckpointManagerOptions(
                     preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
                     # Orbax writes metrics only with these two; the next process needs them.
-                    best_fn=_loss,
+                    best_fn=itemgetter("loss"),
                     best_mode="min",
                     # Orbax would do it in the background, even when it is opened only to read.
                     cleanup_tmp_directories=False,
@@ -104,14 +105,18 @@ class Checkpoints:
         if processes.broadcast_from_first(lambda: step in self.steps()):
             return
         self._saving = step
-        self._clear()
+        if not self._cleared and processes.is_first():  # what interrupted saves left
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                with suppress(OSError):
+                    path.rmtree()
+            self._cleared = True
         ranked = metrics is not None and np.isfinite(float(metrics.get("loss", np.nan)))
         record = {
             "metadata": dict(metadata or {}),
             "arrays": describe(state),
             "fingerprints": fingerprints(state),
         }
-        try:
+        with self._writing():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -120,16 +125,6 @@ class Checkpoints:
                 metrics={"loss": float(metrics["loss"])} if metrics and ranked else None,
                 force=True,
             )
-        except Exception as error:
-            raise self._failed(error) from error
-
-    def _clear(self) -> None:
-        """Remove what interrupted saves left, before the first save of this process."""
-        if not self._cleared and processes.is_first():
-            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
-                with suppress(OSError):
-                    path.rmtree()
-            self._cleared = True
 
     def latest(self) -> int | None:
         """Return the newest whole step, or None."""
@@ -178,53 +173,53 @@ class Checkpoints:
         record = self._record(step)
         abstract = jax.tree.map(_abstract, abstract_state)
         check_same(self.folder / str(step), record["arrays"], describe(abstract))
-        try:
+        with self._reading(step):
             args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
             state = self._manager.restore(step, args=args)[STATE]
             verify(state, record["fingerprints"])
-        except Exception as error:
-            raise self._damaged(step, error) from error
         return state
 
     def wait(self) -> None:
         """Wait for the last save; raises `RunError` if it failed."""
-        try:
+        with self._writing():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def close(self) -> None:
         """Wait for the last save and close threads and files; raises `RunError` as `wait`."""
-        try:
+        with self._writing():
             self._manager.close()
-        except Exception as error:
-            raise self._failed(error) from error
 
     def _record(self, step: int) -> dict[str, Any]:
         if step not in self.steps():
             have = ", ".join(map(str, self.steps())) or "none"
             raise InputError(f"{self.folder}: has no checkpoint of step {step}; it has {have}")
-        try:
+        with self._reading(step):
             args = ocp.args.Composite(**{RECORD: ocp.args.JsonRestore()})
             record = self._manager.restore(step, args=args)[RECORD]
             return {key: dict(record[key]) for key in ("metadata", "arrays", "fingerprints")}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
-            raise self._damaged(step, error) from error
+            reason = full_disk(error) or f"{first_line(error):.200}"
+            raise RunError(
+                f"{self.folder}: the checkpoint of step {self._saving} could not be saved "
+                f"({reason}); those saved before it are whole; {write_advice(error)}"
+            ) from error
 
-    def _failed(self, error: Exception) -> RunError:
-        reason = full_disk(error) or f"{first_line(error):.200}"
-        return RunError(
-            f"{self.folder}: the checkpoint of step {self._saving} could not be saved ({reason}); "
-            f"those saved before it are whole; {write_advice(error)}"
-        )
-
-    def _damaged(self, step: int, error: Exception) -> InputError:
-        others = [other for other in self.steps() if other != step]
-        then = f"the run resumes from step {max(others)}" if others else "the run starts again"
-        return InputError(
-            f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
-            f"({first_line(error):.200}); delete this folder, and {then}"
-        )
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            others = [other for other in self.steps() if other != step]
+            then = f"the run resumes from step {max(others)}" if others else "the run starts again"
+            raise InputError(
+                f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
+                f"({first_line(error):.200}); delete this folder, and {then}"
+            ) from error
 
 
 def fingerprints(state: Any) -> dict[str, int]:
@@ -291,10 +286,6 @@ def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str
             f"{len(problems)}); give the configuration it was saved with, or another folder",
             problems[1:],
         )
-
-
-def _loss(metrics: Any) -> float:
-    return metrics["loss"]
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -56,15 +56,14 @@ def fetch(
             f"{name}: is the packaged model and a folder; rename the folder, or give ./{name} for "
             "it"
         )
-    folder = path if is_folder else own
-    if folder is not None and revision is not None:
+    if folder := path if is_folder else own:
+        if revision is None:
+            return folder
         what = "is the packaged model" if own else "is a folder"
         raise InputError(
             f"{name}: {what}, but revision {revision!r} names a version on the hub; "
             "leave the revision out, or give a hub id"
         )
-    if folder is not None:
-        return folder
     if exists:
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:

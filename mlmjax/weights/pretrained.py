@@ -273,22 +273,17 @@ def save_pretrained(
     other = "float32" if dtype == "source" else dtype
     dtypes = {name: source.get(name, other) for name in tensors}
     with replace_folder(path, EXPORT_FILES) as folder:
-        values = _config_values(model, set(dtypes.values()))
-        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        values = config.to_hf() | {"architectures": [type(model).__name__]}
+        if len(names := set(dtypes.values())) == 1:
+            # transformers loads in this dtype; the older key is updated if the source had it.
+            values |= dict.fromkeys({"dtype"} | ({"torch_dtype"} & values.keys()), names.pop())
+        text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
+        (folder / CONFIG).write_text(text, encoding="utf-8")
         _write_weights(folder, tensors, dtypes)
         if tokenizer is not None:
             tokenizer.save(folder)
         for name, text in {CARD: card or model_card(model), **(more_files or {})}.items():
             (folder / name).write_text(text, encoding="utf-8")
-
-
-def _config_values(model: Model, dtypes: set[str]) -> dict[str, Any]:
-    values = model.config.to_hf() | {"architectures": [type(model).__name__]}
-    if len(dtypes) == 1:
-        # transformers loads in this dtype; the older key is updated if the source had it.
-        (name,) = dtypes
-        values |= {key: name for key in ("dtype", "torch_dtype") if key == "dtype" or key in values}
-    return dict(sorted(values.items()))
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,7 +75,11 @@ class Weights:
         files = weight_map(self.folder)
         for file in sorted(set(files.values())) if files else [WEIGHTS]:
             self._add(file)
-        self._check_index(files)
+        for name, file in (files or {}).items():
+            found = self.headers[name].file if name in self.headers else None
+            if found != file:
+                what = f"in {found}" if found else "missing"
+                self.problems.append(f"{name}: is {what}, though {INDEX} places it in {file}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
@@ -125,14 +128,6 @@ class Weights:
             if name in self.headers:
                 self.problems.append(f"{name}: is in both {self.headers[name].file} and {file}")
             self.headers[name] = header
-
-    def _check_index(self, files: Mapping[str, str] | None) -> None:
-        for name, file in (files or {}).items():
-            if name not in self.headers:
-                self.problems.append(f"{name}: is missing, though {INDEX} places it in {file}")
-            elif self.headers[name].file != file:
-                found = self.headers[name].file
-                self.problems.append(f"{name}: is in {found}, though {INDEX} places it in {file}")
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
