@@ -3,38 +3,31 @@
 import json
 import logging
 import unicodedata
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from noisy_models import build, run_jitted
+from noisy_models import run_jitted
+from small_models import small_model
 from tiny_models import torch, transformers
 from training import write_tokenizer
 
 import mlmjax
 import mlmjax.text.words
-from mlmjax import InputError, ModelConfig, ModernBertForMaskedLM, Tokenizer, Verbalizer
+from mlmjax import InputError, ModernBertForMaskedLM, Tokenizer, Verbalizer
 from mlmjax import resize_token_embeddings as resize
 from mlmjax.model.modernbert import parameters
 from mlmjax.text.words import add_words
 from mlmjax.weights.model_checkpoint import load_model, save_model
 from mlmjax.weights.pretrained import EMBEDDING, load_pretrained, save_pretrained
 
-SMALL = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
+make_model = partial(small_model, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
 WORDS = ["angioplasty", "IL-6R", "myocardial infarction", "naïvetoid", "血管造影"]
 TEXT = (
     "After myocardial infarction, angioplasty (IL-6R) was done.\n\nAngioplasty naïvetoid 血管造影"
 )
-
-
-def make_model(cls=ModernBertForMaskedLM, **options):
-    return build(cls, ModelConfig(**SMALL, **options))
 
 
 @pytest.fixture(scope="module")
