@@ -61,9 +61,6 @@ class TestData:
         labels = sorted({row["label"] for row in train})
         assert all(len(tokenizer.encode_plain(f" {label}")) == 1 for label in labels)
 
-    def test_is_small(self):
-        assert sum(path.stat().st_size for path in ASSETS.iterdir()) < 2_000_000
-
     def test_attribution_names_every_book_its_number_and_the_licence(self, train, test):
         text = (ASSETS / "ATTRIBUTION.md").read_text(encoding="utf-8")
         for book, number in Counter(row["book"] for row in train + test).items():
