@@ -4,9 +4,10 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import IO
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, read_failed
 
 
 def read_labels(argument: str) -> list[str] | dict[str, str]:
@@ -62,9 +63,8 @@ def _open(file: str) -> Iterator[IO[bytes]]:
         with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
             yield stream
     except OSError as error:
-        raise InputError(
-            f"{file}: cannot be read ({error.strerror}); give a text file, one entry per line"
-        ) from error
+        advice = "give a text file, one entry per line"
+        raise read_failed(Path(file), error, advice) from error
 
 
 def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:

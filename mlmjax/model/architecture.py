@@ -116,7 +116,12 @@ class ModelConfig:
         problems += self._check_sizes(wrong)
         problems += self._resolve_layers(wrong)
         problems += self._resolve_labels(wrong)
-        problems += self._check_extra()
+        refused = {name: self.extra.get(name) for name in _REFUSED}
+        problems += [
+            _problem(name, found, "null: not supported here")
+            for name, found in refused.items()
+            if found is not None
+        ]
         if not problems and self.extra.get("head_dim") not in (None, self.head_dim):
             expected = f"hidden_size / num_attention_heads = {self.head_dim}"
             problems.append(_problem("head_dim", self.extra["head_dim"], expected))
@@ -301,11 +306,6 @@ class ModelConfig:
         self._set("num_labels", len(labels))
         self._set("id2label", labels)
         self._set("label2id", dict(ids))
-
-    def _check_extra(self) -> Iterator[str]:
-        for name in _REFUSED:
-            if self.extra.get(name) is not None:
-                yield _problem(name, self.extra[name], "null: not supported here")
 
 
 # What pydantic checks: each annotation, with None where that is the default.

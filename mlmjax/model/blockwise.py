@@ -226,8 +226,7 @@ def _surround(blocks: jax.Array, rows: int) -> jax.Array:
 
     The first and the last block get zeros on their outer side.
     """
-    size = blocks.shape[-2]
-    untouched = [(0, 0)] * (blocks.ndim - 3)
-    before = jnp.pad(blocks[..., :-1, size - rows :, :], [*untouched, (1, 0), (0, 0), (0, 0)])
-    after = jnp.pad(blocks[..., 1:, :rows, :], [*untouched, (0, 1), (0, 0), (0, 0)])
+    size, axis = blocks.shape[-2], blocks.ndim - 3
+    before = _pad(blocks[..., :-1, size - rows :, :], axis, 1, 0)
+    after = _pad(blocks[..., 1:, :rows, :], axis, 0, 1)
     return jnp.concatenate([before, blocks, after], axis=-2)

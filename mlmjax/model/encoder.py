@@ -135,9 +135,7 @@ class Encoder(nnx.Module):
             block=self.options.splash_blocks[is_local],
         )
 
-        def forward(hidden: jax.Array, rope: Rope, segment_ids: jax.Array | None) -> jax.Array:
-            return layer(hidden, rope, segment_ids, attend_here)
-
+        forward = partial(layer, attend_here=attend_here)
         if self.options.remat == "none":
             return forward
         return jax.checkpoint(forward, policy=_STORED.get(self.options.remat))

@@ -157,7 +157,6 @@ CLASSES: dict[str, type[Model]] = {
     cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
 }
 SINGLE_LABEL: Literal["single_label_classification"] = "single_label_classification"
-REGRESSION: Literal["regression"] = "regression"
 
 
 def parameters(model: nnx.Module) -> dict[str, Any]:
@@ -188,7 +187,7 @@ def labelled_config(config: ModelConfig, labels: Sequence[str]) -> ModelConfig:
         num_labels=len(names),
         id2label=dict(enumerate(names)),
         label2id={name: number for number, name in enumerate(names)},
-        problem_type=SINGLE_LABEL if labels else REGRESSION,
+        problem_type=SINGLE_LABEL if labels else "regression",
     )
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 from labelled_texts import word_model, word_tokenizer
-from small_models import small_config
+from small_models import small_model
 
 import mlmjax
 from mlmjax.cli import demo
@@ -18,7 +17,6 @@ from mlmjax.cli.demo_report import Answer, Method, page
 from mlmjax.config.run import parse_config
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
-from mlmjax.model.modernbert import ModernBertForMaskedLM
 
 ASSETS = Path(mlmjax.__file__).parent / "assets" / "openstax"
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
@@ -133,7 +131,6 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def report():
     """A page about three labels."""
-    model = ModernBertForMaskedLM(small_config(), rngs=nnx.Rngs(0))
     methods = [Method(name, 0.5) for name in ("chance", "majority", "zero-shot")]
     text = page(
         methods=[*methods, Method("ours", 0.75, (0.6, 0.8), is_ours=True)],
@@ -149,7 +146,7 @@ def report():
             Answer("plain", {"art": 0.8, "law": 0.1, "war": 0.1}, "war"),
         ],
         sentences=[Answer("ours", {"art": 0.3, "law": 0.4, "war": 0.3})],
-        **demo.facts(Path("my out"), parse_config(RUN), model),
+        **demo.facts(Path("my out"), parse_config(RUN), small_model()),
         trained=1000,
         seconds=61,
     )

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
-from small_models import small_config
+from small_models import small_model
 
-from mlmjax import ModernBertForMaskedLM, load_pretrained, save_pretrained
+from mlmjax import load_pretrained, save_pretrained
 from mlmjax.model.modernbert import parameters
 from mlmjax.weights.pretrained import EMBEDDING
 
@@ -25,8 +24,7 @@ def model(request, tmp_path_factory, tokenizer):
     if request.param == "packaged":
         return ()
     folder = tmp_path_factory.mktemp("model") / "small"
-    config = small_config(num_hidden_layers=1)
-    save_pretrained(ModernBertForMaskedLM(config, rngs=nnx.Rngs(0)), tokenizer, folder)
+    save_pretrained(small_model(scale=0.02, num_hidden_layers=1), tokenizer, folder)
     return ("--model", folder)
 
 

@@ -10,10 +10,10 @@ import sys
 import tomllib
 
 import pytest
-from flax import nnx
 from pages import ROOT, blocks, commands
 from processes import free_port
 from pydantic_core import PydanticUndefined
+from small_models import small_model
 
 import mlmjax
 from mlmjax.cli import main
@@ -64,10 +64,7 @@ def rows(table, prefix=""):
 def inputs(tmp_path_factory, tokenizer):
     """What the README takes for granted, but small: a model and training data."""
     folder = tmp_path_factory.mktemp("inputs")
-    config = mlmjax.ModelConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = mlmjax.ModernBertForMaskedLM(config, rngs=nnx.Rngs(0))
+    model = small_model(num_hidden_layers=1, max_position_embeddings=8192)
     mlmjax.save_pretrained(model, tokenizer, folder / "HF_FOLDER")
     with (folder / "my.jsonl").open("w") as file:
         for number in range(200):

@@ -1,15 +1,14 @@
 """The data of the small model: a complete file or none."""
 
 import json
-from importlib.util import module_from_spec, spec_from_file_location
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "make_small_data.py"
-SPEC = spec_from_file_location("make_small_data", SCRIPT)
-TOOL = module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
+TOOL = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 def row(number):

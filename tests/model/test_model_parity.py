@@ -67,6 +67,13 @@ def oracle(model):
     return theirs
 
 
+def run_oracle(theirs, ids, mask=None, **options):
+    """Return what a transformers model gives, without gradients."""
+    mask = None if mask is None else torch.tensor(mask)
+    with torch.no_grad():
+        return theirs(input_ids=torch.tensor(ids), attention_mask=mask, **options)
+
+
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Let the banded path cut rows that are short enough for a test."""
@@ -116,13 +123,10 @@ def test_sequence_classification_is_that_of_transformers(changes):
     ids, mask, _ = padded_batch(config.vocab_size)
     ids, mask = ids[:2], mask[:2]
     theirs = oracle(model)
-    with torch.no_grad():
-        out = theirs(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
-        full = theirs(input_ids=torch.tensor(ids))
     found = model(ids, mask)
     assert found.shape == (2, config.num_labels)
-    np.testing.assert_allclose(found, out.logits, atol=1e-4)
-    np.testing.assert_allclose(model(ids), full.logits, atol=1e-4)
+    np.testing.assert_allclose(found, run_oracle(theirs, ids, mask).logits, atol=1e-4)
+    np.testing.assert_allclose(model(ids), run_oracle(theirs, ids).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -134,31 +138,24 @@ def test_lengths_around_the_window(length):
     config = config_of(local_attention=128, global_attn_every_n_layers=2)
     ids, mask, _ = padded_batch(config.vocab_size, (length, length - 9, length - 3), seed=length)
     model = build(ModernBertForMaskedLM, config)
-    with torch.no_grad():
-        out = oracle(model)(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask))
+    expected = run_oracle(oracle(model), ids, mask).logits.numpy()
     real = mask == 1
     found = np.asarray(run_jitted(model, ids, mask))
-    np.testing.assert_allclose(found[real], out.logits.numpy()[real], atol=1e-4)
+    np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
 
 
 def test_a_row_of_8192():
     config = config_of(hidden_size=8, num_attention_heads=1, local_attention=128)
     ids = np.random.default_rng(0).integers(1, config.vocab_size, (1, 8192))
     model = build(ModernBertForMaskedLM, config)
-    with torch.no_grad():
-        out = oracle(model)(input_ids=torch.tensor(ids))
-    np.testing.assert_allclose(run_jitted(model, ids), out.logits, atol=1e-4)
+    expected = run_oracle(oracle(model), ids).logits
+    np.testing.assert_allclose(run_jitted(model, ids), expected, atol=1e-4)
 
 
 def test_hidden_states_are_those_of_transformers():
     model = build(ModernBertForMaskedLM, config_of(norm_bias=True))
     ids, mask, _ = padded_batch(61)
-    with torch.no_grad():
-        out = oracle(model).model(
-            input_ids=torch.tensor(ids),
-            attention_mask=torch.tensor(mask),
-            output_hidden_states=True,
-        )
+    out = run_oracle(oracle(model).model, ids, mask, output_hidden_states=True)
     hidden, states = model.encode(ids, mask, output_hidden_states=True)
     assert len(states) == model.config.num_hidden_layers + 1
     real = mask == 1
@@ -181,8 +178,7 @@ def test_packed_is_alone_as_transformers_computes_it(small_blocks, implementatio
     packed = np.asarray(run_jitted(model, row, segment_ids, position_ids))
     assert np.isfinite(packed).all()
     for part, start in zip(parts, starts, strict=False):
-        with torch.no_grad():
-            alone = theirs(input_ids=torch.tensor(part[None])).logits.numpy()
+        alone = run_oracle(theirs, part[None]).logits
         np.testing.assert_allclose(packed[0, start : start + len(part)], alone[0], atol=1e-4)
 
 

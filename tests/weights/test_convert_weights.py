@@ -1,7 +1,7 @@
 """The conversion tool: bit by bit both ways, differences are located, bad input is rejected."""
 
 import dataclasses
-import importlib.util
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,9 +28,7 @@ pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "convert_weights.py"
-SPEC = importlib.util.spec_from_file_location("convert_weights", SCRIPT)
-TOOL = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
+TOOL = runpy.run_path(str(SCRIPT))
 
 CONFIG = ModelConfig(
     vocab_size=384,
@@ -58,7 +56,7 @@ def run(capsys):
     """Run the tool in this process; return (exit code, standard output, standard error)."""
 
     def run(*arguments):
-        code = TOOL.run([str(argument) for argument in arguments])
+        code = TOOL["run"]([str(argument) for argument in arguments])
         streams = capsys.readouterr()
         assert "Traceback" not in streams.err
         return code, streams.out, streams.err
