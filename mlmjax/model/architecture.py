@@ -169,7 +169,12 @@ class ModelConfig:
         known = {f.name for f in fields(cls) if f.compare}
         unknown = [str(key) for key in values if key not in known]
         if strict and unknown:
-            problems = [_unknown_key(key, known) for key in unknown]
+            names = sorted(known)
+            problems = [
+                f"{key}: unknown key; "
+                + (suggest_name(key, names).strip() or f"known: {', '.join(names)}")
+                for key in unknown
+            ]
             raise InputError(f"model configuration: {problems[0]}", problems[1:])
         extra = {key: value for key, value in values.items() if key not in known}
         return cls(**{key: values[key] for key in values if key in known}, extra=extra)
@@ -323,11 +328,6 @@ def _problem(name: str, found: Any, expected: str) -> str:
     except ValueError:  # an integer of thousands of digits has no repr
         shown = "a huge number"
     return f"{name}: found {shown}; expected {expected}"
-
-
-def _unknown_key(key: str, known: set[str]) -> str:
-    hint = suggest_name(key, sorted(known)).strip() or f"known: {', '.join(sorted(known))}"
-    return f"{key}: unknown key; {hint}"
 
 
 def _every_nth(n: int, layers: int) -> tuple[str, ...]:

@@ -101,9 +101,8 @@ class LayerNorm(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.weight = nnx.Param(jnp.ones(config.hidden_size, jnp.float32))
-        self.bias = (
-            nnx.Param(jnp.zeros(config.hidden_size, jnp.float32)) if config.norm_bias else None
-        )
+        zeros = jnp.zeros(config.hidden_size, jnp.float32)
+        self.bias = nnx.Param(zeros) if config.norm_bias else None
         self.eps = config.norm_eps
 
     def __call__(self, x: jax.Array, dtype: Any) -> jax.Array:
@@ -143,13 +142,11 @@ def output_std(config: ModelConfig) -> float:
     return config.initializer_range / math.sqrt(2.0 * config.num_hidden_layers)
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-
-
 _BY_TANH = ("gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh")
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    **dict.fromkeys(("gelu", "gelu_python"), _gelu),
+    **dict.fromkeys(
+        ("gelu", "gelu_python"), lambda x: 0.5 * x * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    ),
     **dict.fromkeys(_BY_TANH, partial(jax.nn.gelu, approximate=True)),
     **dict.fromkeys(("silu", "swish"), jax.nn.silu),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),

@@ -142,9 +142,8 @@ class DecoderBias(nnx.Module):
     """The decoder's own parameter: its optional bias."""
 
     def __init__(self, config: ModelConfig):
-        self.bias = (
-            nnx.Param(jnp.zeros(config.vocab_size, jnp.float32)) if config.decoder_bias else None
-        )
+        zeros = jnp.zeros(config.vocab_size, jnp.float32)
+        self.bias = nnx.Param(zeros) if config.decoder_bias else None
 
 
 def _make_classifier(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
@@ -206,14 +205,12 @@ def with_classifier(
         drawn = parameters(_make_classifier(config, nnx.Rngs(seed)))
         values |= {f"classifier.{name}": leaf for name, leaf in drawn.items()}
     elif model.config.id2label != config.id2label:
+        have, want = (
+            ", ".join(map(repr, one.id2label.values()))[:200] for one in (model.config, config)
+        )
         raise InputError(
-            f"init_from: is a classification model of the labels "
-            f"{_quote_labels(model.config)}; the sources name {_quote_labels(config)}; give the "
-            "same labels in the same order, or start from a masked language model"
+            f"init_from: is a classification model of the labels {have}; the sources name {want}; "
+            "give the same labels in the same order, or start from a masked language model"
         )
     name = ModernBertForSequenceClassification.__name__
     return with_parameters(abstract_model(name, config, model.options), values)
-
-
-def _quote_labels(config: ModelConfig) -> str:
-    return ", ".join(map(repr, config.id2label.values()))[:200]

@@ -229,7 +229,8 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
 
     def put(name: str, leaf: Any) -> jax.Array:
         with jax.default_device(device):
-            value = from_hf_layout(name, read(name), leaf.shape).astype(leaf.dtype, copy=False)
+            value = read(name).T if _inputs(name) else read(name)
+            value = value.reshape(leaf.shape).astype(leaf.dtype, copy=False)
             # A copy, because an array that shares numpy's memory cannot be donated to a step.
             return jax.device_put(value, may_alias=False)
 
@@ -394,11 +395,6 @@ def to_hf_layout(name: str, value: np.ndarray) -> np.ndarray:
     if _inputs(name):
         return np.ascontiguousarray(value.reshape(shape[::-1]).T)
     return value.reshape(shape)
-
-
-def from_hf_layout(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a tensor from disk as the parameter of `shape`: the inverse of `to_hf_layout`."""
-    return (value.T if _inputs(name) else value).reshape(shape)
 
 
 def _inputs(name: str) -> int | None:
