@@ -29,13 +29,9 @@ def main() -> None:
     save_pretrained(model, tokenizer, arguments.out, dtype=arguments.dtype)
     again, same_tokenizer = load_pretrained(arguments.out)
 
-    ids = [tokenizer.cls_id, *tokenizer.encode_plain(arguments.text), tokenizer.sep_id]
-    assert ids == [
-        tokenizer.cls_id,
-        *same_tokenizer.encode_plain(arguments.text),
-        tokenizer.sep_id,
-    ]
-    batch = np.array([ids])
+    ids = tokenizer.encode_plain(arguments.text)
+    assert ids == same_tokenizer.encode_plain(arguments.text)
+    batch = np.array([[tokenizer.cls_id, *ids, tokenizer.sep_id]])
     difference = np.abs(np.asarray(again(batch)) - np.asarray(model(batch))).max()
     for file in sorted(arguments.out.iterdir()):
         print(f"{file}: {file.stat().st_size} bytes")

@@ -107,18 +107,15 @@ def test_lower_rooms_load_without_jax():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_folders_are_small_and_say_what_they_are_for():
+def test_folders_and_files_are_small_and_folders_say_what_they_are_for():
+    lines = {name: len(path.read_text().splitlines()) for name, path in MODULES.items()}
+    assert max(lines.values()) <= MOST_LINES, lines
     for folder in {path.parent for path in MODULES.values()} - {PACKAGE}:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= MOST_FILES, folder
         tree = ast.parse((folder / "__init__.py").read_text())
         assert len(ast.get_docstring(tree) or "") > 60, folder
         assert len(tree.body) == 1 or folder == PACKAGE / "data", folder
-
-
-def test_files_are_read_in_one_sitting():
-    long = {name: n for name, path in MODULES.items() if (n := len(path.read_text().split("\n")))}
-    assert not {name: n for name, n in long.items() if n > MOST_LINES}
 
 
 def test_type_checkers_see_the_public_names():

@@ -115,7 +115,10 @@ def check(first: Path, second: Path) -> int:
         compared = Tensors(first, stack), Tensors(second, stack)
         lines, largest = compare(*compared)
         tensors = len(compared[0])
-    _print(lines)
+    for line in lines[:MOST_LINES]:
+        click.echo(line)
+    if len(lines) > MOST_LINES:
+        click.echo(f"... and {len(lines) - MOST_LINES} more")
     click.echo(largest)
     click.echo("different" if lines else f"identical: {tensors} tensors")
     return 1 if lines else 0
@@ -163,13 +166,6 @@ def _tokenizer(folder: Path, model: Model) -> Any:
     tokenizer = pretrained.read_tokenizer(folder)
     pretrained.check_tokenizer(folder, model.config, read_json(folder, CONFIG), tokenizer)
     return tokenizer
-
-
-def _print(lines: Sequence[str], err: bool = False) -> None:
-    for line in lines[:MOST_LINES]:
-        click.echo(line, err=err)
-    if len(lines) > MOST_LINES:
-        click.echo(f"... and {len(lines) - MOST_LINES} more", err=err)
 
 
 def run(arguments: Sequence[str]) -> int:

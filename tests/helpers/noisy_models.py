@@ -28,10 +28,6 @@ def config_of(**changes):
     return ModelConfig(**{**TINY, **changes})
 
 
-def named(tree):
-    return {sharding.leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
-
-
 def noise(name, shape, scale):
     """Return noise that depends on nothing but the parameter's name."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -84,7 +80,7 @@ def loss_and_gradients(model, ids, mask, targets, *, compiled=False):
         return cross_entropy(logits, targets), logits
 
     (loss, logits), grads = (jax.jit(run) if compiled else run)(params)
-    return float(loss), np.asarray(logits), named(grads)
+    return float(loss), np.asarray(logits), sharding.named_leaves(grads)
 
 
 def run_jitted(model, *inputs):
