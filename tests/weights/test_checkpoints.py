@@ -20,10 +20,10 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from noisy_models import config_of
 
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError
-from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import CLASSES
 from mlmjax.parallel import sharding
 from mlmjax.training.step import create_train_state
@@ -33,14 +33,7 @@ from mlmjax.weights.model_checkpoint import load_model, save_model, saved_tensor
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    pad_token_id=0,
-)
+CONFIG = config_of(vocab_size=64)
 KEEP = CheckpointConfig(keep_last=2, keep_best=1)
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from noisy_models import config_of
 from safetensors.numpy import load_file, save_file
 from training import write_tokenizer
 
 from mlmjax import storage
 from mlmjax.config.run import CheckpointConfig
-from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import CLASSES
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import create_train_state
@@ -30,16 +30,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "convert_weights.py"
 TOOL = runpy.run_path(str(SCRIPT))
 
-CONFIG = ModelConfig(
-    vocab_size=384,
-    pad_token_id=0,
-    hidden_size=4,
-    intermediate_size=6,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    attention_bias=True,
-    extra={"note": "kept"},
-)
+NARROW = {"vocab_size": 384, "hidden_size": 4, "intermediate_size": 6}
+CONFIG = config_of(**NARROW, attention_bias=True, extra={"note": "kept"})
 
 
 def make_model(seed=0, name="ModernBertForMaskedLM", config=CONFIG):
