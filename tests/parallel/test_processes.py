@@ -1,4 +1,8 @@
-"""Runs of several processes over gloo: the same run as of one, and none left behind."""
+"""Runs of several processes over gloo: the same run as of one, and none left behind.
+
+Those that train are long, because each process imports and compiles everything. By default, the tests of
+failures and of launching start real processes.
+"""
 
 import json
 import shutil
@@ -108,6 +112,7 @@ def stopped(folder):
     return out
 
 
+@pytest.mark.long
 def test_two_processes_train_like_one_and_stop_together(folder, stopped, one):
     lines = lines_of(stopped)
     assert {(line["step"], line["split"]) for line in lines} >= {(2, "train"), (3, "validation")}

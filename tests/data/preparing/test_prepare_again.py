@@ -159,7 +159,7 @@ def test_a_run_killed_between_jobs_resumes_and_gives_the_same_bytes(config):
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 4), (2, 1), pytest.param(2, 10, marks=pytest.mark.long)]
+    ("workers", "kills"), [(1, 2), (2, 1), pytest.param(2, 10, marks=pytest.mark.long)]
 )
 def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
     """Only the first process is killed; those that it started have to end by themselves."""
