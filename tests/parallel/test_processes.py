@@ -1,7 +1,7 @@
 """Runs of several processes over gloo: the same run as of one, and none left behind.
 
-Those that train are long, because each process imports and compiles everything. By default, the tests of
-failures and of launching start real processes.
+Those that train are long, because each process imports and compiles everything. By default, the
+tests of failures and of launching start real processes.
 """
 
 import json
