@@ -4,7 +4,6 @@ import string
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypeAlias
 
-import numpy as np
 from pydantic import AfterValidator, Field
 
 from mlmjax.errors import InputError, MissingColumnError
@@ -67,7 +66,8 @@ def as_written(value: Any) -> str:
     >>> as_written(2.0), as_written(True), as_written("yes")
     ('2', 'true', 'yes')
     """
-    if isinstance(value, bool | np.bool_):
+    # By its text, because importing numpy for its booleans would double the time to read a file.
+    if not isinstance(value, str) and str(value) in ("True", "False"):
         return str(value).lower()
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 

@@ -6,7 +6,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from mlmjax.config.columns import Column, look_up
@@ -242,7 +241,8 @@ def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> li
     if isinstance(options, tuple):
         return [look_up(record, column, "options") for column in options]
     values = look_up(record, options, "options")
-    if not isinstance(values, list | tuple | np.ndarray) or len(values) < 2:
+    is_list = isinstance(values, list | tuple) or getattr(values, "ndim", 0) == 1  # numpy's, too
+    if not is_list or len(values) < 2:
         raise InputError(f"column {options!r} is {values!r:.60}; expected a list of two or more")
     return list(values)
 
