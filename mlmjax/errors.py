@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +10,6 @@ from typing import Any
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 MAX_DETAIL_LINES = 20
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-_INTERNALS = re.compile(
-    r" in OCDBT database|\.?\s*(?:See full )?TensorStore details:| \[tensorstore_spec"
-)
 
 
 class InputError(ValueError):
@@ -107,12 +102,5 @@ def write_advice(error: BaseException) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type without text.
-
-    What Orbax and TensorStore add on their internals is left out.
-
-    >>> first_line(ValueError('Error reading "step" in OCDBT database at local file "a/": ...'))
-    'Error reading "step"'
-    """
-    text = _INTERNALS.split(str(error).strip())[0]
-    return next(iter(text.splitlines()), "") or type(error).__name__
+    """Return the first line of an error's text, or its type without text."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

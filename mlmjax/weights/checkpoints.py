@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -25,6 +26,11 @@ from mlmjax.storage import check_name, is_remote
 
 STATE, RECORD = "state", "record"
 """The two items of a step's folder: its arrays, and what is said of them."""
+
+# Where the message of an error of Orbax or TensorStore goes on to their internals.
+_INTERNALS = re.compile(
+    r" in OCDBT database|\.?\s*(?:See full )?TensorStore details:| \[tensorstore_spec"
+)
 
 # Orbax logs every step it takes, and the tracebacks of errors that it raises too.
 logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
@@ -203,7 +209,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = full_disk(error) or f"{first_line(error):.200}"
+            reason = full_disk(error) or reason_of(error)
             raise RunError(
                 f"{self.folder}: the checkpoint of step {self._saving} could not be saved "
                 f"({reason}); those saved before it are whole; {write_advice(error)}"
@@ -218,7 +224,7 @@ class Checkpoints:
             then = f"the run resumes from step {max(others)}" if others else "the run starts again"
             raise InputError(
                 f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
-                f"({first_line(error):.200}); delete this folder, and {then}"
+                f"({reason_of(error)}); delete this folder, and {then}"
             ) from error
 
 
@@ -258,6 +264,15 @@ def verify(state: Any, expected: Mapping[str, int]) -> None:
     changed = [name for name in found if found[name] != expected.get(name)]
     if changed:
         raise ValueError(f"{changed[0]} is not what was saved")
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of Orbax, without the internals of its storage.
+
+    >>> reason_of(ValueError('Error reading "step" in OCDBT database at local file "a/": ...'))
+    'Error reading "step"'
+    """
+    return f"{_INTERNALS.split(first_line(error))[0]:.200}"
 
 
 def describe(tree: Any) -> dict[str, str]:

@@ -13,13 +13,21 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from mlmjax.errors import InputError, first_line
+from mlmjax.errors import InputError
 from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import CLASSES, Model, abstract_model
 from mlmjax.storage import CONFIG, TOKENIZER_FILES, check_name, read_json, replace_folder
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub, pretrained
-from mlmjax.weights.checkpoints import RECORD, STATE, check_same, describe, fingerprints, verify
+from mlmjax.weights.checkpoints import (
+    RECORD,
+    STATE,
+    check_same,
+    describe,
+    fingerprints,
+    reason_of,
+    verify,
+)
 
 PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
@@ -140,4 +148,4 @@ def _restore(folder: Path, abstract: Any, expected: Mapping[str, int] | None) ->
             verify(restored, expected)
         return restored
     except Exception as error:
-        raise InputError(f"{folder}: is damaged ({first_line(error):.200}); {advice}") from error
+        raise InputError(f"{folder}: is damaged ({reason_of(error)}); {advice}") from error
