@@ -5,11 +5,15 @@ import gc
 import logging
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
 import warnings
 import zlib
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
 
 import click
 
@@ -111,8 +115,42 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     return result if isinstance(result, int) else 0
 
 
+# What handlers of signals raise.
+_SIGNAL_OF = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}
+
+
+def listen_to_interrupts() -> None:
+    """Let Ctrl-C end the process at any moment of a command.
+
+    Python loses an exception that a signal raises within a callback of its garbage collector, and
+    JAX has one; the signal is then sent again. In an import an extension module may turn the
+    exception into another one, or abort; the process then ends at once.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # the shell may ignore it for jobs in the background
+    report, thread = sys.unraisablehook, threading.get_ident()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        files = (found.f_code.co_filename for found, _ in traceback.walk_stack(frame))
+        if any("importlib._bootstrap" in file for file in files):
+            os.write(2, b"\n")
+            os._exit(EXIT_INTERRUPTED)
+        raise KeyboardInterrupt
+
+    def send_again(found: Any) -> None:
+        number = _SIGNAL_OF.get(found.exc_type)
+        if callable(number and signal.getsignal(number)):
+            threading.Timer(0.05, signal.pthread_kill, (thread, number)).start()
+        else:
+            report(found)
+
+    signal.signal(signal.SIGINT, handle)
+    sys.unraisablehook = send_again
+
+
 def main() -> None:
     """Entry point of the `mlmjax` command."""
+    listen_to_interrupts()
     # Imported modules and compiled programs live to the end; a last search of them for cycles takes
     # a sixth of a short command's time.
     atexit.register(gc.freeze)

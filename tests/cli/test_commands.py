@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -132,3 +133,34 @@ def test_the_folder_of_compiled_programs_is_the_users_choice(cache_home, monkeyp
     (cache_home / "mlmjax").write_text("no folder can be made here")
     keep_compiled()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+IN_A_CALLBACK = """
+def interrupt(phase, info):
+    gc.callbacks.remove(interrupt)
+    signal.raise_signal(signal.SIGINT)
+gc.callbacks.append(interrupt)
+gc.collect()
+time.sleep(60)
+"""
+IN_AN_IMPORT = """
+try:
+    import interrupted
+except BaseException as error:
+    raise ImportError("cannot initialize") from None
+"""
+
+
+@pytest.mark.parametrize("code", [IN_A_CALLBACK, IN_AN_IMPORT])
+def test_an_interrupt_is_not_lost_where_its_exception_would_be(tmp_path, code):
+    (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    begin = (
+        "import gc, signal, sys, time\nfrom mlmjax.cli import main\nmain.listen_to_interrupts()\n"
+        f"sys.path.append({str(tmp_path)!r})\n"
+        f"code = {code!r}\ntry:\n    exec(code)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", begin], capture_output=True, timeout=30, check=False
+    )
+    assert done.returncode in (130, -signal.SIGINT)
+    assert not done.stderr.strip()
