@@ -35,7 +35,6 @@ class Example:
     label: float = math.nan
 
     def __len__(self) -> int:
-        """Count the tokens, which is the length for packing."""
         return self.ids.shape[0]
 
 

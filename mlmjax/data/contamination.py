@@ -1,10 +1,10 @@
 """Record what a model was trained on, and look for an evaluation in it."""
 
 import re
-from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
@@ -102,7 +102,7 @@ def training_manifest(
     sources = [
         TrainingSource(
             name=report.name,
-            files=_files({file.path: file.sha256 for file in report.files}),
+            files=[_named(file.path, file.sha256) for file in report.files],
             **({key: source[key] for key in _PLACE} if source["hub"] is not None else {}),
         )
         for source, report in zip(data["sources"], rows.sources, strict=True)
@@ -111,7 +111,7 @@ def training_manifest(
         ExcludedSet(
             task=one["task"],
             ngram=exclude.get("ngram", 0),
-            files=_files(one.get("files", {})),
+            files=[_named(*file) for file in one.get("files", {}).items()],
             **{key: one[key] for key in _PLACE if key in one},
         )
         for one in rows.config.get("evaluation", [])
@@ -126,8 +126,8 @@ def training_manifest(
     return TrainingManifest(format=1, runs=[*(before.runs if before else []), run])
 
 
-def _files(digests: Mapping[str, str]) -> list[TrainingFile]:
-    return [TrainingFile(name=Path(path).name, sha256=digests[path]) for path in digests]
+def _named(path: str, sha256: str) -> TrainingFile:
+    return TrainingFile(name=Path(path).name, sha256=sha256)
 
 
 def read_training_manifest(folder: Path) -> TrainingManifest | None:
@@ -159,8 +159,9 @@ def contamination(
     if found:
         return Contamination("found", list(dict.fromkeys(found)), [])
     held_out = [_is_held_out(run, task, place, digests) for run in training.runs]
-    status: Status = "excluded" if held_out and all(held_out) else "none found"
-    if status == "excluded":
+    status: Status = "none found"
+    if held_out and all(held_out):
+        status = "excluded"
         ngrams = sorted({one.ngram for run in training.runs for one in run.excluded})
         remarks = [
             f"examples that share {' or '.join(map(str, ngrams))} words in a row with {task.name} "
@@ -191,9 +192,8 @@ def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, 
             for file in source.files
             if file.sha256 in digests
         ]
-        keys = ("hub", "subset", "folder")
         wanted = place.hub or task.hub, task.subset, task.folder
-        if source.hub is not None and tuple(getattr(source, key) for key in keys) == wanted:
+        if source.hub is not None and (source.hub, source.subset, source.folder) == wanted:
             found.append(
                 f"trained on the dataset of this evaluation, {source.name}, split {source.split}"
             )
@@ -231,5 +231,5 @@ def _is_held_out(run: TrainingRun, task: Task, place: Location, digests: dict[st
     known = [one for one in run.excluded if one.task == task.name]
     if place.hub is None:
         return digests.keys() <= {file.sha256 for one in known for file in one.files}
-    wanted: Sequence[Any] = [getattr(place, key) for key in _PLACE]
-    return any([getattr(one, key) for key in _PLACE] == wanted for one in known)
+    where = attrgetter(*_PLACE)
+    return any(where(one) == where(place) for one in known)

@@ -22,9 +22,6 @@ AnyBatch = TypeVar("AnyBatch")
 RowNumbers = slice | Sequence[int] | np.ndarray | None
 """Rows of the global batch; None: all."""
 
-Drawn = tuple[int, Any]
-"""The epoch of a row, and its columns (`RowSource.columns`); None for a row of padding."""
-
 
 def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tokenizer) -> None:
     if not sources:
@@ -125,7 +122,7 @@ class _Loader(ABC, Generic[AnyBatch]):
         return self._assemble(step, rows)[0]
 
     def tasks(self, step: int, rows: RowNumbers = None) -> np.ndarray:
-        """Return the task number of each target (or labelled row), `UNUSED` where there is none."""
+        """Return the task number of each target (or labelled row), or `UNUSED`."""
         return self._assemble(step, rows)[1]
 
     def example_indices(self, step: int, rows: RowNumbers = None) -> list[np.ndarray]:
@@ -143,7 +140,6 @@ class _Loader(ABC, Generic[AnyBatch]):
         `rows` are the global rows that one process needs, or a function of the step that gives
         them.
         """
-        # grain imports jax, and data modules must be importable without it.
         import grain
 
         reader = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -153,26 +149,25 @@ class _Loader(ABC, Generic[AnyBatch]):
 
         yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(reader)
 
-    def _read(self, step: int, rows: RowNumbers = None) -> Iterator[Drawn]:
-        """Yield the rows of one batch, or the `rows` of it that one process needs."""
+    def _read(self, step: int, rows: RowNumbers = None) -> Iterator[tuple[int, Any]]:
+        """Yield the epoch and columns of each row of a batch; no columns for a row of padding."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         first = self._schedule.before(step)
         numbers = np.arange(self._schedule.rows(step))
         for number in numbers if rows is None else numbers[rows]:
-            located = self._locate(first + int(number))
-            if located is None:
-                yield 0, None
-                continue
-            epoch, row = located
+            epoch, row = self._locate(first + int(number))
             source = bisect.bisect_right(self._ends, row)
-            start = self._ends[source - 1] if source else 0
-            yield epoch, self._sources[source].columns(row - start)
+            if source == len(self._sources):
+                yield epoch, None  # Validation is over.
+            else:
+                start = self._ends[source] - len(self._sources[source])
+                yield epoch, self._sources[source].columns(row - start)
 
-    def _locate(self, number: int) -> tuple[int, int] | None:
-        """Return epoch and row of the `number`-th draw; None after the end of validation."""
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Return epoch and row of the `number`-th draw."""
         if not self._is_shuffled:
-            return (0, number) if number < self._ends[-1] else None
+            return 0, number
         stream, place = (0, number) if self._mixture is None else self._mixture[number]
         return place // self._lengths[stream], self._starts[stream] + self._streams[stream][place]
 
@@ -180,7 +175,9 @@ class _Loader(ABC, Generic[AnyBatch]):
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
         """Return the batch of one step, and the task of each target (or labelled row)."""
 
-    def _layout(self, drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _layout(
+        self, drawn: Sequence[tuple[int, Any]]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Lay out tokens, segments and positions of rows, as `packing.lay_out`."""
         rows = [None if columns is None else columns[:2] for _, columns in drawn]
         return lay_out(rows, self._seq_length, self._pad_id)

@@ -37,8 +37,7 @@ def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
             )
     rows: list[list[int]] = []
     rows_by_free: dict[int, list[int]] = {}
-    # Bit f is set while some row has f free tokens, so the best fit is the lowest set bit at or
-    # above the length.
+    # Bit f is set while a row has f free tokens: the best fit is the lowest from the length up.
     free_sizes = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[index]
@@ -68,16 +67,11 @@ def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
     tokens = 0
     for example in examples:
         if tokens + len(example) > WINDOW_ROWS * seq_length:
-            yield from _pack_window(window, seq_length)
+            yield from ([window[i] for i in row] for row in pack(window, seq_length))
             window, tokens = [], 0
         window.append(example)
         tokens += len(example)
-    yield from _pack_window(window, seq_length)
-
-
-def _pack_window(window: list[T], seq_length: int) -> Iterator[list[T]]:
-    for row in pack(window, seq_length):
-        yield [window[index] for index in row]
+    yield from ([window[i] for i in row] for row in pack(window, seq_length))
 
 
 def lay_out(

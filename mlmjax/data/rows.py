@@ -3,6 +3,7 @@
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -73,22 +74,16 @@ def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBa
 
 def _to_columns(row: list[Example], vocab_size: int) -> tuple[Any, ...]:
     token = token_type(vocab_size).to_pandas_dtype()
-    columns = (
-        np.concatenate([example.ids for example in row]).astype(token),
-        np.array([len(example) for example in row], np.int32),
-        np.array([example.answer_position for example in row], np.int32),
-        np.array([example.task for example in row], np.int32),
-        np.array([example.index for example in row], np.int64),
-        np.array([example.label for example in row], np.float32),
-    )
+    facts = [(len(one), one.answer_position, one.task, one.index, one.label) for one in row]
+    types = (np.int32, np.int32, np.int32, np.int64, np.float32)
+    numbers = zip(zip(*facts, strict=True), types, strict=True)
+    tokens = np.concatenate([example.ids for example in row]).astype(token)
+    columns = [tokens, *(np.array(values, kind) for values, kind in numbers)]
     return (*columns, _crc(columns))
 
 
 def _crc(columns: Iterable[np.ndarray]) -> int:
-    value = 0
-    for column in columns:
-        value = zlib.crc32(column, value)
-    return value
+    return reduce(lambda value, column: zlib.crc32(column, value), columns, 0)
 
 
 class RowSource:
@@ -116,15 +111,12 @@ class RowSource:
         self.max_examples_per_row = entry.max_examples_per_row
         self.seq_length = manifest.seq_length
         self.tokenizer_sha256 = manifest.tokenizer_sha256
-        self._rows = entry.rows
-        self._vocab_size = manifest.vocab_size
-        self._tasks = len(manifest.tasks)
-        self._first_example = first_example
-        self._sha256 = entry.sha256
-        self._chunks = self._open(entry)
+        self._entry, self._manifest, self._first_example = entry, manifest, first_example
+        self._chunks = self._open()
         self._views: list[Any] = [None] * len(self._chunks)
 
-    def _open(self, entry: RowFile) -> list[pa.RecordBatch]:
+    def _open(self) -> list[pa.RecordBatch]:
+        entry = self._entry
         if Path(entry.file).name != entry.file:
             raise self.damaged("its name in the manifest leads out of the rows folder")
         try:
@@ -132,35 +124,32 @@ class RowSource:
             if size != entry.bytes:
                 raise self.damaged(f"{size} bytes, the manifest says {entry.bytes}")
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-            if reader.schema != _schema(self._vocab_size):
+            if reader.schema != _schema(self._manifest.vocab_size):
                 raise self.damaged("other columns than the manifest's format has")
             chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             for chunk in chunks:
                 chunk.validate()
         except (OSError, pa.ArrowException) as error:
             raise self.damaged(first_line(error)) from error
-        full, last = divmod(self._rows, ROWS_PER_CHUNK)
-        expected = [ROWS_PER_CHUNK] * full + ([last] if last else [])
+        expected = [ROWS_PER_CHUNK] * (entry.rows // ROWS_PER_CHUNK)
+        if last := entry.rows % ROWS_PER_CHUNK:
+            expected.append(last)
         if [chunk.num_rows for chunk in chunks] != expected:
-            raise self.damaged(f"not the {self._rows} rows of the manifest")
+            raise self.damaged(f"not the {entry.rows} rows of the manifest")
         return chunks
 
     def _map(self, chunk: int) -> Any:
         """Return numpy views of one chunk: (offsets, values) of each list column, and CRCs."""
         *lists, crcs = self._chunks[chunk].columns
         try:
-            views = (
-                [(column.offsets.to_numpy(), column.values.to_numpy()) for column in lists],
-                crcs.to_numpy(),
-            )
+            views = [(column.offsets.to_numpy(), column.values.to_numpy()) for column in lists]
+            return views, crcs.to_numpy()
         except (ValueError, pa.ArrowException) as error:
             raise self.damaged(f"chunk {chunk} cannot be read") from error
-        self._views[chunk] = views
-        return views
 
     def check_hash(self) -> None:
         """Raise `InputError` if the file is not the one of the manifest."""
-        if hash_file(self.path) != self._sha256:
+        if hash_file(self.path) != self._entry.sha256:
             raise self.damaged("its hash is not that of the manifest")
 
     def damaged(self, what: str) -> InputError:
@@ -171,8 +160,7 @@ class RowSource:
         )
 
     def __len__(self) -> int:
-        """Count the rows."""
-        return self._rows
+        return self._entry.rows
 
     def __getitem__(self, row: int) -> list[Example]:
         """Read one row, checked against its CRC-32 and the bounds of ids, positions and tasks."""
@@ -189,14 +177,15 @@ class RowSource:
         These are tokens `[tokens]`, and lengths, answer positions (in the example), tasks, example
         indices and labels, each `[examples]`.
         """
-        if not 0 <= row < self._rows:
-            raise IndexError(f"row {row} of {self._rows} in {self.path}")
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)} in {self.path}")
         chunk, offset = divmod(row, ROWS_PER_CHUNK)
-        lists, crcs = self._views[chunk] or self._map(chunk)
+        if self._views[chunk] is None:
+            self._views[chunk] = self._map(chunk)
+        lists, crcs = self._views[chunk]
         # Slicing in numpy cannot leave the buffer, whatever damaged offsets say.
         columns = [values[offsets[offset] : offsets[offset + 1]] for offsets, values in lists]
-        crc = crcs[offset]
-        if _crc(columns) != crc:
+        if _crc(columns) != crcs[offset]:
             raise self.damaged(f"the checksum of row {row} does not match")
         return self._checked(columns, 1, f"row {row}")
 
@@ -207,11 +196,11 @@ class RowSource:
             len(lengths) == len(answers) == len(tasks) == len(indices) == len(labels) > 0
             and lengths.min() > 0
             and lengths.sum() == len(tokens) <= rows * self.seq_length
-            and tokens.max() < self._vocab_size
+            and tokens.max() < self._manifest.vocab_size
             and lengths.max() <= self.seq_length
             and (answers < lengths).all()
             and answers.min() >= -1
-            and 0 <= tasks.min() <= tasks.max() < self._tasks
+            and 0 <= tasks.min() <= tasks.max() < len(self._manifest.tasks)
         )
         if not is_sound:
             raise self.damaged(f"{what} holds lengths, ids, positions or tasks out of bounds")
@@ -223,8 +212,7 @@ class RowSource:
         Only bounds are checked: call `check_hash` first.
         """
         for number in range(len(self._chunks)):
-            lists, _ = self._map(number)
-            self._views[number] = None  # Reading all rows must not hold them all.
+            lists, _ = self._map(number)  # Not kept, because reading all must not hold all.
             columns = [values[offsets[0] : offsets[-1]] for offsets, values in lists]
             yield self._checked(columns, ROWS_PER_CHUNK, f"chunk {number}")
 
@@ -245,9 +233,8 @@ def open_rows(
     folder = Path(path)
     manifest = read_manifest(folder)
     if split not in manifest.splits:
-        raise InputError(
-            f"{folder}: has no split {split!r}; its splits: {', '.join(manifest.splits)}"
-        )
+        known = ", ".join(manifest.splits)
+        raise InputError(f"{folder}: has no split {split!r}; its splits: {known}")
     sources, first_example = [], 0
     for entry in manifest.splits[split]:
         weight = entry.weight if weights is None else weights.get(entry.name, entry.weight)

@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,12 @@ from mlmjax.data.preparing.staging import Piece, Staged, sources_of
 from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.rows import write_rows
 from mlmjax.errors import InputError
-from mlmjax.storage import describe_file, hash_value
+from mlmjax.storage import hash_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
 
 _BIN_SHIFT = 44
 _BINS = 2**20
-_HELD_OUT = LEFT_OUT
-"""Stands in the place of a level for examples that are held out for validation."""
+_HELD_OUT = LEFT_OUT  # in place of a level, for examples that are held out for validation
 
 
 class Group(NamedTuple):
@@ -74,8 +74,7 @@ def build_rows(
     for split, files in splits.items():
         (folder / split).mkdir(exist_ok=True)
         for file in files:
-            # It has moved already if the run was killed just here.
-            if (packed / split / file.file).exists():
+            with suppress(FileNotFoundError):  # It has moved if the run was killed just here.
                 (packed / split / file.file).rename(folder / split / file.file)
     return splits, None if chosen is None else _report_selection(staged, chosen, config)
 
@@ -98,11 +97,7 @@ def choose(staged: Staged, config: DataConfig) -> Selection | None:
         return None
     counts: Counter[tuple[int, int]] = Counter()
     for members in _answered(staged):
-        pairs = np.stack([members.task, members.answer], axis=1)
-        for (task, token), examples in zip(
-            *np.unique(pairs, axis=0, return_counts=True), strict=True
-        ):
-            counts[int(task), int(token)] += int(examples)
+        counts.update(zip(members.task.tolist(), members.answer.tolist(), strict=True))
     return select(
         lambda: _answered(staged),
         counts,
@@ -143,7 +138,7 @@ def _report_selection(staged: Staged, chosen: Selection, config: DataConfig) -> 
 
 def _levels(piece: Piece, chosen: Selection | None) -> np.ndarray:
     """Return the smallest nested set of each example; `LEFT_OUT` or above for none."""
-    level = np.zeros(piece.chunk.examples, np.int64)
+    level = np.zeros(len(piece.chunk.key), np.int64)
     if chosen is not None and piece.unit.split == "train":
         has_answer = piece.chunk.answer >= 0
         level[has_answer] = chosen.levels(_members(piece, has_answer))
@@ -158,7 +153,7 @@ def _groups_of(
     is_held_out = (piece.chunk.key >> np.uint64(_BIN_SHIFT)) < held_out
     code = np.where(level >= LEFT_OUT, -1, np.where(is_held_out, _HELD_OUT, level))
     found = np.unique(code[code >= 0]).tolist()
-    split, source = piece.unit.split, piece.unit.source
+    split, source, *_ = piece.unit
     groups = [
         Group("validation", source, 0) if value == _HELD_OUT else Group(split, source, value)
         for value in found
@@ -173,7 +168,7 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
     sizes = np.zeros(_BINS, np.int64)
     for piece in staged.pieces():
         chunk, kept = piece.chunk, _levels(piece, chosen) < LEFT_OUT
-        weight = chunk.lengths if config.pack else np.ones(chunk.examples, np.int64)
+        weight = chunk.lengths if config.pack else np.ones_like(chunk.lengths)
         np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
     wanted = config.validation_rows * (config.seq_length if config.pack else 1)
     filled = np.cumsum(sizes)
@@ -222,9 +217,8 @@ def _pack(
     answers = workers.run(pack_bucket, jobs, staged.processes)
     for bucket, job, counts in zip(buckets, jobs, answers, strict=True):
         group = order[bucket.group]
-        own = sources_of(config, group.split) or config.sources
-        source = own[group.source]
-        per_task = {int(task): n for task, n in counts.pop("per_task").items()}
+        source = (sources_of(config, group.split) or config.sources)[group.source]
+        per_task = sorted((int(task), n) for task, n in counts.pop("per_task").items())
         splits.setdefault(group.split, []).append(
             RowFile(
                 name=source.title,
@@ -232,7 +226,7 @@ def _pack(
                 text=source.text is not None,
                 weight=source.weight,
                 level=group.level,
-                examples_per_task={names[task]: per_task[task] for task in sorted(per_task)},
+                examples_per_task={names[task]: n for task, n in per_task},
                 **counts,
             )
         )
@@ -249,10 +243,8 @@ def pack_bucket(
     out: str,
 ) -> dict[str, Any]:
     """Pack the examples of a bucket into rows in the file `out`; return their counts."""
-    vocab_size = tokenizer.vocab_size
+    vocab_size, path = tokenizer.vocab_size, Path(out)
     examples = read_bucket(Path(bucket), vocab_size)
     rows = pack_stream(examples, seq_length) if pack else ([example] for example in examples)
-    path = Path(out)
     counts = write_rows(path, rows, vocab_size=vocab_size, seq_length=seq_length)
-    described = describe_file(path)
-    return counts | {"bytes": described["bytes"], "sha256": described["sha256"]}
+    return counts | {"bytes": path.stat().st_size, "sha256": hash_file(path)}

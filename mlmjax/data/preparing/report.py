@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest, totals
@@ -133,8 +134,8 @@ def count_split(
                 at = number - seen
                 ids = tokens[starts[at] : starts[at] + sizes[at]].astype(np.uint32)
                 facts = {"number": number, "source": entry.name, "task": manifest.tasks[tasks[at]]}
-                example = _example(ids, int(places[at]), float(labels[at]), tokenizer)
-                found.drawn.append(facts | example)
+                facts |= _example(ids, int(places[at]), float(labels[at]), tokenizer)
+                found.drawn.append(facts)
             seen += len(sizes)
         if seen - before != entry.examples:
             raise source.damaged(f"{seen - before} examples, the manifest says {entry.examples}")
@@ -173,10 +174,10 @@ def token_text(tokenizer: Tokenizer, number: int) -> str:
 
 def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -> dict[str, Any]:
     """Return all figures of the report as JSON values, without times or names of machines."""
-    draws = {"train": PROMPTS, "validation": 0}
     counted = {
-        split: count_split(folder, manifest, split, tokenizer, draw=draws[split], seed=seed)
-        for split in manifest.splits
+        split: count_split(folder, manifest, split, tokenizer, draw=draw, seed=seed)
+        for split, draw in (("train", PROMPTS), ("validation", 0))
+        if split in manifest.splits
     }
     configured = manifest.config.get("data", {})
     selection = manifest.selection
@@ -234,10 +235,8 @@ def _exclusion_figures(manifest: Manifest, exclude: Mapping[str, Any]) -> dict[s
     places: dict[str, list[str]] = {}
     for one in manifest.config.get("evaluation", []):
         # A set of several files is configured as several entries of one task.
-        own = places.setdefault(one["task"], [])
-        own += one.get("files", {})
         hub = [one[k] for k in ("hub", "subset", "folder", "split", "revision") if one.get(k)]
-        own += [" ".join(hub)] if hub else []
+        places.setdefault(one["task"], []).extend(one.get("files", [" ".join(hub)]))
     return {
         "ngram": exclude.get("ngram"),
         "tasks": [
@@ -258,8 +257,7 @@ def _weight_figures(files: list[RowFile]) -> list[dict[str, Any]]:
     without weights.
     """
     weights = {file.name: file.weight for file in files if file.rows}
-    rows = Counter[str]()
-    tokens = Counter[str]()
+    rows, tokens = Counter[str](), Counter[str]()
     for file in files:
         rows[file.name] += file.rows
         tokens[file.name] += file.tokens
@@ -358,11 +356,10 @@ _BINS = 64
 def _fates(sources: Sequence[Mapping[str, Any]]) -> dict[str, Counter[str]]:
     """Return what became of the records of each source; similar reasons, small sources together."""
     found: dict[str, Counter[str]] = {}
-    ordered = sorted(sources, key=lambda source: -source["records"])
-    named = ordered if len(ordered) <= _MOST_SOURCES else ordered[: _MOST_SOURCES - 1]
-    for source in sources:
-        is_named = any(source is one for one in named)
-        name = source["name"] if is_named else f"other {len(ordered) - len(named)} sources"
+    most = len(sources) if len(sources) <= _MOST_SOURCES else _MOST_SOURCES - 1
+    ranks = np.argsort(np.argsort([-source["records"] for source in sources], kind="stable"))
+    for source, rank in zip(sources, ranks, strict=True):
+        name = source["name"] if rank < most else f"other {len(sources) - most} sources"
         fate = found.setdefault(name, Counter())
         dropped, not_selected = source["dropped"], source["not_selected"]
         fate[KEPT] += source["records"] - sum(dropped.values()) - not_selected
@@ -399,7 +396,7 @@ def draw_records(sources: Sequence[Mapping[str, Any]]) -> Figure:
         bars = axes.barh(range(len(fates)), shares, left=left, color=color, height=0.66)
         legend[picture_label(name, 44)] = bars
         labels = [f"{share:.0%}" if share >= _LEAST_LABELLED else "" for share in shares]
-        label_color = "white" if _is_dark(color) else INK
+        label_color = "white" if np.dot(to_rgb(color), (0.3, 0.59, 0.11)) < 0.55 else INK
         axes.bar_label(bars, labels, label_type="center", fontsize=7, color=label_color)
         left = left + shares
     names = [
@@ -412,11 +409,6 @@ def draw_records(sources: Sequence[Mapping[str, Any]]) -> Figure:
     hide_left_axis(axes)
     add_legend(figure, legend, ncols=2)
     return figure
-
-
-def _is_dark(color: str) -> bool:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return 0.3 * red + 0.59 * green + 0.11 * blue < 140
 
 
 @own_style()

@@ -1,5 +1,6 @@
 """Select some of many examples, by caps, shares of answers, and nested sizes."""
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -8,11 +9,9 @@ import numpy as np
 BITS = 8
 """Examples are first counted in 2**BITS bins of their hash, so that memory stays bounded."""
 
-UNBALANCED, CAPPED = 254, 255
-"""In place of a level: the answer is too common, or the task has reached its cap."""
-
-LEFT_OUT = UNBALANCED
-"""The number of any level is smaller."""
+LEFT_OUT = UNBALANCED = 254
+CAPPED = 255
+"""In place of a level, which is smaller: the answer is too common, or the task is at its cap."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
@@ -86,8 +85,7 @@ def select(
     tasks = 1 + max((task for task, _ in counts), default=-1)
     limits = _balance(counts, answer_share)
     answers = _find_answers(scan, limits)
-    kept = np.zeros(tasks, np.int64)
-    different = np.zeros(tasks, np.int64)
+    kept, different = np.zeros((2, tasks), np.int64)
     for (task, answer), count in counts.items():
         different[task] += 1
         kept[task] += limits.get((task, answer), count)
@@ -112,9 +110,9 @@ def _balance(
         by_task.setdefault(task, []).append(count)
     most: dict[int, int] = {}
     for task, sizes in by_task.items():
-        ordered = np.sort(np.array(sizes))
-        if len(ordered) < 2:
+        if len(sizes) < 2:
             continue
+        ordered = np.sort(sizes)
         most[task] = int(ordered[0])
         for k in range(1, len(ordered)):
             if k * share >= 1:
@@ -140,14 +138,8 @@ def _cap(kept: np.ndarray, size: int | None, per_task: int | None) -> np.ndarray
     capped = kept if per_task is None else np.minimum(kept, per_task)
     if size is None or size >= capped.sum():
         return capped
-    low, high = 0, int(capped.max())
-    while low < high:
-        middle = (low + high) // 2
-        if np.minimum(capped, middle).sum() >= size:
-            high = middle
-        else:
-            low = middle + 1
-    return np.minimum(capped, low)
+    caps = range(int(capped.max()))
+    return np.minimum(capped, bisect_left(caps, size, key=lambda n: np.minimum(capped, n).sum()))
 
 
 def _find_answers(scan: Scan, limits: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], int]:
@@ -202,10 +194,9 @@ def _find_smallest(
         slot, key = slot_of(members), key_of(members)
         used = slot >= 0
         np.add.at(bins, (slot[used], (key[used] >> shift).astype(np.int64)), 1)
-    filled = np.cumsum(bins, axis=1)
-    edge = np.stack([(filled < row[:, None]).sum(axis=1) for row in wanted])
-    edge = np.minimum(edge, 2**BITS - 1)
-    before = np.where(edge > 0, filled[np.arange(slots), np.maximum(edge - 1, 0)], 0)
+    filled = np.cumsum(np.pad(bins, ((0, 0), (1, 0))), axis=1)
+    edge = np.stack([(filled[:, 1:-1] < row[:, None]).sum(axis=1) for row in wanted])
+    before = filled[np.arange(slots), edge]
     held: dict[tuple[int, int], list[np.ndarray]] = {}
     for members in scan():
         slot, key = slot_of(members), key_of(members)

@@ -35,11 +35,6 @@ class Chunk(NamedTuple):
     label: np.ndarray
 
     @property
-    def examples(self) -> int:
-        """Count the examples."""
-        return len(self.key)
-
-    @property
     def lengths(self) -> np.ndarray:
         """Count the tokens of each example."""
         return np.diff(self.offsets)
@@ -139,7 +134,7 @@ def read_bucket(path: Path, vocab_size: int) -> Iterator[Example]:
         order = np.argsort(table["key"].to_numpy(), kind="stable")
         (batch,) = table.take(order).combine_chunks().to_batches()
         chunk = from_arrow(batch)
-        for i in range(chunk.examples):
+        for i in range(len(chunk.key)):
             yield Example(
                 chunk.tokens[chunk.offsets[i] : chunk.offsets[i + 1]].astype(np.uint32),
                 int(chunk.answer_position[i]),

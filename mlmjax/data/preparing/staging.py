@@ -11,7 +11,7 @@ import numpy as np
 from mlmjax._version import __version__
 from mlmjax.config.data import DataConfig, ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
-from mlmjax.data.manifest import FORMAT, SourceFile, SourceReport
+from mlmjax.data.manifest import FORMAT, SPLITS, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
 from mlmjax.data.preparing.shuffle import Chunk, read_stage, write_stage
 from mlmjax.data.preparing.workers import Job, Workers
@@ -64,8 +64,8 @@ class Staged(NamedTuple):
         for unit, answer in zip(self.units, self.answers, strict=True):
             numbers = np.array([self.tasks[name] for name in answer["tasks"]] or [0], np.int32)
             for chunk in read_stage(Path(unit.job["out"])):
-                places = np.arange(place, place + chunk.examples, dtype=np.uint64)
-                place += chunk.examples
+                places = np.arange(place, place + len(chunk.key), dtype=np.uint64)
+                place += len(chunk.key)
                 draw = mix(chunk.key ^ mix(places))
                 yield Piece(unit, chunk._replace(task=numbers[chunk.task]), draw)
 
@@ -90,7 +90,7 @@ def stage(
     """
     units = _units(folder / "stage", config, workers.tokenizer, head, evaluation)
     processes = config.workers or _count_processes(units)
-    read = dict.fromkeys(range(len(units)), 0)
+    read: dict[int, int] = {}
 
     def show(number: int, records: int) -> None:
         read[number] = records
@@ -110,14 +110,13 @@ def _units(
     head: Head,
     evaluation: list[dict[str, Any]],
 ) -> list[Unit]:
-    """Divide the sources into units, and delete what was staged for other units.
+    """Divide the sources into units, named by a hash of all that decides their content.
 
-    The name of a unit is a hash of all that decides its content, so that finished work is found
-    again as long as nothing about it has changed.
+    Delete what was staged for other units.
     """
     folder.mkdir(exist_ok=True)
     units = []
-    for split in ("train", "validation"):
+    for split in SPLITS:
         is_train = split == "train"
         for number, source in enumerate(sources_of(config, split)):
             files = [str(path) for path in source_files(source)]

@@ -53,11 +53,9 @@ class Workers:
     ) -> list[Job]:
         """Run jobs in up to `count` processes; return their answers in order.
 
-        A file and the answer next to it appear whole, or not at all. A job whose answer is there
-        from an earlier run is not repeated. `progress` gets the number of a job and its records so
-        far; of a job in another process, only the last count.
-
-        Raises what a job raises, and `RunError` if a process dies.
+        A file and the answer next to it appear whole, or not at all, and no job is repeated whose
+        answer is there. `progress` gets the number of a job and its records so far, or only the
+        last count from another process. Raises what a job raises, and `RunError` if a process dies.
         """
         notes = [_note(job) for job in jobs]
         answers = {

@@ -74,10 +74,9 @@ class Counts:
         self.shortened.update(other.shortened)
         self.normalized.update(other.normalized)
         for name, hits in other.hits.items():
-            shown = self.hits.setdefault(name, [])
-            shown += hits[: MOST_NAMED - len(shown)]
-        self.broken += other.broken[: MOST_NAMED - len(self.broken)]
-        self.broken_files += other.broken_files[: MOST_NAMED - len(self.broken_files)]
+            self.hits[name] = [*self.hits.get(name, ()), *hits][:MOST_NAMED]
+        self.broken = [*self.broken, *other.broken][:MOST_NAMED]
+        self.broken_files = [*self.broken_files, *other.broken_files][:MOST_NAMED]
 
     def count_broken(self, what: str, error: InputError) -> None:
         """Count a broken record or file that is skipped."""
@@ -262,10 +261,8 @@ class _Prompts(_Reader):
             self.answers = AnswerReader(source, self.template, tokenizer, head)
         # With labels, `options` are their names; without, a column of the record.
         self.options = None if source.labels is None else list(source.label_names)
-        self.fields = [
-            name for name in self.template.fields if self.options is None or name != "options"
-        ]
-        self.texts = [name for name in self.fields if name != "options"]
+        self.texts = [name for name in self.template.fields if name != "options"]
+        self.fields = list(self.template.fields) if self.options is None else self.texts
         self.shown = [*self.fields, source.answer]
         self.columns = [*self.shown, *([source.task] if source.task else [])]
         self.named = () if source.labels else (source.answer,)
@@ -284,12 +281,10 @@ class _Prompts(_Reader):
                     continue
                 counts.shortened.update(prompt.shortened.keys())
             ids = np.array(prompt.ids, np.uint32)
-            key, task = _hash(ids), self.task_of(record)
+            key, label = _hash(ids), answer
             if self.template.slot:
-                ids[prompt.slot] = answer
-                yield Encoded(ids, prompt.slot, task, key)
-            else:
-                yield Encoded(ids, prompt.slot, task, key, answer)
+                ids[prompt.slot], label = answer, math.nan
+            yield Encoded(ids, prompt.slot, self.task_of(record), key, label)
 
     def _usable(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
         """Drop records of excluded tasks, and those that contain `[MASK]`."""

@@ -31,8 +31,7 @@ class Exclusion:
         self.patterns = config.tasks
         self._tasks = [re.compile(fnmatch.translate(p.casefold())) for p in config.tasks]
         texts: dict[str, Iterable[str]] = {}
-        for task, place, _ in map(_open, config.overlap):
-            # A set of several files has one entry for each.
+        for task, place, _ in map(_open, config.overlap):  # A set may have several files.
             own = _texts(task, place, config.ngram)
             texts[task.name] = itertools.chain(texts.get(task.name, ()), own)
         self.index = OverlapIndex(texts, config.ngram) if texts else None

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +123,7 @@ def require_columns(
 
 def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
     """Yield numbered lines, from 1, without a byte order mark at the start."""
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         here = f"{where} line {number}"
         try:
             line = stream.readline(MAX_LINE_BYTES + 1)
@@ -162,25 +161,21 @@ def _read_jsonl(
             try:
                 advice = "expected one object per line (broken = 'skip' leaves it out)"
                 fields = parse_object(line, here, advice, object_pairs_hook=unique_keys)
-                record = Record(fields, here)
-                require_columns(here, columns, record.fields)
+                require_columns(here, columns, fields)
             except InputError as error:
                 broken(BROKEN_RECORD, error)
-                continue
-            yield record
+            else:
+                yield Record(fields, here)
 
 
 def _read_csv(
     stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
 ) -> Iterator[Record]:
-    # The limit is that of the whole csv module, so it is never lowered.
+    # The limit belongs to the whole csv module, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
-    tabs = any(suffix.lower() == ".tsv" for suffix in Path(where).suffixes)
-    reader = csv.reader(
-        (line for _, line in _lines(stream, where, stop)),
-        delimiter="\t" if tabs else ",",
-        strict=True,
-    )
+    is_tabbed = ".tsv" in map(str.lower, Path(where).suffixes)
+    lines = (line for _, line in _lines(stream, where, stop))
+    reader = csv.reader(lines, delimiter="\t" if is_tabbed else ",", strict=True)
     header: list[str] = []
     line = 1
     while True:
@@ -196,16 +191,18 @@ def _read_csv(
             break
         if not header:
             header = row
-            doubled = sorted({name for name in header if header.count(name) > 1})
-            if doubled:
-                raise InputError(f"{here}: the header has {doubled[0]!r} twice; rename one")
+            _check_distinct(header, f"{here}: the header")
             require_columns(here, columns, header)
+        elif row and len(row) != len(header):
+            what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
+            broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
         elif row:
-            if len(row) != len(header):
-                what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
-                broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
-                continue
             yield Record(dict(zip(header, row, strict=True)), here)
+
+
+def _check_distinct(names: Sequence[str], what: str) -> None:
+    if doubled := sorted(name for name in names if names.count(name) > 1):
+        raise InputError(f"{what} has the column {doubled[0]!r} twice; rename one")
 
 
 def _read_text(
@@ -232,9 +229,7 @@ def _read_parquet(
 
     with pq.ParquetFile(path) as file:
         present = file.schema_arrow.names
-        doubled = sorted({name for name in present if present.count(name) > 1})
-        if doubled:
-            raise InputError(f"{path}: has the column {doubled[0]!r} twice; rename one")
+        _check_distinct(present, f"{path}:")
         needed = require_columns(str(path), columns, present)
         wanted = None if columns is None else needed
         known = class_names(file.schema_arrow.metadata)
@@ -257,11 +252,11 @@ def _read_parquet(
                         name: _value(column[i], f"{here}: column {name!r}")
                         for name, column in zip(batch.schema.names, batch.columns, strict=True)
                     }
-                    record = Record(name_classes(fields, names, here), here)
+                    fields = name_classes(fields, names, here)
                 except InputError as error:
                     broken(BROKEN_RECORD, error)
-                    continue
-                yield record
+                else:
+                    yield Record(fields, here)
 
 
 def _value(scalar: pa.Scalar, where: str) -> Any:
@@ -285,18 +280,16 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """
     try:
         features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-        labelled = {
+        return {
             name: feature["names"]
             for name, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+            if isinstance(feature, dict)
+            and feature.get("_type") == "ClassLabel"
+            and isinstance(feature["names"], list)
+            and all(isinstance(value, str) for value in feature["names"])
         }
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
-    return {
-        name: names
-        for name, names in labelled.items()
-        if isinstance(names, list) and all(isinstance(value, str) for value in names)
-    }
 
 
 def name_classes(

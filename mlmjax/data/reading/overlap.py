@@ -100,8 +100,7 @@ class OverlapIndex:
     def _number(self, texts: Iterable[str]) -> list[tuple[np.ndarray, int]]:
         """Return the word numbers of each distinct text, and how often it occurs."""
         found: Counter[bytes] = Counter()
-        for text in texts:
-            words = words_of(text)
+        for words in map(words_of, texts):
             if len(words) >= self.shortest:
                 ids = [self._ids.setdefault(word, len(self._ids) + 1) for word in words]
                 found[np.array(ids, np.int32).tobytes()] += 1

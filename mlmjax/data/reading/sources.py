@@ -3,7 +3,7 @@
 import glob
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mlmjax.data.reading.files import (
     require_columns,
     stop,
 )
-from mlmjax.errors import InputError, first_line
+from mlmjax.errors import InputError, first_line, named_place
 
 log = logging.getLogger(__name__)
 
@@ -81,14 +81,14 @@ def read_source(
 def _renamed(
     records: Iterable[Record], columns: Mapping[str, Column], broken: Broken
 ) -> Iterator[Record]:
-    """Yield records with the named columns."""
     for record in records:
         try:
-            fields = {name: look_up(record.fields, column) for name, column in columns.items()}
+            with named_place(record.where):
+                fields = {name: look_up(record.fields, column) for name, column in columns.items()}
         except InputError as error:
-            broken(BROKEN_RECORD, InputError(f"{record.where}: {error.message}", error.details))
-            continue
-        yield Record(fields, record.where)
+            broken(BROKEN_RECORD, error)
+        else:
+            yield Record(fields, record.where)
 
 
 def _read_hub(
@@ -114,10 +114,8 @@ def _read_hub(
             streaming=True,
         )
         features = stream.features or {}
-        if features:
-            needed = require_columns(where, columns, features)
-            if columns is not None:
-                stream = stream.select_columns(needed)
+        if features and columns is not None:
+            stream = stream.select_columns(require_columns(where, columns, features))
         rows = iter(stream)
     except InputError:
         raise
@@ -128,9 +126,7 @@ def _read_hub(
         for column, feature in features.items()
         if column in named and isinstance(feature, datasets.ClassLabel)
     }
-    number = 0
-    while True:
-        number += 1
+    for number in count(1):
         here = f"{where} {source.split} row {number}"
         try:
             fields: dict[str, Any] | None = next(rows, None)
