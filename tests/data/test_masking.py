@@ -1,4 +1,6 @@
-"""Masking: exact counts, specials spared, inputs left alone."""
+"""Masking: exact counts, special tokens spared, inputs unchanged."""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -10,20 +12,17 @@ from mlmjax.data import mask_answer, mask_dummy, mask_random, masking
 from mlmjax.data.masking import draw_words
 
 SPECIAL, MASK = {0, 1, 2, 3}, 99
-IDS = st.lists(st.integers(0, 50), min_size=1, max_size=60).filter(lambda ids: set(ids) - SPECIAL)
-RATES = st.floats(0.001, 0.999)
+TOKENS = st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=60)
 
 
 @pytest.mark.parametrize(
     "ids", [[0, 7, 8, 9, 1], (0, 7, 8, 9, 1), *(np.array([0, 7, 8, 9, 1], t) for t in "iIlB")]
 )
 def test_only_the_answer_is_masked(ids):
-    inputs, positions, targets = mask_answer(ids, 3, mask_id=MASK)
-    assert inputs.tolist() == [0, 7, 8, MASK, 1]
-    assert positions.tolist() == [3]
-    assert targets.tolist() == [9]
+    masked = mask_answer(ids, 3, mask_id=MASK)
+    assert [array.tolist() for array in masked] == [[0, 7, 8, MASK, 1], [3], [9]]
     assert list(ids) == [0, 7, 8, 9, 1]
-    assert {array.dtype for array in (inputs, positions, targets)} == {np.dtype(np.int32)}
+    assert {array.dtype for array in masked} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize(
@@ -56,40 +55,31 @@ def test_what_cannot_be_masked_is_rejected(ids, rate, options, message):
         mask_dummy(ids, rate, rng, special_ids=SPECIAL, mask_id=MASK, **options)
 
 
-@st.composite
-def examples_in_words(draw):
-    """Ids with specials among them, and where words begin."""
-    ids = draw(IDS)
-    starts = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
-    return ids, np.array(starts, bool)
-
-
 def words_of(ids, starts):
-    """The words as lists of positions: specials are none, and end one."""
-    words, before = [], None
+    """Return the words as lists of positions: special tokens are in none, and end one."""
+    words = [[]]
     for position, token in enumerate(ids):
+        if starts[position] or token in SPECIAL:
+            words.append([])
         if token not in SPECIAL:
-            if starts[position] or before != position - 1:
-                words.append([])
             words[-1].append(position)
-            before = position
-    return words
+    return [word for word in words if word]
 
 
 @settings(deadline=None)
 @given(
-    example=examples_in_words(),
-    rate=RATES,
+    example=TOKENS.filter(lambda tokens: {token for token, _ in tokens} - SPECIAL),
+    rate=st.floats(0.001, 0.999),
     seed=st.integers(0, 2**32),
     masking=st.sampled_from(["token", "whole_word", "span"]),
 )
 def test_exactly_as_many_positions_are_masked_and_words_whole(example, rate, seed, masking):
-    ids, starts = example
+    ids, starts = map(list, zip(*example, strict=True))
     given_ids = np.array(ids)
 
     def mask(function):
         rng = np.random.default_rng(seed)
-        options = {"masking": masking, "word_starts": starts}
+        options = {"masking": masking, "word_starts": np.array(starts)}
         return function(given_ids, rate, rng, special_ids=SPECIAL, mask_id=MASK, **options)
 
     inputs, positions, targets = mask(mask_random)
@@ -97,24 +87,22 @@ def test_exactly_as_many_positions_are_masked_and_words_whole(example, rate, see
     words = words_of(ids, starts)
     assert len(positions) == len(chosen) == max(1, round(rate * sum(map(len, words))))
     assert positions.tolist() == sorted(chosen)
-    assert not any(ids[position] in SPECIAL for position in chosen)
+    assert chosen <= set(itertools.chain(*words))
     assert targets.tolist() == [ids[position] for position in positions]
     assert inputs.tolist() == [MASK if i in chosen else token for i, token in enumerate(ids)]
     assert given_ids.tolist() == ids
     for again, target in ((mask(mask_random), targets), (mask(mask_dummy), [MASK] * len(targets))):
-        np.testing.assert_array_equal(inputs, again[0])
-        np.testing.assert_array_equal(positions, again[1])
-        np.testing.assert_array_equal(target, again[2])
+        for one, other in zip(again, (inputs, positions, target), strict=True):
+            np.testing.assert_array_equal(one, other)
     if masking == "token":
         return
     parts = [chosen & set(word) for word in words]
     cut = [p for p, word in zip(parts, words, strict=True) if 0 < len(p) < len(word)]
+    untouched = [word for part, word in zip(parts, words, strict=True) if not part]
     assert len(cut) <= 1
     for part in cut:
-        assert max(part) - min(part) + 1 == len(part)  # side by side
-        # Nothing else would have fitted in the place of the part.
-        untouched = [word for piece, word in zip(parts, words, strict=True) if not piece]
-        assert all(len(word) > len(part) for word in untouched)
+        assert max(part) - min(part) + 1 == len(part)
+        assert all(len(word) > len(part) for word in untouched)  # none would have fitted
 
 
 @pytest.mark.parametrize("masking", ["token", "whole_word", "span"])
@@ -128,18 +116,19 @@ def test_every_word_is_drawn_about_equally_often(masking):
     assert np.abs(drawn[10:-10] - 150).max() < 50
 
 
+def runs_of(positions):
+    return np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+
+
 def test_spans_are_as_long_as_in_spanbert():
     """At a low rate they seldom touch, so that runs of masked words are the spans drawn."""
-    rng = np.random.default_rng(0)
-    starts = np.ones(5000, bool)
-    lengths = []
+    rng, starts, lengths = np.random.default_rng(0), np.ones(5000, bool), []
     for _ in range(40):
-        positions = draw_words(np.arange(5000), starts, 0.02, rng, spans=True)
-        runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-        lengths += [len(run) for run in runs]
+        lengths += map(len, runs_of(draw_words(np.arange(5000), starts, 0.02, rng, spans=True)))
+    lengths = np.array(lengths)
     assert abs(np.mean(lengths) - 3.8) < 0.3
-    assert np.mean(np.array(lengths) > 10) < 0.03
-    assert abs(np.mean(np.array(lengths) == 1) - 0.2 / (1 - 0.8**10)) < 0.05
+    assert np.mean(lengths > 10) < 0.03
+    assert abs(np.mean(lengths == 1) - 0.2 / (1 - 0.8**10)) < 0.05
     assert pytest.approx(3.8, abs=0.005) == masking.SPAN_LENGTHS @ masking.SPAN_SHARES
 
 
@@ -149,8 +138,7 @@ def test_spans_begin_at_words():
     maskable = np.flatnonzero(ids == 50)
     for seed in range(50):
         positions = draw_words(maskable, starts, 0.25, np.random.default_rng(seed), spans=True)
-        runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-        assert all(starts[run[0]] or ids[run[0] - 1] == 0 for run in runs)
+        assert all(starts[run[0]] or ids[run[0] - 1] == 0 for run in runs_of(positions))
         assert 41 not in positions
 
 

@@ -15,15 +15,13 @@ LENGTHS = st.lists(st.integers(0, SEQ), max_size=80)
 
 
 def naive_best_fit(lengths):
-    """Free space of each row, found by looking at all rows every time."""
+    """Return the free space of each row, found by looking at all rows every time."""
     free = []
     for length in sorted(lengths, reverse=True):
-        fitting = [space for space in free if space >= length]
-        if fitting:
-            free.remove(min(fitting))
-            free.append(min(fitting) - length)
-        else:
-            free.append(SEQ - length)
+        best = min((space for space in free if space >= length), default=None)
+        if best is not None:
+            free.remove(best)
+        free.append((SEQ if best is None else best) - length)
     return sorted(free)
 
 

@@ -83,22 +83,19 @@ def test_changed_source_files_are_rejected_and_absent_ones_are_not(config, token
         prepare(config, tokenizer)
 
 
-# Runs in a process of its own, which loads everything once and then forks for each attempt.
+# Runs in its own process, which loads everything once and then forks for each attempt.
 ATTEMPTS = """
-import os, random, shutil, signal, sys, time
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 from mlmjax.config.data import DataConfig
 from mlmjax.data.preparing import workers
 from mlmjax.data.preparing.prepare import prepare
-from mlmjax.data.preparing.workers import Workers
 from mlmjax.text.tokenizer import Tokenizer
 sys.path.append(sys.argv[1])
-from row_files import content
-config = DataConfig.model_validate_json(sys.argv[2], strict=False)
-tokenizer, rows, done = Tokenizer.from_pretrained(), Path(config.rows), workers._do
-partial = Path(f"{rows}.partial")
+from row_files import change, content
+tokenizer, done = Tokenizer.from_pretrained(), workers._do
 
-def attempt(seconds=None, jobs=-1):
+def attempt(config, seconds=None, jobs=-1):
     run = os.fork()
     if run == 0:
         def do(*job):
@@ -115,61 +112,51 @@ def attempt(seconds=None, jobs=-1):
         os.kill(run, signal.SIGKILL)
     return os.waitpid(run, 0)[1]
 
-begin = time.monotonic()
-prepare(config.model_copy(update={"workers": 1}), tokenizer)
-took = time.monotonic() - begin + (config.workers == 2)  # Processes take a second to start.
-expected = content(rows)
-shutil.rmtree(rows)
-"""
-BETWEEN_JOBS = """
-for jobs in (0, 1, 2, 4):
-    assert attempt(jobs=jobs) == signal.SIGKILL
-    assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
-    assert not rows.exists()
-    calls = []
-    prepare(config, tokenizer, lambda *read: calls.append(read))
-    assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
+for table, wanted in json.loads(sys.argv[2]):
+    config = DataConfig.model_validate(table, strict=False)
+    rows, kills, rng = Path(config.rows), 0, random.Random(wanted)
+    partial = Path(f"{rows}.partial")
+    begin = time.monotonic()
+    prepare(change(config, workers=1), tokenizer)
+    took = time.monotonic() - begin + (config.workers == 2)  # Processes take a second to start.
+    expected = content(rows)
+    for jobs in () if wanted else (0, 1, 2, 4):
+        shutil.rmtree(rows)
+        assert attempt(config, jobs=jobs) == signal.SIGKILL
+        assert len(list((partial / "stage").glob("*.json"))) == min(jobs, 2)
+        assert not rows.exists()
+        calls = []
+        prepare(config, tokenizer, lambda *read: calls.append(read))
+        assert {name for name, _ in calls} == {"qa", "text"} - set(["qa", "text"][:jobs])
+        assert content(rows) == expected
+    while kills < wanted or not rows.exists():
+        if rows.exists():
+            shutil.rmtree(rows)
+        status = attempt(config, rng.uniform(0, took) if kills < wanted else None)
+        assert status in (0, signal.SIGKILL)
+        kills += status != 0
+        assert not rows.exists() or content(rows) == expected
+    assert len(expected) >= 5  # the manifest, and two row files or more for each split
     assert not partial.exists()
-    assert content(rows) == expected
     shutil.rmtree(rows)
 """
-AT_RANDOM = """
-wanted, kills = int(sys.argv[3]), 0
-rng = random.Random(wanted)
-while kills < wanted or not rows.exists():
-    if rows.exists():
-        assert content(rows) == expected
-        shutil.rmtree(rows)
-    status = attempt(rng.uniform(0, took) if kills < wanted else None)
-    assert status in (0, signal.SIGKILL)
-    kills += status != 0
-assert content(rows) == expected
-assert not partial.exists()
-"""
-
-
-def attempt(code, config, *arguments):
-    where = str(Path(row_files.__file__).parent)
-    words = [where, config.model_dump_json(), *map(str, arguments)]
-    subprocess.run([sys.executable, "-c", ATTEMPTS + code, *words], check=True)
-
-
-def test_a_run_killed_between_jobs_resumes_and_gives_the_same_bytes(config):
-    attempt(BETWEEN_JOBS, config)
 
 
 @pytest.mark.parametrize(
-    ("workers", "kills"), [(1, 2), (2, 1), pytest.param(2, 10, marks=pytest.mark.long)]
+    "cases", [[(None, 0), (1, 2)], [(2, 1)], pytest.param([(2, 10)], marks=pytest.mark.long)]
 )
-def test_killed_at_random_moments_it_gives_the_same_bytes(config, tmp_path, workers, kills):
-    """Only the first process is killed; those that it started have to end by themselves."""
-    for part in range(8):
-        write_table(tmp_path / f"p{part:02}.jsonl", make_rows(50 * kills, salt=part))
-    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
-    config = change(config, select={"sizes": (100 * kills, 150 * kills)}, workers=workers)
-    if workers > 1 and kills < 10:  # One row file, which needs no other process.
-        config = change(config, sources=config.sources[:1], validation_rows=0, select={})
-    attempt(AT_RANDOM, config, kills)
+def test_killed_at_any_moment_it_resumes_and_gives_the_same_bytes(config, tmp_path, cases):
+    """Kill the first process: between jobs, then at random; those that it started end, too."""
+    tables = []
+    for workers, kills in cases:
+        for part in range(8 if kills else 0):
+            write_table(tmp_path / f"p{part:02}.jsonl", make_rows(50 * kills, salt=part))
+        path = str(tmp_path / ("p*.jsonl" if kills else "a.jsonl"))
+        select = {"sizes": (100 * kills, 150 * kills)} if workers == 1 else {}
+        one = change(change_source(config, path=path), workers=workers, select=select)
+        tables.append((one.model_dump(mode="json"), kills))
+    helpers = str(Path(row_files.__file__).parent)
+    subprocess.run([sys.executable, "-c", ATTEMPTS, helpers, json.dumps(tables)], check=True)
 
 
 def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path):
@@ -183,21 +170,6 @@ def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path)
     assert content(rows) == content(
         prepare(change(config, rows=str(tmp_path / "other")), tokenizer)
     )
-
-
-def test_processes_give_the_same_bytes(config, tokenizer, tmp_path):
-    for part in range(3):
-        write_table(tmp_path / f"p{part}.jsonl", make_rows(90, salt=part))
-    config = change_source(config, path=str(tmp_path / "p*.jsonl"))
-    calls = []
-    many = change(config, rows=str(tmp_path / "many"), workers=2)
-    written = content(prepare(config, tokenizer))
-    again = prepare(many, tokenizer, lambda *reported: calls.append(reported))
-    assert written == content(again)
-    assert ("qa", 270) in calls
-    files = {f"{split}/{n}.arrow" for split in ("train", "validation") for n in (0, 1)}
-    assert written.keys() == files | {"manifest.json"}
-    assert str(tmp_path / "rows") not in written["manifest.json"].decode()
 
 
 @pytest.fixture

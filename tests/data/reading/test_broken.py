@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -29,9 +30,8 @@ def lines(rows=GOOD):
 
 
 def source(path, **settings):
-    return SourceConfig(
-        path=str(path), prompt="{input}", answer="answer", task="task", name="s", **settings
-    )
+    columns = {"prompt": "{input}", "answer": "answer", "task": "task"}
+    return SourceConfig(path=str(path), name="s", **columns | settings)
 
 
 def changed(**fields):
@@ -83,7 +83,7 @@ def test_a_broken_line_stops_or_is_skipped(what, tokenizer, tmp_path, monkeypatc
 )
 @given(data=st.data())
 def test_any_mixture_of_broken_lines_leaves_the_rest(tmp_path_factory, tokenizer, data):
-    """What is sound comes out whatever stands between; nothing is counted twice."""
+    """What is sound comes out whatever is between; nothing is counted twice."""
     kinds = sorted(BROKEN_LINES.keys() - {"too long", "deep"})
     drawn = data.draw(st.lists(st.sampled_from(["good", *kinds]), min_size=1, max_size=60))
     good = iter(lines() * 2)
@@ -91,10 +91,9 @@ def test_any_mixture_of_broken_lines_leaves_the_rest(tmp_path_factory, tokenizer
     path = tmp_path_factory.mktemp("mixture") / "a.jsonl"
     path.write_bytes(b"".join(written))
     examples, counts = read(source(path, broken="skip"), tokenizer)
-    assert len(examples) == drawn.count("good")
-    assert counts.records == len(drawn)
-    assert counts.dropped.get(BROKEN_RECORD, 0) == len(drawn) - len(examples)
-    assert len(counts.broken) == min(len(drawn) - len(examples), MOST_NAMED)
+    bad = len(drawn) - drawn.count("good")
+    assert (len(examples), counts.records) == (len(drawn) - bad, len(drawn))
+    assert (counts.dropped[BROKEN_RECORD], len(counts.broken)) == (bad, min(bad, MOST_NAMED))
 
 
 def parquet(path, rows=GOOD, **options):
@@ -153,11 +152,10 @@ def test_a_row_of_a_parquet_file_is_skipped_alone(tokenizer, tmp_path):
     path = tmp_path / "a.parquet"
     raw = pa.array([b"Is 1 odd?", b"\xff\xfe", b"Is 3 odd?"], pa.binary())
     text = pa.Array.from_buffers(pa.string(), 3, raw.buffers())
-    rest = pa.array(["yes", "yes", None]), pa.array(["t", "t", "t"])
-    pq.write_table(pa.table({"input": text, "answer": rest[0], "task": rest[1]}), path)
+    table = {"input": text, "answer": ["yes", "yes", None], "task": ["t"] * 3}
+    pq.write_table(pa.table(table), path)
     examples, counts = read(source(path, broken="skip"), tokenizer)
-    assert len(examples) == 1
-    assert counts.dropped == {BROKEN_RECORD: 2}
+    assert (len(examples), counts.dropped) == (1, {BROKEN_RECORD: 2})
     assert [where.split(":")[0].split()[-1] for where in counts.broken] == ["2", "3"]
 
 
@@ -166,11 +164,10 @@ def test_options_that_are_nested_or_null_are_named(tokenizer, tmp_path):
     options = [["no", "yes"], ["no", None], None, ["no", "yes"]]
     rows = [{"q": f"Is {i} odd?", "options": o, "answer": "A"} for i, o in enumerate(options)]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    one = SourceConfig(path=str(path), prompt="{q}\n{options}", answer="answer", name="s")
+    settings = {"prompt": "{q}\n{options}", "task": None}
     with pytest.raises(InputError, match=r"a\.parquet row 2"):
-        read(one, tokenizer)
-    skipping = one.model_copy(update={"broken": "skip"})
-    examples, counts = read(skipping, tokenizer)
+        read(source(path, **settings), tokenizer)
+    examples, counts = read(source(path, broken="skip", **settings), tokenizer)
     assert (len(examples), counts.dropped) == (2, {BROKEN_RECORD: 2})
 
 
@@ -185,8 +182,6 @@ def test_plain_text_is_skipped_by_record(tokenizer, tmp_path):
 
 def test_a_huge_line_costs_no_memory(tmp_path):
     """A line of 200 MB is rejected, or passed over, in pieces."""
-    import tracemalloc
-
     path = tmp_path / "a.jsonl.zst"
     huge = pa.Codec("zstd").compress(b'{"input": "' + b"a" * 200_000_000 + b'"}\n', asbytes=True)
     small = pa.Codec("zstd").compress(b"".join(lines()), asbytes=True)

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import numpy as np
 import pytest
 from row_files import read, write_table
 
@@ -31,28 +30,20 @@ def test_an_instruction_is_the_scored_prompt_with_its_answer(table, tokenizer):
         ids, slot = Template(source.prompt).encode(tokenizer, row, 64)
         (answer,) = tokenizer.encode_plain(" " + row["answer"].strip())
         ids[slot] = answer
-        assert example.ids.tolist() == ids
-        assert example.answer_position == slot
+        assert (example.ids.tolist(), example.answer_position) == (ids, slot)
         assert tokenizer.mask_id not in example.ids
         assert example.task == row["answer"]
     assert (counts.records, counts.dropped, counts.shortened) == (2, {}, {})
 
 
 def test_what_cannot_be_used_is_dropped_and_counted(table, tokenizer):
-    rows = [
-        {"input": "fine", "answer": "yes"},
-        {"input": "fine", "answer": "entailment"},
-        {"input": "fine", "answer": "[SEP]"},
-        {"input": "fine", "answer": "a [MASK]"},
-        {"input": "Fill the [MASK] in", "answer": "yes"},
-        {"input": "fine", "answer": " \n"},
-        {"input": "\n ", "answer": "yes"},
-        {"input": "word " * 100, "answer": "yes"},
-    ]
+    answers = ("yes", "entailment", "[SEP]", "a [MASK]", " \n")
+    rows = [{"input": "fine", "answer": answer} for answer in answers]
+    inputs = ("Fill the [MASK] in", "\n ", "word " * 100)
+    rows += [{"input": text, "answer": "yes"} for text in inputs]
     source = SourceConfig(path=table(rows), prompt="Q: {input}", answer="answer")
     examples, counts = read(source, tokenizer)
-    assert len(examples) == 1
-    assert counts.records == 8
+    assert (len(examples), counts.records) == (1, 8)
     assert counts.dropped == {
         "answer is not one token": 2,
         "blank answer": 1,
@@ -75,7 +66,7 @@ def test_a_field_named_in_shorten_is_cut_and_counted(table, tokenizer):
         ids[slot] = tokenizer.encode_plain(" yes")[0]
         assert example.ids.tolist() == ids
     assert (counts.dropped, counts.shortened) == ({}, {"input": 2})
-    # Equal prompts have equal keys, whatever stands around them in the file.
+    # Equal prompts have equal keys, whatever is around them in the file.
     assert examples[0].key == examples[1].key != examples[2].key
     change = {"prompt": "{input} " + "word " * 70}  # Shortening is not enough.
     examples, counts = read(source.model_copy(update=change), tokenizer)
@@ -151,12 +142,8 @@ def test_labels_and_prompts_are_checked_before_anything_is_read(
 )
 def test_a_row_that_does_not_fit_is_named(table, tokenizer, row, labels, message):
     first = {"text": "fine", "label": labels[0] if labels else "yes"}
-    source = SourceConfig(
-        path=table([first, {"text": "x"} | row]),
-        prompt=PROMPT if labels else "{text}",
-        answer="label",
-        labels=labels,
-    )
+    path, prompt = table([first, {"text": "x"} | row]), PROMPT if labels else "{text}"
+    source = SourceConfig(path=path, prompt=prompt, answer="label", labels=labels)
     with pytest.raises(InputError, match=f"table.jsonl line 2: {message}"):
         read(source, tokenizer)
 
@@ -177,14 +164,13 @@ def test_plain_text_is_cut_into_windows_that_lose_nothing(table, tokenizer):
     assert counts.dropped == {"blank text": 1}
     by_document = {}
     for example in examples:
-        assert example.answer_position == -1
-        assert example.task == "mine"
-        assert len(example.ids) <= 32
-        assert (example.ids[0], example.ids[-1]) == (tokenizer.cls_id, tokenizer.sep_id)
-        assert not tokenizer.special_ids & set(example.ids[1:-1].tolist())
-        by_document.setdefault(example.key, []).append(example.ids[1:-1])
-    documents = [np.concatenate(parts).tolist() for parts in by_document.values()]
-    assert documents == [tokenizer.encode_plain(text) for text in texts if text.strip()]
+        assert (example.answer_position, example.task) == (-1, "mine")
+        first, *inner, last = example.ids.tolist()
+        assert (first, last) == (tokenizer.cls_id, tokenizer.sep_id)
+        assert len(inner) <= 30
+        by_document.setdefault(example.key, []).extend(inner)
+    expected = [tokenizer.encode_plain(text) for text in texts if text.strip()]
+    assert list(by_document.values()) == expected
 
 
 @pytest.mark.data

@@ -51,23 +51,19 @@ def test_records_are_kept_out_by_task_and_by_text(rivers, tmp_path, tokenizer):
     path = write_table(tmp_path / "train.jsonl", rows)
     source = SourceConfig(path=path, prompt="Say. {text}", answer="answer", task="task")
     kept, counts = read(source, tokenizer, exclusion=exclude(tasks=["*mmlu*"], overlap=[rivers]))
-    assert len(kept) == 2
-    assert counts.records == 6
-    assert counts.dropped == {
-        "task excluded by '*mmlu*'": 1,
-        "overlaps rivers": 2,
-        "answer is not one token": 1,
-    }
+    assert (len(kept), counts.records) == (2, 6)
+    dropped = {"task excluded by '*mmlu*'": 1, "overlaps rivers": 2, "answer is not one token": 1}
+    assert counts.dropped == dropped
     (first, words), (second, _) = counts.hits["rivers"]
     assert (first, second) == (f"{path} line 3", f"{path} line 6")
     assert words == " ".join(QUESTION.lower().split()[:13])
     assert len(read(source, tokenizer)[0]) == 5
 
 
-def test_a_short_option_is_a_phrase_that_stands_anywhere(rivers, tmp_path):
+def test_a_short_option_is_a_phrase_of_many_texts(rivers, tmp_path):
+    meta = {"question": "who is it that lives there"}
     choices = ["the president of the united states", "none"]
-    row = {"meta": {"question": "who is it that lives there"}, "choices": choices, "answer": 0}
-    write_table(tmp_path / "rivers.jsonl", [row])
+    write_table(tmp_path / "rivers.jsonl", [{"meta": meta, "choices": choices, "answer": 0}])
     exclusion = exclude(overlap=[rivers])
     assert exclusion.overlap("Who is it that lives there?").name == "rivers"
     assert exclusion.overlap("Lincoln was the president of the United States.") is None
@@ -87,12 +83,8 @@ def test_plain_text_and_sources_without_a_task_column(rivers, tmp_path, tokenize
 def test_the_report_names_a_bounded_number_of_records(rivers, tmp_path, tokenizer):
     rows = [{"text": f"{QUESTION} {i}", "label": i % 2} for i in range(MOST_NAMED + 5)]
     rows.append({"text": "fine", "label": 1})
-    source = SourceConfig(
-        path=write_table(tmp_path / "train.jsonl", rows),
-        prompt="{text}",
-        answer="label",
-        labels=("no", "yes"),
-    )
+    path, labels = write_table(tmp_path / "train.jsonl", rows), ("no", "yes")
+    source = SourceConfig(path=path, prompt="{text}", answer="label", labels=labels)
     for head in ("mlm", "classification"):
         kept, counts = read(source, tokenizer, exclusion=exclude(overlap=[rivers]), head=head)
         assert len(kept) == 1
@@ -101,10 +93,8 @@ def test_the_report_names_a_bounded_number_of_records(rivers, tmp_path, tokenize
 
 
 def test_a_set_may_have_files_of_its_own(rivers, tmp_path):
-    other = write_table(
-        tmp_path / "other.jsonl",
-        [{"meta": {"question": "a b c d e f"}, "choices": ["a", "b"], "answer": 0}],
-    )
+    row = {"meta": {"question": "a b c d e f"}, "choices": ["a", "b"], "answer": 0}
+    other = write_table(tmp_path / "other.jsonl", [row])
     wanted = config(overlap=[rivers, {"task": rivers, "data": other}], ngram=7)
     exclusion = Exclusion(wanted)
     assert exclusion.overlap("A, b, c, d, e, f!").name == "rivers"
@@ -127,13 +117,12 @@ def test_a_set_of_the_hub_is_reported_by_its_commit():
 
 
 def test_rows_and_revisions_of_a_set_are_checked(rivers, tmp_path):
-    path, choices = tmp_path / "broken.jsonl", ["a", "b"]
-    broken = write_table(path, [{"meta": {"question": 5}, "choices": choices}])
-    with pytest.raises(InputError, match=r"broken.jsonl line 1: task rivers: has 5 where text"):
-        exclude(overlap=[{"task": rivers, "data": broken}])
-    write_table(path, [{"meta": {}, "choices": choices}])
-    with pytest.raises(InputError, match=r"broken.jsonl line 1: has no column 'meta.question'"):
-        exclude(overlap=[{"task": rivers, "data": broken}])
+    problems = {"task rivers: has 5 where text": {"question": 5}}
+    problems["has no column 'meta.question'"] = {}
+    for problem, meta in problems.items():
+        broken = write_table(tmp_path / "b.jsonl", [{"meta": meta, "choices": ["a", "b"]}])
+        with pytest.raises(InputError, match=rf"b.jsonl line 1: {problem}"):
+            exclude(overlap=[{"task": rivers, "data": broken}])
     (tmp_path / "loose.toml").write_text(TASK.replace('data = "rivers.jsonl"', 'hub = "a/b"'))
     with pytest.raises(InputError, match=r"hub dataset a/b has no commit"):
         exclude(overlap=[str(tmp_path / "loose.toml")])
@@ -157,34 +146,32 @@ def test_what_cannot_be_excluded_is_rejected(keys, message):
         exclude(**keys)
 
 
+def answers_of(examples, tokenizer):
+    return [tokenizer.decode([one.ids[one.answer_position]]) for one in examples]
+
+
 def test_answers_are_normalised_and_counted(tmp_path, tokenizer):
     values = ["(A)", " B. ", "C", "Yes.", "(D) .", "no"]
     rows = [{"text": "Say", "answer": value} for value in values]
     path = write_table(tmp_path / "train.jsonl", rows)
     source = SourceConfig(path=path, prompt="{text}", answer="answer")
     kept, counts = read(source, tokenizer)
-    assert [tokenizer.decode([e.ids[e.answer_position]]) for e in kept] == [" C", " no"]
+    assert answers_of(kept, tokenizer) == [" C", " no"]
     assert not counts.normalized
     rules = ("strip", "letter", "period", "letter", "lower")
     kept, counts = read(source.model_copy(update={"normalize": rules}), tokenizer)
-    found = [tokenizer.decode([e.ids[e.answer_position]]).strip() for e in kept]
-    assert found == ["a", "b", "c", "yes", "d", "no"]
+    assert answers_of(kept, tokenizer) == [" a", " b", " c", " yes", " d", " no"]
     assert counts.normalized == {"strip": 1, "letter": 3, "period": 2, "lower": 5}
     assert not counts.dropped
 
 
 def test_labels_are_found_after_normalising(tmp_path, tokenizer):
     rows = [{"text": "Say", "label": value} for value in ("(a)", "B.", "a")]
-    source = SourceConfig(
-        path=write_table(tmp_path / "train.jsonl", rows),
-        prompt="{text} {options}",
-        answer="label",
-        labels={"a": "good", "b": "bad"},
-        normalize=("letter", "lower"),
-    )
-    kept, counts = read(source, tokenizer)
-    letters = [tokenizer.decode([e.ids[e.answer_position]]) for e in kept]
-    assert letters == [" A", " B", " A"]
+    path, labels = write_table(tmp_path / "train.jsonl", rows), {"a": "good", "b": "bad"}
+    source = SourceConfig(path=path, prompt="{text} {options}", answer="label", labels=labels)
+    rules = {"normalize": ("letter", "lower")}
+    kept, counts = read(source.model_copy(update=rules), tokenizer)
+    assert answers_of(kept, tokenizer) == [" A", " B", " A"]
     assert counts.normalized == {"letter": 2, "lower": 1}
     with pytest.raises(InputError, match=r"line 1: column 'label' is '\(a\)'"):
-        read(source.model_copy(update={"normalize": ()}), tokenizer)
+        read(source, tokenizer)

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -67,10 +68,9 @@ def test_text_formats_agree(tmp_path, name, data):
 
 
 def test_lines_are_counted_as_an_editor_does(tmp_path):
-    path = write(tmp_path, "a.csv", CSV)
-    assert [record.where.split()[-1] for record in read_file(path)] == ["2", "3", "5"]
-    path = write(tmp_path, "a.jsonl", b"\n" + jsonl())
-    assert [record.where.split()[-1] for record in read_file(path)] == ["2", "3", "4"]
+    for name, data, numbers in (("a.csv", CSV, "235"), ("a.jsonl", b"\n" + jsonl(), "234")):
+        path = write(tmp_path, name, data)
+        assert [record.where for record in read_file(path)] == [f"{path} line {n}" for n in numbers]
 
 
 def test_parquet_gives_needed_columns_and_class_names(tmp_path):
@@ -90,15 +90,13 @@ def test_parquet_gives_needed_columns_and_class_names(tmp_path):
 
 
 def test_a_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
-    paragraphs = ["".join(f"line {i} of {p}.\n" for i in range(300)) + "\n" for p in range(60)]
-    text = "".join(paragraphs)
+    text = "".join(f"line {i}.\n" + "\n" * (i % 300 == 299) for i in range(18_000))
     records = list(read_file(write(tmp_path, "a.txt", text.encode()), ["text"]))
-    assert "".join(record.fields["text"] for record in records) == text
-    assert len(records) > 2
-    for record in records[:-1]:
-        assert len(record.fields["text"]) >= files.TEXT_BLOCK
-        assert record.fields["text"].endswith("\n\n")
-    assert records[1].where.endswith(f"line {records[0].fields['text'].count(chr(10)) + 1}")
+    *parts, last = [record.fields["text"] for record in records]
+    assert "".join(parts) + last == text
+    assert len(parts) > 1
+    assert all(len(part) >= files.TEXT_BLOCK and part.endswith("\n\n") for part in parts)
+    assert records[1].where.endswith(f"line {parts[0].count(chr(10)) + 1}")
 
 
 def test_records_before_the_damage_were_already_given(tmp_path):
@@ -161,10 +159,8 @@ def test_a_hub_dataset_is_streamed_at_its_commit(calls, caplog):
     found = [record.fields for record in records]
     assert found == [{"text": "x", "label": "good"}, {"text": "y", "label": "bad"}]
     assert records[1].where.endswith("train row 2")
-    ((name, subset, options),) = calls
-    assert (name, subset) == ("some/one", None)
-    assert options["revision"] == COMMIT
-    assert options["streaming"] is True
+    options = {"data_dir": None, "split": "train", "revision": COMMIT, "streaming": True}
+    assert calls == [("some/one", None, options)]
     assert [r.fields["label"] for r in read_source(hub_source("some/one", limit=1))] == [1]
     assert not caplog.text
 
@@ -173,10 +169,9 @@ def test_a_hub_dataset_is_streamed_at_its_commit(calls, caplog):
 def test_a_hub_source_without_a_commit_is_rejected(revision):
     table = {"hub": "some/one", "prompt": "{text}", "answer": "label"}
     table |= {"revision": revision} if revision else {}
-    with pytest.raises(InputError, match=r"hub dataset some/one has .*; give a commit") as caught:
+    message = r"hub dataset some/one has .*; give a commit of 40 hexadecimal digits.* revision ="
+    with pytest.raises(InputError, match=message):
         decode(SourceConfig, table, "run.toml: data.sources.0")
-    assert "40 hexadecimal digits" in caught.value.message
-    assert "revision" in caught.value.message
 
 
 @pytest.mark.parametrize("revision", [None, "main"])
@@ -200,8 +195,6 @@ def test_a_hub_dataset_that_does_not_fit_is_rejected(hub, settings, names, messa
         list(read_source(hub_source(hub, **settings), names))
 
 
-# --- columns of other names ----------------------------------------------------------------------
-
 WIDE = [
     {"sentence": "It rains.", "title": "Rain", "meta": {"topic": "weather"}, "label": "a"},
     {"sentence": "It snows.", "title": "Snow", "meta": {"topic": "weather"}, "label": "b"},
@@ -211,11 +204,12 @@ WIDE = [
 def table_of(folder, kind, rows):
     """Write rows as JSONL, CSV or parquet; return the path."""
     path = folder / f"a.{kind}"
-    if kind == "parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-        return path
-    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    return write(folder, path.name, jsonl(rows) if kind == "jsonl" else "\n".join(lines).encode())
+    table = pa.Table.from_pylist(rows)
+    if kind == "jsonl":
+        path.write_bytes(jsonl(rows))
+    else:
+        (pq.write_table if kind == "parquet" else pa.csv.write_csv)(table, path)
+    return path
 
 
 @pytest.mark.parametrize(
@@ -287,13 +281,12 @@ def test_settings_that_cannot_be_meant_are_rejected(settings, message):
 
 
 def test_paths_may_be_many(tmp_path):
-    for name in ("b.jsonl", "a.jsonl"):
+    for name in ("b.jsonl", "a.jsonl", "c.ndjson"):
         write(tmp_path, name, jsonl([{"text": name, "label": "x"}]))
-    write(tmp_path, "c.csv", b"text,label\nc.csv,x\n")
-    paths = [str(tmp_path / "c.csv"), str(tmp_path / "*.jsonl")]
+    paths = [str(tmp_path / "c.ndjson"), str(tmp_path / "*.jsonl")]
     table = {"path": paths, "prompt": "{text}", "answer": "label"}
     many = decode(SourceConfig, table, "run.toml")
-    assert [r.fields["text"] for r in read_source(many)] == ["c.csv", "a.jsonl", "b.jsonl"]
+    assert [r.fields["text"] for r in read_source(many)] == ["c.ndjson", "a.jsonl", "b.jsonl"]
     assert many.title == ", ".join(paths)
     twice = decode(SourceConfig, table | {"path": [*paths, str(tmp_path / "a.jsonl")]}, "run.toml")
     with pytest.raises(InputError, match=r"a\.jsonl also matches another path"):
@@ -305,16 +298,16 @@ def test_paths_may_be_many(tmp_path):
 def test_sources_of_other_columns_become_the_same_rows(tmp_path, calls, tokenizer):
     """From the run file to the rows: local files, and a streamed dataset with class names."""
     rows = [{"sentence": f"It is {w}.", "meta": {"gold": w}} for w in ("good", "bad") * 20]
-    write(tmp_path, "mapped.jsonl", jsonl(rows))
-    plain = [{"text": row["sentence"], "label": row["meta"]["gold"]} for row in rows]
-    write(tmp_path, "plain.jsonl", jsonl(plain))
-    path, text = str(tmp_path / "mapped.jsonl"), {"prompt": "{text}"}
-    mapped = text | {"answer": "meta.gold", "columns": {"text": ["content", "sentence"]}}
+    path = str(write(tmp_path, "mapped.jsonl", jsonl(rows)))
+    rows = [{"text": row["sentence"], "label": row["meta"]["gold"]} for row in rows]
+    plain = str(write(tmp_path, "plain.jsonl", jsonl(rows)))
+    columns, hub_columns = {"text": ["content", "sentence"]}, {"sentence": "It is {text}."}
+    mapped = {"prompt": "{text}", "answer": "meta.gold", "columns": columns}
     remote = {"hub": "some/one", "revision": COMMIT, "prompt": "{sentence}", "answer": "label"}
     sources = {
-        "plain": text | {"path": str(tmp_path / "plain.jsonl"), "answer": "label"},
+        "plain": {"prompt": "{text}", "path": plain, "answer": "label"},
         "mapped": mapped | {"path": [path]},
-        "hub": remote | {"columns": {"sentence": "It is {text}."}},
+        "hub": remote | {"columns": hub_columns},
         "prose": {"path": path, "text": "{sentence} Is it {meta.gold}?"},
     }
     found = {}
@@ -327,8 +320,7 @@ def test_sources_of_other_columns_become_the_same_rows(tmp_path, calls, tokenize
         found[name] = [(tokenizer.decode(one.ids), one.answer_position) for one in examples]
     assert found["plain"] == found["mapped"]
     assert len(found["plain"]) == 40
-    pairs = (("x", "good"), ("y", "bad"))
-    answers = [f"[CLS]It is {a}. [unused0] {b}[SEP]" for a, b in pairs]
+    answers = [f"[CLS]It is {x}. [unused0] {y}[SEP]" for x, y in (("x", "good"), ("y", "bad"))]
     assert [text for text, _ in found["hub"]] == answers
     assert found["prose"][1] == ("[CLS]It is bad. Is it bad?[SEP]", -1)
     config["sources"] = [sources["mapped"] | {"columns": {"text": "content"}}]
