@@ -49,13 +49,12 @@ def _check_sources(sources: Sequence[RowSource], seq_length: int, tokenizer: Tok
 class _Loader(ABC, Generic[AnyBatch]):
     """Draw rows in an order that depends only on the seed, lay them out, and read ahead.
 
-    Training rows are shuffled in every epoch, without end. If no source has a weight, an epoch is
-    every row of all sources once. If all have one, each source is shuffled and repeated by itself,
-    and gives the share of rows that its weight says. Validation rows come in order, once:
-    `epoch_steps` batches, the last one filled up with padding.
+    Training rows are shuffled in every epoch, without end. Without weights, an epoch is every row
+    of all sources once. With weights, each source is shuffled and repeated by itself, and its
+    weight is its share of the rows. Validation rows come in order, once: `epoch_steps` batches, the
+    last one filled up with padding.
 
-    Raises `InputError` if there are no rows, for rows of another `seq_length` or tokenizer, and if
-    only some sources have a weight.
+    Raises `InputError` for no rows, rows that do not fit, and weights of only some sources.
     """
 
     def __init__(
@@ -137,8 +136,7 @@ class _Loader(ABC, Generic[AnyBatch]):
     ) -> Iterator[tuple[int, AnyBatch]]:
         """Yield `(step, batch)` for steps `start..stop-1`, read ahead in threads.
 
-        `rows` are the global rows that one process needs, or a function of the step that gives
-        them.
+        `rows` are the global rows that one process needs, or a function from step to rows.
         """
         import grain
 
@@ -175,12 +173,8 @@ class _Loader(ABC, Generic[AnyBatch]):
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[AnyBatch, np.ndarray]:
         """Return the batch of one step, and the task of each target (or labelled row)."""
 
-    def _layout(
-        self, drawn: Sequence[tuple[int, Any]]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lay out tokens, segments and positions of rows, as `packing.lay_out`."""
-        rows = [None if columns is None else columns[:2] for _, columns in drawn]
-        return lay_out(rows, self._seq_length, self._pad_id)
+    def _lay_out(self, drawn: Sequence[tuple[int, Any]]) -> tuple[np.ndarray, ...]:
+        return lay_out([columns for _, columns in drawn], self._seq_length, self._pad_id)
 
 
 class Loader(_Loader[Batch]):
@@ -220,7 +214,7 @@ class Loader(_Loader[Batch]):
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[Batch, np.ndarray]:
         drawn = list(self._read(step, rows))
-        input_ids, segment_ids, position_ids = self._layout(drawn)
+        input_ids, segment_ids, position_ids = self._lay_out(drawn)
         rate = self._mask_rate(step)
         targets = np.full((4, len(drawn), self.target_width), UNUSED, np.int32)
         for row, (epoch, columns) in enumerate(drawn):
@@ -276,4 +270,4 @@ class LabelLoader(_Loader[LabelBatch]):
         for row, (_, columns) in enumerate(drawn):
             if columns is not None:
                 (labels[row],), (tasks[row],) = columns[5], columns[3]
-        return LabelBatch(*self._layout(drawn)[:2], labels), tasks
+        return LabelBatch(*self._lay_out(drawn)[:2], labels), tasks

@@ -1,11 +1,9 @@
 """Mask one example for each of the three training objectives, in numpy.
 
 Every function returns `(input_ids, target_positions, target_ids)`, int32, with sorted positions,
-and never changes its inputs. A selected token always becomes `[MASK]`: the recipe has no share of
-random or unchanged tokens (ModernBERT-Large-Instruct, arXiv 2502.03793, and its training code).
-
-The masks are drawn as tokens, whole words, or spans of words (SpanBERT, arXiv 1907.10529, section
-3.1). The number of masked positions is the same for all three.
+and never changes its inputs. A selected token always becomes `[MASK]`, without random or unchanged
+tokens (ModernBERT-Large-Instruct, arXiv 2502.03793). As many positions are masked as tokens, whole
+words, or spans of words (SpanBERT, arXiv 1907.10529, section 3.1).
 """
 
 from collections.abc import Collection, Sequence
@@ -190,9 +188,8 @@ def _span_order(
     lengths = rng.choice(SPAN_LENGTHS, len(words), p=SPAN_SHARES)
     stretches = np.append(np.flatnonzero(is_apart), len(words))
     stop = stretches[np.cumsum(is_apart)]
-    is_taken = [False] * len(words)
+    is_taken, left = [False] * len(words), budget
     order: list[int] = []
-    left = budget
     ends = np.minimum(words + lengths, stop[words])
     for word, end in zip(words.tolist(), ends.tolist(), strict=True):
         if left <= 0:

@@ -75,11 +75,11 @@ def pack_stream(examples: Iterable[T], seq_length: int) -> Iterator[list[T]]:
 
 
 def lay_out(
-    rows: Sequence[tuple[Any, Any] | None], seq_length: int, pad_id: int
+    rows: Sequence[Sequence[Any] | None], seq_length: int, pad_id: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Lay out packed rows as input ids, segment ids and position ids, int32 `[rows, seq_length]`.
 
-    A row is its tokens and the lengths of its segments; None is a row of padding.
+    A row is its tokens, the lengths of its segments, and anything else; None is padding.
 
     >>> ids, segments, positions = lay_out([([5, 6, 7], [1, 2]), None], 4, pad_id=9)
     >>> ids.tolist(), segments.tolist(), positions.tolist()[0]
@@ -89,7 +89,7 @@ def lay_out(
     segments, positions = np.zeros_like(ids), np.zeros_like(ids)
     for row, content in enumerate(rows):
         if content is not None:
-            tokens, lengths = content
+            tokens, lengths, *_ = content
             count, starts = len(tokens), np.cumsum(lengths) - lengths
             ids[row, :count] = tokens
             segments[row, :count] = np.repeat(np.arange(1, len(lengths) + 1), lengths)

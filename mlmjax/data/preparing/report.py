@@ -179,8 +179,11 @@ def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -
         for split, draw in (("train", PROMPTS), ("validation", 0))
         if split in manifest.splits
     }
-    configured = manifest.config.get("data", {})
-    selection = manifest.selection
+    configured, selection = manifest.config.get("data", {}), manifest.selection
+    splits = {
+        split: _split_figures(split, files, manifest, counted[split], tokenizer)
+        for split, files in manifest.splits.items()
+    }
     return {
         "version": manifest.version,
         "format": manifest.format,
@@ -195,11 +198,8 @@ def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -
         ],
         "exclusions": _exclusion_figures(manifest, configured.get("exclude", {})),
         "selection": selection and {**selection.model_dump(), "shortages": shortages(selection)},
-        "weights": _weight_figures(manifest.splits["train"]),
-        "splits": {
-            split: _split_figures(split, files, manifest, counted[split], tokenizer)
-            for split, files in manifest.splits.items()
-        },
+        "weights": _weight_figures(manifest.splits["train"], splits["train"]["sources"]),
+        "splits": splits,
         "prompts": counted["train"].drawn,
     }
 
@@ -207,12 +207,14 @@ def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -
 def _source_figures(
     report: SourceReport, manifest: Manifest, origin: Mapping[str, Any], split: str
 ) -> dict[str, Any]:
-    files = {s: [f for f in fs if f.name == report.name] for s, fs in manifest.splits.items()}
-    in_rows = {s: sum(f.examples for f in fs) for s, fs in files.items()}
+    in_rows = {
+        split: sum(file.examples for file in files if file.name == report.name)
+        for split, files in manifest.splits.items()
+    }
     return {
         "name": report.name,
         "configured_for": split,
-        "plain_text": any(f.text for fs in files.values() for f in fs) or bool(origin.get("text")),
+        "plain_text": bool(origin.get("text")),
         "from": {k: origin[k] for k in ("hub", "subset", "folder", "revision") if origin.get(k)},
         "records": report.records,
         "examples": report.examples,
@@ -250,26 +252,21 @@ def _exclusion_figures(manifest: Manifest, exclude: Mapping[str, Any]) -> dict[s
     }
 
 
-def _weight_figures(files: list[RowFile]) -> list[dict[str, Any]]:
-    """Return for each source its share of all draws, and how often it repeats.
-
-    `repeats` is the share of draws over the share of rows: 2 for what is drawn twice as often as
-    without weights.
-    """
+def _weight_figures(
+    files: list[RowFile], sources: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the share of each source in all draws; it repeats by that over its share of rows."""
     weights = {file.name: file.weight for file in files if file.rows}
-    rows, tokens = Counter[str](), Counter[str]()
-    for file in files:
-        rows[file.name] += file.rows
-        tokens[file.name] += file.tokens
+    rows = {name: sources[name]["rows"] for name in weights}
     is_weighted = None not in weights.values()
     draws = {name: (weight if is_weighted else rows[name]) or 0 for name, weight in weights.items()}
     return [
         {
             "source": name,
             "rows": rows[name],
-            "tokens": tokens[name],
+            "tokens": sources[name]["tokens"],
             "weight": weight,
-            "share_of_rows": (of_rows := rows[name] / rows.total()),
+            "share_of_rows": (of_rows := rows[name] / sum(rows.values())),
             "share_of_draws": (of_draws := draws[name] / sum(draws.values())),
             "repeats": of_draws / of_rows,
         }

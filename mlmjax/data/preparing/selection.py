@@ -110,23 +110,13 @@ def _balance(
         by_task.setdefault(task, []).append(count)
     most: dict[int, int] = {}
     for task, sizes in by_task.items():
-        if len(sizes) < 2:
-            continue
-        ordered = np.sort(sizes)
-        most[task] = int(ordered[0])
-        for k in range(1, len(ordered)):
-            if k * share >= 1:
-                break
-            # With the k most common answers cut to m each, m = share (rest + k m).
-            m = share * ordered[:-k].sum() / (1 - k * share)
-            if m >= ordered[-k - 1]:
-                most[task] = max(int(m), 1)
-                break
-    return {
-        group: most[group[0]]
-        for group, count in counts.items()
-        if count > most.get(group[0], count)
-    }
+        ordered, k = np.sort(sizes), np.arange(1, len(sizes))
+        k = k[k * share < 1]
+        # With the k most common answers cut to m each, m = share (rest + k m).
+        m = share * np.cumsum(ordered)[-k - 1] / (1 - k * share)
+        found = m[m >= ordered[-k - 1]]
+        most[task] = max(int(found[0]), 1) if len(found) else int(ordered[0])
+    return {group: most[group[0]] for group, count in counts.items() if count > most[group[0]]}
 
 
 def _cap(kept: np.ndarray, size: int | None, per_task: int | None) -> np.ndarray:

@@ -29,10 +29,7 @@ _PARENT_SECONDS = 0.1
 
 
 class Workers:
-    """Run jobs here or in several processes, until `close`.
-
-    The processes start with the first jobs that need them, and stay for the next ones.
-    """
+    """Run jobs here, or in processes that start with the first jobs that need them and stay."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -96,9 +96,9 @@ def read_examples(
 ) -> Iterator[Encoded]:
     """Stream the examples of a source, each at most `seq_length` tokens; count in `counts`.
 
-    `exclusion` drops records of its tasks before it looks at their answers, and then records that
-    share text with an evaluation set. Prompts and answers that hold the text `[MASK]` are dropped
-    too. A document that overlaps is dropped whole.
+    `exclusion` drops records of its tasks, whatever their answers, and then records (or whole
+    documents) that share text with an evaluation set. Prompts and answers that hold the text
+    `[MASK]` are dropped too.
 
     Instruction source (`prompt`, `answer`): kept if `" " + answer` (stripped) is one token, the
     trained form. With `labels`: the answer names or numbers a label, and the answer token is the

@@ -1,4 +1,4 @@
-"""Read the records of a stranger's data file: parquet, JSONL, CSV or plain text."""
+"""Read the records of an untrusted data file: parquet, JSONL, CSV or plain text."""
 
 import csv
 import io

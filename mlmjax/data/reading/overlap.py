@@ -61,7 +61,7 @@ class OverlapIndex:
         sets = [self._number(one) for one in texts.values()]
         # Number 0 is every word that no evaluation set has.
         self._values = np.random.default_rng(n).integers(2**64, size=len(self._ids) + 1, dtype="u8")
-        self._powers, self._inverses = _powers(_BASE, 2**10), _powers(pow(_BASE, -1, 2**64), 2**10)
+        self._set_powers(2**10)
         runs = [self._content(one, n) for one in sets]
         owners = np.repeat(np.arange(len(sets), dtype=np.uint16), [len(one) for one in runs])
         self._runs, first = np.unique(_joined(runs), return_index=True)
@@ -106,12 +106,15 @@ class OverlapIndex:
                 found[np.array(ids, np.int32).tobytes()] += 1
         return [(np.frombuffer(key, np.int32), count) for key, count in found.items()]
 
+    def _set_powers(self, size: int) -> None:
+        bases = np.array([[_BASE], [pow(_BASE, -1, 2**64)]], np.uint64)
+        factors = np.where(np.arange(size), bases, np.uint64(1))
+        self._powers, self._inverses = np.multiply.accumulate(factors, axis=1)
+
     def _sums(self, ids: np.ndarray) -> np.ndarray:
         """Return running sums, modulo 2**64, of word values times powers; `[words + 1]`."""
         if len(ids) > len(self._powers):
-            size = 2 ** len(ids).bit_length()
-            self._powers = _powers(_BASE, size)
-            self._inverses = _powers(pow(_BASE, -1, 2**64), size)
+            self._set_powers(2 ** len(ids).bit_length())
         sums = np.zeros(len(ids) + 1, np.uint64)
         np.cumsum(self._values[ids] * self._powers[: len(ids)], out=sums[1:])
         return sums
@@ -144,12 +147,6 @@ class OverlapIndex:
                     known = self._short.setdefault(begin, [])
                     if all(whole != other for _, other, _ in known):
                         known.append((length, whole, owner))
-
-
-def _powers(base: int, size: int) -> np.ndarray:
-    powers = np.full(size, base, np.uint64)
-    powers[0] = 1
-    return np.multiply.accumulate(powers)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
