@@ -270,4 +270,5 @@ class LabelLoader(_Loader[LabelBatch]):
         for row, (_, columns) in enumerate(drawn):
             if columns is not None:
                 (labels[row],), (tasks[row],) = columns[5], columns[3]
-        return LabelBatch(*self._lay_out(drawn)[:2], labels), tasks
+        input_ids, segment_ids, _ = self._lay_out(drawn)
+        return LabelBatch(input_ids, segment_ids, labels), tasks

@@ -8,10 +8,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from row_files import write_table
+from row_files import change, two_sources
 
 from mlmjax import InputError
-from mlmjax.config.data import DataConfig, SourceConfig
 from mlmjax.config.run import ObjectiveConfig
 from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED
 from mlmjax.data.loader import Loader
@@ -30,19 +29,8 @@ ATP_ONLY = ObjectiveConfig()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     """Rows of two sources: questions with answers, and plain text."""
-    place = tmp_path_factory.mktemp("loader")
-    questions = [
-        {"input": f"Question {i}: " + "word " * (i * 7 % 40), "answer": "yes", "task": f"t{i % 3}"}
-        for i in range(400)
-    ]
-    texts = [{"text": f"Document {i} says this. " * (1 + i % 30)} for i in range(60)]
-    path = write_table(place / "a.jsonl", questions)
-    qa = SourceConfig(path=path, prompt="{input}", answer="answer", task="task", name="qa")
-    text = SourceConfig(path=write_table(place / "b.jsonl", texts), text="text", name="text")
-    config = DataConfig(
-        rows=str(place / "rows"), seq_length=SEQ, validation_rows=21, sources=(qa, text)
-    )
-    return prepare(config, tokenizer)
+    config = two_sources(tmp_path_factory.mktemp("loader"))
+    return prepare(change(config, validation_rows=21), tokenizer)
 
 
 @pytest.fixture
@@ -196,7 +184,7 @@ def test_without_shares_answers_need_no_width_for_masks_and_text_is_masked(make,
     assert (objectives == ATP).sum() == sum(map(len, loader.example_indices(0)))
     names = read_manifest(folder).tasks
     tasks = loader.tasks(0)
-    assert {names[t] for t in np.unique(tasks[tasks >= 0])} == {"t0", "t1", "t2"}
+    assert {names[t] for t in np.unique(tasks[tasks >= 0])} == {"task0", "task1", "task2"}
     text = make(objective=ATP_ONLY, only="text").batch(0)
     assert set(np.unique(text.target_objective)) == {UNUSED, MLM}
 

@@ -45,25 +45,24 @@ def folder(tmp_path_factory, tokenizer):
         }
         for i in range(1500)
     ]
-    text = [{"text": f"Document {i} of {'many ' * (i % 40)}words. " * 3} for i in range(150)]
+    prompts = SourceConfig(
+        path=write_table(folder / "a.jsonl", rows),
+        prompt="{input}",
+        answer="answer",
+        task="task",
+        name="q|`a`\n# x",
+        normalize=("strip", "letter"),
+        shorten={"input": "tail"},
+    )
+    rows = [{"text": f"Document {i} of {'many ' * (i % 40)}words. " * 3} for i in range(150)]
+    text = SourceConfig(path=write_table(folder / "b.jsonl", rows), text="text", name="text")
     config = DataConfig(
         rows=str(folder / "rows"),
         seq_length=128,
         validation_rows=10,
         select=SelectConfig(sizes=(200, 600), answer_share=0.5),
         exclude=ExcludeConfig(tasks=("task7",)),
-        sources=(
-            SourceConfig(
-                path=write_table(folder / "a.jsonl", rows),
-                prompt="{input}",
-                answer="answer",
-                task="task",
-                name="q|`a`\n# x",
-                normalize=("strip", "letter"),
-                shorten={"input": "tail"},
-            ),
-            SourceConfig(path=write_table(folder / "b.jsonl", text), text="text", name="text"),
-        ),
+        sources=(prompts, text),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shuffle, "BUCKET_TOKENS", 4000)  # several row files for each group
@@ -161,7 +160,7 @@ def test_every_example_is_as_likely_to_be_drawn(folder, tokenizer):
     drawn = [
         one["number"] for seed in range(30) for one in count(folder, tokenizer, 100, seed).drawn
     ]
-    quarters = np.bincount(np.array(drawn) * 4 // total, minlength=4)
+    quarters = np.bincount(np.array(drawn) * 4 // total)
     assert quarters.sum() == 30 * 100
     assert np.abs(quarters / quarters.sum() - 0.25).max() < 0.04
     everything = count(folder, tokenizer, 10**6).drawn
@@ -223,7 +222,8 @@ def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, to
     before = content(page.parent)
     assert set(before) == {"report.md", "report.json", "records.png", "lengths.png"}
     rows = {path: path.read_bytes() for path in folder.rglob("*.arrow")}
-    page.parent.rename(folder.parent / "old")
+    shutil.rmtree(page.parent)
+    page.parent.mkdir()  # An empty folder is as good as none.
     partial = folder / "report.partial"
     partial.mkdir()  # as a kill leaves it
     (partial / ".building").touch()
@@ -277,13 +277,10 @@ def test_damaged_rows_and_another_tokenizer_are_rejected(tmp_path, folder, token
 
 
 def test_blocks_are_the_rows_one_after_another(folder):
-    for split in ("train", "validation"):
-        for source in open_rows(folder, split):
-            rows = [source.columns(row) for row in range(len(source))]
-            for joined, column in zip(
-                zip(*source.blocks(), strict=True), zip(*rows, strict=True), strict=True
-            ):
-                assert np.array_equal(np.concatenate(joined), np.concatenate(column), True)
+    for source in (*open_rows(folder, "train"), *open_rows(folder, "validation")):
+        rows = (source.columns(row) for row in range(len(source)))
+        for parts in zip(zip(*source.blocks(), strict=True), zip(*rows, strict=True), strict=True):
+            assert np.array_equal(*map(np.concatenate, parts), equal_nan=True)
 
 
 def test_the_command_writes_the_report_once(tmp_path, capsys, monkeypatch):
@@ -297,17 +294,12 @@ def test_the_command_writes_the_report_once(tmp_path, capsys, monkeypatch):
     page = tmp_path / "rows" / "report" / "report.md"
     assert run(["prepare", "run.toml"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "report: rows/report/report.md"
-    first, rows = content(page.parent), content(tmp_path / "rows" / "train")
+    rows = content(tmp_path / "rows")
     assert run(["prepare", "run.toml"]) == 0
-    assert content(page.parent) == first
+    assert content(tmp_path / "rows") == rows
     page.unlink()
     assert run(["prepare", "run.toml"]) == 2
     assert "has no report.md; delete the folder" in capsys.readouterr().err
-    for path in page.parent.iterdir():
-        path.unlink()
-    assert run(["prepare", "run.toml"]) == 0
-    assert content(page.parent) == first
-    assert content(tmp_path / "rows" / "train") == rows
 
 
 def written(folder, tokenizer, *sources, name="rows", head="mlm", **settings):
@@ -363,12 +355,11 @@ def test_labels_of_a_classification_head_are_shown(tmp_path, tokenizer):
 
 def test_every_exclusion_is_reported_with_what_it_kept_out(tmp_path, tokenizer):
     question = "Which of the two rivers that meet in the old town is the longer one of the pair"
+    rest = 'prompt = "{q}"\nanswer = "a"\nlabels = ["yes", "no"]\nverbalizer = "words"\n'
     for name, text in (("rivers", question), ("towns", question.replace("rivers", "roads"))):
         write_table(tmp_path / f"{name}.jsonl", [{"q": text, "a": "yes"}])
-        (tmp_path / f"{name}.toml").write_text(
-            f'name = "{name}"\ndata = "{name}.jsonl"\nprompt = "{{q}}"\nanswer = "a"\n'
-            'labels = ["yes", "no"]\nverbalizer = "words"\n'
-        )
+        task = f'name = "{name}"\ndata = "{name}.jsonl"\n{rest}'
+        (tmp_path / f"{name}.toml").write_text(task)
     again = write_table(tmp_path / "again.jsonl", [{"q": "Nothing of that", "a": "no"}])
     rows = [{"q": f"Is {i} odd?", "a": "yes", "t": f"t{i % 4}"} for i in range(40)]
     rows += [{"q": f"So, {question}?", "a": "no", "t": "t0"}] * 3
@@ -487,8 +478,7 @@ def test_pictures_say_what_they_count():
     # Similar reasons are one, and those beyond the colours another.
     reasons = {"overlaps a": 2, "overlaps b": 2, **{f"r{n}": 2 for n in range(9)}}
     shown = texts(draw_records([source(f"s{n}", 100 - n, **reasons) for n in range(30)]))
-    assert "shares text with an evaluation set" in shown
-    assert "other reasons" in shown
+    assert {"shares text with an evaluation set", "other reasons"} <= set(shown)
     assert "r8" not in shown
     assert sum("records" in text for text in set(shown)) == 24 + 1
     assert any(text.startswith("other 7 sources") for text in shown)

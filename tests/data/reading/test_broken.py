@@ -1,6 +1,7 @@
 """Broken shards: a line that names file and row, or skipped and counted, and nothing else lost."""
 
 import gzip
+import io
 import json
 import tracemalloc
 
@@ -96,45 +97,38 @@ def test_any_mixture_of_broken_lines_leaves_the_rest(tmp_path_factory, tokenizer
     assert (counts.dropped[BROKEN_RECORD], len(counts.broken)) == (bad, min(bad, MOST_NAMED))
 
 
-def parquet(path, rows=GOOD, **options):
-    pq.write_table(pa.Table.from_pylist(rows), path, **options)
-    return path.read_bytes()
+def parquet(rows=GOOD, **options):
+    pq.write_table(pa.Table.from_pylist(rows), sink := io.BytesIO(), **options)
+    return sink.getvalue()
 
 
-def damaged(data):
-    """Change bytes within the pages of the last row group."""
+def damaged_parquet():
+    """Return four row groups; bytes within the pages of the last one are changed."""
+    rows = [{**GOOD[0], "input": noise(i)} for i in range(2000)]
+    data = parquet(rows, row_group_size=500, write_page_checksum=True)
     at = len(data) * 2 // 3
     return data[:at] + bytes(byte ^ 0x55 for byte in data[at : at + 400]) + data[at + 400 :]
 
 
-def shards(folder):
-    """Return shards that break off or are none: name, content, and the records still read."""
-    many = [{**GOOD[0], "input": noise(i)} for i in range(2000)]
-    other = [{"inputs": "x", "targets": "yes"}]
-    path = folder / "scratch.parquet"
-    checked = parquet(path, many, row_group_size=500, write_page_checksum=True)
-    return {
-        "truncated": ("b.jsonl.gz", gzip.compress(b"".join(lines()))[:-9], 0),
-        "empty": ("b.jsonl", b"", 0),
-        "no parquet": ("b.parquet", b"PAR1 and so on PAR1", 0),
-        "cut parquet": ("b.parquet", parquet(path)[:-30], 0),
-        "wrong columns": ("b.parquet", parquet(path, other), 0),
-        "damaged parquet": ("b.parquet", damaged(checked), None),
-        "csv quote": ("b.csv", b'input,answer,task\nIs 3 odd?,yes,t\n"x,yes,t\n', 1),
-        "csv UTF-8": ("b.csv", b"input,answer,task\nIs 3?,yes,t\nx\xff,yes,t\ny,yes,t\n", 1),
-    }
+# Shards that end early or are none: ending of the name, content, and the records still read.
+SHARDS = {
+    "truncated": ("jsonl.gz", gzip.compress(b"".join(lines()), mtime=0)[:-9], 0),
+    "empty": ("jsonl", b"", 0),
+    "no parquet": ("parquet", b"PAR1 and so on PAR1", 0),
+    "cut parquet": ("parquet", parquet()[:-30], 0),
+    "wrong columns": ("parquet", parquet([{"inputs": "x", "targets": "yes"}]), 0),
+    "damaged parquet": ("parquet", damaged_parquet(), None),
+    "csv quote": ("csv", b'input,answer,task\nIs 3 odd?,yes,t\n"x,yes,t\n', 1),
+    "csv UTF-8": ("csv", b"input,answer,task\nIs 3?,yes,t\nx\xff,yes,t\ny,yes,t\n", 1),
+}
 
 
-KINDS = ("truncated", "empty", "no parquet", "cut parquet", "wrong columns", "damaged parquet")
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "csv quote", "csv UTF-8"])
+@pytest.mark.parametrize("kind", SHARDS)
 def test_a_broken_file_stops_or_is_left_where_it_breaks(kind, tokenizer, tmp_path):
     for name in ("a.jsonl", "c.jsonl"):
         (tmp_path / name).write_bytes(b"".join(lines()))
-    name, data, there = shards(tmp_path)[kind]
-    (tmp_path / "scratch.parquet").unlink()
-    (tmp_path / name).write_bytes(data)
+    ending, data, there = SHARDS[kind]
+    (tmp_path / f"b.{ending}").write_bytes(data)
     with pytest.raises(InputError, match=r"[/\\]b\.") as caught:
         read(source(tmp_path / "*"), tokenizer)
     assert "\n" not in caught.value.message
