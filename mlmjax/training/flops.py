@@ -43,10 +43,10 @@ def training_flops(config: ModelConfig, batch: Batch | LabelBatch) -> float:
     """
     lengths = segment_lengths(np.asarray(batch.segment_ids))
     if isinstance(batch, LabelBatch):
-        answers, width = int(np.count_nonzero(~np.isnan(batch.labels))), config.num_labels
+        is_answer, width = ~np.isnan(batch.labels), config.num_labels
     else:
-        answers, width = int(np.count_nonzero(np.asarray(batch.target_ids) >= 0)), config.vocab_size
-    return BACKWARD * forward_flops(config, lengths, answers, width)
+        is_answer, width = np.asarray(batch.target_ids) >= 0, config.vocab_size
+    return BACKWARD * forward_flops(config, lengths, int(np.count_nonzero(is_answer)), width)
 
 
 def forward_flops(
@@ -76,8 +76,5 @@ def segment_lengths(segment_ids: np.ndarray) -> np.ndarray:
     >>> segment_lengths(np.array([[1, 1, 2, 0], [1, 1, 1, 1]])).tolist()
     [2, 1, 4]
     """
-    rows, most = len(segment_ids), int(segment_ids.max(initial=0)) + 1
-    keys = np.arange(rows)[:, None] * most + segment_ids
-    counts = np.bincount(keys.ravel(), minlength=rows * most).reshape(rows, most)
-    counts[:, PADDING_SEGMENT] = 0
-    return counts[counts > 0]
+    segments = (row[row != PADDING_SEGMENT] for row in segment_ids)
+    return np.concatenate([np.unique(row, return_counts=True)[1] for row in segments])

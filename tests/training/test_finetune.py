@@ -9,21 +9,18 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
-from small_models import noisy, small_config
+from noisy_models import build
+from small_models import small_model
 
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
 from mlmjax.data.packing import pack
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import (
-    ModernBertForMaskedLM,
-    ModernBertForSequenceClassification,
-    labelled_config,
-)
+from mlmjax.model.modernbert import ModernBertForSequenceClassification, labelled_config
 from mlmjax.text.prompts import Prompt
 from mlmjax.training import finetune
 from mlmjax.training.finetune import Shape, answer_batch, common_shape, fine_tune, label_batch
 from mlmjax.training.flops import forward_flops
-from mlmjax.training.loss import label_loss
+from mlmjax.training.loss import label_evaluation
 from mlmjax.training.step import masked_token_loss
 
 PAD = 7
@@ -42,15 +39,15 @@ def drawn(lengths, seed=0, vocabulary=60):
 
 def single_rows(prompts, answers, rows, length, slots=1):
     """One prompt in each row: what packed batches have to be equal to."""
-    filled = [[*prompt.ids, *[PAD] * (length - len(prompt.ids))] for prompt in prompts]
-    filled += [[PAD] * length] * (rows - len(prompts))
-    segments = [[int(i < len(prompt.ids)) for i in range(length)] for prompt in prompts]
-    segments += [[0] * length] * (rows - len(prompts))
-    targets = np.full((3, rows, slots), UNUSED, np.int32)
-    targets[0, : len(prompts), 0] = [prompt.slot for prompt in prompts]
-    targets[1, : len(prompts), 0], targets[2, : len(prompts), 0] = answers, ATP
+    lengths = np.array([len(prompt.ids) for prompt in prompts] + [0] * (rows - len(prompts)))
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
-    return Batch(np.int32(filled), np.int32(segments), positions, *targets)
+    segments = np.int32(positions < lengths[:, None])
+    ids = np.full((rows, length), PAD, np.int32)
+    ids[segments == 1] = np.concatenate([prompt.ids for prompt in prompts])
+    targets = np.full((3, rows, slots), UNUSED, np.int32)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        targets[:, row, 0] = prompt.slot, answer, ATP
+    return Batch(ids, segments, positions, *targets)
 
 
 @given(LENGTHS, st.integers(1, 8))
@@ -89,13 +86,11 @@ def test_one_shape_holds_all_and_costs_no_more_than_single_rows(batches, parts):
 
 @pytest.fixture(scope="module")
 def model():
-    return noisy(
-        ModernBertForMaskedLM(small_config(vocab_size=512, **IDS), rngs=nnx.Rngs(0)), scale=0.05
-    )
+    return small_model(scale=0.05, vocab_size=512, **IDS)
 
 
 def assert_same_gradients(model, loss, packed, single, *, rtol, atol):
-    """Compare loss, metrics and gradients of two batches; return the metrics."""
+    """Compare loss, metrics and gradients of two batches; return the metrics of both."""
     graphdef, params = nnx.split(model, nnx.Param)
 
     @jax.jit
@@ -109,7 +104,7 @@ def assert_same_gradients(model, loss, packed, single, *, rtol, atol):
     assert metrics.keys() == known.keys()
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(a, b, atol=atol * max(1.0, np.abs(b).max()))
-    return metrics
+    return metrics, known
 
 
 def test_loss_and_gradients_are_those_of_single_rows(model):
@@ -159,20 +154,23 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
 )
 def test_packed_texts_have_the_logits_loss_and_gradients_of_single_rows(model, labels, pooling):
     config = replace(labelled_config(model.config, labels), classifier_pooling=pooling)
-    head = ModernBertForSequenceClassification(config, rngs=nnx.Rngs(3))
+    head = build(ModernBertForSequenceClassification, config, scale=0.05)
     texts = drawn(SEVEN, vocabulary=config.vocab_size)
     answers = np.arange(7) % 3 if labels else np.linspace(-1, 2, 7)
     packed = label_batch(texts, answers, shape=Shape(4, 48, 3), pad_id=PAD)
     assert packed.segment_ids.max() == 3
     rows = single_rows(texts, answers, 7, 40)
     single = LabelBatch(rows.input_ids, rows.segment_ids, np.float32(answers))
-    metrics = assert_same_gradients(head, label_loss, packed, single, rtol=1e-5, atol=2e-6)
-    assert metrics["loss_count"] == 7
-    used = ~np.isnan(packed.labels)
-    logits = np.asarray(head(packed.input_ids, packed.segment_ids, segments=3))[used]
-    alone = np.asarray(head(single.input_ids, single.segment_ids))
+
+    def loss(model, batch):
+        metrics = label_evaluation(model, batch)
+        return metrics["loss_sum"], metrics
+
+    found, known = assert_same_gradients(head, loss, packed, single, rtol=1e-5, atol=2e-6)
+    assert found["loss_count"] == 7
+    logits = np.asarray(found["logits"])[~np.isnan(packed.labels).ravel()]
     order = [i for row in pack([text.ids for text in texts], 48) for i in row]
-    np.testing.assert_allclose(logits, alone[order], atol=2e-6)
+    np.testing.assert_allclose(logits, known["logits"][np.array(order)], atol=2e-6)
 
 
 def test_a_packed_batch_of_texts_holds_each_with_its_label():

@@ -49,7 +49,7 @@ def test_padding_and_unused_targets_count_nothing():
         assert training_flops(CONFIG, given) == expected
 
 
-def test_peaks_are_known_by_kind_and_for_bfloat16_alone():
+def test_peaks_are_known_by_kind_and_only_for_bfloat16():
     kinds = ("NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v5p", "TPU v6 lite")
     assert [peak_flops(kind, "bfloat16") for kind in kinds] == [989e12, 197e12, 459e12, 918e12]
     assert peak_flops("NVIDIA H200", "float32") is None

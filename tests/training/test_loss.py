@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_dense_logits(counts):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     for a, b in zip(jax.tree.leaves(found_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(jnp.abs(b).max()))
-    # The value alone is computed on another path than the value with its gradient.
+    # The value alone takes another path than the value with its gradient.
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
@@ -126,19 +126,20 @@ def test_without_targets_everything_is_zero():
 
 def test_of_equal_logits_the_smallest_id_is_the_prediction():
     model = Head()
-    model.words[...] = jnp.zeros_like(model.words[...])
-    model.bias[...] = jnp.zeros_like(model.bias[...])
+    for parameter in (model.words, model.bias):
+        parameter[...] = np.zeros(parameter.shape, np.float32)
     batch = make_batch([2] * ROWS)
     batch.target_ids[:, :2] = 0, 1
-    _, losses, correct = target_losses(model, make_hidden(), batch)
+    _, losses, correct = everything(nnx.state(model), make_hidden(), batch)[0]
     np.testing.assert_array_equal(correct[:, :2], [[True, False]] * ROWS)
     np.testing.assert_allclose(losses[:, :2], np.log(VOCAB), rtol=1e-6)
 
 
 def test_a_broken_model_gets_nothing_right():
     model = Head()
-    model.bias[...] = jnp.full_like(model.bias[...], jnp.nan)
-    loss_sum, _, correct = target_losses(model, make_hidden(), make_batch([2] * ROWS))
+    model.bias[...] = np.full(VOCAB, np.nan, np.float32)
+    inputs = nnx.state(model), make_hidden(), make_batch([2] * ROWS)
+    loss_sum, _, correct = everything(*inputs)[0]
     assert np.isnan(loss_sum)
     assert not correct.any()
 

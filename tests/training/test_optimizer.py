@@ -50,7 +50,7 @@ def test_no_update_is_wasted(name, steps):
     assert steps == 1 or found.max() == 2
 
 
-def test_a_schedule_longer_than_the_run_is_refused():
+def test_a_schedule_longer_than_the_run_is_rejected():
     with pytest.raises(InputError, match="warmup 8 \\+ decay 5 updates are more than steps 10"):
         rates("wsd", warmup=8, decay=5)
     with pytest.raises(InputError, match="more than steps 10"):
@@ -58,7 +58,7 @@ def test_a_schedule_longer_than_the_run_is_refused():
 
 
 @pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
-def test_weight_decay_touches_matrices_alone(model):
+def test_weight_decay_changes_only_matrices(model):
     switches = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
     config = ModelConfig.from_hf({"num_hidden_layers": 2} | dict.fromkeys(switches, True))
     params = nnx.state(nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0))), nnx.Param)

@@ -1,14 +1,13 @@
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from batches import SEQ, SIZES, UNEVEN, WIDTH, make_batch, make_model
+from batches import SEQ, SIZES, UNEVEN, make_batch, make_model
 from flax import nnx
 
-from mlmjax.data.batch import Batch
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import ModernBertForMaskedLM
@@ -19,7 +18,6 @@ from mlmjax.training.step import (
     make_eval_step,
     make_replicated_step,
     make_train_step,
-    masked_token_loss,
 )
 
 MODEL = make_model()
@@ -27,16 +25,11 @@ OPTIMIZER = optax.adamw(1e-4, mask=decay_mask)
 GRAPHDEF = nnx.split(MODEL)[0]
 
 
-@cache
-def compiled(accumulate=1):
-    """One step for all tests, because compiling takes longer than everything they do."""
-    return make_train_step(GRAPHDEF, OPTIMIZER, accumulate=accumulate)
-
-
-def replicated_step(accumulate=1):
-    return make_replicated_step(GRAPHDEF, OPTIMIZER, accumulate=accumulate)
-
-
+# One step for all tests, because compiling takes longer than everything they do.
+compiled, replicated_step = (
+    cache(partial(make, GRAPHDEF, OPTIMIZER)) for make in (make_train_step, make_replicated_step)
+)
+CUBE = {"data": 2, "fsdp": 2, "tensor": 2}
 WAYS = pytest.mark.parametrize(
     ("make", "sizes"), [(compiled, None), (replicated_step, {"data": 8})], ids=["pjit", "pmap"]
 )
@@ -70,8 +63,8 @@ def one_device():
 @pytest.mark.parametrize(
     ("make", "sizes"),
     [
-        (compiled, {"data": 8}),
-        (compiled, {"data": 2, "fsdp": 2, "tensor": 2}),
+        pytest.param(compiled, {"data": 8}, marks=pytest.mark.long),
+        (compiled, CUBE),
         (replicated_step, {"data": 8}),
     ],
 )
@@ -94,7 +87,7 @@ def test_eight_devices_are_one_device(one_device, make, sizes):
 def test_accumulation_is_the_large_batch(make, sizes):
     batch = make_batch(UNEVEN)
     large, expected = compiled()(new_state(), batch)
-    state, metrics = make(2)(new_state(sizes), batch)
+    state, metrics = make(accumulate=2)(new_state(sizes), batch)
     assert expected["loss_count"] == sum(UNEVEN)
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
@@ -115,7 +108,7 @@ def test_an_update_without_targets_changes_nothing_but_the_step(make, sizes):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("sizes", [None, {"data": 8}])
+@pytest.mark.parametrize("sizes", [None, CUBE])
 def test_the_state_is_donated_and_the_model_is_not(sizes):
     weights = jax.tree.map(np.array, nnx.state(MODEL, nnx.Param))
     state = new_state(sizes)
@@ -152,50 +145,56 @@ def test_a_custom_loss():
 
 
 @pytest.mark.parametrize("make", [compiled, replicated_step])
-def test_rows_that_cannot_be_divided_are_refused(make):
+def test_rows_that_cannot_be_divided_are_rejected(make):
     with pytest.raises(InputError, match="make batch_size a multiple of 16"):
-        make(2)(new_state({"data": 8}), make_batch(UNEVEN[:8]))
+        make(accumulate=2)(new_state({"data": 8}), make_batch(UNEVEN[:8]))
 
 
-def test_a_model_with_other_state_is_refused():
+def test_a_model_with_other_state_is_rejected():
     model = make_model(1)
     model.dropout = nnx.Dropout(0.1, rngs=nnx.Rngs(1))
     with pytest.raises(InputError, match="set the dropout rates to 0"):
         create_train_state(model, optax.sgd(0.1))
 
 
-def compile_gradient(model, rows, length):
+def compile_gradient(remat="none", length=SEQ, **sizes):
+    """Compile a gradient of two rows of this length through the encoder."""
+    config = ModelConfig.from_hf(SIZES | sizes)
+    model = nnx.eval_shape(lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), remat=remat))
     graphdef, params = nnx.split(model, nnx.Param)
-    token, target = (jax.ShapeDtypeStruct((rows, n), jnp.int32) for n in (length, WIDTH))
+    token = jax.ShapeDtypeStruct((2, length), jnp.int32)
 
-    def loss(params, batch):
-        return masked_token_loss(nnx.merge(graphdef, params), batch)
+    def total(params, ids, segments, positions):
+        return nnx.merge(graphdef, params).encode(ids, segments, positions).sum()
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
-    return gradient.lower(params, Batch(*[token] * 3, *[target] * 3)).compile()
+    return jax.jit(jax.grad(total)).lower(params, *[token] * 3).compile()
 
 
 def test_work_of_a_gradient_is_linear_in_layers():
     """On a CPU the compiler would add up the residual stream again for each of its users."""
-
-    def flops(layers):
-        model = nnx.eval_shape(lambda: make_model(layers))
-        return compile_gradient(model, 8, SEQ).cost_analysis()["flops"]
-
-    few, more, most = map(flops, (2, 5, 8))
+    few, more, most = (
+        compile_gradient(num_hidden_layers=n, global_attn_every_n_layers=1).cost_analysis()["flops"]
+        for n in (2, 3, 4)
+    )
     assert (most - more) / (more - few) == pytest.approx(1, abs=1e-3)
 
 
-def gradient_memory(length, remat="none"):
-    """Return the bytes of temporary arrays that a gradient of six layers needs."""
-    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
-    config = ModelConfig.from_hf(sizes)
-    model = nnx.eval_shape(lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), remat=remat))
-    return compile_gradient(model, 2, length).memory_analysis().temp_size_in_bytes
+LONG = 8192
 
 
-def test_memory_is_linear_in_tokens_and_remat_saves_most_of_it():
-    none, dots, layer = (gradient_memory(4096, remat) for remat in ("none", "dots", "layer"))
-    assert none < 4.4 * gradient_memory(1024)
+@cache
+def gradient_memory(remat):
+    """Return the bytes of temporary arrays that a gradient of three layers needs."""
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+    return compile_gradient(remat, LONG, **sizes).memory_analysis().temp_size_in_bytes
+
+
+def test_a_gradient_never_holds_the_scores_of_all_pairs():
+    """Those of one layer, of two rows and two heads, would take twice as much as all the rest."""
+    assert gradient_memory("none") < 2 * 2 * LONG**2 * 4 / 2
+
+
+def test_remat_saves_most_of_the_memory():
+    none, dots, layer = map(gradient_memory, ("none", "dots", "layer"))
     assert layer < 0.7 * none  # Blocks of attention are computed again in any case.
     assert layer < dots < 0.9 * none

@@ -55,10 +55,7 @@ _SHORTEST, _SHORTEST_TEXT = 5, 3
 
 
 def check_run(config: RunConfig, topology: Topology) -> Any:
-    """Check without a compiler what a run would reject there; return its abstract model.
-
-    Raises `InputError`.
-    """
+    """Raise `InputError` for what a run would reject there; return its abstract model."""
     if config.parallel != "pjit":
         raise InputError("parallel: only 'pjit' can be planned; set parallel = 'pjit'")
     check_platform(config.attention, topology.platform)
@@ -114,11 +111,10 @@ def _compile_training(
 ) -> dict[str, Any]:
     data, architecture = config.data, model.config
     graphdef, params = split_parameters(model)
+    loss = HEADS[config.head].loss
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
     state = abstract_train_state(params, optimizer, mesh)
-    step = make_train_step(
-        graphdef, optimizer, accumulate=data.accumulate, loss=HEADS[config.head].loss
-    )
+    step = make_train_step(graphdef, optimizer, accumulate=data.accumulate, loss=loss)
     batch = _abstract_batch(config, mesh, data.batch_size, assumptions)
     flops = BACKWARD * forward_flops(
         architecture,

@@ -74,9 +74,8 @@ def _try(config: RunConfig, change: dict[str, Any], topology: Topology, say: Say
         check_run(candidate, topology)
         say(f"does not fit; compiling with {_join(change)}")
         training = _compile(candidate, topology, ["training"])["training"]
-        scoring = None
-        if training["fits"]:
-            scoring = _compile(candidate, topology, ["scoring"])["scoring"]
+        fits = training["fits"]
+        scoring = _compile(candidate, topology, ["scoring"])["scoring"] if fits else None
     except InputError as error:
         return {"fits": False, "refusal": {"message": error.message}, "scoring": None}
     return {**training, "scoring": scoring}
@@ -163,11 +162,10 @@ def _explain_death(topology: Topology, status: int, errors: list[str]) -> InputE
 def report(plan: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a plan for people."""
     machine, training, scoring = plan["machine"], plan["training"], plan["scoring"]
+    limit, unused = machine["memory"], machine["devices"] - machine["used"]
     mesh = " x ".join(f"{axis} {size}" for axis, size in machine["mesh"].items())
     verdict = {True: "fits", False: "DOES NOT FIT", None: "no verdict for simulated devices"}
     yield f"{machine['topology']}: {verdict[plan['fits']]}"
-    unused = machine["devices"] - machine["used"]
-    limit = machine["memory"]
     yield (
         f"  {machine['used']} x {machine['device']}"
         + (f", {_format_size(limit, 'GiB')} each" if limit else "")

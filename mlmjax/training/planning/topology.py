@@ -150,7 +150,7 @@ def devices_of(topology: Topology) -> list[Any]:
     name = f"{chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except Exception as error:  # JAX and libtpu raise no type of their own here.
+    except Exception as error:  # JAX and libtpu raise only general types here.
         if find_spec("libtpu") is None or "libtpu" in str(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "

@@ -109,10 +109,7 @@ def feed(
     stop: int,
     change: Callable[[Any], Any] = lambda batch: batch,
 ) -> Iterator[Fed]:
-    """Iterate over the batches of steps `start..stop-1`; any number of processes gets the same.
-
-    `change` may widen the batches.
-    """
+    """Iterate over the changed batches of steps `start..stop-1`, split over all processes."""
     if mesh is None or not mesh.is_multi_process:
         for step, batch in loader.batches(start, stop):
             yield Fed(step, changed := change(batch), changed)

@@ -6,8 +6,8 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +43,20 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int = 0):
         self.path = folder / METRICS
         self._events: _Events | None = None
-        try:
+        with self._writing():
             lines = _kept_lines(self.path, step)
             write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file = self.path.open("a", encoding="utf-8")
             with suppress(ImportError):
                 self._events = _Events(folder, step)
+        self._written = {(line["step"], line["split"]) for line in lines}
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise write_failed(self.path, error) from error
-        self._written = {(line["step"], line["split"]) for line in lines}
 
     def close(self) -> None:
         """Close the files."""
@@ -68,24 +73,20 @@ class MetricsLog:
     def write(self, step: int, split: str, values: Figures) -> None:
         """Append one line and flush it."""
         line = {"step": step, "split": split, **values}
-        try:
+        with self._writing():
             self._file.write(f"{json.dumps(line, allow_nan=False)}\n")
             self._file.flush()
             if self._events:
                 self._events.write(step, split, values)
-        except OSError as error:
-            raise write_failed(self.path, error) from error
         self._written.add((step, split))
 
     def sync(self) -> None:
         """Force all lines to disk, so that no checkpoint is ahead of them."""
-        try:
+        with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
             if self._events:
                 self._events.flush()
-        except OSError as error:
-            raise write_failed(self.path, error) from error
 
 
 def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:

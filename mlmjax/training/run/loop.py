@@ -42,13 +42,13 @@ IN_FLIGHT = 2
 
 EXAMPLES_NAMED = 50
 MOST_SKIPPED = 20
-"""Updates in a row that `optim.skip_spikes` may skip."""
+"""Updates in a row that `optimizer.skip_spikes` may skip."""
 
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class StoppedError(Exception):
-    """End a validation because a signal asked to stop."""
+    """End a validation because a signal requests a stop."""
 
 
 class StopRequest:
@@ -64,11 +64,11 @@ class StopRequest:
         self.is_armed = False
 
     def is_here(self) -> bool:
-        """Tell whether this process was asked to stop."""
+        """Tell whether this process got a signal to stop."""
         return self.number is not None
 
     def is_anywhere(self) -> bool:
-        """Tell whether any process was asked to stop; all processes call it together."""
+        """Tell whether any process got one; all processes call it together."""
         return processes.vote(self.is_here())()
 
     def check(self) -> None:
@@ -77,7 +77,7 @@ class StopRequest:
             raise StoppedError
 
     def leave(self) -> None:
-        """End all processes together, as the signal asks."""
+        """End all processes together, as the signal demands."""
         failures.end_together("stopped")
         self._end()
 
@@ -99,7 +99,7 @@ class StopRequest:
 def catch_signals() -> Iterator[StopRequest]:
     """Yield the `StopRequest` of this process; only the main thread can handle signals.
 
-    `StoppedError` within the block ends the process as the signal asks.
+    `StoppedError` within the block ends the process as the signal demands.
     """
     stop = StopRequest()
     before: dict[int, Any] = {}
@@ -186,7 +186,7 @@ class Loop:
         add(self._counts, counts, {"timed_tokens": tokens, "timed_flops": flops})
 
     def _settle(self, step: int, metrics: Any, stops: Callable[[], bool]) -> bool:
-        """Add up the metrics of an update that is done; tell whether any process was asked to stop.
+        """Add up the metrics of an update that is done; tell whether any process has to stop.
 
         Raises `RunError` if they are not finite.
         """

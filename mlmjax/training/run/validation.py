@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from sklearn.metrics import f1_score
 
 from mlmjax.config.run import RunConfig
-from mlmjax.data.batch import ATP, UNUSED, Batch
+from mlmjax.data.batch import ATP, UNUSED
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
@@ -37,16 +38,13 @@ def validate(
 ) -> dict[str, float | None]:
     """Return the figures of one pass over the held-out rows.
 
-    `check` is called before each batch, and raises if a signal asked to stop. With `width` the
+    `check` is called before each batch, and raises if a signal requests a stop. With `width` the
     targets are filled up to it, so that the step is not compiled again.
     """
     totals: Totals = defaultdict(float)
     counts: Totals = defaultdict(float)
-
-    def widened(batch: Any) -> Any:
-        return batch if width is None else _widened(batch, width)
-
-    for _, batch, counted in feed(loader, mesh_of(params), 0, loader.epoch_steps(), widened):
+    change = partial(_widened, width=width)
+    for _, batch, counted in feed(loader, mesh_of(params), 0, loader.epoch_steps(), change):
         check()
         metrics = eval_step(params, batch)
         add(totals, jax.device_get({k: v for k, v in metrics.items() if not v.ndim}))
@@ -55,7 +53,9 @@ def validate(
     return summarize(totals)
 
 
-def _widened(batch: Batch, width: int) -> Batch:
+def _widened(batch: Any, width: int | None) -> Any:
+    if width is None:
+        return batch
     unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
     targets = ("target_positions", "target_ids", "target_objective")
     return batch._replace(

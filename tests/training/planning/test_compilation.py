@@ -25,8 +25,8 @@ def long(*values):
 
 
 def compile_one(program="training", **changes):
-    found = compilation.compile_run(config_of(**changes), parse_topology("cpu:8"), [program])
-    return found[program]
+    config = config_of(**{"model": {"num_hidden_layers": 1}} | changes)
+    return compilation.compile_run(config, parse_topology("cpu:8"), [program])[program]
 
 
 @cache
@@ -199,13 +199,21 @@ def test_the_targets_of_a_row_are_those_of_the_loader(tmp_path, pack):
     assert width == bound_of(seq_length=64, rows="none")[1]
 
 
+@pytest.fixture
+def tpu_environment(monkeypatch):
+    """Describe TPUs in this process; the command does so in a child process."""
+    for name, value in environment(parse_topology("v5e:2x2")).items():
+        if "TPU" in name:
+            monkeypatch.setenv(name, value)
+
+
 SPLASH = {"dtype": "bfloat16", "attention": "splash", "mesh": {"fsdp": 2}}
 
 
 @pytest.mark.libtpu
-def test_a_step_with_splash_kernels_compiles_for_a_tpu():
+def test_a_step_with_splash_kernels_compiles_for_a_tpu(tpu_environment):
     config = config_of(**SPLASH, model={"num_hidden_layers": 1})
-    found = plan._compile(config, parse_topology("v5e:2x2"), ["training"])
+    found = compilation.compile_run(config, parse_topology("v5e:2x2"), ["training"])
     assert found["machine"]["device"] == "TPU v5 lite"
     assert found["training"]["fits"]
     assert found["training"]["collectives"]["all-gather"]["count"] > 4
@@ -222,10 +230,7 @@ def test_a_run_with_splash_kernels_fits_a_tpu():
 @pytest.mark.parametrize(
     "topology", ["v5e:2x2", *map(long, ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "7x:2x2x1"])]
 )
-def test_kernels_of_both_kinds_of_layers_compile_for_every_tpu(topology, monkeypatch):
-    for name, value in environment(parse_topology(topology)).items():
-        if "TPU" in name:
-            monkeypatch.setenv(name, value)
+def test_kernels_of_both_kinds_of_layers_compile_for_every_tpu(topology, tpu_environment):
     mesh = sharding.make_mesh({"data": 2, "tensor": 2}, devices_of(parse_topology(topology)))
     heads = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
     shape = jax.ShapeDtypeStruct((2, 4, 1024, 64), jnp.bfloat16, sharding=heads)

@@ -12,6 +12,13 @@ from mlmjax.errors import InputError
 from mlmjax.parallel import sharding
 from mlmjax.training.planning import compilation, plan
 from mlmjax.training.planning.topology import parse_topology
+from mlmjax.training.run import initial_model
+
+
+@pytest.fixture(autouse=True)
+def one_tokenizer(monkeypatch, tokenizer):
+    """Read the packaged tokenizer once, and not for each configuration."""
+    monkeypatch.setattr(initial_model, "load_tokenizer", lambda config: tokenizer)
 
 
 def test_changes_start_with_the_cheapest():
@@ -48,10 +55,10 @@ MACHINE = {
 
 def fake_compiler(monkeypatch, training, scoring=lambda config: True):
     """Have plans take verdicts from these functions; return what was to be compiled."""
-    asked = []
+    compiled = []
 
-    def ask(config, topology, which=compilation.PROGRAMS):
-        asked.append((config.remat, config.data.accumulate, *which))
+    def compile_as_if(config, topology, which=compilation.PROGRAMS):
+        compiled.append((config.remat, config.data.accumulate, *which))
         mesh = sharding.mesh_shape(config.mesh, 8)
         found = {}
         for name, verdict in (("training", training), ("scoring", scoring)):
@@ -60,8 +67,8 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
                 found[name] = fake_program(2**30 if fits else 28 * 2**30, fits)
         return {"machine": {**MACHINE, "mesh": mesh}, **found, "assumptions": []}
 
-    monkeypatch.setattr(plan, "_compile", ask)
-    return asked
+    monkeypatch.setattr(plan, "_compile", compile_as_if)
+    return compiled
 
 
 def plan_one(**changes):
@@ -71,11 +78,11 @@ def plan_one(**changes):
 
 
 def test_the_nearest_change_that_fits_is_found_by_compiling(monkeypatch):
-    asked = fake_compiler(monkeypatch, lambda config: config.data.accumulate == 2)
+    compiled = fake_compiler(monkeypatch, lambda config: config.data.accumulate == 2)
     found, text = plan_one()
     assert found["fits"] is False
     assert found["change"] == {"remat": "layer", "data.accumulate": 2}
-    assert asked == [
+    assert compiled == [
         ("none", 1, "training", "scoring"),
         ("dots", 1, "training"),
         ("layer", 1, "training"),
@@ -107,16 +114,16 @@ def test_an_invalid_change_does_not_end_the_search(monkeypatch):
 
 
 def test_a_change_is_accepted_by_training_and_its_scoring_is_reported(monkeypatch):
-    asked = fake_compiler(monkeypatch, lambda c: c.remat != "none", lambda c: False)
+    compiled = fake_compiler(monkeypatch, lambda c: c.remat != "none", lambda c: False)
     found, text = plan_one()
-    assert [a[:2] for a in asked] == [("none", 1), ("dots", 1), ("dots", 1)]
+    assert [a[:2] for a in compiled] == [("none", 1), ("dots", 1), ("dots", 1)]
     assert found["tried"][-1]["scoring"]["fits"] is False
     assert "nearest change with which the training step fits: remat=dots" in text
     assert "scoring does not fit: give fewer rows" in text
     # If only scoring does not fit, no change of the training helps, so none is tried.
-    asked = fake_compiler(monkeypatch, lambda c: True, lambda c: False)
+    compiled = fake_compiler(monkeypatch, lambda c: True, lambda c: False)
     found, text = plan_one()
-    assert (found["fits"], "tried" in found, len(asked)) == (False, False, 1)
+    assert (found["fits"], "tried" in found, len(compiled)) == (False, False, 1)
     assert "scoring does not fit" in text
     # But one helps the validation of a classifier.
     fake_compiler(monkeypatch, lambda c: True, lambda c: c.data.accumulate == 2)

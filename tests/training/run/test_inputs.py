@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlmjax.parallel.sharding import batch_sharding, make_mesh
-from mlmjax.training.run.inputs import assemble, feed, share_of
+from mlmjax.training.run.inputs import assemble, share_of
 
 MESHES = [
     {"data": 8},
@@ -47,22 +47,3 @@ def test_a_batch_is_put_together_from_the_rows_of_a_process(sizes):
     for name, value in whole.items():
         np.testing.assert_array_equal(placed[name], value)
         assert placed[name].sharding == batch_sharding(mesh)
-
-
-class _Rows:
-    """A loader of numbers whose batches grow."""
-
-    def rows(self, step):
-        return 8 * (step + 1)
-
-    def batches(self, start, stop, rows=None):
-        for step in range(start, stop):
-            numbers = np.arange(self.rows(step)) + 100 * step
-            yield step, {"x": numbers if rows is None else numbers[rows(step)]}
-
-
-def test_one_process_gets_what_the_loader_gives():
-    fed = list(feed(_Rows(), make_mesh({"data": 2}), 1, 3, lambda batch: {"x": batch["x"] + 1}))
-    assert [step for step, _, _ in fed] == [1, 2]
-    assert all(batch is counted for _, batch, counted in fed)
-    np.testing.assert_array_equal(fed[0].batch["x"], np.arange(16) + 101)

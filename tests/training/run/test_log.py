@@ -1,6 +1,6 @@
 """Log lines and the progress bar of a training."""
 
-from mlmjax.training.run.log import RunDisplay, describe
+from mlmjax.training.run.log import RunDisplay
 
 
 def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
@@ -10,11 +10,15 @@ def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
         display.show(20, "train", values)
         display.show(30, "train", {"loss": 0.712, "loss_atp": 0.711})
         display.show(20, "validation", {"loss": 0.5, "mfu": float("nan")})
+        display.show(
+            40, "train", {"loss": 1.0, "loss_atp": 1.0, "loss_dummy": 1.0, "loss_mlm": None}
+        )
         display.say("[saved]")
     assert capsys.readouterr().err.splitlines() == [
         "step 20/40 | loss 0.710 | accuracy 0.800 | 1,732 tok/s",
         "step 30/40 | loss 0.712",
         "step 20/40 | validation | loss 0.500",
+        "step 40/40 | loss 1.000 | atp 1.000 | dummy 1.000",
         "[saved]",
     ]
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -25,8 +29,3 @@ def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "20/40" in shown
     assert "validation | loss 0.710" in shown
-
-
-def test_parts_of_a_loss_are_shown_if_there_are_several():
-    values = {"loss": 1.0, "loss_atp": 1.0, "loss_dummy": 1.0, "loss_mlm": None}
-    assert describe(values) == "loss 1.000 | atp 1.000 | dummy 1.000"

@@ -17,9 +17,11 @@ from mlmjax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
-# Slow enough to be killed anywhere: each of its saves is drawn out.
+# Slow enough to be killed anywhere: each of its saves is drawn out. tensorboardX takes seconds to
+# import, and no checkpoint depends on it.
 CHILD = """
 import sys, time
+sys.modules["tensorboardX"] = None
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from mlmjax.cli.main import run

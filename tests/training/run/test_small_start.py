@@ -101,7 +101,7 @@ def test_neighbours_do_not_cross_examples_and_blocks_make_no_difference():
         np.testing.assert_array_equal(found.toarray(), expected)
 
 
-def test_rows_of_another_tokenizer_are_refused(made, monkeypatch):
+def test_rows_of_another_tokenizer_are_rejected(made, monkeypatch):
     folder, _ = made
     with pytest.raises(SystemExit, match="with another tokenizer than mlmjax-small's"):
         run_tool(monkeypatch, "mlmjax-small", folder / "rows", "never")

@@ -9,14 +9,7 @@ import jax
 import numpy as np
 import pytest
 from processes import write_config
-from training import (
-    OTHERS,
-    TASKS,
-    assert_same,
-    lines_of,
-    make_config,
-    make_table,
-)
+from training import OTHERS, TASKS, assert_same, lines_of, make_config, make_table
 
 import mlmjax.training.run.loop as loop_module
 import mlmjax.training.run.train as train_module
@@ -129,7 +122,7 @@ def test_the_losses_of_each_source_are_reported(folder, capsys):
         run_training(make_config(folder, **changes))
 
 
-def test_a_finished_run_is_reported_and_left_alone(folder, straight, capsys):
+def test_a_finished_run_is_reported_and_not_changed(folder, straight, capsys):
     before = {path: path.stat().st_mtime_ns for path in (folder / "out" / "export").iterdir()}
     state = run_training(make_config(folder))
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What a run file can ask for beyond the plain recipe, each through the whole loop."""
+"""Options of a run file beyond the plain recipe, each through the whole loop."""
 
 import json
 import random
@@ -134,7 +134,7 @@ def test_without_labels_a_number_is_predicted(folder, capsys):
         ),
     ],
 )
-def test_what_a_classification_head_cannot_be_trained_on_is_refused(folder, changes, message):
+def test_what_a_classification_head_cannot_be_trained_on_is_rejected(folder, changes, message):
     with pytest.raises(InputError, match=message):
         run_training(labelled(folder, "refused", rows="rows-refused", **changes))
 
@@ -238,7 +238,7 @@ def test_a_run_with_options_resumes_exactly(folder, optioned, stop_after):
         ),
     ],
 )
-def test_another_run_in_the_same_folder_is_refused(folder, optioned, change, message):
+def test_another_run_in_the_same_folder_is_rejected(folder, optioned, change, message):
     out = folder / "options"
     before = (out / "metrics.jsonl").read_bytes()
     with pytest.raises(InputError, match=message):
@@ -284,7 +284,7 @@ def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
     assert not list(Path(out, "checkpoints").glob("[0-9]*"))
 
 
-def test_a_weighted_source_without_a_row_is_refused(folder):
+def test_a_weighted_source_without_a_row_is_rejected(folder):
     (folder / "one.jsonl").write_text('{"prompt": "the color: red", "answer": "red"}\n')
     sources = [
         {"path": str(folder / f"{name}.jsonl"), "prompt": "{prompt}", "answer": "answer"}
@@ -306,7 +306,7 @@ def test_a_weighted_source_without_a_row_is_refused(folder):
         *(("label", v) for v in (None, "1" * 5000, "²", 7)),
     ],
 )
-def test_what_is_no_number_or_no_label_is_refused(folder, column, value):
+def test_what_is_no_number_or_no_label_is_rejected(folder, column, value):
     (folder / "odd.jsonl").write_text(json.dumps({"text": "red", column: value}) + "\n")
     source = {"path": str(folder / "odd.jsonl")}
     source |= {"answer": "score"} if column == "score" else {"labels": COLORS}
@@ -364,7 +364,7 @@ REMOTE = "gs://bucket/run"
         ),
     ],
 )
-def test_what_cannot_be_trained_is_refused(folder, monkeypatch, changes, message):
+def test_what_cannot_be_trained_is_rejected(folder, monkeypatch, changes, message):
     monkeypatch.chdir(folder)
     changes = {"out": "refused", "data__rows": "rows-of-it", **changes}
     with pytest.raises(InputError, match=message):
