@@ -125,21 +125,17 @@ def test_without_targets_everything_is_zero():
 
 
 def test_of_equal_logits_the_smallest_id_is_the_prediction():
-    model = Head()
+    model, hidden = Head(), make_hidden()
     for parameter in (model.words, model.bias):
         parameter[...] = np.zeros(parameter.shape, np.float32)
     batch = make_batch([2] * ROWS)
     batch.target_ids[:, :2] = 0, 1
-    _, losses, correct = everything(nnx.state(model), make_hidden(), batch)[0]
+    _, losses, correct = everything(nnx.state(model), hidden, batch)[0]
     np.testing.assert_array_equal(correct[:, :2], [[True, False]] * ROWS)
     np.testing.assert_allclose(losses[:, :2], np.log(VOCAB), rtol=1e-6)
-
-
-def test_a_broken_model_gets_nothing_right():
-    model = Head()
+    # A broken model gets nothing right.
     model.bias[...] = np.full(VOCAB, np.nan, np.float32)
-    inputs = nnx.state(model), make_hidden(), make_batch([2] * ROWS)
-    loss_sum, _, correct = everything(*inputs)[0]
+    loss_sum, _, correct = everything(nnx.state(model), hidden, batch)[0]
     assert np.isnan(loss_sum)
     assert not correct.any()
 

@@ -1,6 +1,5 @@
 """A disk that fills up during a run: the run fails with a reason, and the same command resumes."""
 
-import json
 import os
 import re
 import resource
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from hostile.good import RUN
-from training import write_records, write_tokenizer
+from training import lines_of, write_records, write_tokenizer
 
 from mlmjax.cli.main import run
 from mlmjax.config.run import CheckpointConfig, load_config
@@ -53,10 +52,8 @@ def check_failure(text, reason):
 
 
 def results(out):
-    """Return the exported weights of a run, and its losses."""
-    lines = Path(out, "metrics.jsonl").read_text().splitlines()
-    weights = Path(out, "export", "model.safetensors").read_bytes()
-    return weights, [json.loads(line)["loss"] for line in lines]
+    """Return the exported weights of a run, and its figures."""
+    return Path(out, "export", "model.safetensors").read_bytes(), lines_of(Path(out))
 
 
 def test_a_checkpoint_that_finds_no_room_fails_the_run(folder, monkeypatch, capfd):

@@ -76,10 +76,6 @@ def test_only_embeddings_of_what_was_read_change_and_neighbours_bring_words_toge
     cosine = new[read] @ new[read].T / usual**2
     assert min(cosine[0, 1], cosine[2, 3]) > 0.9
     assert np.abs(cosine[:2, 2:4]).max() < 0.2
-
-
-def test_the_result_lists_what_was_counted(made):
-    folder, _ = made
     (run,) = read_training_manifest(folder / "start").runs
     assert run.init_from is None
     assert [file.name for file in run.sources[0].files] == ["texts.jsonl"]
