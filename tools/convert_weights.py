@@ -11,8 +11,9 @@ Exit codes: 0 done or identical, 1 different or writing failed, 2 bad input.
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,35 +40,19 @@ from mlmjax.weights.tensor_files import Weights
 MOST_LINES = 20
 
 
-class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of a folder of either kind by their Hugging Face names, each read on access."""
+Tensors = dict[str, Callable[[], np.ndarray]]
+"""How to read each tensor of a folder, by its Hugging Face name."""
 
-    def __init__(self, folder: Path, stack: ExitStack):
-        saved = saved_tensors(folder)
-        if saved is not None:
-            self._read: Callable[[str], np.ndarray] = saved.__getitem__
-            names = set(saved)
-        else:
-            weights = stack.enter_context(Weights(folder))
-            if weights.problems:
-                raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
-            self._read, names = weights.read, set(weights.headers)
-        self._names = {name for name in names if not pretrained.DERIVED.fullmatch(name)}
 
-    def __getitem__(self, name: str) -> np.ndarray:
-        # A tied decoder may be stored or left out; either way it is the embedding.
-        is_left_out = name == pretrained.DECODER and name not in self._names
-        return self._read(pretrained.EMBEDDING if is_left_out else name)
-
-    def __contains__(self, name: object) -> bool:
-        is_decoder = name == pretrained.DECODER and pretrained.EMBEDDING in self._names
-        return name in self._names or is_decoder
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def open_tensors(folder: Path, stack: ExitStack) -> Tensors:
+    """Return the tensors of a folder of either kind."""
+    if (saved := saved_tensors(folder)) is not None:
+        return {name: partial(saved.__getitem__, name) for name in saved}
+    weights = stack.enter_context(Weights(folder))
+    if weights.problems:
+        raise InputError(f"{folder}: {weights.problems[0]}", weights.problems[1:])
+    names = (name for name in weights.headers if not pretrained.DERIVED.fullmatch(name))
+    return {name: partial(weights.read, name) for name in names}
 
 
 @click.group(help=__doc__.partition("\n")[0])
@@ -112,9 +97,13 @@ def check(first: Path, second: Path) -> int:
         for folder in (first, second):
             if not folder.is_dir():
                 raise InputError(f"{folder}: there is no such folder")
-        compared = Tensors(first, stack), Tensors(second, stack)
-        lines, largest = compare(*compared)
-        tensors = len(compared[0])
+        a, b = open_tensors(first, stack), open_tensors(second, stack)
+        tensors = len(a)
+        for mine, other in ((a, b), (b, a)):
+            # A tied decoder may be stored or left out; either way it is the embedding.
+            if pretrained.DECODER in other and pretrained.EMBEDDING in mine:
+                mine.setdefault(pretrained.DECODER, mine[pretrained.EMBEDDING])
+        lines, largest = compare(a, b)
     for line in lines[:MOST_LINES]:
         click.echo(line)
     if len(lines) > MOST_LINES:
@@ -124,16 +113,14 @@ def check(first: Path, second: Path) -> int:
     return 1 if lines else 0
 
 
-def compare(
-    first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
-) -> tuple[list[str], str]:
+def compare(first: Tensors, second: Tensors) -> tuple[list[str], str]:
     """Return one line per tensor that differs, and a line on the largest difference."""
     lines, largest, where = [], 0.0, ""
     for name in sorted({*first, *second}):
         if name not in first or name not in second:
             lines.append(f"{name}: only in {'A' if name in first else 'B'}")
             continue
-        a, b = first[name], second[name]
+        a, b = first[name](), second[name]()
         if a.shape != b.shape:
             lines.append(f"{name}: shape {list(a.shape)} in A, {list(b.shape)} in B")
             continue

@@ -12,7 +12,6 @@ from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
-from mlmjax.scoring.scorers import HeadScorer
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
 from mlmjax.text.checks import check_filled, check_list, check_share, check_text, for_each_row
@@ -110,7 +109,7 @@ def settle(
     if labels is None and seen is not None:
         labels = seen_labels(seen, values["multi_label"])
     if labels is None and has_head:
-        labels = HeadScorer.labels_of(model)
+        labels = list(model.config.id2label.values())
     if labels is None:
         raise InputError(
             "the classifier has no labels; give labels (--labels on the command line), or call fit "

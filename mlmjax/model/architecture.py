@@ -4,7 +4,7 @@ Source: transformers 5.23, `ModernBertConfig`, which has the same defaults and p
 """
 
 import reprlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
@@ -116,17 +116,15 @@ class ModelConfig:
         problems += self._check_sizes(wrong)
         problems += self._resolve_layers(wrong)
         problems += self._resolve_labels(wrong)
-        refused = {name: self.extra.get(name) for name in _REFUSED}
         problems += [
-            _problem(name, found, "null: not supported here")
-            for name, found in refused.items()
-            if found is not None
+            _problem(name, self.extra[name], "null: not supported here")
+            for name in _REFUSED
+            if self.extra.get(name) is not None
         ]
         if not problems and self.extra.get("head_dim") not in (None, self.head_dim):
             expected = f"hidden_size / num_attention_heads = {self.head_dim}"
             problems.append(_problem("head_dim", self.extra["head_dim"], expected))
-        if problems:
-            raise InputError(f"model configuration: {problems[0]}", problems[1:])
+        _raise_any(problems)
 
     def __hash__(self) -> int:
         return hash((self.vocab_size, self.hidden_size, self.intermediate_size, self.layer_types))
@@ -166,18 +164,14 @@ class ModelConfig:
         if "sliding_window" in values:
             half = values.pop("sliding_window")
             values["local_attention"] = half * 2 if type(half) is int else half
-        known = {f.name for f in fields(cls) if f.compare}
-        unknown = [str(key) for key in values if key not in known]
-        if strict and unknown:
-            names = sorted(known)
-            problems = [
-                f"{key}: unknown key; "
-                + (suggest_name(key, names).strip() or f"known: {', '.join(names)}")
-                for key in unknown
-            ]
-            raise InputError(f"model configuration: {problems[0]}", problems[1:])
-        extra = {key: value for key, value in values.items() if key not in known}
-        return cls(**{key: values[key] for key in values if key in known}, extra=extra)
+        known = sorted(f.name for f in fields(cls) if f.compare)
+        extra = {key: values.pop(key) for key in list(values) if key not in known}
+        _raise_any(
+            f"{key}: unknown key; "
+            + (suggest_name(str(key), known).strip() or f"known: {', '.join(known)}")
+            for key in (extra if strict else ())
+        )
+        return cls(**values, extra=extra)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the keys of a `config.json` in both dialects, or in the nested one only.
@@ -281,11 +275,8 @@ class ModelConfig:
             expected = f"one for each of num_hidden_layers {layers}"
             yield _problem("layer_types", f"{len(given)} entries", expected)
         candidates = (every, _DEFAULT_EVERY_N, *range(1, layers + 1))
-        matching = (
-            n
-            for n in candidates
-            if type(n) is int and n > 0 and _every_nth(n, layers) == self.layer_types
-        )
+        numbers = (n for n in candidates if type(n) is int and n > 0)
+        matching = (n for n in numbers if _every_nth(n, layers) == self.layer_types)
         self._set("global_attn_every_n_layers", next(matching, None))
 
     def _resolve_labels(self, wrong: Collection[str]) -> Iterator[str]:
@@ -320,6 +311,12 @@ _FIELDS: dict[str, Any] = {
     if name not in _RESOLVED
 }
 _Fields = create_model("_Fields", __config__=ConfigDict(strict=True), **_FIELDS)
+
+
+def _raise_any(problems: Iterable[str]) -> None:
+    first, *others = (*problems, "")
+    if first:
+        raise InputError(f"model configuration: {first}", others[:-1])
 
 
 def _problem(name: str, found: Any, expected: str) -> str:

@@ -57,11 +57,7 @@ def resize_token_embeddings(
     a tokenizer of another model.
     """
     old_rows = model.config.vocab_size
-    if tokenizer.vocab_size > old_rows:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model {old_rows} rows; "
-            "give the tokenizer the model was trained with"
-        )
+    check_rows(tokenizer, old_rows)
     if not isinstance(new_tokens, Mapping):
         new_tokens = list(check_list(new_tokens, "new_tokens", "words"))
     larger = add_words(tokenizer, list(new_tokens), whole_words=whole_words)
@@ -85,6 +81,15 @@ def resize_token_embeddings(
     config = replace(model.config, vocab_size=rows)
     abstract = abstract_model(type(model).__name__, config, model.options)
     return with_parameters(abstract, values), larger
+
+
+def check_rows(tokenizer: Tokenizer, rows: int) -> None:
+    """Raise `InputError` for a tokenizer with more ids than the model's embedding has rows."""
+    if tokenizer.vocab_size > rows:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model {rows} rows; "
+            "give the tokenizer the model was trained with"
+        )
 
 
 def _rows(old_rows: int, used: int, size: int | None, multiple: int) -> int:

@@ -14,6 +14,7 @@ from flax import nnx
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.layers import Linear
 from mlmjax.model.modernbert import Model
+from mlmjax.model.vocabulary import check_rows
 from mlmjax.parallel.sharding import (
     batch_sharding,
     leaf_path,
@@ -69,11 +70,7 @@ class Engine:
         max_length: int | None = None,
         batch_size: int | None = None,
     ):
-        if tokenizer.vocab_size > model.config.vocab_size:
-            raise InputError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens and the model "
-                f"{model.config.vocab_size}; give the tokenizer that belongs to the model"
-            )
+        check_rows(tokenizer, model.config.vocab_size)
         if batch_size is not None and not (
             isinstance(batch_size, numbers.Integral) and 1 <= batch_size <= MOST_ROWS
         ):

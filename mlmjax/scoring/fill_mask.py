@@ -12,8 +12,8 @@ import numpy as np
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Advance, Engine
-from mlmjax.scoring.likelihood import check_finite, encode_texts
-from mlmjax.scoring.scorers import check_masked_lm
+from mlmjax.scoring.likelihood import encode_texts
+from mlmjax.scoring.scorers import check_finite, check_masked_lm
 from mlmjax.text.prompts import MASK, WHITE_SPACE
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -111,10 +111,9 @@ class MaskFiller:
         return results
 
     def _ids(self, text: str) -> list[int]:
-        stretches = text.split(MASK)
-        if len(stretches) < 2:
+        if MASK not in text:
             raise InputError(f"has no {MASK}; write {MASK} where the model is to fill in")
-        mask = self.tokenizer.mask_id
+        stretches, mask = text.split(MASK), self.tokenizer.mask_id
         if mask in self.tokenizer.lstrip_ids:
             stretches[:-1] = [stretch.rstrip(WHITE_SPACE) for stretch in stretches[:-1]]
         if mask in self.tokenizer.rstrip_ids:

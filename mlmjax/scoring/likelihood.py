@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.errors import InputError, RunError
+from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Advance, Engine
-from mlmjax.scoring.scorers import check_masked_lm
+from mlmjax.scoring.scorers import check_finite, check_masked_lm
 from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
@@ -194,9 +194,3 @@ def encode_texts(
     for chunk in split_by_size(check_list(texts, "texts"), size, CHUNK_CHARACTERS):
         yield for_each_row(encode, name_rows(chunk, first))
         first += len(chunk)
-
-
-def check_finite(log_probs: np.ndarray) -> None:
-    """Raise `RunError` for scores that are not finite."""
-    if not np.isfinite(log_probs).all():
-        raise RunError("the model's scores are not finite; its weights are broken")

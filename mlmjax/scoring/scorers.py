@@ -32,6 +32,12 @@ def check_masked_lm(model: Any) -> None:
         raise InputError(f"a {kind} has no masked-language-model head; give ModernBertForMaskedLM")
 
 
+def check_finite(log_probs: np.ndarray) -> None:
+    """Raise `RunError` for scores that are not finite."""
+    if not np.isfinite(log_probs).all():
+        raise RunError("the model's scores are not finite; its weights are broken")
+
+
 class RowScorer:
     """Turn rows into prompts, and prompts into log probabilities of the labels.
 
@@ -107,8 +113,7 @@ class RowScorer:
             first = stop
             self.scored += len(chunk)
         scores = np.concatenate(results)
-        if np.isnan(scores).any():
-            raise RunError("the model's scores are not finite; its weights are broken")
+        check_finite(scores[~np.isneginf(scores)])
         return scores
 
     def prompts(
@@ -164,7 +169,7 @@ class Scorer(RowScorer):
     `normalize="labels"` is the softmax over the verbalizer's labels (over the first
     `len(row["options"])` of them if the row has options); the probabilities of a label's surface
     forms are summed. `normalize="vocabulary"` is that sum under the softmax over the whole
-    vocabulary, as in the published MMLU figures.
+    vocabulary, as in the published MMLU figures. `options` are those of `RowScorer`.
     """
 
     def __init__(
@@ -174,16 +179,13 @@ class Scorer(RowScorer):
         template: Template,
         verbalizer: Verbalizer,
         *,
-        batch_size: int | None = None,
         normalize: Literal["labels", "vocabulary"] = "labels",
-        max_length: int | None = None,
-        optional: Sequence[str] = (),
+        **options: Any,
     ):
         check_masked_lm(model)
         if normalize not in ("labels", "vocabulary"):
             raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         self.verbalizer, self.normalize = verbalizer, normalize
-        options: Any = {"batch_size": batch_size, "max_length": max_length, "optional": optional}
         forward = _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary")
         super().__init__(model, tokenizer, template, verbalizer.labels, forward, **options)
 
@@ -251,7 +253,7 @@ class HeadScorer(RowScorer):
             raise InputError(
                 f"the head is for {kind} with {count} outputs; expected one class of two or more"
             )
-        labels = self.labels_of(model)
+        labels = list(model.config.id2label.values())
         super().__init__(model, tokenizer, template, labels, _head_scores, **options)
 
     def targets(self, columns: Sequence[int]) -> np.ndarray:
@@ -266,12 +268,6 @@ class HeadScorer(RowScorer):
                 f"the classification head has the labels {own:.400}; {what} has "
                 f"{other or 'other options in each row':.400}; give both the same labels"
             )
-
-    @staticmethod
-    def labels_of(model: Model) -> list[str]:
-        """Return the names of a head's labels, in order."""
-        names = model.config.id2label or {}
-        return [names.get(i, f"LABEL_{i}") for i in range(model.config.num_labels)]
 
 
 def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -25,9 +25,9 @@ from mlmjax.parallel.sharding import named_leaves
 from mlmjax.storage import check_name, is_remote
 
 STATE, RECORD = "state", "record"
-"""The two items of a step's folder: its arrays, and what is said of them."""
+"""The two items of a step's folder: its arrays, and their description."""
 
-# Where the message of an error of Orbax or TensorStore goes on to their internals.
+# Where the message of an error of Orbax or TensorStore continues with their internals.
 _INTERNALS = re.compile(
     r" in OCDBT database|\.?\s*(?:See full )?TensorStore details:| \[tensorstore_spec"
 )

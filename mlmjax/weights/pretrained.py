@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from mlmjax.config.run import SPLASH_BLOCKS
 from mlmjax.errors import InputError, named_place
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.encoder import DEFAULT_OPTIONS, Options
+from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import (
     CLASSES,
     Model,
@@ -97,11 +97,11 @@ def load_pretrained(
         return _read_parameters(abstract, weights), tokenizer
 
 
-def read_model(folder: Path, options: Options = DEFAULT_OPTIONS) -> Model:
+def read_model(folder: Path) -> Model:
     """Read the model of a folder without its tokenizer, as `load_pretrained` does."""
     values = read_json(folder, CONFIG)
     with Weights(folder) as weights:
-        return _read_parameters(_describe_model(folder, values, weights, options), weights)
+        return _read_parameters(_describe_model(folder, values, weights, Options()), weights)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:

@@ -68,8 +68,7 @@ class Weights:
         self.folder = folder
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
-        self._paths: dict[str, Path] = {}
-        self._stamps: dict[str, tuple[int, ...] | None] = {}
+        self._files: dict[str, tuple[Path, tuple[int, ...] | None]] = {}
 
     def __enter__(self) -> "Weights":
         files = weight_map(self.folder)
@@ -83,14 +82,14 @@ class Weights:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        for file, path in self._paths.items() if kind is None else ():
-            self._check_unchanged(file, path)  # the caller has copied what it read
-        self._paths.clear()
+        for file in self._files if kind is None else ():
+            self._check_unchanged(file)  # the caller has copied what it read
+        self._files.clear()
 
     def read(self, name: str) -> np.ndarray:
         """Return one tensor in its dtype on disk, as a view of the file."""
         header = self.headers[name]
-        path, where = self._paths[header.file], self.folder / header.file
+        (path, _), where = self._files[header.file], self.folder / header.file
         if header.dtype not in NUMPY_NAMES:
             raise InputError(
                 f"{where}: {name} has dtype {header.dtype}; expected one of "
@@ -104,26 +103,25 @@ class Weights:
             value = np.asarray(np.memmap(path, dtype, "r", header.start, header.shape))
         except (ValueError, OSError) as error:
             raise InputError(f"{where}: {name} cannot be read ({error})") from error
-        self._check_unchanged(header.file, path)
+        self._check_unchanged(header.file)
         return value
 
-    def _check_unchanged(self, file: str, path: Path) -> None:
-        if _stamp(path) != self._stamps[file]:
+    def _check_unchanged(self, file: str) -> None:
+        path, stamp = self._files[file]
+        if _stamp(path) != stamp:
             raise InputError(f"{self.folder / file}: was changed while it was read; read it again")
 
     def _add(self, file: str) -> None:
         if file == WEIGHTS and not os.path.lexists(self.folder / file):
             raise _no_weights(self.folder)
-        path = plain_file(self.folder, file)
-        where = self.folder / file
+        path, where = plain_file(self.folder, file), self.folder / file
+        self._files[file] = path, _stamp(path)
         try:
-            self._stamps[file] = _stamp(path)
             found = _read_header(path, where, file)
             with safe_open(path, framework="numpy"):
                 pass  # checks that dtypes, shapes, offsets and the size of the file agree
         except (SafetensorError, OSError) as error:
             raise _not_whole(where, error) from error
-        self._paths[file] = path
         for name, header in found.items():
             if name in self.headers:
                 self.problems.append(f"{name}: is in both {self.headers[name].file} and {file}")

@@ -177,38 +177,32 @@ def test_without_a_decoder_bias_and_for_a_classifier(little):
         assert np.isfinite(run_jitted(bigger, ids)).all()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["the"], "new word 'the': is one token already"),
-        (["|||IP_ADDRESS|||"], "is one token already"),
-        ([""], "is blank"),
-        ([" \n"], "is blank"),
-        ([" angioplasty"], "outer white space; write 'angioplasty'"),
-        (["a[MASK]b"], r"holds the text of the special token \[MASK\]"),
-        (["[MAS\u212a]"], r"holds the text of the special token \[MASK\]"),  # by NFC
-        (["<|endoftext|>"], "holds the text of the special token"),
-        (["[unused0]"], r"holds the text of the special token \[unused0\]"),
-        (["x[unused4711]"], r"holds the text of the special token \[unused4711\]"),
-        (["angio", "angio"], "is repeated"),
-        (["naïvetoid", "nai\u0308vetoid"], "is repeated"),
-        (["angio\x00plasty"], "control characters"),
-        (["angio\nplasty"], "control characters"),
-        (["angio\u202eplasty"], "control characters"),
-        (["angio\u00a0plasty"], "control characters"),
-        (["angio  plasty"], "control characters"),
-        (["angio\ud800"], "half a character"),
-        ([7], "is int"),
-        ([None], "is NoneType"),
-        ("angio", "found one str; expected a list of words"),
-        ({"angio": ""}, "knows no part of the text"),
-        ({"angio": 3}, "is int"),
-    ],
-)
-def test_what_is_no_new_word(model, tokenizer, words, message):
-    with pytest.raises(InputError, match=message) as caught:
-        resize(model, tokenizer, words)
-    assert "\n" not in caught.value.message
+SPECIAL = "holds the text of the special token "
+NO_WORDS = {
+    "new word 'the': is one token already": [["the"]],
+    "is one token already": [["|||IP_ADDRESS|||"]],
+    "is blank": [[""], [" \n"]],
+    "outer white space; write 'angioplasty'": [[" angioplasty"]],
+    SPECIAL + r"\[MASK\]": [["a[MASK]b"], ["[MAS\u212a]"]],  # the second one by NFC
+    SPECIAL + r"<\|endoftext\|>": [["<|endoftext|>"]],
+    SPECIAL + r"\[unused0\]": [["[unused0]"]],
+    SPECIAL + r"\[unused4711\]": [["x[unused4711]"]],
+    "is repeated": [["angio", "angio"], ["naïvetoid", "nai\u0308vetoid"]],
+    "control characters": [[f"angio{x}plasty"] for x in ("\x00", "\n", "\u202e", "\u00a0", "  ")],
+    "half a character": [["angio\ud800"]],
+    "is int": [[7], {"angio": 3}],
+    "is NoneType": [[None]],
+    "found one str; expected a list of words": ["angio"],
+    "knows no part of the text": [{"angio": ""}],
+}
+
+
+@pytest.mark.parametrize("message", NO_WORDS)
+def test_what_is_no_new_word(model, tokenizer, message):
+    for words in NO_WORDS[message]:
+        with pytest.raises(InputError, match=message) as caught:
+            resize(model, tokenizer, words)
+        assert "\n" not in caught.value.message
 
 
 def test_every_bad_word_is_named(model, tokenizer):
@@ -249,13 +243,14 @@ def test_round_trips(larger, tmp_path):
             np.testing.assert_array_equal(parameters(again)[name], value)
 
 
-def test_dtypes_of_the_source_are_kept(model, tokenizer, tmp_path):
-    save_pretrained(model, tokenizer, tmp_path / "in", dtype="bfloat16")
+def test_dtypes_of_the_source_are_kept(little, tmp_path):
+    model = make_model(vocab_size=little.vocab_size, pad_token_id=little.pad_id)
+    save_pretrained(model, little, tmp_path / "in", dtype="bfloat16")
     resized = resize(*load_pretrained(tmp_path / "in"), ["angioplasty"])
     save_pretrained(*resized, tmp_path / "out", dtype="source")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     old, new = (load_pretrained(tmp_path / name)[0] for name in ("in", "out"))
-    np.testing.assert_array_equal(table(new)[:50368], table(old))
+    np.testing.assert_array_equal(table(new)[: little.vocab_size], table(old))
 
 
 def test_transformers_reads_the_export(larger, tmp_path, caplog):

@@ -88,7 +88,7 @@ def test_each_token_as_by_brute_force(scorers, theirs, ours, method):
         assert score.per_word == pytest.approx(sum(found) / sum(starts))
 
 
-def test_the_methods_differ_inside_of_words_alone(scorers):
+def test_the_methods_differ_only_inside_words(scorers):
     first, second = (scorers[method].score(TEXTS[:2]) for method in ("original", "word_l2r"))
     for one, other in zip(first, second, strict=True):
         change = [
@@ -244,9 +244,9 @@ def test_bad_arguments_are_rejected(ours):
     ]
     filling = [(model, ["[MASK]"], {"top_k": k}, "top_k is") for k in (0, True, 2.0, "5")]
     for function, own in ((pseudo_log_likelihood, scoring), (fill_mask, filling)):
-        for asked, texts, options, message in shared + own:
+        for scored, texts, options, message in shared + own:
             with pytest.raises(InputError, match=message):
-                function(asked, tokenizer, texts, **options)
+                function(scored, tokenizer, texts, **options)
 
 
 def test_broken_weights_end_the_run(ours):

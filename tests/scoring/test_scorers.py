@@ -30,7 +30,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def scorer(model, tokenizer):
-    """Share what is compiled among the tests that ask nothing special of it."""
+    """Share what is compiled among the tests that need no other options."""
     return Scorer(model, tokenizer, TOPIC, LETTERS)
 
 
@@ -97,12 +97,11 @@ def test_vocabulary_is_the_summed_probability_under_the_full_softmax(model, toke
 def test_the_same_alone_in_a_batch_and_in_any_bucket(scorer, model, tokenizer):
     items = rows(24)
     together = scorer.log_probs(items)
-    in_threes = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=3).log_probs(items)
     alone = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=1)
     alone = np.concatenate([alone.log_probs([item]) for item in items])
-    widest = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=5)
+    widest = Scorer(model, tokenizer, TOPIC, LETTERS, batch_size=3)
     widest.engine.buckets = widest.buckets[-1:]
-    for other in (in_threes, alone, widest.log_probs(items)):
+    for other in (alone, widest.log_probs(items)):
         np.testing.assert_allclose(np.exp(other), np.exp(together), atol=1e-5)
     # The comparison means something only if rows differ from one another.
     assert np.ptp(np.exp(together), axis=0).min() > 1e-3
@@ -237,15 +236,15 @@ def test_bad_arguments_are_rejected(scorer, model, tokenizer):
     two_tokens = Verbalizer.words(["entailment", "neutral"])
     head = small_model(ModernBertForSequenceClassification)
     other = small_model(vocab_size=50300)
-    for asked, verbalizer, options, message in (
+    for scored, verbalizer, options, message in (
         (model, LETTERS, {"normalize": "none"}, "normalize is 'none'"),
         (model, LETTERS, {"batch_size": 0}, "batch_size is 0"),
         (model, two_tokens, {}, "2 tokens"),
         (head, LETTERS, {}, "ModernBertForSequenceClassification has no"),
-        (other, LETTERS, {}, "the model 50300"),
+        (other, LETTERS, {}, "50368 ids, the model 50300 rows"),
     ):
         with pytest.raises(InputError, match=message):
-            Scorer(asked, tokenizer, TOPIC, verbalizer, **options)
+            Scorer(scored, tokenizer, TOPIC, verbalizer, **options)
 
 
 def test_a_model_changed_in_place_is_scored_again(tokenizer):
