@@ -142,7 +142,7 @@ def _likeliest(
     shape = (slots.shape[1], slots.shape[0], top_k)
 
     def fill(at: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        logits = model.mlm_logits(at_slots[:, at]).astype(jnp.float32)
+        logits = model.mlm_logits(at_slots[:, at])
         log_probs = jnp.where(is_answer[None], jax.nn.log_softmax(logits), -jnp.inf)
         best, tokens = jax.lax.top_k(log_probs, top_k)
         return found[0].at[at].set(best), found[1].at[at].set(tokens)

@@ -169,7 +169,7 @@ def log_prob_of_target(
     """Return the log probabilities `[batch]` of the targets at the slots of ids `[batch, seq]`."""
     hidden = model.encode(ids, segment_ids)
     at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
-    log_probs = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
+    log_probs = jax.nn.log_softmax(model.mlm_logits(at_slot))
     return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
 
 

@@ -224,10 +224,9 @@ class _AtSlot:
         hidden = model.encode(ids, segment_ids)
         at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
         if self.over_vocabulary:
-            logits = jax.nn.log_softmax(model.mlm_logits(at_slot).astype(jnp.float32))
-            logits = logits[:, form_ids]
+            logits = jax.nn.log_softmax(model.mlm_logits(at_slot))[:, form_ids]
         else:
-            logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel())).astype(jnp.float32)
+            logits = model.mlm_logits(at_slot, jnp.asarray(form_ids.ravel()))
             logits = logits.reshape(-1, *form_ids.shape)
         logits = jax.nn.logsumexp(jnp.where(is_form[None], logits, -jnp.inf), axis=-1)
         is_own = jnp.arange(len(self.forms))[None, :] < own_labels[:, None]
@@ -271,4 +270,4 @@ class HeadScorer(RowScorer):
 
 
 def _head_scores(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(model(ids, segment_ids).astype(jnp.float32))
+    return jax.nn.log_softmax(model(ids, segment_ids))

@@ -116,7 +116,7 @@ class Checkpoints:
                 with suppress(OSError):
                     path.rmtree()
             self._cleared = True
-        ranked = metrics is not None and np.isfinite(float(metrics.get("loss", np.nan)))
+        loss = float((metrics or {}).get("loss", np.nan))
         record = {
             "metadata": dict(metadata or {}),
             "arrays": describe(state),
@@ -128,7 +128,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     **{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)}
                 ),
-                metrics={"loss": float(metrics["loss"])} if metrics and ranked else None,
+                metrics={"loss": loss} if np.isfinite(loss) else None,
                 force=True,
             )
 

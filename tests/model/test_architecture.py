@@ -215,7 +215,7 @@ JSON = st.recursive(
 KEYS = [field.name for field in dataclasses.fields(ModelConfig) if field.name != "extra"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([*KEYS, "rope_scaling", "sliding_window", "head_dim", "other"]),

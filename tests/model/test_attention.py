@@ -57,13 +57,14 @@ def by_hand(query, key, value, segment_ids, window):
     return out
 
 
-def assert_paths_equal(first, second, arrays):
-    """Outputs and gradients of two paths, from one compiled program."""
+def assert_is_dense(implementation, arrays, segment_ids, window, **options):
+    """Outputs and gradients are those of the dense path; both are one compiled program."""
 
     def both(*arrays):
         results = []
-        for path in (first, second):
-            out, pull_back = jax.vjp(path, *arrays)
+        for name, more in (("dense", {}), (implementation, options)):
+            path = partial(attend, window=window, implementation=name, **more)
+            out, pull_back = jax.vjp(lambda *x, path=path: path(*x, segment_ids), *arrays)
             results.append((out, *pull_back(jnp.sin(arrays[2]))))
         return results
 
@@ -72,13 +73,6 @@ def assert_paths_equal(first, second, arrays):
     for a, b in zip(expected[1:], found[1:], strict=True):
         assert np.isfinite(a).all()
         np.testing.assert_allclose(b, a, atol=5e-6)
-
-
-def paths(segment_ids, window, *names):
-    return [
-        partial(attend, segment_ids=segment_ids, window=window, implementation=name)
-        for name in names
-    ]
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 40])
@@ -106,8 +100,7 @@ def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, 
         patch.setattr(blockwise, "is_single_cpu", lambda: where == "cpu")
         patch.setattr(blockwise, "_BLOCK", 8)
         ids = segments(length, seed) if packed else None
-        dense, banded = paths(ids, window, "dense", "banded")
-        assert_paths_equal(dense, banded, heads((3, 2, length, 4), seed))
+        assert_is_dense("banded", heads((3, 2, length, 4), seed), ids, window)
 
 
 @pytest.mark.parametrize(
@@ -119,8 +112,7 @@ def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, 
 )
 def test_banded_is_dense_with_its_own_blocks(monkeypatch, where, length, window):
     monkeypatch.setattr(blockwise, "is_single_cpu", lambda: where == "cpu")
-    dense, banded = paths(segments(length), window, "dense", "banded")
-    assert_paths_equal(dense, banded, heads((3, 1, length, 4)))
+    assert_is_dense("banded", heads((3, 1, length, 4)), segments(length), window)
 
 
 @pytest.mark.parametrize(
@@ -237,11 +229,10 @@ def splash_without_tpu(monkeypatch):
 )
 def test_splash_is_dense(splash_without_tpu, length, window, block, width):
     """Packed neighbours, padding on either side, a row of padding; forward and backward."""
-    dense, splash = paths(segments(length), window, "dense", "splash")
     arrays = heads((3, 2, length, width))
     if width == 64:  # sums of eight times as many products
         arrays = tuple(x * 0.5 for x in arrays)
-    assert_paths_equal(dense, partial(splash, block=block), arrays)
+    assert_is_dense("splash", arrays, segments(length), window, block=block)
 
 
 def test_splash_runs_on_every_device_of_a_mesh(splash_without_tpu):

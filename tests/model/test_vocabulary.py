@@ -244,7 +244,8 @@ def test_round_trips(larger, tmp_path):
 
 
 def test_dtypes_of_the_source_are_kept(little, tmp_path):
-    model = make_model(vocab_size=little.vocab_size, pad_token_id=little.pad_id)
+    ids = {f"{role}_token_id": getattr(little, f"{role}_id") for role in ("pad", "cls", "sep")}
+    model = make_model(vocab_size=little.vocab_size, **ids)
     save_pretrained(model, little, tmp_path / "in", dtype="bfloat16")
     resized = resize(*load_pretrained(tmp_path / "in"), ["angioplasty"])
     save_pretrained(*resized, tmp_path / "out", dtype="source")

@@ -71,27 +71,23 @@ def test_buckets_are_few_ascending_and_end_at_the_longest(longest):
     assert len(buckets) <= 31
 
 
-def test_labels_are_the_softmax_over_the_forms_at_the_slot(model, tokenizer, full_logits):
+@pytest.mark.parametrize(
+    ("normalize", "tolerance"),
+    [("labels", {"atol": 1e-5}), ("vocabulary", {"atol": 1e-6, "rtol": 1e-4})],
+)
+def test_labels_have_the_summed_probability_of_their_forms_at_the_slot(
+    normalize, tolerance, model, tokenizer, full_logits
+):
     verbalizer = Verbalizer({"yes": [" yes", " true"], "no": [" no"], "maybe": [" maybe", " A"]})
     items = [{"text": text} for text in texts(7)]
     template = Template("{text} Answer:", shorten={"text": "tail"})
-    found = Scorer(model, tokenizer, template, verbalizer).log_probs(items)
+    found = Scorer(model, tokenizer, template, verbalizer, normalize=normalize).log_probs(items)
     for row, item in zip(found, items, strict=True):
         logits = full_logits(template, item)
-        mass = np.array([np.exp(logits[list(ids)]).sum() for ids in verbalizer.ids(tokenizer)])
-        np.testing.assert_allclose(np.exp(row), mass / mass.sum(), atol=1e-5)
-
-
-def test_vocabulary_is_the_summed_probability_under_the_full_softmax(model, tokenizer, full_logits):
-    verbalizer = Verbalizer.letters(LABELS, bare=True)
-    items = rows(7)
-    scorer = Scorer(model, tokenizer, TOPIC, verbalizer, normalize="vocabulary")
-    found = scorer.log_probs(items)
-    for row, item in zip(found, items, strict=True):
-        logits = full_logits(TOPIC, item)
         probabilities = np.exp(logits - np.logaddexp.reduce(logits))
-        expected = [probabilities[list(ids)].sum() for ids in verbalizer.ids(tokenizer)]
-        np.testing.assert_allclose(np.exp(row), expected, atol=1e-6, rtol=1e-4)
+        expected = np.array([probabilities[list(ids)].sum() for ids in verbalizer.ids(tokenizer)])
+        expected /= expected.sum() if normalize == "labels" else 1
+        np.testing.assert_allclose(np.exp(row), expected, **tolerance)
 
 
 def test_the_same_alone_in_a_batch_and_in_any_bucket(scorer, model, tokenizer):
