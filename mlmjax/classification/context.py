@@ -40,13 +40,10 @@ def _cuts(spans: Sequence[tuple[int, int]], width: int) -> list[tuple[int, int]]
     """Return where each window starts and stops in the text."""
     stride = max(1, width - max(1, width // OVERLAP))
     count = 1 + max(0, -(-(len(spans) - width) // stride))
-    cuts = []
-    for i in range(count):
-        start = round(i * (len(spans) - width) / max(1, count - 1))
-        stop = min(start + width, len(spans)) - 1
-        cuts.append((spans[start][0] if start else 0, spans[stop][1]))
-    cuts[-1] = (cuts[-1][0], max(end for _, end in spans))
-    return cuts
+    starts = [round(i * (len(spans) - width) / max(1, count - 1)) for i in range(count)]
+    stops = [spans[start + width - 1][1] for start in starts[:-1]]
+    begins = [0, *(spans[start][0] for start in starts[1:])]
+    return list(zip(begins, [*stops, max(end for _, end in spans)], strict=True))
 
 
 class Shot(StrictTable):

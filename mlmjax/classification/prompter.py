@@ -151,13 +151,11 @@ class Prompter:
         """
         rows = [self.rows(query) for query in queries]
         names = [name for name, own in zip(where, rows, strict=True) for _ in own]
-        scores = self.scorer.log_probs([row for own in rows for _, row in own], where=names)
-        answers, start = [], 0
-        for query, own in zip(queries, rows, strict=True):
-            shifts = [shift for shift, _ in own]
-            answers.append(self._pooled(query, shifts, scores[start : start + len(own)]))
-            start += len(own)
-        return answers
+        scores = iter(self.scorer.log_probs([row for own in rows for _, row in own], where=names))
+        return [
+            self._pooled(query, [(shift, next(scores)) for shift, _ in own])
+            for query, own in zip(queries, rows, strict=True)
+        ]
 
     def rows(self, query: Query) -> list[tuple[int, dict[str, Any]]]:
         """Return the prompts of a query as `(shift, row)`, the windows of one order together."""
@@ -236,18 +234,15 @@ class Prompter:
             return wanted
         return option_names(len(names), self.scorer.template.names)[names.index(wanted)]
 
-    def _pooled(self, query: Query, shifts: Sequence[int], scores: np.ndarray) -> np.ndarray:
-        """Pool the scores of a query's prompts: first over windows, then over orders."""
+    def _pooled(self, query: Query, scores: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+        """Pool a query's `(shift, scores)`: first over windows, then over orders."""
+        rule, count = self.settings.long_text, len(query.choice)
         if self.own_names:  # and so there is one order
-            return _over_windows(scores, self.settings.long_text)[list(query.choice)]
-        count = len(query.choice)
+            return _over_windows(np.array([one for _, one in scores]), rule)[list(query.choice)]
         answers = []
-        for shift in dict.fromkeys(shifts):
-            windows = np.array(
-                [s[:count] for s, of in zip(scores, shifts, strict=True) if of == shift]
-            )
-            pooled = _over_windows(windows, self.settings.long_text)
-            answers.append(option_orders.unshifted(pooled, shift, count))
+        for shift in dict.fromkeys(shift for shift, _ in scores):
+            windows = np.array([one[:count] for of, one in scores if of == shift])
+            answers.append(option_orders.unshifted(_over_windows(windows, rule), shift, count))
         return option_orders.pooled(np.array(answers)) if len(answers) > 1 else answers[0]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, ValidationError
 
 from mlmjax.config.tables import StrictTable
-from mlmjax.errors import InputError, counted, printable
+from mlmjax.errors import InputError, counted, printable, read_failed
 from mlmjax.statistics.comparison import mcnemar, paired_bootstrap
 from mlmjax.storage import MAX_JSON_BYTES, plain_file, read_bounded
 
@@ -174,9 +174,7 @@ def read_results(path: str | Path) -> Evaluated:
                     raise InputError(f"{where}: repeats index {one.index}; {_AGAIN}")
                 gold[one.index], predicted[one.index] = one.gold, one.prediction
     except OSError as error:
-        raise InputError(
-            f"{folder / PREDICTIONS}: cannot be read ({error.strerror}); {_AGAIN}"
-        ) from error
+        raise read_failed(folder / PREDICTIONS, error, _AGAIN) from error
     if len(gold) != results.n:
         found = f"{RESULTS} names {results.n} rows and {PREDICTIONS} has {len(gold)}"
         raise InputError(f"{folder}: {found}; {_AGAIN}")

@@ -26,10 +26,14 @@ TOKENIZER = Tokenizer.from_pretrained()
 TEXTS = ["a new goal", "the bank fell", "an old match of the team"]
 
 
+def small_pair(positions, scale=0.3):
+    sizes = {"max_position_embeddings": positions, "num_hidden_layers": 1, "hidden_size": 16}
+    return small_model(scale=scale, **sizes), TOKENIZER
+
+
 @pytest.fixture(scope="module")
-def pair(tokenizer):
-    sizes = {"max_position_embeddings": 512, "num_hidden_layers": 1, "hidden_size": 16}
-    return small_model(**sizes), tokenizer
+def pair():
+    return small_pair(512)
 
 
 def scored(pair, template, rows, labels):
@@ -46,25 +50,24 @@ def check_shares(probabilities, shape):
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "names"), [(457, "letters"), (557, "numbers")])
-def test_hundreds_of_labels_are_one_pass(tokenizer, count, names):
-    sizes = {"max_position_embeddings": 8192, "num_hidden_layers": 1, "hidden_size": 16}
-    model = small_model(scale=0.02, **sizes)
-    classifier = Classifier((model, tokenizer), [f"t{i}" for i in range(count)], batch_size=1)
-    check_shares(classifier.predict_proba(["which topic is this?"]), (1, count))
-    assert (classifier.prompts, classifier.settings_.names) == (1, names)
+def test_hundreds_of_labels_are_one_pass():
+    labels, pair = [f"t{i}" for i in range(557)], small_pair(8192, 0.02)
+    few, many = (Classifier(pair, labels[:count], batch_size=1) for count in (457, 557))
+    check_shares(many.predict_proba(["which topic is this?"]), (1, 557))
+    assert (many.prompts, few.prompts) == (1, 0)
+    assert (many.settings_.names, few.settings_.names) == ("numbers", "letters")
+    assert few.asking_.size == 457
 
 
 def test_more_labels_than_fit_are_scored_in_rounds(pair):
-    labels = [f"label number {i}" for i in range(90)]
-    classifier = Classifier(pair, labels, template=SHORT)
+    labels = [f"label number {i}" for i in range(30)]
+    classifier = Classifier(pair, labels, template=SHORT, max_length=128)
     probabilities = classifier.predict_proba(TEXTS)
     size = classifier.asking_.size
-    assert 2 < size < 90
-    assert classifier.prompts == len(TEXTS) * (-(-90 // size) + 1)
-    check_shares(probabilities, (3, 90))
-    alone = Classifier(pair, labels, template=SHORT, batch_size=1).predict_proba(TEXTS[1:2])
-    np.testing.assert_allclose(alone[0], probabilities[1], atol=1e-5)
+    assert 2 < size < 30
+    assert classifier.prompts == len(TEXTS) * (-(-30 // size) + 1)
+    check_shares(probabilities, (3, 30))
+    np.testing.assert_allclose(classifier.predict_proba(TEXTS[1:2])[0], probabilities[1], atol=1e-5)
 
 
 def test_a_tokenizer_of_few_option_names_needs_rounds(noisy_pair):
@@ -76,12 +79,11 @@ def test_a_tokenizer_of_few_option_names_needs_rounds(noisy_pair):
     assert classifier.settings_.names == "letters"
 
 
-def test_a_tokenizer_without_option_names_is_rejected(tmp_path):
+def test_a_tokenizer_without_option_names_is_rejected(pair, tmp_path):
     write_tokenizer(tmp_path / "tokenizer", ["sun", "moon"])
-    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
-    model = small_model(num_hidden_layers=1)
+    other = pair[0], Tokenizer.from_pretrained(tmp_path / "tokenizer")
     with pytest.raises(InputError, match="no two option names of one token"):
-        Classifier((model, tokenizer), ["a", "b"]).predict(["sun"])
+        Classifier(other, ["a", "b"]).predict(["sun"])
 
 
 @settings(deadline=None)
@@ -158,10 +160,10 @@ def test_windows_are_equally_wide_and_overlap():
 
 
 def test_windows_that_are_blank_or_of_a_field_that_is_used_twice(pair):
-    options = {"long_text": "mean", "max_length": 60}
-    classifier = Classifier(pair, ["a", "b", "c"], template="{text} {options}", **options)
-    assert classifier.predict_proba(["goal" + " " * 4000 + "won"]).shape == (1, 3)
-    twice = Classifier(pair, ["a", "b", "c"], template="{text}{text}{options}", **options)
+    options = {"long_text": "mean", "max_length": 64}
+    classifier = Classifier(pair, ["a", "b"], template="{text} {options}", **options)
+    assert classifier.predict_proba(["goal" + " " * 4000 + "won"]).shape == (1, 2)
+    twice = Classifier(pair, ["a", "b"], template="{text}{text}{options}", **options)
     twice.predict_proba(["goal", "rain " * 500])
     assert twice.shortened == 0
 
@@ -184,11 +186,10 @@ def test_long_texts_are_scored_in_windows(pair, rule):
     windows = windows_of(pair[1], text, 128 - 2 - fixed)
     assert classifier.prompts == len(windows) + 1 > 5
     assert classifier.shortened == 0
-    each = scored(pair, SHORT, [{"text": w, "options": labels} for w in windows], 2)
-    pooled = each.mean(axis=0) if rule == "mean" else each.max(axis=0)
-    np.testing.assert_allclose(found[0], pooled / pooled.sum(), atol=1e-5)
-    alone = Classifier(pair, labels, template=SHORT).predict_proba(["goal"])
-    np.testing.assert_allclose(found[1], alone[0], atol=1e-5)
+    rows = [{"text": text, "options": labels} for text in (*windows, "goal")]
+    *each, short = scored(pair, SHORT, rows, 2)
+    pooled = np.mean(each, axis=0) if rule == "mean" else np.max(each, axis=0)
+    np.testing.assert_allclose(found, [pooled / pooled.sum(), short], atol=1e-5)
 
 
 def test_prompts_show_examples_by_turns_as_many_as_fit(pair):
@@ -212,24 +213,19 @@ def test_prompts_show_examples_by_turns_as_many_as_fit(pair):
 
 
 def test_examples_name_labels_or_say_yes_and_no(pair):
-    pool = [("goal one", "sports"), ("bank one", "money")]
-    classifier = Classifier(pair, ["money", "sports"], examples=pool, answer="words")
-    assert classifier.predict(["a match"]).shape == (1,)
-    ((_, row),) = classifier.asking_.rows(Query("a match", (0, 1)))
-    assert "goal one\nAnswer: sports\n" in row["examples"]
-    pool = [("goal one", ["sports"]), ("bank one", [])]
-    several = Classifier(pair, ["money", "sports"], examples=pool, multi_label=True)
-    assert several.predict(["a match"]).shape == (1, 2)
-    query = several.asking_.queries("a match")[1]
-    ((_, row),) = several.asking_.rows(query)
+    def shown(labels, examples, choice=(0, 1), **options):
+        prompter = Classifier.from_pretrained(pair, labels, examples=examples, **options).asking_
+        query = Query("a match", choice) if choice else prompter.queries("a match")[1]
+        ((_, row),) = prompter.rows(query)
+        return [line for line in row["examples"].splitlines() if "Answer" in line]
+
+    labels, pool = ["money", "sports"], [("goal one", "sports"), ("bank one", "money")]
+    assert shown(labels, pool, answer="words") == ["Answer: sports", "Answer: money"]
     # About the label sports the first example says yes (A), the second no (B).
-    lines = row["examples"].splitlines()
-    assert [line for line in lines if "Answer" in line] == ["Answer: A", "Answer: B"]
+    pool = [("goal one", ["sports"]), ("bank one", [])]
+    assert shown(labels, pool, None, multi_label=True) == ["Answer: A", "Answer: B"]
     # An example whose label is not among the options of a round is left out.
-    three = Classifier(pair, ["money", "sports", "rain"], examples=[("x", "rain")], template=None)
-    assert three.predict(["a match"]).shape == (1,)
-    ((_, row),) = three.asking_.rows(Query("a match", (0, 1)))
-    assert row["examples"] == ""
+    assert shown([*labels, "rain"], [("x", "rain")]) == []
 
 
 def test_a_long_text_comes_before_examples(pair):
@@ -255,16 +251,17 @@ def test_examples_never_take_more_than_their_room(pool, room):
 def test_several_labels_are_questions_of_yes_or_no(pair):
     labels = {"sports": "games", "money": "", "rain": ""}
     classifier = Classifier(pair, labels, multi_label=True, orders="all")
-    found = classifier.predict_proba(TEXTS)
-    assert found.shape == (3, 3)
-    assert classifier.prompts == 3 * 3 * 2
-    template = classifier.settings_.template
-    for column, shown in enumerate(["sports: games", "money", "rain"]):
-        rows = [{"text": t, "label": shown, "options": ["yes", "no"]} for t in TEXTS]
-        turned = [row | {"options": ["no", "yes"]} for row in rows]
-        expected = scored(pair, template, rows, 2)[:, 0] + scored(pair, template, turned, 2)[:, 1]
-        np.testing.assert_allclose(found[:, column], expected / 2, atol=1e-5)
-    assert classifier.predict(TEXTS).tolist() == (found >= 0.5).astype(int).tolist()
+    found = classifier.predict_proba(TEXTS[:2])
+    assert classifier.prompts == 2 * 3 * 2
+    rows = [
+        {"text": text, "label": label, "options": options}
+        for options in (["yes", "no"], ["no", "yes"])
+        for text in TEXTS[:2]
+        for label in ("sports: games", "money", "rain")
+    ]
+    straight, turned = scored(pair, classifier.settings_.template, rows, 2).reshape(2, 2, 3, 2)
+    np.testing.assert_allclose(found, (straight[..., 0] + turned[..., 1]) / 2, atol=1e-5)
+    assert classifier.predict(TEXTS[:2]).tolist() == (found >= 0.5).astype(int).tolist()
 
 
 def test_answers_are_objects_without_a_label_when_unsure(pair):
@@ -302,9 +299,10 @@ def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer, noisy_pair):
     assert found == expected
     yes = [column for column, (_, _, answer) in zip(columns, found, strict=True) if answer == "yes"]
     assert set(yes) == {0, 1}  # both orders of the options are trained on
-    classifier = Classifier(noisy_pair, ["sports", "money"], multi_label=True, orders=2)
+    options = {"multi_label": True, "orders": 2, "template": f"LABEL:\n{{label}}\nTEXT:\n{SHORT}"}
+    classifier = Classifier(noisy_pair, ["sports", "money"], **options)
     before = classifier.predict_proba(texts)
-    classifier.fit(texts * 8, truth * 8, epochs=2, learning_rate=1e-2)
+    classifier.fit(texts * 8, truth * 8, epochs=2, learning_rate=1e-2, batch_size=16)
     assert np.abs(classifier.predict_proba(texts) - before).max() > 1e-3
     assert classifier.history_[1]["loss"] < classifier.history_[0]["loss"]
     assert classifier.score(texts, truth) == classifier.score(texts, np.array(flags))
@@ -392,6 +390,8 @@ def test_bad_settings_and_labels_are_rejected(pair, options, message):
 
 
 def test_an_instruction_may_hold_braces(pair):
-    classifier = Classifier(pair, ["a", "b"], instruction="Use {curly} [MASK-free] words.")
-    assert classifier.predict_proba(["x"]).shape == (1, 2)
+    instruction = "Use {curly} [MASK-free] words."
+    classifier = Classifier.from_pretrained(pair, ["a", "b"], instruction=instruction)
     assert "{{curly}}" in classifier.settings_.template
+    prompts, _ = classifier.asking_.examples([0], ["x"], [0], seed=0)
+    assert TOKENIZER.decode(prompts[0].ids[1:-1]).startswith(instruction)

@@ -28,15 +28,9 @@ def test_published_mmlu_equals_torch(tmp_path, tokenizer, limit):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(5)
     torch.set_num_threads(1)  # its idle threads would spin against the other tests
-    config = transformers.ModernBertConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        local_attention=32,
-        global_attn_every_n_layers=2,
-    )
-    oracle = transformers.ModernBertForMaskedLM(config).eval()
+    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "local_attention": 32, "global_attn_every_n_layers": 2}
+    oracle = transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**sizes)).eval()
     with torch.no_grad():
         for parameter in oracle.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -250,7 +244,7 @@ def plain_probabilities(model, tokenizer, texts):
 
 def test_a_classification_head_reads_the_fields_and_answers_by_name(answer, tokenizer):
     model = head_model(["good", "bad"])  # the task has them the other way round
-    results, lines = answer(ROWS, by=model)
+    _, lines = answer(ROWS, by=model)
     expected = plain_probabilities(model, tokenizer, [row["text"] for row in ROWS])
     found = [[line["probabilities"][name] for name in ("good", "bad")] for line in lines]
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -258,8 +252,6 @@ def test_a_classification_head_reads_the_fields_and_answers_by_name(answer, toke
     assert [line["gold"] for line in lines] == [row["label"] for row in ROWS]
     guesses = [("good", "bad")[best] for best in expected.argmax(axis=1)]
     assert [line["prediction"] for line in lines] == guesses
-    right = [guess == row["label"] for guess, row in zip(guesses, ROWS, strict=True)]
-    assert results["accuracy"] == pytest.approx(np.mean(right))
 
 
 def test_the_task_says_what_a_head_reads(answer, tokenizer):

@@ -16,7 +16,7 @@ from mlmjax.weights.pretrained import save_pretrained
 
 TASK = """
 name = "reviews"
-prompt = "{text}\\n{options}[unused0] [MASK]"
+prompt = "Text: {text}\\n{options}[unused0] [MASK]"
 shorten = { text = "tail" }
 answer = "label"
 labels = ["bad", "good"]
@@ -27,7 +27,7 @@ seeds = 1
 [sweep]
 epochs = [1]
 learning_rate = [1e-3, 3e-3]
-batch_size = 8
+batch_size = 16
 max_length = 64
 held_out = 0.25
 [[entries]]
@@ -68,7 +68,7 @@ def reviews(count, seed):
 
 
 REVIEWS = Task.from_dict(tomllib.loads(TASK))
-SWEEP = Sweep(batch_size=8, max_length=40)
+SWEEP = Sweep(batch_size=16, max_length=32)
 
 
 def questions(count, seed):

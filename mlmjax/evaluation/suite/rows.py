@@ -194,10 +194,9 @@ def hold_out(
             f"task {name}: has {len(questions)} training rows, and {count} would be held out to "
             "choose the setting; give more rows, or a higher limit"
         )
-    rng = np.random.default_rng(HELD_OUT_SEED)
-    drawn = set(rng.choice(len(questions), count, replace=False).tolist())
-    kept = [question for i, question in enumerate(questions) if i not in drawn]
-    return kept, [questions[i] for i in sorted(drawn)]
+    drawn = sample(questions, count, [HELD_OUT_SEED])
+    held = set(map(id, drawn))
+    return [question for question in questions if id(question) not in held], drawn
 
 
 def _hash(questions: Sequence[Question]) -> str:

@@ -22,30 +22,26 @@ def weights(model):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_head_learns_by_its_seed_and_leaves_the_model_as_it_was(pair, head):
-    train, asked = questions(48, 1), questions(20, 2)
-    before = weights(pair[0])
+    asked, before = questions(20, 2), weights(pair[0])
+    asked.append(Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, ""))
 
     def answer(rows):
-        setting = Setting(8, 2e-2)
+        setting, train = Setting(8, 2e-2), questions(96, 1)
         return answer_fine_tuned(*pair, REVIEWS, head, train, rows, setting, SWEEP, seed=1)
 
     answers = answer(asked)
     assert right(answers.log_probs, asked) > 0.9
     assert len(answers.losses) == 8
     assert answers.losses[-1] < 0.5 * answers.losses[0]
-    assert answers.shortened == 0
+    assert answers.shortened == 1
     assert all(map(np.array_equal, before, weights(pair[0])))
-    if head == "classification":  # what follows is the same for both
-        return
-    long = [*asked[:3], Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, "")]
-    again = answer(long)
-    assert again.shortened == 1
+    again = answer([*asked[:3], asked[-1]])
     np.testing.assert_allclose(again.log_probs[:3], answers.log_probs[:3], atol=1e-5)
     assert again.losses == answers.losses
 
 
 def test_a_training_that_diverges_says_so(pair):
-    rows, setting = questions(8, 1), Setting(3, 1e30)
+    rows, setting = questions(16, 1), Setting(3, 1e30)
     with pytest.raises(DivergedError, match="not finite"):
         answer_fine_tuned(*pair, REVIEWS, "mlm", rows, rows, setting, SWEEP, seed=0)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from suite_files import REVIEWS, SWEEP, questions, right, run_small, write_model, write_suite
+from suite_files import REVIEWS, questions, right, run_small, write_model, write_suite
 
 from mlmjax.cli.main import run
+from mlmjax.config.suite import Sweep
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import DivergedError, Setting
@@ -17,14 +18,13 @@ SCRIPT = Path(__file__).parents[3] / "benchmarks" / "torch_baseline.py"
 SPEC = spec_from_file_location("torch_baseline", SCRIPT)
 torch_baseline = module_from_spec(SPEC)
 SPEC.loader.exec_module(torch_baseline)
-FEW = ('heads=["mlm"]', "sweep.learning_rate=[3e-3]", "sweep.epochs=[6]", "seeds=1")
+FEW = ('heads=["mlm"]', "sweep.learning_rate=[3e-3]", "sweep.epochs=[6]", "sweep.batch_size=8")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer):
     """A tiny model of transformers."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny.torch.set_num_threads(1)
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("pad", "cls", "sep")}
     tiny.write_model(folder, "ModernBertForSequenceClassification", vocab_size=50368, **ids)
     tokenizer.save(folder)
@@ -32,12 +32,12 @@ def model(tmp_path_factory, tokenizer):
 
 
 def test_it_learns_by_its_seed(model):
-    train, asked = questions(48, 1), questions(20, 2)
+    train, asked, sweep = questions(48, 1), questions(20, 2), Sweep(batch_size=8, max_length=40)
     asked.append(Question(9, "long", {**asked[0].row, "text": "fine " * 90}, 1, ""))
 
     def answer(seed, rate=5e-3):
         return torch_baseline.answer_by_transformers(
-            model, REVIEWS, train, asked, Setting(6, rate), SWEEP, seed=seed
+            model, REVIEWS, train, asked, Setting(6, rate), sweep, seed=seed
         )
 
     answers = answer(1)
@@ -65,7 +65,7 @@ def test_a_suite_reads_its_results(model, tmp_path):
     assert f"`transformers:{model}`" in (tmp_path / "out" / "suite.md").read_text()
     assert len(printed.computed) == len(printed.cells) - 1 == 3  # zero-shot, TF-IDF, the MLM head
     with pytest.raises(InputError, match="has no result for reviews with these rows and settings"):
-        run_small(tmp_path, tmp_path / "other", *FEW[:3], "seeds=2", baselines=baselines)
+        run_small(tmp_path, tmp_path / "other", *FEW, "seeds=2", baselines=baselines)
     assert not (tmp_path / "other").exists()
 
 
