@@ -1,5 +1,6 @@
 """Save and restore the checkpoints of a run with Orbax, whole and verified."""
 
+import json
 import logging
 import os
 import re
@@ -81,7 +82,15 @@ class Checkpoints:
                 },
             )
         except OSError as error:
-            raise InputError(f"{self.folder}: cannot be used for checkpoints ({error})") from error
+            raise InputError(
+                f"{self.folder}: cannot be used for checkpoints ({error.strerror or error}); give "
+                "another folder"
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"{self.folder}: the loss of a checkpoint cannot be read ({error}); delete the "
+                f"folder of that step, {_without_loss(self.folder)}"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -226,6 +235,16 @@ class Checkpoints:
                 f"{self.folder / str(step)}: the checkpoint of step {step} is damaged "
                 f"({reason_of(error)}); delete this folder, and {then}"
             ) from error
+
+
+def _without_loss(folder: epath.Path) -> str:
+    """Return the number of the first step whose loss is not JSON."""
+    for path in sorted(folder.glob("*/metrics/metrics")):
+        try:
+            json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            return path.parent.parent.name
+    return "which is not known"
 
 
 def fingerprints(state: Any) -> dict[str, int]:

@@ -272,6 +272,15 @@ def test_a_file_in_the_place_of_the_folder(tmp_path):
         Checkpoints(tmp_path / "file", KEEP)
 
 
+def test_a_damaged_loss_names_its_step(state, tmp_path):
+    with Checkpoints(tmp_path, KEEP) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, metrics={"loss": 1.0})
+    (tmp_path / "2" / "metrics" / "metrics").write_text("{")
+    with pytest.raises(InputError, match=r"cannot be read .*; delete the folder of that step, 2$"):
+        Checkpoints(tmp_path, KEEP)
+
+
 # --- saves that fail, and processes that die -----------------------------------------------------
 
 

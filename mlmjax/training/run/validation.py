@@ -24,6 +24,7 @@ from mlmjax.storage import CONFIG
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.inputs import AnyLoader, Loaders, feed
 from mlmjax.training.run.log import Totals, add, count_tokens, summarize
+from mlmjax.weights.tensor_files import INDEX, WEIGHTS
 
 EvalStep = Callable[[Any, Any], Mapping[str, jax.Array]]
 SOURCE_FIGURES = ("loss_atp", "loss_mlm", "answer_accuracy")
@@ -213,10 +214,12 @@ def _source_lines(per_source: Mapping[str, Mapping[str, float | None]]) -> list[
 def read_finished(out: Path, step: int) -> dict[str, Any] | None:
     """Return the report of a run that is complete and exported at this step, else None."""
     try:
-        report = json.loads((out / "validation.json").read_bytes())
-        is_whole = report["step"] == step and "n" in report
-        return report if is_whole and (out / "export" / CONFIG).is_file() else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        report, files = json.loads((out / "validation.json").read_bytes()), out / "export"
+        report_lines(report)  # fails for a report that is not whole
+        weights = (files / WEIGHTS).is_file() or (files / INDEX).is_file()
+        is_exported = weights and (files / CONFIG).is_file()
+        return report if report["step"] == step and is_exported else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

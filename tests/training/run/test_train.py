@@ -20,6 +20,7 @@ from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.resume import check_same_run
 from mlmjax.training.run.timing import PHASES
 from mlmjax.training.run.train import prepare_rows, run_training
+from mlmjax.training.run.validation import read_finished
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
 
@@ -120,6 +121,21 @@ def test_the_losses_of_each_source_are_reported(folder, capsys):
     changes["objective"]["masking"] = "span"
     with pytest.raises(InputError, match=r"objective\.masking is 'span', the run there has 'whole"):
         run_training(make_config(folder, **changes))
+
+
+def test_a_run_without_its_whole_report_or_weights_is_not_finished(tmp_path):
+    (tmp_path / "export").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "export" / name).write_text("{}")
+    report = tmp_path / "validation.json"
+    for text in ("{", "[]", '{"step": 8, "n": 1}', '{"step": 8, "n": 0, "per_source": 3}'):
+        report.write_text(text)
+        assert read_finished(tmp_path, 8) is None
+    report.write_text('{"step": 8, "n": 0, "per_source": {}}')
+    assert read_finished(tmp_path, 7) is None
+    assert read_finished(tmp_path, 8)
+    (tmp_path / "export" / "model.safetensors").unlink()
+    assert read_finished(tmp_path, 8) is None
 
 
 def test_a_finished_run_is_reported_and_not_changed(folder, straight, capsys):
