@@ -147,9 +147,9 @@ def contamination(
 ) -> Contamination:
     """Look for an evaluation in the training data of a model.
 
-    It is found in a source file with the same content, in the same dataset of the hub (any split),
-    and in a task whose name contains the name of the evaluation. It is excluded if every run kept
-    out texts that overlap with this very file or dataset.
+    It is found as a file with the same content, the same dataset of the hub (any split), or a task
+    whose name contains its own. It is excluded if every run kept out texts that overlap with this
+    file or dataset.
     """
     if training is None:
         return NOTHING_KNOWN

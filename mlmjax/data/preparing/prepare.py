@@ -80,8 +80,7 @@ def _check_names(config: DataConfig) -> None:
             f"{config.rows}: does not exist, and data.sources names nothing to read; name sources"
         )
     names = [source.title for source in (*config.sources, *config.validation_sources)]
-    doubled = [name for name in names if names.count(name) > 1]
-    if doubled:
+    if doubled := [name for name in names if names.count(name) > 1]:
         raise InputError(f"data.sources: two are called {doubled[0]!r}; give each a name")
 
 

@@ -173,11 +173,9 @@ def _find_smallest(
     slot_of: Callable[[Members], np.ndarray],
     wanted: np.ndarray,
 ) -> np.ndarray:
-    """Return for each level and slot the `wanted`-th smallest hash, uint64 `[levels, slots]`.
-
-    The first of two passes counts in bins, the second reads the bins of the results.
-    """
+    """Return for each level and slot the `wanted`-th smallest hash, uint64 `[levels, slots]`."""
     levels, slots = wanted.shape
+    # The first of two passes counts in bins, the second reads the bins of the results.
     bins = np.zeros((slots, 2**BITS), np.int64)
     shift = np.uint64(64 - BITS)
     for members in scan():

@@ -93,8 +93,7 @@ def scatter(
     """Write examples into buckets of their groups; return the buckets, group by group.
 
     `chunks` yield examples, whose `key` is their place in the order (64 bits), and the group of
-    each (-1: left out). `tokens` counts those of each group. A bucket is a stretch of the order, so
-    that the buckets of a group, each sorted, are the group in order.
+    each (-1: left out). `tokens` counts those of each group. A bucket is a range of the order.
     """
     counts = [max(1, -(-total // BUCKET_TOKENS)) for total in tokens]
     first = np.concatenate([[0], np.cumsum(counts)])

@@ -78,9 +78,8 @@ class AnswerReader:
 
     The MLM head takes a token: that of `" " + answer` where it is one, or with `labels` that of the
     label's letter (or of its name, if the prompt lists no options). The classification head takes
-    the number of the label, or without `labels` any finite number.
-
-    Raises `InputError` for labels that cannot work.
+    the number of the label, or without `labels` any finite number. Raises `InputError` for labels
+    that cannot work.
     """
 
     def __init__(self, source: SourceConfig, template: Template, tokenizer: Tokenizer, head: Head):
@@ -101,9 +100,8 @@ class AnswerReader:
     ) -> list[tuple[Record, float]]:
         """Return the records that have an answer, each with it.
 
-        The counters get the others by their reason, and the answers that each rule of
-        `source.normalize` rewrote. Raises `InputError` for a value that is no answer, with file and
-        row.
+        Count dropped ones by their reason, and answers that each rule of `source.normalize`
+        changed. Raises `InputError` for a value that is no answer, with file and row.
         """
         values = [(record, self._normalized(record, normalized)) for record in records]
         if self._names is None and self._head == "mlm":
@@ -145,15 +143,15 @@ class AnswerReader:
         if value is None:
             raise InputError(f"{where} is null; expected a label")
         key = as_written(value).strip()
+        if self._name_of is not None and key in self._name_of:
+            return self._answers[self._name_of[key]]
         if self._name_of is not None:
-            if key in self._name_of:
-                return self._answers[self._name_of[key]]
             raise InputError(
                 f"{where} is {value!r:.60}, which labels does not list; expected one of "
                 f"{', '.join(map(repr, self._name_of))}"
             )
-        if isinstance(value, str) and value.strip() in self._answers:
-            return self._answers[value.strip()]
+        if isinstance(value, str) and key in self._answers:
+            return self._answers[key]
         if key.isdecimal():
             if any(name.isdecimal() for name in self._names):
                 raise InputError(

@@ -70,9 +70,8 @@ class Counts:
         """Add what became of other records of the source."""
         self.records += other.records
         self.examples += other.examples
-        self.dropped.update(other.dropped)
-        self.shortened.update(other.shortened)
-        self.normalized.update(other.normalized)
+        for name in ("dropped", "shortened", "normalized"):
+            getattr(self, name).update(getattr(other, name))
         for name, hits in other.hits.items():
             self.hits[name] = [*self.hits.get(name, ()), *hits][:MOST_NAMED]
         self.broken = [*self.broken, *other.broken][:MOST_NAMED]
@@ -100,12 +99,9 @@ def read_examples(
     documents) that share text with an evaluation set. Prompts and answers that hold the text
     `[MASK]` are dropped too.
 
-    Instruction source (`prompt`, `answer`): kept if `" " + answer` (stripped) is one token, the
-    trained form. With `labels`: the answer names or numbers a label, and the answer token is the
-    label's letter if the prompt has `{options}`, otherwise `" " + label`. The ids are exactly the
-    prompt that scoring sees, with the answer's token in the place of `[MASK]`. For the
-    classification head, a prompt has no slot, and the answer is the number of the label, or without
-    `labels` a finite number to predict.
+    Instruction source (`prompt`, `answer`): the ids are exactly the prompt that scoring sees, with
+    the token that `AnswerReader` gives in place of `[MASK]`. Other records are dropped. For the
+    classification head, a prompt has no slot.
 
     Plain text (`text`): the document is cut into windows of at most `seq_length - 2` tokens between
     `[CLS]` and `[SEP]`, with `cut = "sentence"` where a sentence ends; no token is lost.
@@ -207,15 +203,15 @@ class _Reader(ABC):
 class _Windows(_Reader):
     """Read plain text in windows."""
 
-    def __init__(self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, *others: Any):
-        super().__init__(source, tokenizer, seq_length, *others)
-        assert source.text is not None
-        if seq_length < 3:
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        assert self.source.text is not None
+        if self.seq_length < 3:
             raise InputError(
-                f"seq_length {seq_length}: leaves no room between [CLS] and [SEP]; raise it"
+                f"seq_length {self.seq_length}: leaves no room between [CLS] and [SEP]; raise it"
             )
-        self.text = source.text
-        self.columns = [source.text, *([source.task] if source.task else [])]
+        self.text = self.source.text
+        self.columns = [self.text, *filter(None, [self.source.task])]
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = list(self._kept(records, counts))
@@ -246,25 +242,24 @@ class _Prompts(_Reader):
     """Read prompts with their answers."""
 
     def __init__(
-        self, source: SourceConfig, tokenizer: Tokenizer, seq_length: int, head: Head, *others: Any
+        self, source: SourceConfig, tokenizer: Tokenizer, length: int, head: Head, *rest: Any
     ):
-        super().__init__(source, tokenizer, seq_length, head, *others)
+        super().__init__(source, tokenizer, length, head, *rest)
         assert source.prompt is not None
         assert source.answer is not None
-        where = f"source {source.title}"
-        with named_place(f"{where}: prompt"):
+        with named_place(f"source {source.title}: prompt"):
             slot = head == "mlm"
             self.template = Template(source.prompt, shorten=dict(source.shorten), slot=slot)
             if not set(self.template.fields) - {"options"}:
                 raise InputError("names no column of the records; write {text} for the column text")
-        with named_place(f"{where}: labels"):
+        with named_place(f"source {source.title}: labels"):
             self.answers = AnswerReader(source, self.template, tokenizer, head)
         # With labels, `options` are their names; without, a column of the record.
         self.options = None if source.labels is None else list(source.label_names)
         self.texts = [name for name in self.template.fields if name != "options"]
         self.fields = list(self.template.fields) if self.options is None else self.texts
         self.shown = [*self.fields, source.answer]
-        self.columns = [*self.shown, *([source.task] if source.task else [])]
+        self.columns = [*self.shown, *filter(None, [source.task])]
         self.named = () if source.labels else (source.answer,)
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
