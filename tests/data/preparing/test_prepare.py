@@ -20,6 +20,11 @@ def config(tmp_path):
     return two_sources(tmp_path)
 
 
+def prepared(config, tokenizer, **options):
+    folder = prepare(config, tokenizer, **options)
+    return folder, read_manifest(folder)
+
+
 def facts(folder, split):
     return [
         (source.name, tuple(one.ids.tolist()), one.answer_position, one.task)
@@ -28,8 +33,7 @@ def facts(folder, split):
 
 
 def test_every_example_is_on_disk_once_in_one_split(config, tokenizer):
-    folder = prepare(config, tokenizer)
-    manifest = read_manifest(folder)
+    folder, manifest = prepared(config, tokenizer)
     expected, keys = Counter(), {}
     for source in config.sources:
         for one in read(source, tokenizer)[0]:
@@ -50,9 +54,8 @@ def test_every_example_is_on_disk_once_in_one_split(config, tokenizer):
 
 def test_the_manifest_counts_what_is_there(config, tokenizer):
     calls = []
-    folder = prepare(config, tokenizer, lambda name, records: calls.append((name, records)))
+    folder, manifest = prepared(config, tokenizer, progress=lambda *read: calls.append(read))
     assert calls[-2:] == [("qa", 300), ("text", 20)]
-    manifest = read_manifest(folder)
     qa, text = manifest.sources
     assert (qa.records, qa.examples) == (300, 180)
     assert qa.dropped == {"answer is not one token": 60, "blank answer": 60}
@@ -105,8 +108,7 @@ def test_validation_sources_are_packed_by_themselves(config, tokenizer, tmp_path
     path = write_table(tmp_path / "v.jsonl", make_rows(50, salt=9))
     held = SourceConfig(path=path, prompt="{input}", answer="answer", name="held")
     config = change(config, validation_rows=0, validation_sources=(held,))
-    folder = prepare(config, tokenizer)
-    manifest = read_manifest(folder)
+    folder, manifest = prepared(config, tokenizer)
     assert [file.name for file in manifest.splits["validation"]] == ["held"]
     assert [report.examples for report in manifest.validation_sources] == [30]
     assert len(stored(folder, "validation")) == 30
@@ -114,13 +116,11 @@ def test_validation_sources_are_packed_by_themselves(config, tokenizer, tmp_path
 
 
 def test_without_packing_a_row_is_an_example(config, tokenizer):
-    folder = prepare(change(config, pack=False), tokenizer)
-    manifest = read_manifest(folder)
-    for file in [*manifest.splits["train"], *manifest.splits["validation"]]:
-        assert file.rows == file.examples
-    held_out = sum(file.rows for file in manifest.splits["validation"])
+    _, manifest = prepared(change(config, pack=False), tokenizer)
+    train, validation = manifest.splits.values()
+    assert all(file.rows == file.examples for file in (*train, *validation))
     # A few more than 8, because equal prompts and the windows of a document go together.
-    assert 8 <= held_out <= 20
+    assert 8 <= sum(file.rows for file in validation) <= 20
 
 
 def test_one_document_cannot_be_held_out(config, tokenizer, tmp_path):
@@ -139,28 +139,30 @@ def test_a_bad_last_source_is_found_before_the_first_is_read(config, tokenizer):
     assert calls == []
 
 
+def tasks_of(folder, level):
+    there = stored(folder, "train", level=level)
+    return Counter(example.task for source, example in there if source.name == "qa")
+
+
 def test_the_smaller_set_is_part_of_the_larger_and_of_the_same_rows(config, tokenizer):
     config = change(config, validation_rows=2, select={"sizes": (60, 120), "answer_share": 0.5})
-    folder = prepare(config, tokenizer)
-    manifest = read_manifest(folder)
+    folder, manifest = prepared(config, tokenizer)
     assert [one.asked for one in manifest.selection.sets] == [60, 120]
     held_out = sum(f.examples for f in manifest.splits["validation"] if not f.text)
     sizes = []
     for level, one in enumerate(manifest.selection.sets):
-        there = stored(folder, "train", level=level)
-        examples = [example for source, example in there if source.name == "qa"]
-        sizes.append(len(examples))
+        tasks = tasks_of(folder, level)
+        sizes.append(tasks.total())
         assert one.asked <= one.examples <= one.asked + 10
-        assert one.examples - held_out <= len(examples) <= one.examples
-        tasks = Counter(example.task for example in examples)
+        assert one.examples - held_out <= tasks.total() <= one.examples
         assert max(tasks.values()) <= one.per_task + 5
     assert sizes[0] < sizes[1]
-    examples = manifest.sources[0].examples
-    left_out = manifest.selection.unbalanced + manifest.selection.capped
-    assert examples - left_out == manifest.selection.sets[-1].examples
+    chosen = manifest.selection
+    left_out = chosen.unbalanced + chosen.capped
+    assert manifest.sources[0].examples - left_out == chosen.sets[-1].examples
     lines = "\n".join(summary(manifest))
     assert lines.count("selected: ") == 2
-    assert f"left out: {manifest.selection.unbalanced} by select.answer_share" in lines
+    assert f"left out: {chosen.unbalanced} by select.answer_share" in lines
 
 
 def test_caps_hold_for_equal_prompts_and_the_report_is_true(config, tokenizer, tmp_path):
@@ -170,14 +172,10 @@ def test_caps_hold_for_equal_prompts_and_the_report_is_true(config, tokenizer, t
     path = write_table(tmp_path / "equal.jsonl", rows)
     select = {"sizes": (40, 70), "per_task": 50, "answer_share": 0.6}
     config = change(change_source(config, path=path), validation_rows=0, select=select)
-    folder = prepare(config, tokenizer)
-    manifest = read_manifest(folder)
+    folder, manifest = prepared(config, tokenizer)
     reported = [(one.examples, one.per_task) for one in manifest.selection.sets]
     assert reported == [(40, 20), (70, 35)]
-    for level, cap in ((0, 20), (1, 35)):
-        there = stored(folder, "train", level=level)
-        tasks = Counter(example.task for source, example in there if source.name == "qa")
-        assert set(tasks.values()) == {cap}
+    assert [set(tasks_of(folder, level).values()) for level in (0, 1)] == [{20}, {35}]
     assert (manifest.selection.unbalanced, manifest.selection.capped) == (450, 380)
 
 
@@ -190,6 +188,6 @@ def test_classes_and_values_are_selected_too(config, tokenizer, tmp_path):
         kept = {"select": {"per_task": 60, "answer_share": 0.6}, "validation_rows": 0}
         rows = str(tmp_path / f"rows-{count}")
         one = change(config, rows=rows, sources=(source,), pack=False, **kept)
-        manifest = read_manifest(prepare(one, tokenizer, head="classification"))
+        _, manifest = prepared(one, tokenizer, head="classification")
         assert manifest.splits["train"][0].examples == count
         assert manifest.selection.sets[0].examples == count

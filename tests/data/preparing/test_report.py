@@ -157,10 +157,8 @@ def test_prompts_are_examples_of_the_rows_with_the_answer_masked(folder, found, 
 
 def test_every_example_is_as_likely_to_be_drawn(folder, tokenizer):
     total = sum(file.examples for file in read_manifest(folder).splits["train"])
-    drawn = [
-        one["number"] for seed in range(30) for one in count(folder, tokenizer, 100, seed).drawn
-    ]
-    quarters = np.bincount(np.array(drawn) * 4 // total)
+    drawn = [one for seed in range(30) for one in count(folder, tokenizer, 100, seed).drawn]
+    quarters = np.bincount([one["number"] * 4 // total for one in drawn])
     assert quarters.sum() == 30 * 100
     assert np.abs(quarters / quarters.sum() - 0.25).max() < 0.04
     everything = count(folder, tokenizer, 10**6).drawn
@@ -219,9 +217,9 @@ def test_any_text_stays_in_its_place(text):
 
 
 def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, tokenizer):
-    before = content(page.parent)
-    assert set(before) == {"report.md", "report.json", "records.png", "lengths.png"}
-    rows = {path: path.read_bytes() for path in folder.rglob("*.arrow")}
+    files = {path.name for path in page.parent.iterdir()}
+    assert files == {"report.md", "report.json", "records.png", "lengths.png"}
+    rows = content(folder)
     shutil.rmtree(page.parent)
     page.parent.mkdir()  # An empty folder is as good as none.
     partial = folder / "report.partial"
@@ -229,8 +227,7 @@ def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, to
     (partial / ".building").touch()
     (partial / "records.png").write_bytes(b"half a pic")
     assert write_rows_report(folder, tokenizer) == page
-    assert content(page.parent) == before
-    assert {path: path.read_bytes() for path in folder.rglob("*.arrow")} == rows
+    assert content(folder) == rows
     there = {path.name for path in folder.iterdir()}
     assert there == {"manifest.json", "report", "train", "validation"}
     at = page.stat().st_mtime_ns
@@ -273,14 +270,6 @@ def test_damaged_rows_and_another_tokenizer_are_rejected(tmp_path, folder, token
     page = write_rows_report(rows, tokenizer)
     assert "No training example has an answer token." in page.read_text()
     assert "No training example has a task." in page.read_text()
-    assert {path.name for path in page.parent.glob("*.png")} == {"records.png", "lengths.png"}
-
-
-def test_blocks_are_the_rows_one_after_another(folder):
-    for source in (*open_rows(folder, "train"), *open_rows(folder, "validation")):
-        rows = (source.columns(row) for row in range(len(source)))
-        for parts in zip(zip(*source.blocks(), strict=True), zip(*rows, strict=True), strict=True):
-            assert np.array_equal(*map(np.concatenate, parts), equal_nan=True)
 
 
 def test_the_command_writes_the_report_once(tmp_path, capsys, monkeypatch):
@@ -291,13 +280,10 @@ def test_the_command_writes_the_report_once(tmp_path, capsys, monkeypatch):
         'out = "out"\nsteps = 2\ntokenizer = "tokenizer"\nmodel = {}\ndata.rows = "rows"\n'
         'data.sources = [{ path = "records.jsonl", prompt = "{prompt}", answer = "answer" }]\n'
     )
-    page = tmp_path / "rows" / "report" / "report.md"
-    assert run(["prepare", "run.toml"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "report: rows/report/report.md"
-    rows = content(tmp_path / "rows")
-    assert run(["prepare", "run.toml"]) == 0
-    assert content(tmp_path / "rows") == rows
-    page.unlink()
+    for _ in range(2):
+        assert run(["prepare", "run.toml"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == "report: rows/report/report.md"
+    (tmp_path / "rows" / "report" / "report.md").unlink()
     assert run(["prepare", "run.toml"]) == 2
     assert "has no report.md; delete the folder" in capsys.readouterr().err
 
