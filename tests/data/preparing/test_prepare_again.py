@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import row_files
+from processes import finish, spawn
 from row_files import change, change_source, content, make_rows, two_sources, write_table
 from texts import small_table
 
@@ -67,20 +68,15 @@ def test_changed_source_files_are_rejected_and_absent_ones_are_not(config, token
     os.utime(path, ns=(later, later))
     assert prepare(config, tokenizer) == folder
 
-    path.write_bytes(original.replace(b"Question", b"question"))
-    os.utime(path, ns=(later, later))
-    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
-        prepare(config, tokenizer)
-    path.write_bytes(original + original)
-    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
-        prepare(config, tokenizer)
+    other = original.replace(b"Question", b"Answered")
+    # The last has the size and time of an old file, but its status changed after the rows.
+    for changed, at in ((other, later), (original + original, later), (other, 0)):
+        path.write_bytes(changed)
+        os.utime(path, ns=(at, at))
+        with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
+            prepare(config, tokenizer)
     path.unlink()
     assert prepare(config, tokenizer) == folder
-    # Size and time of change are those of an old file, but its status changed after the rows.
-    path.write_bytes(original.replace(b"Question", b"Answered"))
-    os.utime(path, ns=(0, 0))
-    with pytest.raises(InputError, match=r"a\.jsonl has changed since"):
-        prepare(config, tokenizer)
 
 
 # Runs in its own process, which loads everything once and then forks for each attempt.
@@ -167,9 +163,8 @@ def test_what_was_staged_of_other_files_is_not_used(config, tokenizer, tmp_path)
     write_table(tmp_path / "a.jsonl", make_rows(200, salt=5))
     rows = prepare(config, tokenizer)
     assert read_manifest(rows).sources[0].records == 200
-    assert content(rows) == content(
-        prepare(change(config, rows=str(tmp_path / "other")), tokenizer)
-    )
+    other = change(config, rows=str(tmp_path / "other"))
+    assert content(rows) == content(prepare(other, tokenizer))
 
 
 @pytest.fixture
@@ -234,12 +229,8 @@ def test_two_at_once_build_one_folder(tmp_path):
         "        (partial / 'x').write_text('x')\n"
         "        time.sleep(0.3)\n"
     )
-    start = [
-        subprocess.Popen([sys.executable, "-c", code, str(target)], stdout=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    said = sorted(child.communicate()[0] for child in start)
-    assert said == [b"builds\n", *[b"finds\n"] * 2]
+    codes, printed, _ = finish([spawn(code, target) for _ in range(3)])
+    assert (codes, sorted(printed)) == ([0] * 3, ["builds\n", "finds\n", "finds\n"])
     assert [path.name for path in target.iterdir()] == ["x"]
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 

@@ -28,6 +28,13 @@ def kept(members, selection, level):
 COUNTS = {(0, 5): 900, (0, 6): 60, (0, 7): 40, (1, 5): 300, (1, 9): 300, (2, 5): 20, (3, 8): 700}
 
 
+MEMBERS = make_members(COUNTS)
+
+
+def selected(members=MEMBERS, **options):
+    return select(scan_of(members), COUNTS, **options)
+
+
 def by_task(counts):
     total = Counter()
     for (task, _), n in counts.items():
@@ -36,47 +43,39 @@ def by_task(counts):
 
 
 def test_sizes_are_met_by_cutting_the_largest_tasks_to_one_number():
-    members = make_members(COUNTS)
-    selection = select(scan_of(members), COUNTS, sizes=(500, 1000, None))
+    selection = selected(sizes=(500, 1000, None))
     assert selection.sizes == [500, 1001, 2320]
-    assert by_task(kept(members, selection, 0)) == {0: 160, 1: 160, 2: 20, 3: 160}
-    assert by_task(kept(members, selection, 1)) == {0: 327, 1: 327, 2: 20, 3: 327}
-    assert kept(members, selection, 2) == Counter(COUNTS)
+    assert by_task(kept(MEMBERS, selection, 0)) == {0: 160, 1: 160, 2: 20, 3: 160}
+    assert by_task(kept(MEMBERS, selection, 1)) == {0: 327, 1: 327, 2: 20, 3: 327}
+    assert kept(MEMBERS, selection, 2) == Counter(COUNTS)
 
 
 def test_smaller_sets_are_parts_of_larger_ones():
-    members = make_members(COUNTS)
     sizes = (100, 400, 900, 1600)
-    selection = select(scan_of(members), COUNTS, sizes=sizes, answer_share=0.5)
-    level = selection.levels(members)
+    level = selected(sizes=sizes, answer_share=0.5).levels(MEMBERS)
     for number, size in enumerate(sizes[:2]):
-        only = select(scan_of(members), COUNTS, sizes=(size,), answer_share=0.5).levels(members)
+        only = selected(sizes=(size,), answer_share=0.5).levels(MEMBERS)
         np.testing.assert_array_equal(level <= number, only == 0)
 
 
 def test_no_answer_has_more_than_its_share():
-    members = make_members(COUNTS)
-    found = kept(members, select(scan_of(members), COUNTS, answer_share=0.5), 0)
+    found = kept(MEMBERS, selected(answer_share=0.5), 0)
     assert found[0, 5] == found[0, 6] + found[0, 7] == 100
     assert found[1, 5] == found[1, 9] == 300
     assert found[3, 8] == 700  # A task of one answer cannot be balanced.
-    thinned = kept(members, select(scan_of(members), COUNTS, answer_share=0.2), 0)
+    thinned = kept(MEMBERS, selected(answer_share=0.2), 0)
     assert thinned[0, 5] == thinned[0, 6] == thinned[0, 7] == 40  # As the rarest.
 
 
 def test_a_cap_by_task_holds_with_the_share():
-    members = make_members(COUNTS)
-    selection = select(scan_of(members), COUNTS, per_task=150, answer_share=0.5)
-    found = kept(members, selection, 0)
+    found = kept(MEMBERS, selected(per_task=150, answer_share=0.5), 0)
     assert by_task(found) == {0: 150, 1: 150, 2: 20, 3: 150}
     assert 55 < found[0, 5] < 95  # Half of them, as before the cap.
 
 
 def test_equal_hashes_stay_together():
-    members = make_members(COUNTS)
-    members = members._replace(key=mix(np.arange(len(members.key), dtype=np.uint64) // 10))
-    selection = select(scan_of(members), COUNTS, per_task=101)
-    in_set = selection.levels(members) < LEFT_OUT
+    members = MEMBERS._replace(key=mix(np.arange(len(MEMBERS.key), dtype=np.uint64) // 10))
+    in_set = selected(members, per_task=101).levels(members) < LEFT_OUT
     for key in np.unique(members.key):
         for task in range(4):
             same = in_set[(members.key == key) & (members.task == task)]
