@@ -159,22 +159,20 @@ def contamination(
     if found:
         return Contamination("found", list(dict.fromkeys(found)), [])
     held_out = [_is_held_out(run, task, place, digests) for run in training.runs]
+    excluded = [one for run in training.runs for one in run.excluded]
     status: Status = "none found"
     if held_out and all(held_out):
         status = "excluded"
-        ngrams = sorted({one.ngram for run in training.runs for one in run.excluded})
-        remarks = [
-            f"examples that share {' or '.join(map(str, ngrams))} words in a row with {task.name} "
-            "were kept out of training"
-        ]
+        ngrams = " or ".join(map(str, sorted({one.ngram for one in excluded})))
+        shared = f"{ngrams} words in a row with {task.name}"
+        remarks = [f"examples that share {shared} were kept out of training"]
     else:
-        is_partly = any(one.task == task.name for run in training.runs for one in run.excluded)
-        how = (
-            f"not every run kept out examples that share text with {task.name}, or a run used "
-            "another copy of it"
-            if is_partly
-            else "examples that share text with it were not kept out"
-        )
+        how = "examples that share text with it were not kept out"
+        if any(one.task == task.name for one in excluded):
+            how = (
+                f"not every run kept out examples that share text with {task.name}, or a run used "
+                "another copy of it"
+            )
         remarks = [f"the training manifest names no file, dataset or task of {task.name}; {how}"]
     start = training.runs[0].init_from if training.runs else None
     if start is not None:

@@ -21,7 +21,7 @@ from mlmjax.data.preparing.selection import (
     mix,
     select,
 )
-from mlmjax.data.preparing.shuffle import Bucket, Chunk, read_bucket, scatter
+from mlmjax.data.preparing.shuffle import Chunk, read_bucket, scatter
 from mlmjax.data.preparing.staging import Piece, Staged, sources_of
 from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.rows import write_rows
@@ -191,7 +191,7 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
 
 def _pack(
     folder: Path,
-    buckets: list[Bucket],
+    buckets: list[tuple[Path, int]],
     order: list[Group],
     staged: Staged,
     config: DataConfig,
@@ -200,12 +200,12 @@ def _pack(
     """Pack every bucket into its own row file."""
     jobs: list[Job] = []
     files: Counter[str] = Counter()
-    for bucket in buckets:
-        split = order[bucket.group].split
+    for path, group in buckets:
+        split = order[group].split
         (folder / split).mkdir(exist_ok=True)
         jobs.append(
             {
-                "bucket": str(bucket.path),
+                "bucket": str(path),
                 "seq_length": config.seq_length,
                 "pack": config.pack,
                 "out": str(folder / split / f"{files[split]}.arrow"),
@@ -215,17 +215,17 @@ def _pack(
     splits: dict[str, list[RowFile]] = {"train": []}
     names = list(staged.tasks)
     answers = workers.run(pack_bucket, jobs, staged.processes)
-    for bucket, job, counts in zip(buckets, jobs, answers, strict=True):
-        group = order[bucket.group]
-        source = (sources_of(config, group.split) or config.sources)[group.source]
+    for (_, number), job, counts in zip(buckets, jobs, answers, strict=True):
+        split, source_number, level = order[number]
+        source = (sources_of(config, split) or config.sources)[source_number]
         per_task = sorted((int(task), n) for task, n in counts.pop("per_task").items())
-        splits.setdefault(group.split, []).append(
+        splits.setdefault(split, []).append(
             RowFile(
                 name=source.title,
                 file=Path(job["out"]).name,
                 text=source.text is not None,
                 weight=source.weight,
-                level=group.level,
+                level=level,
                 examples_per_task={names[task]: n for task, n in per_task},
                 **counts,
             )

@@ -46,14 +46,12 @@ Scan = Callable[[], Iterable[Members]]
 class Selection(NamedTuple):
     """Hold thresholds on the hash: by (task, answer) for common answers, by level and task.
 
-    An example is in a level if its hash is below both. Of each level, `sizes` is the number of
-    examples, and `per_task` the most of any task. `one_answer` counts the tasks that have a single
-    answer.
+    An example is in a level if its hash is below both. `per_task` has the most of any task for each
+    level. `one_answer` counts the tasks that have a single answer.
     """
 
     answers: Mapping[tuple[int, int], int]
     caps: np.ndarray
-    sizes: list[int]
     per_task: list[int]
     one_answer: int
 
@@ -91,8 +89,8 @@ def select(
         kept[task] += limits.get((task, answer), count)
     wanted = np.stack([_cap(kept, size, per_task) for size in sizes])
     caps = _find_caps(scan, answers, wanted, kept)
-    found, most = wanted.sum(axis=1).tolist(), wanted.max(axis=1, initial=0).tolist()
-    return Selection(answers, caps, found, most, int((different == 1).sum()))
+    most = wanted.max(axis=1, initial=0).tolist()
+    return Selection(answers, caps, most, int((different == 1).sum()))
 
 
 def _balance(

@@ -78,19 +78,10 @@ def read_stage(path: Path) -> Iterator[Chunk]:
             yield from_arrow(reader.get_batch(number))
 
 
-class Bucket(NamedTuple):
-    """Describe a part of one group of examples: its file, its examples and tokens."""
-
-    path: Path
-    group: int
-    examples: int
-    tokens: int
-
-
 def scatter(
     chunks: Iterable[tuple[Chunk, np.ndarray]], tokens: Sequence[int], folder: Path, vocab_size: int
-) -> list[Bucket]:
-    """Write examples into buckets of their groups; return the buckets, group by group.
+) -> list[tuple[Path, int]]:
+    """Write examples into buckets of their groups; return their files and groups, in order.
 
     `chunks` yield examples, whose `key` is their place in the order (64 bits), and the group of
     each (-1: left out). `tokens` counts those of each group. A bucket is a range of the order.
@@ -99,7 +90,6 @@ def scatter(
     first = np.concatenate([[0], np.cumsum(counts)])
     schema, token = chunk_schema(vocab_size), token_type(vocab_size)
     paths = [folder / f"{number:05d}.bucket" for number in range(first[-1])]
-    totals = np.zeros((len(paths), 2), np.int64)
     for chunk, group in chunks:
         (used,) = np.nonzero(group >= 0)
         own = group[used]
@@ -110,18 +100,11 @@ def scatter(
         lists = pa.ListArray.from_arrays(chunk.offsets, pa.array(chunk.tokens, token))
         batch = pa.RecordBatch.from_arrays([lists, *map(pa.array, chunk[2:])], schema=schema)
         for members in np.split(order, edges[1:]) if len(order) else ():
-            number = int(bucket[members[0]])
-            part = batch.take(pa.array(used[members]))
             # Opened for each write, so that many buckets do not run out of open files.
-            with paths[number].open("ab") as file:
-                file.write(part.serialize())
-            totals[number] += part.num_rows, len(part.column("tokens").flatten())
+            with paths[bucket[members[0]]].open("ab") as file:
+                file.write(batch.take(pa.array(used[members])).serialize())
     groups = np.repeat(np.arange(len(counts)), counts).tolist()
-    return [
-        Bucket(path, group, *total)
-        for path, group, total in zip(paths, groups, totals.tolist(), strict=True)
-        if total[0]
-    ]
+    return [(path, group) for path, group in zip(paths, groups, strict=True) if path.exists()]
 
 
 def read_bucket(path: Path, vocab_size: int) -> Iterator[Example]:

@@ -44,7 +44,6 @@ def by_task(counts):
 
 def test_sizes_are_met_by_cutting_the_largest_tasks_to_one_number():
     selection = selected(sizes=(500, 1000, None))
-    assert selection.sizes == [500, 1001, 2320]
     assert by_task(kept(MEMBERS, selection, 0)) == {0: 160, 1: 160, 2: 20, 3: 160}
     assert by_task(kept(MEMBERS, selection, 1)) == {0: 327, 1: 327, 2: 20, 3: 327}
     assert kept(MEMBERS, selection, 2) == Counter(COUNTS)
@@ -92,9 +91,8 @@ def test_what_is_kept_is_what_was_promised(counts, size, share):
     members = make_members(counts)
     selection = select(scan_of(members), counts, sizes=(size,), answer_share=share)
     found = kept(members, selection, 0)
-    assert found.total() == selection.sizes[0]
     balanced = kept(members, select(scan_of(members), counts, answer_share=share), 0)
-    assert found.total() >= min(size, balanced.total())
+    assert min(size, balanced.total()) <= found.total() <= size + 3  # less than one for each task
     tasks = by_task(found)
     cut = [task for task, n in by_task(balanced).items() if tasks[task] < n]
     assert len({tasks[task] for task in cut}) <= 1
