@@ -1,7 +1,7 @@
 """Fine-tune in memory: packed prompts, for the answer at each slot or for a classification head."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
@@ -56,10 +56,10 @@ def fine_tune(
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size)
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    optimizer = decode(OptimizerConfig, given, "fit")
+    decode(OptimizerConfig, given, "fit")  # rejects other values
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
     rate = make_schedule(schedule, learning_rate, updates)
-    update = _update(optimizer.model_copy(update={"learning_rate": 0.0, "weight_decay": 0.0}))
+    update = _update()
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
     head = HEADS["classification" if has_head else "mlm"]
@@ -76,7 +76,7 @@ def fine_tune(
         for members in batches[epoch]:
             shown = [prompts[i] for i in members]
             batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
-            rates = {"learning_rate": rate(done), "weight_decay": weight_decay}
+            rates: Any = given | {"learning_rate": rate(done)}
             rates = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
             opt_state = state.opt_state._replace(hyperparams=rates)
             state, metrics = step(state._replace(opt_state=opt_state), batch)
@@ -95,10 +95,10 @@ def fine_tune(
     return nnx.merge(graphdef, state.params)
 
 
-@lru_cache(maxsize=8)
-def _update(optimizer: OptimizerConfig) -> optax.GradientTransformation:
+@cache
+def _update() -> optax.GradientTransformation:
     """Return the optimizer with its rates in its state, so that other rates share its program."""
-    make = optax.inject_hyperparams(partial(make_update, optimizer))
+    make = optax.inject_hyperparams(partial(make_update, OptimizerConfig()))
     made = make(learning_rate=0.0, weight_decay=0.0)
     assert isinstance(made, optax.GradientTransformation)
     return made

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +101,7 @@ def run(optimizer, steps):
 
 
 def assert_close(found, expected, **tolerance):
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, **tolerance)
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), found, expected)
 
 
 def adamw_in_float64(config, rate, steps, *, stable=False):

@@ -104,8 +104,7 @@ def test_an_update_without_targets_changes_nothing_but_the_step(make, sizes):
     before = jax.tree.map(np.array, state)
     state, metrics = step(state, make_batch([0] * 16))
     assert metrics["loss_sum"] == metrics["loss_count"] == metrics["grad_norm"] == 0
-    for a, b in pairs_of(state, before._replace(step=2)):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, state, before._replace(step=2))
 
 
 @pytest.mark.parametrize("sizes", [None, CUBE])
@@ -115,8 +114,7 @@ def test_the_state_is_donated_and_the_model_is_not(sizes):
     new, _ = compiled()(state, make_batch(UNEVEN))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
-    for a, b in pairs_of(nnx.state(MODEL, nnx.Param), weights):
-        np.testing.assert_array_equal(a, b)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(MODEL, nnx.Param), weights)
 
 
 def test_eval_step_agrees_with_the_train_step_and_returns_each_target():

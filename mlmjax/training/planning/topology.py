@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from mlmjax.errors import InputError, first_line
+from mlmjax.errors import InputError, counted, first_line
 
 GIB = 2**30
 
@@ -92,18 +92,17 @@ def parse_topology(name: str) -> Topology:
         if len(shape) > 1 or chips > 512:
             raise _reject(name, f"found {sides}; expected 1 to 512 simulated devices, as in cpu:8")
         return Topology(kind, shape)
+    slices, problem = f"a {kind} slice has", ""
     if len(shape) != chip.sides:
-        raise _reject(name, f"found {len(shape)} side(s); a {kind} slice has {chip.sides}")
-    if chips > chip.most:
-        raise _reject(name, f"found {chips} chips; a {kind} slice has at most {chip.most}")
-    if chip.sides == 2 and max(shape) > 16:
-        raise _reject(name, f"found a side of {max(shape)}; a {kind} slice has sides of at most 16")
-    if chips > 1 and (shape[0] % 2 or shape[1] % 2):
-        raise _reject(
-            name,
-            f"found {sides}; hosts of a {kind} slice have 2x2 chips, so the first two sides "
-            "must be even",
-        )
+        problem = f"{counted(len(shape), 'side')}; {slices} {chip.sides}"
+    elif chips > chip.most:
+        problem = f"{chips} chips; {slices} at most {chip.most}"
+    elif chip.sides == 2 and max(shape) > 16:
+        problem = f"a side of {max(shape)}; {slices} sides of at most 16"
+    elif chips > 1 and (shape[0] % 2 or shape[1] % 2):
+        problem = f"{sides}; {slices} hosts of 2x2 chips, so the first two sides must be even"
+    if problem:
+        raise _reject(name, f"found {problem}")
     return Topology(kind, shape)
 
 
@@ -120,8 +119,8 @@ def environment(topology: Topology) -> dict[str, str]:
     count = "--xla_force_host_platform_device_count"
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(count)]
     # Without a cache, because the report states how long compiling takes.
-    values = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-    values["XLA_FLAGS"] = " ".join(flags)
+    values = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    values |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     if topology.platform == "cpu":
         return values | {"JAX_NUM_CPU_DEVICES": str(topology.shape[0])}
     # The TPU is only described, so JAX must neither look for one nor wait for a busy one.

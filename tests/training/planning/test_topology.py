@@ -17,10 +17,10 @@ from mlmjax.training.planning.topology import CHIPS, devices_of, environment, pa
         ("v5e:02x2", "shape '02x2'"),
         ("v5e:\u0662x2", "expected whole numbers"),  # a digit, but not of ASCII
         ("v6e:0x4", "shape '0x4'"),
-        ("v5e:2x2x2", r"found 3 side\(s\); a v5e slice has 2"),
-        ("v5p:4x4", r"found 2 side\(s\); a v5p slice has 3"),
+        ("v5e:2x2x2", "found 3 sides; a v5e slice has 2"),
+        ("v5p:4x4", "found 2 sides; a v5p slice has 3"),
         ("v5e:32x2", "found a side of 32"),
-        ("v5e:3x5", "found 3x5; hosts of a v5e slice have 2x2 chips"),
+        ("v5e:3x5", "found 3x5; a v5e slice has hosts of 2x2 chips"),
         ("v5p:100x100x100", "found 1000000 chips; a v5p slice has at most 8960"),
         ("cpu:0", "shape '0'"),
         ("cpu:513", "found 513; expected 1 to 512"),
