@@ -235,10 +235,7 @@ def test_traced_ids_outside_the_vocabulary_give_nan():
         model.mlm_logits(jnp.zeros((1, 16)), [61])
 
 
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [({"attention": "flash"}, "attention"), ({"dtype": jnp.float16}, "dtype")],
-)
-def test_wrong_options_are_rejected(options, says):
-    with pytest.raises(InputError, match=says):
+@pytest.mark.parametrize("options", [{"attention": "flash"}, {"dtype": jnp.float16}])
+def test_wrong_options_are_rejected(options):
+    with pytest.raises(InputError, match="|".join(options)):
         ModernBertForMaskedLM(config_of(), rngs=nnx.Rngs(0), **options)

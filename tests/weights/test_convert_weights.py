@@ -1,6 +1,7 @@
 """The conversion tool: bit by bit both ways, differences are located, bad input is rejected."""
 
 import dataclasses
+import itertools
 import runpy
 import shutil
 import subprocess
@@ -56,10 +57,17 @@ def run(capsys):
     return run
 
 
-def change(folder, name, index, value):
+def rewrite(folder, function):
     tensors = load_file(folder / WEIGHTS)
-    tensors[name][index] = value
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(function(tensors) or tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def change(folder, name, index, value):
+    rewrite(folder, lambda tensors: tensors[name].__setitem__(index, value))
+
+
+def store_decoder(tensors):
+    tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING].copy()
 
 
 @pytest.fixture
@@ -86,12 +94,12 @@ def test_there_and_back_is_bit_identical(name, dtype, run, tmp_path):
     config = dataclasses.replace(CONFIG, **ids)
     make_folder(source, tokenizer, "float32" if "," in dtype else dtype, name=name, config=config)
     if "," in dtype:
-        tensors = load_file(source / WEIGHTS)
-        kinds = ("float16", "bfloat16", "float32")
-        tensors = {n: x.astype(kinds[i % 3]) for i, (n, x) in enumerate(sorted(tensors.items()))}
+        kinds = itertools.cycle(("float16", "bfloat16", "float32"))
+        rewrite(
+            source, lambda tensors: {n: tensors[n].astype(next(kinds)) for n in sorted(tensors)}
+        )
         if name == "ModernBertForMaskedLM":
-            tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING].copy()
-        save_file(tensors, source / WEIGHTS, metadata={"format": "pt"})
+            rewrite(source, store_decoder)
     assert run("to-jax", source, tmp_path / "jax")[0] == 0
     assert run("to-hf", tmp_path / "jax", tmp_path / "hf")[0] == 0
     for file in (WEIGHTS, *tokenizer.files):
@@ -138,9 +146,7 @@ def test_other_dtypes_shapes_and_names_are_differences(run, tmp_path):
     assert code == 1
     assert "(float32 in A, bfloat16 in B)" in out
     other = make_folder(tmp_path / "c", name="ModernBertForSequenceClassification")
-    tensors = load_file(other / WEIGHTS)
-    tensors["head.norm.weight"] = np.ones(3, np.float32)
-    save_file(tensors, other / WEIGHTS)
+    rewrite(other, lambda tensors: tensors.update({"head.norm.weight": np.ones(3, np.float32)}))
     code, out, _ = run("check", first, other)
     assert code == 1
     assert "classifier.bias: only in B" in out
@@ -150,10 +156,7 @@ def test_other_dtypes_shapes_and_names_are_differences(run, tmp_path):
 
 def test_a_stored_decoder_is_the_embedding(run, pair):
     first, second = pair
-    tensors = load_file(second / WEIGHTS)
-    save_file(
-        {**tensors, pretrained.DECODER: tensors[pretrained.EMBEDDING].copy()}, second / WEIGHTS
-    )
+    rewrite(second, store_decoder)
     assert run("check", first, second)[0] == 0
     assert run("check", second, first)[0] == 0
     change(second, pretrained.DECODER, (1, 1), 9.0)
