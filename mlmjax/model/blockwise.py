@@ -94,6 +94,8 @@ def _softmax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
 
 _Start = tuple[Any, ...]
 """The first row, head and position of a block, and 0."""
+_Arrays = tuple[jax.Array, ...]
+"""Queries, keys, values, and the segments of queries and of keys; keys are padded by `near`."""
 
 
 class _Blocks(NamedTuple):
@@ -113,40 +115,30 @@ class _Blocks(NamedTuple):
         """Return how many blocks there are along rows, heads and queries."""
         return tuple(n // m for n, m in zip(query.shape[:3], self[:3], strict=True))
 
-    def starts(self, index: jax.Array, query: jax.Array) -> tuple[_Start, _Start]:
-        """Return where the queries of a block and their keys start; keys are padded by `near`."""
-        numbers = jnp.unravel_index(index, self.grid(query))
-        row, head, start = (number * n for number, n in zip(numbers, self[:3], strict=True))
-        keys_start = jnp.zeros_like(start) if self.near is None else start
-        return (row, head, start, 0), (row, head, keys_start, 0)
-
     def cut(self, x: jax.Array, start: _Start, length: int) -> jax.Array:
         """Cut out the queries, keys or values of a block."""
         return jax.lax.dynamic_slice(x, start, (self.rows, self.heads, length, x.shape[3]))
 
-    def mask(
-        self, start: _Start, keys_start: _Start, segment_ids: jax.Array, key_segments: jax.Array
-    ) -> jax.Array:
-        """Return which query of a block sees which key."""
-        (row, _, query, _), key = start, keys_start[2]
-        return visible(
-            jax.lax.dynamic_slice(segment_ids, (row, query), (self.rows, self.size)),
-            jax.lax.dynamic_slice(key_segments, (row, key), (self.rows, self.keys)),
-            np.arange(self.size) + (query - key),
+    def load(self, index: jax.Array, arrays: _Arrays) -> tuple[_Start, _Start, Any, Any, Any]:
+        """Return where a block and its keys start, and its keys, values and mask."""
+        query, key, value, segment_ids, key_segments = arrays
+        numbers = jnp.unravel_index(index, self.grid(query))
+        row, head, first = (number * n for number, n in zip(numbers, self[:3], strict=True))
+        first_key = jnp.zeros_like(first) if self.near is None else first
+        start, keys_start = (row, head, first, 0), (row, head, first_key, 0)
+        keys, values = (self.cut(x, keys_start, self.keys) for x in (key, value))
+        mask = visible(
+            jax.lax.dynamic_slice(segment_ids, (row, first), (self.rows, self.size)),
+            jax.lax.dynamic_slice(key_segments, (row, first_key), (self.rows, self.keys)),
+            np.arange(self.size) + (first - first_key),
             np.arange(self.keys) - (self.near or 0),
             self.window,
         )
+        return start, keys_start, keys, values, mask
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loop(
-    blocks: _Blocks,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    segment_ids: jax.Array,
-    key_segments: jax.Array,
-) -> jax.Array:
+def _loop(blocks: _Blocks, *arrays: jax.Array) -> jax.Array:
     """Attend block by block; the result of a block overwrites its queries.
 
     The backward pass computes each block again. A loop that JAX differentiates allocates its own
@@ -154,25 +146,20 @@ def _loop(
     """
 
     def body(index: jax.Array, mixed: jax.Array) -> jax.Array:
-        start, keys_start = blocks.starts(index, query)
-        keys, values = (blocks.cut(x, keys_start, blocks.keys) for x in (key, value))
-        mask = blocks.mask(start, keys_start, segment_ids, key_segments)
+        start, _, keys, values, mask = blocks.load(index, arrays)
         part = _softmax(blocks.cut(mixed, start, blocks.size), keys, values, mask)
         return jax.lax.dynamic_update_slice(mixed, part, start)
 
-    return jax.lax.fori_loop(0, math.prod(blocks.grid(query)), body, query)
+    return jax.lax.fori_loop(0, math.prod(blocks.grid(arrays[0])), body, arrays[0])
 
 
-def _loop_backward(blocks: _Blocks, arrays: Any, gradient: jax.Array) -> tuple[Any, ...]:
-    query, key, value, *segments = arrays
+def _loop_backward(blocks: _Blocks, arrays: _Arrays, gradient: jax.Array) -> tuple[Any, ...]:
+    query, key, value, *_ = arrays
 
     def body(index: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start, keys_start = blocks.starts(index, query)
-        keys, values = (blocks.cut(x, keys_start, blocks.keys) for x in (key, value))
-        _, pull_back = jax.vjp(
-            partial(_softmax, mask=blocks.mask(start, keys_start, *segments)),
-            *(blocks.cut(query, start, blocks.size), keys, values),
-        )
+        start, keys_start, keys, values, mask = blocks.load(index, arrays)
+        queries = blocks.cut(query, start, blocks.size)
+        _, pull_back = jax.vjp(partial(_softmax, mask=mask), queries, keys, values)
         to_query, *to_others = pull_back(blocks.cut(gradients[0], start, blocks.size))
         totals = []
         for total, part in zip(gradients[1:], to_others, strict=True):
