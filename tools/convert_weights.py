@@ -83,7 +83,8 @@ def to_hf(source: Path, target: Path) -> None:
             f"{source}: is no checkpoint that to-jax wrote (it has no {MODEL_RECORD}); "
             "a training run exports its model itself, to export/"
         )
-    model, tokenizer = load_model(source)
+    model, _ = load_model(source)
+    tokenizer = _tokenizer(source, model)
     pretrained.save_pretrained(model, tokenizer, target, dtype="source")
     click.echo(f"{target}: written, {len(parameters(model))} parameters")
 

@@ -35,11 +35,20 @@ _INTERNALS = re.compile(
 
 # Orbax logs every step it takes, and the tracebacks of errors that it raises too.
 logging.getLogger("absl").addFilter(lambda line: f"{os.sep}orbax{os.sep}" not in line.pathname)
-# When one array cannot be read, readers of others report to an event loop that no longer exists.
+# When one array cannot be read, the readers of others end with errors that nobody waits for, or
+# report to an event loop that no longer exists.
 _unraisable = sys.unraisablehook
-sys.unraisablehook = lambda found: (
-    None if str(found.exc_value) == "Event loop is closed" else _unraisable(found)
-)
+
+
+def _report(found: Any) -> None:
+    """Report an exception that Python cannot raise, unless it is of a reader of Orbax."""
+    code = getattr(found.object, "cr_code", None)
+    is_reader = code is not None and f"{os.sep}orbax{os.sep}" in code.co_filename
+    if not is_reader and str(found.exc_value) != "Event loop is closed":
+        _unraisable(found)
+
+
+sys.unraisablehook = _report
 
 
 class Checkpoints:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import CLASSES
 from mlmjax.parallel import sharding
 from mlmjax.training.step import create_train_state
+from mlmjax.weights import checkpoints as checkpoints_module
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints, fingerprints
 from mlmjax.weights.model_checkpoint import load_model, save_model, saved_tensors
@@ -340,6 +342,22 @@ def test_orbax_is_quiet_and_others_are_not(state, tmp_path, caplog, capfd):
         logging.getLogger("absl").warning("something else")
     assert [r.message for r in caplog.records if r.name == "absl"] == ["something else"]
     assert capfd.readouterr().out == ""
+
+
+def test_an_error_of_a_reader_that_nobody_waits_for_is_not_shown(monkeypatch):
+    shown = []
+    monkeypatch.setattr(checkpoints_module, "_unraisable", shown.append)
+    reader, other = (
+        SimpleNamespace(cr_code=compile("", f"/lib/{name}/reader.py", "exec"))
+        for name in ("orbax", "other")
+    )
+    found = [
+        SimpleNamespace(object=source, exc_value=ValueError("bad"))
+        for source in (reader, other, None)
+    ]
+    for one in found:
+        checkpoints_module._report(one)
+    assert shown == found[1:]
 
 
 # --- a model without a run -----------------------------------------------------------------------

@@ -209,6 +209,15 @@ def test_bad_input_leaves_with_2_and_a_clear_line(arguments, message, folders, t
     assert not new.exists()
 
 
+def test_a_checkpoint_with_the_tokenizer_of_another_model_is_not_exported(run, tmp_path):
+    assert run("to-jax", make_folder(tmp_path / "hf"), tmp_path / "jax")[0] == 0
+    Tokenizer.from_pretrained().save(tmp_path / "jax")  # the packaged one
+    code, _, printed = run("to-hf", tmp_path / "jax", tmp_path / "back")
+    assert code == 2
+    assert "the tokenizer does not match the model" in printed
+    assert not (tmp_path / "back").exists()
+
+
 def test_the_command_itself(folders):
     command = [sys.executable, str(SCRIPT.relative_to(ROOT)), "check"]
     command += [folders["good"], folders["absent"]]
