@@ -13,6 +13,8 @@ from mlmjax.config.run import parse_config
 TASKS = {"color": ["red", "blue", "green"], "animal": ["cat", "dog"]}
 OTHERS = ["house", "tree", "sun", "moon", "fish", "bird", "stone"]
 WORDS = [*TASKS["color"], *TASKS["animal"], *OTHERS]
+COLUMNS = {"prompt": "{prompt}", "answer": "answer", "task": "task"}
+SIZES = dict.fromkeys(("hidden_size", "intermediate_size"), 32)
 SPECIALS = ["[CLS]", "[SEP]", "[PAD]", "[MASK]"]
 
 
@@ -51,25 +53,13 @@ def make_table(folder, **changes):
         "out": str(folder / "out"),
         "steps": 8,
         "tokenizer": str(folder / "tokenizer"),
-        "model": {
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-        },
+        "model": {**SIZES, "num_hidden_layers": 1, "num_attention_heads": 2},
         "data": {
             "rows": str(folder / "rows"),
             "seq_length": 64,
             "batch_size": 8,
             "validation_rows": 10,
-            "sources": [
-                {
-                    "path": str(folder / "records.jsonl"),
-                    "prompt": "{prompt}",
-                    "answer": "answer",
-                    "task": "task",
-                }
-            ],
+            "sources": [{"path": str(folder / "records.jsonl"), **COLUMNS}],
         },
         "objective": {"dummy_mlm_share": 0.2},
         "optimizer": {"learning_rate": 1e-3},

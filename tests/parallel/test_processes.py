@@ -125,7 +125,7 @@ def test_what_two_processes_began_one_ends_on_another_mesh(folder, stopped, one)
     out, other = folder / "moved", {"data": 4, "fsdp": 2}
     shutil.copytree(stopped, out)
     config = make_config(folder, out=str(out), **{**SMALL, "mesh": other})
-    params = split_parameters(load_start(config).model)[1]
+    params = split_parameters(load_start(config)[0])[1]
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
     with Checkpoints(out / "checkpoints", config.checkpoint) as checkpoints:
         step = checkpoints.latest()

@@ -1,7 +1,7 @@
 """Load what a run starts from: a model and a tokenizer that fit each other and the run."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -41,19 +41,12 @@ PUBLISHED["answerdotai/ModernBERT-Large-Instruct"] = PUBLISHED["answerdotai/Mode
 DROPOUTS = ("embedding_dropout", "attention_dropout", "mlp_dropout", "classifier_dropout")
 
 
-class Start(NamedTuple):
-    """What a run starts from; `history` is what the model of `init_from` was trained on."""
-
-    model: Model
-    tokenizer: Tokenizer
-    history: TrainingManifest | None
-
-
-def load_start(config: RunConfig) -> Start:
+def load_start(config: RunConfig) -> tuple[Model, Tokenizer, TrainingManifest | None]:
     """Load the model of `init_from`, or describe that of `[model]` without its weights.
 
-    With `head = "classification"` the model has the labels of the sources. Raises `InputError` for
-    a model that this run cannot train, and for a tokenizer of another model.
+    Returns the model, its tokenizer, and what the model of `init_from` was trained on. With
+    `head = "classification"` the model has the labels of the sources. Raises `InputError` for a
+    model that this run cannot train, and for a tokenizer of another model.
     """
     model: Any
     history = None
@@ -76,7 +69,7 @@ def load_start(config: RunConfig) -> Start:
             )
     _check_trainable(config, where, model.config)
     pretrained.check_tokenizer(Path(where), model.config, model.config.to_hf(), tokenizer)
-    return Start(model, tokenizer, history)
+    return model, tokenizer, history
 
 
 def describe_start(config: RunConfig) -> Model:

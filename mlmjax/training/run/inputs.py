@@ -94,32 +94,28 @@ class Share(NamedTuple):
     counts: np.ndarray
 
 
-class Fed(NamedTuple):
-    """A batch on the devices, and on the host those of its rows that this process counts."""
-
-    step: int
-    batch: Any
-    counted: AnyBatch
-
-
 def feed(
     loader: AnyLoader,
     mesh: Mesh | None,
     start: int,
     stop: int,
     change: Callable[[Any], Any] = lambda batch: batch,
-) -> Iterator[Fed]:
-    """Iterate over the changed batches of steps `start..stop-1`, split over all processes."""
+) -> Iterator[tuple[int, Any, AnyBatch]]:
+    """Yield each step from `start` to before `stop`, its changed batch and its counted rows.
+
+    The batch is on the devices of all processes. The rows that this process counts are on its host.
+    """
     if mesh is None or not mesh.is_multi_process:
         for step, batch in loader.batches(start, stop):
-            yield Fed(step, changed := change(batch), changed)
+            changed = change(batch)
+            yield step, changed, changed
         return
     share = cache(lambda rows: share_of(mesh, rows, jax.process_index()))
     for step, batch in loader.batches(start, stop, lambda step: share(loader.rows(step)).rows):
         batch, size = change(batch), loader.rows(step)
         mine = share(size)
         counted = jax.tree.map(lambda x, keep=mine.counts: x[keep], batch)
-        yield Fed(step, assemble(batch, mesh, mine.rows, size), counted)
+        yield step, assemble(batch, mesh, mine.rows, size), counted
 
 
 def share_of(
