@@ -1,4 +1,4 @@
-"""Ask about more labels than one prompt holds: groups compete in rounds."""
+"""Score more labels than one prompt holds: groups compete in rounds."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ def in_rounds(ask: Ask, choices: Sequence[tuple[int, ...]], size: int) -> list[n
     """Return the log probabilities of each query's options, at most `size` options in a prompt.
 
     The options are split into groups of equal size. The best of every group, as many as fit in one
-    prompt together, go on to the next round. The sum that the next round gives to a group's
+    prompt together, enter the next round. The sum that the next round gives to a group's
     options is the group's probability. Within the group, the options that went on divide their
     share as the next round does; the others keep the share of the first round. The result sums to
     1. With one group it is the plain answer.

@@ -30,7 +30,7 @@ def test_a_head_learns_and_is_saved_as_a_classification_model(with_head, tmp_pat
     assert model.config.id2label == {0: "sports", 1: "money"}
     restored = Classifier.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(restored.predict_proba(texts), with_head.predict_proba(texts))
-    # Without our own file it is anybody's classification model, and its names are its labels.
+    # Without our own file it is a plain classification model, and its names are its labels.
     (tmp_path / "saved" / "mlmjax_classifier.json").unlink()
     plain = Classifier.from_pretrained(tmp_path / "saved")
     assert list(plain.classes_) == ["sports", "money"]

@@ -86,7 +86,7 @@ def test_the_preference_for_letters_is_removed(classifier, noisy_pair):
         again.calibrate(items, method="order")
 
 
-def test_label_sets_cover_what_was_asked(classifier):
+def test_label_sets_cover_the_share_wanted(classifier):
     items = texts(260, seed=1)
     labels = truth_of(classifier, items, seed=2)
     with pytest.raises(InputError, match="call conform"):

@@ -37,7 +37,7 @@ def pair():
 
 
 def scored(pair, template, rows, labels):
-    """Score prompts one by one, by the scorer alone."""
+    """Score prompts one by one, by the scorer."""
     letters = option_names(labels, Template(template).names)
     scorer = Scorer(*pair, Template(template), Verbalizer({n: [f" {n}"] for n in letters}))
     return np.exp(scorer.log_probs(rows).astype(np.float64))
@@ -107,7 +107,7 @@ def test_rounds_are_a_distribution_that_follows_scores(labels, size, seed):
     if labels <= size:
         np.testing.assert_allclose(found, truth - np.logaddexp.reduce(truth))
     groups = rounds._cut(choice, size)
-    for group in groups:  # inside a group that had one round alone, odds are the model's
+    for group in groups:  # inside a group that had only one round, odds are the model's
         pairs = [(i, j) for i in group for j in group if truth[i] > truth[j]]
         assert all(found[i] > found[j] for i, j in pairs)
 

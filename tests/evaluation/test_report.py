@@ -37,17 +37,22 @@ def test_calibration_is_that_of_the_predictions(answer, no_report):
     assert over_vocabulary["calibration"] == pytest.approx(results["calibration"], rel=1e-4)
 
 
-def test_order_sensitivity_is_that_of_asking_by_hand(model, tokenizer, answer, no_report):
+def test_order_sensitivity_is_that_of_scoring_by_hand(model, tokenizer, answer, no_report):
     rows = choices(9)
     results, _ = answer(rows, **OPTIONS)
     scorer = Scorer(model, tokenizer, Template(task().prompt), Verbalizer.letters(list("ABCDE")))
+    places = [
+        (i, shift, shifted(range(len(row["choices"])), shift))
+        for i, row in enumerate(rows)
+        for shift in range(min(4, len(row["choices"])))
+    ]
+    moved = [
+        {"text": rows[i]["text"], "options": [rows[i]["choices"][j] for j in order]}
+        for i, _, order in places
+    ]
     scores = np.full((9, 4, 5), -np.inf)
-    for i, row in enumerate(rows):
-        n = len(row["choices"])
-        for place, shift in enumerate({3: (0, 1, 2), 4: (0, 1, 2, 3), 5: (0, 1, 2, 3)}[n]):
-            order = shifted(range(n), shift)
-            asked = {"text": row["text"], "options": [row["choices"][j] for j in order]}
-            scores[i, place, order] = scorer.log_probs([asked])[0, :n]
+    for (i, shift, order), found in zip(places, scorer.log_probs(moved), strict=True):
+        scores[i, shift, order] = found[: len(order)]
     expected = sensitivity(scores, [row["label"] for row in rows])
     assert results["order_sensitivity"] == expected
     assert expected["changed"] > 0
@@ -72,7 +77,7 @@ def test_orders_are_measured_where_there_are_any(model, tokenizer, answer, tmp_p
         run_evaluation(model, tokenizer, task(), data=data, order_rows=-1)
 
 
-def test_rows_asked_again_are_a_sample_that_is_always_the_same():
+def test_rows_scored_again_are_a_sample_that_is_always_the_same():
     rows = [{"text": str(i), "options": list("abcdefg")} for i in range(500)]
     scores = np.random.default_rng(0).normal(size=(500, 7))
     asked = []

@@ -1,4 +1,4 @@
-"""The tables of the small model's experiments are those of the figures kept beside them."""
+"""The tables of the small model's experiments are those of the figures kept next to them."""
 
 import shutil
 from importlib.util import module_from_spec, spec_from_file_location

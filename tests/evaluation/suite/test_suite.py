@@ -1,6 +1,5 @@
 """Suites: results that are found again, a choice by validation rows, and missing data."""
 
-import csv
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from suite_files import files_of, run_small, write_model, write_suite
+from suite_files import SUITE, files_of, reviews, run_small, write_model, write_suite
 from task_files import write_csv
 
 from mlmjax.cli.main import run
@@ -85,7 +84,7 @@ def test_every_method_is_in_the_results_and_on_the_page(done):
         low, high = line["ci95"]
         assert low <= line["score"] <= high
     assert lines_of(results, "TF-IDF + logistic regression")[0]["score"] == 1.0
-    # What gives labels alone has no calibration, and only what reads options has an order of them.
+    # What gives only labels has no calibration, and only what reads options has an order of them.
     assert [line["ece"] is None for line in results["lines"]] == [False, True, False, False]
     changed = [line["order_changed"] for line in results["lines"]]
     assert [share is None for share in changed] == [False, True, False, True]
@@ -159,12 +158,9 @@ def test_results_are_not_computed_again_unless_a_setting_changes(folder, done, o
 
 def test_the_choice_does_not_see_the_test_rows(folder, done, out, tmp_path):
     """With other test labels the results of the sweep and the setting are the same."""
-    other = tmp_path / "other"
-    shutil.copytree(folder / "data", other)
-    with (other / "my-reviews.test.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for number, row in enumerate(rows):
-        row["label"] = ("good", "bad", "bad")[number % 3]
+    other = shutil.copytree(folder / "data", tmp_path / "other")
+    labels = ["good", "bad", "bad"] * 4
+    rows = [row | {"label": label} for row, label in zip(reviews(12, 2), labels, strict=True)]
     write_csv(other / "my-reviews.test.csv", rows)
     results, printed = run_small(folder, out, 'heads=["mlm"]', data=other)
     assert [line for line in printed.computed if "validation" in line] == []
@@ -178,9 +174,7 @@ def test_several_models_are_side_by_side(folder, tmp_path):
     names = ("model", "second", "copy")
     write_model(folder / "second", scale=0.2)
     shutil.copytree(folder / "model", folder / "copy", dirs_exist_ok=True)
-    suite = (folder / "small.toml").read_text()
-    until = suite.index("[[entries]]", suite.index("[[entries]]") + 1)
-    (folder / "zero_shot.toml").write_text(suite[:until])
+    (folder / "zero_shot.toml").write_text("[[entries]]".join(SUITE.split("[[entries]]")[:2]))
     options = {"suite": "zero_shot.toml", "models": names}
     results, printed = run_small(folder, tmp_path / "out", **options)
     assert [Path(line["model"]).name for line in results["lines"]] == list(names)
@@ -369,10 +363,8 @@ def test_the_command_runs_a_suite(folder, done, tmp_path, capsys):
     assert captured.out == f"report: {out / 'suite.md'}\n"
     assert "Not all of the data" in (out / "suite.md").read_text()
     assert "left out: task dreams: nobody has written them down" in captured.err
-    found = json.loads((out / "suite.json").read_text())
-    assert [line["score"] for line in found["lines"]] == [
-        line["score"] for line in done[1]["lines"]
-    ]
+    found = json.loads((out / "suite.json").read_text())["lines"]
+    assert [one["score"] for one in found] == [one["score"] for one in done[1]["lines"]]
 
 
 def test_a_result_that_cannot_be_written_stops_the_run(folder, tmp_path, monkeypatch):
