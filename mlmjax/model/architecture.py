@@ -45,7 +45,7 @@ _EXPECTED = {
     "architectures": "a list of class names",
 }
 # Keys that describe another model, which this architecture cannot express.
-_REFUSED = ("rope_scaling", "per_layer_config", "quantization_config")
+_UNSUPPORTED = ("rope_scaling", "per_layer_config", "quantization_config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +118,7 @@ class ModelConfig:
         problems += self._resolve_labels(wrong)
         problems += [
             _problem(name, self.extra[name], "null: not supported here")
-            for name in _REFUSED
+            for name in _UNSUPPORTED
             if self.extra.get(name) is not None
         ]
         if not problems and self.extra.get("head_dim") not in (None, self.head_dim):

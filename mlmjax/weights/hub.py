@@ -16,7 +16,7 @@ PACKAGED = "mlmjax-small"
 OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
 
 # Reasons of the hub in words; the first class that matches counts.
-_HUB_REFUSALS: tuple[tuple[type[Exception], str], ...] = (
+_HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
     (hub_errors.HFValidationError, "and it is not a valid hub id (organisation/name)"),
     (hub_errors.GatedRepoError, "and the hub asks for permission: accept its terms, log in"),
     (hub_errors.RepositoryNotFoundError, "and the hub has no such model (or hides it: log in)"),
@@ -97,7 +97,7 @@ def download(name: str, revision: str | None, local: bool, files: list[str]) -> 
             )
         )
     except Exception as error:  # errors of the transport differ between versions
-        reasons = (text for kind, text in _HUB_REFUSALS if isinstance(error, kind))
+        reasons = (text for kind, text in _HUB_REASONS if isinstance(error, kind))
         reason = next(reasons, "and the hub cannot be used now")
         what = name if revision is None else f"{name} (revision {revision})"
         raise InputError(

@@ -223,7 +223,7 @@ KEYS = [field.name for field in dataclasses.fields(ModelConfig) if field.name !=
         max_size=4,
     )
 )
-def test_any_json_is_a_configuration_or_refused(values):
+def test_any_json_is_a_configuration_or_rejected(values):
     try:
         config = ModelConfig.from_hf(values)
     except InputError:

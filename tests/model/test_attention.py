@@ -96,7 +96,7 @@ def test_dense_is_the_definition(window, packed):
     where=st.sampled_from(["cpu", "gpu"]),
 )
 @example(length=75, window=5, packed=True, seed=0, where="cpu")
-@example(length=75, window=5, packed=True, seed=0, where="gpu")
+@example(length=75, window=12, packed=True, seed=0, where="gpu")
 @example(length=75, window=None, packed=True, seed=0, where="cpu")
 def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, where):
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +110,8 @@ def test_banded_is_dense_at_any_length_and_window(length, window, packed, seed, 
     ("where", "length", "window"),
     [
         *(("cpu", 513, 63), ("cpu", 520, 200), ("cpu", 600, None)),
-        *(("gpu", 512, 64), ("gpu", 1000, 130), ("gpu", 520, 200), ("gpu", 600, None)),
+        *(("gpu", 512, 64), ("gpu", 520, 200), ("gpu", 600, None)),
+        pytest.param("gpu", 1000, 130, marks=pytest.mark.long),
     ],
 )
 def test_banded_is_dense_with_its_own_blocks(monkeypatch, where, length, window):
@@ -175,11 +176,13 @@ def test_low_precision_stays_close(window):
     exact = heads((1, 2, length, 16))
     low = [x.astype(jnp.bfloat16) for x in exact]
     ids = segments(length)[:1]
-    for implementation in ("dense", "banded"):
-        path = jax.jit(partial(attend, window=window, implementation=implementation))
-        out = path(*low, ids)
+    dense, banded = (
+        jax.jit(partial(attend, window=window, implementation=name)) for name in ("dense", "banded")
+    )
+    expected = dense(*exact, ids)
+    for out in (dense(*low, ids), banded(*low, ids)):
         assert out.dtype == jnp.bfloat16
-        np.testing.assert_allclose(out.astype(jnp.float32), path(*exact, ids), atol=0.03)
+        np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=0.03)
 
 
 def test_local_layers_do_not_score_distant_keys():
