@@ -12,18 +12,14 @@ from typing import Any
 import tokenizers
 
 from mlmjax.errors import InputError
-from mlmjax.storage import parse_object, read_bounded
+from mlmjax.storage import MAX_JSON_BYTES, TOKENIZER_FILES, parse_object, read_bounded
 from mlmjax.text.checks import check_text
 
 ANCHOR = "[unused0]"
 UNUSED = re.compile(r"\[unused\d+\]")
 _ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 _OTHER_ROLES = ("unk", "bos", "eos")
-_MAX_BYTES = {
-    "tokenizer.json": 128 * 2**20,
-    "tokenizer_config.json": 16 * 2**20,
-    "special_tokens_map.json": 16 * 2**20,
-}
+_MAX_BYTES = dict.fromkeys(TOKENIZER_FILES, MAX_JSON_BYTES) | {"tokenizer.json": 128 * 2**20}
 
 
 class Tokenizer:

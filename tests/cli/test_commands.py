@@ -108,15 +108,15 @@ def cache_home(tmp_path, monkeypatch):
 
 def test_compiled_programs_are_kept_for_the_next_command(cache_home):
     code = (
-        "from mlmjax.cli.main import keep_compiled; keep_compiled(); import jax\n"
-        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
-        "print(jax.jit(lambda x: (x @ x).sum())(jax.numpy.ones((64, 64))))"
+        "from mlmjax.cli.main import keep_compiled; keep_compiled(); import jax, numpy as np\n"
+        "seen = []; jax.monitoring.register_event_listener(lambda event, **_: seen.append(event))\n"
+        "for _ in range(2):\n"
+        "    print(jax.jit(lambda x: (x @ x).sum())(np.ones((64, 64), np.float32)))\n"
+        "    jax.clear_caches()\n"
+        "assert seen.count('/jax/compilation_cache/cache_hits') == 1, seen"
     )
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        assert (done.stdout, done.stderr) == ("262144.0\n", "")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("262144.0\n" * 2, "")
     kept = [file for file in (cache_home / "mlmjax" / "xla").rglob("*-cache") if file.is_file()]
     assert kept
     assert not any(file.stat().st_mode & 0o002 for file in kept)

@@ -17,6 +17,7 @@ from mlmjax.cli.demo_report import Answer, Method, page
 from mlmjax.config.run import parse_config
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.scoring import engine
 
 ASSETS = Path(mlmjax.__file__).parent / "assets" / "openstax"
 TOOL = Path(__file__).parents[2] / "tools" / "make_demo_data.py"
@@ -206,6 +207,11 @@ def out(tmp_path_factory):
 
 
 class TestRun:
+    @pytest.fixture(autouse=True)
+    def one_bucket(self, monkeypatch):
+        """Compile one program of each kind instead of three."""
+        monkeypatch.setattr(engine, "bucket_lengths", lambda longest: (longest,))
+
     def test_leaves_what_it_promises_and_prints_only_results(self, out, capfd):
         accuracies = run(out)
         printed, said = capfd.readouterr()

@@ -23,7 +23,7 @@ LETTERS = Verbalizer.letters(["a", "b", "c", "d"])
 @pytest.fixture(autouse=True)
 def two_buckets(monkeypatch):
     """Compile two programs of each kind instead of five."""
-    monkeypatch.setattr(engine, "bucket_lengths", lambda longest: (48, longest))
+    monkeypatch.setattr(engine, "bucket_lengths", lambda longest: (32, longest))
 
 
 @pytest.fixture(scope="module")

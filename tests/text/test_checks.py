@@ -12,24 +12,24 @@ def test_lists_columns_and_streams_are_lists(values):
     assert checks.check_list(values, "x") is values
 
 
-def test_a_set_has_no_order():
-    with pytest.raises(InputError, match="x: is a set, which has no order"):
-        checks.check_list({"a"}, "x")
-
-
-@pytest.mark.parametrize("values", ["a", b"a", {"a": "b"}, 3, None])
-def test_one_value_is_no_list(values):
-    kind = "None" if values is None else f"one {type(values).__name__}"
-    with pytest.raises(InputError, match=f"^x: found {kind}; expected a list of rows"):
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"a"}, "is a set, which has no order"),
+        (np.zeros((2, 2)), "is a table; expected one column of rows"),
+        (np.array(1), "is a table; expected one column of rows"),
+        (None, "found None; expected a list of rows"),
+        *((one, f"found one {type(one).__name__}; exp") for one in ("a", b"a", {"a": "b"}, 3)),
+    ],
+)
+def test_anything_else_is_rejected(values, message):
+    with pytest.raises(InputError, match=f"^x: {message}"):
         checks.check_list(values, "x", "rows")
 
 
-def test_a_table_is_a_list_only_of_rows():
+def test_a_table_may_be_a_list_of_rows():
     table = np.zeros((2, 2))
     assert checks.check_list(table, "x", columns=2) is table
-    for values in (table, np.array(1)):
-        with pytest.raises(InputError, match=r"x: (is a table; expected|found one nd)"):
-            checks.check_list(values, "x")
 
 
 def test_one_error_names_every_bad_row_once():
