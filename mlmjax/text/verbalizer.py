@@ -15,21 +15,18 @@ OptionNames = Literal["letters", "numbers"]
 _NUMBERS = 9999  # Tokenizers have one token for the first few hundred.
 
 
-def option_names(
-    n: int, kind: OptionNames = "letters", tokenizer: Tokenizer | None = None
-) -> list[str]:
+def option_names(n: int, kind: OptionNames = "letters") -> list[str]:
     """Return the first `n` option names: A to Z, then AA on, or numbers.
 
-    Each is one token after a space, and numbers end at the first that is not: ModernBERT has 1 to
-    557. `tokenizer` None means the packaged one. Raises `InputError` if it has fewer.
+    Each is one token of the packaged tokenizer after a space, and numbers end at the first that is
+    not: there are 1 to 557. Raises `InputError` if there are fewer.
 
     >>> option_names(4), option_names(3, "numbers")
     (['A', 'B', 'C', 'D'], ['1', '2', '3'])
     """
-    if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
-        return list(ascii_uppercase[:n])  # Needs no packaged tokenizer.
-    names = _packaged_names(kind) if tokenizer is None else _all_names(kind, tokenizer)
-    if n > len(names):
+    if kind == "letters" and n <= len(ascii_uppercase):
+        return list(ascii_uppercase[:n])  # Needs no tokenizer.
+    if n > len(names := _packaged_names(kind)):
         raise InputError(
             f"{n} options: this tokenizer has {len(names)} option names of one token ({kind}); "
             f"give at most {len(names)} options"
@@ -48,10 +45,7 @@ def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> l
 
 @cache
 def _packaged_names(kind: OptionNames) -> list[str]:
-    return _all_names(kind, Tokenizer.from_pretrained())
-
-
-def _all_names(kind: OptionNames, tokenizer: Tokenizer) -> list[str]:
+    tokenizer = Tokenizer.from_pretrained()
     if kind == "numbers":
         return _leading([str(n) for n in range(1, _NUMBERS + 1)], tokenizer)
     names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]

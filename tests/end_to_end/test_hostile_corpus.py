@@ -6,11 +6,11 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,11 @@ from mlmjax.weights.pretrained import load_pretrained
 from mlmjax.weights.tensor_files import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
-SPEC = spec_from_file_location("convert_weights", ROOT / "tools" / "convert_weights.py")
-TOOL = module_from_spec(SPEC)
-SPEC.loader.exec_module(TOOL)
-
 KINDS = (weights, models, data, runs, checkpoints, tasks, texts)
 WRITTEN = [case for kind in KINDS for case in kind.cases()]
 CASES = {re.sub(r"[^\w.]+", "-", case.name).strip("-"): case for case in WRITTEN}
-PROGRAMS = {"mlmjax": main.run, "convert_weights.py": TOOL.run}
+TOOL = runpy.run_path(str(ROOT / "tools" / "convert_weights.py"))
+PROGRAMS = {"mlmjax": main.run, "convert_weights.py": TOOL["run"]}
 MOST_MEMORY = 300 * 1024  # KiB that a rejection may take, with a step compiled before it
 MOST_LINES = 22  # the first line, 20 details, and the number of further ones
 

@@ -31,15 +31,20 @@ def examples(count, seed=0):
     return texts, labels
 
 
+def word_level(words, unknown="[UNK]", split=pre_tokenizers.Whitespace):
+    """Return a tokenizer.json of whole words, of which the first five are special."""
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    backend.pre_tokenizer = split()
+    backend.add_special_tokens(words[:5])
+    backend.add_tokens(["[unused0]"])
+    return backend.to_str()
+
+
 def word_tokenizer(folder, more=()):
     """Write a tokenizer of a few words, with which models learn and are saved fast; load it."""
-    words = {word: i for i, word in enumerate([*VOCABULARY, *more])}
-    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(SPECIALS)
-    backend.add_tokens(["[unused0]"])
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(word_level([*VOCABULARY, *more]))
     return Tokenizer.from_pretrained(folder)
 
 

@@ -32,15 +32,6 @@ ordinary = st.lists(
 ).map("".join)
 
 
-def word_level(words: list[str]) -> str:
-    """Return a tokenizer.json of whole words: first the unknown one, then four special ones."""
-    model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token=words[0])
-    backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    backend.add_special_tokens(words[:5])
-    return backend.to_str()
-
-
 def small_table(**changes) -> dict:
     """Return a tokenizer.json of 256 bytes and six added tokens, as a dict."""
     vocab = {char: i for i, char in enumerate(sorted(ALPHABET))}

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-import tokenizers
+from labelled_texts import word_level
 from safetensors import safe_open
-from tokenizers import models, pre_tokenizers
 
 from mlmjax.storage import CONFIG
 
@@ -37,13 +36,7 @@ CLASSES = {
 
 
 def write_tokenizer(folder):
-    backend = tokenizers.Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
-    )
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens(WORDS[:5])
-    backend.add_tokens(["[unused0]"])
-    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(word_level(WORDS))
 
 
 def torch_model(name="ModernBertForMaskedLM", dtype=torch.float32, seed=0, **options):

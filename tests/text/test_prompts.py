@@ -115,7 +115,7 @@ def own_token_in_literal(parts) -> bool:
     return any(name in run for run in literal_runs(parts) for name in OWN)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     parts=templates, a=ordinary, b=ordinary, x=st.sampled_from(["", "[", "]", "<|", "|>", "[MA"])
 )
@@ -134,7 +134,7 @@ def test_ids_are_the_whole_strings_for_ordinary_text(tokenizer, parts, a, b, x):
     assert ids[slot] == MASK
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(parts=templates, a=nasty, b=nasty)
 def test_no_text_moves_the_slot_or_adds_a_token(tokenizer, parts, a, b):
     row = {"a": a + ".", "b c": b + "."}

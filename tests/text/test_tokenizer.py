@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from texts import SNIPPETS, nasty, ordinary, small_table, word_level
+from labelled_texts import word_level
+from texts import SNIPPETS, nasty, ordinary, small_table
 
 import mlmjax.text.tokenizer
 from mlmjax.errors import InputError
@@ -46,7 +47,7 @@ def test_golden_ids(tokenizer, test_data):
             assert tokenizer.encode_plain(text) == ids
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=nasty)
 def test_no_text_makes_a_special_token_and_none_is_lost(tokenizer, text):
     ids = tokenizer.encode_plain(text)
@@ -54,7 +55,7 @@ def test_no_text_makes_a_special_token_and_none_is_lost(tokenizer, text):
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=ordinary)
 def test_ordinary_text_has_the_ids_of_the_original(tokenizer, text):
     assert tokenizer.encode_plain(text) == tokenizer.backend.encode(text).ids[1:-1]
@@ -139,7 +140,7 @@ def test_special_tokens_are_found_by_their_names(tmp_path):
     words = ["<unk>", "<s>", "</s>", "<pad>", "<mask>", "[unused0]", "[unused7]", "hello", "yes"]
     names = {"unk_token": "<unk>", "cls_token": "<s>", "sep_token": {"content": "</s>"}}
     rest = {"pad_token": "<pad>", "mask_token": "<mask>", "sep_token": "</s>"}
-    table = word_level(words)
+    table = word_level(words, "<unk>")
     folder = written(tmp_path, table, tokenizer_config=names, special_tokens_map=rest)
     read = Tokenizer.from_pretrained(folder)
     assert (read.cls_id, read.sep_id, read.pad_id, read.mask_id, read.anchor_id) == (1, 2, 3, 4, 5)

@@ -8,7 +8,8 @@ from string import ascii_uppercase
 import tokenizers
 from hostile.case import Case, all_of, change_json, remove, update_json, write
 from hostile.weights import CLASSIFY, outside
-from tokenizers import models, pre_tokenizers
+from labelled_texts import word_level
+from tokenizers import pre_tokenizers
 
 CONFIG, TOKENIZER = "model/config.json", "model/tokenizer.json"
 SPECIALS = ["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", "[unused0]"]
@@ -135,21 +136,13 @@ added = partial(update_json, TOKENIZER, "added_tokens")
 model_part = partial(update_json, TOKENIZER, "model")
 
 
-def word_level(count, unknown="[UNK]", words=pre_tokenizers.Whitespace):
+def words_only(count, unknown="[UNK]", split=pre_tokenizers.Whitespace):
     """Write a word-level tokenizer of `count` ids."""
 
     def spoil(folder: Path) -> None:
-        vocabulary = [
-            *SPECIALS,
-            *ascii_uppercase,
-            *(f"w{i}" for i in range(count - len(SPECIALS) - 26)),
-        ]
-        backend = tokenizers.Tokenizer(
-            models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token=unknown)
-        )
-        backend.pre_tokenizer = words()
-        backend.add_special_tokens(SPECIALS)
-        backend.save(str(folder / TOKENIZER))
+        others = (f"w{i}" for i in range(count - len(SPECIALS) - 26))
+        vocabulary = [*SPECIALS, *ascii_uppercase, *others]
+        (folder / TOKENIZER).write_text(word_level(vocabulary, unknown, split))
 
     return spoil
 
@@ -198,18 +191,18 @@ TOKENIZERS = {
         "one name in all files",
     ),
     "whose companion is no JSON": (write(COMPANION, "{"), "is not valid JSON"),
-    "too large for the model": (word_level(999), "it has 999 ids; the model's vocab_size is 384"),
-    "of another model": (word_level(300), "the tokenizer does not match the model: its [PAD] is 0"),
+    "too large for the model": (words_only(999), "it has 999 ids; the model's vocab_size is 384"),
+    "of another model": (words_only(300), "the tokenizer does not match the model: its [PAD] is 0"),
     "with a broken expression": (
         part(normalizer={"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}),
         NOT_READ,
     ),
     "that turns text into [MASK]": (
-        all_of(word_level(300, words=pre_tokenizers.WhitespaceSplit), ITS_IDS),
+        all_of(words_only(300, split=pre_tokenizers.WhitespaceSplit), ITS_IDS),
         "plain text becomes the special token",
     ),
     "that knows no unknown token": (
-        all_of(word_level(300, unknown="[NOTHING]"), ITS_IDS),
+        all_of(words_only(300, unknown="[NOTHING]"), ITS_IDS),
         "cannot encode a text",
     ),
 }
