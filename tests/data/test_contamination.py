@@ -1,6 +1,7 @@
 """What an export says about its training, and what an evaluation makes of it."""
 
 import json
+import shutil
 
 import pytest
 from flax import nnx
@@ -29,7 +30,7 @@ from mlmjax.weights.pretrained import save_pretrained
 
 LABELS = ["red", "blue", "green", "cat", "dog"]
 TASK = f"""
-name = "NAME"
+name = "quiz"
 prompt = "{{prompt}} [unused0] [MASK]"
 answer = "answer"
 labels = {json.dumps(LABELS)}
@@ -59,8 +60,8 @@ def exports(tmp_path_factory):
     return folder
 
 
-def evaluate(folder, name, data, capsys, model="first"):
-    (folder / "task.toml").write_text(TASK.replace("NAME", name))
+def evaluate(folder, data, capsys, model):
+    (folder / "task.toml").write_text(TASK)
     arguments = ["evaluate", "--model", str(folder / model), "--task", str(folder / "task.toml")]
     assert main.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
     out, err = capsys.readouterr()
@@ -88,7 +89,7 @@ def test_the_manifest_names_the_tasks_and_files_of_every_run(exports):
 def test_the_very_file_is_found_whatever_it_is_called(exports, capsys):
     copy = exports / "copy.jsonl"
     copy.write_bytes((exports / "records.jsonl").read_bytes())
-    status, found, err = evaluate(exports, "quiz", copy, capsys, "second")
+    status, found, err = evaluate(exports, copy, capsys, "second")
     assert status == "found"
     (line,) = found
     assert "trained on the file of this evaluation, copy.jsonl" in line
@@ -106,13 +107,9 @@ def test_tasks_of_the_same_name_are_found(tmp_path):
 
 
 def test_without_a_manifest_nothing_is_known(exports, capsys):
-    manifest = exports / "first" / TRAINING
-    text = manifest.read_text()
-    manifest.unlink()
-    try:
-        status, found, err = evaluate(exports, "quiz", fresh(exports), capsys)
-    finally:
-        manifest.write_text(text)
+    ignore = shutil.ignore_patterns(TRAINING)
+    shutil.copytree(exports / "first", exports / "bare", ignore=ignore)
+    status, found, err = evaluate(exports, fresh(exports), capsys, "bare")
     assert (status, found) == ("unknown", [])
     assert "contamination: unknown: the model folder has no training manifest" in err
 

@@ -31,6 +31,10 @@ def read(source, tokenizer, seq_length=64, **options):
     return list(read_examples(source, tokenizer, seq_length, counts, **options)), counts
 
 
+def answers_of(examples, tokenizer):
+    return [tokenizer.decode([one.ids[one.answer_position]]) for one in examples]
+
+
 def stored(folder, split, **options):
     """Return the examples of a split of a rows folder in order, each with its source."""
     sources = open_rows(folder, split, **options)

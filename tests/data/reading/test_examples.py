@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from row_files import read, write_table
+from row_files import answers_of, read, write_table
 
 from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
@@ -91,7 +91,7 @@ def test_a_labelled_row_is_answered_by_its_letter(table, tokenizer, labels, valu
     rows = [{"text": f"row {i}", "label": value} for i, value in enumerate(values)]
     source = SourceConfig(path=table(rows), prompt=PROMPT, answer="label", labels=labels)
     examples, _ = read(source, tokenizer)
-    names = list(dict.fromkeys(labels.values() if isinstance(labels, dict) else labels))
+    names = list(source.label_names)
     letters = Verbalizer.letters(names).ids(tokenizer)
     found = [letters.index((example.ids[example.answer_position],)) for example in examples]
     assert found == expected
@@ -103,9 +103,7 @@ def test_without_options_the_label_is_its_own_answer(table, tokenizer):
     rows = [{"text": "fine", "label": 1}, {"text": "fine", "label": "negative"}]
     names = ("negative", "positive")
     source = SourceConfig(path=table(rows), prompt="{text} It is", answer="label", labels=names)
-    examples, _ = read(source, tokenizer)
-    answers = [tokenizer.decode([e.ids[e.answer_position]]) for e in examples]
-    assert answers == [" positive", " negative"]
+    assert answers_of(read(source, tokenizer)[0], tokenizer) == [" positive", " negative"]
 
 
 @pytest.mark.parametrize(
@@ -151,8 +149,7 @@ def test_a_row_that_does_not_fit_is_named(table, tokenizer, row, labels, message
 def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):
     rows = [{"question": "2+2?", "options": ["3", "4"], "answer": "B"}]
     source = SourceConfig(path=table(rows), prompt="{question}\n{options}", answer="answer")
-    (example,), _ = read(source, tokenizer)
-    assert tokenizer.decode([example.ids[example.answer_position]]) == " B"
+    assert answers_of(read(source, tokenizer)[0], tokenizer) == [" B"]
     with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options': found one str"):
         read(source.model_copy(update={"path": table([{**rows[0], "options": "3, 4"}])}), tokenizer)
 
@@ -180,5 +177,4 @@ def test_the_filter_agrees_with_known_answer_tokens(test_data, tokenizer):
     source = SourceConfig(path=str(path), limit=3000, **columns)
     examples, counts = read(source, tokenizer, 4096)
     assert counts.records == len(examples) == 3000
-    for example in examples:
-        assert example.ids[example.answer_position] == int(example.task)
+    assert all(one.ids[one.answer_position] == int(one.task) for one in examples)

@@ -1,7 +1,7 @@
 """Kept out of training: tasks by their name, texts of evaluation sets; everything counted."""
 
 import pytest
-from row_files import read, write_table
+from row_files import answers_of, read, write_table
 
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.tables import decode
@@ -144,10 +144,6 @@ def test_rows_and_revisions_of_a_set_are_checked(rivers, tmp_path):
 def test_what_cannot_be_excluded_is_rejected(keys, message):
     with pytest.raises(InputError, match=message):
         exclude(**keys)
-
-
-def answers_of(examples, tokenizer):
-    return [tokenizer.decode([one.ids[one.answer_position]]) for one in examples]
 
 
 def test_answers_are_normalised_and_counted(tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import pyarrow as pa
@@ -230,27 +231,25 @@ def test_a_field_is_read_from_what_columns_says(tmp_path, kind, column, expected
     assert first.fields == {"text": expected, "label": "a"}
 
 
+def test_what_a_struct_lacks_names_the_row(tmp_path):
+    path = write(tmp_path, "a.jsonl", jsonl([*WIDE, {"meta": {}, "label": "a"}]))
+    with pytest.raises(InputError, match=r"a.jsonl line 3: has no column 'meta.topic'"):
+        list(read_source(source(path, columns={"text": "meta.topic"}), ["text", "label"]))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ("sentense", "has no column 'sentense'; did you mean 'sentence'? columns: .*sentence"),
-        ("{title}: {body}", "has no column 'body'; columns: .*sentence"),
-        (("text", "{title} {body}"), "has no column 'text' or '{title} {body}'; columns: .*title"),
+        ("sentense", r".*: has no column 'sentense'; did you mean 'sentence'\? columns: .*sente"),
+        ("{title}: {body}", ".*: has no column 'body'; columns: .*sentence"),
+        (("text", "{title} {body}"), ".* no column 'text' or '{title} {body}'; columns: .*title"),
     ],
 )
 def test_a_column_that_is_not_there_lists_those_that_are(tmp_path, kind, column, message):
     rows = [{name: row[name] for name in ("sentence", "title", "label")} for row in WIDE]
     described = source(table_of(tmp_path, kind, rows), columns={"text": column})
-    with pytest.raises(InputError, match=message.replace("?", r"\?")) as caught:
-        list(read_source(described, ["text", "label"]))
-    assert caught.value.message.startswith(str(tmp_path))
-
-
-def test_what_a_struct_lacks_names_the_row(tmp_path):
-    write(tmp_path, "a.jsonl", jsonl([*WIDE, {"meta": {}, "label": "a"}]))
-    described = source(tmp_path / "a.jsonl", columns={"text": "meta.topic"})
-    with pytest.raises(InputError, match=r"a.jsonl line 3: has no column 'meta.topic'"):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/a.{kind}") + message):
         list(read_source(described, ["text", "label"]))
 
 
