@@ -148,7 +148,7 @@ class _Loader(ABC, Generic[AnyBatch]):
         yield from grain.MapDataset.range(start, stop).map(read).to_iter_dataset(reader)
 
     def _read(self, step: int, rows: RowNumbers = None) -> Iterator[tuple[int, Any]]:
-        """Yield the epoch and columns of each row of a batch; no columns for a row of padding."""
+        """Yield epoch and columns of each row of a batch; None for those of padding."""
         if step < 0:
             raise IndexError(f"step {step} is negative")
         first = self._schedule.before(step)

@@ -71,7 +71,7 @@ class SourceReport(StrictTable):
 
 
 class NestedSet(StrictTable):
-    """Describe a selected set: its size asked (None: all) and found, its cap by task."""
+    """Describe a selected set: its size wanted (None: all) and found, its cap by task."""
 
     asked: PositiveInt | None
     examples: NonNegativeInt

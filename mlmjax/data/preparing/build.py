@@ -165,17 +165,17 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
     """Return how many bins of the key, from the lowest, are held out for validation."""
     if not config.validation_rows:
         return 0
-    sizes = np.zeros(_BINS, np.int64)
+    sizes, row_size = np.zeros(_BINS, np.int64), config.seq_length if config.pack else 1
     for piece in staged.pieces():
         chunk, kept = piece.chunk, _levels(piece, chosen) < LEFT_OUT
         weight = chunk.lengths if config.pack else np.ones_like(chunk.lengths)
         np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
-    wanted = config.validation_rows * (config.seq_length if config.pack else 1)
+    wanted = config.validation_rows * row_size
     filled = np.cumsum(sizes)
     bins = int(np.searchsorted(filled, wanted)) + 1
     if bins > _BINS or filled[bins - 1] == filled[-1]:
         unit_name = "tokens" if config.pack else "examples"
-        least = int(np.searchsorted(filled, config.seq_length if config.pack else 1))
+        least = int(np.searchsorted(filled, row_size))
         advice = "leaves nothing to train on; lower data.validation_rows or give more data"
         if least >= _BINS or filled[least] == filled[-1]:
             advice = (

@@ -4,9 +4,8 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -86,13 +85,11 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
     (folder / "report.md").write_text(page, encoding="utf-8")
 
 
-@dataclass
-class Counted:
-    """Count the examples of one split.
+class Counted(NamedTuple):
+    """Count the examples of one split, by length and by the number of their task.
 
-    `lengths[kind, n]` counts the examples of n tokens, with an answer (0) and without (1). `tasks`
-    counts examples by the number of their task, without plain text, and `pairs` by the numbers of
-    task and answer token. `drawn` holds the drawn examples, in the order of the rows.
+    `lengths[kind, n]` counts those of n tokens, with an answer (0) and without (1). `tasks` leaves
+    out plain text. `pairs` counts by task and answer token. `drawn` is in the order of the rows.
     """
 
     lengths: np.ndarray
@@ -255,7 +252,7 @@ def _exclusion_figures(manifest: Manifest, exclude: Mapping[str, Any]) -> dict[s
 def _weight_figures(
     files: list[RowFile], sources: Mapping[str, Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the share of each source in all draws; it repeats by that over its share of rows."""
+    """Return for each source its share of the draws, and how often it repeats."""
     weights = {file.name: file.weight for file in files if file.rows}
     rows = {name: sources[name]["rows"] for name in weights}
     is_weighted = None not in weights.values()
@@ -313,7 +310,7 @@ def _answers_by_task(
     by_task: dict[int, dict[int, int]] = {}
     for (task, answer), n in pairs.items():
         by_task.setdefault(task, {})[answer] = n
-    for task, examples in _most_common({task: sum(by_task[task].values()) for task in by_task}):
+    for task, examples in _most_common({task: sum(ns.values()) for task, ns in by_task.items()}):
         (commonest, n), *_ = _most_common(by_task[task])
         yield {
             "task": tasks[task],

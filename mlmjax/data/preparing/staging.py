@@ -225,19 +225,15 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
     """
     reports = []
     for number, source in enumerate(sources_of(config, split)):
-        mine = [
-            answer
-            for unit, answer in zip(staged.units, staged.answers, strict=True)
-            if (unit.split, unit.source) == (split, number)
-        ]
-        counts = Counts()
-        for answer in mine:
-            counts.add(Counts(**answer["counts"]))
+        counts, files = Counts(), []
+        for unit, answer in zip(staged.units, staged.answers, strict=True):
+            if (unit.split, unit.source) == (split, number):
+                counts.add(Counts(**answer["counts"]))
+                files += [SourceFile(**file) for file in answer["files"]]
         found: dict[str, Any] = {
             name: dict(sorted(value.items())) if isinstance(value, dict) else value
             for name, value in vars(counts).items()
         }
-        files = [SourceFile(**file) for answer in mine for file in answer["files"]]
         report = SourceReport(name=source.title, files=files, **found)
         if not report.examples:
             raise InputError(f"no example is left to train on: {describe_source(report)}")
@@ -247,9 +243,8 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
 
 def describe_source(report: SourceReport) -> str:
     """Describe in one line what became of the records of a source."""
-    parts = [
-        f"{report.name}: {counted(report.records, 'record')}, {counted(report.examples, 'example')}"
-    ]
+    parts = [f"{report.name}: {counted(report.records, 'record')}"]
+    parts.append(counted(report.examples, "example"))
     dropped = dict(report.dropped)
     if files := dropped.pop(BROKEN_FILE, 0):
         parts.append(counted(files, "broken file"))

@@ -29,7 +29,7 @@ _PARENT_SECONDS = 0.1
 
 
 class Workers:
-    """Run jobs here, or in processes that start with the first jobs that need them and stay."""
+    """Run jobs here, or in processes that start when they are needed and stay."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer

@@ -62,12 +62,11 @@ def read_file(
     parquet file of `datasets` stores these.
 
     `broken` gets the errors of a record, and of a file whose rest cannot be read. What it does not
-    raise is skipped. In a CSV file, a line that is not text breaks the rest of the file, because
-    it may be part of several records.
+    raise is skipped. A line of a CSV file that is not text breaks the rest, because it may be part
+    of several records.
 
-    Raises `InputError` with file and line or row, for a file that cannot be read, is empty, damaged
-    or truncated, lacks a column, has a line above `MAX_LINE_BYTES`, or is not UTF-8. Errors of the
-    disk or the network are always raised.
+    Raises `InputError` with file and line or row for a file that cannot be read as described.
+    Errors of the disk or the network are always raised.
     """
     path = Path(path)
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -314,10 +313,7 @@ def name_classes(
 
 _READERS: dict[str, Any] = {
     ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
-    ".json": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+    **dict.fromkeys((".jsonl", ".ndjson", ".json"), _read_jsonl),
+    **dict.fromkeys((".csv", ".tsv"), _read_csv),
     ".txt": _read_text,
 }

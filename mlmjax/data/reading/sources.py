@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 def source_files(source: Location) -> list[Path]:
     """List the local files of a source, sorted within a glob; none for the hub.
 
-    A path is a file, or a glob in which `**` reaches into folders. Raises `InputError` if no file
-    matches, and for a file that two paths match.
+    In a glob, `**` reaches into folders. Raises `InputError` if no file matches, and for a file that two paths match.
     """
     files: list[Path] = []
     for path in source.paths:
