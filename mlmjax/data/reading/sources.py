@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 def source_files(source: Location) -> list[Path]:
     """List the local files of a source, sorted within a glob; none for the hub.
 
-    In a glob, `**` reaches into folders. Raises `InputError` if no file matches, and for a file that two paths match.
+    In a glob, `**` reaches into folders. Raises `InputError` if no file matches, and for a file
+    that two paths match.
     """
     files: list[Path] = []
     for path in source.paths:
