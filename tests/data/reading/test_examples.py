@@ -1,7 +1,5 @@
 """Examples: the prompt that scoring sees with its answer in place; what is dropped is counted."""
 
-from functools import partial
-
 import pytest
 from row_files import answers_of, read, write_table
 
@@ -13,52 +11,45 @@ from mlmjax.text.verbalizer import Verbalizer
 
 
 @pytest.fixture
-def table(tmp_path):
-    return partial(write_table, tmp_path / "table.jsonl")
+def source_of(tmp_path):
+    def make(rows, prompt, answer="answer", **settings):
+        path = write_table(tmp_path / "table.jsonl", rows)
+        return SourceConfig(path=path, prompt=prompt, answer=answer, **settings)
+
+    return make
 
 
-def test_an_instruction_is_the_scored_prompt_with_its_answer(table, tokenizer):
+def test_an_instruction_is_the_scored_prompt_with_its_answer(source_of, tokenizer):
     rows = [
         {"definition": "", "input": "Is [CLS] the sky blue? [SEP]", "answer": " yes\n"},
         {"definition": "Add.", "input": "[unused0] 2+2", "answer": "4"},
     ]
-    source = SourceConfig(
-        path=table(rows), prompt="{definition}\n{input}\nAnswer:", answer="answer", task="answer"
-    )
+    source = source_of(rows, "{definition}\n{input}\nAnswer:", task="answer")
     examples, counts = read(source, tokenizer)
     for row, example in zip(rows, examples, strict=True):
         ids, slot = Template(source.prompt).encode(tokenizer, row, 64)
-        (answer,) = tokenizer.encode_plain(" " + row["answer"].strip())
-        ids[slot] = answer
+        (ids[slot],) = tokenizer.encode_plain(" " + row["answer"].strip())
         assert (example.ids.tolist(), example.answer_position) == (ids, slot)
         assert tokenizer.mask_id not in example.ids
         assert example.task == row["answer"]
     assert (counts.records, counts.dropped, counts.shortened) == (2, {}, {})
 
 
-def test_what_cannot_be_used_is_dropped_and_counted(table, tokenizer):
+def test_what_cannot_be_used_is_dropped_and_counted(source_of, tokenizer):
     answers = ("yes", "entailment", "[SEP]", "a [MASK]", " \n")
     rows = [{"input": "fine", "answer": answer} for answer in answers]
     inputs = ("Fill the [MASK] in", "\n ", "word " * 100)
     rows += [{"input": text, "answer": "yes"} for text in inputs]
-    source = SourceConfig(path=table(rows), prompt="Q: {input}", answer="answer")
-    examples, counts = read(source, tokenizer)
+    examples, counts = read(source_of(rows, "Q: {input}"), tokenizer)
     assert (len(examples), counts.records) == (1, 8)
-    assert counts.dropped == {
-        "answer is not one token": 2,
-        "blank answer": 1,
-        "blank prompt": 1,
-        "holds [MASK]": 2,
-        "prompt too long": 1,
-    }
+    dropped = dict.fromkeys(("blank answer", "blank prompt", "prompt too long"), 1)
+    assert counts.dropped == dropped | {"answer is not one token": 2, "holds [MASK]": 2}
 
 
-def test_a_field_named_in_shorten_is_cut_and_counted(table, tokenizer):
+def test_a_field_named_in_shorten_is_cut_and_counted(source_of, tokenizer):
     rows = [{"input": "start " + "word " * 100 + "end", "answer": "yes"}] * 2
     rows += [{"input": "short", "answer": "yes"}]
-    source = SourceConfig(
-        path=table(rows), prompt="Q: {input}", answer="answer", shorten={"input": "middle"}
-    )
+    source = source_of(rows, "Q: {input}", shorten={"input": "middle"})
     examples, counts = read(source, tokenizer)
     template = Template(source.prompt, shorten={"input": "middle"})
     for row, example in zip(rows, examples, strict=True):
@@ -87,9 +78,9 @@ LABELS = ("World news", "Sport", "Business")
         (("1", "2"), ["1", "2"], [0, 1]),
     ],
 )
-def test_a_labelled_row_is_answered_by_its_letter(table, tokenizer, labels, values, expected):
+def test_a_labelled_row_is_answered_by_its_letter(source_of, tokenizer, labels, values, expected):
     rows = [{"text": f"row {i}", "label": value} for i, value in enumerate(values)]
-    source = SourceConfig(path=table(rows), prompt=PROMPT, answer="label", labels=labels)
+    source = source_of(rows, PROMPT, "label", labels=labels)
     examples, _ = read(source, tokenizer)
     names = list(source.label_names)
     letters = Verbalizer.letters(names).ids(tokenizer)
@@ -99,10 +90,10 @@ def test_a_labelled_row_is_answered_by_its_letter(table, tokenizer, labels, valu
     assert examples[0].ids.tolist()[:slot] == ids[:slot]
 
 
-def test_without_options_the_label_is_its_own_answer(table, tokenizer):
+def test_without_options_the_label_is_its_own_answer(source_of, tokenizer):
     rows = [{"text": "fine", "label": 1}, {"text": "fine", "label": "negative"}]
     names = ("negative", "positive")
-    source = SourceConfig(path=table(rows), prompt="{text} It is", answer="label", labels=names)
+    source = source_of(rows, "{text} It is", "label", labels=names)
     assert answers_of(read(source, tokenizer)[0], tokenizer) == [" positive", " negative"]
 
 
@@ -116,11 +107,10 @@ def test_without_options_the_label_is_its_own_answer(table, tokenizer):
     ],
 )
 def test_labels_and_prompts_are_checked_before_anything_is_read(
-    tmp_path, tokenizer, labels, prompt, message
+    source_of, tmp_path, tokenizer, labels, prompt, message
 ):
-    path = tmp_path / "broken.jsonl"
-    path.write_text("not JSON")
-    source = SourceConfig(path=str(path), prompt=prompt, answer="label", labels=labels, name="mine")
+    source = source_of([], prompt, "label", labels=labels, name="mine")
+    (tmp_path / "table.jsonl").write_text("not JSON")
     with pytest.raises(InputError, match=r"source mine: .*" + message):
         read_examples(source, tokenizer, 64, Counts())
 
@@ -138,25 +128,27 @@ def test_labels_and_prompts_are_checked_before_anything_is_read(
         ({"label": None}, None, "column 'label' is null"),
     ],
 )
-def test_a_row_that_does_not_fit_is_named(table, tokenizer, row, labels, message):
+def test_a_row_that_does_not_fit_is_named(source_of, tokenizer, row, labels, message):
     first = {"text": "fine", "label": labels[0] if labels else "yes"}
-    path, prompt = table([first, {"text": "x"} | row]), PROMPT if labels else "{text}"
-    source = SourceConfig(path=path, prompt=prompt, answer="label", labels=labels)
+    rows = [first, {"text": "x"} | row]
+    source = source_of(rows, PROMPT if labels else "{text}", "label", labels=labels)
     with pytest.raises(InputError, match=f"table.jsonl line 2: {message}"):
         read(source, tokenizer)
 
 
-def test_a_row_with_its_own_options_is_answered_by_a_letter(table, tokenizer):
-    rows = [{"question": "2+2?", "options": ["3", "4"], "answer": "B"}]
-    source = SourceConfig(path=table(rows), prompt="{question}\n{options}", answer="answer")
+def test_a_row_with_its_own_options_is_answered_by_a_letter(source_of, tokenizer):
+    row = {"question": "2+2?", "options": ["3", "4"], "answer": "B"}
+    source = source_of([row], "{question}\n{options}")
     assert answers_of(read(source, tokenizer)[0], tokenizer) == [" B"]
+    source = source_of([row | {"options": "3, 4"}], "{question}\n{options}")
     with pytest.raises(InputError, match=r"table.jsonl line 1: field 'options': found one str"):
-        read(source.model_copy(update={"path": table([{**rows[0], "options": "3, 4"}])}), tokenizer)
+        read(source, tokenizer)
 
 
-def test_plain_text_is_cut_into_windows_that_lose_nothing(table, tokenizer):
+def test_plain_text_is_cut_into_windows_that_lose_nothing(tmp_path, tokenizer):
     texts = ["word " * 100, " ", "short", "[MASK] [SEP] " * 30]
-    source = SourceConfig(path=table([{"body": text} for text in texts]), text="body", name="mine")
+    path = write_table(tmp_path / "table.jsonl", [{"body": text} for text in texts])
+    source = SourceConfig(path=path, text="body", name="mine")
     examples, counts = read(source, tokenizer, 32)
     assert counts.dropped == {"blank text": 1}
     by_document = {}

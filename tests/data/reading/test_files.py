@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
+from row_files import stored
 
 from mlmjax import InputError
 from mlmjax.config.data import DataConfig, Location, SourceConfig
@@ -17,7 +18,6 @@ from mlmjax.data.preparing.prepare import prepare
 from mlmjax.data.reading import files
 from mlmjax.data.reading.files import Record, read_file
 from mlmjax.data.reading.sources import read_source, source_files
-from mlmjax.data.rows import open_rows
 
 ROWS = [
     {"text": "one, two", "label": "a"},
@@ -300,28 +300,29 @@ def test_sources_of_other_columns_become_the_same_rows(tmp_path, calls, tokenize
     path = str(write(tmp_path, "mapped.jsonl", jsonl(rows)))
     rows = [{"text": row["sentence"], "label": row["meta"]["gold"]} for row in rows]
     plain = str(write(tmp_path, "plain.jsonl", jsonl(rows)))
-    columns, hub_columns = {"text": ["content", "sentence"]}, {"sentence": "It is {text}."}
-    mapped = {"prompt": "{text}", "answer": "meta.gold", "columns": columns}
+    mapped = {"path": path, "prompt": "{text}", "answer": "meta.gold"}
     remote = {"hub": "some/one", "revision": COMMIT, "prompt": "{sentence}", "answer": "label"}
     sources = {
         "plain": {"prompt": "{text}", "path": plain, "answer": "label"},
-        "mapped": mapped | {"path": [path]},
-        "hub": remote | {"columns": hub_columns},
+        "mapped": mapped | {"columns": {"text": ["content", "sentence"]}},
+        "hub": remote | {"columns": {"sentence": "It is {text}."}},
         "prose": {"path": path, "text": "{sentence} Is it {meta.gold}?"},
     }
+
+    def make(name, table):
+        config = {"rows": str(tmp_path / name), "seq_length": 32, "sources": [table]}
+        return prepare(decode(DataConfig, config, "run.toml"), tokenizer)
+
     found = {}
     for name, table in sources.items():
-        config = {"rows": str(tmp_path / f"rows-{name}"), "seq_length": 32, "sources": [table]}
-        folder = prepare(decode(DataConfig, config, "run.toml"), tokenizer)
-        assert prepare(decode(DataConfig, config, "run.toml"), tokenizer) == folder
-        (opened,) = open_rows(folder, "train")
-        examples = sorted((one for row in opened for one in row), key=lambda one: one.index)
+        folder = make(name, table)
+        assert make(name, table) == folder
+        examples = sorted((one for _, one in stored(folder, "train")), key=lambda one: one.index)
         found[name] = [(tokenizer.decode(one.ids), one.answer_position) for one in examples]
     assert found["plain"] == found["mapped"]
     assert len(found["plain"]) == 40
     answers = [f"[CLS]It is {x}. [unused0] {y}[SEP]" for x, y in (("x", "good"), ("y", "bad"))]
     assert [text for text, _ in found["hub"]] == answers
     assert found["prose"][1] == ("[CLS]It is bad. Is it bad?[SEP]", -1)
-    config["sources"] = [sources["mapped"] | {"columns": {"text": "content"}}]
     with pytest.raises(InputError, match=r"line 1: has no column 'content'; .*columns: sentence"):
-        prepare(decode(DataConfig, config | {"rows": str(tmp_path / "no")}, "run.toml"), tokenizer)
+        make("no", mapped | {"columns": {"text": "content"}})
