@@ -50,8 +50,8 @@ def plain_file(folder: Path, name: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise InputError(f"{folder / name}: cannot be read ({error})") from error
     raise InputError(
-        f"{folder / name}: is missing; a model folder needs this file; fetch or export the model "
-        "again, or give another folder"
+        f"{folder / name}: is missing or not a file; a model folder needs this file; fetch or "
+        "export the model again, or give another folder"
     )
 
 
@@ -100,7 +100,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; raise `RunError` when writing fails."""
-    partial = path.with_name(path.name + PARTIAL)
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # others may write this file
     try:
         with partial.open("wb") as file:
             file.write(content)

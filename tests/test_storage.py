@@ -48,6 +48,20 @@ def test_a_file_that_cannot_be_written_stays(tmp_path, full_disk):
     assert names(tmp_path) == ["a"]
 
 
+def test_two_processes_write_one_file_and_it_is_whole(tmp_path, monkeypatch):
+    path, flush = tmp_path / "a", os.fsync
+
+    def write_in_another_process(descriptor):
+        monkeypatch.setattr("os.fsync", flush)
+        monkeypatch.setattr("os.getpid", lambda: 0)
+        write_whole(path, b"longer content of the other")
+
+    monkeypatch.setattr("os.fsync", write_in_another_process)
+    write_whole(path, b"mine")
+    assert path.read_bytes() == b"mine"
+    assert names(tmp_path) == ["a"]
+
+
 def test_a_folder_is_replaced_only_when_the_new_one_is_whole(tmp_path):
     path = tmp_path / "made"
     for content in ("old", "new"):

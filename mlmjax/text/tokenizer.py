@@ -239,9 +239,10 @@ def _special_names(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str
             if value is None:
                 continue
             if not isinstance(value, str) or names.get(role, value) != value:
+                expected = repr(names[role]) if role in names else "the text of a token"
                 raise InputError(
-                    f"{where}/{file}: {role}_token is {value!r:.60}; expected "
-                    f"{names.get(role, 'the text of a token')!r}, one name in all files"
+                    f"{where}/{file}: {role}_token is {value!r:.60}; expected {expected}, one name "
+                    "in all files"
                 )
             names[role] = value
     return _ROLES | names
