@@ -1,7 +1,7 @@
 """The scikit-learn estimator: a text classifier, zero-shot or fine-tuned."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,10 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         Raises `InputError` for blank texts, labels that are not in `classes_`, fewer than two
         distinct labels, and lengths that differ; `RunError` if the loss is no longer finite.
         """
-        chosen = self._recipe(recipe)
+        own = {name: getattr(self, name) for name in Recipe.model_fields}
+        given = {**own, "batch_size": self.train_batch_size, **recipe}
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
+        chosen = decode(Recipe, plain, "fit")
         texts, labels = list(check_list(texts, "texts")), list_answers(labels)
         check_lengths(texts, labels)
         settings, model, tokenizer, _ = self._read(seen=labels)
@@ -205,12 +208,6 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
         )
-
-    def _recipe(self, given: Mapping[str, Any]) -> Recipe:
-        own = {name: getattr(self, name) for name in Recipe.model_fields}
-        values = {**own, "batch_size": self.train_batch_size, **given}
-        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
-        return decode(Recipe, plain, "fit")
 
 
 def _hold_out(

@@ -40,6 +40,10 @@ class Query(NamedTuple):
     label: str | None = None
     fields: Mapping[str, str] = {}
 
+    def moved(self, shift: int) -> "Query":
+        """Return the query with its options in another cyclic order."""
+        return self._replace(choice=tuple(option_orders.shifted(self.choice, shift)))
+
 
 class Prompter:
     """Prompt a model with texts in the way that a classifier's settings say.
@@ -118,14 +122,9 @@ class Prompter:
                 "in one order; use another method"
             )
         queries, where = self._queries_of(texts, 0)
-        scores = []
-        for shift in option_orders.shifts(count, min(count, 8)):
-            moved = [
-                query._replace(choice=tuple(option_orders.shifted(query.choice, shift)))
-                for query in queries
-            ]
-            scores.append(self.ask(moved, where))
-        return np.array(scores).transpose(1, 0, 2)
+        orders = option_orders.shifts(count, min(count, 8))
+        moved = [[query.moved(shift) for query in queries] for shift in orders]
+        return np.array([self.ask(own, where) for own in moved]).transpose(1, 0, 2)
 
     def queries(self, text: str) -> list[Query]:
         """Return the queries about a text: one, or with several labels one each."""

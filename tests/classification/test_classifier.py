@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from labelled_texts import FAST, SHORT, WORDS, examples
+from pages import read_markdown
 from sklearn.base import ClassifierMixin, clone, is_classifier
 from sklearn.model_selection import GridSearchCV, ShuffleSplit, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -169,16 +170,7 @@ def test_the_card_shows_how_to_load_the_classifier_and_its_prompt(pair, tmp_path
     assert "AutoModel" not in card
     assert "\nsports: games\n```⟨U+000A⟩# Owned <img src=x>: $name ${prompt}\n" in card
     assert not {"\x1b", "\u202e"} & set(card)
-    fence, outside = None, []
-    for line in card.splitlines():  # as CommonMark reads fences
-        ticks = len(line) - len(line.lstrip("`"))
-        if fence is None and ticks >= 3 and "`" not in line[ticks:]:
-            fence = ticks
-        elif fence is not None and ticks >= fence and not line.strip("`"):
-            fence = None
-        elif fence is None:
-            outside.append(line)
-    assert fence is None
+    _, outside = read_markdown(card)
     headings = [line for line in outside if line.startswith("#")]
     assert headings == ["# Text classifier", "## Labels", "## Prompt"]
     assert not any("Owned" in line or "A prompt" in line for line in outside)

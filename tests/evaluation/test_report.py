@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from pages import read_markdown
 from task_files import ROWS, read_lines, task
 
 from mlmjax.cli.main import run
@@ -118,15 +119,13 @@ def test_the_page_shows_everything_and_no_text_can_break_it(model, tokenizer, tm
     }  # fmt: skip
     assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
     text = (out / "report.md").read_text()
-    plain, fence, after = text.partition("````text\n")
-    inside, _, rest = after.partition("\n````")
-    assert fence
-    assert inside == prompt
-    outside = plain + rest
+    blocks, lines = read_markdown(text)
+    assert blocks == [prompt]
+    outside = "\n".join(lines)
     bare = re.sub(r"`[^`\n]*`", "", outside)  # nothing is read as Markdown in a code span
     for harmful in ("<b>", "<s>", "<i>", "[x](y)", "\n# z", "`rm`"):
         assert harmful not in bare
-    for line in outside.splitlines():
+    for line in lines:
         if line.startswith("|"):
             assert line.count("|") in (3, 4, 5)
     _, *headings = re.findall(r"^#+ (.*)", outside, flags=re.MULTILINE)

@@ -28,6 +28,23 @@ def blocks(language, text):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
+def read_markdown(text):
+    """Return the code blocks of a page, and its lines outside of them."""
+    fence, blocks, outside = None, [], []
+    for line in text.split("\n"):
+        if fence is None and (opened := re.match(r"(`{3,}|~{3,})", line)):
+            fence = opened[1]
+            blocks.append([])
+        elif fence is not None and re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*[ \t]*", line):
+            fence = None
+        elif fence is not None:
+            blocks[-1].append(line)
+        else:
+            outside.append(line)
+    assert fence is None
+    return ["\n".join(block) for block in blocks], outside
+
+
 def commands(script):
     """Return the calls that a shell script would make, with loops and variables expanded."""
     done = subprocess.run(

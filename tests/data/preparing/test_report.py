@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
+from pages import read_markdown
 from row_files import HOSTILE, content, stored, write_table
 from training import write_records, write_tokenizer
 
@@ -165,26 +166,9 @@ def test_every_example_is_as_likely_to_be_drawn(folder, tokenizer):
     assert [one["number"] for one in everything] == list(range(total))
 
 
-def markdown(text):
-    """Read a page as far as it matters here: its code blocks, and its lines outside of them."""
-    fence, blocks, outside = None, [], []
-    for line in text.split("\n"):
-        if fence is None and (opened := re.match(r"(`{3,}|~{3,})", line)):
-            fence = opened[1]
-            blocks.append([])
-        elif fence is not None and re.fullmatch(rf" {{0,3}}{fence}{fence[0]}*[ \t]*", line):
-            fence = None
-        elif fence is not None:
-            blocks[-1].append(line)
-        else:
-            outside.append(line)
-    assert fence is None
-    return ["\n".join(block) for block in blocks], outside
-
-
 def test_no_text_breaks_the_page(page, found):
     page = page.read_text()
-    blocks, outside = markdown(page)
+    blocks, outside = read_markdown(page)
     assert blocks == [visible(one["text"], keep="\n") for one in found["prompts"]]
     heads = [line for line in outside if line.startswith("#")]
     assert len(heads) == 8 + len(found["prompts"])
@@ -205,7 +189,7 @@ def test_no_text_breaks_the_page(page, found):
 @example("```")
 @example("a\n`````\n# b\n```")
 def test_any_text_stays_in_its_place(text):
-    blocks, outside = markdown(fenced(text))
+    blocks, outside = read_markdown(fenced(text))
     assert blocks == [visible(text, keep="\n")]
     assert not outside
     one = cell(text)
