@@ -205,13 +205,7 @@ def test_hostile_text_keeps_the_slot(scorer, tokenizer, full_logits, text):
     [
         ({"options": LABELS}, "has no field 'text'"),
         ({"text": "  \n", "options": LABELS}, "field 'text' is blank"),
-        ({"text": 3, "options": LABELS}, "field 'text' is int"),
-        ({"text": "a\ud800", "options": LABELS}, "field 'text': holds half a character"),
-        ({"text": "goal"}, "has no field 'options'"),
-        ({"text": "goal", "options": []}, "field 'options' has no option"),
-        ({"text": "goal", "options": "abc"}, "field 'options': found one str"),
         ({"text": "goal", "options": ["a", " "]}, "option 2 is blank"),
-        ({"text": "goal", "options": ["a", None]}, "option 2 is NoneType"),
         ({"text": "goal", "options": ["a", "b", "c", "d"]}, "has 4 options; .* 3 labels"),
         ({"text": "goal", "options": ["w " * 900, "b"]}, "the prompt has .* tokens"),
         ("goal", "is 'goal' \\(str\\)"),
