@@ -145,10 +145,12 @@ def test_a_row_with_its_own_options_is_answered_by_a_letter(source_of, tokenizer
         read(source, tokenizer)
 
 
-def test_plain_text_is_cut_into_windows_that_lose_nothing(tmp_path, tokenizer):
-    texts = ["word " * 100, " ", "short", "[MASK] [SEP] " * 30]
+@pytest.mark.parametrize("cut", ["window", "sentence"])
+def test_plain_text_is_cut_into_windows_that_lose_nothing(tmp_path, tokenizer, cut):
+    sentences = "This is a sentence of eight tokens. " * 20 + "The end is near."
+    texts = ["word " * 100, " ", "short", "[MASK] [SEP] " * 30, sentences]
     path = write_table(tmp_path / "table.jsonl", [{"body": text} for text in texts])
-    source = SourceConfig(path=path, text="body", name="mine")
+    source = SourceConfig(path=path, text="body", name="mine", cut=cut)
     examples, counts = read(source, tokenizer, 32)
     assert counts.dropped == {"blank text": 1}
     by_document = {}
@@ -160,6 +162,9 @@ def test_plain_text_is_cut_into_windows_that_lose_nothing(tmp_path, tokenizer):
         by_document.setdefault(example.key, []).extend(inner)
     expected = [tokenizer.encode_plain(text) for text in texts if text.strip()]
     assert list(by_document.values()) == expected
+    last = [one for one in examples if one.key == examples[-1].key]
+    parts = [tokenizer.decode(one.ids[1:-1]).strip() for one in last]
+    assert all(part.endswith(".") for part in parts) == (cut == "sentence")
 
 
 @pytest.mark.data

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_files import read, write_table
+from row_files import read
 
 from mlmjax.config.data import SourceConfig
 from mlmjax.data.reading.windows import sentence_cuts, sentence_ends, windows
@@ -87,33 +87,13 @@ def test_a_sentence_that_ends_has_a_cut(tokenizer):
     assert rest[2:] == ["It rained. ", "日本です。", "はい。"]
 
 
-def read_text(path, tokenizer, seq_length, **source):
-    config = SourceConfig(path=str(path), text="text", name="mine", **source)
-    return read(config, tokenizer, seq_length)[0]
-
-
-def test_documents_are_cut_at_sentences(tmp_path, tokenizer):
-    short = "One sentence. And another."
-    long = "This is a sentence of eight tokens. " * 20 + "word " * 50 + ". The end is near."
-    path = write_table(tmp_path / "t.jsonl", [{"text": text} for text in (short, long)])
-    plain, cut = (read_text(path, tokenizer, 32, **how) for how in ({}, {"cut": "sentence"}))
-    assert {one.key for one in plain} == {one.key for one in cut}
-    for examples in (plain, cut):
-        assert all(len(example.ids) <= 32 for example in examples)
-        inner = [example.ids[1:-1] for example in examples if example.key == examples[-1].key]
-        assert np.concatenate(inner).tolist() == tokenizer.encode_plain(long)
-    assert plain[0].ids.tolist() == cut[0].ids.tolist()  # what fits is one window
-    first, *texts = [tokenizer.decode(example.ids[1:-1]) for example in cut[1:]]
-    assert first == " ".join(["This is a sentence of eight tokens."] * 3)
-    assert [text.endswith(".") for text in texts].count(False) <= 2  # the long sentence
-    assert all(len(example.ids) == 32 for example in plain[1:-1])
-
-
 @pytest.mark.data
 def test_books_are_cut_at_sentences(test_data, tokenizer):
     path = test_data / "text" / "openstax_ccby.jsonl.zst"
-    both = ({}, {"cut": "sentence"})
-    plain, cut = (read_text(path, tokenizer, 256, limit=15, **how) for how in both)
+    plain, cut = (
+        read(SourceConfig(path=str(path), text="text", limit=15, cut=cut), tokenizer, 256)[0]
+        for cut in ("window", "sentence")
+    )
     inner = [np.concatenate([one.ids[1:-1] for one in examples]) for examples in (plain, cut)]
     np.testing.assert_array_equal(*inner)
     enders = tuple('.!?”")\n:')
