@@ -61,17 +61,17 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-    ("make", "sizes"),
+    ("make", "options", "sizes"),
     [
-        pytest.param(compiled, {"data": 8}, marks=pytest.mark.long),
-        (compiled, CUBE),
-        (replicated_step, {"data": 8}),
+        pytest.param(compiled, {}, {"data": 8}, marks=pytest.mark.long),
+        (compiled, {}, CUBE),
+        (replicated_step, {"accumulate": 2}, {"data": 8}),
     ],
 )
-def test_eight_devices_are_one_device(one_device, make, sizes):
+def test_eight_devices_are_one_device(one_device, make, options, sizes):
     state = new_state(sizes)
     before = jax.tree.map(lambda x: x.sharding, state)
-    state, losses = take_steps(state, make())
+    state, losses = take_steps(state, make(**options))
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
     for leaf, sharding in pairs_of(state, before):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
@@ -99,7 +99,7 @@ def test_accumulation_is_the_large_batch(make, sizes):
 
 @WAYS
 def test_an_update_without_targets_changes_nothing_but_the_step(make, sizes):
-    step = make()
+    step = make(accumulate=2)
     state, _ = step(new_state(sizes), make_batch(UNEVEN))
     before = jax.tree.map(np.array, state)
     state, metrics = step(state, make_batch([0] * 16))
