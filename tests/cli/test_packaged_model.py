@@ -14,7 +14,6 @@ from mlmjax.cli import commands
 from mlmjax.cli.demo import PROMPT, read_jsonl
 from mlmjax.errors import InputError
 from mlmjax.evaluation.suite.entrants import SuiteModel
-from mlmjax.scoring import engine
 from mlmjax.weights import hub
 
 ROOT = Path(__file__).parents[2]
@@ -23,12 +22,6 @@ PACKAGED = PACKAGE / "assets" / "small"
 TEXTS = [row["text"] for row in read_jsonl(PACKAGE / "assets" / "openstax" / "test.jsonl")][::48]
 SUBJECTS = ["biology", "history", "physics"]
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def one_bucket(monkeypatch):
-    """Compile one program for all texts instead of six."""
-    monkeypatch.setattr(engine, "bucket_lengths", lambda longest: (320, longest))
 
 
 @pytest.fixture(scope="module")
