@@ -228,6 +228,14 @@ def test_examples_name_labels_or_say_yes_and_no(pair):
     assert shown([*labels, "rain"], [("x", "rain")]) == []
 
 
+def test_labels_are_the_answers_of_a_prompt_without_options(pair):
+    template, labels = "{text} is [unused0] [MASK]", ["sports", "money"]
+    scorer = Scorer(*pair, Template(template), Verbalizer.words(labels))
+    expected = np.exp(scorer.log_probs([{"text": text} for text in TEXTS]))
+    found = Classifier(pair, labels, template=template).predict_proba(TEXTS)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 def test_a_long_text_comes_before_examples(pair):
     pool = [("goal one", "sports"), ("bank one", "money")]
     classifier = Classifier(pair, ["money", "sports"], examples=pool, max_length=128)
