@@ -169,7 +169,7 @@ class Scorer(RowScorer):
     `normalize="labels"` is the softmax over the verbalizer's labels (over the first
     `len(row["options"])` of them if the row has options); the probabilities of a label's surface
     forms are summed. `normalize="vocabulary"` is that sum under the softmax over the whole
-    vocabulary, as in the published MMLU figures. `options` are those of `RowScorer`.
+    vocabulary, as in the published MMLU figures.
     """
 
     def __init__(
@@ -179,13 +179,16 @@ class Scorer(RowScorer):
         template: Template,
         verbalizer: Verbalizer,
         *,
+        batch_size: int | None = None,
         normalize: Literal["labels", "vocabulary"] = "labels",
-        **options: Any,
+        max_length: int | None = None,
+        optional: Sequence[str] = (),
     ):
         check_masked_lm(model)
         if normalize not in ("labels", "vocabulary"):
             raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         self.verbalizer, self.normalize = verbalizer, normalize
+        options: Any = {"batch_size": batch_size, "max_length": max_length, "optional": optional}
         forward = _AtSlot(tuple(verbalizer.ids(tokenizer)), normalize == "vocabulary")
         super().__init__(model, tokenizer, template, verbalizer.labels, forward, **options)
 
