@@ -1,6 +1,8 @@
 """Evaluate a model on a labelled table."""
 
+import errno
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -217,6 +219,8 @@ def _make_folder(out: str | Path) -> Path:
         if not str(out).strip():
             raise InputError("out is blank; give a folder for the results")
         folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise InputError(
             f"{folder}: cannot be used as the folder for the results ({error.strerror}); "

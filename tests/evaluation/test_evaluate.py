@@ -14,7 +14,7 @@ from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.evaluate import run_evaluation
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.scoring.scorers import HeadScorer
+from mlmjax.scoring.scorers import HeadScorer, Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
@@ -230,6 +230,18 @@ def test_unknown_tasks_and_protocols_are_rejected(model, tokenizer, reviews, cap
         with pytest.raises(InputError, match=message):
             run_evaluation(model, tokenizer, asked, **options)
     assert "a/b: revision is None, not a commit" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(
+    model, tokenizer, reviews, tmp_path, monkeypatch
+):
+    def score(self, rows):
+        raise AssertionError("rows are scored")
+
+    monkeypatch.setattr(Scorer, "log_probs", score)
+    monkeypatch.setattr("os.access", lambda folder, mode: False)
+    with pytest.raises(InputError, match=r"out: cannot be used .*\(Permission denied\)"):
+        run_evaluation(model, tokenizer, reviews, out=tmp_path / "out")
 
 
 def head_model(labels):
