@@ -190,7 +190,7 @@ def _read_csv(
             break
         if not header:
             header = row
-            _check_distinct(header, f"{here}: the header")
+            _check_distinct(header, f"{here}: the header has")
             require_columns(here, columns, header)
         elif row and len(row) != len(header):
             what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
@@ -201,7 +201,7 @@ def _read_csv(
 
 def _check_distinct(names: Sequence[str], what: str) -> None:
     if doubled := sorted(name for name in names if names.count(name) > 1):
-        raise InputError(f"{what} has the column {doubled[0]!r} twice; rename one")
+        raise InputError(f"{what} {doubled[0]!r} twice; rename one")
 
 
 def _read_text(
@@ -228,7 +228,7 @@ def _read_parquet(
 
     with pq.ParquetFile(path) as file:
         present = file.schema_arrow.names
-        _check_distinct(present, f"{path}:")
+        _check_distinct(present, f"{path}: has the column")
         needed = require_columns(str(path), columns, present)
         wanted = None if columns is None else needed
         known = class_names(file.schema_arrow.metadata)
