@@ -1,5 +1,6 @@
 """Compare two evaluations of the same rows."""
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -186,7 +187,7 @@ def read_results(path: str | Path) -> Evaluated:
 def _decode(kind: type[Read], content: bytes, where: str) -> Read:
     """Decode a JSON object; half characters such as `\\ud800` are errors."""
     try:
-        return kind.model_validate_json(content)
+        return kind.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(map(str, first["loc"]))

@@ -98,6 +98,14 @@ def test_neither_the_order_of_the_sides_nor_of_the_rows_matters(write_both):
     assert compare_results(one, two) == there
 
 
+def test_a_byte_order_mark_does_not_matter(write_both):
+    one, two = write_both("xyx", "xyy", "xxx")
+    found = compare_results(one, two)
+    for name in ("results.json", "predictions.jsonl"):
+        (two / name).write_text((two / name).read_text(), encoding="utf-8-sig")
+    assert compare_results(one, two) == found
+
+
 def test_the_verdict_claims_no_more_than_there_is(write_both, tmp_path):
     gold, a, b = answers(30, (0.6, 0.55))
     one, two = write_both(gold, a, b)
