@@ -155,7 +155,10 @@ except BaseException as error:
 def test_an_interrupt_is_not_lost_where_its_exception_would_be(tmp_path, code):
     (tmp_path / "interrupted.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     begin = (
-        "import gc, signal, sys, time\nfrom mlmjax.cli import main\nmain.listen_to_interrupts()\n"
+        "import gc, signal, sys, time\nfrom mlmjax.cli import main\n"
+        # A job in the background inherits that the signal is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "main.listen_to_interrupts()\n"
         f"sys.path.append({str(tmp_path)!r})\n"
         f"code = {code!r}\ntry:\n    exec(code)\nexcept KeyboardInterrupt:\n    sys.exit(130)\n"
     )
