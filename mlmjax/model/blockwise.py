@@ -92,8 +92,6 @@ def _softmax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
     return (mixed / jnp.where(total == 0.0, 1.0, total)).astype(query.dtype)
 
 
-_Start = tuple[Any, ...]
-"""The first row, head and position of a block, and 0."""
 _Arrays = tuple[jax.Array, ...]
 """Queries, keys, values, and the segments of queries and of keys; keys are padded by `near`."""
 
@@ -115,17 +113,18 @@ class _Blocks(NamedTuple):
         """Return how many blocks there are along rows, heads and queries."""
         return tuple(n // m for n, m in zip(query.shape[:3], self[:3], strict=True))
 
-    def cut(self, x: jax.Array, start: _Start, length: int) -> jax.Array:
-        """Cut out the queries, keys or values of a block."""
+    def cut(self, x: jax.Array, start: tuple[Any, ...], length: int) -> jax.Array:
+        """Cut out queries, keys or values from a row, head and position on."""
         return jax.lax.dynamic_slice(x, start, (self.rows, self.heads, length, x.shape[3]))
 
-    def load(self, index: jax.Array, arrays: _Arrays) -> tuple[_Start, _Start, Any, Any, Any]:
-        """Return where a block and its keys start, and its keys, values and mask."""
-        query, key, value, segment_ids, key_segments = arrays
+    def load(self, index: jax.Array, query: jax.Array, arrays: _Arrays) -> tuple[Any, ...]:
+        """Return where a block and its keys start, and its queries, keys, values and mask."""
+        _, key, value, segment_ids, key_segments = arrays
         numbers = jnp.unravel_index(index, self.grid(query))
         row, head, first = (number * n for number, n in zip(numbers, self[:3], strict=True))
         first_key = jnp.zeros_like(first) if self.near is None else first
         start, keys_start = (row, head, first, 0), (row, head, first_key, 0)
+        queries = self.cut(query, start, self.size)
         keys, values = (self.cut(x, keys_start, self.keys) for x in (key, value))
         mask = visible(
             jax.lax.dynamic_slice(segment_ids, (row, first), (self.rows, self.size)),
@@ -134,7 +133,7 @@ class _Blocks(NamedTuple):
             np.arange(self.keys) - (self.near or 0),
             self.window,
         )
-        return start, keys_start, keys, values, mask
+        return start, keys_start, queries, keys, values, mask
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -146,8 +145,8 @@ def _loop(blocks: _Blocks, *arrays: jax.Array) -> jax.Array:
     """
 
     def body(index: jax.Array, mixed: jax.Array) -> jax.Array:
-        start, _, keys, values, mask = blocks.load(index, arrays)
-        part = _softmax(blocks.cut(mixed, start, blocks.size), keys, values, mask)
+        start, _, *parts = blocks.load(index, mixed, arrays)
+        part = _softmax(*parts)
         return jax.lax.dynamic_update_slice(mixed, part, start)
 
     return jax.lax.fori_loop(0, math.prod(blocks.grid(arrays[0])), body, arrays[0])
@@ -157,8 +156,7 @@ def _loop_backward(blocks: _Blocks, arrays: _Arrays, gradient: jax.Array) -> tup
     query, key, value, *_ = arrays
 
     def body(index: jax.Array, gradients: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        start, keys_start, keys, values, mask = blocks.load(index, arrays)
-        queries = blocks.cut(query, start, blocks.size)
+        start, keys_start, queries, keys, values, mask = blocks.load(index, query, arrays)
         _, pull_back = jax.vjp(partial(_softmax, mask=mask), queries, keys, values)
         to_query, *to_others = pull_back(blocks.cut(gradients[0], start, blocks.size))
         totals = []
