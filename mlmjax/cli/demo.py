@@ -20,12 +20,13 @@ from sklearn.metrics import confusion_matrix
 
 from mlmjax._version import __version__
 from mlmjax.classification.classifier import Classifier
-from mlmjax.cli.demo_report import Answer, Method, page
+from mlmjax.cli.demo_report import Answer, page
 from mlmjax.config.run import RunConfig, load_config
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.model.modernbert import ModernBertForMaskedLM, parameters
+from mlmjax.reporting.accuracy import Method
 from mlmjax.reporting.terminal import say
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.text.tokenizer import Tokenizer

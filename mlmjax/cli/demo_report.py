@@ -8,17 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mlmjax.reporting import charts
-from mlmjax.reporting.charts import ACCENT, INK, OTHER, WIDTH, embedded_picture
+from mlmjax.reporting.accuracy import Method, accuracy_figure, confusion_figure
+from mlmjax.reporting.charts import ACCENT, INK, OTHER, embedded_picture
 from mlmjax.reporting.pages import render, stylesheet
-
-
-class Method(NamedTuple):
-    """One bar of the accuracy picture: its name, accuracy and 95 % interval if known."""
-
-    name: str
-    accuracy: float
-    interval: tuple[float, float] | None = None
-    is_ours: bool = False
 
 
 class Answer(NamedTuple):
@@ -57,28 +49,11 @@ def page(
             accuracy_figure(methods), "accuracy of each method on the test texts"
         ),
         curve=embedded_picture(curve_figure(curve), "loss and accuracy over the training updates"),
-        confusion=embedded_picture(confusion_figure(labels, confusion), "confusion matrix"),
+        confusion=embedded_picture(
+            confusion_figure(labels, confusion, "subject"), "confusion matrix"
+        ),
         **texts,
     )
-
-
-@charts.own_style()
-def accuracy_figure(methods: Sequence[Method]) -> Figure:
-    """Draw one horizontal bar per method, in their order."""
-    figure, axes = charts.new_figure(0.42 * len(methods) + 0.7)
-    for row, method in enumerate(methods):
-        axes.barh(row, method.accuracy, color=ACCENT if method.is_ours else OTHER, height=0.62)
-        end = method.accuracy
-        if method.interval is not None:
-            axes.plot(method.interval, [row, row], color=INK, linewidth=1.3, solid_capstyle="butt")
-            end = method.interval[1]
-        axes.text(end + 0.012, row, f"{method.accuracy:.1%}", va="center", color=INK)
-    axes.set_yticks(range(len(methods)), [method.name for method in methods])
-    axes.set_ylim(len(methods) - 0.45, -0.55)
-    axes.set_xlim(0, 1)
-    charts.set_percent_ticks(axes, "x")
-    charts.hide_left_axis(axes)
-    return figure
 
 
 @charts.own_style()
@@ -106,23 +81,4 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
     charts.set_percent_ticks(panels[1], "y")
     if panels[0].lines:
         panels[0].legend(frameon=False, fontsize=9)
-    return figure
-
-
-@charts.own_style()
-def confusion_figure(labels: Sequence[str], confusion: np.ndarray) -> Figure:
-    """Draw counts of texts by correct subject (rows) and predicted subject (columns)."""
-    figure, axes = charts.new_figure(WIDTH * 0.82)
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    axes.imshow(shares, cmap="GnBu", vmin=0, vmax=1)
-    for row, column in np.argwhere(confusion > 0):
-        color = "white" if shares[row, column] > 0.6 else INK
-        count = str(confusion[row, column])
-        axes.text(column, row, count, ha="center", va="center", color=color)
-    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("predicted subject", color=INK)
-    axes.set_ylabel("correct subject", color=INK)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
     return figure

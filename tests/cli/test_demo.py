@@ -13,10 +13,11 @@ from small_models import small_model
 
 import mlmjax
 from mlmjax.cli import demo
-from mlmjax.cli.demo_report import Answer, Method, page
+from mlmjax.cli.demo_report import Answer, page
 from mlmjax.config.run import parse_config
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.reporting.accuracy import Method
 from mlmjax.scoring import engine
 
 ASSETS = Path(mlmjax.__file__).parent / "assets" / "openstax"

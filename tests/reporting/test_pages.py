@@ -4,8 +4,8 @@ import jinja2
 import matplotlib as mpl
 import pytest
 
-from mlmjax.cli.demo_report import Method, accuracy_figure
 from mlmjax.reporting import charts, markdown, pages
+from mlmjax.reporting.accuracy import Method, accuracy_figure
 
 HOSTILE = "<script>|`x`\n# y</script>"
 
