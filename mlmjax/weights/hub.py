@@ -1,6 +1,8 @@
 """Find the folder of a model: a path, the packaged model, or a download from the hub."""
 
 import os
+import sys
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
+from mlmjax.reporting.terminal import working
 from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
@@ -91,11 +94,14 @@ def packaged_folder(name: str) -> Path | None:
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
     """Download the files of these patterns; return the snapshot or raise `InputError`."""
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, local_files_only=local, allow_patterns=files
+        # On a terminal the hub's client draws bars of bytes; in a pipe it says nothing.
+        is_quiet = local or sys.stderr.isatty()
+        with nullcontext() if is_quiet else working(f"downloading {name} from the hub"):
+            return Path(
+                huggingface_hub.snapshot_download(
+                    name, revision=revision, local_files_only=local, allow_patterns=files
+                )
             )
-        )
     except Exception as error:  # errors of the transport differ between versions
         reasons = (text for kind, text in _HUB_REASONS if isinstance(error, kind))
         reason = next(reasons, "and the hub cannot be used now")

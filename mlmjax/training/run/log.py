@@ -17,7 +17,14 @@ from rich import progress as bars
 from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, Batch, LabelBatch
 from mlmjax.errors import InputError, write_failed
 from mlmjax.parallel.processes import is_first
-from mlmjax.reporting.terminal import new_bar, new_console
+from mlmjax.reporting.terminal import (
+    LINE_SECONDS,
+    PATIENCE_SECONDS,
+    Ticker,
+    about,
+    new_bar,
+    new_console,
+)
 from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES
 
@@ -248,6 +255,7 @@ def describe(values: Mapping[str, float | None]) -> str:
 class RunDisplay(ExitStack):
     """Show a training: a progress bar on a terminal, plain lines in a pipe.
 
+    In a pipe, ten seconds without a line are followed by one with the step and the time left.
     Only the first process of a run prints.
     """
 
@@ -255,18 +263,43 @@ class RunDisplay(ExitStack):
         super().__init__()
         self._console = new_console(quiet=not is_first())
         self._bars: bars.Progress | None = None
-        self._total = total
-        if self._console.is_terminal and is_first():
-            figures = bars.TextColumn("{task.fields[figures]}")
-            self._bars = self.enter_context(new_bar("training", self._console, figures))
+        self._total, self._step, self._doing = total, done, ""
+        self._timed: tuple[int, float] | None = None
+        self._since = self._printed = time.monotonic()
+        if not is_first():
+            return
+        if self._console.is_terminal:
+            self._bars = self.enter_context(new_bar("training", self._console))
             self._bar = self._bars.add_task("", total=total, completed=done, figures="")
+        else:
+            self.enter_context(Ticker(self._tick, PATIENCE_SECONDS, LINE_SECONDS / 10))
 
     def say(self, text: str) -> None:
         """Print one line."""
+        self._printed = time.monotonic()
         self._console.print(text, markup=False)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show what happens instead of updates, such as compiling."""
+        before, self._doing, self._since = self._doing, what, time.monotonic()
+        figures = ""
+        if self._bars:
+            figures = self._bars.tasks[0].fields["figures"]
+            self._bars.update(self._bar, figures=what)
+        try:
+            yield
+        finally:
+            self._doing = before
+            if self._bars:
+                self._bars.update(self._bar, figures=figures)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
+        if self._timed is None:
+            # The first update compiles; the time left follows from the others.
+            self._timed = step, time.monotonic()
+        self._step = step
         if self._bars:
             self._bars.update(self._bar, completed=step)
 
@@ -277,3 +310,31 @@ class RunDisplay(ExitStack):
         else:
             name = "" if split == "train" else f"{split} | "
             self.say(f"step {step}/{self._total} | {name}{describe(values)}")
+
+    def _tick(self) -> None:
+        """Print a line if none was printed for long, or if something else than updates began."""
+        now, doing = time.monotonic(), self._doing
+        is_new = doing and self._printed < self._since <= now - PATIENCE_SECONDS
+        if is_new or now - self._printed >= LINE_SECONDS:
+            self.say(f"step {self._step}/{self._total} | {doing or self._time_left()}")
+
+    def _time_left(self) -> str:
+        if self._timed is None or self._step == self._timed[0]:
+            return "training"
+        step, began = self._timed
+        each = (time.monotonic() - began) / (self._step - step)
+        return f"{about(each * (self._total - self._step))} left"
+
+
+# Seconds that XLA took per layer of mlmjax-small on two cores of an AMD EPYC: a step with its
+# backward pass, and a forward pass. Programs of wider layers have as many operations.
+TRAINING_COMPILE_SECONDS = 2.0
+
+
+def describe_compiling(layers: int) -> str:
+    """Say how long the first compilation of a training step takes.
+
+    >>> describe_compiling(22)
+    'compiling (first time on this machine: about 40 s)'
+    """
+    return f"compiling (first time on this machine: {about(TRAINING_COMPILE_SECONDS * layers)})"

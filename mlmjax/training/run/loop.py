@@ -29,6 +29,7 @@ from mlmjax.training.run.log import (
     Totals,
     add,
     count_tokens,
+    describe_compiling,
     summarize,
 )
 from mlmjax.training.run.timing import Clock
@@ -158,7 +159,7 @@ class Loop:
                 step = index + 1
                 compiles = index == start or train.rows(index) > train.rows(index - 1)
                 # The first step of a size compiles: its time says nothing about the others.
-                with clock("compile" if compiles else "step"):
+                with self._compiling() if compiles else clock("step"):
                     state, metrics = self.train_step(state, batch)
                     if compiles:
                         jax.block_until_ready(metrics)
@@ -175,6 +176,12 @@ class Loop:
                 if pauses or stops:
                     self._pause(step, state)
         return state
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        text = describe_compiling(self.architecture.num_hidden_layers)
+        with self.clock("compile"), self.display.doing(text):
+            yield
 
     def _is_due(self, step: int, *every: int) -> bool:
         return step == self.config.steps or any(n > 0 and step % n == 0 for n in every)
@@ -228,7 +235,7 @@ class Loop:
         if self._is_due(step, config.evaluation.every):
             held_out = self._evaluate(step, state)
         if saves or stop.is_anywhere():
-            with self.clock("checkpoint"):
+            with self.clock("checkpoint"), self.display.doing("saving a checkpoint"):
                 self._save(step, state, held_out)
         if stop.is_anywhere() and step < config.steps:
             self._leave(step)
@@ -248,7 +255,7 @@ class Loop:
             return None
         params = averaged_parameters(state.params, state.opt_state)
         try:
-            with self.clock("evaluation"):
+            with self.clock("evaluation"), self.display.doing("validating"):
                 figures = validate(self.eval_step, params, self.loaders.validation, self.stop.check)
         except StoppedError:
             return None

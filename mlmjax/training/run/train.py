@@ -1,6 +1,5 @@
 """Run a training from one configuration, or resume it."""
 
-import time
 from collections import defaultdict
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -15,7 +14,7 @@ from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
 from mlmjax.parallel.processes import broadcast_from_first, is_first
 from mlmjax.parallel.sharding import gather_on_first
-from mlmjax.reporting.terminal import say
+from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.loss import Metrics
@@ -119,7 +118,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     display=display,
                 )
                 state = loop.run(state, trace)
-            with clock("checkpoint"):
+            with clock("checkpoint"), working("waiting for the checkpoint to be written"):
                 checkpoints.wait()
             report = broadcast_from_first(lambda: read_finished(out, config.steps))
             if report is not None:
@@ -152,7 +151,7 @@ def _report_and_export(
     """Evaluate the held-out answers, and write the export; return the report."""
     config, loaders, out = loop.config, loop.loaders, Path(loop.config.out)
     params = averaged_parameters(state.params, state.opt_state)
-    with loop.clock("evaluation"):
+    with loop.clock("evaluation"), working("evaluating the held-out answers"):
         held_out = report_held_out(
             loop.eval_step,
             params,
@@ -168,9 +167,10 @@ def _report_and_export(
         sections = training_card(config, loaders.manifest, report)
         card = pretrained.model_card(model, sections=sections)
         manifest = training_manifest(config.init_from, loaders.manifest, history)
-        pretrained.save_pretrained(
-            model, tokenizer, out / "export", card=card, more_files={TRAINING: manifest.text()}
-        )
+        with working("exporting the model"):
+            pretrained.save_pretrained(
+                model, tokenizer, out / "export", card=card, more_files={TRAINING: manifest.text()}
+            )
         write_json(out / "validation.json", report)
     return report
 
@@ -198,15 +198,14 @@ def prepare_rows(config: RunConfig) -> Path:
 
 
 def _prepare(config: RunConfig, tokenizer: Tokenizer) -> Path:
-    shown = time.monotonic()
+    with count_progress("preparing, records read", "preparing the rows") as show:
+        seen: dict[str, int] = {}
 
-    def progress(name: str, records: int) -> None:
-        nonlocal shown
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            say(f"{name}: {records:,} records read")
+        def progress(name: str, records: int) -> None:
+            seen[name] = records
+            show(sum(seen.values()), 0)
 
-    return prepare(config.data, tokenizer, progress, head=config.head)
+        return prepare(config.data, tokenizer, progress, head=config.head)
 
 
 def _describe_rows(rows: Path, manifest: Manifest) -> str:

@@ -1,6 +1,10 @@
 """Log lines and the progress bar of a training."""
 
-from mlmjax.training.run.log import RunDisplay
+import re
+import time
+
+from mlmjax.training.run import log
+from mlmjax.training.run.log import RunDisplay, describe_compiling
 
 
 def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
@@ -29,3 +33,36 @@ def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
     shown = capsys.readouterr().err
     assert "20/40" in shown
     assert "validation | loss 0.710" in shown
+
+
+def test_at_80_columns_a_training_keeps_bar_step_and_time_left(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["loss", "loss_atp", "loss_dummy", "answer_accuracy", "grad_norm", "learning_rate"]
+    with RunDisplay(20_000) as display:
+        for step in (1, 2, 12_345):
+            display.advance(step)
+            display.show(step, "train", dict.fromkeys(names, 0.5) | {"tokens_per_second": 12345.0})
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    *_, last = (line for line in re.split(r"[\r\n]+", shown) if line.strip())
+    assert len(last) <= 80
+    assert "training" in last
+    assert "━" in last
+    assert re.search(r"12345/20000 +\d+:\d\d:\d\d +loss 0.500( \| [a-z]+ [\d.]+)*\s*$", last)
+
+
+def test_a_pipe_hears_of_compiling_and_of_the_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(log, "PATIENCE_SECONDS", 0.02)
+    monkeypatch.setattr(log, "LINE_SECONDS", 0.1)
+    with RunDisplay(400) as display:
+        with display.doing(describe_compiling(22)):
+            time.sleep(0.3)
+        for step in range(1, 21):
+            display.advance(step)
+            time.sleep(0.02)
+    lines = capsys.readouterr().err.splitlines()
+    compiling = "step 0/400 | compiling (first time on this machine: about 40 s)"
+    assert lines[0] == compiling
+    assert 2 <= lines.count(compiling) <= 4
+    assert re.fullmatch(r"step \d+/400 \| about \d+ s left", lines[-1])
+    assert len(lines) < 9
