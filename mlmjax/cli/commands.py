@@ -170,17 +170,18 @@ def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) 
     help="Measure order sensitivity on N rows (asks each again with up to 3 other orders of its "
     "options); 0 turns it off.",
 )
+@_json
 @click.pass_context
 def evaluate(context: click.Context, /, **given: Any) -> None:
     """Score a model on a task or a suite.
 
-    A task prints JSON; a suite writes into --out. KEY=VALUE changes a setting of a suite, such as
-    sweep.epochs=[1] seeds=2 limit=500.
+    A task prints a short table, or with --json all figures. A suite writes into --out. KEY=VALUE
+    changes a setting of a suite, such as sweep.epochs=[1] seeds=2 limit=500.
     """
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
-        _reject(context, "a task", "protocol", "order_rows")
+        _reject(context, "a task", "protocol", "order_rows", "as_json")
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
@@ -226,7 +227,9 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
+    from mlmjax.evaluation.summary import summary_lines
     from mlmjax.reporting.terminal import count_progress, say
+    from mlmjax.scoring.engine import describe_compiling
     from mlmjax.storage import CLASSIFIER
     from mlmjax.weights.hub import PACKAGED, fetch
     from mlmjax.weights.pretrained import load_pretrained
@@ -243,11 +246,15 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     if (folder / CLASSIFIER).exists():
         say("the model is a classifier with its own prompt; the task's prompt is used instead")
     options = ("data", "protocol", "limit", "out", "batch_size", "order_rows")
-    with count_progress("rows scored") as progress:
+    compiling = describe_compiling(loaded[0].config.num_hidden_layers)
+    with count_progress("rows scored", compiling) as progress:
         results = run_evaluation(
             *loaded, task, **{name: given[name] for name in options}, progress=progress, known=known
         )
-    click.echo(json.dumps(results, indent=2, ensure_ascii=False))
+    as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
+    click.echo("\n".join(as_json if given["as_json"] else summary_lines(results)))
+    if given["out"] is not None:
+        say(f"report: {Path(given['out']) / 'report.md'}")
 
 
 @cli.command()

@@ -61,7 +61,7 @@ class _FiguresColumn(bars.ProgressColumn):
     def __init__(self) -> None:
         super().__init__(table_column=Column(ratio=1, no_wrap=True, overflow="crop"))
 
-    def render(self, task: bars.Task) -> Figures:  # type: ignore[override]
+    def render(self, task: bars.Task) -> Figures:
         return Figures(task.fields.get("figures", ""))
 
 
@@ -158,8 +158,8 @@ class _Work:
 
     def _draw(self) -> None:
         if self.bar is not None and self.task is not None and self.done:
-            more = {"completed": self.done, "total": self.total or None}
-            self.bar.update(self.task, figures="", **more)
+            total = self.total or None
+            self.bar.update(self.task, completed=self.done, total=total, figures="")
 
     def line(self) -> str:
         """Return the present state as a line."""

@@ -41,7 +41,7 @@ def test_an_own_protocol_is_accepted_and_an_unknown_one_rejected_first(capsys, t
         " [unused0] [MASK]'\nanswer = 'label'\nlabels = ['bad', 'good']\n"
         "[protocols.plain]\nbare = true\n"
     )
-    command = ["evaluate", "--task", str(path), "--order-rows", "0", "--protocol"]
+    command = ["evaluate", "--json", "--task", str(path), "--order-rows", "0", "--protocol"]
     assert run([*command, "plain"]) == 0
     assert json.loads(capsys.readouterr().out)["protocol"] == "plain"
     assert run([*command, "other"]) == 2

@@ -91,7 +91,7 @@ def test_every_command_uses_it_where_no_model_is_given(tmp_path):
     assert "using the packaged mlmjax-small" in plain.stderr
     assert "packaged" not in named.stderr
     task = ROOT / "configs/tasks/subjects.toml"
-    found = invoke(["evaluate", "--task", str(task), "--limit", "4", "--order-rows", "0"])
+    found = invoke(["evaluate", "--json", "--task", str(task), "--limit", "4", "--order-rows", "0"])
     assert json.loads(found.stdout)["n"] == 4
     assert "using the packaged mlmjax-small" in found.stderr
 

@@ -62,7 +62,8 @@ def exports(tmp_path_factory):
 
 def evaluate(folder, data, capsys, model):
     (folder / "task.toml").write_text(TASK)
-    arguments = ["evaluate", "--model", str(folder / model), "--task", str(folder / "task.toml")]
+    names = ["--model", str(folder / model), "--task", str(folder / "task.toml")]
+    arguments = ["evaluate", "--json", *names]
     assert main.run([*arguments, "--data", str(data), "--out", str(folder / "results")]) == 0
     out, err = capsys.readouterr()
     results = json.loads((folder / "results" / "results.json").read_text())

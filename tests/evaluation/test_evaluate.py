@@ -1,6 +1,7 @@
 """Evaluation: the published protocol against torch, own tables, and what is rejected."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.evaluate import run_evaluation
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
+from mlmjax.reporting import terminal
 from mlmjax.scoring.scorers import HeadScorer, Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
@@ -325,15 +327,17 @@ def test_blank_posts_are_counted_but_not_prompted(answer):
 
 @pytest.mark.parametrize("is_classifier", [False, True])
 def test_the_command_counts_rows_and_names_a_prompt_it_does_not_use(
-    tmp_path, tokenizer, model, reviews, capsys, is_classifier
+    tmp_path, tokenizer, model, reviews, capsys, monkeypatch, is_classifier
 ):
     if is_classifier:
         Classifier((model, tokenizer), ["good", "bad"]).save_pretrained(tmp_path / "model")
     else:
         save_pretrained(model, tokenizer, tmp_path / "model")
-    assert run(["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]) == 0
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]
+    monkeypatch.setattr(terminal, "PATIENCE_SECONDS", 0.0)
+    assert run([*command, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["n"] == 5
-    assert err.splitlines()[-1] == "rows scored 5/5"
+    assert re.match(r"rows scored 5/5 \| \d+ s", err.splitlines()[-1])
     own_prompt = "its own prompt; the task's prompt is used instead"
     assert (own_prompt in err) == is_classifier

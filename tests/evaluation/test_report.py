@@ -156,7 +156,7 @@ def test_a_page_of_few_rows_and_no_order(answer, tmp_path):
 def test_the_command_takes_a_number_of_rows(model, tokenizer, reviews, capsys, no_report):
     tmp_path = reviews.parent
     save_pretrained(model, tokenizer, tmp_path / "model")
-    base = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(reviews)]
+    base = ["evaluate", "--json", "--model", str(tmp_path / "model"), "--task", str(reviews)]
     for number in (0, 3):
         out = tmp_path / f"out{number}"
         assert run([*base, "--order-rows", str(number), "--out", str(out)]) == 0

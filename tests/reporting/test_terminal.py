@@ -69,10 +69,15 @@ def test_rows_are_counted_by_a_bar_on_a_terminal(capsys, monkeypatch, hurry):
 
 def test_a_failure_ends_the_bar(capsys, monkeypatch, hurry):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with pytest.raises(KeyboardInterrupt), count_progress("rows") as show:
-        show(1, 4)
-        time.sleep(0.1)
-        raise KeyboardInterrupt
+
+    def work():
+        with count_progress("rows") as show:
+            show(1, 4)
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert "\x1b[?25h" in capsys.readouterr().err  # the cursor is back
 
 

@@ -148,5 +148,5 @@ def cases():
         yield case(f"evaluate {name}", spoil, *more, says=says)
     writes = ("results/*.json*", "results/report.md", "results/reliability.png")
     for name, spoil in GOOD.items():
-        more = ("--limit", "9" * 30, *(("--out", "results") if "results" in name else ()))
+        more = ("--json", "--limit", "9" * 30, *(("--out", "results") if "results" in name else ()))
         yield case(f"evaluate {name}", spoil, *more, says='"n": 1', code=0, writes=writes)

@@ -1,0 +1,43 @@
+"""Show the figures of an evaluation on a terminal."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mlmjax.errors import counted
+from mlmjax.reporting.markdown import METRIC_NAMES, percent, score, visible
+
+
+def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a short table of the figures that `run_evaluation` returned."""
+    yield f"{visible(results['task'])}, protocol {visible(results['protocol'])}: {_rows(results)}"
+    rows = [("", "value", "95 % interval")]
+    shown = dict.fromkeys(["accuracy", results["metric"], "macro_f1"])
+    for name in shown:
+        low, high = map(score, results[f"{name}_ci95"])
+        rows.append((METRIC_NAMES[name], score(results[name]), f"{low} to {high}"))
+        if name == "accuracy":
+            rows.append(("majority", score(results["majority"]), "always the most common answer"))
+    rows.append(("calibration error", score(results["calibration"]["ece"]), _sureness(results)))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, more in rows:
+        yield f"{name:<{widths[0]}}  {value:>{widths[1]}}  {more}".rstrip()
+    yield f"{'contamination':<{widths[0]}}  {results['contamination']}"
+    for line in results["trained_on"]:
+        yield f"  {visible(line)}"
+
+
+def _rows(results: Mapping[str, Any]) -> str:
+    """Describe the rows scored, and what was done to some of them."""
+    reasons = {
+        "shortened": "truncated",
+        "dropped": "left out by their label",
+        "blank": "blank after cleaning",
+    }
+    notes = [f"{results[key]:,} {text}" for key, text in reasons.items() if results[key]]
+    return counted(results["n"], "row") + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _sureness(results: Mapping[str, Any]) -> str:
+    """Say by how much the mean probability of the answers differs from their accuracy."""
+    gap = results["calibration"]["confidence"] - results["accuracy"]
+    return f"on average {percent(abs(gap))} too {'sure' if gap > 0 else 'unsure'}"
