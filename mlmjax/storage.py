@@ -118,14 +118,8 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode())
 
 
-@contextmanager
-def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
-    """Yield a new folder to write into; move it to `path` at the end.
-
-    An older folder is replaced only if it holds nothing but `replaceable` names (`*` and an ending
-    match any name with that ending). Raises `InputError` for any other folder or file there, and
-    `RunError` when writing fails. Then the old folder stays, and nothing else is left.
-    """
+def check_replaceable(path: Path, replaceable: Collection[str]) -> None:
+    """Raise `InputError` unless `replace_folder` may write to this place."""
     path = path.expanduser()
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; give a folder to write to")
@@ -136,6 +130,18 @@ def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
             f"{path}: holds files that are not part of a model ({min(others)}); give a new or "
             "empty folder"
         )
+
+
+@contextmanager
+def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
+    """Yield a new folder to write into; move it to `path` at the end.
+
+    An older folder is replaced only if it holds nothing but `replaceable` names (`*` and an ending
+    match any name with that ending). Raises `InputError` for any other folder or file there, and
+    `RunError` when writing fails. Then the old folder stays, and nothing else is left.
+    """
+    path = path.expanduser()
+    check_replaceable(path, replaceable)
     new = _hidden(path, "new")
     try:
         with _move_when_done(new, path):

@@ -4,7 +4,7 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -275,6 +275,59 @@ def compare(a: str, b: str, as_json: bool) -> None:
 
 
 @cli.command()
+@click.argument("table")
+@click.option("--text", metavar="COLUMN", help="Column of the texts (default: the obvious one).")
+@click.option("--label", metavar="COLUMN", help="Column of the labels (default: the obvious one).")
+@click.option("--out", metavar="DIR", help="Folder to write (default: TABLE-classifier).")
+@click.option(
+    "--model",
+    help="Folder or Hub id of the model to fine-tune (default: the packaged mlmjax-small).",
+)
+@click.option(
+    "--answer",
+    type=click.Choice(["words", "letters", "head"]),
+    help="How it answers (default: chosen from the labels).",
+)
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Highest learning rate (default: by size of the model).",
+)
+@click.option("--epochs", type=_positive, help="Passes over the rows (default: by their number).")
+@click.option(
+    "--test-share",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="Share of each label's rows to test on.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of split and training.")
+@click.option("--skip-blank", is_flag=True, help="Leave out rows without a text or a label.")
+@click.option(
+    "--drop-label", "drop_labels", multiple=True, metavar="LABEL", help="Leave out its rows."
+)
+@_revision
+@_dtype
+@_json
+def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
+    """Make a classifier from TABLE: texts with their labels.
+
+    TABLE is CSV, TSV, JSON lines or parquet (.gz and .zst too). A share of the rows is held out to
+    test it. --out gets the model and a page with the results.
+
+    Example: mlmjax fit tickets.csv --text body --label team --out tickets-classifier
+    """
+    from mlmjax.cli.tables.fit import fit_table, result_lines
+    from mlmjax.weights.hub import PACKAGED
+
+    _report_packaged(model is None)
+    found = fit_table(table, model=PACKAGED if model is None else model, **options)
+    shown = [json.dumps(found, indent=2, ensure_ascii=False)] if as_json else result_lines(found)
+    for line in shown:
+        click.echo(line)
+
+
+@cli.command()
 @click.option("--model", help="Folder or Hub id of the model (default: the packaged mlmjax-small).")
 @click.option(
     "--labels",
@@ -284,27 +337,66 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @_revision
 @_dtype
 @_batch_size
+@click.option("--text", metavar="COLUMN", help="FILE is a table; the column of its texts.")
+@click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
+@click.option("--out", metavar="FILE", help="Write a .jsonl, .csv or .parquet file.")
+@click.option("--echo", is_flag=True, help="Repeat each text in its answer.")
+@click.option("--full", is_flag=True, help="Print all digits of the probabilities, not six.")
 @click.argument("file", default="-")
-def classify(model: str | None, labels: str | None, file: str, **options: Any) -> None:
-    """Classify each line of FILE.
+def classify(
+    model: str | None,
+    labels: str | None,
+    text: str | None,
+    id_: str | None,
+    out: str | None,
+    echo: bool,
+    full: bool,
+    file: str,
+    **options: Any,
+) -> None:
+    """Classify each line of FILE, or each row of a table.
 
-    FILE may be - for standard input. Each answer is one JSON line.
+    FILE may be - for standard input. Each answer is one JSON line with the number of its line.
+
+    Example: mlmjax classify --model MODEL --text body --id ticket --out answers.csv tickets.csv
     """
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
+    from mlmjax.cli.tables.answers import (
+        Item,
+        check_options,
+        read_items,
+        shape_answer,
+        write_answers,
+    )
     from mlmjax.reporting.terminal import say
     from mlmjax.weights.hub import PACKAGED
 
+    check_options(file, text, id_, out)
+
+    def read() -> Iterator[Item]:
+        if text is None:
+            return itertools.starmap(Item, enumerate(read_lines(file), start=1))
+        return read_items(file, text, id_)
+
     names = None if labels is None else read_labels(labels)
     if file != "-":
-        for _ in read_lines(file):  # a bad line raises an error before any answer is printed
+        for _ in read():  # a bad line raises an error before any answer is printed
             pass
     predictor = Predictor.from_pretrained(PACKAGED if model is None else model, names, **options)
     _report_packaged(model is None)
-    lines = read_lines(file)
-    while chunk := list(itertools.islice(lines, CLASSIFY_CHUNK)):
-        for answer in predictor.answers(chunk):
-            click.echo(json.dumps(answer, ensure_ascii=False))
+    key = "line" if id_ is None else "id"
+
+    def answers() -> Iterator[dict[str, Any]]:
+        items = read()
+        while chunk := list(itertools.islice(items, CLASSIFY_CHUNK)):
+            found = predictor.answers([item.text for item in chunk])
+            for item, answer in zip(chunk, found, strict=True):
+                yield shape_answer(answer, item, key, echo=echo, full=full)
+
+    count = write_answers(answers(), out)
+    if out is not None:
+        say(f"{out}: {count:,} answers")
     if predictor.shortened:
         say(f"{predictor.shortened} of the texts did not fit the model and were truncated")
 

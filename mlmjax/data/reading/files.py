@@ -69,9 +69,7 @@ def read_file(
     Errors of the disk or the network are always raised.
     """
     path = Path(path)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = _COMPRESSION.get(suffixes[-1]) if suffixes else None
-    kind = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
+    kind, compression = _kind_of(path)
     read = _READERS.get(kind)
     if read is None or (compression and kind == ".parquet"):
         raise InputError(
@@ -96,6 +94,23 @@ def read_file(
         broken(BROKEN_FILE, failure)
     except InputError as error:
         broken(BROKEN_FILE, error)
+
+
+def has_columns(path: str | Path) -> bool:
+    """Tell whether a file's name is that of a table with columns, compressed or not.
+
+    >>> has_columns("a.csv"), has_columns("a.JSONL.gz"), has_columns("a.txt"), has_columns("-")
+    (True, True, False, False)
+    """
+    kind, _ = _kind_of(Path(path))
+    return kind in _READERS and kind != ".txt"
+
+
+def _kind_of(path: Path) -> tuple[str, str | None]:
+    """Return the ending that names a file's format, and its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = _COMPRESSION.get(suffixes[-1]) if suffixes else None
+    return "".join(suffixes[-2:-1] if compression else suffixes[-1:]), compression
 
 
 def require_columns(

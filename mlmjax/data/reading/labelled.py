@@ -1,0 +1,189 @@
+"""Read texts and their labels from a table, and find the columns that hold them."""
+
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlmjax.config.columns import as_written, columns_read, look_up
+from mlmjax.data.reading.files import Record, read_file, require_columns
+from mlmjax.errors import InputError, counted
+from mlmjax.text.checks import check_text, for_each_row
+
+TEXT_NAMES = (
+    *("text", "texts", "sentence", "content", "body", "message", "comment", "review", "document"),
+    *("utterance", "question", "query", "description"),
+)
+LABEL_NAMES = (
+    *("label", "labels", "class", "category", "target", "topic", "intent", "sentiment"),
+    *("label_text", "label_name"),
+)
+"""Names, in small letters, that make a column's use obvious."""
+
+MOST_DISTINCT = 0.5
+"""The share of rows with a label of their own above which a column holds no labels."""
+
+
+class Columns(NamedTuple):
+    """Name the columns of a table; `said` tells which were found rather than given."""
+
+    text: str
+    label: str
+    said: tuple[str, ...]
+
+
+class LabelledTable(NamedTuple):
+    """Hold the rows of a table: `where` names each in messages; `said` is for the user."""
+
+    texts: list[str]
+    labels: list[str]
+    where: list[str]
+    columns: Columns
+    said: tuple[str, ...]
+
+    def at(self, rows: Sequence[int]) -> tuple[list[str], list[str]]:
+        """Return the texts and labels of some rows."""
+        return [self.texts[i] for i in rows], [self.labels[i] for i in rows]
+
+
+def find_columns(
+    where: str, present: Sequence[str], text: str | None = None, label: str | None = None
+) -> Columns:
+    """Return the columns of texts and labels: those given, else those that are obvious.
+
+    A column is obvious if it is the only one with a usual name, or the only one that is left.
+    Raises `InputError` that lists the columns.
+
+    >>> find_columns("table.csv", ["id", "Body", "topic"])[:2]
+    ('Body', 'topic')
+    """
+    require_columns(where, [name for name in (text, label) if name is not None], present)
+    said = []
+    taken: set[str] = set()
+    for name in (text, label):
+        taken.update((name is not None and columns_read(name, present)) or ())
+    if label is None:
+        left = [name for name in present if name not in taken]
+        label = _obvious(where, left, LABEL_NAMES, "labels", "--label", text is not None)
+        taken.add(label)
+        said.append(f"column {label!r} holds the labels (--label names another)")
+    if text is None:
+        left = [name for name in present if name not in taken]
+        text = _obvious(where, left, TEXT_NAMES, "texts", "--text", True)
+        said.append(f"column {text!r} holds the texts (--text names another)")
+    if text == label:
+        raise InputError(f"{where}: --text and --label both name {text!r}; expected two columns")
+    return Columns(text, label, tuple(reversed(said)))
+
+
+def _obvious(
+    where: str, left: Sequence[str], usual: Collection[str], what: str, option: str, is_last: bool
+) -> str:
+    found = [name for name in left if name.strip().lower() in usual]
+    if len(found) == 1:
+        return found[0]
+    if is_last and len(left) == 1:
+        return left[0]
+    why = f"{', '.join(map(repr, found))} may" if found else "no column has a usual name and may"
+    raise InputError(
+        f"{where}: which column holds the {what} is not clear: {why} hold them; columns: "
+        f"{', '.join(left) or 'none'}; give {option} COLUMN"
+    )
+
+
+def read_labelled(
+    path: str | Path,
+    text: str | None = None,
+    label: str | None = None,
+    *,
+    skip_blank: bool = False,
+    drop_labels: Collection[str] = (),
+) -> LabelledTable:
+    """Read a table of texts, each with one label; white space around labels is removed.
+
+    The format follows from the name, as in `read_file`. A row that repeats text and label is left
+    out, as are rows with a label of `drop_labels`, and with `skip_blank` rows without a text or a
+    label; `said` counts them. Raises `InputError` that lists every row without a text or a label.
+    """
+    first = next(iter(islice(read_file(path), 1)), None)
+    if first is None:
+        raise InputError(f"{path}: has no rows; expected a text and a label in each")
+    columns = find_columns(str(path), list(first.fields), text, label)
+    records = read_file(path, [columns.text, columns.label], named=[columns.label])
+    counts = dict.fromkeys(("blank", "dropped", "repeated"), 0)
+    seen: dict[tuple[str, str], str] = {}
+    for where, row in for_each_row(
+        lambda record: (record.where, _row(record, columns, skip_blank)),
+        ((record.where, record) for record in records),
+    ):
+        if row is None:
+            counts["blank"] += 1
+        elif row[1] in drop_labels:
+            counts["dropped"] += 1
+        elif row in seen:
+            counts["repeated"] += 1
+        else:
+            seen[row] = where
+    texts, labels = [row[0] for row in seen], [row[1] for row in seen]
+    _check_labels(str(path), labels, columns.label)
+    said = [*columns.said, *_describe(counts), *_similar(labels)]
+    return LabelledTable(texts, labels, list(seen.values()), columns, tuple(said))
+
+
+def _row(record: Record, columns: Columns, skip_blank: bool) -> tuple[str, str] | None:
+    text = look_up(record.fields, columns.text)
+    label = look_up(record.fields, columns.label)
+    if isinstance(label, list | dict):
+        raise InputError(
+            f"column {columns.label!r} is {label!r:.60}; expected one label (for several, use "
+            "Classifier(multi_label=True) in Python)"
+        )
+    name = "" if label is None else as_written(label).strip()
+    text = "" if text is None else text
+    check_text(text, f"column {columns.text!r}")
+    check_text(name, f"column {columns.label!r}")
+    for value, column in ((text, columns.text), (name, columns.label)):
+        if not value.strip():
+            if skip_blank:
+                return None
+            raise InputError(
+                f"column {column!r} is blank; fill it in, or leave such rows out with --skip-blank"
+            )
+    return text, name
+
+
+def _check_labels(where: str, labels: Sequence[str], column: str) -> None:
+    distinct = dict.fromkeys(labels)
+    if len(distinct) < 2:
+        raise InputError(
+            f"{where}: column {column!r} has {counted(len(distinct), 'distinct label')} "
+            f"({', '.join(distinct) or 'no rows are left'}); expected at least two"
+        )
+    if len(distinct) > max(2, MOST_DISTINCT * len(labels)):
+        raise InputError(
+            f"{where}: column {column!r} has {len(distinct)} distinct labels in "
+            f"{counted(len(labels), 'row')}, so most occur once; expected labels that repeat: "
+            "give the right column with --label, or more rows"
+        )
+
+
+def _describe(counts: dict[str, int]) -> Iterator[str]:
+    words = {
+        "blank": "without a text or a label",
+        "dropped": "with a label of --drop-label",
+        "repeated": "that repeat an earlier text and label",
+    }
+    for name, what in words.items():
+        if counts[name]:
+            yield f"left out {counted(counts[name], 'row')} {what}"
+
+
+def _similar(labels: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for labels that differ only in capitals or spaces."""
+    names: dict[str, list[Any]] = {}
+    for label in sorted(set(labels)):
+        names.setdefault(" ".join(label.casefold().split()), []).append(label)
+    for group in names.values():
+        if len(group) > 1:
+            shown = ", ".join(map(repr, group))
+            yield f"warning: the labels {shown} are kept apart; correct the table if they are one"

@@ -1,0 +1,163 @@
+"""`fit`: from a table to a saved classifier, its figures and its page."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from tables import labelled_rows, write_table
+
+from mlmjax import Classifier
+from mlmjax.cli import main
+from mlmjax.cli.tables.choice import choose
+from mlmjax.cli.tables.fit import confusion_lines, result_lines, split_table
+from mlmjax.data.reading.labelled import read_labelled
+from mlmjax.errors import InputError
+
+OPTIONS = ("--learning-rate", "1e-2", "--epochs", "25")
+
+
+@pytest.fixture(scope="module")
+def fitted(word_folder, tmp_path_factory):
+    """The folder of a fitted table, with what the command printed."""
+    folder = tmp_path_factory.mktemp("fit")
+    table = write_table(folder / "tickets.csv", labelled_rows(60))
+    out = folder / "out"
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("click.echo", lambda text="", **options: found.append(text))
+        code = main.run(
+            ["fit", str(table), "--out", str(out), "--model", str(word_folder), *OPTIONS]
+        )
+    assert code == 0, found
+    return out, found
+
+
+def test_a_table_becomes_a_classifier_that_learned(fitted):
+    out, printed = fitted
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert results["accuracy"] == 1.0
+    assert results["methods"]["always 'sports'"]["accuracy"] == 0.5
+    assert results["n"] == 12
+    assert results["rows_trained"] == 48
+    assert results["answer"] == "words"
+    assert results["confusion"] == [[6, 0], [0, 6]]
+    assert 0 <= results["calibration"]["ece"] < 0.2
+    assert printed == list(result_lines(results))
+    assert re.fullmatch(r"this classifier +100.0%   7\d\.\d% to 100.0%", printed[1])
+    assert "TF-IDF + logistic regression" in results["methods"]
+
+
+def test_the_saved_folder_gives_the_answers_that_were_measured(fitted):
+    out, _ = fitted
+    lines = (out / "report" / "predictions.jsonl").read_text().splitlines()
+    predictions = [json.loads(line) for line in lines]
+    rows = labelled_rows(60)
+    numbers = [int(one["where"].rpartition(" ")[2]) - 2 for one in predictions]
+    assert [rows[i]["label"] for i in numbers] == [one["gold"] for one in predictions]
+    again = Classifier.from_pretrained(out).predict_proba([rows[i]["text"] for i in numbers])
+    assert again.tolist() == [list(one["probabilities"].values()) for one in predictions]
+
+
+def test_the_line_to_go_on_with_works(fitted, tmp_path, monkeypatch):
+    _, printed = fitted
+    (line,) = [text for text in printed if text.startswith("next: ")]
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "TABLE.csv", labelled_rows(4))
+    program, *arguments = line.removeprefix("next: ").replace("TABLE", "TABLE.csv").split()
+    assert program == "mlmjax"
+    assert main.run(arguments) == 0
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 5
+
+
+def test_the_page_shows_pictures_and_no_text_is_markup(fitted):
+    page = (fitted[0] / "report" / "report.html").read_text()
+    assert page.count('<img alt="') == 3
+    assert "No test row has a wrong answer." in page
+    assert "mlmjax classify --model" in page
+    assert "<script" not in page
+
+
+@pytest.mark.parametrize(
+    ("names", "way", "rows", "expected"),
+    [
+        (["sports", "money"], None, 48, ("words", 10, 16)),
+        (["sports news", "money"], None, 400, ("letters", 6, 16)),
+        ([f"label {i}" for i in range(30)], None, 4000, ("head", 3, 32)),
+        (["sports", "money"], "head", 100_000, ("head", 3, 32)),
+    ],
+)
+def test_the_way_to_answer_follows_from_the_labels(word_folder, names, way, rows, expected):
+    choice = choose(str(word_folder), names, rows, way=way)
+    assert (choice.way, choice.epochs, choice.batch_size) == expected
+    assert choice.learning_rate == 1e-3
+
+
+def test_a_large_model_learns_at_a_lower_rate(word_folder, tmp_path, tokenizer):
+    config = json.loads((word_folder / "config.json").read_text())
+    config |= {"vocab_size": 50368, "hidden_size": 2048, "pad_token_id": tokenizer.pad_id}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer.save(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert choose(str(tmp_path), ["yes", "no"], 100).learning_rate == 3e-5
+
+
+def test_a_classifier_is_not_fitted_again(fitted):
+    with pytest.raises(InputError, match="is already a classifier"):
+        choose(str(fitted[0]), ["a", "b"], 100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a.csv", "--text", "txt"], "has no column 'txt'; did you mean 'text'?"),
+        (["absent.csv"], "absent.csv: cannot be read"),
+        (["a.xlsx"], "unknown kind of file"),
+        (["a.csv", "--out", "taken"], "taken: holds files that are not part of a model (mine)"),
+        (["a.csv", "--out", "mlmjax-small"], "is the name of the packaged model"),
+        (["few.csv"], "has too few rows to hold out some of them for a test"),
+        (["a.csv", "--test-share", "1"], "Invalid value for '--test-share'"),
+    ],
+)
+def test_bad_input_is_rejected_before_training(
+    word_folder, tmp_path, monkeypatch, capsys, arguments, says
+):
+    monkeypatch.chdir(tmp_path)
+    write_table(tmp_path / "a.csv", labelled_rows(40))
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    (tmp_path / "few.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert main.run(["fit", "--model", str(word_folder), *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in next(line for line in err.splitlines() if line.startswith("mlmjax: "))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_text_with_two_labels_is_never_tested(tmp_path):
+    rows = labelled_rows(40)
+    rows += [{**row, "label": "money"} for row in rows[:6] if row["label"] == "sports"]
+    table = read_labelled(write_table(tmp_path / "a.csv", rows))
+    split = split_table(table, 0.5, seed=0)
+    tested = {table.texts[i] for i in split.test}
+    assert not tested & {table.texts[i] for i in split.train}
+    assert split.said == (
+        "3 texts with more than one label: not tested",
+        "warning: 18 test rows say little; mind the interval",
+    )
+
+
+def test_confusions_fit_a_terminal_or_become_a_list():
+    few = list(confusion_lines(["a", "long name"], np.array([[3, 10], [0, 4]])))
+    assert few[1:] == [
+        "            a  long name",
+        "a           3         10",
+        "long name   0          4",
+    ]
+    names = [f"a label with number {i}" for i in range(9)]
+    many = list(confusion_lines(names, np.eye(9, dtype=int) + np.eye(9, k=1, dtype=int)))
+    assert many[0] == "most frequent confusions"
+    assert len(many) == 9
+    assert max(map(len, [*few, *many])) <= 80

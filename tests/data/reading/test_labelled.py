@@ -1,0 +1,118 @@
+"""Labelled tables: every format gives the same rows, columns are found or asked for."""
+
+import pytest
+from tables import labelled_rows, write_table
+
+from mlmjax.data.reading.labelled import find_columns, read_labelled
+from mlmjax.errors import InputError
+
+ROWS = labelled_rows(12)
+NAMES = ("a.csv", "a.tsv", "a.jsonl", "a.parquet", "a.csv.gz", "a.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format_gives_the_same_rows_and_says_which_columns(tmp_path, name):
+    table = read_labelled(write_table(tmp_path / name, ROWS))
+    assert table.texts == [row["text"] for row in ROWS]
+    assert table.labels == [row["label"] for row in ROWS]
+    assert table.columns[:2] == ("text", "label")
+    assert [line.split(" (")[0] for line in table.said] == [
+        "column 'text' holds the texts",
+        "column 'label' holds the labels",
+    ]
+    assert table.where[0].startswith(str(tmp_path / name))
+
+
+def test_given_columns_are_used_and_not_spoken_of(tmp_path):
+    path = write_table(tmp_path / "a.csv", ROWS)
+    table = read_labelled(path, "{id}: {text}", "label")
+    assert table.texts[0] == f"T0: {ROWS[0]['text']}"
+    assert table.said == ()
+
+
+@pytest.mark.parametrize(
+    ("present", "given", "found"),
+    [
+        (["id", "Body", "Topic"], {}, ("Body", "Topic")),
+        (["words", "team"], {"label": "team"}, ("words", "team")),
+        (["words", "team"], {"text": "words"}, ("words", "team")),
+        (["text", "body", "label"], {"text": "body"}, ("body", "label")),
+        (["a", "text", "category"], {"label": "a"}, ("text", "a")),
+    ],
+)
+def test_obvious_columns_are_found(present, given, found):
+    assert find_columns("a.csv", present, **given)[:2] == found
+
+
+@pytest.mark.parametrize(
+    ("present", "given", "says"),
+    [
+        (["a", "b"], {}, "which column holds the labels is not clear: no column has a usual"),
+        (["text", "body", "label"], {}, "'text', 'body' may hold them; columns: text, body"),
+        (["text", "label", "class"], {}, "'label', 'class' may hold them"),
+        (["text", "label"], {"label": "lable"}, "no column 'lable'; did you mean 'label'?"),
+        (["text", "label"], {"text": "text", "label": "text"}, "both name 'text'"),
+    ],
+)
+def test_doubtful_columns_are_an_error_that_lists_them(present, given, says):
+    with pytest.raises(InputError) as error:
+        find_columns("a.csv", present, **given)
+    assert says in str(error.value)
+
+
+def test_rows_without_a_text_or_a_label_are_listed_or_left_out_and_counted(tmp_path):
+    spoiled = [*ROWS, {"id": "x", "text": " ", "label": "sports"}]
+    spoiled += [{"id": "y", "text": "the end", "label": ""}, ROWS[0]]
+    path = write_table(tmp_path / "a.csv", spoiled)
+    with pytest.raises(InputError, match=r"line 14: column 'text' is blank.*--skip-blank") as error:
+        read_labelled(path)
+    assert "line 15: column 'label' is blank" in error.value.details[0]
+    table = read_labelled(path, skip_blank=True)
+    assert len(table.texts) == len(ROWS)
+    assert table.said[-2:] == (
+        "left out 2 rows without a text or a label",
+        "left out 1 row that repeat an earlier text and label",
+    )
+
+
+def test_labels_are_names_even_if_they_are_numbers(tmp_path):
+    rows = [{"text": f"text {i}", "label": [1, 2.0, True, -1][i % 4]} for i in range(16)]
+    path = write_table(tmp_path / "a.jsonl", rows)
+    assert set(read_labelled(path).labels) == {"1", "2", "true", "-1"}
+    assert set(read_labelled(path, drop_labels=["-1"]).labels) == {"1", "2", "true"}
+
+
+def test_labels_that_differ_in_capitals_are_a_warning(tmp_path):
+    rows = [{"text": f"text {i}", "label": ["Yes", "yes ", "no"][i % 3]} for i in range(9)]
+    table = read_labelled(write_table(tmp_path / "a.csv", rows))
+    assert set(table.labels) == {"Yes", "yes", "no"}
+    assert "'Yes', 'yes' are kept apart" in table.said[-1]
+
+
+@pytest.mark.parametrize(
+    ("label", "says"),
+    [
+        (lambda i: "one", "has 1 distinct label \\(one\\); expected at least two"),
+        (lambda i: f"row {i}", "9 distinct labels in 9 rows"),
+        (lambda i: ["a", "b"], "expected one label"),
+    ],
+)
+def test_a_column_that_holds_no_labels_is_rejected(tmp_path, label, says):
+    rows = [{"text": f"text {i}", "label": label(i)} for i in range(9)]
+    with pytest.raises(InputError, match=says):
+        read_labelled(write_table(tmp_path / "a.jsonl", rows))
+
+
+def test_a_text_that_is_a_number_is_rejected_by_row(tmp_path):
+    rows = [{"text": 7, "label": "a"}, {"text": "x", "label": "b"}]
+    with pytest.raises(InputError, match="line 1: column 'text' is int"):
+        read_labelled(write_table(tmp_path / "a.jsonl", rows))
+
+
+def test_a_spreadsheet_and_a_table_without_rows_are_rejected(tmp_path):
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match="unknown kind of file; expected a name that ends in"):
+        read_labelled(tmp_path / "a.xlsx")
+    (tmp_path / "a.csv").write_text("text,label\n")
+    with pytest.raises(InputError, match="has no rows"):
+        read_labelled(tmp_path / "a.csv")
