@@ -310,7 +310,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @_dtype
 @_json
 def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
-    """Make a classifier from TABLE: texts with their labels.
+    """Make a classifier from a labelled TABLE.
 
     TABLE is CSV, TSV, JSON lines or parquet (.gz and .zst too). A share of the rows is held out to
     test it. --out gets the model and a page with the results.
@@ -354,9 +354,10 @@ def classify(
     file: str,
     **options: Any,
 ) -> None:
-    """Classify each line of FILE, or each row of a table.
+    """Classify the lines of FILE, or its rows.
 
-    FILE may be - for standard input. Each answer is one JSON line with the number of its line.
+    FILE may be - for standard input, or a table with --text. Each answer is one JSON line with the
+    number of its line, or with its --id.
 
     Example: mlmjax classify --model MODEL --text body --id ticket --out answers.csv tickets.csv
     """

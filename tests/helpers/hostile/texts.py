@@ -48,6 +48,22 @@ TEXT_FILES = {
     "half a character": (b"one\n\xed\xa0\x80\n", "texts.txt, line 2: is not UTF-8 text"),
     "UTF-16": ("one\n".encode("utf-16"), "texts.txt, line 1: is not UTF-8 text"),
 }
+# By name: the content of a table, and what the first line must say of it with --text text.
+TABLES = {
+    "t.csv": (b"id,text\n1,one\n2,\n", "t.csv line 3: column 'text' is blank"),
+    "short.csv": (b"id,text\n1\n", "short.csv line 2: has 1 fields, the header has 2"),
+    "quote.csv": (b'id,text\n1,"one\n', "quote.csv line 2: is not valid CSV"),
+    "other.csv": (b"id,body\n1,one\n", "has no column 'text'"),
+    "twice.csv": (b"text,text\n1,one\n", "the header has 'text' twice"),
+    "utf16.csv": ("id,text\n1,one\n".encode("utf-16"), "utf16.csv line 1: "),
+    "t.jsonl": (b'{"text": "one"}\n{"text": 2}\n', "t.jsonl line 2: column 'text' is int"),
+    "null.jsonl": (b'{"text": null}\n', "null.jsonl line 1: column 'text' is blank"),
+    "list.jsonl": (b'{"text": ["one"]}\n', "list.jsonl line 1: column 'text' is list"),
+    "broken.jsonl": (b'{"text": "one"', "broken.jsonl line 1: is not valid JSON"),
+    "empty.tsv": (b"", "empty.tsv: is empty"),
+    "t.parquet": (b"PAR1 not", "t.parquet: cannot be read"),
+    "t.csv.gz": (b"no gzip", "t.csv.gz"),
+}
 CLASSIFIER = "model/mlmjax_classifier.json"
 # By changed keys: what the first line must say.
 SAVED = {
@@ -79,6 +95,11 @@ def cases():
     for name, (content, says) in TEXT_FILES.items():
         spoil = write("texts.txt", content)
         yield Case(f"texts {name}", (*HEAD, *RED, "texts.txt"), 2, says, needs, spoil)
+    for name, (content, says) in TABLES.items():
+        spoil, command = write(name, content), (*HEAD, *RED, "--text", "text", name)
+        yield Case(f"table {name}", command, 2, says, ("model",), spoil)
+        says = f"{name}: is a table, so its lines are not the texts"
+        yield Case(f"table {name} as lines", (*HEAD, *RED, name), 2, says, ("model",), spoil)
     for name, (changes, says) in SAVED.items():
         table = {"labels": {"A": "", "B": ""}, "template": "{text}"} | changes
         spoil = write(CLASSIFIER, json.dumps(table))
