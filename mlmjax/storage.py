@@ -20,6 +20,11 @@ CARD = "README.md"
 CLASSIFIER = "mlmjax_classifier.json"
 TRAINING = "training_manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+PROVENANCE = (
+    *(CARD, TRAINING, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt"),
+    *("ATTRIBUTION.md", "CITATION.cff"),
+)
+"""Files of a model folder that say where its weights come from."""
 LOCK = ".lock"
 PARTIAL = ".partial"
 """Ending of the name of an unfinished file or folder."""

@@ -27,7 +27,8 @@ from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
-from mlmjax.weights.pretrained import model_card, save_pretrained
+from mlmjax.weights.cards import add_run, model_card
+from mlmjax.weights.pretrained import save_pretrained
 
 
 class Classifier(Predictor, ClassifierMixin, BaseEstimator):
@@ -202,8 +203,11 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         scorer = self._load().scorer
         values = self.settings_.model_dump(mode="json", exclude_none=True)
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
-        if self.manifest_ is not None and not hasattr(self, "history_"):
+        if self.manifest_ is not None:
             files[TRAINING] = self.manifest_
+        if self.manifest_ is not None and hasattr(self, "history_"):
+            given = "the texts given to Classifier.fit"
+            files[TRAINING] = add_run(self.manifest_.encode(), given).decode()
         card = classifier_card(scorer.model, self.settings_)
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files

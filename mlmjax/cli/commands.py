@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from mlmjax._version import __version__
+from mlmjax.cli.convert import convert
 from mlmjax.cli.inputs import read_labels, read_lines
 from mlmjax.errors import EXIT_FAILED
 
@@ -40,6 +41,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print the figures 
 @click.version_option(__version__, prog_name="mlmjax")
 def cli() -> None:
     """Masked language models that answer. --debug anywhere on the line shows tracebacks."""
+
+
+cli.add_command(convert)
 
 
 @cli.command()

@@ -13,12 +13,14 @@ from mlmjax.config.tables import StrictTable, check_values
 from mlmjax.config.task import Task
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
-from mlmjax.storage import TRAINING, hash_file, read_json
+from mlmjax.storage import TRAINING, hash_file, parse_object, read_json
 
 NAMED = 5
 """At most this many task names are listed in a finding."""
 
 Status = Literal["unknown", "found", "excluded", "none found"]
+_BROKEN = f"{TRAINING}: is not a training manifest of format 1"
+_WAY_OUT = "; remove the file to continue without its facts"
 _PLACE = ("hub", "subset", "folder", "split", "revision")
 
 
@@ -126,6 +128,19 @@ def training_manifest(
     return TrainingManifest(format=1, runs=[*(before.runs if before else []), run])
 
 
+def add_unknown_run(manifest: bytes, source: str) -> bytes:
+    """Add a run to a training manifest whose data is known by a name only; raises `InputError`."""
+    before = check_values(TrainingManifest, parse_object(manifest, TRAINING), _BROKEN, _WAY_OUT)
+    run = TrainingRun(
+        init_from=None,
+        tasks=[],
+        sources=[TrainingSource(name=source)],
+        excluded_tasks=[],
+        excluded=[],
+    )
+    return TrainingManifest(format=1, runs=[*before.runs, run]).text().encode()
+
+
 def _named(path: str, sha256: str) -> TrainingFile:
     return TrainingFile(name=Path(path).name, sha256=sha256)
 
@@ -137,9 +152,8 @@ def read_training_manifest(folder: Path) -> TrainingManifest | None:
     """
     if not (folder / TRAINING).exists():
         return None
-    where = f"{folder / TRAINING}: is not a training manifest of format 1"
-    advice = "; remove the file to continue without its facts"
-    return check_values(TrainingManifest, read_json(folder, TRAINING), where, advice)
+    where = f"{folder / TRAINING}: {_BROKEN.partition(': ')[2]}"
+    return check_values(TrainingManifest, read_json(folder, TRAINING), where, _WAY_OUT)
 
 
 def contamination(
@@ -174,6 +188,12 @@ def contamination(
                 "another copy of it"
             )
         remarks = [f"the training manifest names no file, dataset or task of {task.name}; {how}"]
+    unknown = [
+        one.name for run in training.runs for one in run.sources if not one.files and not one.hub
+    ]
+    if unknown:
+        remarks += [f"what {name} held is not known" for name in dict.fromkeys(unknown)]
+        status = "unknown"
     start = training.runs[0].init_from if training.runs else None
     if start is not None:
         remarks.append(f"what {start} was trained on is not known")

@@ -3,15 +3,19 @@
 Source: transformers 5.23, `ModernBertConfig`, which has the same defaults and precedences.
 """
 
+import logging
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, get_args
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
 from mlmjax.config.tables import suggest_name
 from mlmjax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 MODEL_TYPE = "modernbert"
 GLOBAL: Literal["full_attention"] = "full_attention"
@@ -30,6 +34,8 @@ Size = Annotated[int, Field(ge=1, le=2**20)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Theta = Annotated[float, Field(ge=1e-3, le=1e15)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# The ids of other special tokens change no computation, so any number will do, as in transformers.
+NotedId = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 _THETAS = {GLOBAL: "global_rope_theta", LOCAL: "local_rope_theta"}
 _DEFAULT_EVERY_N = 3
@@ -37,7 +43,7 @@ _DEFAULT_LABELS = 2
 # Fields that need more than a check of their type.
 _RESOLVED = (
     *("rope_parameters", "global_attn_every_n_layers", "id2label", "label2id"),
-    *("extra", "source_dtypes"),
+    *("extra", "source_dtypes", "provenance"),
 )
 _EXPECTED = {
     "eos_token_id": "a token id, a list of them, or null",
@@ -46,6 +52,19 @@ _EXPECTED = {
 }
 # Keys that describe another model, which this architecture cannot express.
 _UNSUPPORTED = ("rope_scaling", "per_layer_config", "quantization_config")
+
+
+class Provenance(NamedTuple):
+    """Say where weights come from: files of the folder they were read from, and a fingerprint.
+
+    `files` are the card, the training manifest and the licence, by their names. `norms` is a hash
+    of the weights of all norms, which any training changes; None if nothing was read. `kind` is the
+    class and the size of the vocabulary.
+    """
+
+    files: Mapping[str, bytes] = MappingProxyType({})
+    norms: int | None = None
+    kind: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +78,12 @@ class ModelConfig:
     `rope_parameters` keeps only what the thetas do not say, and `num_labels` is the length of
     `id2label`.
 
-    Two fields say what only the files said, and do not take part in equality: `extra` holds the
-    other keys of `config.json`, `source_dtypes` the dtype of each tensor by its name.
+    `id2label` decides what the labels are. A `label2id` that says something else is replaced, with
+    a warning.
+
+    Three fields say what only the files said, and do not take part in equality: `extra` holds the
+    other keys of `config.json`, `source_dtypes` the dtype of each tensor by its name, `provenance`
+    where the weights come from.
 
     Raises one `InputError` that lists every value of a wrong type, out of bounds, or that this
     architecture cannot express.
@@ -78,10 +101,10 @@ class ModelConfig:
     norm_eps: Annotated[float, Field(ge=1e-30, le=1.0)] = 1e-5
     norm_bias: bool = False
     pad_token_id: TokenId | None = 50283
-    bos_token_id: TokenId | None = 50281
-    eos_token_id: TokenId | list[TokenId] | None = 50282
-    cls_token_id: TokenId | None = 50281
-    sep_token_id: TokenId | None = 50282
+    bos_token_id: NotedId | None = 50281
+    eos_token_id: NotedId | list[NotedId] | None = 50282
+    cls_token_id: NotedId | None = 50281
+    sep_token_id: NotedId | None = 50282
     attention_bias: bool = False
     attention_dropout: Probability = 0.0
     local_attention: Annotated[int, Field(ge=0, le=2**25)] = 128
@@ -108,6 +131,7 @@ class ModelConfig:
     architectures: Annotated[tuple[str, ...], Strict(False)] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
     source_dtypes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    provenance: Provenance = field(default=Provenance(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         problems = list(self._resolve_rope())
@@ -119,7 +143,7 @@ class ModelConfig:
         problems += [
             _problem(name, self.extra[name], "null: not supported here")
             for name in _UNSUPPORTED
-            if self.extra.get(name) is not None
+            if not _is_neutral(name, self.extra.get(name))
         ]
         if not problems and self.extra.get("head_dim") not in (None, self.head_dim):
             expected = f"hidden_size / num_attention_heads = {self.head_dim}"
@@ -280,11 +304,11 @@ class ModelConfig:
         self._set("global_attn_every_n_layers", next(matching, None))
 
     def _resolve_labels(self, wrong: Collection[str]) -> Iterator[str]:
-        number, names, ids = self.num_labels, self.id2label, self.label2id
+        number, names = self.num_labels, self.id2label
         if "num_labels" in wrong:
             return
         if names is None:
-            names, ids = _default_labels(number or _DEFAULT_LABELS), None
+            names = _default_labels(number or _DEFAULT_LABELS)
         labels = _labels(names)
         if labels is None:
             yield _problem("id2label", names, 'an object {"0": name, "1": name, ...} without gaps')
@@ -292,16 +316,11 @@ class ModelConfig:
         if number is not None and number != len(labels):
             expected = f"{len(labels)}, the entries of id2label (give one of the two)"
             yield _problem("num_labels", number, expected)
-        if ids is None:
-            ids = {label: index for index, label in labels.items()}
-        if not isinstance(ids, Mapping) or not all(type(index) is int for index in ids.values()):
-            yield _problem("label2id", ids, "an object {name: number}")
-            return
         if self.problem_type == "single_label_classification" and len(labels) == 1:
             yield _problem("problem_type", self.problem_type, "two labels or more with it")
         self._set("num_labels", len(labels))
         self._set("id2label", labels)
-        self._set("label2id", dict(ids))
+        self._set("label2id", _numbers(labels, self.label2id))
 
 
 # What pydantic checks: each annotation, with None where that is the default.
@@ -335,10 +354,50 @@ def _default_labels(number: int) -> dict[int, str]:
     return {index: f"LABEL_{index}" for index in range(number)}
 
 
+def _is_neutral(name: str, value: Any) -> bool:
+    """Tell whether the value of an unsupported key changes no computation."""
+    if name == "rope_scaling" and isinstance(value, Mapping):
+        return value.keys() <= {"rope_type", "type"} and {*map(str, value.values())} <= {"default"}
+    return value is None or value == {}
+
+
 def _labels(names: Any) -> dict[int, str] | None:
-    """Return labels by number; None if the numbers have gaps or a name is not a string."""
-    found = (
-        {str(index): name for index, name in names.items()} if isinstance(names, Mapping) else {}
-    )
-    labels: dict[int, Any] = {index: found.get(str(index)) for index in range(len(found))}
-    return labels if labels and all(isinstance(n, str) for n in labels.values()) else None
+    """Return labels by number; None if the numbers have gaps or a name is neither text nor number.
+
+    Published files write a number as text ("0", "00") and a label as a number.
+    """
+    if not isinstance(names, Mapping) or not names:
+        return None
+    found: dict[int, Any] = {}
+    for key, name in names.items():
+        number = _number(key)
+        if type(number) is not int or not (isinstance(name, str) or type(name) is int):
+            return None
+        found[number] = str(name)
+    is_whole = len(found) == len(names) and set(found) == set(range(len(found)))
+    return {index: found[index] for index in sorted(found)} if is_whole else None
+
+
+def _numbers(labels: Mapping[int, str], given: Any) -> dict[str, int]:
+    """Return the number of each label; warn where the given `label2id` says something else."""
+    numbers = {label: index for index, label in labels.items()}
+    said = given.items() if isinstance(given, Mapping) else [(given, "no object")] if given else []
+    wrong = [
+        (label, index)
+        for label, index in said
+        if (number := numbers.get(str(label))) is None or _number(index) != number
+    ]
+    if wrong:
+        label, index = wrong[0]
+        log.warning(
+            "label2id: %s is %s, which does not follow from id2label; id2label decides",
+            reprlib.repr(label),
+            reprlib.repr(index),
+        )
+    return numbers
+
+
+def _number(index: Any) -> Any:
+    """Return digits in a text as a number, and anything else unchanged."""
+    is_digits = isinstance(index, str) and index.isdecimal() and len(index) < 9
+    return int(index) if is_digits else index

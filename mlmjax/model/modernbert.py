@@ -14,7 +14,7 @@ from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.cpu import spread
 from mlmjax.model.encoder import DEFAULT_OPTIONS, Encoder, Options, check_token_ids
-from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, output_std, product
+from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, draw_weight, output_std, product
 from mlmjax.parallel.sharding import leaf_path, named_leaves
 
 
@@ -48,11 +48,11 @@ class _ModernBert(nnx.Module):
 
 
 class ModernBertForMaskedLM(_ModernBert):
-    """ModernBERT with the MLM head, whose decoder is the token embedding plus a bias."""
+    """ModernBERT with the MLM head, whose decoder is the token embedding or a matrix of its own."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any):
         super().__init__(config, rngs=rngs, **options)
-        self.decoder = DecoderBias(config)
+        self.decoder = Decoder(config, rngs)
 
     def mlm_logits(self, hidden: jax.Array, vocabulary_ids: ArrayLike | None = None) -> jax.Array:
         """Map `[..., hidden]` to float32 logits `[..., vocab]`.
@@ -60,7 +60,8 @@ class ModernBertForMaskedLM(_ModernBert):
         With `vocabulary_ids` `[n]` only these words are scored: `[..., n]`.
         """
         with jax.named_scope("mlm_head"):
-            words = self.model.embeddings.tok_embeddings.weight[...]
+            own = self.decoder.weight
+            words = (self.model.embeddings.tok_embeddings.weight if own is None else own)[...]
             bias = None if self.decoder.bias is None else self.decoder.bias[...]
             if vocabulary_ids is not None:
                 ids = check_token_ids("vocabulary_ids", vocabulary_ids, 1, self.config.vocab_size)
@@ -138,10 +139,14 @@ class PredictionHead(nnx.Module):
         return self.norm(ACTIVATIONS[self.activation](self.dense(x)), x.dtype)
 
 
-class DecoderBias(nnx.Module):
-    """The decoder's own parameter: its optional bias."""
+class Decoder(nnx.Module):
+    """The decoder's own parameters: its optional bias, and `[vocab, hidden]` if it is not tied."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        shape, weight = (config.vocab_size, config.hidden_size), None
+        if not config.tie_word_embeddings:
+            weight = nnx.Param(draw_weight(config, shape, rngs, output_std(config)))
+        self.weight = weight
         zeros = jnp.zeros(config.vocab_size, jnp.float32)
         self.bias = nnx.Param(zeros) if config.decoder_bias else None
 

@@ -21,8 +21,8 @@ from mlmjax.text.words import add_words
 
 Model = TypeVar("Model", ModernBertForMaskedLM, ModernBertForSequenceClassification)
 
-# Parameters with one entry per token; the decoder's matrix is the embedding.
-_PER_TOKEN = {"model.embeddings.tok_embeddings.weight", "decoder.bias"}
+# Parameters with one entry per token; a tied decoder has no matrix.
+_PER_TOKEN = {"model.embeddings.tok_embeddings.weight", "decoder.weight", "decoder.bias"}
 
 
 def resize_token_embeddings(
@@ -41,7 +41,7 @@ def resize_token_embeddings(
     `whole_words` and which words it rejects. New ids follow the tokenizer's last id, so rows of the
     embedding without a token are used first (ModernBERT's own has none).
 
-    The row (and the decoder bias) of a new word starts
+    The row of a new word (in the embedding and in the decoder) starts
 
     - with `"pieces"`, the default, at the mean over the old tokens of `" " + word`.
     - with a mapping `{word: text}`, at the mean over the tokens of that text, taken as written.

@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp\.Wi\.bias", P(None, "tensor")),
     (r"mlp\.Wo\.weight", P("tensor", "fsdp")),
     (r"head\.dense\.weight", P("fsdp", None)),
+    (r"decoder\.weight", P("tensor", "fsdp")),
     (r"decoder\.bias", P("tensor")),
     (r"classifier\.weight", P("fsdp", None)),
     (r"\w*norm\.(weight|bias)", P()),

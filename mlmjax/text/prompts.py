@@ -146,6 +146,8 @@ class Template:
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Return the ids of many rows before truncation, `[CLS]` and last `[SEP]` included."""
+        if _Token(ANCHOR) in self._parts:
+            tokenizer.require_anchor()
         own = [getattr(tokenizer, _TOKENS[p.name]) for p in self._parts if isinstance(p, _Token)]
         texts = [stretch for row in rows for stretch in self._stretches(row, own, tokenizer)]
         encoded = iter(tokenizer.encode_plain_batch(texts))

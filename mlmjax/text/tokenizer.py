@@ -27,7 +27,7 @@ class Tokenizer:
 
     Attributes: `backend` (the `tokenizers.Tokenizer`, truncation and padding off), `vocab_size`
     (ids are `0 .. vocab_size - 1`), `cls_id`, `sep_id`, `pad_id`, `mask_id`, `anchor_id`
-    (`[unused0]`), `special_ids` (every special token and every `[unused*]`: never masked, never a
+    (`[unused0]`, None if there is no such token), `special_ids` (every special token and every `[unused*]`: never masked, never a
     target), `lstrip_ids` and `rstrip_ids` (tokens that include the white space before or after
     them), `files` (name -> bytes, written by `save`) and `sha256` of `files["tokenizer.json"]`.
     """
@@ -50,22 +50,23 @@ class Tokenizer:
         _check_ids(tokens, added, path)
 
         names = _special_names(tables, where)
-        missing = [name for name in [*(names[r] for r in _ROLES), ANCHOR] if name not in tokens]
-        if missing:
+        if missing := [role for role in _ROLES if names[role] not in tokens]:
+            keys = ", ".join(f"{role}_token" for role in missing)
             raise InputError(
-                f"{path}: has no token {', '.join(missing)}; expected a tokenizer with "
-                f"{', '.join(names[r] for r in _ROLES)} and {ANCHOR}, such as ModernBERT's"
+                f"{path}: has no token {', '.join(names[role] for role in missing)}; expected a "
+                f"tokenizer with {', '.join(names[r] for r in _ROLES)}, or other names for them in "
+                f"tokenizer_config.json ({keys})"
             )
         self.cls_id, self.sep_id, self.pad_id, self.mask_id = (tokens[names[r]] for r in _ROLES)
-        self.anchor_id = tokens[ANCHOR]
+        self.anchor_id = tokens.get(ANCHOR)
         taken = {name for name, flags in added.items() if flags["special"]} | set(names.values())
         taken |= {name for name in tokens if UNUSED.fullmatch(name)}
         self.special_ids = frozenset(tokens[name] for name in taken if name in tokens)
-        distinct = {self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.anchor_id}
-        if len(distinct) < len(_ROLES) + 1:
+        roles = [*_ROLES.values(), *([] if self.anchor_id is None else [ANCHOR])]
+        distinct = {self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.anchor_id} - {None}
+        if len(distinct) < len(roles):
             raise InputError(
-                f"{path}: two of [CLS], [SEP], [PAD], [MASK], {ANCHOR} are one token; expected "
-                "five different tokens"
+                f"{path}: two of {', '.join(roles)} are one token; expected different tokens"
             )
         self.lstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("lstrip"))
         self.rstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("rstrip"))
@@ -102,6 +103,24 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.files, self.where)
+
+    def require_anchor(self) -> int:
+        """Return `anchor_id`; raise `InputError` that says what to do if there is none."""
+        if self.anchor_id is not None:
+            return self.anchor_id
+        spare = sorted(filter(UNUSED.fullmatch, self.backend.get_vocab()), key=_unused_number)
+        if spare:
+            advice = f"for tokens of your own, rename others of the spare tokens ({_few(spare)})"
+        else:
+            advice = (
+                "without it the model can fill masks, train on plain text and have a "
+                "classification head; for prompts give a tokenizer such as ModernBERT's"
+            )
+        raise InputError(
+            f"{self.where}/tokenizer.json: has no token {ANCHOR}, which stands before the answer "
+            f"in a prompt; {advice}"
+            + (f", and leave {ANCHOR} its name" if spare else "")
+        )
 
     def encode_plain(self, text: str) -> list[int]:
         """Encode only the text, without [CLS] and [SEP]; nothing becomes a special token.
@@ -168,6 +187,14 @@ class Tokenizer:
                 "whose special tokens are added tokens"
             )
         return ids
+
+
+def _unused_number(name: str) -> int:
+    return int(name.removeprefix("[unused").removesuffix("]"))
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"
 
 
 def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:

@@ -317,11 +317,13 @@ def describe(tree: Any) -> dict[str, str]:
 
 def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `InputError` that lists how a saved tree and the expected one (`describe`) differ."""
+    names = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
+    # Some names of either side come first, before one side fills the lines that an error has.
+    first = [*(n for n in names if n not in expected)][:3], [*(n for n in names if n not in saved)]
     problems = [
         f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
         f"{expected.get(name, 'nothing')}"
-        for name in sorted(saved.keys() | expected.keys())
-        if saved.get(name) != expected.get(name)
+        for name in dict.fromkeys([*first[0], *first[1][:3], *names])
     ]
     if problems:
         raise InputError(

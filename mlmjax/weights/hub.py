@@ -11,7 +11,7 @@ from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
 from mlmjax.reporting.terminal import working
-from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
+from mlmjax.storage import CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
@@ -39,8 +39,8 @@ def fetch(
     """Return the folder of a model, which is local, packaged or downloaded from the hub.
 
     `mlmjax-small` is the packaged model; a folder of that name is `./mlmjax-small`. Only the
-    configuration, tokenizer files, safetensors weights (unless `weights` is false) and the files
-    that mlmjax adds are downloaded. Raises `InputError` for a path that is not a folder, an unknown
+    configuration, tokenizer files, safetensors weights (unless `weights` is false), card, licence
+    and the files that mlmjax adds are downloaded. Raises `InputError` for a path that is not a folder, an unknown
     id and an unreachable hub.
     """
     name = os.fspath(source)
@@ -71,7 +71,7 @@ def fetch(
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
-    small = [CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES]
+    small = [CONFIG, INDEX, CLASSIFIER, *PROVENANCE, *TOKENIZER_FILES]
     folder = download(name, revision, local_files_only, small)
     if not weights:
         return folder

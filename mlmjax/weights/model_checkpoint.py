@@ -16,9 +16,19 @@ from jax.sharding import SingleDeviceSharding
 from mlmjax.errors import InputError
 from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import CLASSES, Model, abstract_model
-from mlmjax.storage import CONFIG, TOKENIZER_FILES, check_name, read_json, replace_folder
+from mlmjax.storage import (
+    CARD,
+    CLASSIFIER,
+    CONFIG,
+    PROVENANCE,
+    TOKENIZER_FILES,
+    check_name,
+    read_json,
+    replace_folder,
+)
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub, pretrained
+from mlmjax.weights.cards import files_to_keep, read_provenance, with_provenance
 from mlmjax.weights.checkpoints import (
     RECORD,
     STATE,
@@ -32,15 +42,23 @@ from mlmjax.weights.checkpoints import (
 PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
 MODEL_FILES = frozenset(
-    {CONFIG, MODEL_RECORD, PARAMS} | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
+    {CONFIG, MODEL_RECORD, PARAMS, CLASSIFIER, *PROVENANCE}
+    | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
 
 
-def save_model(path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer | None) -> None:
+def save_model(
+    path: str | os.PathLike[str],
+    model: Model,
+    tokenizer: Tokenizer | None,
+    *,
+    more_files: Mapping[str, bytes] | None = None,
+) -> None:
     """Write a folder of config.json, tokenizer files, `params/` (Orbax) and checkpoint.json.
 
     The last one keeps the dtypes of the files the model was loaded from, so that it can be exported
-    bit by bit. The folder appears whole or not at all. Raises `InputError` and `RunError` as
+    bit by bit. Card, licence and training manifest of these files are written too, and `more_files`
+    by their names. The folder appears whole or not at all. Raises `InputError` and `RunError` as
     `save_pretrained`.
     """
     check_name(Path(path))
@@ -52,11 +70,16 @@ def save_model(path: str | os.PathLike[str], model: Model, tokenizer: Tokenizer 
         "arrays": describe(params),
         "fingerprints": fingerprints(params),
     }
+    files = files_to_keep(model) | dict(more_files or {})
+    if CARD not in model.config.provenance.files:
+        del files[CARD]  # a new one explains a Hugging Face folder
     with replace_folder(Path(path), MODEL_FILES) as folder:
         for name, table in ((CONFIG, values), (MODEL_RECORD, record)):
             (folder / name).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(folder)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((folder / PARAMS).absolute(), params)
 
@@ -79,6 +102,7 @@ def load_model(
     graphdef, params = nnx.split(model)
     check_same(folder, record["arrays"], describe(params))
     model = nnx.merge(graphdef, _restore(folder / PARAMS, params, record["fingerprints"]))
+    with_provenance(model, read_provenance(folder))
     has_tokenizer = (folder / TOKENIZER_FILES[0]).exists()
     return model, pretrained.read_tokenizer(folder) if has_tokenizer else None
 
@@ -101,7 +125,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
         tensors = pretrained.to_hf_tensors(_restore(folder / PARAMS, None, record["fingerprints"]))
         dtypes = record["source_dtypes"]
         if pretrained.DECODER in dtypes:
-            tensors[pretrained.DECODER] = tensors[pretrained.EMBEDDING]
+            tensors.setdefault(pretrained.DECODER, tensors[pretrained.EMBEDDING])
         return {name: x.astype(dtypes.get(name, x.dtype)) for name, x in tensors.items()}
     for parent in (folder, folder / "checkpoints"):
         steps = [int(entry.name) for entry in parent.glob("*") if entry.name.isdecimal()]

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -35,31 +35,34 @@ from mlmjax.storage import (
     CARD,
     CLASSIFIER,
     CONFIG,
+    PROVENANCE,
     TOKENIZER_FILES,
-    TRAINING,
     plain_file,
     read_json,
     replace_folder,
 )
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
+from mlmjax.weights.cards import files_to_keep, read_provenance, with_provenance
 from mlmjax.weights.tensor_files import INDEX, Header, Weights
 
 log = logging.getLogger(__name__)
 
 EMBEDDING = "model.embeddings.tok_embeddings.weight"
 DECODER = "decoder.weight"
-"""The decoder's matrix, which is the embedding and never a parameter here."""
+"""The decoder's matrix: the embedding if it is tied, otherwise a parameter."""
 DERIVED = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 """Tensors that follow from the configuration, which some older exports hold too."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
 EXPORT_FILES = frozenset(
-    {CONFIG, INDEX, CARD, CLASSIFIER, TRAINING}
+    {CONFIG, INDEX, CLASSIFIER, *PROVENANCE}
     | {"generation_config.json", ".gitattributes"}
     | {"*.safetensors"}
     | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
+NAMES = 3
+"""How many names of either side a mismatch shows at least."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 # Tensors of a file that are in memory twice at a time.
 _COPIES = min(4, os.cpu_count() or 1)
@@ -94,14 +97,16 @@ def load_pretrained(
         abstract = _describe_model(folder, values, weights, options)
         tokenizer = reading.result()
         check_tokenizer(folder, abstract.config, values, tokenizer)
-        return _read_parameters(abstract, weights), tokenizer
+        model = _read_parameters(abstract, weights)
+    return with_provenance(model, read_provenance(folder)), tokenizer
 
 
 def read_model(folder: Path) -> Model:
     """Read the model of a folder without its tokenizer, as `load_pretrained` does."""
     values = read_json(folder, CONFIG)
     with Weights(folder) as weights:
-        return _read_parameters(_describe_model(folder, values, weights, Options()), weights)
+        model = _read_parameters(_describe_model(folder, values, weights, Options()), weights)
+    return with_provenance(model, read_provenance(folder))
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -115,19 +120,30 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 def check_tokenizer(
     folder: Path, config: ModelConfig, values: Mapping[str, Any], tokenizer: Tokenizer
 ) -> None:
-    """Raise `InputError` unless the tokenizer has the ids that config.json (`values`) names."""
-    problems = []
+    """Raise `InputError` unless the tokenizer has the ids that config.json (`values`) names.
+
+    The ids of [CLS] and [SEP] change no computation. Other ones in config.json are a warning, and
+    those of the tokenizer count.
+    """
+    problems, keys = [], []
     size = config.vocab_size
     if tokenizer.vocab_size > size:
         problems.append(f"it has {tokenizer.vocab_size} ids; the model's vocab_size is {size}")
     for role in ("pad", "cls", "sep", "mask"):
         key, found = f"{role}_token_id", getattr(tokenizer, f"{role}_id")
-        if values.get(key) not in (None, found):
-            problems.append(f"its [{role.upper()}] is {found}; {key} is {values[key]}")
+        if values.get(key) in (None, found):
+            continue
+        line = f"its [{role.upper()}] is {found}; {key} is {values[key]}"
+        if role in ("cls", "sep"):
+            log.warning("%s: the tokenizer counts: %s in %s", folder, line, CONFIG)
+        else:
+            problems.append(line)
+            keys.append(key)
     if problems:
+        own = f", or if this is it, correct {' and '.join(keys)} in {CONFIG}" if keys else ""
         raise InputError(
             f"{folder}: the tokenizer does not match the model: {problems[0]}; "
-            "put the tokenizer that the model was trained with into this folder",
+            f"put the tokenizer that the model was trained with into this folder{own}",
             problems[1:],
         )
 
@@ -151,7 +167,8 @@ def _describe_model(
     if config.num_hidden_layers > len(layers):  # before a model of any depth is described
         raise InputError(
             f"{where}: num_hidden_layers is {config.num_hidden_layers}; the weights are missing "
-            f"for all but {len(layers)} of them"
+            f"for all but {len(layers)} of them",
+            _missing_layers(config.num_hidden_layers, layers, weights.headers),
         )
     dtypes = {
         name: DTYPES[header.dtype]
@@ -163,10 +180,33 @@ def _describe_model(
     if problems:
         raise InputError(
             f"{folder}: the weights are not those of the {name} in {CONFIG}: {problems[0]}"
-            + (f" (and {len(problems) - 1} more)" if problems[1:] else ""),
+            + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
+            + _misfit_advice(weights.headers),
             problems[1:],
         )
     return model
+
+
+def _missing_layers(number: int, found: Collection[str], headers: Collection[str]) -> list[str]:
+    """Return lines with some names that are missing, and some that are there."""
+    first = next(i for i in range(number) if str(i) not in found)
+    parts = ("attn.Wo", "attn.Wqkv", "mlp.Wi")
+    others = sorted(name for name in headers if not name.startswith("model.layers."))
+    return [
+        *(f"model.layers.{first}.{part}.weight: is missing" for part in parts),
+        *(f"{name}: is in the files" for name in dict.fromkeys([*others, *sorted(headers)][:NAMES])),
+    ]
+
+
+def _misfit_advice(headers: Collection[str]) -> str:
+    """Say what to do about weights that have an encoder and no head; "" for others."""
+    if EMBEDDING not in headers or any(not name.startswith("model.") for name in headers):
+        return ""
+    return (
+        "; these are the weights of an encoder (ModernBertModel), which has no head: give a model "
+        "with one, or let transformers draw one: AutoModelForMaskedLM.from_pretrained(FOLDER)"
+        ".save_pretrained(NEW_FOLDER), and train it"
+    )
 
 
 def _class_name(where: Path, given: tuple[str, ...] | None, tensors: Mapping[str, Any]) -> str:
@@ -183,22 +223,27 @@ def _class_name(where: Path, given: tuple[str, ...] | None, tensors: Mapping[str
         return given[0]
     raise InputError(
         f"{where}: architectures is {', '.join(given)[:200]}; expected one of {', '.join(CLASSES)}"
+        + _misfit_advice(tensors)
     )
 
 
 def _misfits(model: Model, headers: Mapping[str, Header]) -> Iterator[str]:
     expected = {name: hf_shape(name, leaf.shape) for name, leaf in parameters(model).items()}
-    if isinstance(model, ModernBertForMaskedLM) and (
-        DECODER in headers or not model.config.tie_word_embeddings
-    ):
+    if isinstance(model, ModernBertForMaskedLM) and DECODER in headers:
         expected[DECODER] = expected[EMBEDDING]
-    for name in sorted(expected.keys() - headers.keys()):
-        yield f"{name}: is missing"
-    for name, (file, dtype, shape, _) in headers.items():
-        if DERIVED.fullmatch(name):
-            continue
-        if name not in expected:
+    missing = sorted(expected.keys() - headers.keys())
+    unexpected = [name for name in headers if name not in expected and not DERIVED.fullmatch(name)]
+    # Both sides are shown before either fills the lines that an error has.
+    for some, others in (
+        (missing[:NAMES], unexpected[:NAMES]),
+        (missing[NAMES:], unexpected[NAMES:]),
+    ):
+        yield from (f"{name}: is missing" for name in some)
+        for name in others:
+            file, _, shape, _ = headers[name]
             yield f"{name}: is unexpected (in {file}, shape {list(shape)})"
+    for name, (_, dtype, shape, _) in headers.items():
+        if name not in expected:
             continue
         if shape != expected[name]:
             yield f"{name}: has shape {list(shape)}; expected {list(expected[name])}"
@@ -209,6 +254,7 @@ def _misfits(model: Model, headers: Mapping[str, Header]) -> Iterator[str]:
 def _read_parameters(abstract: Any, weights: Weights) -> Model:
     """Return a model with the parameters of the files; raises `InputError` for bad values."""
     problems = []
+    described = parameters(abstract)
 
     def read(name: str) -> np.ndarray:
         value = weights.read(name).astype(np.float32, copy=False)
@@ -216,11 +262,12 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
             total = value.sum()  # needs no memory, and is finite only if all values are
         if not np.isfinite(total) and (count := np.count_nonzero(~np.isfinite(value))):
             problems.append(f"{name}: {count} of {value.size} values are NaN or infinite")
-        if name == EMBEDDING and DECODER in weights.headers:
+        if name == EMBEDDING and DECODER in weights.headers and DECODER not in described:
             decoder = weights.read(DECODER).astype(np.float32)
             if not np.array_equal(decoder.view(np.uint32), value.view(np.uint32)):
                 problems.append(
-                    f"{DECODER}: differs from {EMBEDDING}; here the decoder is the embedding"
+                    f"{DECODER}: differs from {EMBEDDING}, though {CONFIG} ties them; if the model "
+                    "was trained with a decoder of its own, set tie_word_embeddings to false there"
                 )
         return value
 
@@ -234,7 +281,6 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
             # A copy, because an array that shares numpy's memory cannot be donated to a step.
             return jax.device_put(value, may_alias=False)
 
-    described = parameters(abstract)
     with ThreadPoolExecutor(_COPIES) as threads:  # copying does not hold Python's lock
         values = list(threads.map(put, described.keys(), described.values()))
     if problems:
@@ -252,13 +298,14 @@ def save_pretrained(
     *,
     dtype: str = "float32",
     card: str | None = None,
-    more_files: Mapping[str, str] | None = None,
+    more_files: Mapping[str, str | bytes] | None = None,
 ) -> None:
     """Write a folder that transformers loads unchanged: weights, config, tokenizer, model card.
 
     `dtype` is "float32", "bfloat16" or "source": each tensor in the dtype it was loaded with, and
-    float32 for others. `card` is the text of README.md and `more_files` are further texts by file
-    name. Like transformers, it leaves out a tied decoder; with "source" the decoder is written if
+    float32 for others. Card, licence and training manifest are those of the folder that the model
+    was loaded from (`cards.files_to_keep`); `card` is another text of README.md, and `more_files`
+    are further or other files by their names. Like transformers, it leaves out a tied decoder; with "source" the decoder is written if
     the source had it. The folder appears whole or not at all, and replaces an older export. Raises
     `InputError` for another folder or file there and for values the dtype cannot hold, `RunError`
     if writing fails.
@@ -269,10 +316,11 @@ def save_pretrained(
     tensors, config = parameters(model), model.config
     source = config.source_dtypes if dtype == "source" else {}
     is_masked = isinstance(model, ModernBertForMaskedLM)
-    if is_masked and (DECODER in source or not config.tie_word_embeddings):
-        tensors[DECODER] = tensors[EMBEDDING]
+    if is_masked and DECODER in source:
+        tensors.setdefault(DECODER, tensors[EMBEDDING])
     other = "float32" if dtype == "source" else dtype
     dtypes = {name: source.get(name, other) for name in tensors}
+    files = files_to_keep(model) | ({CARD: card} if card else {}) | dict(more_files or {})
     with replace_folder(path, EXPORT_FILES) as folder:
         values = config.to_hf() | {"architectures": [type(model).__name__]}
         if len(names := set(dtypes.values())) == 1:
@@ -283,8 +331,8 @@ def save_pretrained(
         _write_weights(folder, tensors, dtypes)
         if tokenizer is not None:
             tokenizer.save(folder)
-        for name, text in {CARD: card or model_card(model), **(more_files or {})}.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
@@ -298,9 +346,8 @@ def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str
     for file, names in split.filename_to_tensors.items():
         shard = {}
         for name in names:
-            layout = EMBEDDING if name == DECODER else name
             with np.errstate(over="ignore"):  # values that overflow are rejected below, by name
-                value = to_hf_layout(layout, np.asarray(tensors[name])).astype(dtypes[name])
+                value = to_hf_layout(name, np.asarray(tensors[name])).astype(dtypes[name])
             if not np.isfinite(value.astype(np.float32)).all():
                 raise InputError(
                     f"{name}: holds values that are NaN, infinite or beyond {dtypes[name]}; "
@@ -315,50 +362,12 @@ def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def model_card(
-    model: Model,
-    *,
-    template: str = "model_card.md",
-    library: str = "transformers",
-    pipeline: str | None = None,
-    sections: str = "",
-    results: "Sequence[huggingface_hub.EvalResult]" = (),
-    **values: Any,
-) -> str:
-    """Return the text of README.md: metadata for the hub, what the model is, how to load it.
-
-    `template` is a file of `assets` and `values` are what it needs besides the figures of the
-    model. `sections` is Markdown that follows. `results` are evaluation results for the metadata,
-    as are `library` and `pipeline` (by default that of the model's class).
-    """
-    from mlmjax.reporting import pages  # here, because loading a model needs no templates
-
-    masked = isinstance(model, ModernBertForMaskedLM)
-    name = type(model).__name__
-    data = huggingface_hub.ModelCardData(
-        library_name=library,
-        pipeline_tag=pipeline or ("fill-mask" if masked else "text-classification"),
-        tags=["modernbert", "mlmjax"],
-        model_name=name if results else None,
-        eval_results=list(results) or None,
-    )
-    body = pages.render(
-        f"assets/{template}",
-        metadata=data.to_yaml(),
-        name=name,
-        auto="AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification",
-        config=model.config,
-        parameters=sum(leaf.size for leaf in parameters(model).values()),
-        **values,
-    )
-    return str(huggingface_hub.ModelCard(body + sections))
-
-
 # Parameters have the checkpoint's names. torch keeps a kernel as `[out, in]`. Here its axes are the
 # inputs, then the outputs, and either may have several parts (`[hidden, 3, heads, head_dim]`). The
 # number is how many leading axes are inputs; None marks tensors with the same axes on disk.
 LAYOUTS: tuple[tuple[str, int | None], ...] = (
     ("tok_embeddings.weight", None),
+    ("decoder.weight", None),
     ("norm.weight", None),
     ("attn.Wqkv.weight", 1),
     ("attn.Wo.weight", 2),

@@ -1,7 +1,9 @@
 """Read safetensors files: first all headers, then each tensor as a view of its file."""
 
 import json
+import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from mlmjax.errors import InputError
 from mlmjax.storage import plain_file, read_json, unique_keys
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -21,6 +25,15 @@ NUMPY_NAMES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 MAX_HEADER_BYTES = 16 * 2**20
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DistributedDataParallel or DeepSpeed",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+"""Parts of names that a wrapper around a torch module adds, and which one."""
+_EMBEDDING = "embeddings.tok_embeddings.weight"
+_ENCODER = ("embeddings.", "layers.", "final_norm.")
 
 
 def weight_map(folder: Path) -> dict[str, str] | None:
@@ -57,11 +70,43 @@ class Header(NamedTuple):
     start: int
 
 
+def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
+    """Return the name in a model of each tensor, and what was left out or added, in words.
+
+    Wrappers of torch add parts to names, a larger model puts its own prefix before all of them, and
+    an encoder that was saved without its head has no `model.`.
+
+    >>> plain_names(["_orig_mod.embeddings.tok_embeddings.weight"])[0].popitem()[1]
+    'model.embeddings.tok_embeddings.weight'
+    """
+    plain = {name: name for name in names}
+    said = []
+    for part, wrapper in WRAPPERS.items():
+        stripped = {
+            name: ".".join(piece for piece in now.split(".") if piece != part)
+            for name, now in plain.items()
+        }
+        if stripped != plain:
+            plain = stripped
+            said.append(f"{part}. left out of names, which {wrapper} adds")
+    found = [now.removesuffix(_EMBEDDING) for now in plain.values() if now.endswith(_EMBEDDING)]
+    outer = found[0].removesuffix("model.") if len(found) == 1 else ""
+    if outer and all(now.startswith(outer) for now in plain.values()):
+        plain = {name: now.removeprefix(outer) for name, now in plain.items()}
+        said.append(f"the prefix {outer} left out of names")
+    if found and _EMBEDDING in plain.values():
+        plain = {n: f"model.{now}" if now.startswith(_ENCODER) else now for n, now in plain.items()}
+        said.append("model. added to the names of the encoder")
+    if len(set(plain.values())) < len(plain):  # then no rule can tell which is which
+        return {name: name for name in names}, []
+    return plain, said
+
+
 class Weights:
     """The tensors of a model folder: `headers` of all, then `read` for one at a time.
 
     Use it as a context. `problems` lists tensors that are in two files, or not in the file that
-    the index names. Raises `InputError` for pickles and for files that are truncated or invalid.
+    the index names. Names are those of the model (`plain_names`). Raises `InputError` for pickles and for files that are truncated or invalid.
     """
 
     def __init__(self, folder: Path):
@@ -79,6 +124,10 @@ class Weights:
             if found != file:
                 what = f"in {found}" if found else "missing"
                 self.problems.append(f"{name}: is {what}, though {INDEX} places it in {file}")
+        plain, said = plain_names(self.headers)
+        if said:
+            log.warning("%s: read with %s", self.folder, "; ".join(said))
+            self.headers = {plain[name]: header for name, header in self.headers.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

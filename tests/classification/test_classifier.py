@@ -179,7 +179,7 @@ def test_the_card_shows_how_to_load_the_classifier_and_its_prompt(pair, tmp_path
     assert "\nlabel 99\n... and 2 more\n" in classifier_card(pair[0], settings)
 
 
-def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp_path):
+def test_a_fitted_classifier_keeps_what_its_source_was_trained_on_and_adds_itself(folder, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     (source / TRAINING).write_text('{"format": 1, "runs": []}')
@@ -187,7 +187,8 @@ def test_a_fitted_classifier_has_no_manifest_of_what_it_started_from(folder, tmp
     classifier.save_pretrained(tmp_path / "plain")
     assert (tmp_path / "plain" / TRAINING).read_text() == '{"format": 1, "runs": []}'
     classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
-    assert not (tmp_path / "fitted" / TRAINING).exists()
+    (run,) = json.loads((tmp_path / "fitted" / TRAINING).read_text())["runs"]
+    assert run["sources"] == [{"name": "the texts given to Classifier.fit"}]
 
 
 def test_descriptions_are_in_the_prompt_and_change_the_answer(pair):

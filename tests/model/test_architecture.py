@@ -98,8 +98,7 @@ def assert_same(config, theirs):
         assert config.rope_theta(kind) == theirs.rope_parameters[kind]["rope_theta"]
     assert config.window == theirs.sliding_window
     derived = {"layer_types", "rope_parameters", "extra", "source_dtypes", "architectures", *FLAT}
-    if theirs.label2id is None:  # left out there, derived from id2label here
-        derived.add("label2id")
+    derived |= {"label2id", "provenance"}  # id2label decides what label2id is
     for field in dataclasses.fields(config):
         if field.name not in derived:
             assert getattr(config, field.name) == getattr(theirs, field.name), field.name
@@ -151,7 +150,7 @@ WRONG = {
     "rope_parameters": [nested({}, [1]), {"rope_theta": 10_000.0}],
     "per_layer_config": [{"0": {"hidden_size": 8}}],
     "num_labels": [0, 10**9],
-    "id2label": [{}, {"0": "a", "1": 5}, ["a", "b"]],
+    "id2label": [{}, {"0": "a", "1": None}, {"0": "a", "00": "b"}, {"0": "a", "2": "b"}, ["a", "b"]],
     "problem_type": ["other"],
     "architectures": ["ModernBertModel"],
     "model_type": [None],
@@ -168,7 +167,6 @@ WRONG = {
         ({"rope_parameters": nested({}, {"type": "linear", "factor": 2})}, "rope_type"),
         ({"rope_parameters": nested({}, {"rope_theta": None})}, "local_rope_theta"),
         ({"num_labels": 3, "id2label": {"0": "a", "1": "b"}}, "num_labels"),
-        ({"label2id": ["a"], "id2label": {"0": "a"}}, "label2id"),
         ({"problem_type": "single_label_classification", "num_labels": 1}, "problem_type"),
         *((values, "expected an object") for values in ([], None, "config", 3)),
     ],
@@ -230,3 +228,47 @@ def test_any_json_is_a_configuration_or_rejected(values):
         return
     json.dumps(config.to_hf(), allow_nan=True)
     assert len(config.layer_types) == config.num_hidden_layers
+
+
+TWO = {"0": "a", "1": "b"}
+
+
+@pytest.mark.parametrize(
+    ("values", "labels", "warns"),
+    [
+        ({"id2label": TWO, "label2id": {"a": "0", "b": "1"}}, ["a", "b"], False),
+        ({"id2label": TWO, "label2id": {"a": 0.0}}, ["a", "b"], False),
+        ({"id2label": TWO, "label2id": {}}, ["a", "b"], False),
+        ({"id2label": {"00": "a", "01": "b"}, "label2id": None}, ["a", "b"], False),
+        ({"id2label": {"0": 1, "1": 2}, "label2id": {"1": "0", "2": "1"}}, ["1", "2"], False),
+        ({"id2label": {"0": "a", "1": "a"}, "label2id": {"a": 1}}, ["a", "a"], False),
+        ({"id2label": TWO, "label2id": {"a": 1, "b": 0}}, ["a", "b"], True),
+        ({"id2label": TWO, "label2id": {"c": "x"}}, ["a", "b"], True),
+        ({"id2label": TWO, "label2id": ["a"]}, ["a", "b"], True),
+        ({"label2id": {"a": 0, "b": 1, "c": 2}}, ["LABEL_0", "LABEL_1"], True),
+    ],
+)
+def test_id2label_decides_and_label2id_follows(values, labels, warns, caplog):
+    theirs = transformers.ModernBertConfig(**json.loads(json.dumps(values)))
+    assert [str(theirs.id2label[index]) for index in range(theirs.num_labels)] == labels
+    config = ModelConfig.from_hf(values)
+    assert [config.id2label[index] for index in range(config.num_labels)] == labels
+    assert config.label2id == {label: index for index, label in enumerate(labels)}
+    assert ("id2label decides" in caplog.text) == warns
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {}, "quantization_config": {}, "per_layer_config": {}},
+        dict.fromkeys(("bos_token_id", "cls_token_id", "sep_token_id"), -1),
+        {"cls_token_id": 2**40, "eos_token_id": [-1]},
+    ],
+    ids=str,
+)
+def test_what_changes_no_computation_is_read(values):
+    config = ModelConfig.from_hf(values)
+    assert ModelConfig.from_hf(config.to_hf()) == config

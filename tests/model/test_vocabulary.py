@@ -73,6 +73,19 @@ def test_old_rows_stay_and_new_ones_start_from_their_pieces(model, tokenizer, la
     assert table(model).shape == (50368, 16)
 
 
+def test_a_decoder_of_its_own_grows_from_its_own_rows(little):
+    model = make_model(vocab_size=384, tie_word_embeddings=False, pad_token_id=little.pad_id)
+    bigger, with_words = resize(model, little, ["angioplasty"], size=448)
+    pieces = little.encode_plain(" angioplasty")
+    for name in (EMBEDDING, "decoder.weight"):
+        old, new = table(model, name), table(bigger, name)
+        np.testing.assert_array_equal(new[: little.vocab_size], old[: little.vocab_size])
+        at = with_words.vocab_size - 1
+        np.testing.assert_allclose(new[at], old[pieces].mean(0), atol=1e-6)
+        assert new.shape == (448, 16)
+    assert not np.array_equal(table(bigger), table(bigger, "decoder.weight"))
+
+
 def test_old_words_keep_their_logits_and_their_share(model, tokenizer, larger):
     bigger, _ = larger
     ids = np.array([tokenizer.encode_plain("The plain text of a patient's record, as it was.")])

@@ -41,6 +41,7 @@ SHARDED = {
     "mlp.Wi.bias": P(None, "tensor"),
     "mlp.Wo.weight": P("tensor", "fsdp"),
     "dense.weight": P("fsdp", None),
+    "decoder.weight": P("tensor", "fsdp"),
     "decoder.bias": P("tensor"),
     "classifier.weight": P("fsdp", None),
 }
@@ -53,12 +54,15 @@ def abstract_parameters(model=ModernBertForMaskedLM, **values):
 
 @pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
 def test_every_parameter_is_sharded_as_written_down(model):
-    params = abstract_parameters(model, **SWITCHES, num_hidden_layers=2)
+    params = abstract_parameters(
+        model, **SWITCHES, num_hidden_layers=2, tie_word_embeddings=False
+    )
     found = named_leaves(parameter_specs(SIZES, params))
     for path, spec in found.items():
         expected = [spec for end, spec in SHARDED.items() if f".{path}".endswith(f".{end}")]
         assert [spec] == (expected or [P()]), path
     assert len(found) > 12
+    assert ("decoder.weight" in found) == (model is ModernBertForMaskedLM)
 
 
 def sharding_table(name, values):

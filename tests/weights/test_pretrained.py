@@ -29,7 +29,7 @@ from tiny_models import (
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import abstract_model, parameters
-from mlmjax.storage import CARD, CLASSIFIER, CONFIG, TOKENIZER_FILES, TRAINING
+from mlmjax.storage import CARD, CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES
 from mlmjax.weights import pretrained
 from mlmjax.weights.pretrained import hf_shape, load_pretrained, save_pretrained
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, Weights
@@ -163,14 +163,96 @@ def test_each_dtype_and_an_equal_decoder_go_back_with_source(folder, tmp_path):
     assert DECODER not in tensors_of(tmp_path / "float32")
 
 
-def test_untied_config_needs_and_writes_the_decoder(folder, tmp_path):
+def test_untied_config_needs_the_decoder(folder):
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(InputError, match=r"decoder\.weight: is missing"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decoder_of_its_own_is_that_of_transformers(dtype, tmp_path):
+    write_model(tmp_path / "in", dtype=dtype, tie_word_embeddings=False)
+    model, tokenizer = load_pretrained(tmp_path / "in")
+    values = parameters(model)
+    assert not np.array_equal(values[DECODER], values[EMBEDDING])
+    theirs = read_by_transformers(tmp_path / "in").float()
+    np.testing.assert_allclose(model(IDS), torch_logits(theirs, IDS), atol=1e-4)
+    np.testing.assert_allclose(
+        model.mlm_logits(model.encode(IDS), [7, 3]), np.asarray(model(IDS))[..., [7, 3]], atol=1e-6
+    )
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert tensors_of(tmp_path / "out") == tensors_of(tmp_path / "in")
+    read_by_transformers(tmp_path / "out")
+
+
+def test_a_decoder_that_differs_from_a_tied_one_is_rejected_with_the_way_out(folder):
     change_tensors(folder, store_decoder)
-    model = export(folder, tmp_path / "out")
-    theirs = read_by_transformers(tmp_path / "out")
-    np.testing.assert_allclose(torch_logits(theirs, IDS), model(IDS), atol=1e-5)
+    change_tensors(folder, lambda tensors: tensors[DECODER].__imul__(2))
+    with pytest.raises(InputError, match="set tie_word_embeddings to false"):
+        load_pretrained(folder)
+    change_config(folder, tie_word_embeddings=False)
+    load_pretrained(folder)
+
+
+def rename(folder, function):
+    def change(tensors):
+        renamed = {function(name): value for name, value in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    change_tensors(folder, change)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("_orig_mod.{}".format, "torch.compile"),
+        ("module.{}".format, "DistributedDataParallel"),
+        ("module._orig_mod.{}".format, "torch.compile"),
+        ("model.{}".format, "the prefix model."),
+        (lambda name: name.removeprefix("model."), "added to the names of the encoder"),
+        (lambda name: "_orig_mod." + name.removeprefix("model."), "the names of the encoder"),
+        (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), "torch.compile"),
+    ],
+)
+def test_names_of_wrapped_models_are_read_and_this_is_said(function, said, folder, source, caplog):
+    rename(folder, function)
+    model, _ = load_pretrained(folder)
+    assert said in caplog.text
+    expected, _ = load_pretrained(source)
+    for name, value in parameters(expected).items():
+        np.testing.assert_array_equal(parameters(model)[name], value)
+
+
+def test_a_mismatch_shows_names_of_either_side(folder):
+    rename(folder, "transformer.{}.x".format)
+    with pytest.raises(InputError, match="for all but 0 of them") as caught:
+        load_pretrained(folder)
+    assert str(caught.value).count("is missing") >= 3
+    assert str(caught.value).count("is in the files") >= 3
+    change_config(folder, num_hidden_layers=1, layer_types=None)
+    rename(folder, lambda name: name.replace("transformer.model.layers.0", "model.layers.0"))
+    with pytest.raises(InputError, match="the weights are not those") as caught:
+        load_pretrained(folder)
+    shown = str(caught.value).splitlines()[:7]
+    assert sum("is missing" in line for line in shown) >= 3
+    assert sum("is unexpected" in line for line in shown) >= 3
+
+
+def test_an_encoder_alone_is_rejected_with_what_to_do(folder):
+    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"ModernBertModel.*has no head: give a model"):
+        load_pretrained(folder)
+
+
+def test_ids_that_change_no_computation_are_a_warning(folder, caplog):
+    change_config(folder, cls_token_id=7, sep_token_id=8, bos_token_id=9, eos_token_id=[10])
+    _, tokenizer = load_pretrained(folder)
+    assert (tokenizer.cls_id, tokenizer.sep_id) == (1, 2)
+    assert "its [CLS] is 1; cls_token_id is 7 in config.json" in caplog.text
+    change_config(folder, pad_token_id=5)
+    with pytest.raises(InputError, match=r"or if this is it, correct pad_token_id in config\.json"):
+        load_pretrained(folder)
 
 
 def test_unknown_keys_are_carried_through(folder, tmp_path):
@@ -255,27 +337,6 @@ def test_failed_export_leaves_the_older_one(source, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {entry.name: entry.read_bytes() for entry in out.iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_card_holds_results_for_the_hub_and_sections_for_people(source):
-    model, _ = load_pretrained(source)
-    result = huggingface_hub.EvalResult(
-        task_type="fill-mask",
-        dataset_type="rows",
-        dataset_name="held-out answers",
-        metric_type="accuracy",
-        metric_value=0.5,
-    )
-    text = pretrained.model_card(
-        model, sections="\n## Training\n\n{{ not a template }}\n", results=[result]
-    )
-    card = huggingface_hub.ModelCard(text)
-    assert card.data.eval_results == [result]
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "fill-mask")
-    assert text.endswith("## Training\n\n{{ not a template }}\n")
-    plain = huggingface_hub.ModelCard(pretrained.model_card(model))
-    assert plain.data.eval_results is None
-    assert "vocabulary 18" in plain.text
 
 
 def test_values_the_dtype_cannot_hold_are_rejected(folder, tmp_path):
@@ -363,7 +424,7 @@ def test_only_safetensors_and_small_files_are_fetched(source, tmp_path, monkeypa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     load_pretrained("some/model", revision="v1")
-    small = (CONFIG, INDEX, CLASSIFIER, TRAINING, *TOKENIZER_FILES)
+    small = (CONFIG, INDEX, CLASSIFIER, *PROVENANCE, *TOKENIZER_FILES)
     assert requested == [("v1", small), ("abc", (WEIGHTS,))]
 
 

@@ -249,6 +249,8 @@ class _Prompts(_Reader):
         assert source.answer is not None
         with named_place(f"source {source.title}: prompt"):
             slot = head == "mlm"
+            if slot:
+                tokenizer.require_anchor()
             self.template = Template(source.prompt, shorten=dict(source.shorten), slot=slot)
             if not set(self.template.fields) - {"options"}:
                 raise InputError("names no column of the records; write {text} for the column text")

@@ -51,6 +51,7 @@ from mlmjax.training.step import (
     start_state,
 )
 from mlmjax.weights import pretrained
+from mlmjax.weights.cards import model_card
 from mlmjax.weights.checkpoints import Checkpoints
 
 STEPS = {"pjit": shared_train_step, "pmap": shared_replicated_step}
@@ -165,7 +166,7 @@ def _report_and_export(
     if is_first():
         model = nnx.merge(graphdef, whole)
         sections = training_card(config, loaders.manifest, report)
-        card = pretrained.model_card(model, sections=sections)
+        card = model_card(model, sections=sections)
         manifest = training_manifest(config.init_from, loaders.manifest, history)
         with working("exporting the model"):
             pretrained.save_pretrained(

@@ -89,7 +89,6 @@ CONFIGS = {
     "pad_token_id beyond the vocabulary": (config(pad_token_id=9999), "pad_token_id"),
     "pad_token_id negative": (config(pad_token_id=-1), "pad_token_id"),
     "id2label with gaps": (config(id2label={"0": "a", "7": "b"}), "id2label"),
-    "label2id of text": (config(id2label={"0": "a"}, label2id={"a": "0"}), "label2id"),
     "head_dim another": (config(head_dim=64), "head_dim: found 64"),
     "BERT": (config(model_type="bert"), "'bert', which is another architecture"),
     "model_type a list": (config(model_type=["modernbert"]), "model_type"),
@@ -100,8 +99,6 @@ CONFIGS = {
     "architectures of numbers": (config(architectures=[1]), "architectures"),
     "a classifier that is none": (config(architectures=[HEAD]), f"are not those of the {HEAD}"),
     "another [PAD]": (config(pad_token_id=7), "; pad_token_id is 7"),
-    "another [CLS]": (config(cls_token_id=7), "; cls_token_id is 7"),
-    "another [SEP]": (config(sep_token_id=7), "; sep_token_id is 7"),
     "another [MASK]": (config(mask_token_id=7), "; mask_token_id is 7"),
 }
 GOOD = {
@@ -109,6 +106,15 @@ GOOD = {
         config(auto_map={"AutoModelForMaskedLM": "evil.Evil"}, trust_remote_code=True),
         write("model/evil.py", "raise SystemExit('run')"),
     ),
+    "with numbers of labels as text": config(id2label={"0": "a"}, label2id={"a": "0"}),
+    "with label2id of another model": config(id2label={"0": "a"}, label2id={"x": 7}),
+    "with a label2id that is no object": config(label2id=["a"]),
+    "with labels that are numbers": config(id2label={"00": 1, "01": 2}),
+    "with another [CLS]": config(cls_token_id=7),
+    "with another [SEP]": config(sep_token_id=-1),
+    "with another end of text": config(eos_token_id=[-1, 2**40], bos_token_id=-1),
+    "with RoPE scaled by the default": config(rope_scaling={"type": "default"}),
+    "with empty settings": config(rope_scaling={}, quantization_config={}),
     "with a value nested to the limit": raw("extra", "[" * 900 + "]" * 900),
     "with keys that mean nothing here": config(torch_dtype="float16", _name_or_path="../../x"),
 }
@@ -176,11 +182,11 @@ TOKENIZERS = {
     "without [unused0]": (without("[unused0]"), "has no token [unused0]"),
     "without any special": (
         without("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[unused0]"),
-        "has no token [CLS], [SEP], [PAD], [MASK], [unused0]",
+        "has no token [CLS], [SEP], [PAD], [MASK]; expected",
     ),
     "that calls one token two names": (
         write(COMPANION, '{"mask_token": "[SEP]"}'),
-        "are one token; expected five",
+        "are one token; expected different",
     ),
     "that calls a special by a number": (write(COMPANION, '{"mask_token": 7}'), "mask_token is 7"),
     "whose companions differ": (

@@ -39,6 +39,17 @@ def put(name, value, index=None):
     return tensors(function)
 
 
+def renamed(function):
+    """Rename every tensor."""
+
+    def change_names(table):
+        names = {function(name): value for name, value in table.items()}
+        table.clear()
+        table.update(names)
+
+    return tensors(change_names)
+
+
 def cast(name, dtype):
     return put(name, lambda table: table[name].astype(dtype))
 
@@ -153,7 +164,11 @@ SPOILS = {
     "infinite": (put(EMBEDDING, np.inf, (3, 4)), f"{EMBEDDING}: 1 of 6144 values are NaN or inf"),
     "decoder that differs": (
         put(DECODER, lambda table: table[EMBEDDING] + np.float32(1e-7)),
-        f"{DECODER}: differs from {EMBEDDING}",
+        "set tie_word_embeddings to false",
+    ),
+    "encoder alone": (
+        tensors(lambda table: [table.pop(n) for n in [*table] if n[:6] != "model."]),
+        "the weights of an encoder (ModernBertModel), which has no head",
     ),
     "decoder of another shape": (put(DECODER, np.ones((4, 16), "f4")), f"{DECODER}: has shape [4"),
     "index with a path": (shards({NORM: "../../x.safetensors"}), NO_NAMES),
@@ -191,6 +206,12 @@ SPOILS = {
     "npz only": (pickle_only("weights.npz"), "weights.npz"),
 }
 GOOD = {
+    "compiled by torch": renamed("_orig_mod.{}".format),
+    "in two wrappers": renamed("module._orig_mod.{}".format),
+    "compiled by layers": renamed(lambda name: name.replace(".attn.", ".attn._orig_mod.")),
+    "part of a larger model": renamed("model.{}".format),
+    "part of a model by another name": renamed("student.net.{}".format),
+    "with an encoder without its prefix": renamed(lambda name: name.removeprefix("model.")),
     "with a pickle beside them": write("model/pytorch_model.bin", PICKLE),
     "in two shards": shards(),
     "with an evil index beside them": write(INDEX, '{"weight_map": {"a": "../evil.safetensors"}}'),

@@ -1,0 +1,84 @@
+"""Define `mlmjax convert`, which is also `tools/convert_weights.py`."""
+
+from pathlib import Path
+
+import click
+
+from mlmjax.errors import EXIT_FAILED, first_details
+
+_folder = click.Path(path_type=Path)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def convert() -> None:
+    """Convert a model to or from Orbax, or compare two.
+
+    \b
+    Example:
+      mlmjax convert to-jax HF_FOLDER CHECKPOINT
+      mlmjax convert to-hf CHECKPOINT HF_FOLDER
+      mlmjax convert check HF_FOLDER CHECKPOINT
+    """
+
+
+@convert.command("to-jax")
+@click.argument("source", metavar="HF_FOLDER")
+@click.argument("target", metavar="CHECKPOINT", type=_folder)
+def to_jax(source: str, target: Path) -> None:
+    """Write a Hugging Face folder (or Hub id) as an Orbax checkpoint.
+
+    \b
+    Example: mlmjax convert to-jax answerdotai/ModernBERT-base base-jax
+    """
+    from mlmjax.weights import convert as weights
+
+    click.echo(f"{target}: written, {weights.to_jax(source, target)} parameters")
+
+
+@convert.command("to-hf")
+@click.argument("source", metavar="CHECKPOINT", type=_folder)
+@click.argument("target", metavar="HF_FOLDER", type=_folder)
+def to_hf(source: Path, target: Path) -> None:
+    """Write an Orbax checkpoint of a model as a Hugging Face folder.
+
+    \b
+    Example: mlmjax convert to-hf base-jax base-hf
+    """
+    from mlmjax.weights import convert as weights
+
+    click.echo(f"{target}: written, {weights.to_hf(source, target)} parameters")
+
+
+@convert.command("check")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="[B]", required=False)
+@click.option(
+    "--against-torch",
+    is_flag=True,
+    help="Compare the logits of A here with those of B (default: A) in transformers; needs the "
+    "extra mlmjax[oracle].",
+)
+def check(first: str, second: str | None, against_torch: bool) -> int:
+    """Compare two models of either kind, tensor by tensor.
+
+    The exit code is 1 if they differ.
+
+    \b
+    Examples:
+      mlmjax convert check base-jax base-hf
+      mlmjax convert check base-jax --against-torch
+    """
+    from mlmjax.weights import convert as weights
+
+    if against_torch:
+        found = weights.check_torch(first, second)
+        done = "equal to transformers"
+    elif second is None:
+        raise click.UsageError("Missing argument 'B'; only --against-torch takes one model.")
+    else:
+        found = weights.check(Path(first), Path(second))
+        done = f"identical: {found.tensors} tensors"
+    for line in (*first_details(found.lines), found.largest):
+        click.echo(line)
+    click.echo("different" if found.lines else done)
+    return EXIT_FAILED if found.lines else 0

@@ -1,0 +1,147 @@
+"""Write model cards, and carry along what says where weights come from."""
+
+import logging
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from mlmjax.errors import InputError
+from mlmjax.model.architecture import Provenance
+from mlmjax.model.modernbert import Model, ModernBertForMaskedLM, parameters
+from mlmjax.storage import CARD, MAX_JSON_BYTES, PROVENANCE, TRAINING, plain_file, read_bounded
+
+log = logging.getLogger(__name__)
+
+_KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
+"""What the metadata of a derived model takes from the card of its source."""
+
+
+def read_provenance(folder: Path) -> dict[str, bytes]:
+    """Return the files of a model folder that say where its weights come from, by their names.
+
+    A file that cannot be read is left out with a warning, because the weights do not need it.
+    """
+    files = {}
+    for name in PROVENANCE:
+        if os.path.lexists(folder / name):
+            try:
+                files[name] = read_bounded(plain_file(folder, name), MAX_JSON_BYTES)
+            except InputError as error:
+                log.warning("%s (saved models will lack this file)", error.message)
+    return files
+
+
+def with_provenance(model: Model, files: Mapping[str, bytes]) -> Model:
+    """Let a model that was just read know where its weights come from; return the model."""
+    model.config = replace(
+        model.config, provenance=Provenance(files, fingerprint(model), _kind(model))
+    )
+    return model
+
+
+def fingerprint(model: Model) -> int:
+    """Return a hash of the weights of all norms, which are few and which any training changes."""
+    found = 0
+    for name, value in sorted(parameters(model).items()):
+        if name.endswith("norm.weight"):
+            found = zlib.crc32(np.asarray(value, np.float32).tobytes(), found)
+    return found
+
+
+def files_to_keep(model: Model) -> dict[str, bytes]:
+    """Return what an export of a model says about where its weights come from, by file name.
+
+    The card of the source is kept if this is the same model. It becomes a section of a new card if
+    the vocabulary, the head or the weights are others. Weights that were trained without a record
+    add a run to the training manifest, of which nothing is known.
+    """
+    source = model.config.provenance
+    files = dict(source.files)
+    is_trained = source.norms is not None and source.norms != fingerprint(model)
+    if CARD not in files or is_trained or source.kind != _kind(model):
+        files[CARD] = model_card(model).encode()
+    if TRAINING in files and is_trained:
+        files[TRAINING] = add_run(files[TRAINING], "a training that mlmjax did not record")
+    return files
+
+
+def _kind(model: Model) -> tuple[str, int]:
+    return type(model).__name__, model.config.vocab_size
+
+
+def add_run(manifest: bytes, source: str) -> bytes:
+    """Add a run of unknown data to a training manifest, and name it; raises `InputError`."""
+    from mlmjax.data.contamination import add_unknown_run  # here, because it loads pydantic tables
+
+    return add_unknown_run(manifest, source)
+
+
+def model_card(
+    model: Model,
+    *,
+    template: str = "model_card.md",
+    library: str = "transformers",
+    pipeline: str | None = None,
+    sections: str = "",
+    results: "Sequence[huggingface_hub.EvalResult]" = (),
+    **values: Any,
+) -> str:
+    """Return the text of README.md: metadata for the hub, what the model is, how to load it.
+
+    `template` is a file of `assets` and `values` are what it needs besides the figures of the
+    model. `sections` is Markdown that follows. `results` are evaluation results for the metadata,
+    as are `library` and `pipeline` (by default that of the model's class).
+    """
+    from mlmjax.reporting import pages  # here, because loading a model needs no templates
+
+    masked = isinstance(model, ModernBertForMaskedLM)
+    name = type(model).__name__
+    data = huggingface_hub.ModelCardData(
+        library_name=library,
+        pipeline_tag=pipeline or ("fill-mask" if masked else "text-classification"),
+        tags=["modernbert", "mlmjax"],
+        model_name=name if results else None,
+        eval_results=list(results) or None,
+        **_inherited(model.config.provenance),
+    )
+    body = pages.render(
+        f"assets/{template}",
+        metadata=data.to_yaml(),
+        name=name,
+        auto="AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification",
+        config=model.config,
+        parameters=sum(leaf.size for leaf in parameters(model).values()),
+        **values,
+    )
+    source = _source_section(model.config.provenance)
+    return str(huggingface_hub.ModelCard(body + sections + source))
+
+
+def _inherited(source: Provenance) -> dict[str, Any]:
+    """Return the metadata that a derived model takes from the card of its source."""
+    text = source.files.get(CARD, b"").decode(errors="replace")
+    if REGEX_YAML_BLOCK.search(text) is None:
+        return {}
+    try:
+        found = huggingface_hub.ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a stranger's metadata may be of any form
+        log.warning("the metadata of the source's %s cannot be read; see its text below", CARD)
+        return {}
+    return {key: found[key] for key in _KEPT if found.get(key) is not None}
+
+
+def _source_section(source: Provenance) -> str:
+    """Return a section with the whole card of the source, in a block that it cannot end."""
+    from mlmjax.reporting.markdown import fenced
+
+    if CARD not in source.files:
+        return ""
+    text = source.files[CARD].decode(errors="replace")
+    return f"\n## Source of the weights\n\nTheir card:\n\n{fenced(text)}\n"
