@@ -27,9 +27,10 @@ class Tokenizer:
 
     Attributes: `backend` (the `tokenizers.Tokenizer`, truncation and padding off), `vocab_size`
     (ids are `0 .. vocab_size - 1`), `cls_id`, `sep_id`, `pad_id`, `mask_id`, `anchor_id`
-    (`[unused0]`, None if there is no such token), `special_ids` (every special token and every `[unused*]`: never masked, never a
-    target), `lstrip_ids` and `rstrip_ids` (tokens that include the white space before or after
-    them), `files` (name -> bytes, written by `save`) and `sha256` of `files["tokenizer.json"]`.
+    (`[unused0]`, None if there is no such token), `special_ids` (every special token and every
+    `[unused*]`: never masked, never a target), `lstrip_ids` and `rstrip_ids` (tokens that include
+    the white space before or after them), `files` (name -> bytes, written by `save`) and `sha256`
+    of `files["tokenizer.json"]`.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
@@ -118,8 +119,7 @@ class Tokenizer:
             )
         raise InputError(
             f"{self.where}/tokenizer.json: has no token {ANCHOR}, which stands before the answer "
-            f"in a prompt; {advice}"
-            + (f", and leave {ANCHOR} its name" if spare else "")
+            f"in a prompt; {advice}" + (f", and leave {ANCHOR} its name" if spare else "")
         )
 
     def encode_plain(self, text: str) -> list[int]:

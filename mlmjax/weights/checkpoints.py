@@ -317,13 +317,14 @@ def describe(tree: Any) -> dict[str, str]:
 
 def check_same(where: Path, saved: Mapping[str, str], expected: Mapping[str, str]) -> None:
     """Raise `InputError` that lists how a saved tree and the expected one (`describe`) differ."""
-    names = sorted(name for name in saved | expected if saved.get(name) != expected.get(name))
+    both = saved.keys() | expected.keys()
+    names = sorted(name for name in both if saved.get(name) != expected.get(name))
     # Some names of either side come first, before one side fills the lines that an error has.
-    first = [*(n for n in names if n not in expected)][:3], [*(n for n in names if n not in saved)]
+    sides = [[name for name in names if name not in side][:3] for side in (expected, saved)]
     problems = [
         f"{name}: the checkpoint has {saved.get(name, 'nothing')}, the model "
         f"{expected.get(name, 'nothing')}"
-        for name in dict.fromkeys([*first[0], *first[1][:3], *names])
+        for name in dict.fromkeys([*sides[0], *sides[1], *names])
     ]
     if problems:
         raise InputError(

@@ -39,9 +39,10 @@ class Difference(NamedTuple):
 
 
 def to_jax(source: str, target: Path) -> int:
-    """Write a Hugging Face folder (or hub id) as an Orbax checkpoint; return its parameters' number.
+    """Write a Hugging Face folder (or hub id) as an Orbax checkpoint.
 
-    Raises `InputError` and `RunError` as `load_pretrained` and `save_model`.
+    Returns the number of its parameters. Raises `InputError` and `RunError` as `load_pretrained`
+    and `save_model`.
     """
     folder = hub.fetch(source)
     if is_model(folder):
@@ -52,9 +53,9 @@ def to_jax(source: str, target: Path) -> int:
 
 
 def to_hf(source: Path, target: Path) -> int:
-    """Write an Orbax checkpoint as a Hugging Face folder; return the number of its parameters.
+    """Write an Orbax checkpoint as a Hugging Face folder, each tensor in its old dtype.
 
-    Each tensor gets its dtype on disk. Raises as `load_model` and `save_pretrained`.
+    Returns the number of its parameters. Raises as `load_model` and `save_pretrained`.
     """
     if not is_model(source):
         raise InputError(
@@ -90,7 +91,7 @@ def check_torch(first: str | Path, second: str | Path | None = None) -> Differen
     """
     torch, transformers = _oracles()
     with _hf_folder(first) as folder:
-        model, _ = pretrained.load_pretrained(folder)
+        model = pretrained.read_model(folder)
     with _hf_folder(first if second is None else second) as folder:
         auto = getattr(transformers, type(model).__name__)
         theirs = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

@@ -40,8 +40,8 @@ def fetch(
 
     `mlmjax-small` is the packaged model; a folder of that name is `./mlmjax-small`. Only the
     configuration, tokenizer files, safetensors weights (unless `weights` is false), card, licence
-    and the files that mlmjax adds are downloaded. Raises `InputError` for a path that is not a folder, an unknown
-    id and an unreachable hub.
+    and the files that mlmjax adds are downloaded. Raises `InputError` for a path that is not a
+    folder, an unknown id and an unreachable hub.
     """
     name = os.fspath(source)
     path = Path(name).expanduser()

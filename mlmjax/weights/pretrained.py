@@ -194,7 +194,10 @@ def _missing_layers(number: int, found: Collection[str], headers: Collection[str
     others = sorted(name for name in headers if not name.startswith("model.layers."))
     return [
         *(f"model.layers.{first}.{part}.weight: is missing" for part in parts),
-        *(f"{name}: is in the files" for name in dict.fromkeys([*others, *sorted(headers)][:NAMES])),
+        *(
+            f"{name}: is in the files"
+            for name in dict.fromkeys([*others, *sorted(headers)][:NAMES])
+        ),
     ]
 
 
@@ -304,11 +307,11 @@ def save_pretrained(
 
     `dtype` is "float32", "bfloat16" or "source": each tensor in the dtype it was loaded with, and
     float32 for others. Card, licence and training manifest are those of the folder that the model
-    was loaded from (`cards.files_to_keep`); `card` is another text of README.md, and `more_files`
-    are further or other files by their names. Like transformers, it leaves out a tied decoder; with "source" the decoder is written if
-    the source had it. The folder appears whole or not at all, and replaces an older export. Raises
-    `InputError` for another folder or file there and for values the dtype cannot hold, `RunError`
-    if writing fails.
+    was loaded from (`cards.files_to_keep`). `card` is another text of README.md, and `more_files`
+    are further or other files by their names. Like transformers, it leaves out a tied decoder; with
+    "source" the decoder is written if the source had it. The folder appears whole or not at all,
+    and replaces an older export. Raises `InputError` for another folder or file there and for
+    values the dtype cannot hold, `RunError` if writing fails.
     """
     path = Path(path)
     if dtype not in ("float32", "bfloat16", "source"):

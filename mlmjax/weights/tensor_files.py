@@ -106,7 +106,8 @@ class Weights:
     """The tensors of a model folder: `headers` of all, then `read` for one at a time.
 
     Use it as a context. `problems` lists tensors that are in two files, or not in the file that
-    the index names. Names are those of the model (`plain_names`). Raises `InputError` for pickles and for files that are truncated or invalid.
+    the index names. Names are those of the model (`plain_names`). Raises `InputError` for pickles
+    and for files that are truncated or invalid.
     """
 
     def __init__(self, folder: Path):

@@ -17,6 +17,7 @@ from mlmjax.data.contamination import (
     TrainingManifest,
     TrainingRun,
     TrainingSource,
+    add_unknown_run,
     contamination,
     read_training_manifest,
     training_manifest,
@@ -105,6 +106,20 @@ def test_tasks_of_the_same_name_are_found(tmp_path):
     known = look([run_of(tasks=[f"quiz_{i}" for i in range(9)])], fresh(tmp_path))
     assert known.trained_on[0].startswith("trained on 'quiz_0',")
     assert "'quiz_4' and 4 more, whose names contain" in known.trained_on[0]
+
+
+def test_a_run_of_unknown_data_makes_the_answer_unknown(tmp_path):
+    start = TrainingManifest(format=1, runs=[run_of(tasks=["animal"])])
+    assert look(start.runs, fresh(tmp_path)).status == "none found"
+    added = add_unknown_run(start.text().encode(), "the texts given to Classifier.fit")
+    (tmp_path / TRAINING).write_bytes(added)
+    runs = read_training_manifest(tmp_path).runs
+    assert runs[:1] == start.runs
+    known = look(runs, fresh(tmp_path))
+    assert known.status == "unknown"
+    assert "what the texts given to Classifier.fit held is not known" in known.remarks
+    with pytest.raises(InputError, match="not a training manifest of format 1"):
+        add_unknown_run(b'{"format": 2, "runs": []}', "x")
 
 
 def test_without_a_manifest_nothing_is_known(exports, capsys):

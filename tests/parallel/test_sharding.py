@@ -54,9 +54,7 @@ def abstract_parameters(model=ModernBertForMaskedLM, **values):
 
 @pytest.mark.parametrize("model", [ModernBertForMaskedLM, ModernBertForSequenceClassification])
 def test_every_parameter_is_sharded_as_written_down(model):
-    params = abstract_parameters(
-        model, **SWITCHES, num_hidden_layers=2, tie_word_embeddings=False
-    )
+    params = abstract_parameters(model, **SWITCHES, num_hidden_layers=2, tie_word_embeddings=False)
     found = named_leaves(parameter_specs(SIZES, params))
     for path, spec in found.items():
         expected = [spec for end, spec in SHARDED.items() if f".{path}".endswith(f".{end}")]

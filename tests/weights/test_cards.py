@@ -44,7 +44,7 @@ def files_of(folder):
 
 
 def check_derived(folder, runs=1):
-    """Check that a folder of other weights has a card of its own, which holds that of its source."""
+    """Check that a folder of other weights has its own card, which holds that of its source."""
     found = files_of(folder)
     assert found.keys() == FILES.keys()
     assert (found["LICENSE"], found["NOTICE"]) == (b"Free.", b"By Ada.")

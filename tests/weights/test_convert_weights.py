@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from training import write_tokenizer
 
 from mlmjax import storage
+from mlmjax.cli import main
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.model.modernbert import CLASSES
 from mlmjax.text.tokenizer import Tokenizer
@@ -216,6 +217,63 @@ def test_a_checkpoint_with_the_tokenizer_of_another_model_is_not_exported(run, t
     assert code == 2
     assert "the tokenizer does not match the model" in printed
     assert not (tmp_path / "back").exists()
+
+
+def test_mlmjax_convert_is_the_tool(folders, tmp_path, capsys):
+    good = str(folders["good"])
+    assert main.run(["convert", "to-jax", good, str(tmp_path / "jax")]) == 0
+    assert main.run(["convert", "to-hf", str(tmp_path / "jax"), str(tmp_path / "hf")]) == 0
+    assert main.run(["convert", "check", good, str(tmp_path / "hf")]) == 0
+    assert capsys.readouterr().out.endswith("tensors\n")
+
+
+@pytest.mark.parametrize("command", [[], ["to-jax"], ["to-hf"], ["check"]])
+def test_help_has_an_example_in_the_tool_and_in_the_command(command, run, capsys):
+    for option in ("-h", "--help"):
+        code, out, err = run(*command, option)
+        assert (code, err) == (0, "")
+        assert main.run(["convert", *command, option]) == 0
+        same = capsys.readouterr().out.replace("mlmjax convert", "convert_weights.py", 1)
+        assert same.partition("\n")[2] == out.partition("\n")[2]
+        assert "Example" in out
+
+
+def test_every_command_has_short_help(capsys):
+    for name in main.cli.commands:
+        assert main.run([name, "-h"]) == 0
+        assert capsys.readouterr().out.startswith(f"Usage: mlmjax {name}")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_check_against_torch(name, run, tmp_path):
+    tied = name != "ModernBertForMaskedLM"
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+    folder = make_folder(tmp_path / "hf", name=name, config=config)
+    run("to-jax", folder, tmp_path / "jax")
+    for model in (folder, tmp_path / "jax"):
+        code, out, err = run("check", model, "--against-torch")
+        assert (code, out.splitlines()[-1]) == (0, "equal to transformers"), err
+    other = make_folder(tmp_path / "other", name=name, config=config, seed=1)
+    code, out, _ = run("check", tmp_path / "jax", other, "--against-torch")
+    assert (code, out.splitlines()[-1]) == (1, "different")
+    assert "largest difference of logits" in out
+
+
+def test_check_against_torch_names_the_extra(folders, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    code, out, err = run("check", folders["good"], "--against-torch")
+    assert (code, out) == (2, "")
+    assert "torch is not installed" in err
+    assert "pip install 'mlmjax[oracle]'" in err
+
+
+def test_names_of_either_side_come_first(run, tmp_path):
+    first, second = make_folder(tmp_path / "a"), make_folder(tmp_path / "b")
+    for folder, start in ((first, "a"), (second, "b")):
+        rewrite(folder, lambda tensors, s=start: {f"{n}.{s}": tensors[n] for n in tensors})
+    code, out, _ = run("check", first, second)
+    assert code == 1
+    assert [line.partition(": only in ")[2] for line in out.splitlines()[:6]] == [*"AAABBB"]
 
 
 def test_the_command_itself(folders):
