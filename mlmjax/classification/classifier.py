@@ -179,6 +179,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
             found = ", ".join(sorted({repr(one) for one in labels})) or "none"
             raise InputError(f"fit: the distinct labels are {found}; expected at least two")
         check_texts(texts)
+        manifest = model.config.provenance.files.get(TRAINING)
+        if manifest is not None:  # a broken one is an error before the training
+            manifest = add_run(manifest, "the texts given to Classifier.fit")
         if settings.head == "classification":
             model = with_classifier(model, list(settings.labels), seed=chosen.seed)
         # What was learned about the probabilities of other weights does not hold for these.
@@ -191,6 +194,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
             shown = progress or show
             history = learn(prompter, examples, chosen, held_out=held_out, progress=shown)
         self._keep(settings, prompter)
+        self.manifest_ = manifest.decode() if manifest is not None else None
         self.history_ = history
         return self
 
@@ -205,9 +209,6 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None:
             files[TRAINING] = self.manifest_
-        if self.manifest_ is not None and hasattr(self, "history_"):
-            given = "the texts given to Classifier.fit"
-            files[TRAINING] = add_run(self.manifest_.encode(), given).decode()
         card = classifier_card(scorer.model, self.settings_)
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
