@@ -14,7 +14,14 @@ from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
-from mlmjax.text.checks import check_filled, check_list, check_share, check_text, for_each_row
+from mlmjax.text.checks import (
+    check_filled,
+    check_list,
+    check_share,
+    check_text,
+    for_each_row,
+    is_listing,
+)
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import OptionNames, usable_option_names
@@ -170,6 +177,10 @@ def _example(pair: Any, labels: Mapping[str, str], multi_label: bool) -> dict[st
         raise InputError(f"is {pair!r:.60}; expected a pair of a text and its label")
     text, given = pair
     check_filled(text, "text")
+    if multi_label and not isinstance(given, str) and not is_listing(given):
+        raise InputError(
+            f"its labels are {given!r:.60} ({type(given).__name__}); expected a list of names"
+        )
     names = tuple(given) if multi_label and not isinstance(given, str) else (given,)
     for name in names:
         check_text(name, "label")

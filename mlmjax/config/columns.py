@@ -60,6 +60,27 @@ def look_up(fields: Mapping[str, Any], column: Column, key: str = "") -> Any:
     raise MissingColumnError(f"has no column {expected}; its columns are {found}{advice}")
 
 
+def look_up_or_none(fields: Mapping[str, Any], column: Column) -> Any:
+    """Return the value of a column in a record; None if it has none.
+
+    >>> look_up_or_none({"text": "On ice"}, "input") is None
+    True
+    """
+    try:
+        return look_up(fields, column)
+    except MissingColumnError:
+        return None
+
+
+def is_missing(value: Any) -> bool:
+    """Tell whether a cell holds no value: null, or a number that is none (NaN).
+
+    >>> [is_missing(value) for value in (None, float("nan"), "", 0)]
+    [True, True, False, False]
+    """
+    return value is None or (isinstance(value, float) and value != value)
+
+
 def as_written(value: Any) -> str:
     """Return a cell as a TOML file writes it as a key.
 

@@ -31,11 +31,41 @@ def _filled(text: str) -> str:
 Name = Annotated[str, AfterValidator(_filled)]
 
 
+class CsvDialect(StrictTable):
+    """Say how a CSV or TSV file is written; what is left out is detected.
+
+    `separator` is the character between fields. `quote` is the character around fields, "" for
+    none. `escape` is the character before a quote inside a field, which is doubled otherwise.
+    `merged_lines` says whether a quoted field may hold line ends: `allow`, `refuse`, or
+    `check`, which refuses lines that look like records of their own.
+    """
+
+    separator: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    quote: Annotated[str, Field(max_length=1)] = '"'
+    escape: Annotated[str, Field(min_length=1, max_length=1)] | None = None
+    merged_lines: Literal["check", "allow", "refuse"] = "check"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "CsvDialect":
+        for name in ("separator", "quote", "escape"):
+            value = getattr(self, name)
+            if value and (value in "\r\n\0 " or not value.isascii()):
+                raise ValueError(f"{name} is {value!r}; expected one ASCII character, not a space")
+        given = [value for value in (self.separator, self.quote, self.escape) if value]
+        if len(set(given)) < len(given):
+            raise ValueError(
+                f"separator, quote and escape are {', '.join(map(repr, given))}; expected "
+                "different characters"
+            )
+        return self
+
+
 class Location(StrictTable):
     """Say where records are: local files, or a dataset of the hub.
 
     Exactly one of `path` (a file or glob, or several: parquet, JSONL, CSV, each also `.zst`) and
     `hub` (a dataset id). `columns` maps names to columns. `limit` keeps the first records.
+    `csv` says how CSV files are written.
     """
 
     name: Name | None = None
@@ -47,6 +77,7 @@ class Location(StrictTable):
     revision: Name | None = None
     columns: Mapping[str, Column] = {}
     limit: PositiveInt | None = None
+    csv: CsvDialect | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Location":
@@ -77,7 +108,8 @@ class SourceConfig(Location):
     Exactly one of `prompt` (an instruction or labelled example, with `answer`) and `text` (the
     column of plain text, trained by MLM only; `cut` says where a long one is cut). A field of the
     prompt is the column of its name, or the column that `columns` maps it to. `normalize` names
-    rules that rewrite answers, in their order (`data.reading.answers.RULES`). `weight` is the share
+    rules that rewrite answers, in their order (`config.labels.RULES`). `drop_labels` names answers
+    whose records are left out, `blank` the fields that may be null or absent. `weight` is the share
     of drawn rows that come from this source; without weights, every row of all sources comes once
     per epoch. `broken` says whether a bad record stops the run, or is skipped and counted.
     """
@@ -89,6 +121,8 @@ class SourceConfig(Location):
     cut: Literal["window", "sentence"] = "window"
     task: Pattern | None = None
     normalize: tuple[AnswerRule, ...] = ()
+    drop_labels: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
     shorten: Mapping[str, ShortenSide] = {}
     broken: Literal["stop", "skip"] = "stop"
     weight: PositiveFloat | None = None
@@ -105,8 +139,10 @@ class SourceConfig(Location):
             raise ValueError("labels needs prompt and answer")
         if self.cut != "window" and self.text is None:
             raise ValueError("cut is for plain text (text); for a prompt, use shorten")
-        if self.normalize and self.prompt is None:
-            raise ValueError("normalize is for answers; it needs prompt and answer")
+        for key in ("normalize", "drop_labels", "blank"):
+            if getattr(self, key) and self.prompt is None:
+                what = "fields of a prompt" if key == "blank" else "answers"
+                raise ValueError(f"{key} is for {what}; it needs prompt and answer")
         if not self.is_pinned:
             found = "no revision" if self.revision is None else f"revision {self.revision!r}"
             raise ValueError(
@@ -118,18 +154,20 @@ class SourceConfig(Location):
 
     @model_validator(mode="after")
     def _columns_of_fields(self) -> "SourceConfig":
-        if not self.columns:
+        if not self.columns and not self.blank:
             return self
         if self.prompt is None:
             raise ValueError('columns are for a prompt; text itself may be "{title} {body}"')
         fields = {name for _, name in pattern_parts(self.prompt) if name}
         fields -= {"options"} if self.labels is not None else set()
-        for name in self.columns:
-            if name not in fields:
+        named = [("columns", name) for name in self.columns]
+        for key, name in (*named, *(("blank", name) for name in self.blank)):
+            if name not in fields or (key == "blank" and name == "options"):
                 known = ", ".join(sorted(fields)) or "none"
                 raise ValueError(
-                    f"columns: {name!r} is not a field of the prompt; its fields: {known}"
+                    f"{key}: {name!r} is not a field of the prompt; its fields: {known}"
                 )
+        for name in self.columns:
             if name in (self.answer, self.task):
                 raise ValueError(
                     f"columns: {name!r} is also the column of answer or task; give the field of "
@@ -197,7 +235,8 @@ class DataConfig(StrictTable):
     """Say what to read, how to pack it, and how many rows make one update.
 
     With `batch_start` the first update has that many rows, and `batch_size` is reached at update
-    `batch_warmup`, a fraction of the run (< 1) or a number of updates (>= 1).
+    `batch_warmup`, a fraction of the run (< 1) or a number of updates (>= 1). `validation_rows` is
+    a number of rows, or (between 0 and 1) a share of the tokens.
     """
 
     rows: Name
@@ -207,7 +246,7 @@ class DataConfig(StrictTable):
     batch_warmup: NonNegativeFloat = 0.1
     accumulate: PositiveInt = 1
     pack: bool = True
-    validation_rows: Annotated[int, Field(ge=0)] = 0
+    validation_rows: Annotated[int, Field(ge=0)] | OpenShare = 0
     sources: tuple[SourceConfig, ...] = ()
     validation_sources: tuple[SourceConfig, ...] = ()
     select: SelectConfig = SelectConfig()

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mlmjax.config.columns import Column, look_up
-from mlmjax.config.data import Location, Name, ShortenSide
+from mlmjax.config.columns import Column, is_missing, look_up, look_up_or_none
+from mlmjax.config.data import AnswerRule, CsvDialect, Location, Name, ShortenSide
 from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
@@ -47,6 +47,7 @@ def newsgroup(post: str) -> str:
     return "\n".join(line for line in body.split("\n") if not _QUOTED.search(line))
 
 
+Probabilities = Literal["labels", "vocabulary"]
 CLEANINGS: dict[Cleaning, Callable[[str], str]] = {"newsgroup": newsgroup}
 
 
@@ -57,7 +58,8 @@ class Protocol(StrictTable):
     shorten: Mapping[str, ShortenSide] | None = None
     verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] | None = None
     bare: bool | None = None
-    normalize: Literal["labels", "vocabulary"] | None = None
+    normalize: Probabilities | tuple[AnswerRule, ...] | None = None
+    probabilities: Probabilities | None = None
 
 
 class Task(StrictTable):
@@ -71,6 +73,9 @@ class Task(StrictTable):
     A task has either `options` (the column of each row's list, or one column per option) or
     `labels`: a list, with names or indices in `answer`, or a table from the column's value to the
     label's name. For `options` the answer is an index, a letter, or a name in `option_names`.
+
+    `normalize`, `drop_labels`, `blank` and `csv` mean what they mean in a source of training data.
+    `probabilities` says over what they sum to 1; `normalize` may hold its value instead of rules.
     """
 
     name: str
@@ -93,10 +98,13 @@ class Task(StrictTable):
     answer: Column
     labels: tuple[str, ...] | Mapping[str, str] | None = None
     drop_labels: tuple[str, ...] = ()
+    blank: tuple[str, ...] = ()
+    csv: CsvDialect | None = None
     group: Column | None = None
     verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] = "letters"
     bare: bool = False
-    normalize: Literal["labels", "vocabulary"] = "labels"
+    normalize: Probabilities | tuple[AnswerRule, ...] = "labels"
+    probabilities: Probabilities | None = None
     metric: Literal["accuracy", "macro_f1", "mcc"] = "accuracy"
     protocols: Mapping[str, Protocol] = {}
 
@@ -120,6 +128,9 @@ class Task(StrictTable):
                     f"verbalizer names {', '.join(verbalizer)}; "
                     f"expected the labels {', '.join(self.label_names)}"
                 )
+        tables: tuple[Task | Protocol, ...] = (self, *self.protocols.values())
+        for table in tables:
+            _check_normalize(table.normalize, table.probabilities)
         self._check_prompts()
         return self
 
@@ -141,8 +152,8 @@ class Task(StrictTable):
         if not read - {"options"} and self.options is None:
             raise ValueError("head_prompt names no field of the row, such as {text}")
         fields |= read
-        for name in (*self.columns, *self.clean, *self.strip):
-            if name not in fields:
+        for name in (*self.columns, *self.clean, *self.strip, *self.blank):
+            if name not in fields or (name == "options" and name in self.blank):
                 known = ", ".join(sorted(fields)) or "none"
                 raise ValueError(f"{name!r} is not a field of the prompt; its fields: {known}")
 
@@ -175,13 +186,30 @@ class Task(StrictTable):
             )
         hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
         place = hub if path is None else {"path": path}
-        return decode(Location, {**place, "split": self.split}, where=f"task {self.name}")
+        place |= {"split": self.split, "csv": None if self.csv is None else self.csv.to_dict()}
+        return decode(Location, place, where=f"task {self.name}")
+
+    @property
+    def rules(self) -> tuple[AnswerRule, ...]:
+        """Return the rules that rewrite answers before they are looked up."""
+        return () if isinstance(self.normalize, str) else self.normalize
+
+    @property
+    def scored_over(self) -> Probabilities:
+        """Return over what the probabilities of the labels sum to 1."""
+        if self.probabilities is not None:
+            return self.probabilities
+        return self.normalize if isinstance(self.normalize, str) else "labels"
 
     def fields_of(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the fields of the prompt except options; None if cleaning leaves one blank."""
         row: dict[str, Any] = {}
         for field in _row_fields(self.prompt):
-            value = look_up(record, self.columns.get(field, field), f"columns.{field}")
+            column = self.columns.get(field, field)
+            if field in self.blank and is_missing(look_up_or_none(record, column)):
+                row[field] = ""
+                continue
+            value = look_up(record, column, f"columns.{field}")
             if field in self.clean:
                 check_text(value, f"field {field!r}")
                 value = CLEANINGS[self.clean[field]](value)
@@ -201,7 +229,10 @@ class Task(StrictTable):
         if protocol not in self.protocols:
             known = ", ".join(["default", *self.protocols])
             raise InputError(f"task {self.name}: has no protocol {protocol!r}; it has {known}")
-        return self.model_copy(update=self.protocols[protocol].model_dump(exclude_none=True))
+        update = self.protocols[protocol].model_dump(exclude_none=True)
+        if isinstance(update.get("normalize"), str):  # It says nothing about rules for answers.
+            update["probabilities"] = update.pop("normalize")
+        return self.model_copy(update=update)
 
     def for_head(self) -> "Task":
         """Return the task with the prompt that a classification head reads.
@@ -229,6 +260,14 @@ class Task(StrictTable):
             return Verbalizer({n: [f" {n}", n] if self.bare else [f" {n}"] for n in labels})
         assert isinstance(self.verbalizer, Mapping)
         return Verbalizer({name: list(self.verbalizer[name]) for name in labels})
+
+
+def _check_normalize(normalize: Any, probabilities: str | None) -> None:
+    if isinstance(normalize, str) and probabilities not in (None, normalize):
+        raise ValueError(
+            f"normalize is {normalize!r} and probabilities {probabilities!r}; give one of them, or "
+            "a list of rules as normalize"
+        )
 
 
 @lru_cache(maxsize=32)

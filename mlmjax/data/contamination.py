@@ -41,9 +41,14 @@ class _Place(StrictTable):
 
 
 class TrainingSource(_Place):
-    """Name a source of training data: files, or a dataset of the hub."""
+    """Name a source of training data: files, or a dataset of the hub.
+
+    `unnamed` counts the records whose task nothing names; None: not known.
+    """
 
     name: str
+    records: int | None = None
+    unnamed: int | None = None
 
 
 class ExcludedSet(_Place):
@@ -104,6 +109,8 @@ def training_manifest(
     sources = [
         TrainingSource(
             name=report.name,
+            records=report.records,
+            unnamed=report.unnamed,
             files=[_named(file.path, file.sha256) for file in report.files],
             **({key: source[key] for key in _PLACE} if source["hub"] is not None else {}),
         )
@@ -163,7 +170,7 @@ def contamination(
 
     It is found as a file with the same content, the same dataset of the hub (any split), or a task
     whose name contains its own. It is excluded if every run kept out texts that overlap with this
-    file or dataset.
+    file or dataset. It is unknown if records name no task, because no name could be looked for.
     """
     if training is None:
         return NOTHING_KNOWN
@@ -188,17 +195,32 @@ def contamination(
                 "another copy of it"
             )
         remarks = [f"the training manifest names no file, dataset or task of {task.name}; {how}"]
-    unknown = [
-        one.name for run in training.runs for one in run.sources if not one.files and not one.hub
-    ]
-    if unknown:
-        remarks += [f"what {name} held is not known" for name in dict.fromkeys(unknown)]
+    sources = [source for run in training.runs for source in run.sources]
+    lost = dict.fromkeys(one.name for one in sources if not one.files and not one.hub)
+    if lost:
+        remarks += [f"what {name} held is not known" for name in lost]
         status = "unknown"
+    unknown = _unknown(training) if status == "none found" else []
     start = training.runs[0].init_from if training.runs else None
     if start is not None:
-        remarks.append(f"what {start} was trained on is not known")
-        status = "unknown" if status == "none found" else status
-    return Contamination(status, [], remarks)
+        unknown.append(f"what {start} was trained on is not known")
+    if unknown and status == "none found":
+        status = "unknown"
+    return Contamination(status, [], [*remarks, *unknown])
+
+
+def _unknown(training: TrainingManifest) -> list[str]:
+    """Name the sources of training data in which no task could be looked for by its name."""
+    found = []
+    for run in training.runs:
+        for source in run.sources:
+            # Earlier versions did not count. A record without a task has the name of its source.
+            unnamed = source.name in run.tasks if source.unnamed is None else source.unnamed
+            if unnamed:
+                is_some = source.records is not None and unnamed != source.records
+                count = f"{unnamed} of {source.records} " if is_some else ""
+                found.append(f"{count}records of {source.name} name no task")
+    return found[:NAMED]
 
 
 def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> list[str]:

@@ -56,7 +56,10 @@ def totals(files: Sequence[RowFile], seq_length: int) -> dict[str, Any]:
 
 
 class SourceReport(StrictTable):
-    """Count what became of the records of one source; see `reading.examples.Counts`."""
+    """Count what became of the records of one source; see `reading.examples.Counts`.
+
+    `unnamed` is None in rows of earlier versions, which did not count records without a task.
+    """
 
     name: str
     files: list[SourceFile]
@@ -65,6 +68,9 @@ class SourceReport(StrictTable):
     dropped: dict[str, int]
     shortened: dict[str, int]
     normalized: dict[str, int]
+    blanked: dict[str, int] = Field(default_factory=dict)
+    task_columns: dict[str, int] = Field(default_factory=dict)
+    unnamed: NonNegativeInt | None = None
     broken: list[str]
     broken_files: list[str] = Field(default_factory=list)
     hits: dict[str, list[list[str]]]

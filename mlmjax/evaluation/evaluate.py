@@ -61,7 +61,8 @@ def run_evaluation(
     The result holds `task, protocol, metric` (the headline's name), `n`, `accuracy, macro_f1, mcc`
     with `_ci95` (Wilson's for accuracy, else bootstrap), `macro_accuracy` (mean over groups),
     `per_group, majority, chance`, counts of rows `shortened` (truncated), `dropped` (by the task's
-    `drop_labels`) and `blank` (after cleaning), `padding_share, seconds, calibration`,
+    `drop_labels`) and `blank` (after cleaning), of fields that were `blanked` (null or
+    absent, as `Task.blank` allows), `padding_share, seconds, calibration`,
     `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
     `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
     `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people.
@@ -119,13 +120,15 @@ def make_scorer(
     """
     options: Any = {"batch_size": batch_size, "max_length": max_length}
     if isinstance(model, ModernBertForSequenceClassification):
+        options["optional"] = task.blank
         head = HeadScorer(model, tokenizer, task.for_head().head_template(), **options)
         head.check_labels(task.label_names, f"task {task.name}")
         return head
     label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
     template = Template(task.prompt, shorten=dict(task.shorten))
     verbalizer = task.verbalizer_for(label_count)
-    return Scorer(model, tokenizer, template, verbalizer, normalize=task.normalize, **options)
+    options |= {"normalize": task.scored_over, "optional": task.blank}
+    return Scorer(model, tokenizer, template, verbalizer, **options)
 
 
 def score_questions(

@@ -358,6 +358,10 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"examples": [("x", None)], "multi_label": True}, "example 1: its labels are None"),
+        ({"examples": [("x", 3)], "multi_label": True}, "example 1: its labels are 3"),
+        ({"examples": [("x", [None])], "multi_label": True}, "example 1: label is NoneType"),
+        ({"examples": [("x", None)]}, "example 1: label is NoneType"),
         ({"examples": [("x", "c")]}, "example 1: label 'c' is not one of a, b"),
         ({"examples": ["x"]}, "example 1: is 'x'; expected a pair"),
         ({"examples": [("x", "a"), (" ", "a")]}, "example 2: text is blank"),

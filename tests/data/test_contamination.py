@@ -192,3 +192,21 @@ def test_a_broken_manifest_is_rejected(tmp_path, text, message):
     (tmp_path / TRAINING).write_text(text)
     with pytest.raises(InputError, match=message):
         read_training_manifest(tmp_path)
+
+
+def test_nothing_is_none_found_where_records_name_no_task(tmp_path):
+    source = {"name": "mine", "records": 9, "files": [TrainingFile(name="a", sha256="0")]}
+    named = run_of(tasks=["math"], sources=[TrainingSource(**source, unnamed=0)])
+    assert look([named], fresh(tmp_path)).status == "none found"
+    unnamed = run_of(tasks=["mine"], sources=[TrainingSource(**source, unnamed=9)])
+    known = look([named, unnamed], fresh(tmp_path))
+    assert known.status == "unknown"
+    assert known.remarks[1:] == ["records of mine name no task"]
+    some = run_of(tasks=["math", "mine"], sources=[TrainingSource(**source, unnamed=2)])
+    assert look([some], fresh(tmp_path)).remarks[1:] == ["2 of 9 records of mine name no task"]
+
+
+def test_manifests_of_earlier_versions_tell_by_the_names_of_their_tasks(tmp_path):
+    sources = [TrainingSource(name="mine", files=[TrainingFile(name="a", sha256="0")])]
+    assert look([run_of(tasks=["math"], sources=sources)], fresh(tmp_path)).status == "none found"
+    assert look([run_of(tasks=["mine"], sources=sources)], fresh(tmp_path)).status == "unknown"

@@ -1,5 +1,6 @@
 """Build row files from staged examples: selection, hold-out, shuffle, packing."""
 
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,9 +26,11 @@ from mlmjax.data.preparing.shuffle import Chunk, read_bucket, scatter
 from mlmjax.data.preparing.staging import Piece, Staged, sources_of
 from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.rows import write_rows
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, counted
 from mlmjax.storage import hash_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _BIN_SHIFT = 44
 _BINS = 2**20
@@ -165,13 +168,18 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
     """Return how many bins of the key, from the lowest, are held out for validation."""
     if not config.validation_rows:
         return 0
-    sizes, row_size = np.zeros(_BINS, np.int64), config.seq_length if config.pack else 1
+    counts, sizes = np.zeros((2, _BINS), np.int64)
+    row_size = config.seq_length if config.pack else 1
     for piece in staged.pieces():
         chunk, kept = piece.chunk, _levels(piece, chosen) < LEFT_OUT
-        weight = chunk.lengths if config.pack else np.ones_like(chunk.lengths)
-        np.add.at(sizes, (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int), weight[kept])
-    wanted = config.validation_rows * row_size
+        bins_of = (chunk.key[kept] >> np.uint64(_BIN_SHIFT)).astype(int)
+        np.add.at(counts, bins_of, 1)
+        np.add.at(sizes, bins_of, chunk.lengths[kept] if config.pack else 1)
     filled = np.cumsum(sizes)
+    if isinstance(config.validation_rows, float):
+        wanted = max(1, round(config.validation_rows * int(filled[-1])))
+    else:
+        wanted = config.validation_rows * row_size
     bins = int(np.searchsorted(filled, wanted)) + 1
     if bins > _BINS or filled[bins - 1] == filled[-1]:
         unit_name = "tokens" if config.pack else "examples"
@@ -186,7 +194,22 @@ def _held_out_bins(staged: Staged, chosen: Selection | None, config: DataConfig)
             f"data.validation_rows = {config.validation_rows}: holding out {wanted} {unit_name} of "
             f"{filled[-1]} {advice}"
         )
+    _check_share(int(counts[:bins].sum()), int(counts.sum()), config)
     return bins
+
+
+def _check_share(held_out: int, total: int, config: DataConfig) -> None:
+    """Warn if over a third of the examples are held out; raise `InputError` if over half are."""
+    if 3 * held_out <= total:
+        return
+    what = (
+        f"data.validation_rows = {config.validation_rows}: holds out {held_out} of "
+        f"{counted(total, 'example')}; "
+    )
+    lower = "lower it, for example to a share: data.validation_rows = 0.1"
+    if 2 * held_out > total:
+        raise InputError(f"{what}expected at most half, so that most examples train; {lower}")
+    log.warning("%smore than a third does not train; %s", what, lower)
 
 
 def _pack(

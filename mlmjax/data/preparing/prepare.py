@@ -22,7 +22,13 @@ from mlmjax.data.manifest import (
     totals,
 )
 from mlmjax.data.preparing.build import build_rows
-from mlmjax.data.preparing.staging import check_unchanged, describe_source, report_sources, stage
+from mlmjax.data.preparing.staging import (
+    check_unchanged,
+    describe_source,
+    describe_tasks,
+    report_sources,
+    stage,
+)
 from mlmjax.data.preparing.workers import Workers
 from mlmjax.data.reading.exclusion import evaluation_identity
 from mlmjax.data.reading.sources import source_files
@@ -55,7 +61,8 @@ def prepare(
 
     `validation_rows` holds out the prompts (documents) whose hash is below a threshold, so that
     equal prompts are in one split, whatever their source. The threshold is the lowest that gives
-    `validation_rows` rows' worth of tokens (of examples, without packing).
+    `validation_rows` rows' worth of tokens (of examples, without packing), or that share of them.
+    More than a third of the examples held out is logged as a warning, more than half is an error.
 
     Rows are for one `head`: the classification head reads texts without a slot, and their labels.
 
@@ -87,6 +94,7 @@ def _check_names(config: DataConfig) -> None:
 def summary(manifest: Manifest) -> list[str]:
     """Return lines on what was read, kept, shortened and dropped, and on the rows."""
     lines = [describe_source(one) for one in (*manifest.sources, *manifest.validation_sources)]
+    lines += task_notes(manifest)
     if manifest.selection:
         chosen = manifest.selection
         short = [f" ({text})" if text else "" for text in shortages(chosen)]
@@ -106,6 +114,14 @@ def summary(manifest: Manifest) -> list[str]:
             f"{found['padding_share']:.2%} padding"
         )
     return lines
+
+
+def task_notes(manifest: Manifest) -> list[str]:
+    """Return lines on columns of tasks that were found, and on tasks that nothing names."""
+    data = manifest.config.get("data", {})
+    patterns = data.get("exclude", {}).get("tasks")
+    named = zip(manifest.sources, data.get("sources", ()), strict=False)
+    return [line for report, source in named for line in describe_tasks(report, source, patterns)]
 
 
 def shortages(selection: SelectionReport) -> list[str]:

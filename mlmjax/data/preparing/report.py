@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest, totals
-from mlmjax.data.preparing.prepare import shortages
+from mlmjax.data.preparing.prepare import shortages, task_notes
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.rows import RowSource
 from mlmjax.errors import InputError
@@ -194,6 +194,7 @@ def figures(folder: Path, manifest: Manifest, tokenizer: Tokenizer, seed: int) -
             for report, origin in zip(getattr(manifest, key), configured.get(key, []), strict=True)
         ],
         "exclusions": _exclusion_figures(manifest, configured.get("exclude", {})),
+        "task_notes": task_notes(manifest),
         "selection": selection and {**selection.model_dump(), "shortages": shortages(selection)},
         "weights": _weight_figures(manifest.splits["train"], splits["train"]["sources"]),
         "splits": splits,
@@ -221,6 +222,9 @@ def _source_figures(
         "broken_files": report.dropped.get(BROKEN_FILE, 0),
         "shortened": report.shortened,
         "normalized": dict.fromkeys(origin.get("normalize", ()), 0) | report.normalized,
+        "blanked": report.blanked,
+        "task_columns": report.task_columns,
+        "unnamed": report.unnamed,
         "broken_files_named": report.broken_files,
         "broken": report.broken,
         "hits": report.hits,

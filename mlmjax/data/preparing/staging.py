@@ -1,7 +1,7 @@
 """Stage sources: read and tokenise every file, and count what becomes of its records."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,4 +250,26 @@ def describe_source(report: SourceReport) -> str:
         parts.append(counted(files, "broken file"))
     parts += [f"{count} dropped ({reason})" for reason, count in dropped.items()]
     parts += [f"{count} shortened in {name!r}" for name, count in report.shortened.items()]
+    parts += [f"{count} blank in {name!r}" for name, count in report.blanked.items()]
     return ", ".join(parts)
+
+
+def describe_tasks(report: SourceReport, source: Mapping[str, Any], patterns: Any) -> list[str]:
+    """Say in which column the tasks of a source were found, and what could not be excluded.
+
+    `source` is its configuration, `patterns` are those of `data.exclude.tasks`.
+    """
+    lines = []
+    if report.task_columns and source.get("task") is None:
+        found = " and ".join(f"{name!r}" for name in report.task_columns)
+        lines.append(f"{report.name}: tasks are named by the column {found}")
+    if patterns and report.unnamed:
+        what = f"{report.unnamed} of {counted(report.records, 'record')} name no task"
+        whole = report.unnamed == report.records
+        lines.append(
+            f"{report.name}: data.exclude.tasks: {'no record names its' if whole else what}"
+            f"{' task' if whole else ''}, so nothing could be excluded by name from "
+            f"{'it' if whole else 'those'}; set task of the source to the column of the task, or "
+            "compare texts with data.exclude.overlap"
+        )
+    return lines

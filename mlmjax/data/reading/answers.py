@@ -2,11 +2,11 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlmjax.config.columns import as_written
-from mlmjax.config.data import AnswerRule, SourceConfig
+from mlmjax.config.data import SourceConfig
+from mlmjax.config.labels import drop_advice, find_label, is_dropped, normalize
 from mlmjax.config.run import Head
 from mlmjax.data.reading.files import Record
 from mlmjax.errors import InputError
@@ -19,58 +19,6 @@ MOST = 1e6
 """The largest value to predict, so that squared errors and their gradients fit in float32."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
-
-_LETTER = re.compile(r"\(([^\W\d_])\)|([^\W\d_])[.):]")
-_INITIALS = re.compile(r"(?:[^\W\d_]\.)+")
-
-
-def letter(answer: str) -> str:
-    """Remove brackets and punctuation around a single letter.
-
-    >>> [letter(text) for text in ("(A)", "A)", "A.", "a:", "A. Yes", "(12)")]
-    ['A', 'A', 'A', 'a', 'A. Yes', '(12)']
-    """
-    found = _LETTER.fullmatch(answer)
-    return answer if found is None else found[1] or found[2]
-
-
-def period(answer: str) -> str:
-    """Remove a full stop at the end, but not from an ellipsis or initials.
-
-    >>> [period(text) for text in ("Yes.", "1.5.", "...", "U.S.", ".")]
-    ['Yes', '1.5', '...', 'U.S.', '.']
-    """
-    if len(answer) < 2 or not answer.endswith(".") or answer.endswith(".."):
-        return answer
-    return answer if _INITIALS.fullmatch(answer) else answer[:-1]
-
-
-RULES: dict[AnswerRule, Callable[[str], str]] = {
-    "strip": str.strip,
-    "letter": letter,
-    "period": period,
-    "lower": str.lower,
-}
-
-
-def normalize(answer: str, rules: Sequence[AnswerRule], changed: Counter[str]) -> str:
-    """Rewrite an answer by rules in order, and count each rule that changes it.
-
-    Outer white space is removed before the first rule and after each.
-
-    >>> changed = Counter()
-    >>> normalize("(B) .", ["period", "letter"], changed), dict(changed)
-    ('B', {'period': 1, 'letter': 1})
-    """
-    if "strip" in rules and answer != answer.strip():
-        changed["strip"] += 1
-    answer = answer.strip()
-    for rule in rules:
-        rewritten = RULES[rule](answer).strip()
-        if rewritten != answer:
-            changed[rule] += 1
-        answer = rewritten
-    return answer
 
 
 class AnswerReader:
@@ -85,6 +33,7 @@ class AnswerReader:
     def __init__(self, source: SourceConfig, template: Template, tokenizer: Tokenizer, head: Head):
         assert source.answer is not None
         self._column, self._rules = source.answer, source.normalize
+        self._drop = source.drop_labels
         self._tokenizer, self._head = tokenizer, head
         self._names = None if source.labels is None else list(source.label_names)
         self._name_of = source.labels if isinstance(source.labels, Mapping) else None
@@ -103,7 +52,13 @@ class AnswerReader:
         Count dropped ones by their reason, and answers that each rule of `source.normalize`
         changed. Raises `InputError` for a value that is no answer, with file and row.
         """
-        values = [(record, self._normalized(record, normalized)) for record in records]
+        values = []
+        for record in records:
+            value = self._normalized(record, normalized)
+            if is_dropped(record.fields[self._column], value, self._drop):
+                dropped["left out by drop_labels"] += 1
+            else:
+                values.append((record, value))
         if self._names is None and self._head == "mlm":
             return self._one_token(values, dropped)
         read = _number if self._names is None else self._label
@@ -124,7 +79,9 @@ class AnswerReader:
         """Keep the records whose answer is one token after a space, with that token."""
         answers = []
         for record, value in values:
-            require_text(record, self._column, "; give labels to name the classes of a number")
+            advice = f"; {drop_advice(record.fields[self._column])}"
+            hint = f"; give labels to name the classes of a number{advice}"
+            require_text(record, self._column, hint, advice)
             answers.append(value.strip())
         encoded = self._tokenizer.encode_plain_batch([f" {answer}" for answer in answers])
         kept: list[tuple[Record, float]] = []
@@ -140,38 +97,28 @@ class AnswerReader:
     def _label(self, value: Any, where: str) -> float:
         """Return the answer of the label that a value names, by itself or as its position."""
         assert self._names is not None
-        if value is None:
-            raise InputError(f"{where} is null; expected a label")
-        key = as_written(value).strip()
-        if self._name_of is not None and key in self._name_of:
-            return self._answers[self._name_of[key]]
-        if self._name_of is not None:
-            raise InputError(
-                f"{where} is {value!r:.60}, which labels does not list; expected one of "
-                f"{', '.join(map(repr, self._name_of))}"
-            )
-        if isinstance(value, str) and key in self._answers:
-            return self._answers[key]
-        if key.isdecimal():
-            if any(name.isdecimal() for name in self._names):
-                raise InputError(
-                    f"{where} is {value!r:.60}, which may be a name or a position in labels; write "
-                    'labels as a table, as in labels = { 1 = "bad" }'
-                )
-            if len(key) < 10 and int(key) < len(self._names):
-                return self._answers[self._names[int(key)]]
+        try:
+            number = find_label(value, self._names, self._name_of)
+        except InputError as error:
+            raise InputError(f"{where} {error.message}") from error
+        if number is not None:
+            return self._answers[self._names[number]]
+        found = "null" if value is None else f"{value!r:.60}"
+        known: Sequence[str] = self._names if self._name_of is None else list(self._name_of)
+        unlisted = "" if self._name_of is None or value is None else ", which labels does not list"
+        place = "" if self._name_of else f", or a number from 0 to {len(self._names) - 1}"
         raise InputError(
-            f"{where} is {value!r:.60}; expected one of {', '.join(map(repr, self._names))}, or a "
-            f"number from 0 to {len(self._names) - 1}"
+            f"{where} is {found}{unlisted}; expected one of {', '.join(map(repr, known))}{place}; "
+            f"{drop_advice(value)}"
         )
 
 
-def require_text(record: Record, column: str, hint: str = "") -> None:
+def require_text(record: Record, column: str, hint: str = "", absent: str = "") -> None:
     """Raise `InputError` with file, row and column for a value that is not text."""
     value = record.fields[column]
     where = f"{record.where}: column {column!r}"
     if value is None:
-        raise InputError(f"{where} is null; expected text")
+        raise InputError(f"{where} is null; expected text{absent}")
     if not isinstance(value, str):
         raise InputError(f"{where} is {type(value).__name__} ({value!r:.60}); expected text{hint}")
     check_text(value, where)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlmjax.config.columns import alternatives_of, is_missing
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
 from mlmjax.data.reading.answers import AnswerReader, require_text
@@ -21,6 +22,9 @@ from mlmjax.errors import InputError, named_place
 from mlmjax.text.checks import check_text, split_by_size
 from mlmjax.text.prompts import MASK, Template
 from mlmjax.text.tokenizer import Tokenizer
+
+TASK_COLUMNS = ("task", "_task_name", "task_name")
+"""Columns that hold the task of a record if a source does not say which one does."""
 
 CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
 """At most so much is tokenised together: enough for all threads, little memory."""
@@ -51,7 +55,9 @@ class Encoded(NamedTuple):
 class Counts:
     """Count what becomes of the records of a source.
 
-    `normalized` counts the answers that each rule changed. `hits` has, for each evaluation set, the
+    `normalized` counts the answers that each rule changed, `blanked` the records in which a field
+    of `SourceConfig.blank` is blank, null or absent. `task_columns` counts the records whose task
+    is in each column, `unnamed` those that name no task. `hits` has, for each evaluation set, the
     first `MOST_NAMED` records that share text with it, and the words. `broken` has the messages of
     as many broken records, `broken_files` those of files that could not be read to their end. All
     of these are also counted in `dropped`.
@@ -62,6 +68,9 @@ class Counts:
     dropped: Counter[str] = field(default_factory=Counter)
     shortened: Counter[str] = field(default_factory=Counter)
     normalized: Counter[str] = field(default_factory=Counter)
+    blanked: Counter[str] = field(default_factory=Counter)
+    task_columns: Counter[str] = field(default_factory=Counter)
+    unnamed: int = 0
     hits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     broken_files: list[str] = field(default_factory=list)
@@ -70,7 +79,8 @@ class Counts:
         """Add what became of other records of the source."""
         self.records += other.records
         self.examples += other.examples
-        for name in ("dropped", "shortened", "normalized"):
+        self.unnamed += other.unnamed
+        for name in ("dropped", "shortened", "normalized", "blanked", "task_columns"):
             getattr(self, name).update(getattr(other, name))
         for name, hits in other.hits.items():
             self.hits[name] = [*self.hits.get(name, ()), *hits][:MOST_NAMED]
@@ -120,7 +130,12 @@ def read_examples(
         counts.count_broken(what, error)
 
     records = read_source(
-        source, reader.columns, named=reader.named, broken=skip if skips else stop
+        source,
+        reader.columns,
+        optional=reader.optional,
+        named=reader.named,
+        unnamed=source.drop_labels,
+        broken=skip if skips else stop,
     )
     return reader.examples(records, counts, skips)
 
@@ -129,6 +144,7 @@ class _Reader(ABC):
     """Turn the records of one source into examples: records, kept records, examples."""
 
     columns: Sequence[str]
+    optional: Sequence[str] = ()
     named: Sequence[str] = ()
 
     def __init__(
@@ -168,19 +184,41 @@ class _Reader(ABC):
         counts.add(attempt)
         yield from examples
 
-    def task_of(self, record: Record) -> str:
-        """Return the task of a record, by default the name of its source."""
+    def find_tasks(self, used: Sequence[str]) -> tuple[str, ...]:
+        """Return the columns in which a record's task may be, unless the source names one."""
+        if self.source.task is not None:
+            return ()
+        mapped = [alternatives_of(column) for column in self.source.columns.values()]
+        taken = {*used, *(name for names in mapped for name in names)}
+        return tuple(name for name in TASK_COLUMNS if name not in taken)
+
+    def task_column(self, record: Record) -> str | None:
+        """Return the column that names the task of a record; None if no column does."""
         column = self.source.task
         if column is None:
-            return self.source.title
+            names = (name for name in TASK_COLUMNS if name in self.optional)
+            return next((name for name in names if _is_name(record.fields[name])), None)
         value = record.fields[column]
         if value is None or not str(value).strip():
             raise InputError(f"{record.where}: column {column!r} names no task; found {value!r}")
-        check_text(str(value), f"{record.where}: column {column!r}")
-        return str(value)
+        return column
+
+    def task_of(self, record: Record) -> str:
+        """Return the task of a record, by default the name of its source."""
+        column = self.task_column(record)
+        if column is None:
+            return self.source.title
+        value = str(record.fields[column])
+        check_text(value, f"{record.where}: column {column!r}")
+        return value
 
     def is_excluded(self, record: Record, counts: Counts) -> bool:
         """Tell, and count, whether `data.exclude` names the task of a record."""
+        column = self.task_column(record)
+        if column is None:
+            counts.unnamed += 1
+        else:
+            counts.task_columns[column] += 1
         if not self.exclusion.patterns:
             return False
         pattern = self.exclusion.pattern(self.task_of(record))
@@ -212,6 +250,7 @@ class _Windows(_Reader):
             )
         self.text = self.source.text
         self.columns = [self.text, *filter(None, [self.source.task])]
+        self.optional = self.find_tasks([self.text])
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = list(self._kept(records, counts))
@@ -261,7 +300,10 @@ class _Prompts(_Reader):
         self.texts = [name for name in self.template.fields if name != "options"]
         self.fields = list(self.template.fields) if self.options is None else self.texts
         self.shown = [*self.fields, source.answer]
-        self.columns = [*self.shown, *filter(None, [source.task])]
+        self.blank = frozenset(source.blank)
+        required = [name for name in self.shown if name not in self.blank]
+        self.columns = [*required, *filter(None, [source.task])]
+        self.optional = (*source.blank, *self.find_tasks(self.shown))
         self.named = () if source.labels else (source.answer,)
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
@@ -287,7 +329,12 @@ class _Prompts(_Reader):
         """Drop records of excluded tasks, and those that contain `[MASK]`."""
         for record in records:
             for name in self.texts:
-                require_text(record, name)
+                if name in self.blank and is_missing(record.fields[name]):
+                    record = Record({**record.fields, name: ""}, record.where)
+                absent = f"; blank = [{name!r}] reads it as blank".replace("'", '"')
+                require_text(record, name, absent=absent)
+                if name in self.blank and not record.fields[name].strip():
+                    counts.blanked[name] += 1
             if self.is_excluded(record, counts):
                 continue
             if any(MASK in text for text in _strings(record, self.shown)):
@@ -311,6 +358,10 @@ class _Prompts(_Reader):
                 counts.dropped["blank prompt"] += 1
             elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
                 yield record, row, answer
+
+
+def _is_name(value: Any) -> bool:
+    return not is_missing(value) and isinstance(value, str | int) and bool(str(value).strip())
 
 
 def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -11,9 +12,13 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
+from mlmjax.config.data import CsvDialect
 from mlmjax.config.tables import suggest_name
+from mlmjax.data.formats.csv_files import read_rows
 from mlmjax.errors import InputError, first_line
 from mlmjax.storage import parse_object, unique_keys
+
+log = logging.getLogger(__name__)
 
 MAX_LINE_BYTES = 32 * 2**20
 """A longer line (or CSV field) is an error, so that one hostile line cannot fill memory."""
@@ -39,6 +44,14 @@ def stop(what: str, error: InputError) -> None:
     raise error
 
 
+class Wanted(NamedTuple):
+    """Say which columns to read of a file, and how it is written if it is CSV."""
+
+    columns: Collection[Column] | None
+    optional: Collection[Column]
+    csv: CsvDialect | None
+
+
 class Record(NamedTuple):
     """Hold the fields of a row of a data file, and its place for errors."""
 
@@ -50,7 +63,10 @@ def read_file(
     path: str | Path,
     columns: Collection[Column] | None = None,
     *,
+    optional: Collection[Column] = (),
     named: Collection[str] = (),
+    unnamed: Collection[str] = (),
+    csv: CsvDialect | None = None,
     broken: Broken = stop,
 ) -> Iterator[Record]:
     """Stream the records of one file, whose format follows from its name.
@@ -58,8 +74,9 @@ def read_file(
     `.parquet`; `.jsonl`, `.ndjson`, `.json` (one object per line); `.csv`, `.tsv` (a header, then
     rows); `.txt` (documents of at least `TEXT_BLOCK` characters that end at a blank line, field
     `text`). All but parquet may be compressed: `.zst`, `.gz`. `columns` are the needed ones (None:
-    all); records may lack other columns. Class numbers in the columns `named` become names if a
-    parquet file of `datasets` stores these.
+    all); records may lack other columns. `optional` columns are read where they are. Class numbers
+    in the columns `named` become names if a parquet file of `datasets` stores these, except those
+    in `unnamed`. `csv` says how a CSV file is written; what it leaves out is detected.
 
     `broken` gets the errors of a record, and of a file whose rest cannot be read. What it does not
     raise is skipped. A line of a CSV file that is not text breaks the rest, because it may be part
@@ -68,7 +85,7 @@ def read_file(
     Raises `InputError` with file and line or row for a file that cannot be read as described.
     Errors of the disk or the network are always raised.
     """
-    path = Path(path)
+    path, wanted = Path(path), Wanted(columns, optional, csv)
     kind, compression = _kind_of(path)
     read = _READERS.get(kind)
     if read is None or (compression and kind == ".parquet"):
@@ -80,11 +97,11 @@ def read_file(
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty; expected {kind[1:]} records")
         if kind == ".parquet":
-            yield from _read_parquet(path, columns, named, broken)
+            yield from _read_parquet(path, wanted, named, unnamed, broken)
         else:
             raw = pa.input_stream(str(path), compression=compression)
             with io.BufferedReader(raw, _READ_AHEAD) as stream:
-                yield from read(stream, str(path), columns, broken)
+                yield from read(stream, str(path), wanted, broken)
     except (OSError, pa.ArrowException) as error:
         (where,) = getattr(error, "__notes__", [path])
         what = getattr(error, "strerror", None) or first_line(error)
@@ -114,9 +131,12 @@ def _kind_of(path: Path) -> tuple[str, str | None]:
 
 
 def require_columns(
-    where: str, columns: Collection[Column] | None, present: Collection[str]
+    where: str,
+    columns: Collection[Column] | None,
+    present: Collection[str],
+    optional: Collection[Column] = (),
 ) -> list[str]:
-    """Return the columns of a file that will be read, sorted.
+    """Return the columns of a file that will be read, sorted; with `optional` ones it has.
 
     Raises `InputError` for a column that is missing, with the nearest name and all others.
     """
@@ -132,19 +152,33 @@ def require_columns(
                 f"{where}: has no column {expected}; {hint}columns: {', '.join(present) or 'none'}"
             )
         read.update(found)
+    for column in optional:
+        read.update(columns_read(column, present) or ())
     return sorted(read)
 
 
 def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines, from 1, without a byte order mark at the start."""
+    """Yield numbered lines, from 1, without a byte order mark at the start.
+
+    Lines end in a line feed, or (in files of old Macs) in a carriage return; this is logged.
+    """
+    try:
+        start = stream.peek(_READ_AHEAD)
+    except OSError as error:
+        error.add_note(f"{where} line 1")
+        raise
+    is_old = b"\r" in start[:-1] and b"\n" not in start
+    if is_old:
+        log.warning("%s: lines end in a carriage return, as on old Macs", where)
+    read = _OldLines(stream).readline if is_old else stream.readline
     for number in count(1):
         here = f"{where} line {number}"
         try:
-            line = stream.readline(MAX_LINE_BYTES + 1)
+            line = read(MAX_LINE_BYTES + 1)
             is_long = len(line) > MAX_LINE_BYTES
             rest = line
-            while is_long and rest and not rest.endswith(b"\n") and broken is not stop:
-                rest = stream.readline(MAX_LINE_BYTES)
+            while is_long and rest and not rest.endswith((b"\n", b"\r")) and broken is not stop:
+                rest = read(MAX_LINE_BYTES)
         except OSError as error:
             error.add_note(here)
             raise
@@ -166,8 +200,30 @@ def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tu
         broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
 
 
+class _OldLines:
+    """Read lines that end in a carriage return."""
+
+    def __init__(self, stream: io.BufferedReader):
+        self._stream, self._rest = stream, b""
+
+    def readline(self, limit: int) -> bytes:
+        """Return the next line, or `limit` bytes of it; empty at the end of the file."""
+        parts = [self._rest]
+        size = len(self._rest)
+        while b"\r" not in parts[-1] and size < limit:
+            part = self._stream.read1(_READ_AHEAD)
+            if not part:
+                break
+            parts.append(part)
+            size += len(part)
+        text = b"".join(parts)
+        end = min(text.find(b"\r") + 1 or len(text), limit)
+        line, self._rest = text[:end], text[end:]
+        return line
+
+
 def _read_jsonl(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+    stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
 ) -> Iterator[Record]:
     for number, line in _lines(stream, where, broken):
         if line.strip():
@@ -175,7 +231,7 @@ def _read_jsonl(
             try:
                 advice = "expected one object per line (broken = 'skip' leaves it out)"
                 fields = parse_object(line, here, advice, object_pairs_hook=unique_keys)
-                require_columns(here, columns, fields)
+                require_columns(here, wanted.columns, fields)
             except InputError as error:
                 broken(BROKEN_RECORD, error)
             else:
@@ -183,34 +239,25 @@ def _read_jsonl(
 
 
 def _read_csv(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+    stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
 ) -> Iterator[Record]:
     # The limit belongs to the whole csv module, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     is_tabbed = ".tsv" in map(str.lower, Path(where).suffixes)
     lines = (line for _, line in _lines(stream, where, stop))
-    reader = csv.reader(lines, delimiter="\t" if is_tabbed else ",", strict=True)
     header: list[str] = []
-    line = 1
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise InputError(
-                f"{where} line {line}: is not valid CSV ({error}); expected fields with commas or "
-                "line ends to be quoted"
-            ) from error
-        here, line = f"{where} line {line}", reader.line_num + 1
-        if row is None:
-            break
+    for row, line in read_rows(
+        lines, where, "\t" if is_tabbed else ",", wanted.csv, wanted.columns
+    ):
+        here = f"{where} line {line}"
         if not header:
             header = row
             _check_distinct(header, f"{here}: the header has")
-            require_columns(here, columns, header)
-        elif row and len(row) != len(header):
+            require_columns(here, wanted.columns, header)
+        elif len(row) != len(header):
             what = f"has {len(row)} fields, the header has {len(header)}: {', '.join(header)}"
             broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
-        elif row:
+        else:
             yield Record(dict(zip(header, row, strict=True)), here)
 
 
@@ -220,9 +267,9 @@ def _check_distinct(names: Sequence[str], what: str) -> None:
 
 
 def _read_text(
-    stream: io.BufferedReader, where: str, columns: Collection[Column] | None, broken: Broken
+    stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
 ) -> Iterator[Record]:
-    require_columns(where, columns, ["text"])
+    require_columns(where, wanted.columns, ["text"])
     block: list[str] = []
     size, start = 0, 1
     for number, line in _lines(stream, where, broken):
@@ -237,19 +284,20 @@ def _read_text(
 
 
 def _read_parquet(
-    path: Path, columns: Collection[Column] | None, named: Collection[str], broken: Broken
+    path: Path, wanted: Wanted, named: Collection[str], unnamed: Collection[str], broken: Broken
 ) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
         present = file.schema_arrow.names
         _check_distinct(present, f"{path}: has the column")
-        needed = require_columns(str(path), columns, present)
-        wanted = None if columns is None else needed
+        needed = require_columns(str(path), wanted.columns, present, wanted.optional)
         known = class_names(file.schema_arrow.metadata)
         names = {column: known[column] for column in known.keys() & set(named)}
         row = 0
-        batches = file.iter_batches(_PARQUET_BATCH, columns=wanted)
+        batches = file.iter_batches(
+            _PARQUET_BATCH, columns=None if wanted.columns is None else needed
+        )
         while True:
             try:
                 batch = next(batches, None)
@@ -266,7 +314,7 @@ def _read_parquet(
                         name: _value(column[i], f"{here}: column {name!r}")
                         for name, column in zip(batch.schema.names, batch.columns, strict=True)
                     }
-                    fields = name_classes(fields, names, here)
+                    fields = name_classes(fields, names, here, unnamed)
                 except InputError as error:
                     broken(BROKEN_RECORD, error)
                 else:
@@ -307,20 +355,24 @@ def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
 
 
 def name_classes(
-    fields: dict[str, Any], names: Mapping[str, list[str]], where: str
+    fields: dict[str, Any],
+    names: Mapping[str, list[str]],
+    where: str,
+    unnamed: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Replace class numbers by names, in columns that have names.
+    """Replace class numbers by names, in columns that have names; leave `unnamed` numbers.
 
     >>> name_classes({"label": 1, "text": "fine"}, {"label": ["bad", "good"]}, "row 1")
     {'label': 'good', 'text': 'fine'}
     """
     for column in names.keys() & fields.keys():
         number = fields[column]
-        if isinstance(number, int):
+        if isinstance(number, int) and str(number) not in unnamed:
             if not 0 <= number < len(names[column]):
                 raise InputError(
                     f"{where}: column {column!r} is class {number}; expected 0 to "
-                    f"{len(names[column]) - 1} ({', '.join(names[column])})"
+                    f"{len(names[column]) - 1} ({', '.join(names[column])}); "
+                    f'drop_labels = ["{number}"] leaves such rows out'
                 )
             fields = {**fields, column: names[column][number]}
     return fields

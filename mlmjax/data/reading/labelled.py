@@ -109,7 +109,8 @@ def read_labelled(
     if first is None:
         raise InputError(f"{path}: has no rows; expected a text and a label in each")
     columns = find_columns(str(path), list(first.fields), text, label)
-    records = read_file(path, [columns.text, columns.label], named=[columns.label])
+    wanted = [columns.text, columns.label]
+    records = read_file(path, wanted, named=[columns.label], unnamed=drop_labels)
     counts = dict.fromkeys(("blank", "dropped", "repeated"), 0)
     seen: dict[tuple[str, str], str] = {}
     for where, row in for_each_row(

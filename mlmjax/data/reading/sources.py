@@ -7,7 +7,7 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-from mlmjax.config.columns import Column, look_up
+from mlmjax.config.columns import Column, look_up, look_up_or_none
 from mlmjax.config.data import Location
 from mlmjax.data.reading.files import (
     BROKEN_RECORD,
@@ -52,34 +52,49 @@ def read_source(
     source: Location,
     names: Collection[str] | None = None,
     *,
+    optional: Collection[str] = (),
     named: Collection[str] = (),
+    unnamed: Collection[str] = (),
     broken: Broken = stop,
 ) -> Iterator[Record]:
     """Stream the first `limit` records of a source, file by file in sorted order.
 
     The fields of a record are `names`, each with the value of the column that `source.columns`
     gives for it, or of the column of that name (`config.columns.look_up`); None: all columns.
-    Class numbers in the columns `named` become names, if the data have them. Raises `InputError`
+    The fields `optional` are None where there is no such column. Class numbers in the columns
+    `named` become names, if the data have them, except those in `unnamed`. Raises `InputError`
     with file and line or row; for a hub dataset, with its id and row. `broken` is that of
     `read_file`; errors of a hub dataset are always raised.
     """
     columns = None if names is None else {name: source.columns.get(name, name) for name in names}
     wanted = None if columns is None else tuple(columns.values())
+    spare = {name: source.columns.get(name, name) for name in optional}
     if source.hub is not None:
-        records = _read_hub(source, wanted, named)
+        records = _read_hub(source, wanted, tuple(spare.values()), named, unnamed)
     else:
         records = (
             record
             for path in source_files(source)
-            for record in read_file(path, wanted, named=named, broken=broken)
+            for record in read_file(
+                path,
+                wanted,
+                optional=tuple(spare.values()),
+                named=named,
+                unnamed=unnamed,
+                csv=source.csv,
+                broken=broken,
+            )
         )
     if columns is not None:
-        records = _renamed(records, columns, broken)
+        records = _renamed(records, columns, spare, broken)
     return islice(records, source.limit)
 
 
 def _renamed(
-    records: Iterable[Record], columns: Mapping[str, Column], broken: Broken
+    records: Iterable[Record],
+    columns: Mapping[str, Column],
+    optional: Mapping[str, Column],
+    broken: Broken,
 ) -> Iterator[Record]:
     for record in records:
         try:
@@ -88,11 +103,17 @@ def _renamed(
         except InputError as error:
             broken(BROKEN_RECORD, error)
         else:
+            for name, column in optional.items():
+                fields[name] = look_up_or_none(record.fields, column)
             yield Record(fields, record.where)
 
 
 def _read_hub(
-    source: Location, columns: Collection[Column] | None, named: Collection[str]
+    source: Location,
+    columns: Collection[Column] | None,
+    optional: Collection[Column],
+    named: Collection[str],
+    unnamed: Collection[str],
 ) -> Iterator[Record]:
     # datasets imports jax when that is installed, and data modules must load without it.
     import datasets
@@ -115,7 +136,8 @@ def _read_hub(
         )
         features = stream.features or {}
         if features and columns is not None:
-            stream = stream.select_columns(require_columns(where, columns, features))
+            needed = require_columns(where, columns, features, optional)
+            stream = stream.select_columns(needed)
         rows = iter(stream)
     except InputError:
         raise
@@ -135,7 +157,7 @@ def _read_hub(
         if fields is None:
             return
         require_columns(here, columns, fields)
-        yield Record(name_classes(fields, names, here), here)
+        yield Record(name_classes(fields, names, here, unnamed), here)
 
 
 def _unreadable(where: str, error: Exception) -> InputError:

@@ -160,12 +160,12 @@ def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
         except InputError as error:
             raise NoDataError(error.message, error.details) from error
     questions, left_out = read_questions(task, data, None)
-    fields = Template(task.prompt).fields
+    fields, labels = Template(task.prompt).fields, len(task.label_names)
     for_each_row(
-        lambda row: check_row(row, fields, len(task.label_names) or len(row["options"])),
+        lambda row: check_row(row, fields, labels or len(row["options"]), task.blank),
         ((question.where, question.row) for question in questions),
     )
-    return questions, sum(left_out.values())
+    return questions, left_out["dropped"] + left_out["blank"]
 
 
 def sample(questions: list[Question], count: int | None, seed: list[int]) -> list[Question]:

@@ -226,7 +226,8 @@ def _task_identity(task: Task, method: str) -> dict[str, Any]:
     """Return the method and the keys of a task that its answers depend on."""
     read = {"name", "prompt", "shorten", "head_prompt"}
     scored = {"labels", "verbalizer", "bare", "normalize"}
-    return {"task": task.model_dump(mode="json", include=read | scored), "method": method}
+    table = task.model_dump(mode="json", include=read | scored)
+    return {"task": table | {"normalize": task.scored_over}, "method": method}
 
 
 def _ask_zero_shot(run: Run, planned: Planned, rows: Rows, model: SuiteModel) -> Line:
