@@ -135,10 +135,19 @@ def check_tokenizer(
             continue
         line = f"its [{role.upper()}] is {found}; {key} is {values[key]}"
         if role in ("cls", "sep"):
-            log.warning("%s: the tokenizer counts: %s in %s", folder, line, CONFIG)
+            log.warning("%s: %s in %s; the id of the tokenizer is used", folder, line, CONFIG)
         else:
             problems.append(line)
             keys.append(key)
+    own_ids, ids = tokenizer.backend.encode("").ids, [tokenizer.cls_id, tokenizer.sep_id]
+    if tokenizer.backend.post_processor is not None and own_ids != ids:
+        log.warning(
+            "%s: around a text its own settings put %s; mlmjax puts [CLS] and [SEP] %s, so the ids "
+            "differ from those of transformers",
+            folder / TOKENIZER_FILES[0],
+            own_ids,
+            ids,
+        )
     if problems:
         own = f", or if this is it, correct {' and '.join(keys)} in {CONFIG}" if keys else ""
         raise InputError(

@@ -12,6 +12,7 @@ from texts import SNIPPETS, nasty, ordinary, small_table
 
 import mlmjax.text.tokenizer
 from mlmjax.errors import InputError
+from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 
 
@@ -147,6 +148,27 @@ def test_special_tokens_are_found_by_their_names(tmp_path):
     assert read.special_ids == {0, 1, 2, 3, 4, 5, 6}
     assert read.encode_plain("hello <mask> yes")[0] == 7
     assert set(read.encode_plain("<mask> [unused0] </s>")) == {0}
+
+
+@pytest.mark.parametrize(
+    ("spare", "advice"),
+    [
+        ([], "can fill masks, train on plain text and have a classification head"),
+        (["[unused1]"], r"rename others of the spare tokens \(\[unused1\]\)"),
+        ([f"[unused{i}]" for i in range(1, 12)], r"\(\[unused1\] to \[unused11\]\), and leave"),
+    ],
+)
+def test_only_a_prompt_with_an_answer_needs_the_anchor(spare, advice, tmp_path):
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[INST]", *spare, "hello", "yes"]
+    table = json.loads(word_level(words))
+    table["added_tokens"] = [e for e in table["added_tokens"] if e["content"] != "[unused0]"]
+    read = Tokenizer.from_pretrained(written(tmp_path, json.dumps(table)))
+    assert read.anchor_id is None
+    assert read.encode_plain("hello yes") == [read.vocab_size - 2, read.vocab_size - 1]
+    assert Template("{text}", slot=False).encode(read, {"text": "yes"}, 9)[0][1:-1]
+    with pytest.raises(InputError, match=advice) as caught:
+        Template("{text}").encode(read, {"text": "yes"}, 9)
+    assert "has no token [unused0]" in caught.value.message
 
 
 def test_added_tokens_after_the_special_ones_keep_their_ids():

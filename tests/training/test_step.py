@@ -196,3 +196,14 @@ def test_remat_saves_most_of_the_memory():
     none, dots, layer = map(gradient_memory, ("none", "dots", "layer"))
     assert layer < 0.7 * none  # Blocks of attention are computed again in any case.
     assert layer < dots < 0.9 * none
+
+
+def test_a_decoder_of_its_own_is_trained_and_sharded():
+    config = ModelConfig.from_hf({**SIZES, "num_hidden_layers": 1, "tie_word_embeddings": False})
+    model = ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), attention="dense")
+    graphdef, state = create_train_state(model, OPTIMIZER, mesh=make_mesh(CUBE))
+    before = np.asarray(state.params["decoder"]["weight"][...])
+    state, _ = make_train_step(graphdef, OPTIMIZER)(state, make_batch(UNEVEN))
+    decoder = state.params["decoder"]["weight"][...]
+    assert decoder.addressable_shards[0].data.size * 4 == decoder.size
+    assert (np.asarray(decoder) != before).any(axis=1).all()  # every word is in each softmax

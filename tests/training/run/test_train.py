@@ -16,6 +16,7 @@ import mlmjax.training.run.train as train_module
 from mlmjax.cli.main import run
 from mlmjax.data.contamination import read_training_manifest
 from mlmjax.errors import InputError, RunError
+from mlmjax.storage import CARD
 from mlmjax.training.run.log import MetricsLog
 from mlmjax.training.run.resume import check_same_run
 from mlmjax.training.run.timing import PHASES
@@ -243,6 +244,9 @@ def test_starting_from_an_export(folder, straight):
     assert one.runs == two.runs[:1]
     assert [run.init_from for run in two.runs] == [None, start["init_from"]]
     assert one.runs[0].tasks == ["animal", "color"]
+    card = (folder / "tuned" / "export" / CARD).read_text()
+    assert card.count("## Training") == 2  # its own, and that of its start
+    assert "## Source of the weights" in card
 
 
 def test_two_processes_do_not_train_in_one_folder(folder, straight):

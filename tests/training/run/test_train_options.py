@@ -25,6 +25,7 @@ from mlmjax.training.run.inputs import open_loaders
 from mlmjax.training.run.timing import profiled_updates
 from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights import pretrained
+from mlmjax.weights.convert import check
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -180,6 +181,17 @@ def record_first(patch, name):
     function, calls = getattr(loop_module, name), []
     patch.setattr(loop_module, name, lambda *a, **k: calls.append(a[:2]) or function(*a, **k))
     return calls
+
+
+def test_a_decoder_of_its_own_is_trained_and_exported(folder):
+    changes = {"model__tie_word_embeddings": False, "steps": 2, "schedule__warmup": 0}
+    out = folder / "untied"
+    run_training(make_config(folder, out=str(out), **changes))
+    model, _ = pretrained.load_pretrained(out / "export")
+    assert not model.config.tie_word_embeddings
+    values = parameters(model)
+    assert not np.array_equal(values["decoder.weight"], values[pretrained.EMBEDDING])
+    assert check(out, out / "export").lines == []
 
 
 def test_a_batch_grows_and_its_mask_rate_falls(folder, straight, optioned):
