@@ -209,7 +209,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None:
             files[TRAINING] = self.manifest_
-        card = classifier_card(scorer.model, self.settings_)
+        card = classifier_card(scorer.model, self.settings_, self._load().recipe())
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
         )
@@ -246,8 +246,10 @@ LABELS = 100
 """The most labels that a card shows; the settings have all of them."""
 
 
-def classifier_card(model: Model, settings: Settings) -> str:
-    """Return the README.md of a classifier's folder.
+def classifier_card(
+    model: Model, settings: Settings, recipe: tuple[list[str], dict[str, str]] | None = None
+) -> str:
+    """Return the README.md of a classifier's folder; `recipe` is that of its prompter.
 
     Labels and prompt may come from strangers, so they are put in code blocks that they cannot end.
     """
@@ -263,4 +265,8 @@ def classifier_card(model: Model, settings: Settings) -> str:
         labels=shown,
         multi_label=settings.multi_label,
         prompt=settings.template,
+        head=settings.head == "classification",
+        recipe=recipe,
+        most=settings.max_length or model.config.max_position_embeddings,
+        calibrated=settings.calibration is not None,
     )

@@ -25,6 +25,9 @@ YES_NO = ("yes", "no")
 OPTIONAL = ("examples",)
 """Fields of a prompt that may be blank."""
 
+PROBE = "a text"
+"""A text to compare prompts with."""
+
 CHUNK_PROMPTS = 4096
 """About this many prompts are laid out together; texts are read as they are needed."""
 
@@ -76,6 +79,23 @@ class Prompter:
             )
         self.shifts = None if settings.orders == "all" else settings.orders
         self.shots = Shots(settings.examples, tokenizer) if settings.examples else None
+
+    def recipe(self) -> tuple[list[str], dict[str, str]] | None:
+        """Return how any library prompts the model: the texts around a text, and the answers.
+
+        The answers are `{label: form at the slot}`. None if one prompt does not decide, or if text
+        of labels or template is a special token, which other libraries would parse.
+        """
+        settings, scorer = self.settings, self.scorer
+        is_plain = not (settings.multi_label or settings.examples) and settings.orders == 1
+        if not is_plain or settings.answer == "continuation" or self.size < len(self.names):
+            return None
+        row = {"options": list(self.shown), "examples": "", "text": PROBE}
+        parts = scorer.template.around("text", row)
+        read = scorer.tokenizer.backend.encode(PROBE.join(parts)).ids
+        if read != scorer.template.render(scorer.tokenizer, row, scorer.max_length).ids:
+            return None
+        return parts, dict(zip(self.names, [f" {name}" for name in scorer.labels], strict=False))
 
     @cached_property
     def size(self) -> int:

@@ -63,6 +63,15 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{visible(text, keep=chr(10))}\n{fence}"
 
 
+def literal(value: object) -> str:
+    """Return texts, or lists and tables of them, as Python that ends no code block.
+
+    >>> literal(["a", "```"])
+    "['a', '\\\\x60\\\\x60\\\\x60']"
+    """
+    return repr(value).replace("`", r"\x60")
+
+
 def number(value: int) -> str:
     """Return a whole number with separators of thousands."""
     return f"{value:,}"

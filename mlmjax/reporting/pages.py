@@ -19,9 +19,8 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for name in ("cell", "fenced", "number", "percent", "score", "share"):
+    for name in ("cell", "fenced", "literal", "number", "percent", "score", "share"):
         environment.filters[name] = getattr(markdown, name)
-    environment.filters["python"] = ascii  # a text as a literal of a program
     environment.globals.update(LONG=markdown.LONG_CELL, METRIC_NAMES=markdown.METRIC_NAMES)
     return environment
 

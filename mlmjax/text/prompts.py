@@ -91,6 +91,25 @@ class Template:
         """Return how often the template uses a field."""
         return sum(part == _Field(name) for part in self._parts)
 
+    def around(self, name: str, row: Mapping[str, Any]) -> list[str]:
+        r"""Return the texts of a prompt before, between and after the places of a field.
+
+        Joined by the text of the field they are the whole prompt, with special tokens as text.
+
+        >>> Template("Is it good?\n{text}").around("text", {})
+        ['Is it good?\n', ' [unused0][MASK]']
+        """
+        pieces = [""]
+        for part in self._parts:
+            if part == _Field(name):
+                pieces.append("")
+            elif isinstance(part, _Field):
+                value = row[part.name]
+                pieces[-1] += option_lines(value, self.names) if part.name == _OPTIONS else value
+            else:
+                pieces[-1] += part if isinstance(part, str) else part.name
+        return pieces
+
     def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
         """Return the number of tokens of a prompt before truncation; fields may be blank."""
         texts = {name: row.get(name) or "" for name in self.fields}

@@ -1,0 +1,78 @@
+"""The card's programs load a classifier in transformers and give its probabilities."""
+
+import numpy as np
+import pytest
+from pages import blocks
+from small_models import small_model
+
+from mlmjax import Classifier
+
+TEXT = "the new goal"
+
+
+@pytest.fixture(scope="module")
+def real_pair(tokenizer):
+    """A small model with the packaged tokenizer, which transformers reads."""
+    return small_model(max_position_embeddings=256), tokenizer
+
+
+def saved(pair, folder, labels=("sports", "money"), **options):
+    """Save a classifier; return its card and its probabilities of a text."""
+    classifier = Classifier(pair, list(labels), **options)
+    if options.get("head") == "classification":
+        classifier.fit(["the goal", "a bank"], list(labels)[:2], epochs=1)
+    classifier.save_pretrained(folder)
+    (row,) = classifier.predict_proba([TEXT])
+    return (folder / "README.md").read_text(encoding="utf-8"), dict(
+        zip(map(str, classifier.classes_), row, strict=True)
+    )
+
+
+def printed(program, folder, capsys):
+    """Run a program of a card on the text; return what it printed."""
+    program = program.replace("PATH_OF_THIS_FOLDER", str(folder)).replace('"a text"', repr(TEXT))
+    capsys.readouterr()
+    exec(compile(program, "README.md", "exec"), {})
+    return eval(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"answer": "words"},
+        {"answer": "letters"},
+        {"labels": ["sports: 'x' \"y\"", "two words\n```", "ünï {text}"]},
+        {"template": "{text} is the {text} of\n{options}"},
+        {"answer": "words", "template": 'It\'s {{new}}: {text}\n"Answer": [unused0] [MASK].'},
+    ],
+)
+def test_prompt_and_answers_are_rebuilt(real_pair, tmp_path, capsys, options):
+    card, expected = saved(real_pair, tmp_path / "saved", **options)
+    _, program = blocks("python", card)
+    found = printed(program, tmp_path / "saved", capsys)
+    assert list(found) == list(expected)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"instruction": 'Read the "new" text:\nnow'}])
+def test_a_head_is_a_pipeline(real_pair, tmp_path, capsys, options):
+    card, expected = saved(real_pair, tmp_path / "saved", head="classification", **options)
+    _, program = blocks("python", card)
+    (found,) = printed(program, tmp_path / "saved", capsys)
+    assert {one["label"]: pytest.approx(one["score"], abs=1e-5) for one in found} == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"orders": 2},
+        {"answer": "continuation"},
+        {"multi_label": True},
+        {"examples": [("a goal", "sports")]},
+        {"labels": ["[MASK]", "[SEP] x"]},
+    ],
+)
+def test_an_answer_of_several_prompts_has_no_program(real_pair, tmp_path, options):
+    card, _ = saved(real_pair, tmp_path / "saved", **options)
+    assert len(blocks("python", card)) == 1
+    assert "take more than one plain prompt, so use mlmjax" in card
