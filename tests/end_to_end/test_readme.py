@@ -14,6 +14,7 @@ from pages import ROOT, blocks, commands
 from processes import free_port
 from pydantic_core import PydanticUndefined
 from small_models import small_model
+from tables import labelled_rows, write_table
 
 import mlmjax
 from mlmjax.cli import main
@@ -96,13 +97,25 @@ def shared_folder(inputs, tmp_path_factory):
 PROGRAMS = blocks("python", README)
 
 
-@pytest.mark.parametrize("number", range(len(PROGRAMS)))
+@pytest.mark.parametrize("number", range(1, len(PROGRAMS)))
 def test_python_blocks_run(folder, number):
     assert HUB_MODEL in PROGRAMS[number]
     program = PROGRAMS[number].replace(HUB_MODEL, "HF_FOLDER")
     exec(compile(program, "README.md", "exec"), {})
-    if "save_pretrained" in program:
-        assert (folder / "my-classifier" / "model.safetensors").is_file()
+
+
+def test_the_first_program_learns_offline_as_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(PROGRAMS[0], "README.md", "exec"), names)
+    assert capsys.readouterr().out == f"{names['answers']}\n"
+    assert f"print(answers)  # {names['answers']}" in PROGRAMS[0]
+    assert not set(names["classes"]) & set(names["texts"])
+    assert len(names["gold"]) == len(names["texts"]) > len(names["classes"])
+    before = mlmjax.Classifier("mlmjax-small", names["classes"], answer="words")
+    assert set(before.predict(names["texts"])) == {"account"}  # as the text above it says
+    again = mlmjax.Classifier.from_pretrained("my-classifier")
+    assert again.score(names["texts"], names["gold"]) == 1.0
 
 
 def test_texts_of_the_guide_are_scored_and_filled(capsys):
@@ -143,12 +156,12 @@ def test_tables_of_the_guide_have_every_key_and_default(table):
 
 def script_of(text, heading):
     """Return the first shell script below a heading."""
-    return blocks("bash", text.split(f"\n## {heading}\n")[1])[0]
+    return blocks("bash", re.split(f"\n##+ {re.escape(heading)}\n", text)[1])[0]
 
 
 def readme_script():
     """Return the command-line section with fewer steps, a smaller network and two questions."""
-    script = script_of(README, "Command line")
+    script = script_of(README, "Training and evaluation")
     assert "steps=500" in script
     questions = ROOT / "tests" / "data" / "mmlu_500.jsonl"
     script = script.replace("mmlu_test.parquet", f"{questions} --limit 2")
@@ -178,6 +191,33 @@ def test_commands_run(shared_folder, number, monkeypatch, capsys):
         run = runpy.run_path(script)["run"]
     assert run(arguments) == 0, capsys.readouterr().err
     assert CHECKS[number](shared_folder, capsys.readouterr().out)
+
+
+def test_a_table_becomes_answers_as_written(folder):
+    rows = [
+        {"ticket": row["id"], "body": row["text"], "team": row["label"]}
+        for row in labelled_rows(40)
+    ]
+    write_table(folder / "tickets.csv", rows)
+    write_table(folder / "new.csv", rows[:5])
+    fit, classify = commands(script_of(README, "From a table to a classifier"))
+    assert main.run([*fit.arguments, "--model", "HF_FOLDER", "--epochs", "1"]) == 0
+    assert (folder / "tickets-classifier" / "report" / "report.html").is_file()
+    assert main.run(classify.arguments) == 0
+    header, *answers = (folder / "answers.csv").read_text().splitlines()
+    assert header == "id,label,probability,probability_money,probability_sports"
+    assert [line.split(",")[0] for line in answers] == [f"T{i}" for i in range(5)]
+
+
+def test_the_page_on_tables_has_every_option():
+    page = (ROOT / "docs" / "tables.md").read_text()
+    for name, heading in (("fit", "Fit"), ("classify", "Classify")):
+        section = page.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+        for option in cli.commands[name].params:
+            known = option.opts[0]
+            shared = ("--revision", "--dtype", "--labels", "--batch-size", "--model")
+            if known.startswith("--") and known not in shared:
+                assert f"\n| `{known}" in section, known
 
 
 @pytest.mark.long
