@@ -11,13 +11,11 @@ training run. It prints the largest difference and where it is.
 Exit codes: 0 done or identical, 1 different or writing failed, 2 bad input.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
 
 from mlmjax.cli import main
 from mlmjax.cli.convert import convert

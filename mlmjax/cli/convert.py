@@ -1,5 +1,6 @@
 """Define `mlmjax convert`, which is also `tools/convert_weights.py`."""
 
+import os
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ def convert() -> None:
       mlmjax convert to-hf CHECKPOINT HF_FOLDER
       mlmjax convert check HF_FOLDER CHECKPOINT
     """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, or searched for
 
 
 @convert.command("to-jax")

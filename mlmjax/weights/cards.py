@@ -10,7 +10,6 @@ from typing import Any
 
 import huggingface_hub
 import numpy as np
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import Provenance
@@ -68,7 +67,10 @@ def files_to_keep(model: Model) -> dict[str, bytes]:
     if CARD not in files or is_trained or source.kind != _kind(model):
         files[CARD] = model_card(model).encode()
     if TRAINING in files and is_trained:
-        files[TRAINING] = add_run(files[TRAINING], "a training that mlmjax did not record")
+        try:
+            files[TRAINING] = add_run(files[TRAINING], "a training that mlmjax did not record")
+        except InputError as error:  # weights that were trained are saved whatever the file holds
+            log.warning("%s; it is saved unchanged, without this training", error.message)
     return files
 
 
@@ -126,6 +128,8 @@ def model_card(
 
 def _inherited(source: Provenance) -> dict[str, Any]:
     """Return the metadata that a derived model takes from the card of its source."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK  # here, because loading needs no cards
+
     text = source.files.get(CARD, b"").decode(errors="replace")
     if REGEX_YAML_BLOCK.search(text) is None:
         return {}

@@ -105,6 +105,16 @@ def test_a_training_of_ones_own_is_in_the_manifest(source, tmp_path):
     check_derived(tmp_path / "plain", runs=2)
 
 
+def test_a_broken_manifest_does_not_keep_trained_weights_from_being_saved(source, tmp_path, caplog):
+    folder = shutil.copytree(source, tmp_path / "in")
+    (folder / TRAINING).write_bytes(b"{}")
+    model, tokenizer = load_pretrained(folder)
+    model.model.final_norm.weight[...] = model.model.final_norm.weight[...] * 2
+    save_pretrained(model, tokenizer, tmp_path / "out")
+    assert (tmp_path / "out" / TRAINING).read_bytes() == b"{}"
+    assert "it is saved unchanged, without this training" in caplog.text
+
+
 @pytest.mark.parametrize("text", [b"---\n: [\n---\n# A", b"---\n- a\n---\n", b"", b"\xff\xfe---\n"])
 def test_a_card_that_is_broken_does_not_stop_the_model(text, source, tmp_path):
     folder = shutil.copytree(source, tmp_path / "in")
