@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from mlmjax.config.columns import Column, is_missing, look_up, look_up_or_none
 from mlmjax.config.data import AnswerRule, CsvDialect, Location, Name, ShortenSide
 from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, MissingColumnError
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
 from mlmjax.text.verbalizer import Verbalizer, option_names
@@ -209,7 +209,11 @@ class Task(StrictTable):
             if field in self.blank and is_missing(look_up_or_none(record, column)):
                 row[field] = ""
                 continue
-            value = look_up(record, column, f"columns.{field}")
+            try:
+                value = look_up(record, column, f"columns.{field}")
+            except MissingColumnError as error:
+                advice = f'or set blank = ["{field}"] if it may be absent'
+                raise MissingColumnError(f"{error.message}, {advice}") from error
             if field in self.clean:
                 check_text(value, f"field {field!r}")
                 value = CLEANINGS[self.clean[field]](value)

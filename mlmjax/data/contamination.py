@@ -220,7 +220,7 @@ def _unknown(training: TrainingManifest) -> list[str]:
                 is_some = source.records is not None and unnamed != source.records
                 count = f"{unnamed} of {source.records} " if is_some else ""
                 found.append(f"{count}records of {source.name} name no task")
-    return found[:NAMED]
+    return list(dict.fromkeys(found))[:NAMED]
 
 
 def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> list[str]:

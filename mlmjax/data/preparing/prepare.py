@@ -121,7 +121,11 @@ def task_notes(manifest: Manifest) -> list[str]:
     data = manifest.config.get("data", {})
     patterns = data.get("exclude", {}).get("tasks")
     named = zip(manifest.sources, data.get("sources", ()), strict=False)
-    return [line for report, source in named for line in describe_tasks(report, source, patterns)]
+    return [
+        line
+        for number, (report, source) in enumerate(named)
+        for line in describe_tasks(report, number, source, patterns)
+    ]
 
 
 def shortages(selection: SelectionReport) -> list[str]:

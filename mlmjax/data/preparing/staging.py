@@ -254,22 +254,28 @@ def describe_source(report: SourceReport) -> str:
     return ", ".join(parts)
 
 
-def describe_tasks(report: SourceReport, source: Mapping[str, Any], patterns: Any) -> list[str]:
+def describe_tasks(
+    report: SourceReport, number: int, source: Mapping[str, Any], patterns: Any
+) -> list[str]:
     """Say in which column the tasks of a source were found, and what could not be excluded.
 
-    `source` is its configuration, `patterns` are those of `data.exclude.tasks`.
+    `source` is its configuration, source `number` of the run; `patterns` are those of
+    `data.exclude.tasks`.
     """
     lines = []
     if report.task_columns and source.get("task") is None:
         found = " and ".join(f"{name!r}" for name in report.task_columns)
         lines.append(f"{report.name}: tasks are named by the column {found}")
     if patterns and report.unnamed:
-        what = f"{report.unnamed} of {counted(report.records, 'record')} name no task"
-        whole = report.unnamed == report.records
+        what, them = (
+            f"{report.unnamed} of {counted(report.records, 'record')} name no task",
+            "those",
+        )
+        if report.unnamed == report.records:
+            what, them = "no record names its task", "it"
         lines.append(
-            f"{report.name}: data.exclude.tasks: {'no record names its' if whole else what}"
-            f"{' task' if whole else ''}, so nothing could be excluded by name from "
-            f"{'it' if whole else 'those'}; set task of the source to the column of the task, or "
-            "compare texts with data.exclude.overlap"
+            f"{report.name}: data.exclude.tasks: {what}, so nothing could be excluded by name from "
+            f"{them}; set data.sources.{number}.task to the column of the task, or compare texts "
+            "with data.exclude.overlap"
         )
     return lines

@@ -298,12 +298,13 @@ def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
 
 
 def test_a_weighted_source_without_a_row_is_rejected(folder):
-    (folder / "one.jsonl").write_text('{"prompt": "the color: red", "answer": "red"}\n')
+    # The hash of this prompt is low, so that it is held out.
+    (folder / "one.jsonl").write_text('{"prompt": "the color: red blue", "answer": "red"}\n')
     sources = [
         {"path": str(folder / f"{name}.jsonl"), "prompt": "{prompt}", "answer": "answer"}
         for name in ("records", "one")
     ]
-    changes = {"data__validation_rows": 80, "data__rows": str(folder / "weighted-rows")}
+    changes = {"data__validation_rows": 0.3, "data__rows": str(folder / "weighted-rows")}
     weighted = [source | {"weight": 0.5} for source in sources]
     config = make_config(folder, out=str(folder / "w"), data__sources=weighted, **changes)
     rows = prepare(config.data, Tokenizer.from_pretrained(folder / "tokenizer"))
