@@ -30,7 +30,7 @@ from mlmjax.classification.classifier import Classifier, classifier_card
 from mlmjax.classification.settings import Settings
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
-from mlmjax.storage import CLASSIFIER, TRAINING
+from mlmjax.storage import CARD, CLASSIFIER, TRAINING
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
 
@@ -182,12 +182,18 @@ def test_a_fitted_classifier_keeps_what_its_source_was_trained_on_and_adds_itsel
     source = tmp_path / "source"
     shutil.copytree(folder, source)
     (source / TRAINING).write_text('{"format": 1, "runs": []}')
+    (source / CARD).write_text("---\nlicense: cc-by-4.0\n---\n\nMade by Ada.\n")
     classifier = Classifier(source, list(WORDS), template=SHORT)
     classifier.save_pretrained(tmp_path / "plain")
     assert (tmp_path / "plain" / TRAINING).read_text() == '{"format": 1, "runs": []}'
     classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
     (run,) = json.loads((tmp_path / "fitted" / TRAINING).read_text())["runs"]
     assert run["sources"] == [{"name": "the texts given to Classifier.fit"}]
+    for name in ("plain", "fitted"):
+        metadata, text = (tmp_path / name / CARD).read_text().split("---\n")[1:3]
+        assert "license: cc-by-4.0" in metadata
+        assert "## Source of the weights" in text
+        assert "Made by Ada." in (tmp_path / name / CARD).read_text()
 
 
 def test_descriptions_are_in_the_prompt_and_change_the_answer(pair):
