@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from mlmjax.config.columns import as_written, look_up
+from mlmjax.config.columns import as_written, is_missing, look_up
 from mlmjax.errors import InputError, write_failed
 from mlmjax.storage import PARTIAL
 from mlmjax.text.checks import check_filled, for_each_row
@@ -81,10 +81,11 @@ def read_items(file: str, text: str, id_: str | None) -> Iterator[Item]:
 
 def _item(fields: Mapping[str, Any], where: str, text: str, id_: str | None) -> Item:
     value = look_up(fields, text)
-    check_filled("" if value is None else value, f"column {text!r}")
+    check_filled("" if is_missing(value) else value, f"column {text!r}")
     if id_ is None:
         return Item(int(where.rpartition(" ")[2]), value)
     key = look_up(fields, id_)
+    key = None if is_missing(key) else key  # NaN is no JSON
     if key is not None and not isinstance(key, str | int | float):
         raise InputError(f"column {id_!r} is {key!r:.60}; expected text or a number as id")
     return Item(key, value)

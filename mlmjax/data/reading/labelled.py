@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlmjax.config.columns import as_written, columns_read, look_up
+from mlmjax.config.columns import as_written, columns_read, is_missing, look_up
 from mlmjax.data.reading.files import Record, read_file, require_columns
 from mlmjax.errors import InputError, counted
 from mlmjax.text.checks import check_text, for_each_row
@@ -139,8 +139,8 @@ def _row(record: Record, columns: Columns, skip_blank: bool) -> tuple[str, str] 
             f"column {columns.label!r} is {label!r:.60}; expected one label (for several, use "
             "Classifier(multi_label=True) in Python)"
         )
-    name = "" if label is None else as_written(label).strip()
-    text = "" if text is None else text
+    name = "" if is_missing(label) else as_written(label).strip()
+    text = "" if is_missing(text) else text
     check_text(text, f"column {columns.text!r}")
     check_text(name, f"column {columns.label!r}")
     for value, column in ((text, columns.text), (name, columns.label)):

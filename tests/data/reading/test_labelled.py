@@ -75,6 +75,24 @@ def test_rows_without_a_text_or_a_label_are_listed_or_left_out_and_counted(tmp_p
     )
 
 
+def test_missing_numbers_and_nulls_are_blank(tmp_path):
+    rows = [{"text": f"text {i}", "label": [1.0, float("nan"), None, 2.0][i % 4]} for i in range(8)]
+    path = write_table(tmp_path / "a.parquet", rows)
+    with pytest.raises(InputError, match="row 2: column 'label' is blank"):
+        read_labelled(path)
+    assert set(read_labelled(path, skip_blank=True).labels) == {"1", "2"}
+
+
+def test_semicolons_are_found(tmp_path):
+    (tmp_path / "a.csv").write_text("Body;Team\n" + "one, two;a\nthree;b\nfour;a\n")
+    table = read_labelled(tmp_path / "a.csv", label="Team")
+    assert list(zip(table.texts, table.labels, strict=True)) == [
+        ("one, two", "a"),
+        ("three", "b"),
+        ("four", "a"),
+    ]
+
+
 def test_labels_are_names_even_if_they_are_numbers(tmp_path):
     rows = [{"text": f"text {i}", "label": [1, 2.0, True, -1][i % 4]} for i in range(16)]
     path = write_table(tmp_path / "a.jsonl", rows)
