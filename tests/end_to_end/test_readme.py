@@ -97,13 +97,15 @@ def shared_folder(inputs, tmp_path_factory):
 PROGRAMS = blocks("python", README)
 
 
-@pytest.mark.parametrize("number", range(1, len(PROGRAMS)))
+@pytest.mark.parametrize("number", range(len(PROGRAMS)))
 def test_python_blocks_run(folder, number):
-    assert HUB_MODEL in PROGRAMS[number]
-    program = PROGRAMS[number].replace(HUB_MODEL, "HF_FOLDER")
+    name = HUB_MODEL if number else "mlmjax-small"
+    assert name in PROGRAMS[number]
+    program = PROGRAMS[number].replace(name, "HF_FOLDER")
     exec(compile(program, "README.md", "exec"), {})
 
 
+@pytest.mark.long
 def test_the_first_program_learns_offline_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
