@@ -27,6 +27,7 @@ from mlmjax.errors import (
     first_details,
     write_advice,
 )
+from mlmjax.parallel.environment import explain_environment
 
 
 def keep_compiled() -> None:
@@ -110,6 +111,8 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     except OSError as error:
         return fail(f"{error}; {write_advice(error)}", (), EXIT_FAILED)
     except Exception as error:
+        if (reason := explain_environment(error)) is not None:
+            return fail(reason.message, reason.details, EXIT_BAD_INPUT)
         message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
         return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
     return result if isinstance(result, int) else 0

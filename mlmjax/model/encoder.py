@@ -234,10 +234,10 @@ class Layer(nnx.Module):
         """Map `[batch, seq, hidden]` to the same shape."""
         normed = x if self.attn_norm is None else self.attn_norm(x, x.dtype)
         with jax.named_scope("attention"):
-            x = _shard_rows((x + self.attn(normed, rope, segment_ids, attend_here)).astype(x.dtype))
+            x = _shard_rows(_added(x, self.attn(normed, rope, segment_ids, attend_here)))
             x = checkpoint_name(compute_once(x, rope), "product")
         with jax.named_scope("mlp"):
-            x = _shard_rows((x + self.mlp(self.mlp_norm(x, x.dtype))).astype(x.dtype))
+            x = _shard_rows(_added(x, self.mlp(self.mlp_norm(x, x.dtype))))
             return compute_once(x, rope)
 
 
@@ -281,6 +281,11 @@ class GatedMLP(nnx.Module):
         both = checkpoint_name(both, "product").astype(jnp.float32)
         gated = ACTIVATIONS[self.activation](both[..., 0, :]) * both[..., 1, :]
         return self.Wo(gated.astype(x.dtype))
+
+
+def _added(x: jax.Array, change: jax.Array) -> jax.Array:
+    """Add a float32 change to the residual stream, and round the sum once."""
+    return (x.astype(jnp.float32) + change).astype(x.dtype)
 
 
 def _rope_tables(position_ids: jax.Array, head_dim: int, theta: float) -> Rope:

@@ -109,7 +109,8 @@ class ModernBertForSequenceClassification(_ModernBert):
             members, positions = (owner != 0)[:, None], None
         else:
             members = owner[:, None] == jnp.arange(1, segments + 1, dtype=jnp.int32)[None, :, None]
-            start = jnp.sum(members * jnp.argmax(members, axis=2, keepdims=True), axis=1)
+            start = jnp.where(members, jnp.argmax(members, axis=2, keepdims=True), 0)
+            start = jnp.sum(start, axis=1)
             positions = jnp.arange(shape[1], dtype=jnp.int32)[None] - start
         hidden = self.encode(input_ids, segment_ids, positions)
         with jax.named_scope("classifier"):
@@ -119,7 +120,8 @@ class ModernBertForSequenceClassification(_ModernBert):
             else:
                 total = product("bst,bth->bsh", members.astype(hidden.dtype), hidden)
                 count = members.sum(axis=2)[:, :, None]
-                pooled = (total / jnp.maximum(count, 1)).astype(self.dtype)
+                count = jnp.maximum(count, 1).astype(total.dtype)
+                pooled = (total / count).astype(self.dtype)
             logits = self.classifier(self.head(pooled))
             return logits[:, 0] if segments is None else logits
 
@@ -207,7 +209,8 @@ def with_classifier(
     config = labelled_config(model.config, labels)
     values = parameters(model)
     if isinstance(model, ModernBertForMaskedLM):
-        drawn = parameters(_make_classifier(config, nnx.Rngs(seed)))
+        with jax.transfer_guard("allow"):  # Flax moves its seed and constants implicitly.
+            drawn = parameters(_make_classifier(config, nnx.Rngs(seed)))
         values |= {f"classifier.{name}": leaf for name, leaf in drawn.items()}
     elif model.config.id2label != config.id2label:
         have, want = (

@@ -5,16 +5,19 @@ coordinator, nor for process numbers and TPU chips without starting a backend.
 """
 
 import json
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import cloud_tpu_init, distributed
+from jax._src import cloud_tpu_init, distributed, hardware_utils, xla_bridge
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -46,6 +49,41 @@ def coordinator_address() -> str | None:
 def is_tpu_machine() -> bool:
     """Tell whether JAX found TPU chips on this machine."""
     return cloud_tpu_init.running_in_cloud_tpu_vm
+
+
+def skip_absent_tpu() -> None:
+    """Keep JAX from searching for a TPU, unless there may be one or a variable requests it.
+
+    The compiler for TPUs comes with its runtime, which prints many lines when it finds no TPU. If
+    `JAX_PLATFORMS` requests one, these lines are shown only if the runtime starts.
+    """
+    requested = (jax.config.jax_platforms or "").split(",")
+    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    if chips or cloud_tpu_init.jax_force_tpu_init() or "TPU_LIBRARY_PATH" in os.environ:
+        return
+    factories = xla_bridge._backend_factories
+    if "tpu" not in requested:
+        factories.pop("tpu", None)
+    elif (found := factories.get("tpu")) is not None:
+        factories["tpu"] = replace(found, factory=partial(_start_quietly, found.factory))
+
+
+def _start_quietly(start: Callable[[], Any]) -> Any:
+    """Call `start`; show what its library printed to stderr only if that succeeds."""
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as printed:
+        os.dup2(printed.fileno(), 2)
+        try:
+            started = start()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        printed.seek(0)
+        os.write(2, printed.read())
+    return started
+
+
+skip_absent_tpu()  # on import, because it has to come before the first array
 
 
 def client() -> Any:

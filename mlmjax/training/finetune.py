@@ -6,7 +6,6 @@ from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -22,7 +21,7 @@ from mlmjax.parallel.sharding import local_mesh
 from mlmjax.reporting.terminal import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
-from mlmjax.training.optimizer import make_schedule, make_update
+from mlmjax.training.optimizer import make_schedule, make_update, rates_at
 from mlmjax.training.step import HEADS, create_train_state, shared_train_step
 
 ROWS = (256, 512, 1024)
@@ -76,9 +75,9 @@ def fine_tune(
         for members in batches[epoch]:
             shown = [prompts[i] for i in members]
             batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
-            rates: Any = given | {"learning_rate": rate(done)}
-            rates = {name: jnp.asarray(value, jnp.float32) for name, value in rates.items()}
-            opt_state = state.opt_state._replace(hyperparams=rates)
+            rates: Any = given | {"learning_rate": rates_at(rate, done)}
+            rates = {name: np.float32(value) for name, value in rates.items()}
+            opt_state = state.opt_state._replace(hyperparams=jax.device_put(rates))
             state, metrics = step(state._replace(opt_state=opt_state), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
             done += 1

@@ -74,10 +74,11 @@ def target_losses(
     logits_of, consts = jax.closure_convert(model.mlm_logits, example)
     loss_sum, losses, correct = _sum_over_chunks(logits_of, chunk, consts, gathered, ids)
 
-    losses, correct = (
-        (is_target * jnp.take_along_axis(values, jnp.maximum(rank, 0), axis=1)).reshape(rows, width)
-        for values in (losses, correct)
-    )
+    def to_place(values: jax.Array) -> jax.Array:
+        own = jnp.take_along_axis(values, jnp.maximum(rank, 0), axis=1)
+        return (is_target.astype(values.dtype) * own).reshape(rows, width)
+
+    losses, correct = to_place(losses), to_place(correct)
     return loss_sum, jax.lax.stop_gradient(losses), correct
 
 

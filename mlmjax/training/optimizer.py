@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig, updates_of
@@ -51,6 +52,12 @@ def make_schedule(config: ScheduleConfig, learning_rate: float, steps: int) -> o
         return learning_rate * rising * shape(done)
 
     return schedule
+
+
+def rates_at(schedule: optax.Schedule, counts: Any) -> np.ndarray:
+    """Return the learning rate after these numbers of updates, float32, as host values."""
+    with jax.transfer_guard("allow"):  # A few numbers, whose constants are moved implicitly.
+        return np.asarray(schedule(counts))
 
 
 @lru_cache(maxsize=8)  # so that runs of one configuration share compiled programs
@@ -143,7 +150,8 @@ def with_average(
     def update(grads: Any, state: AverageState, params: Any = None) -> Any:
         updates, inner = optimizer.update(grads, state.inner, params)
         count = state.step + 1
-        slow = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+        t = count.astype(jnp.float32)
+        slow = jnp.minimum(decay, (1.0 + t) / (10.0 + t))
         average = jax.tree.map(
             lambda old, theta, change: slow * old + (1.0 - slow) * (theta + change),
             state.average,
@@ -196,8 +204,9 @@ def skip_spikes(
         t = state.made.astype(jnp.float32)
         decay = jnp.where(state.made == 0, 0.0, jnp.minimum(0.99, (1.0 + t) / (10.0 + t)))
         mean = jnp.where(makes, decay * state.mean + (1.0 - decay) * norm, state.mean)
-        made = state.made + makes
-        return updates, SpikeState(mean, made, state.skipped + ~makes, inner)
+        made = state.made + makes.astype(jnp.int32)
+        skipped = state.skipped + (~makes).astype(jnp.int32)
+        return updates, SpikeState(mean, made, skipped, inner)
 
     return optax.GradientTransformation(init, update)
 

@@ -169,7 +169,8 @@ def train_update(
         count = metrics["loss_count"]
         scale = 1.0 / jnp.maximum(count, 1.0)
         grads = _keep_sharding(state.params, jax.tree.map(lambda g: g * scale, grads))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises a number to an integer count.
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(count > 0, new, old),
@@ -229,7 +230,7 @@ def place_batch(batch: Any, mesh: Mesh | None, accumulate: int = 1) -> Batch:
     """Shard a batch over `data` and `fsdp`; raises `InputError` if its rows do not divide."""
     partition.check_rows(mesh.shape if mesh else {}, batch.input_ids.shape[0], accumulate)
     if mesh is None:
-        return batch
+        return jax.device_put(batch)
     sharding = partition.batch_sharding(mesh)
     return partition.place(batch, jax.tree.map(lambda _: sharding, batch))
 

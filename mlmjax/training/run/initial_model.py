@@ -146,7 +146,9 @@ def initial_parameters(config: RunConfig, model: Any, params: Any, mesh: Mesh) -
     if config.init_from is None:
         # Drawn on the host: the same numbers on every mesh, no whole copy on any device, and a few
         # shapes to compile instead of every parameter.
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        host = jax.local_devices(backend="cpu")[0]
+        # Flax moves its seed and constants to the device implicitly.
+        with jax.default_device(host), jax.transfer_guard("allow"):
             drawn = type(model)(model.config, rngs=nnx.Rngs(config.seed))
         params = nnx.state(drawn, nnx.Param)
     return place(params, sharding)

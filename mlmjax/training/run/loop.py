@@ -20,7 +20,7 @@ from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
 from mlmjax.training.flops import peak_flops, training_flops
 from mlmjax.training.loss import Metrics
-from mlmjax.training.optimizer import averaged_parameters, make_schedule
+from mlmjax.training.optimizer import averaged_parameters, make_schedule, rates_at
 from mlmjax.training.run.inputs import Loaders, feed
 from mlmjax.training.run.log import (
     Figures,
@@ -229,7 +229,7 @@ class Loop:
         saves = self._is_due(step, config.checkpoint.every) or stop.is_anywhere()
         if self._is_due(step, config.log.every):
             figures = summarize(self.totals, self._peak, self.mesh.size)
-            self._report(step, "train", figures | {"learning_rate": float(self._rate(step - 1))})
+            self._report(step, "train", figures | {"learning_rate": float(rates_at(self._rate, step - 1))})
             self.totals.clear()
         held_out = None
         if self._is_due(step, config.evaluation.every):

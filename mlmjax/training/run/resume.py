@@ -26,7 +26,7 @@ from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import check_rows, make_mesh
 from mlmjax.storage import CONFIG, LOCK, check_name, is_remote
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.optimizer import make_schedule
+from mlmjax.training.optimizer import make_schedule, rates_at
 from mlmjax.training.run.inputs import Loaders
 from mlmjax.training.run.timing import profiled_updates
 
@@ -276,7 +276,7 @@ def _rates(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
     rate = mask_rate(ObjectiveConfig.model_validate(table["objective"]), steps)
     rows = row_schedule(DataConfig.model_validate({"rows": "-", **table["batch"]}), steps)
     return {
-        "learning rate": np.asarray(learning_rate(updates)),
+        "learning rate": rates_at(learning_rate, updates),
         "mask rate": np.array([*map(rate, range(step))]),
         "number of rows": np.array([*map(rows.rows, range(step))]),
     }
