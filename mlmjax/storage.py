@@ -3,8 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import stat
 import uuid
+import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +36,38 @@ MAX_JSON_BYTES = 16 * 2**20
 
 _BUILDING = ".building"
 """Marks a folder as one that `build_folder` made."""
+
+# The names that `_hidden` and `write_whole` give.
+_UNFINISHED_FOLDER = re.compile(r"\.export\.(new|old)-([0-9a-f]{8}-\d+-)?[0-9a-f]{8}")
+_UNFINISHED_FILE = re.compile(rf".+\.\d+{re.escape(PARTIAL)}")
+
+
+def expand_home(path: str | os.PathLike[str]) -> Path:
+    """Replace a leading `~` by the home directory, unless a file or folder is called so.
+
+    Raises `InputError` if the home directory is not known.
+    """
+    plain = Path(path)
+    if not os.fspath(path).startswith("~") or os.path.lexists(plain.parts[0]):
+        return plain
+    try:
+        return plain.expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{plain}: the home directory that {plain.parts[0]!r} means is not known; give the "
+            f"whole path, set HOME, or give ./{plain} for a folder of this name"
+        ) from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise `InputError` for a pipe or a device, which cannot be read twice."""
+    with suppress(OSError, ValueError):  # whoever reads a missing file says so
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise InputError(
+                f"{path}: is a pipe or a device; expected a file, because it is read more than "
+                "once; write its content into a file first"
+            )
 
 
 def plain_file(folder: Path, name: str) -> Path:
@@ -125,7 +161,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def check_replaceable(path: Path, replaceable: Collection[str]) -> None:
     """Raise `InputError` unless `replace_folder` may write to this place."""
-    path = path.expanduser()
+    path = expand_home(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file; give a folder to write to")
     endings = tuple(name[1:] for name in replaceable if name.startswith("*"))
@@ -145,8 +181,9 @@ def replace_folder(path: Path, replaceable: Collection[str]) -> Iterator[Path]:
     match any name with that ending). Raises `InputError` for any other folder or file there, and
     `RunError` when writing fails. Then the old folder stays, and nothing else is left.
     """
-    path = path.expanduser()
+    path = expand_home(path)
     check_replaceable(path, replaceable)
+    _remove_abandoned(path)
     new = _hidden(path, "new")
     try:
         with _move_when_done(new, path):
@@ -244,7 +281,42 @@ def _move_when_done(new: Path, path: Path) -> Iterator[None]:
 
 
 def _hidden(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{uuid.uuid4().hex[:8]}")
+    """Return a hidden name next to `path`, which says what process it belongs to."""
+    owner = f"{_this_machine()}-{os.getpid()}"
+    return path.with_name(f".{path.name}.{kind}-{owner}-{uuid.uuid4().hex[:8]}")
+
+
+def _this_machine() -> str:
+    return f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the unfinished folders for `path` of processes of this machine that have ended."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.new-{_this_machine()}-(\d+)-[0-9a-f]{{8}}")
+    with suppress(OSError):
+        for entry in list(path.parent.iterdir()):
+            if (found := name.fullmatch(entry.name)) and not _is_alive(int(found[1])):
+                shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True  # another user's
+    return True
+
+
+def _remove_unfinished(out: Path) -> None:
+    """Remove what killed processes left in a locked run folder."""
+    for entry in out.iterdir():
+        is_folder = entry.is_dir() and not entry.is_symlink()
+        if is_folder and _UNFINISHED_FOLDER.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.is_file() and _UNFINISHED_FILE.fullmatch(entry.name):
+            entry.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -264,6 +336,8 @@ def alone_in(out: Path, check: Callable[[Path], None] = lambda out: None) -> Ite
         raise _not_writable(out, error) from error
     with held:
         check(out)
+        with suppress(OSError):
+            _remove_unfinished(out)
         yield
 
 
@@ -275,6 +349,7 @@ def hash_value(value: Any) -> str:
 
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's content; raise `InputError` if it cannot be read."""
+    check_regular(path)
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -297,7 +372,7 @@ def check_name(folder: Path) -> None:
 
     Orbax finds its folders by patterns, in which some characters have a meaning.
     """
-    if odd := set("*?[") & set(str(folder.expanduser().absolute())):
+    if odd := set("*?[") & set(str(expand_home(folder).absolute())):
         raise InputError(
             f"{folder}: checkpoints cannot lie under a name with {min(odd)!r}; choose a folder "
             "without it"

@@ -24,12 +24,12 @@ class Recipe(StrictTable):
     improvement, and the best epoch's weights are kept. None runs all epochs and keeps the last.
     """
 
-    epochs: Annotated[int, Field(ge=1)] = 3
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
     learning_rate: Annotated[FiniteFloat, Field(gt=0)] = 3e-5
     batch_size: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 32
     weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patience: Annotated[int, Field(ge=1)] | None = None
 
@@ -83,7 +83,7 @@ def learn(
         progress=progress,
     )
     if kept is not None:
-        model = nnx.merge(nnx.split(model)[0], jax.tree.map(jax.numpy.asarray, kept))
+        model = nnx.merge(nnx.split(model)[0], jax.device_put(kept))
     scorer.model = model
     return history
 

@@ -20,6 +20,7 @@ from mlmjax.config.run import Head
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
+from mlmjax.parallel.processes import check_not_forked, is_forked
 from mlmjax.reporting.terminal import progress_bar
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import (
@@ -296,13 +297,16 @@ class Predictor:
         """Restore what `__getstate__` returned."""
         copied = state.pop("copied_", None)
         vars(self).update(state)
-        if copied is not None:
+        if copied is not None and is_forked():
+            self.copied_ = copied  # `_load` raises the error, which a pool cannot report here.
+        elif copied is not None:
             graphdef, params, tokenizer = copied
-            model = nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, params))
+            model = nnx.merge(graphdef, jax.device_put(params))
             self.asking_ = Prompter(self.settings_, model, tokenizer, self.batch_size)
 
     def _load(self) -> Prompter:
         """Load what is not loaded yet, and return the prompter."""
+        check_not_forked()
         if not hasattr(self, "asking_"):
             settings, model, tokenizer, manifest = self._read()
             self._keep(settings, Prompter(settings, model, tokenizer, self.batch_size))

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from mlmjax._version import __version__
 from mlmjax.cli.convert import convert
-from mlmjax.cli.inputs import read_labels, read_lines
+from mlmjax.cli.inputs import is_read_once, read_labels, read_lines
 from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -385,7 +385,7 @@ def classify(
         return read_items(file, text, id_)
 
     names = None if labels is None else read_labels(labels)
-    if file != "-":
+    if not is_read_once(file):
         for _ in read():  # a bad line raises an error before any answer is printed
             pass
     predictor = Predictor.from_pretrained(PACKAGED if model is None else model, names, **options)

@@ -57,8 +57,15 @@ def read_lines(file: str) -> Iterator[str]:
         raise InputError(f"{where}: is empty; give at least one text, one per line")
 
 
+def is_read_once(file: str) -> bool:
+    """Tell whether a file is standard input or a pipe, which cannot be read again."""
+    return file == "-" or (os.path.exists(file) and not os.path.isfile(file))
+
+
 @contextmanager
 def _open(file: str) -> Iterator[IO[bytes]]:
+    if file == "-" and (sys.stdin is None or sys.stdin.closed):
+        raise InputError("standard input: is closed; give a file, or pipe one text per line")
     try:
         with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
             yield stream

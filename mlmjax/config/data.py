@@ -9,10 +9,12 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mlmjax.config.columns import Column, Pattern, pattern_parts
 from mlmjax.config.tables import StrictTable
+from mlmjax.storage import expand_home
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(gt=0, lt=2**63)]
+Rows = Annotated[int, Field(gt=0, le=2**20)]
 # The limit is that of float32, in which these numbers are used.
 PositiveFloat = Annotated[float, Field(gt=0.0, le=3e38, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0, le=3e38, allow_inf_nan=False)]
@@ -28,7 +30,13 @@ def _filled(text: str) -> str:
     return text
 
 
+def _from_home(path: str) -> str:
+    return str(expand_home(path)) if path.startswith("~") else path
+
+
 Name = Annotated[str, AfterValidator(_filled)]
+Place = Annotated[Name, AfterValidator(_from_home)]
+"""A path, whose leading `~` is the home directory."""
 
 
 class CsvDialect(StrictTable):
@@ -69,7 +77,7 @@ class Location(StrictTable):
     """
 
     name: Name | None = None
-    path: Name | Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+    path: Place | Annotated[tuple[Place, ...], Field(min_length=1)] | None = None
     hub: Name | None = None
     subset: str | None = None
     folder: Name | None = None
@@ -190,7 +198,7 @@ class EvaluationSet(StrictTable):
     """
 
     task: Name
-    data: Name | None = None
+    data: Place | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -239,19 +247,19 @@ class DataConfig(StrictTable):
     a number of rows, or (between 0 and 1) a share of the tokens.
     """
 
-    rows: Name
-    seq_length: PositiveInt = 1024
-    batch_size: PositiveInt = 32
-    batch_start: PositiveInt | None = None
+    rows: Place
+    seq_length: Annotated[int, Field(gt=0, le=2**20)] = 1024
+    batch_size: Rows = 32
+    batch_start: Rows | None = None
     batch_warmup: NonNegativeFloat = 0.1
-    accumulate: PositiveInt = 1
+    accumulate: Rows = 1
     pack: bool = True
-    validation_rows: Annotated[int, Field(ge=0)] | OpenShare = 0
+    validation_rows: Annotated[int, Field(ge=0, lt=2**31)] | OpenShare = 0
     sources: tuple[SourceConfig, ...] = ()
     validation_sources: tuple[SourceConfig, ...] = ()
     select: SelectConfig = SelectConfig()
     subset: PositiveInt | None = None
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(gt=0, le=4096)] | None = None
     exclude: ExcludeConfig = ExcludeConfig()
 
     @model_validator(mode="after")

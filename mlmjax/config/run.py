@@ -12,14 +12,15 @@ from mlmjax.config.data import (
     Name,
     NonNegativeFloat,
     OpenShare,
+    Place,
     PositiveFloat,
-    PositiveInt,
     Share,
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
 
 # TPU kernels process a sequence in tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
+Count = Annotated[int, Field(gt=0, lt=2**31)]
 Head = Literal["mlm", "classification"]
 # The model imports these names; it knows nothing else of a run.
 AttentionName = Literal["auto", "dense", "banded", "cudnn", "splash"]
@@ -88,30 +89,30 @@ class CheckpointConfig(StrictTable):
     `path` defaults to `checkpoints` in the run folder; `every = 0` means only at the end.
     """
 
-    path: Name | None = None
-    every: Annotated[int, Field(ge=0)] = 500
-    keep_last: PositiveInt = 2
-    keep_best: Annotated[int, Field(ge=0)] = 1
+    path: Place | None = None
+    every: Annotated[int, Field(ge=0, lt=2**31)] = 500
+    keep_last: Count = 2
+    keep_best: Annotated[int, Field(ge=0, lt=2**31)] = 1
 
 
 class EvaluationConfig(StrictTable):
     """Say how often to validate; 0 means only at the end."""
 
-    every: Annotated[int, Field(ge=0)] = 500
+    every: Annotated[int, Field(ge=0, lt=2**31)] = 500
 
 
 class LogConfig(StrictTable):
     """Say how often to write a line of metrics."""
 
-    every: PositiveInt = 10
+    every: Count = 10
 
 
 class MeshConfig(StrictTable):
     """Set the devices along each mesh axis; `data = -1` takes the remaining ones."""
 
-    data: int = -1
-    fsdp: PositiveInt = 1
-    tensor: PositiveInt = 1
+    data: Annotated[int, Field(ge=-1, lt=2**31)] = -1
+    fsdp: Count = 1
+    tensor: Count = 1
 
     @model_validator(mode="after")
     def _data_axis(self) -> "MeshConfig":
@@ -127,13 +128,13 @@ class RunConfig(StrictTable):
     on the labels of the sources, or, without labels, on the answer as a number.
     """
 
-    out: Name
-    steps: PositiveInt
+    out: Place
+    steps: Count
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    init_from: Name | None = None
+    init_from: Place | None = None
     revision: Name | None = None
     model: Mapping[str, Any] | None = None
-    tokenizer: Name | None = None
+    tokenizer: Place | None = None
     head: Head = "mlm"
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"

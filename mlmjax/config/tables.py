@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
@@ -10,6 +10,9 @@ from typing import Any, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mlmjax.errors import InputError, read_failed
+
+MOST_LEVELS = 30
+"""How deep the values of a table may be nested."""
 
 Table = TypeVar("Table", bound=BaseModel)
 
@@ -44,7 +47,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 def decode(table_type: type[Table], values: Mapping[str, Any], where: str) -> Table:
     """Decode plain values into a typed table; raise one `InputError` with every problem."""
-    return check_values(table_type, _tuples(values), where)
+    return check_values(table_type, _tuples(values, where), where)
 
 
 def check_values(table_type: type[Table], values: Any, where: str, advice: str = "") -> Table:
@@ -52,16 +55,41 @@ def check_values(table_type: type[Table], values: Any, where: str, advice: str =
     try:
         return table_type.model_validate(values)
     except ValidationError as error:
-        problems = _problems(table_type, error)
+        problems = _problems(table_type, values, error)
         raise InputError(f"{where}: {problems[0]}{advice}", problems[1:]) from error
 
 
-def _tuples(value: Any) -> Any:
-    """Turn lists into tuples, because strict validation rejects a list for a tuple."""
+def _tuples(value: Any, where: str, path: tuple[Any, ...] = ()) -> Any:
+    """Turn lists into tuples, because strict validation rejects a list for a tuple.
+
+    Raises `InputError` for a value that is nested too deep, and for text with half a character.
+    """
+    if len(path) > MOST_LEVELS:
+        start = ".".join(map(str, path[:4]))
+        raise InputError(
+            f"{where}: {start}... is nested more than {MOST_LEVELS} levels deep; expected tables "
+            "and lists of a run file"
+        )
     if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
+        return {
+            _whole(key, where, (*path, key)): _tuples(item, where, (*path, key))
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return tuple(_tuples(item) for item in value)
+        return tuple(_tuples(item, where, (*path, i)) for i, item in enumerate(value))
+    return _whole(value, where, path)
+
+
+def _whole(value: Any, where: str, path: Sequence[Any]) -> Any:
+    """Return a value; raise `InputError` for text that UTF-8 cannot hold."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{where}: {'.'.join(map(str, path))}: found {value!r:.60}, which holds "
+                "half a character; expected UTF-8 text"
+            ) from error
     return value
 
 
@@ -100,8 +128,14 @@ def suggest_name(name: str, known: Sequence[str]) -> str:
 def override(table: dict[str, Any], change: str) -> None:
     """Set one dotted key of plain values by `key=value`; raise `InputError` if impossible."""
     key, separator, text = change.partition("=")
+    shown = repr(change) if len(change) < 100 else f"{change[:60]!r}..."
     if not separator or not key:
-        raise InputError(f"override {change!r}: expected key=value, as in data.batch_size=64")
+        raise InputError(f"override {shown}: expected key=value, as in data.batch_size=64")
+    if not all(key.split(".")) or key.count(".") >= MOST_LEVELS:
+        raise InputError(
+            f"override {shown}: expected names between the dots of the key, at most {MOST_LEVELS}, "
+            "as in data.batch_size=64"
+        )
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):  # also a number of thousands of digits
@@ -109,24 +143,24 @@ def override(table: dict[str, Any], change: str) -> None:
     *parents, last = key.split(".")
     here: Any = table
     for name in parents:
-        here = _step_into(here, name, change)
+        here = _step_into(here, name, shown)
     if not isinstance(here, dict):
-        raise InputError(f"override {change!r}: {'.'.join(parents)} is a list; name an element")
+        raise InputError(f"override {shown}: {'.'.join(parents)} is a list; name an element")
     here[last] = value
 
 
-def _step_into(here: Any, name: str, change: str) -> Any:
+def _step_into(here: Any, name: str, shown: str) -> Any:
     if isinstance(here, list):
-        if not (name.isdecimal() and int(name) < len(here)):
+        if not (name.isdecimal() and len(name) < 10 and int(name) < len(here)):
             raise InputError(
-                f"override {change!r}: found {name!r}; expected an index of the list, from 0 and "
+                f"override {shown}: found {name!r:.60}; expected an index of the list, from 0 and "
                 f"below its length {len(here)}"
             )
         here = here[int(name)]
     else:
         here = here.setdefault(name, {})
     if not isinstance(here, dict | list):
-        raise InputError(f"override {change!r}: {name} is a value, not a table")
+        raise InputError(f"override {shown}: {name} is a value, not a table")
     return here
 
 
@@ -158,11 +192,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, Any]:
     }
 
 
-def _problems(table_type: type[BaseModel], error: ValidationError) -> list[str]:
+def _problems(table_type: type[BaseModel], values: Any, error: ValidationError) -> list[str]:
     """Describe each wrong value once: the types of a union together, a parent not at all."""
     problems: dict[tuple[Any, ...], list[Any]] = {}
     for problem in error.errors():
-        location = tuple(part for part in problem["loc"] if not _is_union_branch(part))
+        location = tuple(_named_in(values, problem["loc"], problem["type"]))
         problems.setdefault(location, []).append(problem)
     parents = {location[:end] for location in problems for end in range(len(location))}
     return [
@@ -187,22 +221,34 @@ def _describe(table_type: type[BaseModel], location: Sequence[Any], problems: li
         return f"{where[:-2]} {text}" if where and text.startswith("is ") else where + text
     named = [one["msg"].replace("Input should be ", "") for one in problems]
     expected = problem["msg"] if len(named) == 1 else f"Input should be {', or '.join(named)}"
-    return f"{where}found {found!r} ({type(found).__name__}); {expected[0].lower()}{expected[1:]}"
+    shown = f"{found!r:.200}"  # also a whole file may be given as a value
+    return f"{where}found {shown} ({type(found).__name__}); {expected[0].lower()}{expected[1:]}"
 
 
-def _is_union_branch(part: Any) -> bool:
-    return isinstance(part, str) and (
-        "[" in part or part.startswith("constrained-") or part in {"str", "int", "float", "bool"}
-    )
+def _named_in(values: Any, location: Sequence[Any], kind: str) -> Iterator[Any]:
+    """Yield the keys and indices of a problem's location, without the types of unions."""
+    here = values
+    for number, part in enumerate(location, 1):
+        is_missing = kind == "missing" and number == len(location)
+        if isinstance(here, BaseModel):
+            here = vars(here)
+        items: Any = here if isinstance(here, Mapping) else {}
+        if isinstance(here, list | tuple):
+            items = dict(enumerate(here))
+        if part in items or is_missing:
+            here = items.get(part)
+            yield part
 
 
 def _keys_at(table_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
     """Return the known keys of the table at a dotted location."""
     model: Any = table_type
     for part in location:
-        if part not in model.model_fields:  # An index into a list, or a key of a mapping.
+        if part not in getattr(
+            model, "model_fields", ()
+        ):  # An index into a list, or a key of a mapping.
             continue
         annotation = model.model_fields[part].annotation
         tables = (a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
         model = next(tables, annotation)
-    return list(model.model_fields)
+    return list(getattr(model, "model_fields", ()))

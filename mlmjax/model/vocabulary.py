@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,7 +78,7 @@ def resize_token_embeddings(
     values = parameters(model)
     for name in _PER_TOKEN & values.keys():
         # A copy, because an array that shares numpy's memory cannot be donated to a step.
-        values[name] = jnp.array(resize(np.asarray(values[name])), copy=True)
+        values[name] = jnp.copy(jax.device_put(resize(np.asarray(values[name]))))
     config = replace(model.config, vocab_size=rows)
     abstract = abstract_model(type(model).__name__, config, model.options)
     return with_parameters(abstract, values), larger

@@ -21,6 +21,8 @@ from jax._src import cloud_tpu_init, distributed, hardware_utils, xla_bridge
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mlmjax.errors import InputError
+
 BROADCAST, BARRIER = "mlmjax/broadcast/", "mlmjax/barrier/"
 
 _broadcasts = 0
@@ -84,6 +86,32 @@ def _start_quietly(start: Callable[[], Any]) -> Any:
 
 
 skip_absent_tpu()  # on import, because it has to come before the first array
+
+
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = _is_forked or xla_bridge.backends_are_initialized()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Tell whether this process was forked from one that had used JAX."""
+    return _is_forked
+
+
+def check_not_forked() -> None:
+    """Raise `InputError` in a process forked from one that had used JAX, which would hang."""
+    if _is_forked:
+        raise InputError(
+            "this process was forked from one that had used JAX, whose threads a fork loses; start "
+            "processes with multiprocessing.get_context('spawn'), or fork before the first use"
+        )
 
 
 def client() -> Any:

@@ -220,6 +220,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
+def one_each(devices: Sequence[jax.Device]) -> NamedSharding:
+    """Return the sharding that gives each device one entry of the first axis."""
+    return NamedSharding(Mesh(np.array(devices), ("data",)), P("data"))
+
+
 def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())

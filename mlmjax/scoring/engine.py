@@ -15,6 +15,7 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.model.layers import Linear
 from mlmjax.model.modernbert import Model
 from mlmjax.model.vocabulary import check_rows
+from mlmjax.parallel.processes import check_not_forked
 from mlmjax.parallel.sharding import (
     batch_sharding,
     leaf_path,
@@ -125,6 +126,7 @@ class Engine:
         `columns` are more arrays with one entry per sequence. There must be at least one sequence.
         Raises `RunError` if the devices' memory does not hold even one sequence each.
         """
+        check_not_forked()
         lengths = np.array([len(ids) for ids in sequences])
         order = np.argsort(-lengths, kind="stable")
         results: Any = None

@@ -77,7 +77,8 @@ def fine_tune(
             batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
             rates: Any = given | {"learning_rate": rates_at(rate, done)}
             rates = {name: np.float32(value) for name, value in rates.items()}
-            opt_state = state.opt_state._replace(hyperparams=jax.device_put(rates))
+            where = {name: state.opt_state.hyperparams[name].sharding for name in rates}
+            opt_state = state.opt_state._replace(hyperparams=jax.device_put(rates, where))
             state, metrics = step(state._replace(opt_state=opt_state), batch)
             sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
             done += 1

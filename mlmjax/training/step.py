@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding as partition
+from mlmjax.parallel.processes import check_not_forked
 from mlmjax.training.loss import Metrics, label_evaluation, label_loss, summarize, target_losses
 from mlmjax.training.optimizer import skipped_updates
 
@@ -39,6 +40,7 @@ def create_train_state(
     With a mesh every parameter is sharded by the rules of `parallel.sharding`. The optimizer state
     is made in shards, so no device holds a whole copy. Raises `InputError` as `parameter_sharding`.
     """
+    check_not_forked()
     graphdef, params = split_parameters(model)
     # The step donates its state, and shared buffers would take the weights away from `model`.
     # Copied leaf by leaf, because `device_put` may keep a shard that is already on its device.
@@ -277,6 +279,7 @@ def make_replicated_step(
         partition.check_rows({"data": devices}, batch.input_ids.shape[0], accumulate)
         layout = jax.tree.map(lambda x: x.sharding, state)
         parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        parts = jax.device_put(parts, partition.one_each(jax.local_devices()))
         state, metrics = replicated(state, parts)
         return jax.device_put(state, layout), metrics
 

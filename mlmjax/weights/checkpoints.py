@@ -23,7 +23,7 @@ from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import named_leaves
-from mlmjax.storage import check_name, is_remote
+from mlmjax.storage import check_name, expand_home, is_remote
 
 STATE, RECORD = "state", "record"
 """The two items of a step's folder: its arrays, and their description."""
@@ -343,7 +343,7 @@ def open_place(path: str | os.PathLike[str]) -> epath.Path:
     """Return a folder or an address as a path; raise `InputError` if unreachable."""
     if not is_remote(path):
         check_name(Path(path))
-        return epath.Path(Path(path).expanduser().absolute())
+        return epath.Path(expand_home(path).absolute())
     try:
         place = epath.Path(path)
         place.exists()

@@ -11,7 +11,7 @@ from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
 from mlmjax.reporting.terminal import working
-from mlmjax.storage import CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES
+from mlmjax.storage import CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES, expand_home
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
@@ -44,9 +44,9 @@ def fetch(
     folder, an unknown id and an unreachable hub.
     """
     name = os.fspath(source)
-    path = Path(name).expanduser()
     if not name.strip():
         raise InputError("the model's name is empty; give a folder or a hub id")
+    path = expand_home(name)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:

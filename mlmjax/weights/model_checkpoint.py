@@ -23,6 +23,7 @@ from mlmjax.storage import (
     PROVENANCE,
     TOKENIZER_FILES,
     check_name,
+    expand_home,
     read_json,
     replace_folder,
 )
@@ -91,7 +92,7 @@ def load_model(
 
     Raises `InputError` for a damaged folder, and for arrays that do not fit its config.json.
     """
-    folder = Path(path).expanduser().absolute()
+    folder = expand_home(path).absolute()
     record = _read_record(folder)
     config = pretrained.read_config(folder, read_json(folder, CONFIG))
     names = config.architectures or ()
@@ -119,7 +120,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
     (then the newest step counts); None for anything else. The dtypes are those of the files the
     model was loaded from, if they are known. Raises `InputError` for damaged files.
     """
-    folder = folder.expanduser().absolute()
+    folder = expand_home(folder).absolute()
     if is_model(folder):
         record = _read_record(folder)
         tensors = pretrained.to_hf_tensors(_restore(folder / PARAMS, None, record["fingerprints"]))

@@ -30,6 +30,7 @@ from mlmjax.model.modernbert import (
     parameters,
     with_parameters,
 )
+from mlmjax.parallel.processes import check_not_forked
 from mlmjax.parallel.sharding import named_leaves
 from mlmjax.storage import (
     CARD,
@@ -88,6 +89,7 @@ def load_pretrained(
     `head.dense.weight` a masked language model. Raises `InputError` that lists every problem of the
     files at once, before memory for the weights is taken.
     """
+    check_not_forked()
     options = Options(dtype=dtype, attention=attention, remat=remat, splash_blocks=splash_blocks)
     folder = hub.fetch(source, revision=revision, local_files_only=local_files_only)
     values = read_json(folder, CONFIG)

@@ -16,7 +16,7 @@ from mlmjax.config.data import CsvDialect
 from mlmjax.config.tables import suggest_name
 from mlmjax.data.formats.csv_files import read_rows
 from mlmjax.errors import InputError, first_line
-from mlmjax.storage import parse_object, unique_keys
+from mlmjax.storage import check_regular, parse_object, unique_keys
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def read_file(
             "the text formats also with .zst or .gz"
         )
     try:
+        check_regular(path)
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty; expected {kind[1:]} records")
         if kind == ".parquet":

@@ -229,7 +229,9 @@ class Loop:
         saves = self._is_due(step, config.checkpoint.every) or stop.is_anywhere()
         if self._is_due(step, config.log.every):
             figures = summarize(self.totals, self._peak, self.mesh.size)
-            self._report(step, "train", figures | {"learning_rate": float(rates_at(self._rate, step - 1))})
+            self._report(
+                step, "train", figures | {"learning_rate": float(rates_at(self._rate, step - 1))}
+            )
             self.totals.clear()
         held_out = None
         if self._is_due(step, config.evaluation.every):

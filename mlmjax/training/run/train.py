@@ -12,7 +12,7 @@ from mlmjax.data.contamination import TrainingManifest, training_manifest
 from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
-from mlmjax.parallel.processes import broadcast_from_first, is_first
+from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.storage import TRAINING, alone_in, write_json
@@ -70,6 +70,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     writing. On SIGTERM it saves a checkpoint and raises `SystemExit(143)`, on SIGINT
     `KeyboardInterrupt`.
     """
+    check_not_forked()
     clock, out = Clock(), Path(config.out)
     mesh = check_before_start(config, profile)
     lock = alone_in(out, check_run_folder) if is_first() else nullcontext()
