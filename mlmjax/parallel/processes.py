@@ -61,7 +61,7 @@ def skip_absent_tpu() -> None:
     """
     requested = (jax.config.jax_platforms or "").split(",")
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
-    if chips or cloud_tpu_init.jax_force_tpu_init() or "TPU_LIBRARY_PATH" in os.environ:
+    if chips or cloud_tpu_init.jax_force_tpu_init():
         return
     factories = xla_bridge._backend_factories
     if "tpu" not in requested:

@@ -1,0 +1,36 @@
+"""A process forked from one that has used JAX says so, where JAX itself would wait for ever."""
+
+import subprocess
+import sys
+
+FORKS = """
+import multiprocessing, warnings
+import mlmjax
+
+warnings.simplefilter("ignore")  # JAX warns of the fork, too
+warm = mlmjax.Classifier.from_pretrained("mlmjax-small", ["sports", "world"])
+assert {use}
+
+def inherited(text):
+    return warm.predict([text])
+
+def sent(classifier):
+    return classifier.predict(["a goal"])
+
+if __name__ == "__main__":
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        for function, argument in ((inherited, "a goal"), (sent, warm)):
+            try:
+                pool.apply_async(function, (argument,)).get(60)
+            except mlmjax.InputError as error:
+                print(error)
+"""
+
+
+def test_a_forked_process_names_the_way_out():
+    code = FORKS.format(use="warm.shortened == 0")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done.stderr
+    assert all("was forked from one that had used JAX" in line for line in lines)
+    assert all("get_context('spawn')" in line for line in lines)
