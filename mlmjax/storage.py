@@ -61,13 +61,15 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 
 def check_regular(path: Path) -> None:
     """Raise `InputError` for a pipe or a device, which cannot be read twice."""
-    with suppress(OSError, ValueError):  # whoever reads a missing file says so
+    try:
         mode = path.stat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise InputError(
-                f"{path}: is a pipe or a device; expected a file, because it is read more than "
-                "once; write its content into a file first"
-            )
+    except (OSError, ValueError):
+        return  # Whoever reads the file says so.
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(
+            f"{path}: is a pipe or a device; expected a file, because it is read more than once; "
+            "write its content into a file first"
+        )
 
 
 def plain_file(folder: Path, name: str) -> Path:

@@ -1,14 +1,19 @@
 """Files and folders are there whole or not at all, and locked while they are made."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from mlmjax.errors import InputError, RunError
 from mlmjax.storage import (
+    PARTIAL,
     alone_in,
     build_folder,
     describe_file,
+    expand_home,
     hash_file,
     hash_value,
     read_json,
@@ -127,3 +132,55 @@ def test_hashes(tmp_path):
     assert hash_value({"a": 1, "b": "\udcff"}) == hash_value({"b": "\udcff", "a": 1})
     with pytest.raises(InputError, match="cannot be read"):
         hash_file(tmp_path / "b")
+
+
+def test_a_leading_tilde_means_home_unless_a_folder_is_called_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert expand_home("~/model") == tmp_path / "model"
+    assert expand_home("./~x/model") == Path("~x/model")
+    with pytest.raises(InputError, match="~nobody-here/model: the home directory that"):
+        expand_home("~nobody-here/model")
+    (tmp_path / "~nobody-here").mkdir()
+    assert expand_home("~nobody-here/model") == Path("~nobody-here/model")
+
+
+def test_a_pipe_is_not_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe: is a pipe or a device; expected a file"):
+        hash_file(tmp_path / "pipe")
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from mlmjax.storage import replace_folder
+
+with replace_folder(Path(sys.argv[1]) / "export", ()) as folder:
+    (folder / "weights").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    (left,) = names(tmp_path)
+    assert left.startswith(".export.new-")
+    theirs = tmp_path / f".export.new-{'0' * 8}-{os.getpid()}-{'0' * 8}"  # of another machine
+    theirs.mkdir()
+    with replace_folder(tmp_path / "export", ()) as folder:
+        (folder / "weights").write_text("whole")
+        assert left not in names(tmp_path)
+    assert names(tmp_path) == sorted([theirs.name, "export"])
+
+
+def test_a_run_folder_keeps_nothing_unfinished(tmp_path):
+    left = [tmp_path / ".export.new-0123abcd", tmp_path / ".export.old-0123abcd-7-0123abcd"]
+    for folder in left:
+        folder.mkdir()
+    (tmp_path / f"config.json.77{PARTIAL}").write_text("{")
+    kept = [tmp_path / ".export.new-mine", tmp_path / "export"]
+    for folder in kept:
+        folder.mkdir()
+    with alone_in(tmp_path):
+        assert set(names(tmp_path)) - {".lock"} == {folder.name for folder in kept}

@@ -59,7 +59,7 @@ def skip_absent_tpu() -> None:
     The compiler for TPUs comes with its runtime, which prints many lines when it finds no TPU. If
     `JAX_PLATFORMS` requests one, these lines are shown only if the runtime starts.
     """
-    requested = (jax.config.jax_platforms or "").split(",")
+    requested = (jax.config.jax_platforms or "").split(",")  # type: ignore[attr-defined]
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     if chips or cloud_tpu_init.jax_force_tpu_init():
         return

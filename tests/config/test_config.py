@@ -92,3 +92,40 @@ def test_a_path_or_a_number_that_no_toml_has_is_an_input_error(tmp_path):
     (tmp_path / "run.toml").write_text(f"steps = {'9' * 5000}\n")
     with pytest.raises(InputError, match="is not valid TOML"):
         load_config(tmp_path / "run.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("int=1", "int: unknown key"),
+        ("data.str=1", "data.str: unknown key"),
+        ("steps[0]=1", "steps[0]: unknown key; did you mean 'steps'?"),
+        ("[x]=1", "[x]: unknown key"),
+        ("a\nb\x1b[2J=1", r"a\nb\x1b[2J: unknown key"),
+        ("out=\udcff", r"out: found '\udcff', which holds half a character"),
+        ("\udcff=1", r": \udcff: found '\udcff', which holds half a character"),
+        (".".join("a" * 5000) + "=1", "expected names between the dots of the key, at most 30"),
+        ("..=1", "override '..=1': expected names between the dots"),
+        ("model={a=" + "[" * 200 + "]" * 200 + "}", "model.a.0.0... is nested more than 30"),
+        ("data.sources." + "9" * 5000 + ".path=x", "expected an index of the list"),
+        (f"steps={2**62}", f"steps: found {2**62} (int); input should be less than 2147483648"),
+        (f"data.batch_size={2**40}", f"data.batch_size: found {2**40} (int); input should be"),
+        (f"data.workers={2**40}", f"data.workers: found {2**40} (int)"),
+        (f"mesh.tensor={2**62}", f"mesh.tensor: found {2**62} (int)"),
+        ("out=~nobody-here/x", "out: ~nobody-here/x: the home directory that"),
+    ],
+)
+def test_odd_overrides_are_answered_by_their_dotted_path(minimal, override, message):
+    with pytest.raises(InputError) as caught:
+        load_config(minimal, [override])
+    assert message in caught.value.message
+    assert caught.value.message.isprintable()
+    assert len(caught.value.message) < 1000
+
+
+def test_a_leading_tilde_is_the_home_directory(minimal, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(minimal, ["out=~/run"]).out == str(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "~a").mkdir()
+    assert load_config(minimal, ["out=~a/run"]).out == "~a/run"
