@@ -12,7 +12,7 @@ _folder = click.Path(path_type=Path)
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def convert() -> None:
-    """Convert a model to or from Orbax, or compare two.
+    """Convert models to or from Orbax; compare.
 
     \b
     Example:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, parameters
-from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, plain_file, read_json
+from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, expand_home, plain_file, read_json
 from mlmjax.weights import hub, pretrained
 from mlmjax.weights.model_checkpoint import (
     MODEL_RECORD,
@@ -128,11 +128,11 @@ def _oracles() -> tuple[Any, Any]:
 @contextmanager
 def _hf_folder(source: str | Path) -> Iterator[Path]:
     """Yield a Hugging Face folder of a model of either kind, or of a hub id."""
-    if not is_model(Path(source).expanduser()):
+    if not is_model(expand_home(source)):
         yield hub.fetch(source)
         return
     with tempfile.TemporaryDirectory() as parent:
-        to_hf(Path(source).expanduser(), Path(parent) / "model")
+        to_hf(expand_home(source), Path(parent) / "model")
         yield Path(parent) / "model"
 
 
