@@ -7,7 +7,6 @@ import logging
 import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
@@ -62,7 +61,7 @@ class Provenance(NamedTuple):
     class and the size of the vocabulary.
     """
 
-    files: Mapping[str, bytes] = MappingProxyType({})
+    files: Mapping[str, bytes] = {}  # not a proxy, which cannot be pickled
     norms: int | None = None
     kind: tuple[str, int] | None = None
 
