@@ -118,19 +118,39 @@ def train(
 @_config
 @_overrides
 @click.option(
-    "--topology", required=True, metavar="KIND:SHAPE", help="Such as v5e:16x16, v5p:4x4x4, cpu:8."
+    "--topology",
+    required=True,
+    metavar="MACHINE",
+    help="Such as v5e-16, v5litepod-256, v6e-8, v5p:4x4x4, h200:8, a100-80g, rtx4090, cpu:8.",
+)
+@click.option(
+    "--search-seconds",
+    type=click.FloatRange(min=0),
+    default=600.0,
+    show_default=True,
+    help="If it does not fit, start no compilation of other settings after this time.",
 )
 @_json
-def plan(config: str, overrides: tuple[str, ...], topology: str, as_json: bool) -> int:
-    """Check if CONFIG.toml fits a TPU topology.
+def plan(
+    config: str,
+    overrides: tuple[str, ...],
+    topology: str,
+    search_seconds: float,
+    as_json: bool,
+) -> int:
+    """Check if CONFIG.toml fits a TPU slice or GPUs.
 
-    No TPU is needed. The exit code is 1 if it does not fit.
+    None is needed here: TPUs have a compiler, and the memory of GPUs is estimated. The exit code is
+    1 if the run does not fit.
+
+    Example: mlmjax plan configs/atp_base.toml --topology v6e-8
     """
     run_config = _load(config, overrides)
-    from mlmjax.reporting.terminal import say
+    from mlmjax.reporting.terminal import say, working
     from mlmjax.training.planning.plan import make_plan, report
 
-    found = make_plan(run_config, topology, say=say)
+    options = {"say": say, "watch": working, "search_seconds": search_seconds}
+    found = make_plan(run_config, topology, **options)
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report(found)))
     return EXIT_FAILED if found["fits"] is False else 0
 

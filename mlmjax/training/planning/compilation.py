@@ -119,7 +119,7 @@ def _compile_training(
     flops = BACKWARD * forward_flops(
         architecture,
         np.full(data.batch_size, data.seq_length),
-        _count_answers(config),
+        count_answers(config),
         architecture.num_labels if config.head == "classification" else architecture.vocab_size,
     )
     assumptions.append("model FLOPs: every row is full and holds one text")
@@ -259,7 +259,7 @@ def _load_tokenizer(config: RunConfig) -> Tokenizer:
     return load_tokenizer(config)
 
 
-def _count_answers(config: RunConfig) -> int:
+def count_answers(config: RunConfig) -> int:
     """Estimate the number of positions per update that the head runs on."""
     data, objective = config.data, config.objective
     if config.head == "classification":

@@ -6,53 +6,136 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from mlmjax.config.run import RunConfig, parse_config
 from mlmjax.config.tables import override
 from mlmjax.errors import InputError, counted
+from mlmjax.model.attention import choose_implementation
+from mlmjax.parallel import sharding
+from mlmjax.training.flops import peak_flops
+from mlmjax.training.planning.arithmetic import estimate
 from mlmjax.training.planning.compilation import PROGRAMS, check_run
-from mlmjax.training.planning.topology import Topology, environment, parse_topology
+from mlmjax.training.planning.topology import (
+    FRACTION,
+    GIB,
+    Topology,
+    environment,
+    parse_topology,
+)
 
 Say = Callable[[str], None]
+Watch = Callable[[str], AbstractContextManager[None]]
+SEARCH_SECONDS = 600.0
+"""How long the search for a change that fits starts new compilations."""
+DOUBT = 1.5
+"""How far arithmetic may be from the compiler; within it the run is called close."""
 _RESHARDING = "Involuntary full rematerialization"
 _KILLED = -9
 _UNITS = {"GiB": 2**30, "MiB": 2**20}
 _STAGES = {"trace": "reading the program", "lower": "translating it", "compile": "compiling it"}
 
 
-def make_plan(config: RunConfig, topology: str, *, say: Say = lambda line: None) -> dict[str, Any]:
-    """Compile the programs of a run for a topology, and find a change that makes them fit.
+def make_plan(
+    config: RunConfig,
+    topology: str,
+    *,
+    say: Say = lambda line: None,
+    watch: Watch = nullcontext,
+    search_seconds: float = SEARCH_SECONDS,
+) -> dict[str, Any]:
+    """Find out whether a run fits a machine, and a change that makes it fit.
 
-    `topology` is `KIND:SHAPE` as in `"v5e:16x16"`, or `"cpu:8"` for simulated devices. A child
-    process compiles, so that neither the devices of this process nor a compiler that aborts
-    matter. `say` gets a line for each compilation.
+    `topology` is a name such as `"v5e:16x16"`, `"v5litepod-16"`, `"h200:8"`, or `"cpu:8"` for
+    simulated devices. TPUs and CPUs are compiled for in a child process, so that neither the
+    devices of this process nor a compiler that aborts matter. Memory of GPUs is estimated by
+    arithmetic. `say` gets a line for each step. `watch` gives a context for work that takes long.
+    No compilation of the search for a change starts after `search_seconds`.
 
     Returns plain values (bytes are those of one device): `fits` (None for simulated devices, which
     have no memory limit), `machine`, `training`, `scoring` and `assumptions`. If training does not
-    fit, `tried` lists the changes compiled so far, each with the figures of its training or its
-    refusal, and `change` is the first that fits, or None.
+    fit, `tried` lists the changes tried so far, each with the figures of its training or its
+    refusal, and `change` is the first that fits, or None. `stopped` tells whether time ran out.
 
     Raises `InputError` for an unknown topology, a missing compiler, and what a run would reject.
     """
     described = parse_topology(topology)
-    check_run(config, described)
-    say(f"compiling for {described.name}")
-    answer = _compile(config, described)
+    model = check_run(config, described)
+    if described.platform == "gpu":
+        answer = _estimate_gpu(config, model, described)
+    else:
+        _say_estimate(config, model, described, say)
+        with watch(f"compiling for {described.name}; large models take minutes"):
+            answer = _compile(config, described)
     verdicts = [answer[program]["fits"] for program in PROGRAMS]
     plan = {"fits": None if None in verdicts else all(verdicts), **answer}
     if _needs_no_change(config, answer["training"], answer["scoring"]):
         return plan
-    plan["tried"], plan["change"] = [], None
+    plan |= {"tried": [], "change": None, "stopped": False}
+    began = time.monotonic()
     for change in changes(config, answer["machine"]["mesh"]):
-        tried = _try(config, change, described, say)
+        if time.monotonic() - began > search_seconds:
+            plan["stopped"] = True
+            break
+        with watch(f"trying {_join(change)}"):
+            tried = _try(config, change, described, say)
         plan["tried"].append({"change": change, **tried})
         if _needs_no_change(config, tried, tried["scoring"]):
             plan["change"] = change
             break
     return plan
+
+
+def _say_estimate(config: RunConfig, model: Any, topology: Topology, say: Say) -> None:
+    """Say by arithmetic whether a run fits, because the compiler takes longer to say it."""
+    text = f"compiling for {topology.name}"
+    if topology.memory is not None:
+        sizes = sharding.mesh_shape(config.mesh, topology.devices)
+        total = estimate(config, model, sizes)["training"]["memory"]["total"]
+        share = total / topology.memory
+        guess = "fits" if share < 1 / DOUBT else "does not fit" if share > DOUBT else "is close"
+        needs = f"about {total / GIB:.1f} of {topology.memory / GIB:.2f} GiB per device"
+        text = f"by arithmetic the training step {guess}: {needs}; {text} to be sure"
+    say(text)
+
+
+def _estimate_gpu(config: RunConfig, model: Any, topology: Topology) -> dict[str, Any]:
+    """Return what `_compile` returns, from arithmetic."""
+    sizes = sharding.mesh_shape(config.mesh, topology.devices)
+    device, memory = topology.gpu
+    limit = topology.memory or 0.0
+    found = estimate(config, model, sizes)
+    for name in PROGRAMS:
+        found[name]["fits"] = found[name]["memory"]["total"] <= limit
+    peak = peak_flops(device, config.dtype)
+    training, used = found["training"], math.prod(sizes.values())
+    training["seconds_at_peak"] = training["model_flops"] / (peak * used) if peak else None
+    found["assumptions"] += [
+        f"the limit is {limit / memory:.0%} of {memory / GIB:.1f} GiB, the share that JAX takes; "
+        f"{FRACTION}=0.9 raises it to {0.9 * memory / GIB:.1f} GiB"
+    ]
+    chosen = choose_implementation("gpu") if config.attention == "auto" else config.attention
+    machine = {
+        "topology": topology.name,
+        "device": device,
+        "devices": topology.devices,
+        "used": used,
+        "attention": config.attention,
+        "attention_chosen": chosen,
+        "splash_blocks": None,
+        "mesh": sizes,
+        "memory": int(limit),
+        "peak_flops": peak,
+        "jax": jax.__version__,
+        "compiler": "none: arithmetic",
+    }
+    return {"machine": machine, **found}
 
 
 def _needs_no_change(
@@ -68,10 +151,13 @@ def _needs_no_change(
 
 
 def _try(config: RunConfig, change: dict[str, Any], topology: Topology, say: Say) -> dict[str, Any]:
-    """Compile with a change; report an invalid change like one that does not fit."""
+    """Compile or estimate with a change; report an invalid change like one that does not fit."""
     try:
         candidate = apply_change(config, change)
         check_run(candidate, topology)
+        if topology.platform == "gpu":
+            found = _estimate_gpu(candidate, check_run(candidate, topology), topology)
+            return {**found["training"], "scoring": found["scoring"]}
         say(f"does not fit; compiling with {_join(change)}")
         training = _compile(candidate, topology, ["training"])["training"]
         fits = training["fits"]
@@ -208,7 +294,10 @@ def _report_changes(plan: dict[str, Any], limit: int | None) -> Iterator[str]:
         fits = "that fits" if scoring["fits"] else "with which the training step fits"
         yield f"nearest change {fits}: {_join(plan['change'])}"
     elif "change" in plan:
-        yield "no change fits; use more devices or a smaller seq_length"
+        if plan.get("stopped"):
+            yield "the search ran out of time before it found a change; raise --search-seconds"
+        else:
+            yield "no change fits; use more devices or a smaller seq_length"
     if scoring and scoring["fits"] is False:
         yield f"scoring does not fit: {scoring['what_helps']}"
 
@@ -221,16 +310,21 @@ def _report_program(program: dict[str, Any], limit: int | None) -> Iterator[str]
     if memory := program.get("memory"):
         outputs = memory["outputs"] - memory["outputs_in_arguments"]
         sizes |= {"temporaries": memory["temporaries"], "outputs": outputs, "code": memory["code"]}
+        if parts := program.get("estimate"):
+            sizes = {key: size for key, size in sizes.items() if size and key != "temporaries"}
+            sizes |= parts
     notes = {
         "temporaries": " (activations, gradients)",
         "outputs": " (not in the memory of the inputs)",
+        "compute_copy": " (parameters in the precision of the products)",
+        "head": " (logits of a chunk of targets)",
     }
     for key, size in sizes.items():
         yield f"    {key.replace('_', ' '):<17}{_format_size(size, unit)}{notes.get(key, '')}"
     for kind, found in program.get("collectives", {}).items():
         yield f"  {kind:<19}{_format_size(found['bytes'], unit)}, {found['count']} per step"
-    seconds = program["seconds"].items()
-    yield "  " + ", ".join(f"{_STAGES[name]} {_format_seconds(value)}" for name, value in seconds)
+    if seconds := program["seconds"].items():
+        yield "  " + ", ".join(f"{_STAGES[name]} {_format_seconds(took)}" for name, took in seconds)
 
 
 def _outcome(program: dict[str, Any], limit: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Describe machines by name: TPU slices and simulated CPU devices."""
+"""Describe machines by name: TPU slices, GPUs and simulated CPU devices."""
 
 import math
 import os
@@ -45,16 +45,76 @@ CHIPS = {
 }
 
 
+# What Google Cloud and GKE call a kind.
+_TPU_NAMES = {
+    "v5litepod": "v5e", "v5lite": "v5e", "v5-lite-podslice": "v5e", "v5-lite-device": "v5e",
+    "v4-podslice": "v4", "v5p-slice": "v5p", "v6e-slice": "v6e",
+}  # fmt: skip
+
+# In names such as v5p-128 the number counts cores of these kinds, and chips of v5e and v6e.
+_CORES_PER_CHIP = {"v4": 2, "v5p": 2, "v5e": 1, "v6e": 1}
+_SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_BOXES = (
+    "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
+)  # fmt: skip
+
+MIB = 2**20
+GPUS: dict[str, tuple[str, dict[int, int]]] = {
+    "b200": ("NVIDIA B200", {180: 183_359}),
+    "h200": ("NVIDIA H200", {141: 143_771}),
+    "h100": ("NVIDIA H100", {80: 81_559, 94: 95_830}),
+    "a100": ("NVIDIA A100", {40: 40_960, 80: 81_920}),
+    "l40s": ("NVIDIA L40S", {48: 46_068}),
+    "l4": ("NVIDIA L4", {24: 23_034}),
+    "a10": ("NVIDIA A10", {24: 23_028}),
+    "a10g": ("NVIDIA A10G", {24: 23_028}),
+    "rtx3090": ("NVIDIA GeForce RTX 3090", {24: 24_576}),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", {24: 24_564}),
+    "rtx5090": ("NVIDIA GeForce RTX 5090", {32: 32_607}),
+    "rtxa6000": ("NVIDIA RTX A6000", {48: 49_140}),
+}
+"""For each GPU what JAX calls it, and by its GB the MiB that nvidia-smi shows.
+
+cuDNN's attention needs at least these generations (Ampere and later)."""
+
+MOST_GPUS = 4096
+_GPU = re.compile(
+    r"(?:(?P<before>[1-9][0-9]{0,3})x)?(?P<model>[a-z]+[0-9]+[a-z]?|[0-9]{4})"
+    r"(?:-?(?P<gb>[0-9]{2,3})(?:g|gb|gib))?(?:[:x](?P<after>[1-9][0-9]{0,3}))?"
+)
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+
+
+def memory_fraction() -> float:
+    """Return the share of a GPU's memory that JAX takes, 0.75 unless the environment says so.
+
+    Raises `InputError` for a variable that is not a share.
+    """
+    found = os.environ.get(FRACTION, "0.75")
+    try:
+        share = float(found)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise InputError(
+            f"{FRACTION}: found {found!r}; expected a share above 0 and at most 1, such as 0.9"
+        )
+    return share
+
+
 class Topology(NamedTuple):
-    """A machine: a `kind` of `CHIPS` with the sides of a slice, or `"cpu"` with a number."""
+    """A machine: a `kind` of `CHIPS` with the sides of a slice, or GPUs or CPUs with a number.
+
+    The kind of a GPU is its name with its memory, as in `"a100-80g"`; that of CPUs is `"cpu"`.
+    """
 
     kind: str
     shape: tuple[int, ...]
 
     @property
     def platform(self) -> str:
-        """Return `"cpu"` or `"tpu"`."""
-        return "cpu" if self.kind == "cpu" else "tpu"
+        """Return `"cpu"`, `"gpu"` or `"tpu"`."""
+        return "cpu" if self.kind == "cpu" else "tpu" if self.kind in CHIPS else "gpu"
 
     @property
     def name(self) -> str:
@@ -64,26 +124,42 @@ class Topology(NamedTuple):
     @property
     def devices(self) -> int:
         """Return the number of devices that JAX sees there."""
-        each = 1 if self.kind == "cpu" else CHIPS[self.kind].devices
+        each = CHIPS[self.kind].devices if self.kind in CHIPS else 1
         return math.prod(self.shape) * each
+
+    @property
+    def gpu(self) -> tuple[str, float]:
+        """Return what JAX calls this GPU, and all its memory in bytes."""
+        model, _, size = self.kind.partition("-")
+        device, sizes = GPUS[model]
+        return device, float(sizes[int(size.removesuffix("g"))] * MIB)
 
     @property
     def memory(self) -> float | None:
         """Return the bytes a program may use on one device; None for simulated devices."""
+        if self.platform == "gpu":
+            return self.gpu[1] * memory_fraction()
         return None if self.kind == "cpu" else CHIPS[self.kind].memory
 
 
 def parse_topology(name: str) -> Topology:
-    """Parse the name of a topology; raise `InputError` that lists the known kinds and shapes.
+    """Parse the name of a machine; raise `InputError` that lists the known ones.
 
     >>> parse_topology("v5e:16x16"), parse_topology("cpu:8").platform
     (Topology(kind='v5e', shape=(16, 16)), 'cpu')
+    >>> [parse_topology(name).name for name in ("v5litepod-16", "v5p-128", "h200:8", "A100-80GB")]
+    ['v5e:4x4', 'v5p:4x4x4', 'h200-141g:8', 'a100-80g:1']
     """
-    kind, _, sides = name.strip().lower().partition(":")
+    plain = re.sub(r"[\s_]+", "-", name.strip().lower())
+    kind, _, sides = plain.partition(":")
     kind = kind.removeprefix("tpu").lstrip("-")
+    if counted_name := re.fullmatch(r"(v[0-9]\w*)-([1-9][0-9]{0,4})", kind):
+        if not sides and counted_name[1] in {*_TPU_NAMES, *_CORES_PER_CHIP}:
+            return _slice_of(name, *counted_name.groups())
+    kind = _TPU_NAMES.get(kind, kind)
     chip = CHIPS.get(kind)
     if chip is None and kind != "cpu":
-        raise _reject(name, f"unknown kind {kind!r}; the kinds are {', '.join(CHIPS)} and cpu")
+        return _parse_gpu(name, plain, kind)
     if not re.fullmatch(r"[1-9][0-9]{0,4}(x[1-9][0-9]{0,4})*", sides):
         raise _reject(name, f"shape {sides!r}; expected whole numbers from 1, as in 2x4")
     shape = tuple(map(int, sides.split("x")))
@@ -95,6 +171,8 @@ def parse_topology(name: str) -> Topology:
     slices, problem = f"a {kind} slice has", ""
     if len(shape) != chip.sides:
         problem = f"{counted(len(shape), 'side')}; {slices} {chip.sides}"
+        if len(shape) == 1 and kind in _CORES_PER_CHIP:
+            problem += f", and a number alone is written {kind}-{chips * _CORES_PER_CHIP[kind]}"
     elif chips > chip.most:
         problem = f"{chips} chips; {slices} at most {chip.most}"
     elif chip.sides == 2 and max(shape) > 16:
@@ -106,11 +184,58 @@ def parse_topology(name: str) -> Topology:
     return Topology(kind, shape)
 
 
+def _slice_of(name: str, kind: str, number: str) -> Topology:
+    """Return the slice that Google Cloud gives for a name such as v5p-128."""
+    kind = _TPU_NAMES.get(kind, kind)
+    cores, shapes = int(number), _SQUARES if CHIPS[kind].sides == 2 else _BOXES
+    sizes = {
+        math.prod(map(int, shape.split("x"))) * _CORES_PER_CHIP[kind]: shape for shape in shapes
+    }
+    if cores not in sizes:
+        raise _reject(
+            name, f"no {kind} slice has this number; the numbers are {', '.join(map(str, sizes))}"
+        )
+    return Topology(kind, tuple(map(int, sizes[cores].split("x"))))
+
+
+def _parse_gpu(name: str, plain: str, kind: str) -> Topology:
+    """Parse names such as h200:8, 8xh100, a100-80gb and rtx-4090."""
+    short = re.sub(r"^(nvidia-)?(geforce-)?", "", plain)
+    short = re.sub(r"^(\d+x)?rtx-", r"\1rtx", short).replace("rtxa-", "rtxa")
+    found = _GPU.fullmatch(short)
+    model = found["model"] if found else ""
+    model = next((one for one in (model, f"rtx{model}") if one in GPUS), "")
+    if not found or not model:
+        known = f"{', '.join(CHIPS)}, cpu and GPUs"
+        raise _reject(name, f"unknown kind {kind!r}; the kinds are {known}")
+    _, sizes = GPUS[model]
+    if found["before"] and found["after"]:
+        raise _reject(name, "found two numbers of GPUs; give one, as in h200:8")
+    if found["gb"] is None and len(sizes) > 1 and model != "h100":
+        choices = " or ".join(f"{model}-{size}g" for size in sizes)
+        raise _reject(name, f"{model} comes with several sizes of memory; give {choices}")
+    size = int(found["gb"] or min(sizes))
+    if size not in sizes:
+        choices = " or ".join(f"{model}-{one}g" for one in sizes)
+        raise _reject(name, f"there is no {model} of {size} GB; give {choices}")
+    number = int(found["before"] or found["after"] or 1)
+    if number > MOST_GPUS:
+        raise _reject(name, f"found {number} GPUs; expected 1 to {MOST_GPUS}")
+    return Topology(f"{model}-{size}g", (number,))
+
+
 def _reject(name: str, why: str) -> InputError:
     known = [f"{kind}: {chip.shapes}" for kind, chip in CHIPS.items()]
+    gpus = [f"{model}-{size}g" for model, (_, sizes) in GPUS.items() for size in sizes]
     return InputError(
-        f"--topology {name!r}: {why}; give KIND:SHAPE, as in v5e:16x16 or cpu:8",
-        ["KIND: SHAPES", *known, "cpu: a number of simulated devices, 1 to 512"],
+        f"--topology {name!r}: {why}; give a name such as v5e-16, v5e:16x16, h200:8, a100-80g or "
+        "cpu:8",
+        [
+            "KIND: SHAPES",
+            *known,
+            f"GPUs, with :NUMBER for several: {', '.join(gpus)}",
+            "cpu: a number of simulated devices, 1 to 512",
+        ],
     )
 
 
@@ -138,6 +263,8 @@ def devices_of(topology: Topology) -> list[Any]:
     """
     import jax
 
+    if topology.platform == "gpu":
+        raise InputError(f"--topology {topology.name}: GPUs are planned by arithmetic only")
     if topology.kind == "cpu":
         return jax.devices("cpu")[: topology.shape[0]]
     from jax.experimental import topologies

@@ -1,7 +1,9 @@
 """Plans: whether a run fits, the nearest change that fits, and their report."""
 
 import json
+import re
 import sys
+from contextlib import contextmanager
 
 import pytest
 from plans import CLASSIFIER, MODEL, config_of
@@ -200,3 +202,28 @@ def test_the_command_prints_figures(tmp_path, capsys, monkeypatch):
     fake_compiler(monkeypatch, lambda config: False)
     assert run(["plan", str(file), "--topology", "v5e:2x2"]) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_search_is_bounded_in_time_and_shown(monkeypatch):
+    compiled = fake_compiler(monkeypatch, lambda config: False)
+    said, watched = [], []
+
+    @contextmanager
+    def watch(what):
+        watched.append(what)
+        yield
+
+    options = {"say": said.append, "watch": watch, "search_seconds": 0.0}
+    found = plan.make_plan(config_of(), "v5litepod-8", **options)
+    assert found["stopped"]
+    assert found["change"] is None
+    assert len(compiled) == 1
+    assert "the search ran out of time" in "\n".join(plan.report(found))
+    assert watched == ["compiling for v5e:2x4; large models take minutes"]
+    assert re.fullmatch(
+        r"by arithmetic the training step fits: about 0\.\d of 15\.75 GiB per device; compiling for "
+        r"v5e:2x4 to be sure",
+        said[0],
+    )
+    plan.make_plan(config_of(), "v5e-8", say=said.append, watch=watch)
+    assert "trying remat=dots" in watched

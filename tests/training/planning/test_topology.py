@@ -4,13 +4,20 @@ import pytest
 
 from mlmjax.errors import InputError
 from mlmjax.training.flops import peak_flops
-from mlmjax.training.planning.topology import CHIPS, devices_of, environment, parse_topology
+from mlmjax.training.planning.topology import (
+    CHIPS,
+    FRACTION,
+    GPUS,
+    devices_of,
+    environment,
+    parse_topology,
+)
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v9:2x2", "unknown kind 'v9'; the kinds are v4, v5e, v5p, v6e, 7x and cpu"),
+        ("v9:2x2", "unknown kind 'v9'; the kinds are v4, v5e, v5p, v6e, 7x, cpu and GPUs"),
         ("", "unknown kind ''"),
         ("v5e", "shape ''"),
         ("v5e:ax2", "shape 'ax2'"),
@@ -25,13 +32,70 @@ from mlmjax.training.planning.topology import CHIPS, devices_of, environment, pa
         ("cpu:0", "shape '0'"),
         ("cpu:513", "found 513; expected 1 to 512"),
         ("cpu:2x2", "found 2x2; expected 1 to 512"),
+        ("v5e-12", "no v5e slice has this number; the numbers are 1, 4, 8, 16, 32, 64, 128, 256"),
+        ("v5p-4", "no v5p slice has this number; the numbers are 8, 16, 32"),
+        ("v5e:16", "found 1 side; a v5e slice has 2, and a number alone is written v5e-16"),
+        ("v5e-16:4x4", "unknown kind 'v5e-16'"),
+        ("tpu7x-16", "unknown kind '7x-16'"),
+        ("a100", "a100 comes with several sizes of memory; give a100-40g or a100-80g"),
+        ("a100-24g", "there is no a100 of 24 GB; give a100-40g or a100-80g"),
+        ("rtx4090-80g", "there is no rtx4090 of 80 GB; give rtx4090-24g"),
+        ("2xh200:8", "found two numbers of GPUs"),
+        ("h200:0", "unknown kind 'h200'"),
+        ("h200:9999", "found 9999 GPUs; expected 1 to 4096"),
+        ("v100", "unknown kind 'v100'"),
+        ("h200:2x4", "unknown kind 'h200'"),
     ],
 )
 def test_an_unknown_topology_is_rejected_with_the_known_ones(name, says):
     with pytest.raises(InputError, match=says) as caught:
         parse_topology(name)
-    assert len(caught.value.details) == len(CHIPS) + 2
+    assert len(caught.value.details) == len(CHIPS) + 3
     assert "16x16" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("v5e-16 v5litepod-16 V5E:4x4 tpu-v5-lite-podslice:4x4 v5lite-16 tpu-v5e-16", "v5e:4x4"),
+        ("v6e-8 v6e:2x4 tpu-v6e-slice:2x4", "v6e:2x4"),
+        ("v5p-128 v5p:4x4x4 tpu-v5p-slice:4x4x4", "v5p:4x4x4"),
+        ("v4-8", "v4:2x2x1"),
+        ("v5e-1", "v5e:1x1"),
+        ("h200:8 8xh200 h200x8 H200-141GB:8 h200-141g:8", "h200-141g:8"),
+        ("a100-80g A100-80GB a100_80gb nvidia-a100-80g a100-80g:1", "a100-80g:1"),
+        ("rtx4090 RTX-4090 4090 rtx_4090 rtx4090-24g", "rtx4090-24g:1"),
+        ("h100 h100-80g", "h100-80g:1"),
+        ("l4:4", "l4-24g:4"),
+    ],
+)
+def test_names_that_people_use(names, expected):
+    for name in names.split():
+        found = parse_topology(name)
+        assert found.name == expected
+        assert parse_topology(found.name) == found
+
+
+def test_a_name_with_blanks():
+    assert parse_topology(" NVIDIA GeForce RTX 4090 ").name == "rtx4090-24g:1"
+    assert parse_topology("A100 80GB").kind == "a100-80g"
+    assert parse_topology("RTX A6000").kind == "rtxa6000-48g"
+
+
+def test_a_gpu_has_the_share_of_its_memory_that_jax_takes(monkeypatch):
+    monkeypatch.delenv(FRACTION, raising=False)
+    for model, (_, sizes) in GPUS.items():
+        for gigabytes in sizes:
+            gpu = parse_topology(f"{model}-{gigabytes}g:2")
+            assert (gpu.platform, gpu.devices) == ("gpu", 2)
+            assert 0.9 < gpu.gpu[1] / (gigabytes * 2**30) < 1.03
+            assert gpu.memory == 0.75 * gpu.gpu[1]
+    monkeypatch.setenv(FRACTION, "0.9")
+    assert parse_topology("h200").memory == 0.9 * 143_771 * 2**20
+    for wrong in ("2", "0", "much", "nan"):
+        monkeypatch.setenv(FRACTION, wrong)
+        with pytest.raises(InputError, match=f"{FRACTION}: found '{wrong}'"):
+            _ = parse_topology("h200").memory
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,164 @@
+"""Estimate the memory of a training step and of scoring from sizes, without compiling.
+
+Per device, with P parameters of which a device holds the share that the mesh gives it:
+
+- parameters: 4 P bytes, since they are float32 (mixed precision, Micikevicius et al. 2018,
+  arXiv:1710.03740); in bfloat16 a copy of 2 P bytes during the step;
+- optimizer: 8 P bytes for the two moments of AdamW (Rajbhandari et al. 2020, arXiv:1910.02054,
+  section 3.1), 4 P more with averaged parameters;
+- gradients: 4 P bytes, and 4 P more to add up micro-batches;
+- activations: the arrays that the backward pass reads, counted layer by layer as in Korthikanti et
+  al. 2022 (arXiv:2205.05198, section 4), here for pre-norm layers with a gated MLP and attention
+  that stores no scores; see `layer_bytes`;
+- head: float32 logits of one chunk of targets, and their gradient.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from mlmjax.config.run import RunConfig
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.parallel import sharding
+from mlmjax.scoring.engine import rows_per_device
+from mlmjax.training.flops import BACKWARD, forward_flops
+from mlmjax.training.loss import CHUNK_ACCELERATOR
+from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.planning.compilation import bound_targets, count_answers
+from mlmjax.training.step import split_parameters
+
+_WIDTHS = {"float32": 4, "bfloat16": 2}
+WORKSPACE = 0.5 * 2**30
+"""Bytes for the libraries' workspaces and the programs themselves."""
+
+
+def layer_bytes(model: ModelConfig, dtype: str, remat: str) -> float:
+    """Return the bytes per token that one layer keeps for the backward pass.
+
+    With hidden size h and MLP size i: `layer` keeps the input, h. `dots` keeps the products too:
+    query, key, value and mixed values (4 h), the norm's output (h) and the MLP's first product
+    (2 i). `none` also keeps the second norm, rotated query and key, the residual sums and the gated
+    values (5 h, 2 i), and what is computed in float32: norms and rotary (4 h), activations (2 i).
+
+    >>> large = ModelConfig(hidden_size=1024, intermediate_size=2624)
+    >>> layer_bytes(large, "bfloat16", "layer"), layer_bytes(large, "bfloat16", "dots")
+    (2048.0, 22784.0)
+    """
+    width, hidden, inner = _WIDTHS[dtype], model.hidden_size, model.intermediate_size
+    stored = float(width * hidden)
+    if remat != "layer":
+        stored += width * (5 * hidden + 2 * inner)
+    if remat == "none":
+        stored += width * (4 * hidden + 2 * inner) + 4 * (4 * hidden + 2 * inner)
+    return stored
+
+
+def estimate(config: RunConfig, model: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Estimate the programs of a run on a mesh of these sizes; bytes are those of one device."""
+    _, params = split_parameters(model)
+    notes = ["memory is an estimate by arithmetic; nothing was compiled"]
+    training = _estimate_training(config, model.config, params, sizes, notes)
+    return {
+        "training": training,
+        "scoring": _estimate_scoring(config, model.config, params),
+        "assumptions": notes,
+    }
+
+
+def _estimate_training(
+    config: RunConfig,
+    model: ModelConfig,
+    params: Any,
+    sizes: Mapping[str, int],
+    notes: list[str],
+) -> dict[str, Any]:
+    data, devices = config.data, math.prod(sizes.values())
+    own, whole = _bytes_held(params, sizes), _bytes_held(params, {})
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    moments = _total_bytes(jax.eval_shape(optimizer.init, params)) * own / whole
+    rows = data.batch_size // data.accumulate / (sizes["data"] * sizes["fsdp"])
+    tokens = rows * data.seq_length / sizes["tensor"]
+    copy = own * (_WIDTHS[config.dtype] / 4) if config.dtype != "float32" else 0.0
+    largest = max(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) * 4.0
+    kept = tokens * model.num_hidden_layers * layer_bytes(model, config.dtype, config.remat)
+    # The backward pass holds everything of the layer that it works on.
+    kept += 2 * tokens * layer_bytes(model, config.dtype, "none")
+    width = bound_targets(config, notes) if config.head == "mlm" else 1
+    targets = min(rows * width, CHUNK_ACCELERATOR)
+    head = 3.0 * 4 * targets * (model.vocab_size if config.head == "mlm" else 1)
+    head += rows * width * model.hidden_size * _WIDTHS[config.dtype] * 2
+    parts = {
+        "gradients": own * (2 if data.accumulate > 1 else 1),
+        "compute_copy": copy + (2 * largest if own < whole else 0.0),
+        "activations": kept,
+        "head": head,
+        "workspace": WORKSPACE,
+    }
+    flops = BACKWARD * forward_flops(
+        model,
+        np.full(data.batch_size, data.seq_length),
+        count_answers(config),
+        model.num_labels if config.head == "classification" else model.vocab_size,
+    )
+    return {
+        "rows": data.batch_size,
+        "seq_length": data.seq_length,
+        "accumulate": data.accumulate,
+        "remat": config.remat,
+        "tokens_per_device": data.batch_size * data.seq_length // devices,
+        "model_flops": flops,
+        "parameters": int(own),
+        "optimizer_state": int(moments),
+        **_as_program(own + moments, parts),
+    }
+
+
+def _estimate_scoring(config: RunConfig, model: ModelConfig, params: Any) -> dict[str, Any]:
+    length = model.max_position_embeddings
+    rows = rows_per_device(length, "gpu")
+    width, held = _WIDTHS[config.dtype], _bytes_held(params, {})
+    copy = held * width / 4 if config.dtype != "float32" else 0.0
+    # A forward pass frees a layer's arrays as it goes, so two layers' worth are alive.
+    alive = 2 * rows * length * layer_bytes(model, config.dtype, "none")
+    parts = {"compute_copy": copy, "activations": alive, "workspace": WORKSPACE}
+    return {
+        "rows": rows,
+        "seq_length": length,
+        "devices": 1,
+        "what_helps": "give fewer rows at a time (batch_size; without it they are halved until "
+        "they fit), or shorter prompts",
+        "parameters": int(held),
+        **_as_program(held, parts),
+    }
+
+
+def _as_program(state: float, parts: Mapping[str, float]) -> dict[str, Any]:
+    """Return the keys of a compiled program, with `estimate` for what they are made of."""
+    rest = sum(parts.values())
+    memory = {"outputs": 0, "outputs_in_arguments": 0, "code": 0, "temporaries": int(rest)}
+    return {
+        "fits": None,
+        "memory": {**memory, "arguments": int(state), "total": int(state + rest)},
+        "estimate": {name: int(size) for name, size in parts.items()},
+        "seconds": {},
+    }
+
+
+def _total_bytes(tree: Any) -> float:
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves))
+
+
+def _bytes_held(params: Any, sizes: Mapping[str, int]) -> float:
+    """Return the bytes of parameters on one device of a mesh; of all of them without sizes."""
+    if not sizes:
+        return _total_bytes(params)
+    specs = jax.tree.leaves(sharding.parameter_specs(sizes, params))
+    total = 0.0
+    for leaf, spec in zip(jax.tree.leaves(params), specs, strict=True):
+        axes = [axis for entry in spec if entry for axis in np.atleast_1d(entry).tolist()]
+        total += _total_bytes(leaf) / math.prod(sizes[axis] for axis in axes)
+    return total

@@ -1,0 +1,94 @@
+"""Memory by arithmetic: what it counts, and how it follows the settings."""
+
+import json
+
+import jax
+import pytest
+from plans import CLASSIFIER, config_of
+
+from mlmjax.cli.main import run
+from mlmjax.config.run import load_config
+from mlmjax.parallel import sharding
+from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.planning import plan
+from mlmjax.training.planning.arithmetic import estimate, layer_bytes
+from mlmjax.training.planning.compilation import _bytes_per_device
+from mlmjax.training.run.initial_model import describe_start
+from mlmjax.training.step import abstract_train_state, split_parameters
+
+ONE = {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def training_of(sizes=ONE, **changes):
+    config = config_of(**changes)
+    return estimate(config, describe_start(config), sizes)["training"]
+
+
+@pytest.mark.parametrize("sizes", [ONE, {"data": 1, "fsdp": 2, "tensor": 1}])
+def test_parameters_and_optimizer_state_are_those_of_the_run(sizes):
+    config = config_of()
+    model = describe_start(config)
+    mesh = sharding.make_mesh(config.mesh.model_copy(update=sizes), jax.devices())
+    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    state = abstract_train_state(split_parameters(model)[1], optimizer, mesh)
+    found = estimate(config, model, sizes)["training"]
+    assert found["parameters"] == _bytes_per_device(state.params)
+    assert found["optimizer_state"] == pytest.approx(_bytes_per_device(state.opt_state), rel=1e-3)
+
+
+def test_parts_follow_the_settings():
+    base = training_of()
+    parts = base["estimate"]
+    assert base["memory"]["total"] == pytest.approx(
+        base["parameters"] + base["optimizer_state"] + sum(parts.values()), abs=8
+    )
+    assert parts["gradients"] == base["parameters"]
+    assert parts["compute_copy"] == 0
+    half = training_of(data={"accumulate": 2})["estimate"]
+    assert half["activations"] == pytest.approx(parts["activations"] / 2)
+    assert half["gradients"] == 2 * parts["gradients"]
+    kept = [training_of(remat=r)["estimate"]["activations"] for r in ("none", "dots", "layer")]
+    assert kept == sorted(kept, reverse=True)
+    low = training_of(dtype="bfloat16")
+    assert low["estimate"]["compute_copy"] == low["parameters"] // 2
+    assert low["estimate"]["activations"] < parts["activations"]
+    spread = training_of({**ONE, "data": 4})["estimate"]
+    assert spread["activations"] == pytest.approx(parts["activations"] / 4)
+    average = training_of(optimizer={"ema": 0.99})
+    ratio = average["optimizer_state"] / base["optimizer_state"]
+    assert ratio == pytest.approx(1.5, rel=1e-3)
+    assert training_of(**CLASSIFIER)["estimate"]["head"] < parts["head"]
+
+
+def test_bytes_of_a_layer_by_hand():
+    model = describe_start(config_of()).config
+    hidden, inner = model.hidden_size, model.intermediate_size
+    assert layer_bytes(model, "float32", "layer") == 4 * hidden
+    assert layer_bytes(model, "float32", "dots") == 4 * (6 * hidden + 2 * inner)
+    assert layer_bytes(model, "bfloat16", "none") == 2 * (10 * hidden + 4 * inner) + 4 * (
+        4 * hidden + 2 * inner
+    )
+
+
+@pytest.mark.parametrize("command", [["--json"], []])
+def test_a_gpu_is_planned_without_compiling(capsys, monkeypatch, command):
+    monkeypatch.setattr(plan, "_compile", None)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    table = ["configs/atp_base.toml", "data.batch_size=64"]
+    assert run(["plan", *table, "--topology", "rtx4090", *command]) == 1
+    out = capsys.readouterr().out
+    if not command:
+        assert out.startswith("rtx4090-24g:1: DOES NOT FIT\n")
+        assert "nearest change that fits: remat=" in out
+        assert "activations" in out
+        assert "note: memory is an estimate by arithmetic" in out
+        assert "the limit is 75% of 24.0 GiB" in out
+        return
+    found = json.loads(out)
+    assert found["fits"] is False
+    assert found["tried"][-1]["fits"] is True
+    changed = plan.apply_change(load_config(table[0], table[1:]), found["change"])
+    again = plan.make_plan(changed, "rtx4090")
+    assert again["fits"] is True
+    assert "tried" not in again
+    assert again["training"]["memory"]["total"] <= again["machine"]["memory"]
