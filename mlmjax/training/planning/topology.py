@@ -154,7 +154,8 @@ def parse_topology(name: str) -> Topology:
     kind, _, sides = plain.partition(":")
     kind = kind.removeprefix("tpu").lstrip("-")
     if counted_name := re.fullmatch(r"(v[0-9]\w*)-([1-9][0-9]{0,4})", kind):
-        if not sides and counted_name[1] in {*_TPU_NAMES, *_CORES_PER_CHIP}:
+        is_slice = not sides and counted_name[1] in {*_TPU_NAMES, *_CORES_PER_CHIP}
+        if is_slice:
             return _slice_of(name, *counted_name.groups())
     kind = _TPU_NAMES.get(kind, kind)
     chip = CHIPS.get(kind)

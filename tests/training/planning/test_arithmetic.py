@@ -13,6 +13,7 @@ from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.planning import plan
 from mlmjax.training.planning.arithmetic import estimate, layer_bytes
 from mlmjax.training.planning.compilation import _bytes_per_device
+from mlmjax.training.planning.topology import parse_topology
 from mlmjax.training.run.initial_model import describe_start
 from mlmjax.training.step import abstract_train_state, split_parameters
 
@@ -63,11 +64,27 @@ def test_parts_follow_the_settings():
 def test_bytes_of_a_layer_by_hand():
     model = describe_start(config_of()).config
     hidden, inner = model.hidden_size, model.intermediate_size
-    assert layer_bytes(model, "float32", "layer") == 4 * hidden
-    assert layer_bytes(model, "float32", "dots") == 4 * (6 * hidden + 2 * inner)
-    assert layer_bytes(model, "bfloat16", "none") == 2 * (10 * hidden + 4 * inner) + 4 * (
-        4 * hidden + 2 * inner
-    )
+    assert layer_bytes(model, "float32", "layer") == 8 * hidden
+    assert layer_bytes(model, "float32", "dots") == 8 * (6 * hidden + 2 * inner)
+    assert layer_bytes(model, "bfloat16", "none") == 32 * hidden + 8 * inner
+
+
+@pytest.mark.parametrize(
+    ("topology", "remat", "compiled"),
+    [  # GiB per chip, as docs/pods.md has them from the TPU compiler
+        ("v5e-256", "none", 13.42),
+        ("v5e-256", "dots", 9.09),
+        ("v5e-256", "layer", 2.41),
+        ("v6e-256", "dots", 10.45),
+        ("v5p-128", "dots", 39.43),
+    ],
+)
+def test_estimates_are_near_the_compiler_and_above_it(topology, remat, compiled):
+    config = load_config("configs/atp_large.toml", [f"remat={remat}"])
+    machine = parse_topology(topology)
+    sizes = sharding.mesh_shape(config.mesh, machine.devices)
+    found = estimate(config, describe_start(config), sizes)["training"]["memory"]["total"]
+    assert 1.0 <= found / 2**30 / compiled <= 4 / 3
 
 
 @pytest.mark.parametrize("command", [["--json"], []])

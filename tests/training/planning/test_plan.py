@@ -221,8 +221,8 @@ def test_a_search_is_bounded_in_time_and_shown(monkeypatch):
     assert "the search ran out of time" in "\n".join(plan.report(found))
     assert watched == ["compiling for v5e:2x4; large models take minutes"]
     assert re.fullmatch(
-        r"by arithmetic the training step fits: about 0\.\d of 15\.75 GiB per device; compiling for "
-        r"v5e:2x4 to be sure",
+        r"by arithmetic the training step fits: about 0\.\d of 15\.75 GiB per device; compiling "
+        r"for v5e:2x4 to be sure",
         said[0],
     )
     plan.make_plan(config_of(), "v5e-8", say=said.append, watch=watch)
