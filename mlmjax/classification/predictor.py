@@ -104,6 +104,11 @@ class Predictor:
         return self._load().scorer.shortened
 
     @property
+    def layers(self) -> int:
+        """Return the number of layers of the model."""
+        return int(self._load().scorer.model.config.num_hidden_layers)
+
+    @property
     def prompts(self) -> int:
         """Return the number of prompts so far: a forward pass each, except for continuations."""
         return self._load().scorer.scored

@@ -4,7 +4,7 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -115,6 +115,32 @@ def train(
 
 
 @cli.command()
+@click.argument("kind", type=click.Choice(["atp", "fit", "mlm"]))
+@click.argument("name", required=False)
+def init(kind: str, name: str | None) -> None:
+    """Write a run file to begin from.
+
+    KIND is atp (prompts with one-token answers), fit (a table of texts with labels) or mlm (plain
+    text). NAME.toml has comments, and sizes that suit the machine found here.
+
+    Example: mlmjax init fit tickets
+    """
+    from mlmjax.cli.start.init import write_run_file
+    from mlmjax.cli.start.machine import find_machine
+    from mlmjax.reporting.terminal import say
+
+    machine = find_machine()
+    say(f"found {machine.described}")
+    path, run_config = write_run_file(kind, name, machine)
+    data = run_config.data
+    click.echo(
+        f"{path}: {run_config.init_from}, {run_config.dtype}, {data.batch_size} rows of "
+        f"{data.seq_length} tokens in {data.accumulate} parts, remat {run_config.remat}\n"
+        f"Edit the lines marked yours, then: mlmjax train {path}"
+    )
+
+
+@cli.command()
 @_config
 @_overrides
 @click.option(
@@ -149,8 +175,7 @@ def plan(
     from mlmjax.reporting.terminal import say, working
     from mlmjax.training.planning.plan import make_plan, report
 
-    options = {"say": say, "watch": working, "search_seconds": search_seconds}
-    found = make_plan(run_config, topology, **options)
+    found = make_plan(run_config, topology, say=say, watch=working, search_seconds=search_seconds)
     click.echo(json.dumps(found, indent=2) if as_json else "\n".join(report(found)))
     return EXIT_FAILED if found["fits"] is False else 0
 
@@ -394,7 +419,8 @@ def classify(
         shape_answer,
         write_answers,
     )
-    from mlmjax.reporting.terminal import say
+    from mlmjax.reporting.terminal import count_progress, say, working
+    from mlmjax.scoring.engine import describe_compiling
     from mlmjax.weights.hub import PACKAGED
 
     check_options(file, text, id_, out)
@@ -405,21 +431,27 @@ def classify(
         return read_items(file, text, id_)
 
     names = None if labels is None else read_labels(labels)
+    total = 0
     if not is_read_once(file):
         for _ in read():  # a bad line raises an error before any answer is printed
-            pass
-    predictor = Predictor.from_pretrained(PACKAGED if model is None else model, names, **options)
+            total += 1
+    source = PACKAGED if model is None else model
+    with working(f"loading {source}"):
+        predictor = Predictor.from_pretrained(source, names, progress=False, **options)
     _report_packaged(model is None)
     key = "line" if id_ is None else "id"
 
-    def answers() -> Iterator[dict[str, Any]]:
-        items = read()
+    def answers(progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
+        items, done = read(), 0
         while chunk := list(itertools.islice(items, CLASSIFY_CHUNK)):
             found = predictor.answers([item.text for item in chunk])
             for item, answer in zip(chunk, found, strict=True):
                 yield shape_answer(answer, item, key, echo=echo, full=full)
+            progress(done := done + len(chunk), total)
 
-    count = write_answers(answers(), out)
+    compiling = describe_compiling(predictor.layers)
+    with count_progress("texts classified", compiling) as progress:
+        count = write_answers(answers(progress), out)
     if out is not None:
         say(f"{out}: {count:,} answers")
     if predictor.shortened:

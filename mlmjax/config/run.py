@@ -5,7 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from mlmjax.config.data import (
     DataConfig,
@@ -124,12 +129,15 @@ class MeshConfig(StrictTable):
 class RunConfig(StrictTable):
     """Describe one training run, decoded from one TOML file.
 
+    Its length is `steps` updates, or `epochs` passes over the prepared training rows.
     `head = "classification"` trains a linear layer over the pooled text instead of the MLM head:
     on the labels of the sources, or, without labels, on the answer as a number.
     """
 
     out: Place
-    steps: Count
+    # Without a value it is counted from `epochs` once the rows are there; see `with_steps`.
+    steps: Count = 1
+    epochs: PositiveFloat | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     init_from: Place | None = None
     revision: Name | None = None
@@ -149,6 +157,31 @@ class RunConfig(StrictTable):
     evaluation: EvaluationConfig = EvaluationConfig()
     log: LogConfig = LogConfig()
     mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "RunConfig":
+        has_steps = "steps" in self.model_fields_set
+        if has_steps == (self.epochs is not None):
+            found = "both steps and epochs" if has_steps else "steps: is missing, and so is epochs"
+            raise ValueError(
+                f"{found}; give either steps (updates) or epochs (passes over the training rows)"
+            )
+        if self.epochs is not None and self.data.batch_start is not None:
+            raise ValueError(
+                "epochs cannot be counted while batches grow (data.batch_start); give steps"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unknown_steps(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = write(self)
+        if self.epochs is not None:
+            values.pop("steps", None)
+        return values
+
+    def with_steps(self, steps: int) -> "RunConfig":
+        """Return the configuration with this length in place of `epochs`."""
+        return self.model_copy(update={"steps": steps, "epochs": None})
 
     @model_validator(mode="after")
     def _one_start(self) -> "RunConfig":

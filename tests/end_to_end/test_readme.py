@@ -56,6 +56,8 @@ def rows(table, prefix=""):
             continue
         if field.default is PydanticUndefined:
             shown = "required"
+        elif table is RunConfig and name == "steps":
+            shown = "this or `epochs`"
         else:
             shown = "none" if field.default is None else f"`{json.dumps(field.default)}`"
         yield f"| `{prefix}{name}` | {shown} |"
@@ -276,7 +278,7 @@ def anchors(page):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/pods.md", "docs/classifier.md", "docs/preparing.md"]
+    ["README.md", "docs/pods.md", "docs/machines.md", "docs/classifier.md", "docs/preparing.md"]
     + [f"docs/{name}.md" for name in PAGES],
 )
 def test_links_lead_somewhere(page):

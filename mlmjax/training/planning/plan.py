@@ -34,6 +34,7 @@ Say = Callable[[str], None]
 Watch = Callable[[str], AbstractContextManager[None]]
 SEARCH_SECONDS = 600.0
 """How long the search for a change that fits starts new compilations."""
+ANY_STEPS = 10**6
 DOUBT = 1.5
 """How far arithmetic may be from the compiler; within it the run is called close."""
 _RESHARDING = "Involuntary full rematerialization"
@@ -42,12 +43,16 @@ _UNITS = {"GiB": 2**30, "MiB": 2**20}
 _STAGES = {"trace": "reading the program", "lower": "translating it", "compile": "compiling it"}
 
 
+def _in_silence(what: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
 def make_plan(
     config: RunConfig,
     topology: str,
     *,
     say: Say = lambda line: None,
-    watch: Watch = nullcontext,
+    watch: Watch = _in_silence,
     search_seconds: float = SEARCH_SECONDS,
 ) -> dict[str, Any]:
     """Find out whether a run fits a machine, and a change that makes it fit.
@@ -65,6 +70,8 @@ def make_plan(
 
     Raises `InputError` for an unknown topology, a missing compiler, and what a run would reject.
     """
+    if config.epochs is not None:  # No figure of a plan depends on the length of the run.
+        config = config.with_steps(ANY_STEPS)
     described = parse_topology(topology)
     model = check_run(config, described)
     if described.platform == "gpu":

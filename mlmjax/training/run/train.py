@@ -1,5 +1,6 @@
 """Run a training from one configuration, or resume it."""
 
+import math
 from collections import defaultdict
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -13,6 +14,8 @@ from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
 from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
+from mlmjax.errors import counted
+from mlmjax.parallel.processes import broadcast_from_first, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.storage import TRAINING, alone_in, write_json
@@ -72,6 +75,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     """
     check_not_forked()
     clock, out = Clock(), Path(config.out)
+    config = count_steps(config)
     mesh = check_before_start(config, profile)
     lock = alone_in(out, check_run_folder) if is_first() else nullcontext()
     with lock, catch_signals() as stop:
@@ -131,6 +135,25 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     if is_first():
         print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))
     return state
+
+
+def count_steps(config: RunConfig) -> RunConfig:
+    """Return the configuration with `steps` in place of `epochs`, counted on its prepared rows.
+
+    The rows are prepared if they are not there.
+    """
+    if (epochs := config.epochs) is None:
+        return config
+    check_folders(config)
+
+    def count() -> int:
+        tokenizer = load_tokenizer(config)
+        _prepare(config, tokenizer)
+        return math.ceil(epochs * open_loaders(config, tokenizer).train.epoch_steps())
+
+    steps = broadcast_from_first(count, "process 0 prepares the rows")
+    say(f"epochs = {epochs:g}: {counted(steps, 'update')} of {config.data.batch_size} rows")
+    return config.with_steps(max(1, steps))
 
 
 def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:

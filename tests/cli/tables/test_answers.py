@@ -10,6 +10,7 @@ from tables import labelled_rows, write_table
 
 from mlmjax import Classifier
 from mlmjax.cli import main
+from mlmjax.reporting import terminal
 
 ROWS = labelled_rows(9)
 
@@ -118,3 +119,13 @@ def test_a_broken_row_late_in_a_compressed_table_leaves_no_output(classify, tmp_
     _, err = classify("--text", "text", "--out", "b.csv", "a.jsonl.gz", code=2)
     assert "line 301: column 'text' is blank" in err
     assert (tmp_path / "b.csv").read_text() == "kept"
+
+
+def test_long_work_shows_its_progress_and_keeps_stdout_clean(classify, tmp_path, monkeypatch):
+    monkeypatch.setattr(terminal, "PATIENCE_SECONDS", 0.0)
+    (tmp_path / "a.txt").write_text("the goal\n" * 300)
+    shown = []
+    monkeypatch.setattr(terminal, "say", shown.append)
+    assert len(classify("a.txt")) == 300
+    assert shown[-1].startswith("texts classified 300/300 | ")
+    assert any("compiling (first time on this machine: about " in line for line in shown)
