@@ -57,7 +57,7 @@ def rows(table, prefix=""):
         if field.default is PydanticUndefined:
             shown = "required"
         elif table is RunConfig and name == "steps":
-            shown = "this or `epochs`"
+            shown = "required"  # or epochs in its place
         else:
             shown = "none" if field.default is None else f"`{json.dumps(field.default)}`"
         yield f"| `{prefix}{name}` | {shown} |"
