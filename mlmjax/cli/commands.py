@@ -164,7 +164,7 @@ def plan(
     search_seconds: float,
     as_json: bool,
 ) -> int:
-    """Check if CONFIG.toml fits a TPU slice or GPUs.
+    """Check if CONFIG.toml fits a TPU or GPU.
 
     None is needed here: TPUs have a compiler, and the memory of GPUs is estimated. The exit code is
     1 if the run does not fit.
