@@ -13,9 +13,8 @@ from mlmjax.data.contamination import TrainingManifest, training_manifest
 from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
-from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.errors import counted
-from mlmjax.parallel.processes import broadcast_from_first, is_first
+from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.storage import TRAINING, alone_in, write_json
