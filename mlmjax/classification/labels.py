@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlmjax.config.tables import suggest_name
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
 
@@ -133,8 +134,8 @@ def check_known(name: str, index: Mapping[str, Any]) -> None:
     """Raise `InputError` for a label that is not among the keys of `index`."""
     if name not in index:
         raise InputError(
-            f"label {name!r:.60} is not one of {', '.join(index):.200}; correct it, or add it to "
-            "the classifier's labels"
+            f"label {name!r:.60} is not one of {', '.join(index):.200}; "
+            f"{suggest_name(name, list(index))}correct it, or add it to the classifier's labels"
         )
 
 

@@ -6,6 +6,7 @@ It is apart from `classifier` because importing scikit-learn takes longer than a
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +18,7 @@ from mlmjax.classification.labels import pair_labels, right_columns
 from mlmjax.classification.prompter import CHUNK_PROMPTS, Prompter
 from mlmjax.classification.settings import Answer, LongText, Settings, settle
 from mlmjax.config.run import Head
-from mlmjax.config.tables import decode
+from mlmjax.config.tables import decode, suggest_name
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.processes import check_not_forked, is_forked
@@ -94,6 +95,13 @@ class Predictor:
 
         Raises `InputError` for a source that cannot be loaded, and if there are no labels.
         """
+        known = list(signature(cls).parameters)
+        for name in options:
+            if name not in known:
+                raise InputError(
+                    f"{cls.__name__}: has no option {name!r:.60}; {suggest_name(name, known)}"
+                    f"options: {', '.join(known)}"
+                )
         predictor = cls(source, labels, **options)
         predictor._load()
         return predictor
