@@ -64,10 +64,14 @@ def skip_absent_tpu() -> None:
     if chips or cloud_tpu_init.jax_force_tpu_init():
         return
     factories = xla_bridge._backend_factories
-    if "tpu" not in requested:
-        factories.pop("tpu", None)
-    elif (found := factories.get("tpu")) is not None:
-        factories["tpu"] = replace(found, factory=partial(_start_quietly, found.factory))
+    if (found := factories.get("tpu")) is not None:
+        # The name stays, because JAX registers how to lower operations for the platforms it knows.
+        start = partial(_start_quietly, found.factory) if "tpu" in requested else _start_absent
+        factories["tpu"] = replace(found, factory=start)
+
+
+def _start_absent() -> Any:
+    raise RuntimeError("this machine has no TPU chips, and JAX_PLATFORMS does not request one")
 
 
 def _start_quietly(start: Callable[[], Any]) -> Any:
