@@ -37,7 +37,10 @@ _batch_size = click.option("--batch-size", type=_positive, help="Rows of one for
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(context_settings=_HELP)
 @click.version_option(__version__, prog_name="mlmjax")
 def cli() -> None:
     """Masked language models that answer. --debug anywhere on the line shows tracebacks."""
@@ -471,3 +474,7 @@ def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config.run import load_config
 
     return load_config(config, overrides)
+
+
+for _command in cli.commands.values():  # so that -h is known where a command is parsed alone, too
+    _command.context_settings.update(_HELP)

@@ -18,7 +18,7 @@ from noisy_models import (
 )
 
 from mlmjax.errors import InputError
-from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig
+from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig, Provenance
 from mlmjax.model.modernbert import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
@@ -70,6 +70,7 @@ CHANGED = {
     "rope_parameters": {LOCAL: {"rope_theta": 10.0}},
     "num_labels": 3,
     "id2label": {0: "a", 1: "b", 2: "c"},
+    "tie_word_embeddings": False,
 }
 UNCHANGED = {
     "max_position_embeddings": 16,
@@ -78,12 +79,12 @@ UNCHANGED = {
     **dict.fromkeys(("cls_token_id", "sep_token_id"), 9),
     **dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), 0.5),
     "classifier_dropout": 0.5,
-    "tie_word_embeddings": False,
     "label2id": {"a": 0, "b": 1},
     "problem_type": "regression",
     "architectures": ("Other",),
     "extra": {"other": 1},
     "source_dtypes": {"decoder.bias": "bfloat16"},
+    "provenance": Provenance(norms=1),
 }
 
 

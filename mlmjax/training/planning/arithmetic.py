@@ -47,7 +47,7 @@ def layer_bytes(model: ModelConfig, dtype: str, remat: str) -> float:
     (3 h). `dots` keeps the layer's input and the products (6 h, 2 i), `layer` only the input (h).
     These two run as a loop over layers, in which the TPU compilers keep up to two copies.
 
-    >>> large = ModelConfig(hidden_size=1024, intermediate_size=2624)
+    >>> large = ModelConfig(hidden_size=1024, intermediate_size=2624, num_attention_heads=16)
     >>> [layer_bytes(large, "bfloat16", remat) for remat in ("none", "dots", "layer")]
     [53760.0, 45568.0, 4096.0]
     """

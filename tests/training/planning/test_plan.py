@@ -110,7 +110,7 @@ def test_an_invalid_change_does_not_end_the_search(monkeypatch):
     found, text = plan_one(data={"batch_size": 32})
     first, second = (tried["refusal"]["message"] for tried in found["tried"])
     assert "fsdp = 32 does not divide 16" in first
-    assert "data is -3" in second
+    assert "mesh.data: found -3" in second
     assert "tried mesh.fsdp=32: rejected: mesh: parameter" in text
     assert "training step: 16 rows" in text
 
