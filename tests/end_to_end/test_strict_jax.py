@@ -1,13 +1,14 @@
 """Training, classifying and evaluating need no implicit promotion and no implicit transfer."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-CORE = """
-import json, sys
+import pytest
+
+TRAINING = """
+import sys
 from pathlib import Path
 
 import jax
@@ -24,7 +25,8 @@ training.write_records(folder / "records.jsonl", 40)
 table = training.make_table(folder, steps=4, data__validation_rows=2, dtype="bfloat16")
 table["optimizer"] |= {"ema": 0.9, "skip_spikes": 9.0}
 run_training(parse_config(table))
-
+"""
+ANSWERS = """
 options = {"answer": "words", "template": "{text} [unused0] [MASK]", "max_length": 32}
 classifier = Classifier(str(folder / "out" / "export"), ["red", "blue"], **options)
 classifier.fit(["red", "blue"] * 2, ["red", "blue"] * 2, epochs=1, validation_share=0.5)
@@ -37,22 +39,23 @@ task = Task.from_dict(
 loaded = load_pretrained(folder / "out" / "export")
 results = run_evaluation(*loaded, task, data=folder / "rows.jsonl", order_rows=0)
 shares = classifier.predict_proba(["sun moon", "fish"]).sum(axis=1).tolist()
-print(json.dumps({"n": results["n"], "shares": shares}))
+assert results["n"] == 3
+assert all(abs(share - 1) < 1e-6 for share in shares), shares
 """
 
 
-def test_the_core_runs_without_implicit_promotion_and_transfer(tmp_path):
+@pytest.mark.parametrize(
+    "core", [TRAINING, pytest.param(TRAINING + ANSWERS, marks=pytest.mark.long)]
+)
+def test_the_core_runs_without_implicit_promotion_and_transfer(tmp_path, core):
     helpers = str(Path(__file__).parents[1] / "helpers")
     path = os.pathsep.join(filter(None, [helpers, os.environ.get("PYTHONPATH")]))
     strict = {"JAX_NUMPY_DTYPE_PROMOTION": "strict", "JAX_TRANSFER_GUARD": "disallow"}
     done = subprocess.run(
-        [sys.executable, "-c", CORE, str(tmp_path)],
+        [sys.executable, "-c", core, str(tmp_path)],
         env={**os.environ, **strict, "PYTHONPATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["n"] == 3
-    assert all(abs(share - 1) < 1e-6 for share in found["shares"])
