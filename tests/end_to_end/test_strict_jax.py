@@ -11,6 +11,7 @@ TRAINING = """
 import sys
 from pathlib import Path
 
+sys.modules["tensorboardX"] = None  # takes seconds to import
 import jax
 import training
 from mlmjax import Classifier, load_pretrained, run_evaluation, run_training
