@@ -80,3 +80,9 @@ def test_a_requested_tpu_fails_without_the_lines_of_its_runtime():
     assert done.returncode == 1
     assert "worker" not in done.stderr
     assert "Unable to initialize backend 'tpu'" in done.stderr.splitlines()[-1]
+
+
+def test_libraries_that_register_for_tpus_load_after_us():
+    code = "import mlmjax.parallel.processes, flax"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -75,7 +75,7 @@ def fit_table(
     split = split_table(table, test_share, seed)
     for line in (*table.said, *split.said):
         say(line)
-    trained, asked = table.at(split.train), table.at(split.test)
+    trained, tested = table.at(split.train), table.at(split.test)
     choice = choose(
         model,
         labels,
@@ -95,8 +95,8 @@ def fit_table(
     )
     with count_progress("fine-tuning: updates") as progress:
         classifier.fit(*trained, progress=progress)
-    probabilities = classifier.predict_proba(asked[0])
-    found, methods = measure(trained, asked, labels, probabilities)
+    probabilities = classifier.predict_proba(tested[0])
+    found, methods = measure(trained, tested, labels, probabilities)
     figures = {"table": str(path), "model": model, "out": str(folder)}
     figures |= describe(choice, table, split, labels) | found
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
@@ -137,7 +137,7 @@ def split_table(table: LabelledTable, share: float, seed: int) -> Split:
     alone = sorted(set(table.labels) - {table.labels[i] for i in tested})
     if alone:
         shown = shortened(", ".join(alone), WIDTH)
-        said.append(f"warning: of {counted(len(alone), 'label')} no row is tested: {shown}")
+        said.append(f"warning: no row is tested for {counted(len(alone), 'label')}: {shown}")
     if len(tested) < FEW:
         said.append(f"warning: {counted(len(tested), 'test row')} say little; mind the interval")
     return Split(trained, tested, tuple(said))
@@ -145,12 +145,12 @@ def split_table(table: LabelledTable, share: float, seed: int) -> Split:
 
 def measure(
     trained: tuple[list[str], list[str]],
-    asked: tuple[list[str], list[str]],
+    tested: tuple[list[str], list[str]],
     labels: Sequence[str],
     probabilities: np.ndarray,
 ) -> tuple[dict[str, Any], list[Method]]:
     """Return the figures of the test rows, and the methods to compare with their accuracy."""
-    texts, gold = asked
+    texts, gold = tested
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
     commonest = Counter(trained[1]).most_common(1)[0][0]
     methods = [
