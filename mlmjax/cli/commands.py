@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from mlmjax._version import __version__
 from mlmjax.cli.convert import convert
 from mlmjax.cli.inputs import is_read_once, read_labels, read_lines
+from mlmjax.cli.options import Group
 from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -37,19 +37,15 @@ _batch_size = click.option("--batch-size", type=_positive, help="Rows of one for
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
-_HELP = {"help_option_names": ["-h", "--help"]}
-
-
-@click.group(context_settings=_HELP)
-@click.version_option(__version__, prog_name="mlmjax")
+@click.group(cls=Group, examples=["mlmjax demo", "mlmjax fit tickets.csv --text body --label team"])
 def cli() -> None:
-    """Masked language models that answer. --debug anywhere on the line shows tracebacks."""
+    """Masked language models that answer."""
 
 
 cli.add_command(convert)
 
 
-@cli.command()
+@cli.command(examples=["mlmjax demo --out my-demo"])
 @click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
 def demo(out: str) -> None:
     """Fine-tune the packaged model offline.
@@ -61,7 +57,7 @@ def demo(out: str) -> None:
     run_demo(Path(out))
 
 
-@cli.command()
+@cli.command(examples=["mlmjax prepare configs/atp_tiny.toml data.workers=2"])
 @_config
 @_overrides
 def prepare(config: str, overrides: tuple[str, ...]) -> None:
@@ -86,7 +82,12 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
         click.echo(f"report: there is none, and {rows} cannot be written")
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "mlmjax train configs/atp_tiny.toml",
+        "mlmjax train configs/atp_tiny.toml steps=200 out=runs/short",
+    ]
+)
 @_config
 @_overrides
 @click.option("--profile", metavar="FIRST:LAST", help="Trace these updates.")
@@ -117,7 +118,7 @@ def train(
         run_training(run_config, profile=profile)
 
 
-@cli.command()
+@cli.command(examples=["mlmjax init fit tickets"])
 @click.argument("kind", type=click.Choice(["atp", "fit", "mlm"]))
 @click.argument("name", required=False)
 def init(kind: str, name: str | None) -> None:
@@ -125,8 +126,6 @@ def init(kind: str, name: str | None) -> None:
 
     KIND is atp (prompts with one-token answers), fit (a table of texts with labels) or mlm (plain
     text). NAME.toml has comments, and sizes that suit the machine found here.
-
-    Example: mlmjax init fit tickets
     """
     from mlmjax.cli.start.init import write_run_file
     from mlmjax.cli.start.machine import find_machine
@@ -143,7 +142,7 @@ def init(kind: str, name: str | None) -> None:
     )
 
 
-@cli.command()
+@cli.command(examples=["mlmjax plan configs/atp_base.toml --topology v6e-8"])
 @_config
 @_overrides
 @click.option(
@@ -171,8 +170,6 @@ def plan(
 
     None is needed here: TPUs have a compiler, and the memory of GPUs is estimated. The exit code is
     1 if the run does not fit.
-
-    Example: mlmjax plan configs/atp_base.toml --topology v6e-8
     """
     run_config = _load(config, overrides)
     from mlmjax.reporting.terminal import say, working
@@ -183,7 +180,12 @@ def plan(
     return EXIT_FAILED if found["fits"] is False else 0
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "mlmjax evaluate --task mmlu --data mmlu.jsonl --out results",
+        "mlmjax evaluate --suite paper --data eval --out suite sweep.epochs=[1]",
+    ]
+)
 @_overrides
 @click.option(
     "--model",
@@ -309,7 +311,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
         say(f"report: {Path(given['out']) / 'report.md'}")
 
 
-@cli.command()
+@cli.command(examples=["mlmjax compare results-a results-b"])
 @click.argument("a")
 @click.argument("b")
 @_json
@@ -326,7 +328,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
         click.echo(line)
 
 
-@cli.command()
+@cli.command(examples=["mlmjax fit tickets.csv --text body --label team --out tickets-classifier"])
 @click.argument("table")
 @click.option("--text", metavar="COLUMN", help="Column of the texts (default: the obvious one).")
 @click.option("--label", metavar="COLUMN", help="Column of the labels (default: the obvious one).")
@@ -366,8 +368,6 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
 
     TABLE is CSV, TSV, JSON lines or parquet (.gz and .zst too). A share of the rows is held out to
     test it. --out gets the model and a page with the results.
-
-    Example: mlmjax fit tickets.csv --text body --label team --out tickets-classifier
     """
     from mlmjax.cli.tables.fit import fit_table, result_lines
     from mlmjax.weights.hub import PACKAGED
@@ -379,7 +379,12 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
         click.echo(line)
 
 
-@cli.command()
+@cli.command(
+    examples=[
+        "mlmjax classify --labels sports,economy texts.txt",
+        "mlmjax classify --model tickets-classifier --text body --out answers.csv new.csv",
+    ]
+)
 @click.option("--model", help="Folder or Hub id of the model (default: the packaged mlmjax-small).")
 @click.option(
     "--labels",
@@ -410,8 +415,6 @@ def classify(
 
     FILE may be - for standard input, or a table with --text. Each answer is one JSON line with the
     number of its line, or with its --id.
-
-    Example: mlmjax classify --model MODEL --text body --id ticket --out answers.csv tickets.csv
     """
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
     from mlmjax.classification.predictor import Predictor
@@ -474,7 +477,3 @@ def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config.run import load_config
 
     return load_config(config, overrides)
-
-
-for _command in cli.commands.values():  # so that -h is known where a command is parsed alone, too
-    _command.context_settings.update(_HELP)

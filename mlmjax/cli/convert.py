@@ -5,53 +5,52 @@ from pathlib import Path
 
 import click
 
+from mlmjax.cli.options import Group
 from mlmjax.errors import EXIT_FAILED, first_details
 
 _folder = click.Path(path_type=Path)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Group,
+    examples=[
+        "mlmjax convert to-jax mlmjax-small small-jax",
+        "mlmjax convert to-hf small-jax small-hf",
+        "mlmjax convert check small-jax small-hf",
+    ],
+)
 def convert() -> None:
-    """Convert models to or from Orbax; compare.
-
-    \b
-    Example:
-      mlmjax convert to-jax HF_FOLDER CHECKPOINT
-      mlmjax convert to-hf CHECKPOINT HF_FOLDER
-      mlmjax convert check HF_FOLDER CHECKPOINT
-    """
+    """Convert models to or from Orbax; compare."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # no accelerator is needed, or searched for
 
 
-@convert.command("to-jax")
+@convert.command("to-jax", examples=["mlmjax convert to-jax mlmjax-small small-jax"])
 @click.argument("source", metavar="HF_FOLDER")
 @click.argument("target", metavar="CHECKPOINT", type=_folder)
 def to_jax(source: str, target: Path) -> None:
-    """Write a Hugging Face folder (or Hub id) as an Orbax checkpoint.
-
-    \b
-    Example: mlmjax convert to-jax answerdotai/ModernBERT-base base-jax
-    """
+    """Write a Hugging Face folder (or Hub id) as an Orbax checkpoint."""
     from mlmjax.weights import convert as weights
 
     click.echo(f"{target}: written, {weights.to_jax(source, target)} parameters")
 
 
-@convert.command("to-hf")
+@convert.command("to-hf", examples=["mlmjax convert to-hf small-jax small-hf"])
 @click.argument("source", metavar="CHECKPOINT", type=_folder)
 @click.argument("target", metavar="HF_FOLDER", type=_folder)
 def to_hf(source: Path, target: Path) -> None:
-    """Write an Orbax checkpoint of a model as a Hugging Face folder.
-
-    \b
-    Example: mlmjax convert to-hf base-jax base-hf
-    """
+    """Write an Orbax checkpoint of a model as a Hugging Face folder."""
     from mlmjax.weights import convert as weights
 
     click.echo(f"{target}: written, {weights.to_hf(source, target)} parameters")
 
 
-@convert.command("check")
+@convert.command(
+    "check",
+    examples=[
+        "mlmjax convert check small-jax small-hf",
+        "mlmjax convert check small-jax --against-torch",
+    ],
+)
 @click.argument("first", metavar="A")
 @click.argument("second", metavar="[B]", required=False)
 @click.option(
@@ -64,11 +63,6 @@ def check(first: str, second: str | None, against_torch: bool) -> int:
     """Compare two models of either kind, tensor by tensor.
 
     The exit code is 1 if they differ.
-
-    \b
-    Examples:
-      mlmjax convert check base-jax base-hf
-      mlmjax convert check base-jax --against-torch
     """
     from mlmjax.weights import convert as weights
 

@@ -18,6 +18,7 @@ from typing import Any
 import click
 
 from mlmjax.cli.commands import cli
+from mlmjax.cli.options import Talk
 from mlmjax.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -66,11 +67,9 @@ FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
     """Run one command and return its exit code; messages go to stderr."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    talk = Talk()
     # A failed save leaves unfinished writes, each with a traceback; we print the error once.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger("mlmjax").setLevel(logging.INFO)
     if logging.lastResort:
         # Orbax would otherwise give the root logger a handler that prefixes every line. Hugging
         # Face has its own handler and would print every line twice.
@@ -84,7 +83,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
     def fail(message: str, details: Sequence[str], code: int) -> int:
-        if debug:
+        if talk.debug:
             traceback.print_exc()
         first, *rest = [*message.splitlines(), *details] or [""]
         lines = [f"{program}: {first}", *(f"  {line}" for line in first_details(rest))]
@@ -92,7 +91,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         return code
 
     try:
-        result = command.main(list(arguments), prog_name=program, standalone_mode=False)
+        result = command.main(list(arguments), prog_name=program, standalone_mode=False, obj=talk)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return EXIT_BAD_INPUT
@@ -115,6 +114,8 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
             return fail(reason.message, reason.details, EXIT_BAD_INPUT)
         message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
         return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
+    finally:
+        talk.finish()
     return result if isinstance(result, int) else 0
 
 

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from rich import progress as bars
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -14,6 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from mlmjax.parallel.processes import is_first
+from mlmjax.reporting.verbosity import is_quiet, is_shown
 
 Progress = Callable[[int, int], None]
 """Called with the number of items done and their total; a total of 0 is unknown."""
@@ -26,9 +26,13 @@ NARROW = 60
 """Columns of a terminal below which the name of a bar makes room for the bar."""
 
 
-def new_console(**options: Any) -> Console:
-    """Return a console for stderr that prints texts as they are."""
-    return Console(stderr=True, highlight=False, soft_wrap=True, **options)
+def new_console() -> Console:
+    """Return a console for stderr that prints texts as they are.
+
+    It prints nothing with `--quiet`, and nothing in other processes than the first.
+    """
+    quiet = is_quiet() or not is_first()
+    return Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
 
 
 class Figures:
@@ -133,7 +137,7 @@ class _Work:
         self.shown_done = -1
         self.bar: bars.Progress | None = None
         self.task: bars.TaskID | None = None
-        self.console = new_console(quiet=not is_first())
+        self.console = new_console()
         self.lock = threading.Lock()
 
     def update(self, done: int, total: int) -> None:
@@ -211,7 +215,7 @@ def count_progress(what: str, first: str = "", *, at_once: bool = False) -> Iter
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """Show that work without a count goes on, if it takes over two seconds."""
-    console, started = new_console(quiet=not is_first()), time.monotonic()
+    console, started = new_console(), time.monotonic()
     status = console.status(what)
 
     def show() -> None:
@@ -258,6 +262,6 @@ def about(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print one line to stderr, from the first process only."""
-    if is_first():
+    """Print one line to stderr, from the first process only; with `--quiet` only a warning."""
+    if is_first() and is_shown(text):
         print(text, file=sys.stderr, flush=True)

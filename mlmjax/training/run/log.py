@@ -24,6 +24,7 @@ from mlmjax.reporting.terminal import (
     about,
     new_bar,
     new_console,
+    say,
 )
 from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES
@@ -261,7 +262,7 @@ class RunDisplay(ExitStack):
 
     def __init__(self, total: int, done: int = 0):
         super().__init__()
-        self._console = new_console(quiet=not is_first())
+        self._console = new_console()
         self._bars: bars.Progress | None = None
         self._total, self._step, self._doing = total, done, ""
         self._timed: tuple[int, float] | None = None
@@ -275,9 +276,12 @@ class RunDisplay(ExitStack):
             self.enter_context(Ticker(self._tick, PATIENCE_SECONDS, LINE_SECONDS / 10))
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line; with `--quiet` only a warning."""
         self._printed = time.monotonic()
-        self._console.print(text, markup=False)
+        if self._console.quiet:
+            say(text)
+        else:
+            self._console.print(text, markup=False)
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:

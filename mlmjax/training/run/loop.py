@@ -204,7 +204,7 @@ class Loop:
                 raise self._bad_update(step, values)
             add(self.totals, {"skipped": 1.0})
             norm = f"{values['grad_norm']:.3g}"
-            self.display.say(f"step {step}: update skipped; its gradient norm is {norm}")
+            self.display.say(f"warning: step {step}: update skipped; its gradient norm is {norm}")
         else:
             self._skipped_in_a_row = 0
             if not np.isfinite([values["loss_sum"], values["grad_norm"]]).all():

@@ -1,0 +1,95 @@
+"""Define what all commands share: how much they print, the version, and examples in the help."""
+
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from mlmjax._version import __version__
+from mlmjax.reporting.verbosity import is_verbose, set_verbosity
+
+
+class Talk:
+    """Hold what the options of one call say about its output."""
+
+    def __init__(self) -> None:
+        self.debug = False
+        self.chosen: str | None = None
+        self.started = time.perf_counter()
+        set_verbosity("normal")
+
+    def choose(self, name: str) -> None:
+        """Take an option that is given; raise `UsageError` for both of --quiet and --verbose."""
+        if name == "debug":
+            self.debug = True
+        elif self.chosen not in (None, name):
+            raise click.UsageError("--quiet and --verbose exclude each other; give one of them.")
+        elif self.chosen is None:
+            self.chosen = name
+            set_verbosity("quiet" if name == "quiet" else "verbose")
+            if is_verbose():
+                self.say(f"mlmjax {__version__}, Python {platform.python_version()}")
+
+    def finish(self) -> None:
+        """Print what the call took, if it is verbose."""
+        if not is_verbose():
+            return
+        text = f"took {time.perf_counter() - self.started:.1f} s"
+        if sys.platform == "linux":  # where the unit is a KiB
+            import resource  # Windows has none
+
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            text += f" and at most {peak / 2**20:.1f} GiB of memory"
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a line on stderr."""
+        click.echo(text, err=True)
+
+
+def _choose(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and parameter.name:
+        context.ensure_object(Talk).choose(parameter.name)
+
+
+def _shared_options() -> list[click.Parameter]:
+    """Return the options of every command; eager, so that they hold for errors in the others."""
+    shared: dict[str, Any] = {
+        "is_flag": True,
+        "expose_value": False,
+        "is_eager": True,
+        "callback": _choose,
+    }
+    return [
+        click.Option(["-q", "--quiet"], help="Print only results, warnings and errors.", **shared),
+        click.Option(["-v", "--verbose"], help="Print more detail.", **shared),
+        click.Option(["--debug"], help="Show the traceback of an error.", **shared),
+    ]
+
+
+class _Shared(click.Command):
+    """A command with the shared options, `-h`, and examples at the end of its help."""
+
+    def __init__(self, *parts: Any, examples: Sequence[str] = (), **options: Any):
+        settings = {"help_option_names": ["-h", "--help"]}
+        options["context_settings"] = settings | (options.get("context_settings") or {})
+        self.examples = tuple(examples)
+        if examples:
+            title = "Example:" if len(examples) == 1 else "Examples:"
+            options["epilog"] = "\n".join(["\b", title, *(f"  {line}" for line in examples)])
+        super().__init__(*parts, **options)
+        self.params = [*self.params, *_shared_options()]
+        click.version_option(__version__, "-V", "--version", prog_name="mlmjax")(self)
+
+
+class Command(_Shared):
+    """A command of `mlmjax`."""
+
+
+class Group(_Shared, click.Group):
+    """A group of commands of `mlmjax`."""
+
+    command_class = Command
