@@ -9,13 +9,20 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.metrics import accuracy_score
 
-from mlmjax.classification.fitting import Recipe, learn, split_rows
+from mlmjax.classification.fitting import (
+    MEASURED_PROMPTS,
+    FitData,
+    Recipe,
+    Texts,
+    learn,
+    split_rows,
+)
 from mlmjax.classification.labels import (
     check_lengths,
     label_numbers,
     list_answers,
     pair_labels,
-    right_columns,
+    target_rows,
 )
 from mlmjax.classification.predictor import Predictor
 from mlmjax.classification.prompter import Prompter
@@ -25,6 +32,7 @@ from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, with_classifier
 from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
+from mlmjax.statistics.learning import label_frequencies
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.weights.cards import add_run, model_card
@@ -87,8 +95,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         True: read a hub id only from the local cache.
     epochs : int, default=3
         Passes of `fit` over the training texts.
-    learning_rate : float, default=3e-5
-        The highest learning rate of `fit`, from which it falls linearly.
+    learning_rate : float or "auto", default=None
+        The highest learning rate of `fit`, from which it falls linearly. "auto" spends a quarter as
+        many updates again on finding one. None: 1e-3, or 3e-5 from 100 M parameters on.
     train_batch_size : int, default=32
         The number of prompts in an update of `fit`.
     weight_decay : float, default=0.01
@@ -103,6 +112,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     patience : int, default=None
         The number of epochs without improvement on held-out texts after which `fit` stops and
         keeps the best epoch's weights. None: all epochs run, and the last weights are kept.
+    restarts : int, default=0
+        The number of further trainings of `fit`, each with another seed and a longer warm-up, that
+        are tried until one has learned something. It needs held-out texts, which choose.
     progress : bool, default=None
         True shows progress, False does not. None: a bar on a terminal if the work takes long.
 
@@ -111,7 +123,10 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     classes_ : array of str
         The labels, in the order of the columns of `predict_proba`.
     history_ : list of dict
-        The loss of each epoch of `fit`, and accuracy and loss on held-out texts.
+        Loss and accuracy of each epoch of `fit`, the loss of always giving the label frequencies,
+        and accuracy and loss on held-out texts next to the commonest label's accuracy.
+    fit_summary_ : FitSummary
+        What `fit` came to, on training and on held-out texts, with all attempts and the warning.
     calibration_, conformal_, threshold_
         What `calibrate`, `conform` and `abstain` found, or None.
     """
@@ -154,10 +169,12 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         """Fine-tune on labelled texts, always from the source's weights.
 
         `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
-        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share` and `patience`.
-        `validation` is a pair of texts and labels; without it `validation_share` of the rows is
-        held out. `history_` has their accuracy and loss after each epoch. `progress` is called with
-        the number of updates done and their total.
+        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience` and
+        `restarts`. `validation` is a pair of texts and labels; without it `validation_share` of the
+        rows is held out. `history_` has their accuracy and loss after each epoch, `fit_summary_`
+        what was learned in the end. `progress` is called with the number of updates done and their
+        total. Warns with `LearnedNothingWarning` if the fit ends no better than an answer that
+        reads no text.
 
         Raises `InputError` for blank texts, labels that are not in `classes_`, fewer than two
         distinct labels, and lengths that differ; `RunError` if the loss is no longer finite.
@@ -169,11 +186,12 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         texts, labels = list(check_list(texts, "texts")), list_answers(labels)
         check_lengths(texts, labels)
         settings, model, tokenizer, _ = self._read(seen=labels)
-        if chosen.patience is not None and validation is None and not chosen.validation_share:
-            raise InputError(
-                f"fit: patience is {chosen.patience}, but no texts are held out to measure "
-                "improvement; give validation or validation_share, or leave patience out"
-            )
+        for name, use in (("patience", "measure improvement"), ("restarts", "choose by")):
+            if getattr(chosen, name) and validation is None and not chosen.validation_share:
+                raise InputError(
+                    f"fit: {name} is {getattr(chosen, name)}, but no texts are held out to {use}; "
+                    f"give validation or validation_share, or leave {name} out"
+                )
         truth = pair_labels(texts, labels, list(settings.labels), settings.multi_label)
         if len({str(one) for one in truth}) < 2:
             found = ", ".join(sorted({repr(one) for one in labels})) or "none"
@@ -188,14 +206,13 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
-        numbers, held_out = _hold_out(texts, truth, settings, chosen, validation=validation)
-        examples = prompter.examples(numbers, texts, truth, chosen.seed)
+        data = _prepare(prompter, texts, truth, chosen, validation=validation)
         with progress_bar("fine-tuning", self.progress) as show:
-            shown = progress or show
-            history = learn(prompter, examples, chosen, held_out=held_out, progress=shown)
+            summary = learn(prompter, data, chosen, progress=progress or show)
         self._keep(settings, prompter)
         self.manifest_ = manifest.decode() if manifest is not None else None
-        self.history_ = history
+        self.fit_summary_ = summary
+        self.history_ = [dict(epoch) for epoch in summary.attempts[summary.kept].history]
         return self
 
     def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
@@ -215,6 +232,35 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         )
 
 
+def _prepare(
+    prompter: Prompter,
+    texts: Sequence[str],
+    truth: Sequence[Any],
+    recipe: Recipe,
+    *,
+    validation: Any,
+) -> FitData:
+    """Return what a fit learns from, and the texts that it is measured on."""
+    multi_label = prompter.settings.multi_label
+    columns, labels = len(prompter.names), len(prompter.settings.labels)
+
+    def measured(texts: Sequence[str], truth: Sequence[Any]) -> Texts:
+        return Texts(texts, target_rows(truth, columns, multi_label))
+
+    numbers, held_out = _hold_out(texts, truth, prompter.settings, recipe, validation=validation)
+    groups = labels if multi_label else 1
+    shares = target_rows([truth[i] for i in numbers], columns, multi_label)
+    each = max(1, len(prompter.rows(prompter.queries(texts[0])[0]))) * groups
+    count = min(len(numbers), max(LEAST_MEASURED, MEASURED_PROMPTS // each))
+    sample = np.random.default_rng([recipe.seed, 2]).permutation(numbers)[:count]
+    return FitData(
+        prompter.examples(numbers, texts, truth, recipe.seed),
+        measured([texts[i] for i in sample], [truth[i] for i in sample]),
+        None if held_out is None else measured(*held_out),
+        label_frequencies(shares, groups),
+    )
+
+
 def _hold_out(
     texts: Sequence[str],
     truth: Sequence[Any],
@@ -222,8 +268,8 @@ def _hold_out(
     recipe: Recipe,
     *,
     validation: Any,
-) -> tuple[Sequence[int], tuple[Sequence[str], np.ndarray] | None]:
-    """Return the numbers of the training texts, and `held_out` of `learn`."""
+) -> tuple[Sequence[int], tuple[Sequence[str], Sequence[Any]] | None]:
+    """Return the numbers of the training texts, and the held-out texts with their answers."""
     train: Sequence[int] = range(len(texts))
     if validation is not None:
         if not isinstance(validation, Sequence) or len(validation) != 2:
@@ -239,8 +285,11 @@ def _hold_out(
         return train, None
     if not texts:
         raise InputError("validation: there is no text to hold out; give more rows")
-    return train, (texts, right_columns(truth, settings.multi_label))
+    return train, (texts, truth)
 
+
+LEAST_MEASURED = 32
+"""The fewest training texts that a fit is measured on, if there are as many."""
 
 LABELS = 100
 """The most labels that a card shows; the settings have all of them."""

@@ -1,20 +1,43 @@
-"""Fine-tune a classifier, and keep the weights of its best epoch."""
+"""Fine-tune a classifier, again if it learns nothing, and keep the best weights."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from pydantic import Field, FiniteFloat
+from pydantic import Field
 
 from mlmjax.classification.prompter import Prompter
+from mlmjax.config.data import PositiveFloat
 from mlmjax.config.tables import StrictTable
 from mlmjax.model.modernbert import Model
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import MOST_ROWS
+from mlmjax.statistics.learning import (
+    Attempt,
+    FitSummary,
+    Measured,
+    find_problems,
+    measure,
+)
 from mlmjax.text.prompts import Prompt
-from mlmjax.training.finetune import fine_tune
+from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.rate_finder import find_rate
+
+MEASURED_PROMPTS = 256
+"""About this many prompts about training texts measure what a fit has learned."""
+
+SHORT_WARMUP, LONGEST_WARMUP = 0.05, 0.5
+"""Shares of the updates: what restarts double at least, and where doubling ends."""
+
+LARGE = 100_000_000
+"""Parameters from which on a model needs a low learning rate."""
+
+
+class LearnedNothingWarning(UserWarning):
+    """Warn that a fit ended no better than an answer that reads no text."""
 
 
 class Recipe(StrictTable):
@@ -22,62 +45,187 @@ class Recipe(StrictTable):
 
     With held-out texts, `patience` ends the training after that many epochs in a row without
     improvement, and the best epoch's weights are kept. None runs all epochs and keeps the last.
+    `restarts` is the number of further trainings, each with another seed and a longer warm-up, that
+    are tried as long as none has learned anything.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
-    learning_rate: Annotated[FiniteFloat, Field(gt=0)] = 3e-5
+    learning_rate: PositiveFloat | Literal["auto"] | None = None
     batch_size: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 32
-    weight_decay: Annotated[FiniteFloat, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patience: Annotated[int, Field(ge=1)] | None = None
+    restarts: Annotated[int, Field(ge=0, le=100)] = 0
+
+
+class Texts(NamedTuple):
+    """Texts to measure a fit on, and the right distribution of each row of their scores."""
+
+    texts: Sequence[str]
+    targets: np.ndarray
+
+
+class FitData(NamedTuple):
+    """What a fit learns from and is measured on.
+
+    `examples` are prompts and the columns of their answers, from `Prompter.examples`. `training` is
+    a sample of the training texts, `held_out` are texts that are not trained on. `frequencies` are
+    those of `label_frequencies`.
+    """
+
+    examples: tuple[Sequence[Prompt], Sequence[int]]
+    training: Texts
+    held_out: Texts | None
+    frequencies: np.ndarray
 
 
 def learn(
-    prompter: Prompter,
-    examples: tuple[Sequence[Prompt], Sequence[int]],
-    recipe: Recipe,
-    *,
-    held_out: tuple[Sequence[str], np.ndarray] | None,
-    progress: Progress | None,
+    prompter: Prompter, data: FitData, recipe: Recipe, *, progress: Progress | None
+) -> FitSummary:
+    """Fine-tune the prompter's model, and return what is known of it.
+
+    With `restarts` it trains again until one attempt has learned something. The weights kept are
+    those of the attempt that is best on held-out texts. Warns with `LearnedNothingWarning` if none
+    has learned.
+    """
+    scorer, start = prompter.scorer, prompter.scorer.model
+    attempts: list[Attempt] = []
+    kept, best = 0, start
+    for own in _attempts(recipe, _rate(prompter, data, recipe)):
+        scorer.model = start
+        attempts.append(_attempt(prompter, data, own, progress))
+        if len(attempts) == 1 or _key(attempts[-1]) > _key(attempts[kept]):
+            kept, best = len(attempts) - 1, scorer.model
+        if not attempts[-1].problems:
+            break
+    scorer.model = best
+    warning = _warning(prompter, recipe, attempts, kept)
+    if warning is not None:
+        warnings.warn(warning, LearnedNothingWarning, stacklevel=3)
+    return FitSummary(kept=kept, attempts=tuple(attempts), warning=warning)
+
+
+def usual_rate(parameters: int) -> float:
+    """Return the learning rate that suits a model of so many parameters.
+
+    Small models learn at 1e-3 (docs/experiments). From `LARGE` on it is the middle of the sweep of
+    the paper (arXiv 2502.03793).
+    """
+    return 1e-3 if parameters < LARGE else 3e-5
+
+
+def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
+    """Return the learning rate of a recipe, found by a short training if it is "auto"."""
+    weights = jax.tree.leaves(nnx.state(prompter.scorer.model, nnx.Param))
+    rate, usual = recipe.learning_rate, usual_rate(sum(leaf.size for leaf in weights))
+    if rate is None:
+        return usual
+    if rate != "auto":
+        return rate
+    prompts, columns = data.examples
+    return find_rate(
+        prompter.scorer.model,
+        prompts,
+        prompter.scorer.targets(columns),
+        around=usual,
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        weight_decay=recipe.weight_decay,
+        seed=recipe.seed,
+        pad_id=prompter.scorer.tokenizer.pad_id,
+    )
+
+
+def _attempts(recipe: Recipe, rate: float) -> Iterator[Recipe]:
+    """Yield the recipe of each attempt; every restart doubles the warm-up."""
+    for number in range(1 + recipe.restarts):
+        changes: dict[str, Any] = {"learning_rate": rate}
+        if number:
+            changes["seed"] = int(np.random.default_rng([recipe.seed, number]).integers(2**31))
+            warmup = max(recipe.warmup, SHORT_WARMUP) * 2**number
+            changes["warmup"] = max(recipe.warmup, min(warmup, LONGEST_WARMUP))
+        yield recipe.model_copy(update=changes)
+
+
+def _key(attempt: Attempt) -> tuple[bool, float, float]:
+    """Return what makes an attempt better than another."""
+    measured = attempt.validation or attempt.training
+    return not attempt.problems, measured.accuracy, -measured.loss
+
+
+def _attempt(
+    prompter: Prompter, data: FitData, recipe: Recipe, progress: Progress | None
+) -> Attempt:
+    """Train once, and measure what was learned."""
+    history = _train(prompter, data, recipe, progress)
+    training = _measured(prompter, data.training, data.frequencies)
+    held_out = data.held_out
+    validation = None if held_out is None else _measured(prompter, held_out, data.frequencies)
+    problems = find_problems(history, training, validation, prompter.names)
+    return Attempt(
+        seed=recipe.seed,
+        learning_rate=float(recipe.learning_rate or 0.0),
+        warmup=recipe.warmup,
+        history=tuple(history),
+        training=training,
+        validation=validation,
+        problems=tuple(problems),
+    )
+
+
+def _measured(prompter: Prompter, given: Texts, frequencies: np.ndarray) -> Measured:
+    scores = np.concatenate(list(prompter.stream(given.texts)))
+    return measure(
+        scores, given.targets, np.tile(frequencies, (len(scores) // len(frequencies), 1))
+    )
+
+
+def _train(
+    prompter: Prompter, data: FitData, recipe: Recipe, progress: Progress | None
 ) -> list[dict[str, float]]:
     """Fine-tune the prompter's model, and return what is known of each epoch.
 
-    `examples` are prompts and the columns of their answers, from `Prompter.examples`; `held_out`
-    are texts that are not trained on, and the right column of each row of their scores. An epoch's
-    entry has `epoch` and `loss`, with held-out texts `validation_accuracy` and `validation_loss`.
+    An epoch's entry has `epoch`, `loss` and `accuracy` in training, the standard error of that loss
+    and, as `baseline_loss`, the loss of always giving the label frequencies. With held-out texts it
+    has `validation_accuracy`, `validation_loss` and `validation_majority`.
     """
     scorer = prompter.scorer
     history: list[dict[str, float]] = []
     best, since = (-1.0, 0.0), 0
     kept: Any = None
+    prompts, columns = data.examples
+    baseline = _entropy(data)
 
-    def after_epoch(model: Model, loss: float) -> bool:
+    def after_epoch(model: Model, epoch: Epoch) -> bool:
         nonlocal best, kept, since
-        history.append({"epoch": len(history) + 1, "loss": loss})
-        if held_out is None:
+        figures = {"loss": epoch.loss, "baseline_loss": baseline, "accuracy": epoch.accuracy}
+        history.append({"epoch": len(history) + 1, **figures})
+        if np.isfinite(epoch.error):
+            history[-1]["loss_error"] = epoch.error
+        if data.held_out is None:
             return False
         scorer.model = model
-        texts, right = held_out
-        scores = np.concatenate(list(prompter.stream(texts)))
-        accuracy = float((scores.argmax(axis=1) == right).mean())
-        of_gold = float(scores[np.arange(len(right)), right].mean())
-        history[-1] |= {"validation_accuracy": accuracy, "validation_loss": -of_gold}
+        found = _measured(prompter, data.held_out, data.frequencies)
+        history[-1] |= {
+            "validation_accuracy": found.accuracy,
+            "validation_loss": found.loss,
+            "validation_majority": found.majority,
+        }
         if recipe.patience is None:
             return False
         since += 1
-        if (accuracy, of_gold) > best:
-            best, since = (accuracy, of_gold), 0
+        if (found.accuracy, -found.loss) > best:
+            best, since = (found.accuracy, -found.loss), 0
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 
-    prompts, columns = examples
     model = fine_tune(
         scorer.model,
         prompts,
         scorer.targets(columns),
-        **recipe.model_dump(exclude={"validation_share", "patience"}),
+        **recipe.model_dump(exclude={"validation_share", "patience", "restarts"}),
         pad_id=scorer.tokenizer.pad_id,
         after_epoch=after_epoch,
         progress=progress,
@@ -86,6 +234,33 @@ def learn(
         model = nnx.merge(nnx.split(model)[0], jax.device_put(kept))
     scorer.model = model
     return history
+
+
+def _entropy(data: FitData) -> float:
+    """Return the loss on the training texts of always giving the label frequencies."""
+    shares = data.frequencies
+    return float(-(shares * np.log(shares)).sum(axis=1).mean())
+
+
+def _warning(
+    prompter: Prompter, recipe: Recipe, attempts: Sequence[Attempt], kept: int
+) -> str | None:
+    """Return a line that says what was seen and what usually helps; None if all is well."""
+    attempt, settings = attempts[kept], prompter.settings
+    if not attempt.problems:
+        return None
+    rate = attempt.learning_rate
+    helps = [f"another learning_rate than {rate:g} ({rate / 3:.1g} or {rate * 3:.1g})"]
+    if settings.head == "mlm" and not prompter.own_names and not settings.multi_label:
+        helps.insert(0, "answer='words' if each label is one token")
+    helps.append(f"more epochs than {recipe.epochs}")
+    if not recipe.restarts:
+        helps.append("restarts=3 with validation_share=0.2")
+    tried = f" in any of {len(attempts)} attempts" if len(attempts) > 1 else ""
+    return (
+        f"the fit may have learned nothing{tried}: {'; '.join(attempt.problems)}. What usually "
+        f"helps: {', '.join(helps)}"
+    )
 
 
 def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:

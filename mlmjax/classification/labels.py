@@ -139,6 +139,23 @@ def check_known(name: str, index: Mapping[str, Any]) -> None:
         )
 
 
+def target_rows(truth: Sequence[Any], columns: int, multi_label: bool) -> np.ndarray:
+    """Return the right answers as distributions, float32 `[rows of scores, columns]`.
+
+    `truth` has label numbers, distributions over the labels, or with `multi_label` tuples of bool.
+
+    >>> target_rows([1, [0.25, 0.75]], 2, False).tolist()
+    [[0.0, 1.0], [0.25, 0.75]]
+    >>> target_rows([(False, True)], 2, True).tolist()
+    [[0.0, 1.0], [1.0, 0.0]]
+    """
+    one_hot = np.eye(columns, dtype=np.float32)
+    if multi_label:
+        return one_hot[right_columns(truth, multi_label)]
+    rows = [one_hot[one] if isinstance(one, int) else np.float32(one) for one in truth]
+    return np.array(rows, np.float32).reshape(len(rows), columns)
+
+
 def right_columns(truth: Sequence[Any], multi_label: bool) -> np.ndarray:
     """Return the right column of each row of scores: a label, or yes or no.
 

@@ -75,13 +75,14 @@ class Predictor:
     revision: str | None = None
     local_files_only: bool = False
     epochs: int = 3
-    learning_rate: float = 3e-5
+    learning_rate: float | Literal["auto"] | None = None
     train_batch_size: int = 32
     weight_decay: float = 0.01
     warmup: float = 0.05
     seed: int = 0
     validation_share: float = 0.0
     patience: int | None = None
+    restarts: int = 0
     progress: bool | None = None
 
     settings_: Settings = field(init=False)

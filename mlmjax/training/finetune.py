@@ -27,6 +27,26 @@ from mlmjax.training.step import HEADS, create_train_state, shared_train_step
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
 
+SUMS = {
+    False: ("loss_sum", "loss_count", "atp_correct", "update_norm"),
+    True: ("loss_sum", "loss_count", "label_correct", "update_norm"),
+}
+"""The metrics of an update that are kept, without and with a classification head."""
+
+
+class Epoch(NamedTuple):
+    """The mean loss of an epoch, the share of right answers, and the standard error of the loss.
+
+    Each update answers before it learns, with the weights of that moment. `losses` are those of the
+    updates, `moved` is the sum of the norms of what they added.
+    """
+
+    loss: float
+    accuracy: float
+    error: float
+    losses: Sequence[float]
+    moved: float
+
 
 def fine_tune(
     model: Model,
@@ -40,24 +60,28 @@ def fine_tune(
     warmup: float,
     seed: int,
     pad_id: int,
-    after_epoch: Callable[[Model, float], bool | None] | None = None,
+    rates: Sequence[float] | None = None,
+    after_epoch: Callable[[Model, "Epoch"], bool | None] | None = None,
     progress: Progress | None = None,
 ) -> Model:
     """Return a copy of the model, trained to give `answers` to the prompts.
 
     Answers are token ids at the prompts' slots. A classification model reads prompts without a
     slot, and its answers are label numbers. The prompts of a batch are packed into rows, which are
-    sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule.
-    The order of epoch e is that of `default_rng([seed, e])`. `after_epoch` gets the model, which is
-    valid until it returns, and the epoch's mean loss; it ends the training by returning True.
-    Raises `RunError` if the loss is not finite.
+    sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule,
+    or with `rates`, one for each update until they end. The order of epoch e is that of
+    `default_rng([seed, e])`. `after_epoch` gets the model, which is valid until it returns, and the
+    epoch's figures; it ends the training by returning True. Raises `RunError` if the loss is not
+    finite, unless `rates` are given.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
-    updates = epochs * -(-len(prompts) // batch_size)
+    updates = epochs * -(-len(prompts) // batch_size) if rates is None else len(rates)
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     decode(OptimizerConfig, given, "fit")  # rejects other values
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
-    rate = make_schedule(schedule, learning_rate, updates)
+    rate: Any = (
+        make_schedule(schedule, learning_rate, updates) if rates is None else rates.__getitem__
+    )
     update = _update()
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
@@ -72,27 +96,35 @@ def fine_tune(
     done = 0
     for epoch in range(epochs):
         sums = []
-        for members in batches[epoch]:
+        for members in batches[epoch][: updates - done]:
             shown = [prompts[i] for i in members]
             batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
-            rates: Any = given | {"learning_rate": rates_at(rate, done)}
-            rates = {name: np.float32(value) for name, value in rates.items()}
-            where = {name: state.opt_state.hyperparams[name].sharding for name in rates}
-            opt_state = state.opt_state._replace(hyperparams=jax.device_put(rates, where))
+            values: Any = given | {"learning_rate": rates_at(rate, done)}
+            values = {name: np.float32(value) for name, value in values.items()}
+            where = {name: state.opt_state.hyperparams[name].sharding for name in values}
+            opt_state = state.opt_state._replace(hyperparams=jax.device_put(values, where))
             state, metrics = step(state._replace(opt_state=opt_state), batch)
-            sums.append([metrics[name] for name in ("loss_sum", "loss_count", "update_norm")])
+            sums.append([metrics[name] for name in SUMS[has_head]])
             done += 1
             if progress:
                 progress(done, updates)
-        loss_sum, count, moved = np.sum(jax.device_get(sums), axis=0)
+        figures = _figures(np.array(jax.device_get(sums), np.float64))
         # No loss shows what the last update did; its norm does.
-        if not np.isfinite(loss_sum + moved):
+        if rates is None and not np.isfinite(figures.loss + figures.moved):
             raise RunError(
                 f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
             )
-        if after_epoch and after_epoch(nnx.merge(graphdef, state.params), float(loss_sum / count)):
+        if after_epoch and after_epoch(nnx.merge(graphdef, state.params), figures):
             break
     return nnx.merge(graphdef, state.params)
+
+
+def _figures(sums: np.ndarray) -> Epoch:
+    """Return the figures of an epoch from the `SUMS` of its updates."""
+    loss, count, correct, moved = sums.sum(axis=0)
+    losses = sums[:, 0] / np.maximum(sums[:, 1], 1e-9)
+    error = losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
+    return Epoch(loss / count, correct / count, float(error), losses.tolist(), float(moved))
 
 
 @cache

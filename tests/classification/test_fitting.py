@@ -1,7 +1,9 @@
-"""A classification head learns, training stops early, and bad recipes raise errors."""
+"""A fit learns or warns, starts again, stops early, and bad recipes raise errors."""
 
 import copy
+import json
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from labelled_texts import FAST, SHORT, examples
 from sklearn.base import clone
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.classification.fitting import split_rows
+from mlmjax.classification.fitting import LearnedNothingWarning, split_rows
 from mlmjax.classification.predictor import Predictor
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
@@ -78,7 +80,10 @@ def test_training_ends_when_held_out_texts_say_so_and_keeps_the_best(pair):
         ({"epochs": 0}, "epochs: found 0"),
         ({"epochs": 1.5}, r"epochs: found 1\.5"),
         ({"patience": 0}, "patience: found 0"),
-        ({"patience": 2}, "no texts are held out"),
+        ({"patience": 2}, "patience is 2, but no texts are held out"),
+        ({"restarts": 2}, "restarts is 2, but no texts are held out"),
+        ({"restarts": -1}, "restarts: found -1"),
+        ({"learning_rate": "fast"}, "learning_rate: found 'fast'"),
         ({"batch_size": 10**9}, "batch_size: found 1000000000"),
         ({"seed": -1}, "seed: found -1"),
         ({"learning_rate": float("nan")}, "learning_rate: found nan"),
@@ -112,3 +117,85 @@ def test_a_fitted_classifier_can_be_copied_and_sent_to_other_processes(with_head
         expected = classifier.predict_proba(texts)
         for copied in (copy.deepcopy(classifier), pickle.loads(pickle.dumps(classifier))):
             np.testing.assert_array_equal(copied.predict_proba(texts), expected)
+
+
+def fitted(pair, count=96, **options):
+    """Return a classifier of sports and money, fitted without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LearnedNothingWarning)
+        return Classifier(pair, ["sports", "money"], template=SHORT).fit(
+            *examples(count), **{**FAST, **options}
+        )
+
+
+def test_a_fit_that_learns_reports_itself_without_a_warning(pair):
+    classifier = fitted(pair, validation=examples(40, seed=1))
+    summary = classifier.fit_summary_
+    assert summary.warning is None
+    assert len(summary.attempts) == 1
+    assert summary.training.accuracy > 0.95
+    assert summary.training.n == 96
+    assert summary.training.majority == 0.5
+    assert summary.training.baseline_loss == pytest.approx(np.log(2), abs=0.01)
+    assert summary.training.loss < 0.3
+    assert summary.validation.n == 40
+    last = classifier.history_[-1]
+    assert last["validation_accuracy"] == summary.validation.accuracy
+    assert last["validation_majority"] == 0.5
+    assert last["baseline_loss"] == pytest.approx(np.log(2), abs=0.01)
+    assert last["accuracy"] > 0.9
+    assert json.loads(json.dumps(summary.to_dict()))["kept"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"learning_rate": 1e-7, "epochs": 1}, "training texts is .*always giving the label"),
+        ({"learning_rate": 1e-7, "epochs": 1}, "answer='words' if each label is one token, ano"),
+        (
+            {"learning_rate": 1e-7, "epochs": 1},
+            r"than 1e-07 \(3e-08 or 3e-07\), more epochs than 1",
+        ),
+        ({"learning_rate": 3.0, "epochs": 3, "warmup": 0}, "the fit may have learned nothing: "),
+    ],
+)
+def test_a_fit_that_learns_nothing_warns_in_one_line(pair, options, says):
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT)
+    with pytest.warns(LearnedNothingWarning, match=says) as caught:
+        classifier.fit(*examples(96), **{**FAST, **options})
+    (warning,) = caught
+    assert str(warning.message) == classifier.fit_summary_.warning
+    assert "\n" not in classifier.fit_summary_.warning
+    assert warning.filename == __file__
+
+
+def test_restarts_end_with_the_attempt_that_learns(pair):
+    given = {"restarts": 5, "validation_share": 0.25}
+    once = fitted(pair, **given)
+    assert len(once.fit_summary_.attempts) == 1
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT, restarts=2)
+    with pytest.warns(LearnedNothingWarning, match="in any of 3 attempts"):
+        classifier.fit(*examples(96), learning_rate=1e-7, epochs=1, validation_share=0.25)
+    summary = classifier.fit_summary_
+    assert [one.warmup for one in summary.attempts] == [0.05, 0.1, 0.2]
+    assert len({one.seed for one in summary.attempts}) == 3
+    accuracies = [one.validation.accuracy for one in summary.attempts]
+    assert accuracies[summary.kept] == max(accuracies)
+    # The weights are those of the attempt that was kept.
+    numbers = [str(i % 2) for i in range(96)]
+    _, held = split_rows(numbers, 0.25, 0)
+    texts, labels = examples(96)
+    own = classifier.score([texts[i] for i in held], [labels[i] for i in held])
+    assert own == summary.validation.accuracy
+
+
+def test_a_rate_is_found_that_learns(pair):
+    classifier = fitted(pair, learning_rate="auto", epochs=8)
+    (attempt,) = classifier.fit_summary_.attempts
+    assert 1e-4 < attempt.learning_rate < 1e-1
+
+
+def test_the_usual_rate_follows_the_size_of_the_model(pair):
+    classifier = Classifier(pair, ["sports", "money"], template=SHORT)
+    classifier.fit(*examples(32), epochs=1)
+    assert classifier.fit_summary_.attempts[0].learning_rate == 1e-3

@@ -133,7 +133,7 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
 
         losses = []
         monkeypatch.setattr(finetune, "answer_batch", make)
-        settings["after_epoch"] = lambda _, loss: losses.append(loss)
+        settings["after_epoch"] = lambda _, epoch: losses.append(epoch.loss)
         return fine_tune(model, prompts, answers, **settings), losses
 
     packed, losses = trained(answer_batch)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from mlmjax.classification.fitting import usual_rate
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import abstract_model, parameters
 from mlmjax.storage import CLASSIFIER, CONFIG, read_json
@@ -15,9 +16,6 @@ Way = Literal["words", "letters", "head"]
 WAYS: tuple[Way, ...] = ("words", "letters", "head")
 MANY_LABELS = 12
 """With more labels than this, their list in every prompt costs more than it helps."""
-
-SMALL_MODEL = 100_000_000
-"""A model of fewer parameters needs a higher learning rate."""
 
 UPDATES, FEWEST_EPOCHS, MOST_EPOCHS = 150, 3, 10
 
@@ -78,12 +76,12 @@ def choose(
         why = "as --answer asks"
     name = "ModernBertFor" + ("SequenceClassification" if has_head else "MaskedLM")
     shapes = parameters(abstract_model(name, read_config(folder, values)))
-    is_small = sum(leaf.size for leaf in shapes.values()) < SMALL_MODEL
+    size = sum(leaf.size for leaf in shapes.values())
     batch_size = 16 if rows < 1000 else 32
     enough = -(-UPDATES * batch_size // rows)
     return Choice(
         way,
-        learning_rate or (1e-3 if is_small else 3e-5),
+        learning_rate or usual_rate(size),
         epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, enough)),
         batch_size,
         why,

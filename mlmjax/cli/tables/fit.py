@@ -2,8 +2,10 @@
 
 import json
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -12,7 +14,7 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.classification.fitting import split_rows
+from mlmjax.classification.fitting import LearnedNothingWarning, split_rows
 from mlmjax.cli.tables.choice import Choice, Way, choose
 from mlmjax.cli.tables.report import fit_page
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
@@ -93,12 +95,16 @@ def fit_table(
     classifier = Classifier(
         model, labels, **choice.options(), dtype=dtype, revision=revision, seed=seed
     )
-    with count_progress("fine-tuning: updates") as progress:
+    with count_progress("fine-tuning: updates") as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LearnedNothingWarning)  # said below
         classifier.fit(*trained, progress=progress)
+    learned = describe_learning(classifier)
+    if learned["warning"] is not None:
+        say(f"warning: {learned['warning']}")
     probabilities = classifier.predict_proba(tested[0])
     found, methods = measure(trained, tested, labels, probabilities)
     figures = {"table": str(path), "model": model, "out": str(folder)}
-    figures |= describe(choice, table, split, labels) | found
+    figures |= describe(choice, table, split, labels) | found | {"fit": learned}
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
     _save(folder, classifier, figures, methods, rows, probabilities)
     return figures | {"seconds": round(time.perf_counter() - started, 1)}
@@ -201,6 +207,18 @@ def describe(
     }
 
 
+def describe_learning(classifier: Classifier) -> dict[str, Any]:
+    """Return what `results.json` says of the training itself."""
+    summary = classifier.fit_summary_
+    measured = asdict(summary.training)
+    answer = str(classifier.classes_[measured.pop("answer")])
+    return {
+        "training": measured | {"answer": answer},
+        "epochs": classifier.history_,
+        "warning": summary.warning,
+    }
+
+
 def _save(
     folder: Path,
     classifier: Classifier,
@@ -260,6 +278,14 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     yield from confusion_lines(figures["labels"], np.array(figures["confusion"]))
     yield ""
     fit = figures["calibration"]
+    learned = figures["fit"]["training"]
+    yield (
+        f"{learned['n']:,} training rows: loss {learned['loss']:.3f} (label frequencies: "
+        f"{learned['baseline_loss']:.3f}), accuracy {learned['accuracy']:.1%} (commonest label: "
+        f"{learned['majority']:.1%})"
+    )
+    if figures["fit"]["warning"]:
+        yield f"warning: {figures['fit']['warning']}"
     yield f"macro-F1: {figures['macro_f1']:.3f}"
     yield (
         f"calibration: mean confidence {fit['confidence']:.1%} at an accuracy of "

@@ -179,7 +179,7 @@ def answer_fine_tuned(
             **sweep.model_dump(include={"batch_size", "weight_decay", "warmup"}),
             seed=seed,
             pad_id=tokenizer.pad_id,
-            after_epoch=lambda _, loss: losses.append(loss),
+            after_epoch=lambda _, epoch: losses.append(epoch.loss),
             progress=progress,
         )
     except RunError as error:
