@@ -95,14 +95,28 @@ def run_evaluation(
         "trained_on": known.trained_on,
     }
     if folder is not None:
-        from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
-
-        predictions = list_predictions(questions, labels, log_probs)
-        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
-        write_whole(folder / "predictions.jsonl", "".join(lines).encode())
-        write_json(folder / "results.json", results)
-        write_evaluation_report(folder, task, results, log_probs, gold, known)
+        _write_results(folder, task, results, questions, labels, log_probs, known)
     return results
+
+
+def _write_results(
+    folder: Path,
+    task: Task,
+    results: dict[str, Any],
+    questions: Sequence[Question],
+    labels: Sequence[str],
+    log_probs: np.ndarray,
+    known: Contamination,
+) -> None:
+    """Write `out` of `run_evaluation`."""
+    from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
+
+    predictions = list_predictions(questions, labels, log_probs)
+    lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
+    write_whole(folder / "predictions.jsonl", "".join(lines).encode())
+    write_json(folder / "results.json", results)
+    gold = [question.gold for question in questions]
+    write_evaluation_report(folder, task, results, log_probs, gold, known)
 
 
 def make_scorer(

@@ -1,10 +1,23 @@
 """Look at the devices and the memory of this machine."""
 
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
+
+from mlmjax.errors import counted
 
 CPU_SHARE = 0.5
 """The share of a computer's memory that a run on its processor may take."""
+
+UNKNOWN = 4 * 2**30
+"""Bytes of memory of a computer that does not say how much it has."""
+
+CONTAINER_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+"""Files in which Linux says how much memory a container may take, of both versions of cgroups."""
 
 
 class Machine(NamedTuple):
@@ -18,10 +31,28 @@ class Machine(NamedTuple):
     @property
     def described(self) -> str:
         """Return the machine in words."""
-        memory = f"{self.memory / 2**30:.0f} GiB of memory for a run"
+        memory = f"{self.memory / 2**30:.3g} GiB of memory for a run"
         if self.platform == "cpu":
-            return f"{os.cpu_count()} processor cores, no accelerator, {memory}"
+            return f"{counted(count_cores(), 'processor core')}, no accelerator, {memory}"
         return f"{self.devices} x {self.device}, {memory} on each"
+
+
+def count_cores() -> int:
+    """Return the processor cores that this process may use."""
+    with_limit = getattr(os, "process_cpu_count", os.cpu_count)  # new in Python 3.13
+    return with_limit() or 1
+
+
+def total_memory() -> float:
+    """Return the bytes of memory of this computer, or of the container that this process is in."""
+    found = [float("inf")]
+    with suppress(AttributeError, OSError, ValueError):  # Windows has none of it
+        found.append(float(os.sysconf("SC_PAGE_SIZE")) * os.sysconf("SC_PHYS_PAGES"))
+    for path in CONTAINER_LIMITS:
+        with suppress(OSError, ValueError):  # not there, or "max"
+            found.append(float(path.read_text()))
+    least = min(size for size in found if size > 0)
+    return least if least < float("inf") else UNKNOWN
 
 
 def find_machine() -> Machine:
@@ -31,7 +62,6 @@ def find_machine() -> Machine:
     devices = jax.devices()
     first = devices[0]
     if first.platform == "cpu":
-        memory = CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Machine("cpu", first.device_kind, 1, memory)
+        return Machine("cpu", first.device_kind, 1, CPU_SHARE * total_memory())
     limit = (first.memory_stats() or {}).get("bytes_limit", 16 * 2**30)
     return Machine(first.platform, first.device_kind, len(devices), float(limit))

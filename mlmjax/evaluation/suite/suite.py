@@ -126,14 +126,9 @@ def run_suite(
         run.cells.mkdir(parents=True, exist_ok=True)
         for left in run.cells.glob(f"*{PARTIAL}"):  # half written by a killed run
             left.unlink()
-        lines: list[Line] = []
-        for plan in present:
-            rows = read_rows(plan, suite, folder)
-            if plan.entry.kind == "zero-shot":
-                lines += [_ask_zero_shot(run, plan, rows, model) for model in loaded]
-            else:
-                lines.append(_run_tfidf(run, plan, rows))
-                lines += [_fine_tune(run, plan, rows, entrant) for entrant in entrants]
+        lines = [
+            line for one in present for line in _answer_entry(run, one, loaded, entrants, folder)
+        ]
         about = {
             "suite": suite.name,
             "version": __version__,
@@ -142,6 +137,22 @@ def run_suite(
             "baselines": {one.model: one.identity["model"] for one in others},
         }
         return write_report(out, about, lines, missing)
+
+
+def _answer_entry(
+    run: Run,
+    planned: Planned,
+    models: Sequence[SuiteModel],
+    entrants: Sequence[Entrant],
+    folder: Path | None,
+) -> list[Line]:
+    """Return the lines of one entry, a line for each model or trained entrant."""
+    rows = read_rows(planned, run.suite, folder)
+    if planned.entry.kind == "zero-shot":
+        return [_ask_zero_shot(run, planned, rows, model) for model in models]
+    baseline = _run_tfidf(run, planned, rows)
+    trained = [_fine_tune(run, planned, rows, entrant) for entrant in entrants]
+    return [baseline, *trained]
 
 
 def read_baselines(name: str) -> list[Entrant]:

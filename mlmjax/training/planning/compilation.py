@@ -79,7 +79,7 @@ def compile_run(
     model = check_run(config, topology)
     devices = devices_of(topology)
     mesh = sharding.make_mesh(config.mesh, devices)
-    compiler = "jaxlib" if topology.platform == "cpu" else "libtpu"
+    compiler = "libtpu" if topology.platform == "tpu" else "jaxlib"
     attention = config.attention
     chosen = choose_implementation(topology.platform) if attention == "auto" else attention
     blocks = [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
@@ -96,6 +96,7 @@ def compile_run(
         "peak_flops": peak_flops(devices[0].device_kind, config.dtype),
         "jax": jax.__version__,
         "compiler": f"{compiler} {version(compiler)}",
+        "memory_by": "compiler",
     }
     assumptions: list[str] = []
     make = {"training": _compile_training, "scoring": _compile_scoring}

@@ -27,13 +27,14 @@ from mlmjax.training.planning.topology import (
     GIB,
     Topology,
     environment,
+    may_have_gpus,
     parse_topology,
 )
 
 Say = Callable[[str], None]
 Watch = Callable[[str], AbstractContextManager[None]]
 SEARCH_SECONDS = 600.0
-"""How long the search for a change that fits starts new compilations."""
+"""How long the search for a change that fits may take."""
 ANY_STEPS = 10**6
 DOUBT = 1.5
 """How far arithmetic may be from the compiler; within it the run is called close."""
@@ -59,14 +60,15 @@ def make_plan(
 
     `topology` is a name such as `"v5e:16x16"`, `"v5litepod-16"`, `"h200:8"`, or `"cpu:8"` for
     simulated devices. TPUs and CPUs are compiled for in a child process, so that neither the
-    devices of this process nor a compiler that aborts matter. Memory of GPUs is estimated by
-    arithmetic. `say` gets a line for each step. `watch` gives a context for work that takes long.
-    No compilation of the search for a change starts after `search_seconds`.
+    devices of this process nor a compiler that aborts matter. So are GPUs of this machine; memory
+    of other GPUs is estimated by arithmetic. `say` gets a line for each step. `watch` gives a
+    context for work that takes long. The search for a change ends after `search_seconds`.
 
     Returns plain values (bytes are those of one device): `fits` (None for simulated devices, which
-    have no memory limit), `machine`, `training`, `scoring` and `assumptions`. If training does not
-    fit, `tried` lists the changes tried so far, each with the figures of its training or its
-    refusal, and `change` is the first that fits, or None. `stopped` tells whether time ran out.
+    have no memory limit), `machine` (its `memory_by` is "compiler" or "arithmetic"), `training`,
+    `scoring` and `assumptions`. If training does not fit, `tried` lists the changes tried so far,
+    each with the figures of its training or its refusal, and `change` is the first that fits, or
+    None. `stopped` tells whether time ran out.
 
     Raises `InputError` for an unknown topology, a missing compiler, and what a run would reject.
     """
@@ -74,29 +76,58 @@ def make_plan(
         config = config.with_steps(ANY_STEPS)
     described = parse_topology(topology)
     model = check_run(config, described)
-    if described.platform == "gpu":
-        answer = _estimate_gpu(config, model, described)
-    else:
-        _say_estimate(config, model, described, say)
-        with watch(f"compiling for {described.name}; large models take minutes"):
-            answer = _compile(config, described)
+    answer = _measure(config, model, described, say, watch)
     verdicts = [answer[program]["fits"] for program in PROGRAMS]
     plan = {"fits": None if None in verdicts else all(verdicts), **answer}
     if _needs_no_change(config, answer["training"], answer["scoring"]):
         return plan
-    plan |= {"tried": [], "change": None, "stopped": False}
-    began = time.monotonic()
-    for change in changes(config, answer["machine"]["mesh"]):
-        if time.monotonic() - began > search_seconds:
-            plan["stopped"] = True
-            break
-        with watch(f"trying {_join(change)}"):
-            tried = _try(config, change, described, say)
-        plan["tried"].append({"change": change, **tried})
-        if _needs_no_change(config, tried, tried["scoring"]):
-            plan["change"] = change
-            break
-    return plan
+    return plan | _search(config, described, answer["machine"], say, watch, search_seconds)
+
+
+def _measure(
+    config: RunConfig, model: Any, topology: Topology, say: Say, watch: Watch
+) -> dict[str, Any]:
+    """Return the figures of a run by the compiler, or by arithmetic for GPUs that are elsewhere."""
+    if topology.platform == "gpu" and not may_have_gpus():
+        return _estimate_gpu(config, model, topology)
+    _say_estimate(config, model, topology, say)
+    with watch(f"compiling for {topology.name}; large models take minutes"):
+        if topology.platform != "gpu":
+            return _compile(config, topology)
+        try:
+            return _compile(config, topology)
+        except InputError as error:
+            found = _estimate_gpu(config, model, topology)
+            found["assumptions"].append(f"not compiled, because {error.message}")
+            return found
+
+
+def _search(
+    config: RunConfig,
+    topology: Topology,
+    machine: dict[str, Any],
+    say: Say,
+    watch: Watch,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return `tried`, `change` and `stopped` of `make_plan` for a run that does not fit."""
+    tried: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"tried": tried, "change": None, "stopped": False}
+    by_arithmetic = machine["memory_by"] == "arithmetic"
+    until = time.monotonic() + seconds
+    for change in changes(config, machine["mesh"]):
+        left = until - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            with watch(f"trying {_join(change)}"):
+                figures = _try(config, change, topology, say, None if by_arithmetic else left)
+        except TimeoutError:
+            return found | {"stopped": True}
+        tried.append({"change": change, **figures})
+        if _needs_no_change(config, figures, figures["scoring"]):
+            return found | {"change": change}
+    return found
 
 
 def _say_estimate(config: RunConfig, model: Any, topology: Topology, say: Say) -> None:
@@ -140,7 +171,8 @@ def _estimate_gpu(config: RunConfig, model: Any, topology: Topology) -> dict[str
         "memory": int(limit),
         "peak_flops": peak,
         "jax": jax.__version__,
-        "compiler": "none: arithmetic",
+        "compiler": "nothing compiled",
+        "memory_by": "arithmetic",
     }
     return {"machine": machine, **found}
 
@@ -157,18 +189,28 @@ def _needs_no_change(
     return all(program is not None and program["fits"] is not False for program in programs)
 
 
-def _try(config: RunConfig, change: dict[str, Any], topology: Topology, say: Say) -> dict[str, Any]:
-    """Compile or estimate with a change; report an invalid change like one that does not fit."""
+def _try(
+    config: RunConfig,
+    change: dict[str, Any],
+    topology: Topology,
+    say: Say,
+    seconds: float | None,
+) -> dict[str, Any]:
+    """Compile within these seconds, or estimate without them, a run with a change.
+
+    An invalid change is reported like one that does not fit. Raises `TimeoutError`.
+    """
     try:
         candidate = apply_change(config, change)
-        check_run(candidate, topology)
-        if topology.platform == "gpu":
-            found = _estimate_gpu(candidate, check_run(candidate, topology), topology)
+        model = check_run(candidate, topology)
+        if seconds is None:
+            found = _estimate_gpu(candidate, model, topology)
             return {**found["training"], "scoring": found["scoring"]}
         say(f"does not fit; compiling with {_join(change)}")
-        training = _compile(candidate, topology, ["training"])["training"]
-        fits = training["fits"]
-        scoring = _compile(candidate, topology, ["scoring"])["scoring"] if fits else None
+        until = time.monotonic() + seconds
+        training = _compile(candidate, topology, ["training"], seconds)["training"]
+        fits, left = training["fits"], until - time.monotonic()
+        scoring = _compile(candidate, topology, ["scoring"], left)["scoring"] if fits else None
     except InputError as error:
         return {"fits": False, "refusal": {"message": error.message}, "scoring": None}
     return {**training, "scoring": scoring}
@@ -205,20 +247,30 @@ def apply_change(config: RunConfig, change: dict[str, Any]) -> RunConfig:
 
 
 def _compile(
-    config: RunConfig, topology: Topology, programs: Sequence[str] = PROGRAMS
+    config: RunConfig,
+    topology: Topology,
+    programs: Sequence[str] = PROGRAMS,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Compile in a child process; raise its `InputError`, or one if its compiler dies."""
+    """Compile in a child process; raise its `InputError`, or one if its compiler dies.
+
+    Raises `TimeoutError` if it takes longer than `seconds`; the child is ended then.
+    """
     settings = config.model_dump(mode="json")
     request = {"config": settings, "topology": topology.name, "programs": list(programs)}
     paths = filter(None, [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH")])
-    done = subprocess.run(
-        [sys.executable, "-m", "mlmjax.training.planning.compilation"],
-        input=json.dumps(request),
-        env={**os.environ, **environment(topology), "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlmjax.training.planning.compilation"],
+            input=json.dumps(request),
+            env={**os.environ, **environment(topology), "PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(f"compiling for {topology.name} took too long") from error
     lines, errors = done.stdout.splitlines(), done.stderr.splitlines()
     if done.returncode or not lines:
         raise _explain_death(topology, done.returncode, errors)
@@ -269,7 +321,8 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     auto = f": {chosen}" if chosen != machine["attention"] else ""
     sizes = f", blocks of {blocks[0]} in global and {blocks[1]} in local layers" if blocks else ""
     yield f"  attention {machine['attention']}{auto}{sizes}"
-    yield f"  jax {machine['jax']}, {machine['compiler']}"
+    by = {"compiler": "as the compiler reports it", "arithmetic": "by arithmetic"}
+    yield f"  jax {machine['jax']}, {machine['compiler']}; memory {by[machine['memory_by']]}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "
         f"{counted(training['accumulate'], 'micro-batch')}, remat {training['remat']}; "

@@ -1,5 +1,6 @@
 """Describe machines by name: TPU slices, GPUs and simulated CPU devices."""
 
+import difflib
 import math
 import os
 import re
@@ -48,7 +49,8 @@ CHIPS = {
 # What Google Cloud and GKE call a kind.
 _TPU_NAMES = {
     "v5litepod": "v5e", "v5lite": "v5e", "v5-lite-podslice": "v5e", "v5-lite-device": "v5e",
-    "v4-podslice": "v4", "v5p-slice": "v5p", "v6e-slice": "v6e",
+    "v4-podslice": "v4", "v5p-slice": "v5p", "v6e-slice": "v6e", "trillium": "v6e",
+    "ironwood": "7x",
 }  # fmt: skip
 
 # In names such as v5p-128 the number counts cores of these kinds, and chips of v5e and v6e.
@@ -77,11 +79,20 @@ GPUS: dict[str, tuple[str, dict[int, int]]] = {
 
 cuDNN's attention needs at least these generations (Ampere and later)."""
 
+_NO_CUDNN = "cuDNN's attention needs NVIDIA's Ampere or a newer generation"
+_OTHER_GPUS = {
+    **dict.fromkeys(("v100", "p100", "t4", "rtx2080"), f"it is older than that: {_NO_CUDNN}"),
+    **dict.fromkeys(("mi250x", "mi300x", "mi325x"), f"it is AMD's: {_NO_CUDNN}"),
+}
+"""GPUs that people name and no plan is made for, with the reason."""
+
 MOST_GPUS = 4096
 _GPU = re.compile(
     r"(?:(?P<before>[1-9][0-9]{0,3})x)?(?P<model>[a-z]+[0-9]+[a-z]?|[0-9]{4})"
-    r"(?:-?(?P<gb>[0-9]{2,3})(?:g|gb|gib))?(?:[:x](?P<after>[1-9][0-9]{0,3}))?"
+    r"(?:-?(?P<gb>[0-9]{2,3})(?:g|gb|gib))?(?:x(?P<after>[1-9][0-9]{0,3}))?"
 )
+# What else nvidia-smi and GKE write in the name of a GPU.
+_BESIDES = re.compile(r"nvidia|geforce|tesla|mega|pcie|sxm[0-9]?|hbm[0-9]?e?")
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
@@ -153,10 +164,9 @@ def parse_topology(name: str) -> Topology:
     plain = re.sub(r"[\s_]+", "-", name.strip().lower())
     kind, _, sides = plain.partition(":")
     kind = kind.removeprefix("tpu").lstrip("-")
-    if counted_name := re.fullmatch(r"(v[0-9]\w*)-([1-9][0-9]{0,4})", kind):
-        is_slice = not sides and counted_name[1] in {*_TPU_NAMES, *_CORES_PER_CHIP}
-        if is_slice:
-            return _slice_of(name, *counted_name.groups())
+    slices, _, number = kind.rpartition("-")
+    if not sides and _TPU_NAMES.get(slices, slices) in _CORES_PER_CHIP:
+        return _slice_of(name, slices, number)
     kind = _TPU_NAMES.get(kind, kind)
     chip = CHIPS.get(kind)
     if chip is None and kind != "cpu":
@@ -188,29 +198,35 @@ def parse_topology(name: str) -> Topology:
 def _slice_of(name: str, kind: str, number: str) -> Topology:
     """Return the slice that Google Cloud gives for a name such as v5p-128."""
     kind = _TPU_NAMES.get(kind, kind)
-    cores, shapes = int(number), _SQUARES if CHIPS[kind].sides == 2 else _BOXES
+    shapes = _SQUARES if CHIPS[kind].sides == 2 else _BOXES
     sizes = {
-        math.prod(map(int, shape.split("x"))) * _CORES_PER_CHIP[kind]: shape for shape in shapes
+        str(math.prod(map(int, shape.split("x"))) * _CORES_PER_CHIP[kind]): shape
+        for shape in shapes
     }
-    if cores not in sizes:
-        raise _reject(
-            name, f"no {kind} slice has this number; the numbers are {', '.join(map(str, sizes))}"
-        )
-    return Topology(kind, tuple(map(int, sizes[cores].split("x"))))
+    if number not in sizes:
+        raise _reject(name, f"no {kind} slice has this number; the numbers are {', '.join(sizes)}")
+    return Topology(kind, tuple(map(int, sizes[number].split("x"))))
 
 
 def _parse_gpu(name: str, plain: str, kind: str) -> Topology:
     """Parse names such as h200:8, 8xh100, a100-80gb and rtx-4090."""
-    short = re.sub(r"^(nvidia-)?(geforce-)?", "", plain)
-    short = re.sub(r"^(\d+x)?rtx-", r"\1rtx", short).replace("rtxa-", "rtxa")
-    found = _GPU.fullmatch(short)
+    body, colon, after = plain.partition(":")
+    short = "-".join(word for word in body.split("-") if not _BESIDES.fullmatch(word))
+    found = _GPU.fullmatch(re.sub(r"(?<=h100-)nvl$", "94g", short.replace("rtx-", "rtx")))
     model = found["model"] if found else ""
+    if model in _OTHER_GPUS:
+        raise _reject(name, f"no plan is made for {model}, because {_OTHER_GPUS[model]}")
     model = next((one for one in (model, f"rtx{model}") if one in GPUS), "")
     if not found or not model:
+        base = re.sub(r"(-[0-9]+)?(:.*)?$", "", plain)
+        near = difflib.get_close_matches(base, [*CHIPS, *_TPU_NAMES, *GPUS, "cpu"], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0] + plain.removeprefix(base)!r}? " if near else ""
         known = f"{', '.join(CHIPS)}, cpu and GPUs"
-        raise _reject(name, f"unknown kind {kind!r}; the kinds are {known}")
+        raise _reject(name, f"unknown kind {kind!r}; {hint}the kinds are {known}")
     _, sizes = GPUS[model]
-    if found["before"] and found["after"]:
+    if colon and not re.fullmatch("[1-9][0-9]{0,3}", after):
+        raise _reject(name, f"found {after!r}; expected a number of GPUs, as in {model}:8")
+    if sum(map(bool, (found["before"], found["after"], after))) > 1:
         raise _reject(name, "found two numbers of GPUs; give one, as in h200:8")
     if found["gb"] is None and len(sizes) > 1 and model != "h100":
         choices = " or ".join(f"{model}-{size}g" for size in sizes)
@@ -219,7 +235,7 @@ def _parse_gpu(name: str, plain: str, kind: str) -> Topology:
     if size not in sizes:
         choices = " or ".join(f"{model}-{one}g" for one in sizes)
         raise _reject(name, f"there is no {model} of {size} GB; give {choices}")
-    number = int(found["before"] or found["after"] or 1)
+    number = int(found["before"] or found["after"] or after or 1)
     if number > MOST_GPUS:
         raise _reject(name, f"found {number} GPUs; expected 1 to {MOST_GPUS}")
     return Topology(f"{model}-{size}g", (number,))
@@ -245,8 +261,10 @@ def environment(topology: Topology) -> dict[str, str]:
     count = "--xla_force_host_platform_device_count"
     flags = [f for f in os.environ.get("XLA_FLAGS", "").split() if not f.startswith(count)]
     # Without a cache, because the report states how long compiling takes.
-    values = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    values |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
+    values = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": " ".join(flags)}
+    if topology.platform == "gpu":  # Compiling needs none of the memory that JAX takes at once.
+        return values | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    values["JAX_PLATFORMS"] = "cpu"
     if topology.platform == "cpu":
         return values | {"JAX_NUM_CPU_DEVICES": str(topology.shape[0])}
     # The TPU is only described, so JAX must neither look for one nor wait for a busy one.
@@ -257,15 +275,42 @@ def environment(topology: Topology) -> dict[str, str]:
     }
 
 
-def devices_of(topology: Topology) -> list[Any]:
-    """Return described TPU devices, or simulated CPU devices (see `environment`).
+def may_have_gpus() -> bool:
+    """Tell whether this JAX is installed for GPUs and allowed to use them."""
+    allowed = os.environ.get("JAX_PLATFORMS", "")
+    plugins = (f"jax_cuda{version}_plugin" for version in (12, 13))
+    return (not allowed or "cuda" in allowed or "gpu" in allowed) and any(map(find_spec, plugins))
 
-    Raises `InputError` for a slice that the compiler does not know and if libtpu is missing.
+
+def local_gpus(topology: Topology) -> list[Any]:
+    """Return as many GPUs of this machine as a topology names; empty if it has too few."""
+    import jax
+
+    try:
+        devices = jax.devices("gpu")
+    except RuntimeError:
+        return []
+    named = re.compile(rf"{re.escape(topology.gpu[0])}(?![0-9A-Za-z])")
+    same = [device for device in devices if named.match(device.device_kind)]
+    # One model comes with several sizes of memory; JAX says the share that it may take.
+    limit = topology.memory or 0.0
+    limits = [(device.memory_stats() or {}).get("bytes_limit", limit) for device in same]
+    near = [one for one, own in zip(same, limits, strict=True) if abs(own / limit - 1) < 0.2]
+    return near[: topology.devices] if len(near) >= topology.devices else []
+
+
+def devices_of(topology: Topology) -> list[Any]:
+    """Return described TPU devices, simulated CPU devices, or GPUs (see `environment`).
+
+    Raises `InputError` for a slice that the compiler does not know, if libtpu is missing, and for
+    GPUs that this machine lacks.
     """
     import jax
 
     if topology.platform == "gpu":
-        raise InputError(f"--topology {topology.name}: GPUs are planned by arithmetic only")
+        if gpus := local_gpus(topology):
+            return gpus
+        raise InputError(f"--topology {topology.name}: JAX finds no such GPUs in this machine")
     if topology.kind == "cpu":
         return jax.devices("cpu")[: topology.shape[0]]
     from jax.experimental import topologies

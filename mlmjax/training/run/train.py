@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
+from jax.sharding import Mesh
 
 from mlmjax.config.run import RunConfig
 from mlmjax.data.contamination import TrainingManifest, training_manifest
@@ -79,25 +80,14 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     lock = alone_in(out, check_run_folder) if is_first() else nullcontext()
     with lock, catch_signals() as stop:
         model, tokenizer, history = load_start(config)
-        architecture, (graphdef, params) = model.config, split_parameters(model)
+        architecture, graphdef = model.config, split_parameters(model)[0]
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
         loaders = _open_rows(config, tokenizer)
         identity = identity_of(config, architecture, tokenizer, loaders)
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
-            totals: Totals = defaultdict(float)
-            if step := broadcast_from_first(checkpoints.resumable) or 0:
-                metadata = checkpoints.metadata(step)
-                check_same_run(config, step, metadata, identity)
-                totals.update(metadata["interval"])
-                state = checkpoints.restore(step, abstract_train_state(params, optimizer, mesh))
-                say(f"{out}: resumes from step {step}")
-            else:
-                params = initial_parameters(config, model, params, mesh)
-                state = start_state(params, optimizer, mesh)
-                # Otherwise the export of an older run in this folder would pass for this one's.
-                if is_first():
-                    (out / "validation.json").unlink(missing_ok=True)
-            del model, params
+            state, totals = _first_state(config, checkpoints, identity, model, optimizer, mesh)
+            step = int(state.step)
+            del model
 
             stop.is_armed = True  # From here on a signal waits until the state is saved.
             with (
@@ -125,15 +115,34 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                 state = loop.run(state, trace)
             with clock("checkpoint"), working("waiting for the checkpoint to be written"):
                 checkpoints.wait()
-            report = broadcast_from_first(lambda: read_finished(out, config.steps))
-            if report is not None:
-                say(f"{out}: is complete at step {config.steps}; nothing to do")
-            else:
-                report = _report_and_export(loop, graphdef, state, tokenizer, history)
-                say(clock.describe())
+            report = _finish(loop, graphdef, state, tokenizer, history)
     if is_first():
         print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))
     return state
+
+
+def _first_state(
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    identity: dict[str, Any],
+    model: Any,
+    optimizer: Any,
+    mesh: Mesh,
+) -> tuple[TrainState, Totals]:
+    """Return the state to go on from, and the sums of its unfinished line of metrics."""
+    out, params = Path(config.out), split_parameters(model)[1]
+    if step := broadcast_from_first(checkpoints.resumable) or 0:
+        metadata = checkpoints.metadata(step)
+        check_same_run(config, step, metadata, identity)
+        state = checkpoints.restore(step, abstract_train_state(params, optimizer, mesh))
+        say(f"{out}: resumes from step {step}")
+        return state, defaultdict(float, metadata["interval"])
+    params = initial_parameters(config, model, params, mesh)
+    state = start_state(params, optimizer, mesh)
+    # Otherwise the export of an older run in this folder would pass for this one's.
+    if is_first():
+        (out / "validation.json").unlink(missing_ok=True)
+    return state, defaultdict(float)
 
 
 def count_steps(config: RunConfig) -> RunConfig:
@@ -165,15 +174,19 @@ def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     return loaders
 
 
-def _report_and_export(
+def _finish(
     loop: Loop,
     graphdef: Any,
     state: TrainState,
     tokenizer: Tokenizer,
     history: TrainingManifest | None,
 ) -> dict[str, Any]:
-    """Evaluate the held-out answers, and write the export; return the report."""
+    """Report on the held-out answers and export, unless a run before did; return the report."""
     config, loaders, out = loop.config, loop.loaders, Path(loop.config.out)
+    written = broadcast_from_first(lambda: read_finished(out, config.steps))
+    if written is not None:
+        say(f"{out}: is complete at step {config.steps}; nothing to do")
+        return written
     params = averaged_parameters(state.params, state.opt_state)
     with loop.clock("evaluation"), working("evaluating the held-out answers"):
         held_out = report_held_out(
@@ -196,6 +209,7 @@ def _report_and_export(
                 model, tokenizer, out / "export", card=card, more_files={TRAINING: manifest.text()}
             )
         write_json(out / "validation.json", report)
+    say(loop.clock.describe())
     return report
 
 

@@ -100,6 +100,38 @@ def test_this_machine_is_found(monkeypatch):
     assert find_machine().described == "8 x NVIDIA H200, 105 GiB of memory for a run on each"
 
 
+class OddOs:
+    """An operating system that says nothing of its memory, with a number of cores."""
+
+    def __init__(self, cores):
+        self.process_cpu_count = self.cpu_count = lambda: cores
+
+
+@pytest.mark.parametrize(
+    ("system", "limits", "says"),
+    [
+        (OddOs(None), [], "1 processor core, no accelerator, 2 GiB"),
+        (OddOs(1), ["max\n"], "1 processor core, no accelerator, 2 GiB"),
+        (OddOs(2), ["3221225472\n"], "2 processor cores, no accelerator, 1.5 GiB"),
+        (OddOs(2), ["", str(2**33), str(2**62)], "2 processor cores, no accelerator, 4 GiB"),
+    ],
+)
+def test_odd_machines_are_found(tmp_path, monkeypatch, system, limits, says):
+    paths = [tmp_path / str(number) for number in range(len(limits))]
+    for path, text in zip(paths, limits, strict=True):
+        path.write_text(text)
+    monkeypatch.setattr(machines, "os", system)
+    monkeypatch.setattr(machines, "CONTAINER_LIMITS", [tmp_path / "absent", *paths])
+    assert find_machine().described == f"{says} of memory for a run"
+
+
+def test_a_machine_with_little_memory_gets_a_run_file():
+    text, config = make_run_file("atp", "x", Machine("cpu", "cpu", 1, 0.3 * 2**30))
+    assert config.remat == "layer"
+    assert config.data.accumulate == 8
+    assert "0.3 GiB of memory" in text
+
+
 def test_configurations_tasks_and_examples_are_part_of_the_package():
     assets = files("mlmjax") / "assets"
     for folder in ("configs", "examples"):

@@ -3,18 +3,24 @@
 import json
 import re
 import sys
+import time
 from contextlib import contextmanager
 
+import jax
 import pytest
 from plans import CLASSIFIER, MODEL, config_of
 from processes import write_config
 
 from mlmjax.cli.main import run
+from mlmjax.config.run import load_config
 from mlmjax.errors import InputError
 from mlmjax.parallel import sharding
 from mlmjax.training.planning import compilation, plan
+from mlmjax.training.planning import topology as topology_module
 from mlmjax.training.planning.topology import parse_topology
 from mlmjax.training.run import initial_model
+
+REAL_COMPILE = plan._compile
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,7 @@ MACHINE = {
     "topology": "v5e:2x4", "device": "TPU v5 lite", "devices": 8, "used": 8, "memory": 2 * 2**30,
     "mesh": {"data": 8, "fsdp": 1, "tensor": 1}, "peak_flops": 2e14, "jax": "",
     "attention": "auto", "attention_chosen": "splash", "splash_blocks": [512, 256], "compiler": "",
+    "memory_by": "compiler",
 }  # fmt: skip
 
 
@@ -59,7 +66,7 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
     """Have plans take verdicts from these functions; return what was to be compiled."""
     compiled = []
 
-    def compile_as_if(config, topology, which=compilation.PROGRAMS):
+    def compile_as_if(config, topology, which=compilation.PROGRAMS, seconds=None):
         compiled.append((config.remat, config.data.accumulate, *which))
         mesh = sharding.mesh_shape(config.mesh, 8)
         found = {}
@@ -227,3 +234,68 @@ def test_a_search_is_bounded_in_time_and_shown(monkeypatch):
     )
     plan.make_plan(config_of(), "v5e-8", say=said.append, watch=watch)
     assert "trying remat=dots" in watched
+
+
+def test_a_compilation_of_the_search_ends_with_its_time(monkeypatch):
+    """The second compilation is real, and has no time."""
+    fake_compiler(monkeypatch, lambda config: False)
+    first, real = plan._compile, REAL_COMPILE
+    left = []
+
+    def compile_then_hurry(config, topology, which=compilation.PROGRAMS, seconds=None):
+        if seconds is None:
+            return first(config, topology, which)
+        left.append(seconds)
+        return real(config, topology, which, 0.01)
+
+    monkeypatch.setattr(plan, "_compile", compile_then_hurry)
+    began = time.monotonic()
+    found = plan.make_plan(config_of(), "v5e:2x4", search_seconds=100.0)
+    assert (found["stopped"], found["tried"], found["fits"]) == (True, [], False)
+    assert 99 < left[0] <= 100
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    ("topology", "fsdp", "verdict"),
+    [("v5e-256", 16, "is close"), ("v6e-256", 16, "fits"), ("h200:8", 8, "does not fit")],
+)
+def test_large_is_judged_within_seconds(monkeypatch, topology, fsdp, verdict):
+    """By arithmetic, before anything is compiled, whatever the machine."""
+
+    def compile_nothing(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "_compile", compile_nothing)
+    monkeypatch.setattr(plan, "may_have_gpus", lambda: True)
+    said, began = [], time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        plan.make_plan(
+            load_config("configs/atp_large.toml", [f"mesh.fsdp={fsdp}"]), topology, say=said.append
+        )
+    assert time.monotonic() - began < 30
+    assert said[0].startswith(f"by arithmetic the training step {verdict}: about ")
+
+
+def test_gpus_of_this_machine_are_compiled_for(monkeypatch):
+    """The CPU stands in for the GPU, from which a plan takes its devices."""
+    gpus = jax.devices()[:1]
+    monkeypatch.setattr(topology_module, "local_gpus", lambda topology: gpus[: topology.devices])
+    monkeypatch.setattr(plan, "may_have_gpus", lambda: True)
+    monkeypatch.setattr(plan, "_compile", compilation.compile_run)
+    found = plan.make_plan(config_of(), "h100")
+    machine, training = found["machine"], found["training"]
+    assert (machine["memory_by"], machine["topology"]) == ("compiler", "h100-80g:1")
+    assert "estimate" not in training
+    assert training["memory"]["temporaries"] > 0
+    assert found["fits"] is True
+    assert "memory as the compiler reports it" in "\n".join(plan.report(found))
+    # A machine with other GPUs, and one without any.
+    gpus.clear()
+    found = plan.make_plan(config_of(), "h100")
+    assert found["machine"]["memory_by"] == "arithmetic"
+    assert "JAX finds no such GPUs in this machine" in found["assumptions"][-1]
+    monkeypatch.setattr(plan, "may_have_gpus", lambda: False)
+    monkeypatch.setattr(plan, "_compile", None)
+    text = "\n".join(plan.report(plan.make_plan(config_of(), "h100")))
+    assert "nothing compiled; memory by arithmetic" in text
