@@ -14,9 +14,8 @@ from pathlib import Path
 sys.modules["tensorboardX"] = None  # takes seconds to import
 import jax
 import training
-from mlmjax import Classifier, load_pretrained, run_evaluation, run_training
+from mlmjax import run_training
 from mlmjax.config.run import parse_config
-from mlmjax.config.task import Task
 
 assert jax.config.jax_numpy_dtype_promotion == "strict"
 assert jax.config.jax_transfer_guard == "disallow"
@@ -28,6 +27,9 @@ table["optimizer"] |= {"ema": 0.9, "skip_spikes": 9.0}
 run_training(parse_config(table))
 """
 ANSWERS = """
+from mlmjax import Classifier, load_pretrained, run_evaluation
+from mlmjax.config.task import Task
+
 options = {"answer": "words", "template": "{text} [unused0] [MASK]", "max_length": 32}
 classifier = Classifier(str(folder / "out" / "export"), ["red", "blue"], **options)
 classifier.fit(["red", "blue"] * 2, ["red", "blue"] * 2, epochs=1, validation_share=0.5)

@@ -5,10 +5,11 @@ import sys
 
 FORKS = """
 import multiprocessing, warnings
-import mlmjax
+from mlmjax import InputError
+from mlmjax.classification.predictor import Predictor  # what Classifier asks, without scikit-learn
 
 warnings.simplefilter("ignore")  # JAX warns of the fork, too
-warm = mlmjax.Classifier.from_pretrained("mlmjax-small", ["sports", "world"])
+warm = Predictor.from_pretrained("mlmjax-small", ["sports", "world"])
 assert {use}
 
 def inherited(text):
@@ -22,7 +23,7 @@ if __name__ == "__main__":
         for function, argument in ((inherited, "a goal"), (sent, warm)):
             try:
                 pool.apply_async(function, (argument,)).get(60)
-            except mlmjax.InputError as error:
+            except InputError as error:
                 print(error)
 """
 

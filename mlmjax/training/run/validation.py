@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from sklearn.metrics import f1_score
 
 from mlmjax.config.run import RunConfig
 from mlmjax.data.batch import ATP, UNUSED
@@ -97,6 +96,8 @@ def report_held_out(
                 "mae": float(np.mean(abs(errors))),
                 "mse_of_mean": float(np.var(gold.astype(np.float64))),
             }
+        from sklearn.metrics import f1_score  # takes as long to import as all else of a run
+
         guess, gold = logits.argmax(axis=1), gold.astype(int)
         report = _accuracy(task_of, gold, guess == gold, tasks, lambda number: labels[number])
         macro_f1 = f1_score(gold, guess, average="macro", zero_division=0)
