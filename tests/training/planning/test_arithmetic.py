@@ -70,17 +70,19 @@ def test_bytes_of_a_layer_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("topology", "remat", "compiled"),
-    [  # GiB per chip, as docs/pods.md has them from the TPU compiler
-        ("v5e-256", "none", 13.42),
-        ("v5e-256", "dots", 9.09),
-        ("v5e-256", "layer", 2.41),
-        ("v6e-256", "dots", 10.45),
-        ("v5p-128", "dots", 39.43),
+    ("topology", "changes", "compiled"),
+    [  # GiB per chip, as docs/pods.md and docs/machines.md have them from the TPU compiler
+        ("v5e-256", "remat=none", 13.42),
+        ("v5e-256", "remat=dots", 9.09),
+        ("v5e-256", "remat=layer", 2.41),
+        ("v6e-256", "remat=dots", 10.45),
+        ("v5p-128", "remat=dots", 39.43),
+        ("v5e-16", "data.accumulate=16", 10.14),
+        ("v6e-8", "mesh.fsdp=8 data.accumulate=32", 9.74),
     ],
 )
-def test_estimates_are_near_the_compiler_and_above_it(topology, remat, compiled):
-    config = load_config("configs/atp_large.toml", [f"remat={remat}"])
+def test_estimates_are_near_the_compiler_and_above_it(topology, changes, compiled):
+    config = load_config("configs/atp_large.toml", changes.split())
     machine = parse_topology(topology)
     sizes = sharding.mesh_shape(config.mesh, machine.devices)
     found = estimate(config, describe_start(config), sizes)["training"]["memory"]["total"]
