@@ -16,6 +16,10 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.config.run import RunConfig as RunConfig
     from mlmjax.config.run import load_config as load_config
     from mlmjax.data.batch import Batch as Batch
+    from mlmjax.decisions.decider import Decider as Decider
+    from mlmjax.decisions.questions import Choice as Choice
+    from mlmjax.decisions.questions import Score as Score
+    from mlmjax.decisions.questions import YesNo as YesNo
     from mlmjax.evaluation.evaluate import run_evaluation as run_evaluation
     from mlmjax.model.architecture import ModelConfig as ModelConfig
     from mlmjax.model.modernbert import ModernBertForMaskedLM as ModernBertForMaskedLM
@@ -40,6 +44,8 @@ _NAMES = {
     "classification.classifier": ["Classifier"],
     "config.run": ["RunConfig", "load_config"],
     "data.batch": ["Batch"],
+    "decisions.decider": ["Decider"],
+    "decisions.questions": ["Choice", "Score", "YesNo"],
     "evaluation.evaluate": ["run_evaluation"],
     "model.architecture": ["ModelConfig"],
     "model.modernbert": ["ModernBertForMaskedLM", "ModernBertForSequenceClassification"],

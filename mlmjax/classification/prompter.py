@@ -257,15 +257,24 @@ class Prompter:
         """Pool a query's `(shift, scores)`: first over windows, then over orders."""
         rule, count = self.settings.long_text, len(query.choice)
         if self.own_names:  # and so there is one order
-            return _over_windows(np.array([one for _, one in scores]), rule)[list(query.choice)]
-        answers = []
-        for shift in dict.fromkeys(shift for shift, _ in scores):
-            windows = np.array([one[:count] for of, one in scores if of == shift])
-            answers.append(option_orders.unshifted(_over_windows(windows, rule), shift, count))
-        return option_orders.pooled(np.array(answers)) if len(answers) > 1 else answers[0]
+            return over_windows(np.array([one for _, one in scores]), rule)[list(query.choice)]
+        return over_orders([(shift, one[:count]) for shift, one in scores], rule)
 
 
-def _over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
+def over_orders(scores: Sequence[tuple[int, np.ndarray]], rule: LongText) -> np.ndarray:
+    """Pool the log probabilities `[options]` of a question under shifts of its options.
+
+    Those of one shift are of the windows of its text and are pooled first.
+    """
+    answers = []
+    for shift in dict.fromkeys(shift for shift, _ in scores):
+        windows = np.array([one for of, one in scores if of == shift])
+        pooled = over_windows(windows, rule)
+        answers.append(option_orders.unshifted(pooled, shift, len(pooled)))
+    return option_orders.pooled(np.array(answers)) if len(answers) > 1 else answers[0]
+
+
+def over_windows(log_probs: np.ndarray, rule: LongText) -> np.ndarray:
     """Pool the log probabilities of a text's windows, `[windows, labels]` to `[labels]`."""
     if len(log_probs) == 1:
         return log_probs[0]

@@ -1,6 +1,6 @@
 """Score more labels than one prompt holds: groups compete in rounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,25 @@ Ask = Callable[[Sequence[int], Sequence[tuple[int, ...]]], list[np.ndarray]]
 
 
 def group_size(
-    template: Template, tokenizer: Tokenizer, shown: Sequence[str], max_length: int
+    template: Template,
+    tokenizer: Tokenizer,
+    shown: Sequence[str],
+    max_length: int,
+    fields: Mapping[str, str] | None = None,
 ) -> int:
     """Return the number of options in one prompt: all of them if they fit.
 
     Otherwise they form groups of equal size, as few as leave an eighth of the prompt for the text
-    and have an option name for each label. Raises `InputError` if not even two labels fit.
+    and have an option name for each label. `fields` are the texts of the prompt that do not depend
+    on the options. Raises `InputError` if not even two labels fit.
     """
     labels = len(shown)
     names = len(usable_option_names(template.names, tokenizer, labels))
     lines = [option_lines([text], template.names) for text in shown]
     tokens = np.array([len(ids) + 1 for ids in tokenizer.encode_plain_batch(lines)])
-    empty: dict[str, Any] = dict.fromkeys(template.fields, "") | {"options": []}
+    empty: dict[str, Any] = (
+        dict.fromkeys(template.fields, "") | {"options": []} | dict(fields or {})
+    )
     room = max_length - max_length // TEXT_SHARE - template.length(tokenizer, empty)
     for count in range(1, labels):
         size = -(-labels // count)

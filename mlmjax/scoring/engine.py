@@ -28,6 +28,8 @@ from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 65536
+EXACT_SHARE = 4
+"""Batches of an exact engine have this fraction of the usual tokens."""
 Advance = Callable[[int], None]
 """Called with the number of items done since its last call."""
 
@@ -73,6 +75,10 @@ class Engine:
     most two compilations per bucket. If the devices have no memory for a batch, it is halved for
     good. `forward` must give each row a result that does not depend on the other rows. `max_length`
     is the model's `max_position_embeddings` by default. Raises `InputError` for bad options.
+
+    With `exact`, each bucket has one program and holds only sequences of its own, so a sequence has
+    the same result to the last bit whatever runs beside it. Its batches are smaller, because a
+    sequence that comes alone takes a whole one.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Engine:
         *,
         max_length: int | None = None,
         batch_size: int | None = None,
+        exact: bool = False,
     ):
         check_rows(tokenizer, model.config.vocab_size)
         if batch_size is not None and not (
@@ -97,6 +104,7 @@ class Engine:
                 f"max_length is {max_length}; expected 1 to {longest}, the positions of the model"
             )
         self.model, self.pad_id, self.batch_size = model, tokenizer.pad_id, batch_size
+        self.exact = exact
         self.buckets = bucket_lengths(max_length or longest)
         self._shapes: set[tuple[int, int]] = set()
         self.real_tokens = self.padded_tokens = 0
@@ -152,10 +160,11 @@ class Engine:
     def rows_of(self, length: int, sequences: int) -> int:
         """Return the rows of a batch of this length, a multiple of the devices."""
         devices = self.mesh.size
-        rows = self.batch_size or rows_per_device(length) * devices
+        share = EXACT_SHARE if self.exact else 1
+        rows = self.batch_size or rows_per_device(length, share=share) * devices
         rows = -(-max(1, rows >> self._halvings) // devices) * devices
         # Compiling the full batch takes longer than its rows, running it longer than one text.
-        is_alone = sequences == 1 and self.batch_size is None
+        is_alone = sequences == 1 and self.batch_size is None and not self.exact
         return devices if is_alone and (rows, length) not in self._shapes else rows
 
     def _halve(self, length: int, sequences: int, error: Exception) -> None:
@@ -174,6 +183,10 @@ class Engine:
     def _bucket(self, length: int) -> int:
         return self.buckets[np.searchsorted(self.buckets, length)]
 
+    def _below(self, bucket: int) -> int:
+        """Return the next shorter bucket, or 0."""
+        return (0, *self.buckets)[self.buckets.index(bucket)]
+
     def _in_flight(
         self,
         sequences: Sequence[Sequence[int]],
@@ -184,14 +197,18 @@ class Engine:
         """Yield `(indices, results)` of batches; one runs while the next is laid out.
 
         The longest sequences come first. A batch is filled with the next shorter ones even if they
-        fit a smaller bucket, so that only the last batch has rows of padding.
+        fit a smaller bucket, so that only the last batch has rows of padding. An exact engine fills
+        no batch with sequences of other buckets.
         """
         state = self._state()
         waiting = None
         while len(order):
             length = self._bucket(lengths[order[0]])
             rows = self.rows_of(length, len(sequences))
-            members, order = order[:rows], order[rows:]
+            count = rows
+            if self.exact:  # the lengths are descending
+                count = int((lengths[order[:rows]] > self._below(length)).sum())
+            members, order = order[:count], order[count:]
             ids = np.full((rows, length), self.pad_id, np.int32)
             segment_ids = np.zeros((rows, length), np.int32)
             for row, member in enumerate(members):
@@ -248,10 +265,11 @@ def _jitted(graphdef: Any, forward: Forward) -> Any:
     return jax.jit(lambda state, *arrays: forward(nnx.merge(graphdef, state), *arrays))
 
 
-def rows_per_device(length: int, platform: str | None = None) -> int:
+def rows_per_device(length: int, platform: str | None = None, *, share: int = 1) -> int:
     """Return the default number of rows on one device for sequences of this length.
 
     A CPU's matrix products reach full speed at about 1024 tokens. `platform` defaults to JAX's.
+    `share` divides the tokens of a batch.
     """
     budget = 1024 if (platform or jax.default_backend()) == "cpu" else 65536
-    return max(1, budget // length)
+    return max(1, budget // share // length)

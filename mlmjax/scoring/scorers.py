@@ -57,12 +57,13 @@ class RowScorer:
         batch_size: int | None = None,
         max_length: int | None = None,
         optional: Sequence[str] = (),
+        exact: bool = False,
     ):
         self.tokenizer, self.template, self.labels = tokenizer, template, tuple(labels)
         self.optional = tuple(optional)
         self.scored = self.shortened = 0
         self.engine = Engine(
-            model, tokenizer, forward, max_length=max_length, batch_size=batch_size
+            model, tokenizer, forward, max_length=max_length, batch_size=batch_size, exact=exact
         )
         self.max_length = self.engine.buckets[-1]
 

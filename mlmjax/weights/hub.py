@@ -11,7 +11,14 @@ from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
 from mlmjax.reporting.terminal import working
-from mlmjax.storage import CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES, expand_home
+from mlmjax.storage import (
+    CLASSIFIER,
+    CONFIG,
+    DECIDER,
+    PROVENANCE,
+    TOKENIZER_FILES,
+    expand_home,
+)
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
@@ -71,7 +78,7 @@ def fetch(
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
-    small = [CONFIG, INDEX, CLASSIFIER, *PROVENANCE, *TOKENIZER_FILES]
+    small = [CONFIG, INDEX, CLASSIFIER, DECIDER, *PROVENANCE, *TOKENIZER_FILES]
     folder = download(name, revision, local_files_only, small)
     if not weights:
         return folder

@@ -36,6 +36,7 @@ from mlmjax.storage import (
     CARD,
     CLASSIFIER,
     CONFIG,
+    DECIDER,
     PROVENANCE,
     TOKENIZER_FILES,
     plain_file,
@@ -57,7 +58,7 @@ DERIVED = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
 EXPORT_FILES = frozenset(
-    {CONFIG, INDEX, CLASSIFIER, *PROVENANCE}
+    {CONFIG, INDEX, CLASSIFIER, DECIDER, *PROVENANCE}
     | {"generation_config.json", ".gitattributes"}
     | {"*.safetensors"}
     | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)

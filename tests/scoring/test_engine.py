@@ -180,3 +180,14 @@ def test_weights_of_products_are_rounded_once(model):
     plain = nnx.jit(lambda model: model(ids, segment_ids))(half)
     np.testing.assert_array_equal(found, plain[:3])
     assert {leaf.dtype for leaf in parameters(half).values()} == {np.dtype(np.float32)}
+
+
+def test_an_exact_engine_gives_equal_bits_whatever_runs_beside(model):
+    items, weights = sequences(40), np.arange(40, dtype=np.float32) + 1
+    engine = make(model, exact=True)
+    found = engine.run(items, weights)["weighted"]
+    compiled = engine.compilations
+    for members in ([7], [3, 7], list(range(39, -1, -1))):
+        alone = engine.run([items[i] for i in members], weights[members])["weighted"]
+        np.testing.assert_array_equal(alone, found[members])
+    assert engine.compilations == compiled == 2  # one program for each bucket

@@ -1,0 +1,283 @@
+"""Turn questions about states into prompts, and their scores into distributions."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mlmjax.classification.context import JOINT, windows_of
+from mlmjax.classification.prompter import over_orders
+from mlmjax.classification.rounds import group_size, in_rounds
+from mlmjax.classification.settings import LongText
+from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
+from mlmjax.decisions.states import State
+from mlmjax.errors import InputError
+from mlmjax.model.modernbert import Model
+from mlmjax.scoring.engine import Advance
+from mlmjax.scoring.options import TOKENS, OptionScorer
+from mlmjax.statistics import option_orders
+from mlmjax.text.prompts import Prompt, Template, option_lines
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import usable_option_names
+
+Way = Literal["letters", "words"]
+PROMPT = (
+    "You will be given a text and a question about it. Read the text carefully and select the "
+    "right answer.\nTEXT:\n{text}\nQUESTION:\n{question}\n{choices}"
+    "ANSWER:\nAnswer: [unused0] [MASK]"
+)
+CHOICES = "CHOICES:\n"
+NO_INSTRUCTIONS = {YES_NO: "Does yes or no apply to the text?"}
+USUAL = "Which of the choices fits the text best?"
+"""The question of a prompt whose instructions are blank."""
+
+
+class Layout(NamedTuple):
+    """How a question is worded: its text, its options, and their tokens if these are words."""
+
+    question: str
+    shown: tuple[str, ...]
+    tokens: tuple[int, ...] | None
+    size: int
+    is_described: bool = True
+
+
+class Item(NamedTuple):
+    """One question about one state, with the numbers of the options to choose from."""
+
+    state: State
+    layout: Layout
+    choice: tuple[int, ...]
+
+
+class Usage:
+    """Count the tokens that a question's prompts read, and those of its state that they did not."""
+
+    def __init__(self) -> None:
+        self.tokens = self.shortened = 0
+
+
+class Asker:
+    """Ask a model questions about states, each in prompts of its own.
+
+    An answer is the same to the last bit whatever else is asked in the same call. With
+    `answer="words"`, options that are one token each are answered by themselves; all others by
+    their letters. `orders` and `long_text` are those of `Classifier`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        *,
+        answer: Way = "letters",
+        orders: int | Literal["all"] = 1,
+        long_text: LongText = "shorten",
+        batch_size: int | None = None,
+        max_length: int | None = None,
+    ):
+        self.answer, self.long_text = answer, long_text
+        self.shifts = None if orders == "all" else orders
+        template = Template(PROMPT, shorten={"text": "tail"})
+        self.scorer = OptionScorer(
+            model,
+            tokenizer,
+            template,
+            MOST_OPTIONS,
+            batch_size=batch_size,
+            max_length=max_length,
+            optional=("text", "choices"),
+        )
+        names = usable_option_names("letters", tokenizer, MOST_OPTIONS)
+        if len(names) < 2:
+            raise InputError("the tokenizer has no two letters of one token; use another tokenizer")
+        self.letters = [ids[0] for ids in tokenizer.encode_plain_batch([f" {n}" for n in names])]
+        self._layouts = lru_cache(maxsize=4096)(self._lay_out)
+
+    def layout(self, question: Question) -> Layout:
+        """Return how a question is worded; raise `InputError` if it does not fit in a prompt."""
+        text = show_text(question.instructions)
+        if not text.strip():
+            text = NO_INSTRUCTIONS.get(question.type, USUAL)
+        return self._layouts(text, question.shown, question.words)
+
+    def ask(
+        self,
+        pairs: Sequence[tuple[State, Question]],
+        where: Sequence[str],
+        progress: Advance | None = None,
+    ) -> list[tuple[np.ndarray, Usage]]:
+        """Return the log probabilities of each question's answers, and what they took.
+
+        All prompts are one batch, except those of questions whose options need several rounds.
+        `where` names each pair in messages.
+        """
+        layouts = [self.layout(question) for _, question in pairs]
+        usages = [Usage() for _ in pairs]
+        found: dict[int, np.ndarray] = {}
+        items = [
+            Item(state, layout, tuple(range(len(layout.shown))))
+            for (state, _), layout in zip(pairs, layouts, strict=True)
+        ]
+        plain = [n for n, item in enumerate(items) if len(item.choice) <= item.layout.size]
+        scores = self._score(
+            [items[n] for n in plain],
+            [usages[n] for n in plain],
+            [where[n] for n in plain],
+            progress,
+        )
+        found |= dict(zip(plain, scores, strict=True))
+        for n, item in enumerate(items):
+            if n not in found:
+                # On its own, because its rounds must not depend on those of other questions.
+                found[n] = self._in_rounds(item, usages[n], where[n])
+                if progress:
+                    progress(1)
+        return [(found[n], usages[n]) for n in range(len(items))]
+
+    def examples(
+        self, pairs: Sequence[tuple[State, Question]], numbers: Sequence[int], seed: int
+    ) -> tuple[list[Prompt], np.ndarray]:
+        """Return prompts to train on and the token of each one's right answer.
+
+        Each question is shown in one of its `orders`, drawn at random. Of more options than one
+        prompt holds, it shows the right one and others drawn at random. `numbers` are those of the
+        right answers.
+        """
+        rows, states, targets = [], [], []
+        for at, ((state, question), number) in enumerate(zip(pairs, numbers, strict=True)):
+            layout = self.layout(question)
+            rng = np.random.default_rng([seed, at])
+            count = len(layout.shown)
+            choice = np.arange(count)
+            if count > layout.size:
+                others = rng.choice(np.delete(choice, number), layout.size - 1, replace=False)
+                choice = np.sort(np.append(others, number))
+            if layout.tokens is None:
+                shifts = option_orders.shifts(len(choice), self.shifts)
+                choice = np.roll(choice, -shifts[rng.integers(len(shifts))])
+            item = Item(state, layout, tuple(map(int, choice)))
+            row = self._row(item, item.choice)
+            rows.append(row)
+            states.append(state)
+            targets.append(row[TOKENS][item.choice.index(number)])
+        names = [f"row {at + 1} (index {at})" for at in range(len(rows))]
+        prompts, _ = self._prompts(rows, states, names)
+        return prompts, np.array(targets)
+
+    def _in_rounds(self, item: Item, usage: Usage, where: str) -> np.ndarray:
+        def ask(numbers: Sequence[int], choices: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
+            items = [item._replace(choice=choice) for choice in choices]
+            return self._score(items, [usage] * len(items), [where] * len(items))
+
+        return in_rounds(ask, [item.choice], item.layout.size)[0]
+
+    def _score(
+        self,
+        items: Sequence[Item],
+        usages: Sequence[Usage],
+        where: Sequence[str],
+        progress: Advance | None = None,
+    ) -> list[np.ndarray]:
+        """Return the log probabilities of each item's options, in the order of its choice."""
+        if not items:
+            return []
+        asked = [self._rows(item) for item in items]
+        rows = [row for own in asked for _, row in own]
+        states = [item.state for item, own in zip(items, asked, strict=True) for _ in own]
+        names = [name for name, own in zip(where, asked, strict=True) for _ in own]
+        prompts, removed = self._prompts(rows, states, names)
+        scores = iter(
+            zip(self.scorer.score(rows, prompts, progress), prompts, removed, strict=True)
+        )
+        results = []
+        for own, usage in zip(asked, usages, strict=True):
+            answers = []
+            for shift, _ in own:
+                log_probs, prompt, lost = next(scores)
+                usage.tokens += len(prompt.ids)
+                usage.shortened = max(usage.shortened, lost)
+                answers.append((shift, log_probs))
+            results.append(over_orders(answers, self.long_text))
+        return results
+
+    def _rows(self, item: Item) -> list[tuple[int, dict[str, Any]]]:
+        """Return the prompts of an item as `(shift, row)`, the windows of one order together."""
+        shifts = [0]
+        if item.layout.tokens is None:
+            shifts = option_orders.shifts(len(item.choice), self.shifts)
+        rows = []
+        for shift in shifts:
+            row = self._row(item, option_orders.shifted(item.choice, shift))
+            rows += [(shift, row | {"text": text}) for text in self._windows(item.state, row)]
+        return rows
+
+    def _row(self, item: Item, order: Sequence[int]) -> dict[str, Any]:
+        layout, shown = item.layout, [item.layout.shown[i] for i in order]
+        if layout.tokens is None:
+            choices, tokens = f"{CHOICES}{option_lines(shown)}", self.letters[: len(shown)]
+        else:
+            # Words say what they mean, so only descriptions need a list.
+            lines = "".join(f"- {text}\n" for text in shown)
+            choices = f"{CHOICES}{lines}" if layout.is_described else ""
+            tokens = [layout.tokens[i] for i in order]
+        text = item.state.bounded(self.scorer.tokenizer, self.scorer.max_length).text
+        return {"text": text, "question": layout.question, "choices": choices, TOKENS: tokens}
+
+    def _windows(self, state: State, row: dict[str, Any]) -> list[str]:
+        if self.long_text == "shorten":
+            return [row["text"]]
+        text, tokenizer = state.text, self.scorer.tokenizer
+        fixed = self.scorer.template.length(tokenizer, {**row, "text": ""})
+        room = self.scorer.max_length - fixed - JOINT
+        return windows_of(tokenizer, text, room) if room > 0 else [text]
+
+    def _prompts(
+        self, rows: Sequence[dict[str, Any]], states: Sequence[State], where: Sequence[str]
+    ) -> tuple[list[Prompt], list[int]]:
+        """Return the prompts of rows, and the tokens of each one's state that it lacks.
+
+        Where a state of keys and values does not fit, its long values are shortened.
+        """
+        scorer, tokenizer = self.scorer, self.scorer.tokenizer
+        removed = [
+            0
+            if self.long_text != "shorten"
+            else state.bounded(tokenizer, scorer.max_length).removed
+            for state in states
+        ]
+        prompts = scorer.template.render_batch(tokenizer, rows, scorer.max_length, where)
+        for at, prompt in enumerate(prompts):
+            if not prompt.shortened:
+                continue
+            removed[at] += sum(prompt.shortened.values())
+            if not states[at].is_plain and self.long_text == "shorten":
+                room = scorer.max_length - scorer.template.length(
+                    tokenizer, {**rows[at], "text": ""}
+                )
+                shown = states[at].fitted(tokenizer, room - JOINT)
+                row = {**rows[at], "text": shown.text}
+                prompts[at] = scorer.template.render(tokenizer, row, scorer.max_length)
+                removed[at] = shown.removed + sum(prompts[at].shortened.values())
+        scorer.shortened += sum(map(bool, removed))
+        return prompts, removed
+
+    def _lay_out(self, text: str, shown: tuple[str, ...], words: tuple[str, ...]) -> Layout:
+        scorer = self.scorer
+        tokens = self._word_tokens(words) if self.answer == "words" else None
+        fields = {"question": text}
+        if tokens is None:
+            size = group_size(scorer.template, scorer.tokenizer, shown, scorer.max_length, fields)
+            return Layout(text, shown, None, min(size, len(self.letters)))
+        return Layout(text, shown, tokens, len(shown), shown != words)
+
+    def _word_tokens(self, words: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Return the token of each word; None unless each is one token of its own."""
+        tokenizer = self.scorer.tokenizer
+        if not all(word.strip() for word in words):
+            return None
+        encoded = tokenizer.encode_plain_batch([f" {word}" for word in words])
+        tokens = [ids[0] for ids in encoded if len(ids) == 1]
+        is_usable = len(set(tokens)) == len(words) and not tokenizer.special_ids & set(tokens)
+        return tuple(tokens) if is_usable else None

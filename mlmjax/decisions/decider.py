@@ -1,0 +1,333 @@
+"""Answer typed questions about texts: zero-shot, calibrated or fine-tuned."""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from mlmjax.classification.fitting import Recipe
+from mlmjax.classification.predictor import Source
+from mlmjax.classification.settings import LongText
+from mlmjax.config.tables import decode
+from mlmjax.decisions.answers import ChoiceAnswer, ScoreAnswer, YesNoAnswer, make_answer
+from mlmjax.decisions.asking import Asker, Usage, Way
+from mlmjax.decisions.fitting import Labelled, learn, read_labelled
+from mlmjax.decisions.questions import Question, read_questions
+from mlmjax.decisions.settings import DeciderSettings, kind_of, settle
+from mlmjax.decisions.states import State
+from mlmjax.errors import InputError
+from mlmjax.reporting.terminal import Progress, progress_bar
+from mlmjax.statistics import label_sets
+from mlmjax.statistics.calibration import Calibration, temperature_calibration
+from mlmjax.storage import DECIDER, TRAINING, plain_file, read_json
+from mlmjax.text.checks import check_list, for_each_row
+from mlmjax.weights import hub
+from mlmjax.weights.cards import add_run, model_card
+from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+
+AnyAnswer = ChoiceAnswer | YesNoAnswer | ScoreAnswer
+CHUNK_PROMPTS = 4096
+"""About this many prompts are laid out together; states are read as they are needed."""
+
+
+class Decider:
+    """Answer typed questions about states, each by one forward pass.
+
+    `source` is a folder, a hub id, `mlmjax-small`, a saved classifier or decider, or a pair
+    (model, tokenizer). `answer` is "letters" or "words": options that are one token each are then
+    answered by themselves. `orders`, `long_text` and `max_length` are those of `Classifier`.
+    `abstain_below` marks answers whose best probability is lower. Options left out are those of a
+    saved decider. Raises `InputError` for a source that cannot be loaded or has no
+    masked-language-model head.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        answer: Way | None = None,
+        orders: int | Literal["all"] | None = None,
+        long_text: LongText | None = None,
+        abstain_below: float | None = None,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        batch_size: int | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        progress: bool | None = None,
+    ):
+        saved, self._manifest, self.name = None, None, "mlmjax"
+        model: Any
+        if isinstance(source, tuple) and len(source) == 2:
+            model, tokenizer = source
+        elif isinstance(source, str | Path):
+            where: Any = {"revision": revision, "local_files_only": local_files_only}
+            folder = hub.fetch(source, **where)
+            if (folder / DECIDER).exists():
+                saved = decode(DeciderSettings, read_json(folder, DECIDER), str(folder / DECIDER))
+            if (folder / TRAINING).exists():
+                self._manifest = plain_file(folder, TRAINING).read_bytes()
+            model, tokenizer = load_pretrained(source, dtype=dtype, **where)
+            self.name = Path(source).resolve().name if Path(source).is_dir() else str(source)
+        else:
+            raise InputError(
+                f"source is {source!r:.60}; expected a folder, a hub id, or a pair "
+                "(model, tokenizer)"
+            )
+        given = {
+            "answer": answer,
+            "orders": orders,
+            "long_text": long_text,
+            "abstain_below": abstain_below,
+            "max_length": max_length,
+        }
+        self.settings = decode(DeciderSettings, settle(given, saved), "decider")
+        self.history_: list[dict[str, float]] = []
+        self._batch_size, self._progress = batch_size, progress
+        self._asker = self._make_asker(model, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, source: Source, **options: Any) -> "Decider":
+        """Load a decider that `save_pretrained` wrote, or any model."""
+        return cls(source, **options)
+
+    @property
+    def calibrations(self) -> Mapping[str, Calibration]:
+        """Return what `calibrate` found, by type and number of options, such as `choice/3`."""
+        return self.settings.calibrations
+
+    @property
+    def model(self) -> Any:
+        """Return the model that answers."""
+        return self._asker.scorer.model
+
+    @property
+    def tokenizer(self) -> Any:
+        """Return the tokenizer of its prompts."""
+        return self._asker.scorer.tokenizer
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Return the lengths that prompts are padded to, each of which is one program."""
+        return self._asker.scorer.buckets
+
+    @property
+    def shortened(self) -> int:
+        """Return the number of prompts so far whose state was too long and was shortened."""
+        return self._asker.scorer.shortened
+
+    def decide(self, state: Any, questions: Mapping[str, Any]) -> dict[str, AnyAnswer]:
+        """Return the answers to questions about a state, by the ids of the questions.
+
+        The state is a text, a table or a list. Questions are `Choice`, `YesNo` and `Score`, or
+        their JSON objects. An answer is the same whatever else is asked, in whatever order and
+        under whatever id. Raises `InputError` for questions that do not fit in a prompt.
+        """
+        return self.decide_all([(state, questions)])[0]
+
+    def decide_many(
+        self, states: Iterable[Any], questions: Mapping[str, Any]
+    ) -> Iterator[dict[str, AnyAnswer]]:
+        """Yield the answers to the same questions about each state, in order.
+
+        States are read and answered in large batches. Raises `InputError` that names each bad one.
+        """
+        asked = read_questions(questions)
+        size = max(1, CHUNK_PROMPTS // len(asked))
+        pending, first = iter(check_list(states, "states", "states")), 0
+        while chunk := list(itertools.islice(pending, size)):
+            yield from self.decide_all([(state, asked) for state in chunk], first=first)
+            first += len(chunk)
+
+    def decide_all(
+        self, requests: Sequence[tuple[Any, Mapping[str, Any]]], *, first: int = 0
+    ) -> list[dict[str, AnyAnswer]]:
+        """Return the answers of several states, each with questions of its own, in one batch.
+
+        `first` is the index of the first request in messages.
+        """
+        asked = [read_questions(questions) for _, questions in requests]
+        alone = len(requests) == 1 and not first
+        names = [f"row {at + 1} (index {at})" for at in range(first, first + len(requests))]
+        states = (
+            [State(requests[0][0])]
+            if alone
+            else for_each_row(lambda one: State(one[0]), zip(names, requests, strict=True))
+        )
+        pairs, where = [], []
+        for state, table, name in zip(states, asked, names, strict=True):
+            pairs += [(state, question) for question in table.values()]
+            where += [f"question {key!r:.60}" if alone else f"{name}, {key!r:.60}" for key in table]
+        found = iter(self._ask(pairs, where))
+        return [{key: self._answer(one, *next(found)) for key, one in own.items()} for own in asked]
+
+    def calibrate(
+        self, states: Iterable[Any], questions: Mapping[str, Any], answers: Iterable[Any]
+    ) -> "Decider":
+        """Find a temperature for each type and number of options; returns the decider.
+
+        Use states that were not trained on. `answers` has a table for each state, from ids to right
+        answers; an absent one or None is left out. A new temperature replaces that of its kind, and
+        drops its label sets. Raises `InputError` that names the kinds without one: all of whose
+        answers are right, or no better than guessing.
+        """
+        labelled = read_labelled(states, questions, answers)
+        found: dict[str, Calibration] = {}
+
+        def find(kind: str) -> None:
+            scores, gold = self._kind(labelled, kind, calibrated=False)
+            found[kind] = temperature_calibration(scores, gold)
+
+        for_each_row(find, ((kind, kind) for kind in labelled.kinds()))
+        conformals = {k: v for k, v in self.settings.conformals.items() if k not in found}
+        self._learn(calibrations={**self.calibrations, **found}, conformals=conformals)
+        return self
+
+    def conform(
+        self,
+        states: Iterable[Any],
+        questions: Mapping[str, Any],
+        answers: Iterable[Any],
+        *,
+        method: label_sets.Method = "lac",
+    ) -> "Decider":
+        """Learn sets of answers from states that neither `fit` nor `calibrate` has seen.
+
+        They are by type and number of options, and `decide_sets` returns them. Returns the decider.
+        """
+        labelled = read_labelled(states, questions, answers)
+        found = {
+            kind: label_sets.fit(*self._kind(labelled, kind, calibrated=True), method=method)
+            for kind in labelled.kinds()
+        }
+        self._learn(conformals={**self.settings.conformals, **found})
+        return self
+
+    def decide_sets(
+        self, state: Any, questions: Mapping[str, Any], *, coverage: float = 0.9
+    ) -> dict[str, list[str]]:
+        """Return the answers to each question that `conform` cannot rule out, by their names.
+
+        A share of at least `coverage` of the sets holds the right answer. Names are those of the
+        options, `true` and `false`, or numbers of levels. Raises `InputError` without `conform`.
+        """
+        asked, found = read_questions(questions), {}
+        scores = self._ask([(State(state), one) for one in asked.values()], list(asked))
+        for (key, question), (log_probs, _) in zip(asked.items(), scores, strict=True):
+            sets = self.settings.conformals.get(kind_of(question))
+            if sets is None:
+                raise InputError(
+                    f"question {key!r:.60}: there are no sets for {kind_of(question)}; call "
+                    "conform with questions of this type and number of options"
+                )
+            row = sets.sets(self._calibrated(question, log_probs)[None], coverage)[0]
+            found[key] = [name for name, is_in in zip(question.names, row, strict=True) if is_in]
+        return found
+
+    def fit(
+        self,
+        states: Iterable[Any],
+        questions: Mapping[str, Any],
+        answers: Iterable[Any],
+        *,
+        progress: Progress | None = None,
+        **recipe: Any,
+    ) -> "Decider":
+        """Fine-tune one model on the right answers to all questions; returns the decider.
+
+        `answers` has a table for each state, from ids to right answers: the name of an option, a
+        bool, the number of a level or its text. An absent one or None is left out. `recipe` are
+        `epochs`, `learning_rate`, `batch_size`, `weight_decay`, `warmup`, `seed`,
+        `validation_share` and `patience` of `Classifier`. `history_` then has the loss of each
+        epoch, and with held-out states accuracy and loss on them. Calibrations are dropped.
+
+        Raises `InputError` for wrong answers, `RunError` if the loss is no longer finite.
+        """
+        plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in recipe.items()}
+        chosen = decode(Recipe, plain, "fit")
+        labelled = read_labelled(states, questions, answers)
+        manifest = self._manifest
+        if manifest is not None:
+            manifest = add_run(manifest, "the states given to Decider.fit")
+        asker = self._make_asker(self.model, self.tokenizer)
+        with progress_bar("fine-tuning", self._progress) as show:
+            self.history_ = learn(asker, labelled, chosen, progress or show)
+        self._asker, self._manifest = asker, manifest
+        self._learn(calibrations={}, conformals={})
+        return self
+
+    def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
+        """Write the model as a Hugging Face folder, with the settings of the decider.
+
+        `Decider.from_pretrained(path)` restores all of it. Raises what `mlmjax.save_pretrained`
+        raises.
+        """
+        values = self.settings.model_dump(mode="json", exclude_none=True)
+        files: dict[str, str | bytes] = {
+            DECIDER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"
+        }
+        if self._manifest is not None:
+            files[TRAINING] = self._manifest
+        card = model_card(
+            self.model,
+            template="decider_card.md",
+            library="mlmjax",
+            pipeline="text-classification",
+            settings=self.settings,
+        )
+        save_pretrained(self.model, self.tokenizer, path, dtype=dtype, card=card, more_files=files)
+
+    def _make_asker(self, model: Any, tokenizer: Any) -> Asker:
+        own = self.settings
+        return Asker(
+            model,
+            tokenizer,
+            answer=own.answer,
+            orders=own.orders,
+            long_text=own.long_text,
+            batch_size=self._batch_size,
+            max_length=own.max_length,
+        )
+
+    def _ask(
+        self, pairs: Sequence[tuple[State, Question]], where: Sequence[str]
+    ) -> list[tuple[np.ndarray, Usage]]:
+        with progress_bar("questions", self._progress) as show:
+            done = 0
+
+            def advance(count: int) -> None:
+                nonlocal done
+                done += count
+                if show:
+                    show(min(done, len(pairs)), len(pairs))
+
+            return self._asker.ask(pairs, where, advance)
+
+    def _answer(self, question: Question, log_probs: np.ndarray, usage: Usage) -> AnyAnswer:
+        return make_answer(
+            question,
+            self._calibrated(question, log_probs),
+            limit=self.settings.abstain_below or 0.0,
+            tokens=usage.tokens,
+            shortened=usage.shortened,
+        )
+
+    def _calibrated(self, question: Question, log_probs: np.ndarray) -> np.ndarray:
+        found = self.settings.calibrations.get(kind_of(question))
+        return log_probs if found is None else found.apply(log_probs[None])[0]
+
+    def _kind(
+        self, labelled: Labelled, kind: str, *, calibrated: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return log probabilities `[rows, options]` of one kind, and the right columns."""
+        pairs, numbers, where = labelled.of_kind(kind)
+        scores = [log_probs for log_probs, _ in self._ask(pairs, where)]
+        if calibrated:
+            scores = [self._calibrated(q, s) for (_, q), s in zip(pairs, scores, strict=True)]
+        return np.array(scores), np.array(numbers)
+
+    def _learn(self, **values: Any) -> None:
+        self.settings = self.settings.model_copy(update=values)

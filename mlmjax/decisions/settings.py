@@ -1,0 +1,63 @@
+"""The settings of a decider, saved with its weights."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mlmjax.classification.settings import LongText
+from mlmjax.config.tables import StrictTable
+from mlmjax.decisions.asking import Way
+from mlmjax.decisions.questions import MOST_LEVELS, MOST_OPTIONS, TYPES, Question
+from mlmjax.statistics.calibration import Calibration
+from mlmjax.statistics.label_sets import Conformal
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class DeciderSettings(StrictTable):
+    """How questions are asked, and what was learned about the probabilities of their answers.
+
+    `calibrations` and `conformals` are by type and number of options, such as `choice/3`.
+    """
+
+    format: Annotated[int, Field(ge=1, le=1)] = 1
+    answer: Way = "letters"
+    orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    long_text: LongText = "shorten"
+    max_length: Annotated[int, Field(gt=0)] | None = None
+    abstain_below: Share | None = None
+    calibrations: Mapping[str, Calibration] = {}
+    conformals: Mapping[str, Conformal] = {}
+
+    @model_validator(mode="after")
+    def _known_kinds(self) -> "DeciderSettings":
+        for name in (*self.calibrations, *self.conformals):
+            kind, _, count = name.partition("/")
+            most = MOST_LEVELS if kind == "score" else 2 if kind == "noul" else MOST_OPTIONS
+            if kind not in TYPES or not count.isdecimal() or not 2 <= int(count) <= most:
+                raise ValueError(f"{name!r} is not a type of question with a number of options")
+        return self
+
+
+ASKED = ("answer", "orders", "long_text", "max_length")
+"""Settings that decide what the model reads; calibrations hold only for them."""
+
+
+def kind_of(question: Question) -> str:
+    """Return the type of a question and the number of its options.
+
+    >>> from mlmjax.decisions.questions import YesNo
+    >>> kind_of(YesNo("Is it urgent?"))
+    'noul/2'
+    """
+    return f"{question.type}/{len(question.names)}"
+
+
+def settle(given: Mapping[str, Any], saved: DeciderSettings | None) -> dict[str, Any]:
+    """Return the values of settings: those given, then those saved, then the defaults."""
+    values = dict(saved or DeciderSettings())
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if any(values[name] != chosen[name] for name in ASKED if name in chosen):
+        values |= {"calibrations": {}, "conformals": {}}
+    return values | chosen

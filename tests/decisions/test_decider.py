@@ -1,0 +1,220 @@
+"""Deciders: equal answers whatever else is asked, fitting, calibrating, saving."""
+
+import json
+
+import numpy as np
+import pytest
+from labelled_texts import WORDS, examples
+
+from mlmjax import Choice, Decider, InputError, Score, YesNo
+from mlmjax.decisions.answers import answer_json
+from mlmjax.storage import DECIDER
+
+STATE = {"subject": "Billed twice", "body": "Refund the duplicate today or we cancel."}
+QUESTIONS = {
+    "team": Choice("Which team?", {"billing": "invoices", "support": None}),
+    "churn": YesNo("Does the customer threaten to leave?"),
+    "urgency": Score("How urgent is it?", ["can wait", "this week", "today"]),
+    "many": Choice("Which one?", [f"name {i}" for i in range(90)]),
+}
+SCRIPTS = [
+    "Ünïcode",
+    "Ελλάδα",
+    "Россия",
+    "日本語",
+    "한국어",
+    "العربية",
+    "עברית",
+    "हिन्दी",
+    "ไทย",
+    "🙂 x",
+]
+FAST = {"epochs": 8, "learning_rate": 1e-2, "batch_size": 16}
+
+
+@pytest.fixture(scope="module")
+def answers(decider):
+    return decider.decide(STATE, QUESTIONS)
+
+
+def test_answers_have_what_the_protocol_says(answers):
+    team, churn, urgency = (answers[key] for key in ("team", "churn", "urgency"))
+    assert list(team.probabilities) == ["billing", "support"]
+    assert sum(team.probabilities.values()) == pytest.approx(1, abs=1e-9)
+    assert team.choice == max(team.probabilities, key=team.probabilities.get)
+    assert 0 <= churn.probability <= 1
+    assert urgency.score == pytest.approx(sum(i * p for i, p in enumerate(urgency.probabilities)))
+    assert urgency.level == int(np.argmax(urgency.probabilities))
+    assert all(0 <= one.confidence <= 1 and one.tokens > 20 for one in answers.values())
+    shown = json.loads(json.dumps(answer_json(urgency)))
+    assert shown["legend"] == {"0": "can wait", "1": "this week", "2": "today"}
+    assert set(shown) == {"type", "score", "legend", "probabilities", "confidence"}
+
+
+def others(count):
+    """Return more questions, of other lengths and numbers of options."""
+    return {
+        f"other {i}": Choice("Is it so? " * (1 + i % 5), [f"o{i}{j}" for j in range(2 + i % 9)])
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "names"),
+    [
+        *[({"alone": QUESTIONS[key]}, {"alone": key}) for key in QUESTIONS],
+        ({**others(20), **QUESTIONS}, {key: key for key in QUESTIONS}),
+        ({f"{key} 🙂": one for key, one in QUESTIONS.items()}, {f"{k} 🙂": k for k in QUESTIONS}),
+        (dict(reversed(QUESTIONS.items())), {key: key for key in QUESTIONS}),
+    ],
+)
+def test_an_answer_does_not_depend_on_what_else_is_asked(decider, answers, asked, names):
+    found = decider.decide(STATE, asked)
+    assert list(found) == list(asked)
+    for name, key in names.items():
+        assert found[name] == answers[key]  # to the last bit
+
+
+def test_many_states_are_answered_as_each_alone(decider, answers):
+    states = ["a text " * 60, STATE, "", [1, 2], STATE]
+    found = list(decider.decide_many(iter(states), QUESTIONS))
+    assert found[1] == found[4] == answers
+    assert found[0] == decider.decide(states[0], QUESTIONS)
+    assert found[0]["team"].shortened > 0
+    assert found[2]["team"].shortened == 0
+
+
+def test_names_in_ten_scripts_come_back_unchanged(decider):
+    asked = {name: Choice(name, SCRIPTS) for name in SCRIPTS}
+    found = decider.decide("text", asked)
+    assert list(found) == SCRIPTS
+    assert all(list(one.probabilities) == SCRIPTS for one in found.values())
+
+
+def test_the_most_options_levels_and_orders(decider, tokenizer):
+    most = {
+        "choice": Choice("", [f"option {i}" for i in range(255)]),
+        "score": Score("How?", [f"level {i}" for i in range(10)]),
+    }
+    found = decider.decide("text", most)
+    assert sum(found["choice"].probabilities.values()) == pytest.approx(1)
+    assert len(found["score"].probabilities) == 10
+    shuffled = Decider((decider.model, tokenizer), orders="all")
+    one = Choice("Which?", ["a", "b", "c"])
+    forth = shuffled.decide("text", {"q": one})["q"].probabilities
+    back = shuffled.decide("text", {"q": Choice("Which?", ["b", "c", "a"])})["q"].probabilities
+    assert forth == pytest.approx(back, abs=1e-6)
+    windows = Decider((decider.model, tokenizer), long_text="mean").decide(
+        "word " * 400, {"q": one}
+    )
+    assert windows["q"].shortened == 0
+
+
+def test_errors_name_the_row_and_the_question(decider):
+    with pytest.raises(InputError, match=r"row 2 \(index 1\): state: is int"):
+        list(decider.decide_many(["a", 3], QUESTIONS))
+    with pytest.raises(InputError, match="question 'long': the prompt has"):
+        decider.decide("a", {"long": YesNo("why " * 300)})
+    with pytest.raises(InputError, match="expected a list of states"):
+        list(decider.decide_many("text", QUESTIONS))
+
+
+def labelled(count, seed):
+    """Return texts that one word decides, questions of three types, and answers with gaps."""
+    texts, labels = examples(count, seed)
+    asked = {
+        "topic": Choice("text", list(WORDS)),
+        "sports": YesNo("sports"),
+        "level": Score("price", list(WORDS)),
+    }
+    right = [
+        {"topic": label, "sports": label == "sports", "level": list(WORDS).index(label)}
+        for label in labels
+    ]
+    gaps = [
+        {k: v for n, (k, v) in enumerate(one.items()) if (i + n) % 5} for i, one in enumerate(right)
+    ]
+    return texts, asked, right, gaps
+
+
+def accuracy(decider, texts, asked, right):
+    found = list(decider.decide_many(texts, asked))
+    hits = [
+        (
+            a["topic"].choice == b["topic"],
+            (a["sports"].probability > 0.5) == b["sports"],
+            a["level"].level == b["level"],
+        )
+        for a, b in zip(found, right, strict=True)
+    ]
+    return np.mean(hits, axis=0)
+
+
+@pytest.mark.parametrize("way", ["letters", "words"])
+def test_one_model_learns_all_types_from_answers_with_gaps(word_pair, tmp_path, way):
+    texts, asked, _, gaps = labelled(160, seed=1)
+    decider = Decider(word_pair, answer=way)
+    decider.fit(texts, asked, gaps, validation_share=0.1, **FAST)
+    test = labelled(40, seed=2)
+    assert (accuracy(decider, test[0], asked, test[2]) >= 0.9).all()
+    assert decider.history_[-1]["loss"] < decider.history_[0]["loss"]
+    assert decider.history_[-1]["validation_accuracy"] > 0.9
+    decider.save_pretrained(tmp_path / "saved")
+    again = Decider.from_pretrained(tmp_path / "saved")
+    assert again.settings == decider.settings
+    assert again.decide(texts[0], asked) == decider.decide(texts[0], asked)
+
+
+def test_calibration_is_by_kind_and_saved(word_decider, tmp_path):
+    texts, asked, right, _ = labelled(60, seed=3)
+    decider = word_decider.calibrate(texts, asked, right)
+    assert set(decider.calibrations) == {"choice/2", "noul/2", "score/2"}
+    plain = Decider((decider.model, decider.tokenizer))
+    before, after = plain.decide(texts[0], asked), decider.decide(texts[0], asked)
+    assert before["topic"].choice == after["topic"].choice
+    assert before["topic"].probabilities != after["topic"].probabilities
+    other = {"three": Choice("text", ["a", "b", "c"])}
+    assert plain.decide(texts[0], other) == decider.decide(texts[0], other)
+    decider.conform(texts, asked, right)
+    decider.save_pretrained(tmp_path / "saved")
+    again = Decider(tmp_path / "saved", abstain_below=0.999)
+    assert again.calibrations == decider.calibrations
+    assert again.decide_sets(texts[0], asked, coverage=0.9) == decider.decide_sets(texts[0], asked)
+    assert again.decide(texts[0], asked)["topic"].abstains
+    # What was learned holds only for the prompts it was learned with.
+    assert not Decider(tmp_path / "saved", answer="words").calibrations
+    with pytest.raises(InputError, match="there are no sets for choice/3"):
+        decider.decide_sets(texts[0], other)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"team": "sales"}], "row 1 (index 0): 'team': the answer is 'sales'; expected one of"),
+        ([{"churn": "yes"}], "'churn': the answer is 'yes'; expected true or false"),
+        ([{"urgency": 3}], "expected a level from 0 to 2"),
+        ([{"urgency": True}], "expected a level from 0 to 2"),
+        ([{"other": 1}], "has an answer to 'other', which is not among the questions"),
+        ([{"team": None}], "answers: there are none"),
+        ([["billing"]], "expected a table from ids to answers"),
+        ([], "there are 1 states and 0 answers"),
+    ],
+)
+def test_wrong_answers_are_rejected_in_words(decider, answers, message):
+    for learn in (decider.fit, decider.calibrate, decider.conform):
+        with pytest.raises(InputError) as caught:
+            learn([STATE], QUESTIONS, answers)
+        assert message in str(caught.value)
+
+
+def test_settings_that_are_wrong_are_rejected(tmp_path, decider, tokenizer):
+    for options in ({"answer": "head"}, {"orders": 0}, {"abstain_below": 2}, {"long_text": "cut"}):
+        with pytest.raises(InputError, match="decider: "):
+            Decider((decider.model, tokenizer), **options)
+    decider.save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / DECIDER
+    path.write_text('{"calibrations": {"choice/1": {"method": "batch", "rows": 1}}}')
+    with pytest.raises(InputError, match="'choice/1' is not a type of question"):
+        Decider(tmp_path / "saved")
+    with pytest.raises(InputError, match="source is 5"):
+        Decider(5)
