@@ -244,6 +244,7 @@ class Decider:
         `validation_share` and `patience` of `Classifier`. `history_` then has the loss of each
         epoch, and with held-out states accuracy and loss on them. Calibrations are dropped.
 
+        Warns with `LearnedNothingWarning` if the answers end no better than their frequencies.
         Raises `InputError` for wrong answers, `RunError` if the loss is no longer finite.
         """
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in recipe.items()}

@@ -1,6 +1,8 @@
 """Read right answers, and fine-tune a model on questions of any kinds at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mlmjax.classification.fitting import Recipe, split_rows
+from mlmjax.classification.fitting import (
+    MEASURED_PROMPTS,
+    LearnedNothingWarning,
+    Recipe,
+    split_rows,
+    usual_rate,
+)
 from mlmjax.decisions.asking import Asker
 from mlmjax.decisions.questions import Question, read_questions
 from mlmjax.decisions.settings import kind_of
@@ -16,7 +24,9 @@ from mlmjax.decisions.states import State
 from mlmjax.errors import InputError, named_place
 from mlmjax.reporting.terminal import Progress
 from mlmjax.text.checks import check_list, for_each_row, name_rows
-from mlmjax.training.finetune import fine_tune
+from mlmjax.text.prompts import Prompt
+from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.rate_finder import find_rate
 
 
 @dataclass(frozen=True)
@@ -94,13 +104,16 @@ def learn(
     """Fine-tune the asker's model, and return what is known of each epoch.
 
     A share of the rows of each kind and answer is held out to measure accuracy and loss, and with
-    `patience` the weights of the best epoch are kept.
+    `patience` the weights of the best epoch are kept. Warns with `LearnedNothingWarning` if the
+    answers end no better than the frequencies of each question's answers.
     """
     if recipe.patience is not None and not recipe.validation_share:
         raise InputError(
             f"fit: patience is {recipe.patience}, but no states are held out to measure "
             "improvement; give validation_share, or leave patience out"
         )
+    if recipe.restarts:
+        raise InputError("fit: a decider has no restarts; leave them out, or give another seed")
     rows, held_out = labelled, None
     if recipe.validation_share:
         groups = [
@@ -112,36 +125,82 @@ def learn(
     history: list[dict[str, float]] = []
     best, since, kept = (-1.0, 0.0), 0, None
 
-    def after_epoch(model: Any, loss: float) -> bool:
+    def after_epoch(model: Any, epoch: Epoch) -> bool:
         nonlocal best, since, kept
-        history.append({"epoch": len(history) + 1, "loss": loss})
+        history.append({"epoch": len(history) + 1, "loss": epoch.loss, "accuracy": epoch.accuracy})
         if held_out is None or not held_out.pairs:
             return False
         asker.scorer.model = model
-        scores = [found for found, _ in asker.ask(held_out.pairs, held_out.where)]
-        gold = list(zip(scores, held_out.numbers, strict=True))
-        accuracy = float(np.mean([own.argmax() == number for own, number in gold]))
-        of_gold = float(np.mean([own[number] for own, number in gold]))
-        history[-1] |= {"validation_accuracy": accuracy, "validation_loss": -of_gold}
+        accuracy, losses = _measured(asker, held_out)
+        loss = float(losses.mean())
+        history[-1] |= {"validation_accuracy": accuracy, "validation_loss": loss}
         if recipe.patience is None:
             return False
         since += 1
-        if (accuracy, of_gold) > best:
-            best, since = (accuracy, of_gold), 0
+        if (accuracy, -loss) > best:
+            best, since = (accuracy, -loss), 0
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 
     prompts, targets = asker.examples(rows.pairs, rows.numbers, recipe.seed)
-    model = fine_tune(
-        asker.scorer.model,
+    asker.scorer.model = _trained(asker, prompts, targets, recipe, after_epoch, progress)
+    if kept is not None:
+        graphdef = nnx.split(asker.scorer.model)[0]
+        asker.scorer.model = nnx.merge(graphdef, jax.device_put(kept))
+    _warn(asker, rows, recipe.seed)
+    return history
+
+
+def _trained(
+    asker: Asker,
+    prompts: Sequence[Prompt],
+    targets: np.ndarray,
+    recipe: Recipe,
+    after_epoch: Callable[[Any, Epoch], bool],
+    progress: Progress | None,
+) -> Any:
+    model, pad_id = asker.scorer.model, asker.scorer.tokenizer.pad_id
+    rate = recipe.learning_rate
+    usual = usual_rate(sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))))
+    own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed"})
+    if rate == "auto":
+        rate = find_rate(model, prompts, targets, around=usual, pad_id=pad_id, **own)
+    return fine_tune(
+        model,
         prompts,
         targets,
-        **recipe.model_dump(exclude={"validation_share", "patience"}),
-        pad_id=asker.scorer.tokenizer.pad_id,
+        learning_rate=usual if rate is None else rate,
+        warmup=recipe.warmup,
+        pad_id=pad_id,
         after_epoch=after_epoch,
         progress=progress,
+        **own,
     )
-    if kept is not None:
-        model = nnx.merge(nnx.split(model)[0], jax.device_put(kept))
-    asker.scorer.model = model
-    return history
+
+
+def _measured(asker: Asker, rows: Labelled) -> tuple[float, np.ndarray]:
+    """Return the accuracy on labelled rows, and the loss of each."""
+    scores = [found for found, _ in asker.ask(rows.pairs, rows.where)]
+    gold = list(zip(scores, rows.numbers, strict=True))
+    accuracy = float(np.mean([own.argmax() == number for own, number in gold]))
+    return accuracy, -np.array([own[number] for own, number in gold], np.float64)
+
+
+def _warn(asker: Asker, rows: Labelled, seed: int) -> None:
+    """Warn if the answers to training rows are no better than the frequencies of the answers."""
+    keys = [(id(question), n) for (_, question), n in zip(rows.pairs, rows.numbers, strict=True)]
+    answers, questions = Counter(keys), Counter(key for key, _ in keys)
+    usual = np.array([-np.log(answers[key] / questions[key[0]]) for key in keys])
+    chosen = np.random.default_rng([seed, 2]).permutation(len(keys))[:MEASURED_PROMPTS]
+    _, losses = _measured(asker, rows.take(chosen.tolist()))
+    gains = usual[chosen] - losses
+    spread = 2 * float(gains.std()) / len(gains) ** 0.5
+    if usual.max() > 0 and gains.mean() <= spread:
+        warnings.warn(
+            f"the fit may have learned nothing: the loss on {len(gains)} training answers is "
+            f"{losses.mean():.3f}, and {usual[chosen].mean():.3f} for always giving the "
+            "frequencies of each question's answers. What usually helps: answer='words' if options "
+            "are one token, another learning_rate, more epochs",
+            LearnedNothingWarning,
+            stacklevel=4,
+        )
