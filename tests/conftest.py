@@ -1,6 +1,7 @@
 """Settings all tests share: eight simulated devices, no network, strict shapes."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import resource
@@ -14,11 +15,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The command line sets the first flag, too, so that results are equal to the last bit. The others
 # make compiling eight times as fast, which is most of the time of the tests. Child processes
-# inherit them.
+# inherit them. jaxlib 0.12 no longer knows the third, and ends the process that sets it.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false --xla_backend_optimization_level=0"
+    + " --xla_cpu_use_fusion_emitters=false"
+    * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 
 import jax
