@@ -60,8 +60,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     answer : {"letters", "words", "continuation"}, default=None
         "letters" names the options A, B, ..., and more than 457 options 1, 2, ... "words" scores
         the labels themselves, which must be one token each. "continuation" scores labels of any
-        length, at one forward pass for each token. None: "letters" if the prompt has `{options}`,
-        otherwise "words".
+        length, at one forward pass for each token. None: "words" if each label is one token of its
+        own and has no description, otherwise "letters". With a `template`, its `{options}` decide.
     template : str or Template, default=None
         The whole prompt. It has the field `{text}`, and `{options}`, `{examples}` and `{label}`
         where they are used. None: a general prompt.
@@ -127,6 +127,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         and accuracy and loss on held-out texts next to the commonest label's accuracy.
     fit_summary_ : FitSummary
         What `fit` came to, on training and on held-out texts, with all attempts and the warning.
+    answer_, answer_reason_ : str
+        How it answers ("words", "letters", "continuation" or "head"), and why.
     calibration_, conformal_, threshold_
         What `calibrate`, `conform` and `abstain` found, or None.
     """
@@ -226,7 +228,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None:
             files[TRAINING] = self.manifest_
-        card = classifier_card(scorer.model, self.settings_, self._load().recipe())
+        way = self.answer_, self.answer_reason_
+        card = classifier_card(scorer.model, self.settings_, self._load().recipe(), way)
         save_pretrained(
             scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
         )
@@ -296,9 +299,14 @@ LABELS = 100
 
 
 def classifier_card(
-    model: Model, settings: Settings, recipe: tuple[list[str], dict[str, str]] | None = None
+    model: Model,
+    settings: Settings,
+    recipe: tuple[list[str], dict[str, str]] | None = None,
+    way: tuple[str, str] = ("", ""),
 ) -> str:
     """Return the README.md of a classifier's folder; `recipe` is that of its prompter.
+
+    `way` says how it answers and why.
 
     Labels and prompt may come from strangers, so they are put in code blocks that they cannot end.
     """
@@ -316,6 +324,7 @@ def classifier_card(
         prompt=settings.template,
         head=settings.head == "classification",
         recipe=recipe,
+        way=way,
         most=settings.max_length or model.config.max_position_embeddings,
         calibrated=settings.calibration is not None,
     )

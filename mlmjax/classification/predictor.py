@@ -118,6 +118,17 @@ class Predictor:
         return int(self._load().scorer.model.config.num_hidden_layers)
 
     @property
+    def answer_(self) -> str:
+        """Return how it answers: "words", "letters", "continuation" or "head"."""
+        return self._load().answer
+
+    @property
+    def answer_reason_(self) -> str:
+        """Return why it answers so."""
+        self._load()
+        return self.settings_.reason or "as the arguments, the prompt or the model say"
+
+    @property
     def prompts(self) -> int:
         """Return the number of prompts so far: a forward pass each, except for continuations."""
         return self._load().scorer.scored

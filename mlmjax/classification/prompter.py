@@ -71,7 +71,7 @@ class Prompter:
         self.shown = YES_NO if settings.multi_label else settings.shown
         options = {"batch_size": batch_size, "max_length": settings.max_length}
         self.scorer = make_scorer(answer, self.names, (model, tokenizer, template), options)
-        self.own_names = answer != "letters"
+        self.answer, self.own_names = answer, answer != "letters"
         if self.own_names and settings.orders != 1:
             raise InputError(
                 f"orders is {settings.orders!r}, but these answers are not letters of options, "

@@ -24,7 +24,7 @@ from mlmjax.text.checks import (
 )
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import OptionNames, usable_option_names
+from mlmjax.text.verbalizer import OptionNames, Verbalizer, usable_option_names
 
 LongText = Literal["shorten", "mean", "max"]
 Answer = Literal["letters", "words", "continuation"]
@@ -41,7 +41,10 @@ ASK = "Answer: [unused0] [MASK]"
 
 
 class Settings(StrictTable):
-    """The settings that `save_pretrained` writes; `labels` maps names to descriptions."""
+    """The settings that `save_pretrained` writes; `labels` maps names to descriptions.
+
+    `reason` says why `answer` was chosen; None if it was given.
+    """
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     labels: Mapping[str, str]
@@ -51,6 +54,7 @@ class Settings(StrictTable):
     max_length: Annotated[int, Field(gt=0)] | None = None
     head: Head = "mlm"
     answer: Answer | None = None
+    reason: str | None = None
     multi_label: bool = False
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     long_text: LongText = "shorten"
@@ -81,7 +85,7 @@ class Settings(StrictTable):
 LEARNED = ("calibration", "conformal", "abstain_below")
 """Settings found from texts; they hold only for the prompts that they were found with."""
 
-ASKED = Settings.model_fields.keys() - {"format", "instruction", *LEARNED}
+ASKED = Settings.model_fields.keys() - {"format", "instruction", "reason", *LEARNED}
 """Settings that decide what the model reads; the instruction is part of the template."""
 
 
@@ -124,6 +128,7 @@ def settle(
         )
     values["labels"] = label_table(labels)
     values["examples"] = _examples(given["examples"], saved, values)
+    values |= _answer(given, saved, values, tokenizer)
     values |= _template(given, saved, values, tokenizer)
     _check_combination(values)
     settings = decode(Settings, values | dict.fromkeys(LEARNED), "classifier")
@@ -135,6 +140,48 @@ def settle(
     if given["abstain_below"] is not None:
         learned["abstain_below"] = check_share(given["abstain_below"], "abstain_below")
     return settings.model_copy(update=learned)
+
+
+def suitable_answer(labels: Mapping[str, str], tokenizer: Tokenizer) -> tuple[Answer, str]:
+    """Return how labels `{name: description}` are best answered, and why.
+
+    Words are measured to be better than letters (docs/experiments).
+    """
+    if any(labels.values()):
+        return "letters", "only a list of options shows the descriptions of labels"
+    try:
+        Verbalizer.words(list(labels)).ids(tokenizer)
+    except InputError:
+        return "letters", "not every label is one token of its own"
+    return "words", "each label is one token of its own"
+
+
+def _answer(
+    given: Mapping[str, Any],
+    saved: Settings | None,
+    values: Mapping[str, Any],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """Return the way to answer and its reason, as given, as saved, or chosen."""
+    if given["answer"] is not None:
+        return {"answer": given["answer"], "reason": None}
+    template = given["template"]
+    changed = template is not None or bool(given["multi_label"])
+    if saved is not None and (
+        saved.reason is None or (saved.labels == values["labels"] and not changed)
+    ):
+        return {}
+    text = template.text if isinstance(template, Template) else template
+    if values["head"] == "classification":
+        return {"answer": None, "reason": None}
+    if values["multi_label"]:
+        return {"answer": None, "reason": "several labels may apply, so each is asked yes or no"}
+    if text is not None:  # whose options decide, or their absence
+        return {"answer": None, "reason": None}
+    if values["orders"] != 1:
+        return {"answer": "letters", "reason": "only options in a list have orders"}
+    answer, reason = suitable_answer(values["labels"], tokenizer)
+    return {"answer": answer, "reason": reason}
 
 
 def default_template(values: Mapping[str, Any]) -> str:

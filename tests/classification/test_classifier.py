@@ -171,7 +171,7 @@ def test_the_card_shows_how_to_load_the_classifier_and_its_prompt(pair, tmp_path
     assert not {"\x1b", "\u202e"} & set(card)
     _, outside = read_markdown(card)
     headings = [line for line in outside if line.startswith("#")]
-    assert headings == ["# Text classifier", "## Labels", "## Prompt"]
+    assert headings == ["# Text classifier", "## Labels", "## Answers", "## Prompt"]
     assert not any("Owned" in line or "A prompt" in line for line in outside)
     assert SHORT.splitlines()[1] in card
     settings = Settings(labels={f"label {i}": "" for i in range(102)}, template="{text}")

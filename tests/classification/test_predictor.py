@@ -147,7 +147,8 @@ def test_what_was_learned_is_saved_and_restored(classifier, tmp_path):
 
 def test_what_was_learned_holds_only_for_the_same_prompts(classifier, tmp_path):
     items = texts(60)
-    classifier.set_params(labels=LABELS[:2], instruction="Which {topic}?", template=None)
+    own = {"instruction": "Which {topic}?", "template": None, "answer": "letters"}
+    classifier.set_params(labels=LABELS[:2], **own)
     classifier.calibrate(items).conform(items, np.array(["sports", "money"] * 30))
     likely = classifier.predict(items)
     likely[::5] = "sports"

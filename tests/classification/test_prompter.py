@@ -407,3 +407,32 @@ def test_an_instruction_may_hold_braces(pair):
     assert "{{curly}}" in classifier.settings_.template
     prompts, _ = classifier.asking_.examples([0], ["x"], [0], seed=0)
     assert TOKENIZER.decode(prompts[0].ids[1:-1]).startswith(instruction)
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "reason"),
+    [
+        ({"labels": ["sports", "money"]}, "words", "each label is one token"),
+        ({"labels": ["sports", "two words"]}, "letters", "not every label is one token"),
+        ({"labels": {"sports": "games", "money": ""}}, "letters", "the descriptions of labels"),
+        ({"labels": ["sports", "money"], "orders": 2}, "letters", "have orders"),
+        ({"labels": ["sports", "money"], "multi_label": True}, "letters", "is asked yes or no"),
+        ({"labels": ["sports", "money"], "answer": "letters"}, "letters", "as the arguments"),
+        ({"labels": ["sports", "money"], "template": SHORT}, "letters", "as the arguments"),
+        ({"labels": ["sports", "money"], "template": "{text}"}, "words", "as the arguments"),
+    ],
+)
+def test_the_way_to_answer_is_chosen_kept_and_explained(pair, tmp_path, options, answer, reason):
+    classifier = Classifier(pair, **options)
+    assert classifier.answer_ == answer
+    assert reason in classifier.answer_reason_
+    classifier.save_pretrained(tmp_path / "saved")
+    assert f"It answers by {answer}: {classifier.answer_reason_}." in " ".join(
+        (tmp_path / "saved" / "README.md").read_text().split()
+    )
+    restored = Classifier.from_pretrained(tmp_path / "saved")
+    assert (restored.answer_, restored.answer_reason_) == (answer, classifier.answer_reason_)
+    # Other labels are a new choice, unless the prompt decides.
+    if options.get("template") != "{text}":
+        other = Classifier.from_pretrained(tmp_path / "saved", ["goal", "two words"])
+        assert other.answer_ == "letters"

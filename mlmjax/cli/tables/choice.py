@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from mlmjax.classification.fitting import usual_rate
+from mlmjax.classification.settings import suitable_answer
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import abstract_model, parameters
 from mlmjax.storage import CLASSIFIER, CONFIG, read_json
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import read_config, read_tokenizer
 
@@ -89,10 +89,7 @@ def choose(
 
 
 def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:
-    try:
-        Verbalizer.words(labels).ids(tokenizer)
-    except InputError:
-        if len(labels) > MANY_LABELS:
-            return "head", f"there are {len(labels)} labels, more than {MANY_LABELS}"
-        return "letters", "the labels are not all single tokens"
-    return "words", "each label is one token"
+    answer, reason = suitable_answer(dict.fromkeys(labels, ""), tokenizer)
+    if answer == "letters" and len(labels) > MANY_LABELS:
+        return "head", f"there are {len(labels)} labels, more than {MANY_LABELS}"
+    return ("words" if answer == "words" else "letters"), reason
