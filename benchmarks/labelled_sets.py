@@ -64,8 +64,6 @@ def _pair(row: dict) -> str:
 
 
 SETS = {
-    "reviews": LabelledSet("sst2_train", "sst2_test", "label", {"0": "negative", "1": "positive"}),
-    "five levels": LabelledSet("sst5_train", "sst5_test", "label", LEVELS),
     "questions": LabelledSet("trec_train", "trec_test", "label", QUESTIONS),
     "news": LabelledSet("ag_news_sample5k_train", "ag_news_test", "label_text", TOPICS, _news),
     "newsgroups": LabelledSet(
@@ -76,6 +74,8 @@ SETS = {
         lambda row: newsgroup(row["text"]),
     ),
     "subjects": LabelledSet("mmlu_test", None, "subject", SUBJECTS, lambda row: row["question"]),
+    "reviews": LabelledSet("sst2_train", "sst2_test", "label", {"0": "negative", "1": "positive"}),
+    "five levels": LabelledSet("sst5_train", "sst5_test", "label", LEVELS),
     "paraphrases": LabelledSet(
         "mrpc_train", "mrpc_test", "label", {"0": "different", "1": "same"}, _pair
     ),
