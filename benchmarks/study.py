@@ -14,8 +14,13 @@ HEADER = """
 | part | what | measure | value | 95 % interval | n | |
 |---|---|---|---|---|---|---|"""
 
-TOPICS = ["World", "Sports", "Business", "Sci/Tech"]
-ASKED = "Which topic is the text about?"
+TOPICS = ["World", "Sports", "Business", "Technology"]
+"""AG News with a word of one token in the place of "Sci/Tech"."""
+
+ASKED = "Name the topic of the text: World, Sports, Business or Technology."
+CHOSEN = "Which topic is the text about?"
+WORDS = {"answer": "words", "instruction": ASKED}
+LETTERS = {"answer": "letters", "instruction": CHOSEN}
 
 
 class Figures:
@@ -50,7 +55,7 @@ class Study(Figures):
         return pq.read_table(self.data / f"{name}.parquet").to_pylist()
 
     def topics(self, name: str, limit: int | None = None) -> tuple[list[str], list[str]]:
-        """Return drawn texts and labels of AG News; those of `train` are not in dev."""
+        """Return drawn texts and topics of AG News; those of `train` are not in dev."""
         rows = self.read(f"ag_news_{name}")
         for row in rows:
             row["text"] = row.get("text") or f"{row['title']} {row['description']}"
@@ -58,15 +63,17 @@ class Study(Figures):
             known = set(self.topics("sample5k_dev")[0])
             rows = [row for row in rows if row["text"] not in known]
         rows = draw(rows, limit)
-        return [row["text"] for row in rows], [row["label_text"] for row in rows]
+        names = {"Sci/Tech": "Technology"}
+        topics = [names.get(row["label_text"], row["label_text"]) for row in rows]
+        return [row["text"] for row in rows], topics
 
     def classifier(self, **options) -> Classifier:
-        options = {"labels": TOPICS, "max_length": 128, "instruction": ASKED} | options
+        options = {"labels": TOPICS, "max_length": 128, **WORDS} | options
         return Classifier(self.model, progress=False, **options)
 
-    def fitted(self, **options) -> Classifier:
-        """Return the classifier of AG News that `fitting` saved."""
-        folder = self.out / "fitted"
+    def fitted(self, way: str, **options) -> Classifier:
+        """Return the classifier of AG News that `fitting` saved: words, letters or head."""
+        folder = self.out / f"fitted-{way}"
         if not folder.exists():
             sys.exit(f"{folder}: is missing; run the part fitting first")
         return Classifier(str(folder), progress=False, **options)

@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from mlmjax.reporting import charts
+
 NAMES = {"atp": "ATP only", "atp-mlm": "80 ATP + 20 MLM", "atp-dummy": "80 ATP + 20 dummy"}
 SEEDS = (0, 1, 2)
 PRETRAINED = "runs/small-mlm/export"
@@ -18,15 +20,10 @@ ABOUT = """# The small model in tables
 
 Accuracy in percent. Tasks are the files with their names in `mlmjax/assets/tasks`; those with
 `_words` are in `configs/tasks/words`. After ±: the standard deviation over three seeds."""
-SHOWN = {
-    name: network
-    for part in ("small-mlm", "small-atp")
-    for name, network in ((part, "mlmjax-small"), (f"{part}-random", "the first network"))
-}
 
 
 def write_tables(work: Path, out: Path) -> None:
-    """Write `results.json`, `tables.md` and `curves.png`.
+    """Write `results.json`, `tables.md` and `curves.svg`.
 
     Curves and suites that WORK does not hold stay unchanged in `results.json`.
     """
@@ -59,7 +56,7 @@ def write_tables(work: Path, out: Path) -> None:
         tables.append(("Fine-tuned", table_3(lines)))
     parts = [ABOUT, *(f"## {title}\n\n{table}" for title, table in tables)]
     (out / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    draw(curves, out / "curves.png")
+    charts.save(draw(curves), out / "curves.svg", "Held-out losses of mlmjax-small and mixtures")
 
 
 def export(mixture: str, seed: int) -> str:
@@ -175,26 +172,27 @@ def interval(line: dict[str, Any]) -> str:
     return " to ".join(percent(end) for end in line["ci95"]) if line["ci95"] else ""
 
 
-def draw(curves: dict[str, list[dict[str, Any]]], path: Path) -> None:
+@charts.own_style()
+def draw(curves: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draw the held-out losses: of pretraining, of instruction, and of each mixture and seed."""
     mixed = mixed_runs()
-    colours = dict(zip(NAMES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    pretraining, instruction, mixtures = figure.subplots(1, 3)
+    colors = dict(zip(NAMES, charts.SERIES, strict=False))
+    figure, panels = charts.new_figure(8.4, 3)
+    pretraining, instruction, mixtures = panels
+    lines: dict[str, Any] = {}
     for name, rows in curves.items():
         is_mlm = name.startswith("small-mlm")
         key = "loss_mlm" if is_mlm else "loss_atp"
         held_out = [row for row in rows if row["split"] == "validation" and key in row]
         points = zip(*((row["step"], row[key]) for row in held_out), strict=True)
         if mixture := mixed.get(name):
-            label = NAMES[mixture] if name.endswith("-0") else None
-            mixtures.plot(*points, marker=".", label=label, color=colours[mixture])
+            style = {"color": colors[mixture], "marker": "."}
+            (lines[NAMES[mixture]],) = mixtures.plot(*points, **style)
         else:
             axes = pretraining if is_mlm else instruction
-            axes.plot(*points, marker=".", label=SHOWN.get(name, name))
-    pretraining.set(title="held-out MLM loss", xlabel="updates of 2,048 tokens")
-    instruction.set(title="held-out loss of answers", xlabel="updates of 4,096 tokens")
-    mixtures.set(title="the same, three seeds per mixture", xlabel="updates of 4,096 tokens")
-    for axes in (pretraining, instruction, mixtures):
-        axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+            axes.plot(*points, marker=".", color=charts.INK)
+    pretraining.set(ylabel="held-out MLM loss", xlabel="updates of 2,048 tokens")
+    instruction.set(ylabel="loss of answers", xlabel="updates of 4,096 tokens")
+    mixtures.set(ylabel="loss, three seeds", xlabel="updates of 4,096 tokens")
+    charts.add_legend(figure, lines)
+    return figure

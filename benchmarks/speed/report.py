@@ -1,8 +1,15 @@
-"""Report the ratios: a table, the figures behind it as JSON, and a picture."""
+"""Report the ratios: a table, the figures behind it as JSON, and a picture.
+
+    python benchmarks/speed/report.py speed.json speed.svg
+
+This draws the picture of stored figures again.
+"""
 
 import json
 import platform
 import statistics
+import sys
+import textwrap
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +18,11 @@ from typing import Any
 import numpy as np
 from cases import GROWTH, KEPT, STREAM, Case
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, NullLocator
 from measure import Figures
+
+from mlmjax.reporting import charts
+from mlmjax.reporting.charts import ACCENT, FAINT, INK, OTHER, WARN
 
 PACKAGES = ("mlmjax", "jax", "flax", "torch", "transformers")
 CLOSE = 2e-5
@@ -125,7 +136,7 @@ def describe_ours(runs: list[Figures]) -> list[str]:
 
 
 def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> None:
-    """Write `speed.json`, `speed.md` and `speed.png` next to `runs.jsonl`; print the table."""
+    """Write `speed.json`, `speed.md` and `speed.svg` next to `runs.jsonl`; print the table."""
     about = {
         "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
@@ -151,26 +162,68 @@ def write_report(out: Path, rows: list[dict[str, Any]], runs: list[Figures]) -> 
         ]
     )
     (out / "speed.md").write_text(text + "\n")
-    picture(rows).savefig(out / "speed.png", dpi=120)
+    charts.save(picture(rows), out / "speed.svg", PICTURE)
     print(text)
 
 
+PICTURE = "Speed and memory of mlmjax compared with transformers, case by case"
+PANELS = {
+    False: "times as fast as transformers (log)",
+    True: "share of transformers' memory (log)",
+}
+TICKS = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+
+
+@charts.own_style()
 def picture(rows: list[dict[str, Any]]) -> Figure:
-    """Draw the ratios, round by round, next to the goals."""
-    figure = Figure(figsize=(10, 0.5 * len(rows) + 1.2), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(rows))
-    axes.barh(places, [row["ratio"] for row in rows], color="tab:blue", height=0.6)
-    for place, row in zip(places, rows, strict=True):
-        axes.plot(row["ratios"], [place] * len(row["ratios"]), "k|", markersize=9)
-        axes.plot(row["goal"], place, "D", color="tab:orange")
-        axes.plot(row["stretch"], place, "*", color="tab:green", markersize=10)
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_yticks(places, [row["title"] for row in rows])
-    axes.invert_yaxis()
-    # On the figure and not on the axes, because it is wider than these.
-    figure.supxlabel(
-        "ratio, larger is better (memory: ours / theirs, smaller is better);"
-        " diamond: goal, star: stretch goal, ticks: rounds"
+    """Draw the ratios on logarithmic axes next to the goals: speed, and memory below it."""
+    panels = [
+        (label, found)
+        for memory, label in PANELS.items()
+        if (found := [row for row in rows if (row["figure"] == "peak_mib") == memory])
+    ]
+    heights = [0.8 * len(found) + 0.9 for _, found in panels]
+    figure, every = charts.new_figure(
+        sum(heights) + 1, len(panels), squeeze=False, height_ratios=heights
     )
+    for axes, (label, found) in zip(every[:, 0], panels, strict=True):
+        legend = draw_ratios(axes, found)
+        axes.set_xlabel(label)
+    charts.add_legend(figure, legend)
     return figure
+
+
+def draw_ratios(axes: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Draw a bar from 1 to each ratio, with its rounds and goals; return the legend."""
+    values = [value for row in rows for value in (*row["ratios"], row["goal"], row["stretch"], 1)]
+    axes.set_xscale("log")
+    axes.set_xlim(min(values) / 1.4, max(values) * 1.9)
+    for place, row in enumerate(rows):
+        title = textwrap.fill(row["title"], 44)
+        at = axes.get_yaxis_transform()
+        axes.text(0.01, place - 0.2, title, va="bottom", transform=at, linespacing=1.0)
+        axes.barh(place, row["ratio"] - 1, left=1, color=OTHER, height=0.24)
+        (rounds,) = axes.plot(
+            row["ratios"], [place] * len(row["ratios"]), "|", color=INK, markersize=11
+        )
+        (goal,) = axes.plot(row["goal"], place, "D", color=WARN, markersize=5)
+        (stretch,) = axes.plot(row["stretch"], place, "*", color=ACCENT, markersize=9)
+        end = max(*row["ratios"], row["goal"], row["stretch"], 1)
+        axes.annotate(
+            f"{row['ratio']:.2f}", (end, place), (8, 0), textcoords="offset points", va="center"
+        )
+    equal = axes.axvline(1, color=FAINT, linewidth=1.2, zorder=0)
+    ticks = [tick for tick in TICKS if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks([])
+    axes.set_ylim(len(rows) - 0.6, -0.9)
+    axes.set_ylabel("case")
+    charts.hide_left_axis(axes)
+    return {"1 = equal": equal, "one round": rounds, "goal": goal, "stretch goal": stretch}
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    charts.save(picture(json.loads(source.read_text())["rows"]), target, PICTURE)

@@ -20,7 +20,7 @@ from sklearn.metrics import confusion_matrix
 
 from mlmjax._version import __version__
 from mlmjax.classification.classifier import Classifier
-from mlmjax.cli.demo_report import Answer, page
+from mlmjax.cli.demo_report import Answer, Efficiency, efficiency_sentence, page
 from mlmjax.config.run import RunConfig, load_config
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
@@ -37,8 +37,10 @@ from mlmjax.weights import hub, pretrained
 
 TRAIN, WATCHED, TEST = "train.jsonl", "watched.jsonl", "test.jsonl"
 ATTRIBUTION = "ATTRIBUTION.md"
-TRAINED = 600  # paragraphs of 2,000; training takes about a minute on two cores
-WATCHED_AT_MOST = 80  # paragraphs after those, for the curve of the held-out loss
+TRAINED = 75  # paragraphs of each subject; training takes about a minute on two cores
+WATCHED_AT_MOST = 10  # of each subject after those, for the curve of the held-out loss
+FEWER = (8, 32)  # paragraphs of each subject, for the accuracy with fewer labels
+UPDATES = 26  # at least, of a training with fewer paragraphs
 READ_BACK = 100  # paragraphs that the exported model answers too
 OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
@@ -72,38 +74,42 @@ def run_demo(
     source = config.init_from or hub.PACKAGED
     train_texts, train_gold = read_texts(out / "data" / TRAIN)
     texts, gold = read_texts(out / "data" / TEST)
-    say(f"\n1/5  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
+    say(f"\n1/6  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
     zero_shot = Classifier(source, labels, template=PROMPT).predict(texts).tolist()
 
-    say(f"\n2/5  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
+    say(f"\n2/6  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
     model, tokenizer, seconds = fine_tune(config)
     classifier = Classifier((model, tokenizer), labels, template=PROMPT)
     probabilities = classifier.predict_proba(texts)
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
 
-    say("\n3/5  fine-tuning with a classification head on the same paragraphs")
+    say("\n3/6  fine-tuning with a classification head on the same paragraphs")
     head = Classifier(source, labels, head="classification", **recipe(config, len(train_texts)))
     by_head = head.fit(train_texts, train_gold).predict(texts).tolist()
 
-    say("\n4/5  TF-IDF + logistic regression")
+    say("\n4/6  TF-IDF + logistic regression")
     by_words = tfidf_regression(train_texts, train_gold, texts)
-    methods = [
-        Method("chance", 1 / len(labels)),
-        Method("majority subject", Counter(gold).most_common(1)[0][1] / len(gold)),
-        measure("zero-shot", zero_shot, gold),
-        measure("fine-tuned by answer token prediction", predicted, gold, is_ours=True),
-        measure("fine-tuned with a classification head", by_head, gold),
-        measure("TF-IDF + logistic regression", by_words, gold),
+    methods = compare(source, labels, gold, zero_shot, predicted, by_head, by_words)
+
+    say("\n5/6  the same with fewer labels")
+    subsets = few_labels(train_texts, train_gold, FEWER)
+    efficiency = [
+        Efficiency(0, methods[2], methods[0]),
+        *(fit_few(config, source, labels, few, (texts, gold)) for few in subsets),
+        Efficiency(len(train_texts) // len(labels), methods[3], methods[5]),
     ]
 
-    say("\n5/5  export, reload, compare")
+    say("\n6/6  export, reload, compare")
     shown = [*SENTENCES, *texts[:READ_BACK]]
     again = export(classifier, out / "model", shown)
     sentences = make_answers(labels, SENTENCES, again[: len(SENTENCES)])
-    print_results(methods, sentences, out / "model", tested=len(texts), compared=len(shown))
+    print_results(
+        methods, efficiency, sentences, out / "model", tested=len(texts), compared=len(shown)
+    )
     answers = make_answers(labels, texts, probabilities, gold)
     report = page(
         methods=methods,
+        efficiency=efficiency,
         curve=read_jsonl(Path(config.out) / METRICS),
         labels=labels,
         confusion=confusion_matrix(gold, predicted, labels=labels),
@@ -131,6 +137,89 @@ def fine_tune(config: RunConfig) -> tuple[ModernBertForMaskedLM, Tokenizer, floa
     return nnx.merge(graphdef, jax.device_get(state.params)), tokenizer, seconds
 
 
+def compare(
+    source: str,
+    labels: Sequence[str],
+    gold: Sequence[str],
+    zero_shot: Sequence[str],
+    tuned: Sequence[str],
+    by_head: Sequence[str],
+    by_words: Sequence[str],
+) -> list[Method]:
+    """Return every method with its accuracy, and a sentence that says what its bar is for."""
+    commonest = Counter(gold).most_common(1)[0][1] / len(gold)
+    return [
+        Method(
+            "chance",
+            1 / len(labels),
+            purpose="Guessing among the subjects. A method at this level knows nothing.",
+        ),
+        Method(
+            "majority subject",
+            commonest,
+            purpose="Always giving the most frequent subject. A useful method is above this.",
+        ),
+        measure("zero-shot", zero_shot, gold)._replace(
+            purpose=f"{source} as it is: what the model can do without any labels."
+        ),
+        measure("fine-tuned by answer token prediction", tuned, gold)._replace(
+            is_ours=True,
+            purpose="The model after training on the answer's word, which is what mlmjax is for.",
+        ),
+        measure("fine-tuned with a classification head", by_head, gold)._replace(
+            purpose="The same model with a new last layer: the usual way to train a classifier."
+        ),
+        measure("TF-IDF + logistic regression", by_words, gold)._replace(
+            purpose="Counts of words, without a language model: what a language model must beat."
+        ),
+    ]
+
+
+def few_labels(
+    texts: Sequence[str], gold: Sequence[str], each: Sequence[int]
+) -> list[list[tuple[str, str]]]:
+    """Return subsets with the first texts of each label, as many as `each` says.
+
+    A number of which some label has no more texts gives no subset.
+
+    >>> few_labels(["a", "b", "c", "d"], ["x", "x", "y", "y"], (1, 2))
+    [[('a', 'x'), ('c', 'y')]]
+    """
+    pairs = list(zip(texts, gold, strict=True))
+    most = min(Counter(gold).values())
+    return [first_of_each(pairs, number) for number in each if number < most]
+
+
+def first_of_each(pairs: Sequence[tuple[Any, str]], number: int) -> list[tuple[Any, str]]:
+    """Return the first pairs of each label, in their order; a pair's second item is its label."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for pair in pairs:
+        seen[pair[1]] += 1
+        if seen[pair[1]] <= number:
+            kept.append(pair)
+    return kept
+
+
+def fit_few(
+    config: RunConfig,
+    source: str,
+    labels: Sequence[str],
+    few: Sequence[tuple[str, str]],
+    test: tuple[list[str], list[str]],
+) -> Efficiency:
+    """Return the accuracy on the test of the model and of TF-IDF, fitted to a few texts."""
+    texts, gold = map(list, zip(*few, strict=True))
+    settings = recipe(config, TRAINED * len(labels))
+    settings["epochs"] = max(1, round(UPDATES * settings["train_batch_size"] / len(texts)))
+    ours = Classifier(source, labels, answer="words", template=PROMPT, **settings)
+    found = ours.fit(texts, gold).predict(test[0]).tolist()
+    by_words = tfidf_regression(texts, gold, test[0])
+    return Efficiency(
+        len(texts) // len(labels), measure("", found, test[1]), measure("", by_words, test[1])
+    )
+
+
 def recipe(config: RunConfig, examples: int) -> dict[str, Any]:
     """Return the settings that fine-tune a classification head as a run is trained."""
     rows = sum(len(source) for source in open_rows(Path(config.data.rows), "train"))
@@ -150,12 +239,20 @@ def write_files(out: Path, limit: int | None = None) -> list[str]:
     (out / "data" / ATTRIBUTION).write_bytes((source / ATTRIBUTION).read_bytes())
     pages = (source / TRAIN).read_bytes().splitlines(keepends=True)
     test = (source / TEST).read_bytes().splitlines(keepends=True)
-    trained = limit or TRAINED
-    watched = trained + min(trained, WATCHED_AT_MOST)
-    parts = {TRAIN: pages[:trained], WATCHED: pages[trained:watched], TEST: test[:limit]}
+    labelled = [(line, json.loads(line)["label"]) for line in pages]
+    labels = sorted({label for _, label in labelled})
+    each = max(1, limit // len(labels)) if limit else TRAINED
+    trained = first_of_each(labelled, each)
+    known = set(trained)
+    rest = [pair for pair in labelled if pair not in known]
+    watched = first_of_each(rest, min(each, WATCHED_AT_MOST))
+    parts = {
+        TRAIN: [line for line, _ in trained],
+        WATCHED: [line for line, _ in watched],
+        TEST: test[:limit],
+    }
     for name, lines in parts.items():
         (out / "data" / name).write_bytes(b"".join(lines))
-    labels = sorted({row["label"] for row in read_jsonl(out / "data" / TRAIN)})
     values = {
         "source": hub.PACKAGED,
         "run": str(out / "run"),
@@ -238,13 +335,14 @@ def check_same(folder: Path, before: np.ndarray, after: np.ndarray) -> None:
 
 def print_results(
     methods: Sequence[Method],
+    efficiency: Sequence[Efficiency],
     sentences: Sequence[Answer],
     folder: Path,
     *,
     tested: int,
     compared: int,
 ) -> None:
-    """Print the accuracies, the sentences with their answers, and the export check."""
+    """Print the accuracies, also with fewer labels, the new sentences and the export check."""
     width = max(len(method.name) for method in methods)
     print(f"\n{f'accuracy on {tested} held-out paragraphs':{width}}           95 % interval")
     for method in methods:
@@ -252,6 +350,10 @@ def print_results(
         if method.interval:
             interval = "   {:.1%} to {:.1%}".format(*method.interval)
         print(f"{method.name:{width}}  {method.accuracy:6.1%}{interval}")
+    print("\nlabels per subject  fine-tuned  TF-IDF")
+    for point in efficiency:
+        print(f"{point.labels:18}  {point.ours.accuracy:10.1%}  {point.tfidf.accuracy:6.1%}")
+    print(efficiency_sentence(efficiency))
     print("\nnew sentences")
     for answer in sentences:
         shares = ", ".join(f"{label} {share:.0%}" for label, share in answer.best())

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from mlmjax.reporting import charts
 from mlmjax.reporting.accuracy import Method, accuracy_figure, confusion_figure
-from mlmjax.reporting.charts import ACCENT, INK, OTHER, embedded_picture
+from mlmjax.reporting.charts import ACCENT, FAINT, OTHER, WARN, embedded_picture
 from mlmjax.reporting.pages import render, stylesheet
 
 
@@ -25,9 +25,18 @@ class Answer(NamedTuple):
         return sorted(self.probabilities.items(), key=lambda item: -item[1])[:3]
 
 
+class Efficiency(NamedTuple):
+    """The accuracy of the model and of TF-IDF with some number of labels per subject."""
+
+    labels: int
+    ours: Method
+    tfidf: Method
+
+
 def page(
     *,
     methods: Sequence[Method],
+    efficiency: Sequence[Efficiency],
     curve: Sequence[Mapping[str, Any]],
     labels: Sequence[str],
     confusion: np.ndarray,
@@ -46,7 +55,12 @@ def page(
         tested=int(confusion.sum()),
         label_list=quote(",".join(labels)),
         accuracy=embedded_picture(
-            accuracy_figure(methods), "accuracy of each method on the test texts"
+            accuracy_figure(methods, "test texts"), "accuracy of each method on the test texts"
+        ),
+        efficiency=efficiency,
+        compared=efficiency_sentence(efficiency),
+        efficiency_picture=embedded_picture(
+            efficiency_figure(efficiency), "accuracy by the number of labels per subject"
         ),
         curve=embedded_picture(curve_figure(curve), "loss and accuracy over the training updates"),
         confusion=embedded_picture(
@@ -56,16 +70,72 @@ def page(
     )
 
 
+def efficiency_sentence(points: Sequence[Efficiency]) -> str:
+    """Say with how many labels one of the two is ahead, by their 95 % intervals.
+
+    >>> ours, tfidf = Method("", 0.6, (0.5, 0.7)), Method("", 0.3, (0.2, 0.4))
+    >>> efficiency_sentence([Efficiency(8, ours, tfidf), Efficiency(75, ours, ours)])
+    'The language model is clearly ahead with 8 labels per subject. With 75, neither is: the 95 % \
+intervals overlap.'
+    """
+    ahead: list[str] = []
+    behind: list[str] = []
+    even: list[str] = []
+    for point in points:
+        ours, tfidf = (one.interval or (one.accuracy,) * 2 for one in (point.ours, point.tfidf))
+        found = ahead if ours[0] > tfidf[1] else behind if ours[1] < tfidf[0] else even
+        found.append(str(point.labels))
+    said = [
+        f"{name} is clearly ahead with {_listed(numbers)} labels per subject."
+        for name, numbers in (("The language model", ahead), ("TF-IDF", behind))
+        if numbers
+    ]
+    if even:
+        rest = ", neither is:" if said else " labels per subject, neither is clearly ahead:"
+        said.append(f"With {_listed(even)}{rest} the 95 % intervals overlap.")
+    return " ".join(said)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+@charts.own_style()
+def efficiency_figure(points: Sequence[Efficiency]) -> Figure:
+    """Draw the accuracy of the model and of TF-IDF by the number of labels per subject."""
+    figure, axes = charts.new_figure(3.6)
+    numbers = [point.labels for point in points]
+    lines = {}
+    for name, methods, style in (
+        ("language model", [point.ours for point in points], {"color": ACCENT, "marker": "o"}),
+        ("TF-IDF", [point.tfidf for point in points], {"color": WARN, "marker": "s"}),
+    ):
+        shares = [one.accuracy for one in methods]
+        (lines[name],) = axes.plot(numbers, shares, linewidth=1.8, **style)
+        for number, one in zip(numbers, methods, strict=True):
+            if one.interval is not None:
+                axes.plot([number] * 2, one.interval, color=style["color"], linewidth=1.2)
+    axes.set_xticks(numbers)
+    axes.set_xlabel("labelled texts per subject")
+    axes.set_ylabel("correct answers")
+    axes.set_ylim(0, 1.02)
+    charts.set_percent_ticks(axes, "y")
+    axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
+    charts.add_legend(figure, lines)
+    return figure
+
+
 @charts.own_style()
 def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw loss and accuracy of the training and held-out texts over the updates."""
-    figure, panels = charts.new_figure(2.9, 1, 2)
-    titles = {"loss_atp": "loss at the answer", "answer_accuracy": "correct answers"}
+    figure, panels = charts.new_figure(4.6, 2, sharex=True)
+    names = {"loss_atp": "loss at the answer", "answer_accuracy": "correct answers"}
     splits = (
         ("train", "training texts", {"color": OTHER}),
         ("validation", "held-out texts", {"color": ACCENT, "marker": "o", "markersize": 4}),
     )
-    for axes, (key, title) in zip(panels, titles.items(), strict=True):
+    lines: dict[str, Any] = {}
+    for axes, (key, title) in zip(panels, names.items(), strict=True):
         for split, name, style in splits:
             points = [
                 (line["step"], line[key])
@@ -73,12 +143,12 @@ def curve_figure(curve: Sequence[Mapping[str, Any]]) -> Figure:
                 if line["split"] == split and line.get(key) is not None
             ]
             if points:
-                axes.plot(*zip(*points, strict=True), label=name, linewidth=1.6, **style)
-        axes.set_title(title, loc="left", fontsize=10, color=INK)
-        axes.set_xlabel("updates", color=INK)
+                (lines[name],) = axes.plot(*zip(*points, strict=True), linewidth=1.6, **style)
+        axes.set_ylabel(title)
         axes.set_ylim(bottom=0)
+    panels[1].set_xlabel("updates of the model")
     panels[1].set_ylim(0, 1.02)
     charts.set_percent_ticks(panels[1], "y")
-    if panels[0].lines:
-        panels[0].legend(frameon=False, fontsize=9)
+    if lines:
+        charts.add_legend(figure, lines)
     return figure

@@ -17,7 +17,8 @@ from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.statistics.reliability import BINS, confidence, equal_width
 from mlmjax.storage import write_whole
 
-REPORT, PICTURE = "report.md", "reliability.png"
+REPORT, PICTURE = "report.md", "reliability.svg"
+DIAGRAM = "Share of correct answers by the probability of the answer, and rows of each bin"
 
 
 def write_evaluation_report(
@@ -28,12 +29,12 @@ def write_evaluation_report(
     gold: Sequence[int] | np.ndarray,
     known: Contamination,
 ) -> None:
-    """Write `report.md` and `reliability.png` of an evaluation into its folder.
+    """Write `report.md` and `reliability.svg` of an evaluation into its folder.
 
     `results` were computed from `log_probs` `[rows, labels]` and `gold`, an index per row.
     """
     sure, right = confidence(log_probs, gold)
-    charts.save(diagram(sure, right), folder / PICTURE)
+    charts.save(diagram(sure, right), folder / PICTURE, DIAGRAM)
 
     def interval(metric: str) -> str:
         return " to ".join(map(score, results[f"{metric}_ci95"]))
@@ -46,6 +47,7 @@ def write_evaluation_report(
         known=known,
         interval=interval,
         picture=PICTURE,
+        picture_shows=DIAGRAM,
     )
     write_whole(folder / REPORT, page.encode())
 
@@ -57,7 +59,7 @@ def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
     Calibrated answers lie on the dashed line; below it a model is too sure. Vertical lines are 95 %
     Wilson intervals of the accuracy.
     """
-    figure, (top, below) = charts.new_figure(5.6, 2, height_ratios=[3, 1], sharex=True)
+    figure, (top, below) = charts.new_figure(5.2, 2, height_ratios=[3, 1], sharex=True)
     found = equal_width(sure, right, bins)
     top.plot([0, 1], [0, 1], color=OTHER, linestyle="--", linewidth=1.2, label="calibrated")
     middles, width = [(one.low + one.high) / 2 for one in found], 0.92 / bins
@@ -70,19 +72,19 @@ def diagram(sure: np.ndarray, right: np.ndarray, bins: int = BINS) -> Figure:
         top.plot(one.confidence, one.accuracy, color=ACCENT, marker="o", markersize=5)
     top.set_ylim(0, 1.02)
     charts.set_percent_ticks(top, "y")
-    top.set_ylabel("correct answers", color=INK)
-    top.set_title(f"Reliability of {len(sure):,} answers", loc="left", fontsize=10, color=INK)
+    top.set_ylabel("correct answers")
     below.bar(middles, [one.rows for one in found], width=width, color=ACCENT, alpha=0.3)
     below.axvline(float(sure.mean()), linewidth=1.6, color=INK, label="mean probability")
     below.axvline(float(right.mean()), linewidth=1.6, color=WARN, label="accuracy", linestyle="--")
     below.set_xlim(0, 1)
     charts.set_percent_ticks(below, "x")
-    below.set_ylabel("rows", color=INK)
+    below.set_ylabel("rows")
     below.yaxis.set_major_formatter("{x:,.0f}")
-    below.set_xlabel("probability of the answer", color=INK)
+    below.set_xlabel("probability of the answer")
     below.yaxis.get_major_locator().set_params(integer=True)
     for axes in (top, below):
-        axes.legend(frameon=False, fontsize=9, loc="upper left")
         axes.grid(axis="y", color=FAINT, linewidth=0.5, alpha=0.5)
         axes.set_axisbelow(True)
+    shown = [*top.get_legend_handles_labels()[0], *below.get_legend_handles_labels()[0]]
+    charts.add_legend(figure, {str(one.get_label()): one for one in shown})
     return figure

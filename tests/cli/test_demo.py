@@ -13,7 +13,7 @@ from small_models import small_model
 
 import mlmjax
 from mlmjax.cli import demo
-from mlmjax.cli.demo_report import Answer, page
+from mlmjax.cli.demo_report import Answer, Efficiency, efficiency_sentence, page
 from mlmjax.config.run import parse_config
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
@@ -133,9 +133,12 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def report():
     """A page about three labels."""
-    methods = [Method(name, 0.5) for name in ("chance", "majority", "zero-shot")]
+    names = ("chance", "majority", "zero-shot")
+    methods = [Method(name, 0.5, purpose=f"why <{name}>") for name in names]
+    ours = Method("ours", 0.75, (0.6, 0.8), is_ours=True)
     text = page(
-        methods=[*methods, Method("ours", 0.75, (0.6, 0.8), is_ours=True)],
+        methods=[*methods, ours],
+        efficiency=[Efficiency(0, methods[2], methods[0]), Efficiency(75, ours, methods[0])],
         curve=[
             {"step": 1, "split": "train", "loss_atp": 2.0, "answer_accuracy": 0.1},
             {"step": 2, "split": "train", "loss_atp": 1.0, "answer_accuracy": None},
@@ -158,11 +161,12 @@ def report():
 class TestReport:
     def test_needs_nothing_outside_itself(self, report):
         tags = report.tags
-        pictures = [attrs["src"] for tag, attrs in tags if tag == "img"]
-        assert len(pictures) == 3
-        assert all(source.startswith("data:image/png;base64,iVBOR") for source in pictures)
-        assert not [tag for tag, _ in tags if tag in {"script", "link", "iframe"}]
-        assert not [attrs for _, attrs in tags if "http" in str(attrs)]
+        pictures = [attrs for tag, attrs in tags if tag == "svg"]
+        assert len(pictures) == 4
+        assert all(attrs["aria-label"] and attrs["viewbox"] for attrs in pictures)
+        assert not [tag for tag, _ in tags if tag in {"script", "link", "iframe", "img"}]
+        sources = [attrs.get(name) for _, attrs in tags for name in ("src", "href")]
+        assert all(source is None or source.startswith("#m") for source in sources)
 
     def test_shows_texts_and_figures(self, report):
         shown = " ".join(report.text.split())
@@ -174,6 +178,8 @@ class TestReport:
             "mlmjax classify --model 'my out/model' --labels art,law,war FILE",
             "<script>a & b</script>",
             "[unused0]",
+            "why <chance>",
+            "The language model is clearly ahead with 75 labels per subject. With 0, neither is:",
         ):
             assert text in shown
 
@@ -182,6 +188,43 @@ class TestReport:
         assert text.count("✓ correct: law") == 1
         assert text.count("✗ the book says: war") == 1
         assert text.count("70%") == 1  # the bar of the right answer
+
+
+INTERVALS = {"low": (0.1, 0.3), "middle": (0.25, 0.5), "high": (0.45, 0.7)}
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        (
+            [(0, "high", "low"), (8, "middle", "low"), (75, "low", "high")],
+            "The language model is clearly ahead with 0 labels per subject. TF-IDF is clearly "
+            "ahead with 75 labels per subject. With 8, neither is: the 95 % intervals overlap.",
+        ),
+        (
+            [(0, "low", "low"), (8, "high", "middle")],
+            "With 0 and 8 labels per subject, neither is clearly ahead: the 95 % intervals "
+            "overlap.",
+        ),
+        (
+            [(8, "high", "low"), (32, "high", "low"), (75, "high", "low")],
+            "The language model is clearly ahead with 8, 32 and 75 labels per subject.",
+        ),
+    ],
+)
+def test_the_sentence_about_labels_follows_from_the_intervals(points, expected):
+    methods = {name: Method("", sum(ends) / 2, ends) for name, ends in INTERVALS.items()}
+    found = [Efficiency(number, methods[a], methods[b]) for number, a, b in points]
+    assert efficiency_sentence(found) == expected
+
+
+def test_few_labels_are_the_first_of_each_subject(train):
+    texts, gold = zip(*((row["text"], row["label"]) for row in train), strict=True)
+    small, large = demo.few_labels(texts, gold, (8, 32))
+    assert set(Counter(label for _, label in small).values()) == {8}
+    assert set(Counter(label for _, label in large).values()) == {32}
+    assert set(small) < set(large)
+    assert demo.few_labels(texts, gold, (250,)) == []
 
 
 def test_tfidf_finds_the_subjects_of_most_paragraphs(train, test):
@@ -212,6 +255,7 @@ class TestRun:
     def one_bucket(self, monkeypatch):
         """Compile one program of each kind instead of three."""
         monkeypatch.setattr(engine, "bucket_lengths", lambda longest: (longest,))
+        monkeypatch.setattr(demo, "FEWER", (1, 32))
 
     def test_leaves_what_it_promises_and_prints_only_results(self, out, capfd):
         accuracies = run(out)
@@ -228,6 +272,10 @@ class TestRun:
         assert "step" not in printed
         shown = Page((out / "report.html").read_text(encoding="utf-8"))
         assert "astronomy" in shown.text
+        (head,) = [i for i, line in enumerate(lines) if line.startswith("labels per subject")]
+        assert [line.split()[0] for line in lines[head + 1 : head + 4]] == ["0", "1", "3"]
+        shares = Counter(row["label"] for row in demo.read_jsonl(out / "data" / "train.jsonl"))
+        assert set(shares.values()) == {3}
         assert "✓" in shown.text or "✗" in shown.text
         assert (out / "data" / "ATTRIBUTION.md").read_bytes() == (
             ASSETS / "ATTRIBUTION.md"

@@ -2,15 +2,18 @@
 
 import importlib
 import json
+import subprocess
 import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pages import ROOT
+from pictures import has_named_axes, read_picture
 from task_files import read_lines
 
 SPEED = ROOT / "benchmarks" / "speed"
+BENCHMARKS = ROOT / "docs" / "benchmarks"
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -85,8 +88,35 @@ def test_no_table_where_the_sides_answer_differently(report):
 def test_a_table_figures_and_a_picture_are_written(report, tmp_path, capsys):
     row = report.compare("padded", report_case(report), runs([1.0], [2.0]), questions=8)
     report.write_report(tmp_path, [row], runs([1.0], [2.0]))
-    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"speed.json", "speed.md", "speed.svg"}
     assert "**" not in capsys.readouterr().out
+    assert "1 = equal" in read_picture((tmp_path / "speed.svg").read_text())
+
+
+def test_ratios_are_drawn_on_log_axes_and_memory_by_itself(report):
+    rows = json.loads((BENCHMARKS / "avx2.json").read_text())["rows"]
+    figure = report.picture(rows)
+    speed, memory = figure.axes
+    assert (speed.get_xscale(), memory.get_xscale()) == ("log", "log")
+    assert "fast" in speed.get_xlabel()
+    assert "memory" in memory.get_xlabel()
+    assert has_named_axes(figure)
+    bars = [(bar.get_x(), bar.get_width()) for axes in figure.axes for bar in axes.patches]
+    ordered = sorted(rows, key=lambda row: row["figure"] == "peak_mib")
+    assert bars == [(1, pytest.approx(row["ratio"] - 1)) for row in ordered]
+    for axes in figure.axes:
+        (equal,) = [line for line in axes.lines if list(line.get_ydata()) == [0, 1]]
+        assert list(equal.get_xdata()) == [1, 1]
+    only = [row for row in rows if row["figure"] == "peak_mib"]
+    assert len(report.picture(only).axes) == 1
+
+
+def test_the_picture_in_the_documents_is_that_of_the_figures_next_to_it(report, tmp_path):
+    drawn = tmp_path / "avx2.svg"
+    source = str(BENCHMARKS / "avx2.json")
+    subprocess.run([sys.executable, SPEED / "report.py", source, drawn], check=True)
+    assert drawn.read_bytes() == (BENCHMARKS / "avx2.svg").read_bytes()
+    assert read_picture(drawn.read_text())
 
 
 def write_data(folder):

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 from pages import read_markdown
+from pictures import read_picture
 from task_files import ROWS, read_lines, task
 
 from mlmjax.cli.main import run
@@ -115,9 +116,9 @@ def test_the_page_shows_everything_and_no_text_can_break_it(model, tokenizer, tm
     out = tmp_path / "out"
     results = run_evaluation(model, tokenizer, asked, data=data, out=out, known=known)
     assert {path.name for path in out.iterdir()} == {
-        "results.json", "predictions.jsonl", "report.md", "reliability.png"
+        "results.json", "predictions.jsonl", "report.md", "reliability.svg"
     }  # fmt: skip
-    assert (out / "reliability.png").read_bytes().startswith(b"\x89PNG")
+    assert "probability of the answer" in read_picture((out / "reliability.svg").read_text())
     text = (out / "report.md").read_text()
     blocks, lines = read_markdown(text)
     assert blocks == [prompt]

@@ -2,10 +2,13 @@
 
 import jinja2
 import matplotlib as mpl
+import numpy as np
 import pytest
+from pictures import has_named_axes, read_picture
 
+from mlmjax.cli.demo_report import Efficiency, curve_figure, efficiency_figure
 from mlmjax.reporting import charts, markdown, pages
-from mlmjax.reporting.accuracy import Method, accuracy_figure
+from mlmjax.reporting.accuracy import Method, accuracy_figure, confusion_figure, confusion_fits
 
 HOSTILE = "<script>|`x`\n# y</script>"
 
@@ -37,11 +40,43 @@ def test_numbers_are_written_in_one_way():
     assert markdown.score(-0.5) == "-0.5000"
 
 
+METHODS = [
+    Method("chance", 0.5),
+    Method("ours & <b>$x$</b>", 0.7, (0.6, 0.8), is_ours=True),
+]
+
+
 def test_equal_pictures_have_equal_bytes_whatever_the_users_settings(tmp_path):
-    methods = [Method("chance", 0.5), Method("ours", 0.7, (0.6, 0.8), is_ours=True)]
-    charts.save(accuracy_figure(methods), tmp_path / "one.png")
-    with mpl.rc_context({"axes.facecolor": "red", "savefig.dpi": 20, "font.size": 30}):
-        charts.save(accuracy_figure(methods), tmp_path / "two.png")
-    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
-    shown = charts.embedded_picture(accuracy_figure(methods), '">')
-    assert shown.startswith('<img alt="&#34;&gt;" src="data:image/png;base64,iVBOR')
+    charts.save(accuracy_figure(METHODS), tmp_path / "one.svg", "it")
+    with mpl.rc_context({"axes.facecolor": "red", "svg.fonttype": "path", "font.size": 30}):
+        charts.save(accuracy_figure(METHODS), tmp_path / "two.svg", "it")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        accuracy_figure(METHODS),
+        confusion_figure(["a", "<b>$x$"], np.array([[3, 1], [0, 0]])),
+        efficiency_figure([Efficiency(0, METHODS[1], METHODS[0]), Efficiency(8, *METHODS)]),
+        curve_figure([{"step": 1, "split": "train", "loss_atp": 2.0, "answer_accuracy": 0.1}]),
+        curve_figure([]),
+    ],
+)
+def test_a_picture_fits_a_phone_and_names_its_axes(figure):
+    assert has_named_axes(figure)
+    texts = read_picture(charts.embedded_picture(figure, '"> & <b>'))
+    assert {axes.get_ylabel() for axes in figure.axes} <= set(texts)
+
+
+def test_text_in_a_picture_is_text():
+    page = charts.embedded_picture(accuracy_figure(METHODS), '"> <b>')
+    assert "ours &amp; &lt;b&gt;$x$&lt;/b&gt;" in page
+    assert 'aria-label="&quot;&gt; &lt;b&gt;"' in page
+
+
+@pytest.mark.parametrize(
+    ("labels", "most", "fits"), [(8, 63, True), (8, 100, True), (12, 9, True), (30, 9, False)]
+)
+def test_a_confusion_matrix_is_drawn_where_its_numbers_have_room(labels, most, fits):
+    assert confusion_fits(np.full((labels, labels), most)) == fits

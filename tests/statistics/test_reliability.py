@@ -1,15 +1,15 @@
 """Calibration figures against plain loops and scikit-learn, and the diagram."""
 
-import io
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import has_named_axes, read_picture
 from sklearn.metrics import log_loss
 
 from mlmjax.errors import InputError
 from mlmjax.evaluation.report import diagram
+from mlmjax.reporting import charts
 from mlmjax.statistics.reliability import BINS, calibration, confidence, equal_mass, equal_width
 
 
@@ -110,6 +110,5 @@ def test_the_diagram_shows_every_bin_that_has_rows(rows):
     bins = [one for one in equal_width(sure, right) if one.rows]
     assert [bar.get_height() for bar in top.patches] == [one.accuracy for one in bins]
     assert sum(bar.get_height() for bar in below.patches) == rows
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=50)
-    assert file.getvalue().startswith(b"\x89PNG")
+    assert has_named_axes(figure)
+    assert {"calibrated", "accuracy", "rows"} <= set(read_picture(charts.svg(figure, "it")))

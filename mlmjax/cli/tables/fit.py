@@ -20,7 +20,7 @@ from mlmjax.cli.tables.report import fit_page
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.errors import InputError, counted
 from mlmjax.evaluation.suite.entrants import tfidf_regression
-from mlmjax.reporting.accuracy import Method
+from mlmjax.reporting.accuracy import Method, top_confusions
 from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.reporting.terminal import count_progress, say
 from mlmjax.statistics import reliability
@@ -160,15 +160,23 @@ def measure(
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
     commonest = Counter(trained[1]).most_common(1)[0][0]
     methods = [
-        _method("this classifier", predicted, gold, is_ours=True),
-        _method(f"always {shortened(visible(commonest), 20)!r}", [commonest] * len(gold), gold),
+        _method("this classifier", predicted, gold, is_ours=True)._replace(
+            purpose="What the saved folder answers."
+        ),
+        _method(
+            f"always {shortened(visible(commonest), 20)!r}", [commonest] * len(gold), gold
+        )._replace(
+            purpose="Every row gets the commonest label. A useful classifier is above this."
+        ),
     ]
     try:
         by_words = tfidf_regression(*trained, texts)
     except ValueError:  # no word of two letters is in any text
         say("TF-IDF finds no words in these texts, so there is no comparison with it")
     else:
-        methods.insert(1, _method("TF-IDF + logistic regression", by_words, gold))
+        purpose = "Counts of words, fitted to the same rows: what a language model must beat."
+        found = _method("TF-IDF + logistic regression", by_words, gold)
+        methods.insert(1, found._replace(purpose=purpose))
     with np.errstate(divide="ignore"):
         log_probs = np.log(probabilities)
     truth = [labels.index(name) for name in gold]
@@ -310,17 +318,3 @@ def confusion_lines(labels: Sequence[str], confusion: np.ndarray) -> Iterator[st
             yield f"{name:{first}}{counts}"
         return
     yield from top_confusions(names, confusion)
-
-
-def top_confusions(names: Sequence[str], confusion: np.ndarray, most: int = 10) -> list[str]:
-    """Return the most frequent confusions as lines.
-
-    >>> top_confusions(["a", "b"], np.array([[3, 2], [0, 4]]))
-    ['most frequent confusions', '     2  a taken for b']
-    """
-    wrong = confusion * (1 - np.eye(len(names), dtype=int))
-    pairs = sorted(np.argwhere(wrong > 0).tolist(), key=lambda at: -wrong[tuple(at)])[:most]
-    if not pairs:
-        return ["no test row is confused"]
-    shown = [f"{wrong[i, j]:6}  {names[i]} taken for {names[j]}" for i, j in pairs]
-    return ["most frequent confusions", *shown]

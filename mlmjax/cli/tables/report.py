@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlmjax.evaluation.report import diagram
-from mlmjax.reporting.accuracy import Method, accuracy_figure, confusion_figure
+from mlmjax.reporting.accuracy import (
+    Method,
+    accuracy_figure,
+    confusion_figure,
+    confusion_fits,
+    top_confusions,
+)
 from mlmjax.reporting.charts import embedded_picture
 from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.reporting.pages import render, stylesheet
-
-SHOWN_LABELS = 24
-"""With more labels, a picture of the confusion matrix cannot be read."""
 
 SHOWN_MISTAKES = 12
 EXCERPT = 400
@@ -48,9 +51,9 @@ def fit_page(
     sure = probabilities.max(axis=1)
     right = np.array([labels[i] == truth for i, truth in zip(best, gold, strict=True)])
     wrong = [i for i in np.argsort(-sure, kind="stable").tolist() if not right[i]]
-    confusion = None
-    if len(labels) <= SHOWN_LABELS:
-        figure = confusion_figure(labels, np.array(figures["confusion"]))
+    counts, confusion = np.array(figures["confusion"]), None
+    if confusion_fits(counts):
+        figure = confusion_figure(labels, counts)
         confusion = embedded_picture(figure, "counts of test rows by correct and predicted label")
     return render(
         "cli/tables/report.html.j2",
@@ -64,6 +67,7 @@ def fit_page(
             diagram(sure, right), "share of correct answers by the probability of the answer"
         ),
         confusion=confusion,
+        confusions=top_confusions([visible(label) for label in labels], counts),
         wrong=len(wrong),
         mistakes=[
             Mistake(

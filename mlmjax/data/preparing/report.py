@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mlmjax.data.manifest import SPLITS, Manifest, RowFile, SourceReport, read_manifest, totals
@@ -18,7 +17,9 @@ from mlmjax.data.rows import RowSource
 from mlmjax.errors import InputError
 from mlmjax.reporting.charts import (
     ACCENT,
-    INK,
+    IN_THE_DARK,
+    ON_DARK,
+    ON_LIGHT,
     OTHER,
     add_legend,
     hide_left_axis,
@@ -36,13 +37,15 @@ from mlmjax.text.tokenizer import Tokenizer
 PROMPTS = 20
 REPORT = "report"
 KEPT, NOT_SELECTED = "in the rows", "left out by data.select"
+RECORDS = "What became of the records of each source, both splits together"
+LENGTHS = "Examples by their number of tokens, training split"
 LENGTH_KINDS = {"with_answer": "with an answer", "without": "without an answer"}
 
 
 def write_rows_report(rows: str | Path, tokenizer: Tokenizer, *, seed: int = 0) -> Path:
     """Write `report/` into a finished rows folder if it is missing; return the page's path.
 
-    `report.md` is the page, `report.json` has all figures, the pictures are PNG files. The same
+    `report.md` is the page, `report.json` has all figures, the pictures are SVG files. The same
     rows give the same bytes. Raises `InputError` for damaged rows, for a tokenizer that they were
     not made with, and for a folder that cannot be written; `RunError` when writing fails.
     """
@@ -73,8 +76,8 @@ def _write(folder: Path, found: dict[str, Any]) -> None:
     text = json.dumps(found, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     train = found["splits"]["train"]
-    save(draw_records(found["sources"]), folder / "records.png")
-    save(draw_lengths(train["lengths"], found["seq_length"]), folder / "lengths.png")
+    save(draw_records(found["sources"]), folder / "records.svg", RECORDS)
+    save(draw_lengths(train["lengths"], found["seq_length"]), folder / "lengths.svg", LENGTHS)
     lengths = [
         {"split": split, "kind": LENGTH_KINDS[kind], **describe_lengths(counts)}
         for split, one in found["splits"].items()
@@ -347,7 +350,7 @@ _KINDS = {
     "task excluded by": "task excluded by its name",
     "overlaps": "shares text with an evaluation set",
 }
-_LEAST_LABELLED = 0.025
+_LEAST_LABELLED = 0.1
 _BINS = 64
 
 
@@ -380,32 +383,32 @@ def draw_records(sources: Sequence[Mapping[str, Any]]) -> Figure:
                 fate[_OTHER_REASONS] += fate.pop(name, 0)
         reasons = [*reasons[: len(_REASONS) - 1], _OTHER_REASONS]
     colors = _KEPT_COLORS | dict(zip(reasons, _REASONS, strict=False))
-    figure, axes = new_figure(0.38 * len(fates) + 1.8)
-    figure.suptitle(
-        "What became of the records of each source, both splits together", color=INK, fontsize=10
-    )
+    shown = sum(any(fate[name] for fate in fates.values()) for name in colors)
+    figure, axes = new_figure(0.56 * len(fates) + 0.26 * shown + 0.9)
     whole = np.maximum([sum(fate.values()) for fate in fates.values()], 1)
     left = np.zeros(len(fates))
     legend: dict[str, Any] = {}
+    for row, (name, fate) in enumerate(fates.items()):
+        title = f"{picture_label(name, 26)}, {sum(fate.values()):,} records"
+        axes.text(0, row - 0.24, title, va="bottom", parse_math=False)
     for name, color in colors.items():
         shares = np.array([fate[name] for fate in fates.values()]) / whole
         if not shares.any():
             continue
-        bars = axes.barh(range(len(fates)), shares, left=left, color=color, height=0.66)
+        bars = axes.barh(range(len(fates)), shares, left=left, color=color, height=0.4)
         legend[picture_label(name, 44)] = bars
         labels = [f"{share:.0%}" if share >= _LEAST_LABELLED else "" for share in shares]
-        label_color = "white" if np.dot(to_rgb(color), (0.3, 0.59, 0.11)) < 0.55 else INK
-        axes.bar_label(bars, labels, label_type="center", fontsize=7, color=label_color)
+        label_color = ON_DARK if color in IN_THE_DARK else ON_LIGHT
+        axes.bar_label(bars, labels, label_type="center", color=label_color)
         left = left + shares
-    names = [
-        f"{picture_label(name, 26)}\n{sum(fate.values()):,} records" for name, fate in fates.items()
-    ]
-    axes.set_yticks(range(len(fates)), names, parse_math=False, fontsize=8)
-    axes.set_ylim(len(fates) - 0.5, -0.5)
+    axes.set_yticks([])
+    axes.set_ylim(len(fates) - 0.7, -0.85)
     axes.set_xlim(0, 1)
     set_percent_ticks(axes, "x")
+    axes.set_xlabel("records of the source, both splits")
+    axes.set_ylabel("source")
     hide_left_axis(axes)
-    add_legend(figure, legend, ncols=2)
+    add_legend(figure, legend)
     return figure
 
 
@@ -415,7 +418,6 @@ def draw_lengths(lengths: Mapping[str, Mapping[str, int]], longest: int) -> Figu
     width = max(1, -(-longest // _BINS))
     edges = np.arange(1, longest + width + 1, width)
     figure, axes = new_figure(3.1)
-    figure.suptitle("Examples by their number of tokens, training split", color=INK, fontsize=10)
     below = np.zeros(len(edges) - 1)
     for (kind, counts), color in zip(lengths.items(), (ACCENT, OTHER), strict=True):
         if counts:
@@ -425,10 +427,10 @@ def draw_lengths(lengths: Mapping[str, Mapping[str, int]], longest: int) -> Figu
             axes.bar(edges[:-1] - 0.5, binned, bottom=below, color=color, **bar)
             below = below + binned
     axes.set_xlim(0, longest + 1)
-    axes.set_xlabel(f"tokens of an example (rows hold {longest:,})", color=INK, fontsize=9)
-    axes.set_ylabel("examples", color=INK, fontsize=9)
+    axes.set_xlabel(f"tokens of an example (rows hold {longest:,})")
+    axes.set_ylabel("examples, training split")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     if axes.patches:
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend()
     return figure

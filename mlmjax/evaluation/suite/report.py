@@ -16,7 +16,7 @@ from mlmjax.evaluation.suite.entrants import Setting
 from mlmjax.evaluation.suite.results import Result
 from mlmjax.evaluation.suite.rows import Rows
 from mlmjax.reporting import charts
-from mlmjax.reporting.charts import FAINT, INK, picture_label
+from mlmjax.reporting.charts import FAINT, INK, OTHER, SERIES, picture_label
 from mlmjax.reporting.markdown import LONG_CELL, METRIC_NAMES, cell, number
 from mlmjax.reporting.pages import render
 from mlmjax.statistics.metrics import (
@@ -28,11 +28,10 @@ from mlmjax.statistics.metrics import (
 )
 from mlmjax.storage import write_whole
 
-JSON, MARKDOWN, PICTURE = "suite.json", "suite.md", "suite.png"
+JSON, MARKDOWN, PICTURE = "suite.json", "suite.md", "suite.svg"
 _BOOTSTRAPPED = {"macro_f1": macro_f1, "mcc": mcc}
-_COLORS = ["#0f766e", "#b45309", "#1d4ed8", "#9f1239", "#6d28d9", "#0e7490", "#4d7c0f", "#be185d"]
-_NO_MODEL = "#64748b"
 _MARKS = "oDs^vP"
+_SHOWS = "Score of each method on each task with its 95 % interval"
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def write_report(
     lines: Sequence[Line],
     missing: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Write `suite.json`, `suite.md` and `suite.png`; return the content of the first."""
+    """Write `suite.json`, `suite.md` and `suite.svg`; return the content of the first."""
     results = {**about, "lines": [asdict(line) for line in lines], "missing": list(missing)}
     text = json.dumps(results, ensure_ascii=False, indent=2, allow_nan=False)
     averages, shared = _averages([line for line in lines if line.kind == "fine-tune"])
@@ -171,9 +170,10 @@ def write_report(
         tried=[line for line in lines if line.tried],
         notes=list(_notes(lines)),
         picture=PICTURE,
+        picture_shows=_SHOWS,
     )
     write_whole(out / JSON, f"{text}\n".encode())
-    write_whole(out / PICTURE, charts.png(scores_picture(lines)))
+    charts.save(scores_picture(lines), out / PICTURE, _SHOWS)
     write_whole(out / MARKDOWN, page.encode())
     return results
 
@@ -223,40 +223,41 @@ def scores_picture(lines: Sequence[Line]) -> Figure:
     series = list(dict.fromkeys((line.method, line.model) for line in lines))
     models = [model for model in dict.fromkeys(model for _, model in series) if model]
     methods = list(dict.fromkeys(method for method, _ in series))
-    height = 0.17 * len(lines) + 0.16 * len(tasks) + 0.22 * len(series) + 1.1
-    figure, axes = charts.new_figure(max(2.2, height))
-    y, ticks, names = 0.0, [], []
+    height = 0.2 * len(lines) + 0.4 * len(tasks) + 0.26 * len(series) + 1.2
+    figure, axes = charts.new_figure(height)
+    y, colors = 0.0, list(SERIES)
     legend: dict[str, Any] = {}
     for (task, kind, metric), own in tasks.items():
+        what = "" if metric == "accuracy" else f", {METRIC_NAMES[metric]}"
+        name = f"{picture_label(task, 26)}, {kind}{what}"
+        axes.text(0, y, name, transform=axes.get_yaxis_transform(), va="center", parse_math=False)
+        y += 1
         top = y
         for line in own:
             if line.score is not None:
-                color = _COLORS[models.index(line.model) % 8] if line.model else _NO_MODEL
+                color = colors[models.index(line.model) % len(colors)] if line.model else OTHER
                 mark = _MARKS[methods.index(line.method) % len(_MARKS)]
                 if line.ci95:
                     axes.plot(line.ci95, [y, y], color=color, linewidth=1.4, alpha=0.6)
                 (point,) = axes.plot(
                     line.score, y, mark, color=color, markersize=5, markeredgewidth=0
                 )
-                legend[", ".join(filter(None, [line.method, picture_label(line.model, 60)]))] = (
-                    point
-                )
+                named = ", ".join(filter(None, [line.method, line.model]))
+                legend[picture_label(named, 44)] = point
             y += 1
         (legend["majority label"],) = axes.plot(
             [own[0].majority] * 2, [top - 0.5, y - 0.5], color=INK, linewidth=1, linestyle=":"
         )
-        ticks.append((top + y - 1) / 2)
-        what = "" if metric == "accuracy" else f", {METRIC_NAMES[metric]}"
-        names.append(f"{picture_label(task, 30)}\n{kind}{what}")
         axes.axhline(y, color=FAINT, linewidth=0.4)
         y += 1
-    axes.set_yticks(ticks, names, parse_math=False, fontsize=7.5)
-    axes.set_ylim(max(y, 1) - 0.5, -1)
+    axes.set_yticks([])
+    axes.set_ylim(max(y, 1) - 0.5, -0.7)
     lowest = min([0.0, *(line.ci95[0] for line in lines if line.ci95)])
     axes.set_xlim(lowest - 0.02, 1)
     charts.hide_left_axis(axes)
     axes.grid(axis="x", color=FAINT, linewidth=0.4, alpha=0.6)
-    axes.set_xlabel("headline metric and its 95 % interval", color=INK, fontsize=9)
+    axes.set_xlabel("headline metric and its 95 % interval")
+    axes.set_ylabel("task")
     if legend:
         charts.add_legend(figure, legend)
     return figure

@@ -107,7 +107,7 @@ def run_suite(
 
     Each result is written whole to `out`/cells and found again by the content of the model, task,
     rows and setting, so that the same call resumes a stopped run. Writes `suite.json` (which is
-    returned), `suite.md` and `suite.png`. Raises `InputError` before the first result is computed
+    returned), `suite.md` and `suite.svg`. Raises `InputError` before the first result is computed
     for anything that cannot be loaded or answered, and if no entry finds its data.
     """
     if len(set(models)) < len(models) or len(set(baselines)) < len(baselines):

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from pictures import read_picture
 from tables import labelled_rows, write_table
 
 from mlmjax import Classifier
@@ -72,7 +73,10 @@ def test_the_line_to_go_on_with_works(fitted, tmp_path, monkeypatch):
 
 def test_the_page_shows_pictures_and_no_text_is_markup(fitted):
     page = (fitted[0] / "report" / "report.html").read_text()
-    assert page.count('<img alt="') == 3
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert all(read_picture(picture) for picture in pictures)
+    assert len(pictures) == 3
+    assert page.count("<dt>") == page.count("<dd>") == 3
     assert "No test row has a wrong answer." in page
     assert "mlmjax classify --model" in page
     assert "<script" not in page

@@ -12,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
 from pages import read_markdown
+from pictures import has_named_axes, read_picture
 from row_files import HOSTILE, content, stored, write_table
 from training import write_records, write_tokenizer
 
@@ -29,7 +30,7 @@ from mlmjax.data.preparing.report import (
     write_rows_report,
 )
 from mlmjax.data.rows import open_rows
-from mlmjax.reporting.charts import png
+from mlmjax.reporting.charts import svg
 from mlmjax.reporting.markdown import cell, fenced, visible
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -202,14 +203,16 @@ def test_any_text_stays_in_its_place(text):
 
 def test_the_same_rows_give_the_same_bytes_and_stay_as_they_are(page, folder, tokenizer):
     files = {path.name for path in page.parent.iterdir()}
-    assert files == {"report.md", "report.json", "records.png", "lengths.png"}
+    assert files == {"report.md", "report.json", "records.svg", "lengths.svg"}
+    for path in page.parent.glob("*.svg"):
+        assert read_picture(path.read_text())
     rows = content(folder)
     shutil.rmtree(page.parent)
     page.parent.mkdir()  # An empty folder is as good as none.
     partial = folder / "report.partial"
     partial.mkdir()  # as a kill leaves it
     (partial / ".building").touch()
-    (partial / "records.png").write_bytes(b"half a pic")
+    (partial / "records.svg").write_bytes(b"<svg half a pic")
     assert write_rows_report(folder, tokenizer) == page
     assert content(folder) == rows
     there = {path.name for path in folder.iterdir()}
@@ -277,7 +280,7 @@ def written(folder, tokenizer, *sources, name="rows", head="mlm", **settings):
     config = DataConfig(rows=str(folder / name), sources=sources, **settings)
     rows = prepare.prepare(config, tokenizer, head=head)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "save", lambda figure, path: None)  # most of the time
+        patch.setattr(report, "save", lambda figure, path, description: None)  # most of the time
         page = write_rows_report(rows, tokenizer)
     found = json.loads((page.parent / "report.json").read_bytes())
     return page.read_text(), found, "\n".join(prepare.summary(read_manifest(rows)))
@@ -430,22 +433,23 @@ def test_pictures_take_any_names():
         counts = dict.fromkeys(map(str, range(1, longest + 1)), 1)
         drawn.append(draw_lengths({"with_answer": counts, "without": counts}, longest or 9))
     for figure in (*drawn[:3], drawn[-1]):  # Saving is most of the time.
-        assert png(figure).startswith(b"\x89PNG")
+        assert read_picture(svg(figure, "it"))
+        assert has_named_axes(figure)
 
 
 def test_pictures_say_what_they_count():
     drawn = draw_lengths({"with_answer": {"3": 2}, "without": {"9": 1}}, 9)
     assert any("training split" in text for text in texts(drawn))
-    shown = texts(draw_records([source("s", 1000, x=31, y=25)]))
-    assert any("records" in text and "both splits" in text for text in shown)
-    assert {KEPT, "x", "y", "94%", "3%", "2%"} <= set(shown)
-    assert "2%" not in texts(draw_records([source("s", 1000, x=24)]))
+    shown = texts(draw_records([source("s", 1000, x=120, y=110)]))
+    assert any(text.endswith("both splits") for text in shown)
+    assert {KEPT, "x", "y", "77%", "12%", "11%"} <= set(shown)
+    assert "9%" not in texts(draw_records([source("s", 1000, x=90)]))
     # Similar reasons are one, and those beyond the colours another.
     reasons = {"overlaps a": 2, "overlaps b": 2, **{f"r{n}": 2 for n in range(9)}}
     shown = texts(draw_records([source(f"s{n}", 100 - n, **reasons) for n in range(30)]))
     assert {"shares text with an evaluation set", "other reasons"} <= set(shown)
     assert "r8" not in shown
-    assert sum("records" in text for text in set(shown)) == 24 + 1
+    assert sum("records" in text for text in set(shown)) == 24 + 1  # and the axis
     assert any(text.startswith("other 7 sources") for text in shown)
 
 

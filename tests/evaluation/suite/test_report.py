@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 
+from pictures import has_named_axes, read_picture
 from suite_files import SWEEP
 from task_files import task
 
@@ -11,7 +12,7 @@ from mlmjax.config.suite import Entry, Part, Planned
 from mlmjax.data.contamination import Contamination
 from mlmjax.evaluation.questions import Question
 from mlmjax.evaluation.suite.entrants import Setting
-from mlmjax.evaluation.suite.report import summarize, write_report
+from mlmjax.evaluation.suite.report import scores_picture, summarize, write_report
 from mlmjax.evaluation.suite.results import Prediction, Result
 from mlmjax.evaluation.suite.rows import Rows
 from mlmjax.statistics.metrics import classification_metrics, macro_f1, mean_interval
@@ -79,7 +80,9 @@ def test_the_page_shows_everything_and_text_has_no_power_in_it(tmp_path):
     about = {**ABOUT, "sweep": SWEEP.model_dump()}
     results = write_report(tmp_path, about, lines(), missing)
     assert json.loads((tmp_path / "suite.json").read_text()) == json.loads(json.dumps(results))
-    assert (tmp_path / "suite.png").read_bytes().startswith(b"\x89PNG")
+    shown = read_picture((tmp_path / "suite.svg").read_text())
+    assert {"headline metric and its 95 % interval", "task", "majority label"} <= set(shown)
+    assert has_named_axes(scores_picture(lines()))
     page = (tmp_path / "suite.md").read_text()
     assert "<b>" not in page
     assert "\n# y" not in page

@@ -1,8 +1,11 @@
 """The tables of the small model's experiments are those of the figures kept next to them."""
 
+import json
 import shutil
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+from pictures import read_picture
 
 ROOT = Path(__file__).parents[3]
 EXPERIMENTS = ROOT / "docs" / "experiments"
@@ -16,7 +19,11 @@ def test_the_tables_are_made_of_the_kept_results(tmp_path):
     small_tables.write_tables(tmp_path / "no work", tmp_path)
     for name in ("results.json", "tables.md"):
         assert (tmp_path / name).read_bytes() == (EXPERIMENTS / name).read_bytes()
-    assert (tmp_path / "curves.png").is_file()
+    drawn = (tmp_path / "curves.svg").read_text()
+    assert drawn == (EXPERIMENTS / "curves.svg").read_text()
+    assert {"ATP only", "held-out MLM loss"} <= set(read_picture(drawn))
+    curves = json.loads((tmp_path / "results.json").read_text())["curves"]
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in small_tables.draw(curves).axes)
 
 
 def test_a_mixture_is_summed_up_over_its_seeds():

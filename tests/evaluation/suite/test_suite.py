@@ -94,7 +94,7 @@ def test_every_method_is_in_the_results_and_on_the_page(done):
     assert "`nobody has written them down`" in page
     assert "test rows of ag_news: no file of" in page
     assert "24\\*" in page  # 32 training rows less the 8 that were held out
-    assert (out / "suite.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "suite.svg").read_text().startswith("<svg")
     # One zero-shot, one TF-IDF, and for each head two settings and one seed.
     assert len(printed.cells) == len(list((out / "cells").iterdir())) == 8
     assert printed.lines[-1].startswith("[8/8] ")
@@ -143,7 +143,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(folder, out, tmp_path):
 def test_results_are_not_computed_again_unless_a_setting_changes(folder, done, out):
     assert run_small(folder, out)[1].computed == []
     before, after = files_of(done[0]), files_of(out)
-    assert after | {"suite.png": before["suite.png"]} == before
+    assert after | {"suite.svg": before["suite.svg"]} == before
     results, printed = run_small(folder, out, "seeds=2", 'heads=["mlm"]')
     assert len(printed.computed) == 1  # the second seed
     (line,) = lines_of(results, "MLM head")

@@ -146,7 +146,7 @@ def cases():
         yield case(f"task file {name}", spoil, says=says)
     for name, (spoil, more, says) in PLACES.items():
         yield case(f"evaluate {name}", spoil, *more, says=says)
-    writes = ("results/*.json*", "results/report.md", "results/reliability.png")
+    writes = ("results/*.json*", "results/report.md", "results/reliability.svg")
     for name, spoil in GOOD.items():
         more = ("--json", "--limit", "9" * 30, *(("--out", "results") if "results" in name else ()))
         yield case(f"evaluate {name}", spoil, *more, says='"n": 1', code=0, writes=writes)
