@@ -4,7 +4,7 @@
 
 `--data` holds parquet files: ag_news_sample5k_train, ag_news_sample5k_dev, ag_news_test,
 trec_train, trec_test, cola_in_domain_dev, 20newsgroups_bydate_train, 20newsgroups_bydate_test.
-The script prints a Markdown table and writes figures.json, figures.png and reliability.png.
+The script prints a Markdown table and writes figures.json and reliability diagrams.
 `--only PART ...` measures some parts again and keeps the others. Rows for tests and calibration are
 never trained on.
 """
@@ -20,13 +20,14 @@ from pathlib import Path
 import numpy as np
 from around_the_classifier import commands, language
 from sklearn.metrics import f1_score
-from study import HEADER, LETTERS, TOPICS, WORDS, Study, draw, line, picture
+from study import HEADER, LETTERS, TOPICS, WORDS, Study, draw, line
 
 from mlmjax import Classifier, load_pretrained
 from mlmjax.config.task import newsgroup
 from mlmjax.errors import InputError
-from mlmjax.evaluation.report import diagram
+from mlmjax.evaluation.report import DIAGRAM, diagram
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.reporting import charts
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.option_orders import sensitivity, shifted
 from mlmjax.statistics.reliability import calibration, confidence
@@ -132,7 +133,7 @@ def trust(s: Study) -> None:
             scores = np.log(both.predict_proba(texts))
         else:
             scores = measure(f"{name}, temperature", both)
-        diagram(*confidence(scores, truth)).savefig(s.out / "reliability.png", dpi=120)
+        charts.save(diagram(*confidence(scores, truth)), s.out / f"{name}.svg", DIAGRAM)
         held = np.log(both.predict_proba(dev[half:]))
         for method in ("lac", "aps"):
             sets = label_sets.fit(held, numbers(names[half:], TOPICS), method=method)
@@ -269,7 +270,6 @@ def main() -> None:
         found[name] = {"seconds": time.perf_counter() - start, "rows": study.rows}
         kept.write_text(json.dumps(found, indent=1) + "\n")
     rows = [row for part in PARTS if part.__name__ in found for row in found[part.__name__]["rows"]]
-    picture(rows, given.out / "figures.png")
     print("\n".join([HEADER, *map(line, rows)]))
 
 

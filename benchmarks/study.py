@@ -1,11 +1,10 @@
-"""Hold what a study of a classifier shares: data, figures, a Markdown table and a picture."""
+"""Hold what a study of a classifier shares: data, figures and a Markdown table."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from matplotlib.figure import Figure
 
 from mlmjax import Classifier
 from mlmjax.statistics.metrics import wilson_interval
@@ -101,20 +100,3 @@ def line(row: dict) -> str:
     what = row["what"].replace("|", "\\|")
     cells = (row["part"], what, row["measure"], value, interval, row["n"] or "", more)
     return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def picture(rows: list[dict], path: Path) -> None:
-    """Draw every accuracy and coverage with its interval, in one colour per part."""
-    shares = [row for row in rows if row["measure"] in ("accuracy", "coverage")][::-1]
-    parts = list(dict.fromkeys(row["part"] for row in rows))
-    figure = Figure(figsize=(9, 1 + 0.22 * len(shares)), layout="constrained")
-    axes = figure.subplots()
-    for at, row in enumerate(shares):
-        color = f"C{parts.index(row['part'])}"
-        axes.plot(row["interval"], [at, at], color=color)
-        axes.plot(row["value"], at, color=color, marker="o", markersize=4)
-    axes.set_yticks(range(len(shares)), [f"{r['part']}: {r['what']}" for r in shares], fontsize=7)
-    axes.set_xlim(0, 1)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("accuracy, or coverage of label sets; lines are 95 % intervals")
-    figure.savefig(path, dpi=120)

@@ -159,15 +159,10 @@ def measure(
     texts, gold = tested
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
     commonest = Counter(trained[1]).most_common(1)[0][0]
+    name = f"always {shortened(visible(commonest), 20)!r}"
     methods = [
-        _method("this classifier", predicted, gold, is_ours=True)._replace(
-            purpose="What the saved folder answers."
-        ),
-        _method(
-            f"always {shortened(visible(commonest), 20)!r}", [commonest] * len(gold), gold
-        )._replace(
-            purpose="Every row gets the commonest label. A useful classifier is above this."
-        ),
+        _method("this classifier", predicted, gold, "What the saved folder answers.", is_ours=True),
+        _method(name, [commonest] * len(gold), gold, "A useful classifier is above this."),
     ]
     try:
         by_words = tfidf_regression(*trained, texts)
@@ -175,8 +170,7 @@ def measure(
         say("TF-IDF finds no words in these texts, so there is no comparison with it")
     else:
         purpose = "Counts of words, fitted to the same rows: what a language model must beat."
-        found = _method("TF-IDF + logistic regression", by_words, gold)
-        methods.insert(1, found._replace(purpose=purpose))
+        methods.insert(1, _method("TF-IDF + logistic regression", by_words, gold, purpose))
     with np.errstate(divide="ignore"):
         log_probs = np.log(probabilities)
     truth = [labels.index(name) for name in gold]
@@ -192,9 +186,12 @@ def measure(
     return figures, methods
 
 
-def _method(name: str, predicted: list[str], gold: list[str], is_ours: bool = False) -> Method:
+def _method(
+    name: str, predicted: list[str], gold: list[str], purpose: str, is_ours: bool = False
+) -> Method:
     correct = sum(map(str.__eq__, predicted, gold))
-    return Method(name, correct / len(gold), wilson_interval(correct, len(gold)), is_ours)
+    interval = wilson_interval(correct, len(gold))
+    return Method(name, correct / len(gold), interval, is_ours, purpose)
 
 
 def describe(
