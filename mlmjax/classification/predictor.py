@@ -16,7 +16,7 @@ from flax import nnx
 
 from mlmjax.classification.labels import pair_labels, right_columns
 from mlmjax.classification.prompter import CHUNK_PROMPTS, Prompter
-from mlmjax.classification.settings import Answer, LongText, Settings, settle
+from mlmjax.classification.settings import Answer, LongText, Settings, settle, upgrade
 from mlmjax.config.run import Head
 from mlmjax.config.tables import decode, suggest_name
 from mlmjax.errors import InputError
@@ -360,6 +360,8 @@ class Predictor:
             if (folder / TRAINING).exists():
                 manifest = plain_file(folder, TRAINING).read_text(encoding="utf-8")
             model, tokenizer = load_pretrained(self.source, dtype=self.dtype, **where)
+            if saved is not None:
+                saved, tokenizer = upgrade(saved, tokenizer)
         else:
             raise InputError(
                 f"source is {self.source!r:.60}; expected a folder, a hub id, or a pair "

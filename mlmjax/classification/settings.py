@@ -1,5 +1,6 @@
 """The settings of a classifier, saved with its weights."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -44,9 +45,12 @@ class Settings(StrictTable):
     """The settings that `save_pretrained` writes; `labels` maps names to descriptions.
 
     `reason` says why `answer` was chosen; None if it was given.
+    `ids` says whose ids the prompts have: those of transformers, or (in settings that do not say)
+    those of version 0.1, which differ for some tokenizers.
     """
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
+    ids: Literal["0.1", "transformers"] = "0.1"
     labels: Mapping[str, str]
     template: str
     shorten: Mapping[str, ShortenSide] = {}
@@ -82,6 +86,23 @@ class Settings(StrictTable):
         return tuple(f"{name}: {d}" if d else name for name, d in self.labels.items())
 
 
+def upgrade(saved: Settings, tokenizer: Tokenizer) -> tuple[Settings, Tokenizer]:
+    """Return saved settings as those of today, and the tokenizer that they need.
+
+    Version 0.1 put [CLS] and [SEP] around a prompt and no space before the mask, whatever the
+    tokenizer. A classifier that was saved so is prompted so.
+    """
+    if saved.ids == "transformers":
+        return saved, tokenizer
+    ends = (tokenizer.cls_id,), (tokenizer.sep_id,)
+    if None not in ends[0] + ends[1] and ends != (tokenizer.prefix_ids, tokenizer.suffix_ids):
+        tokenizer = tokenizer.with_ends("cls", "sep")
+    template = saved.template
+    if tokenizer.mask_id not in tokenizer.lstrip_ids:
+        template = re.sub(r"\[unused0\]\s+\[MASK\]", "[unused0][MASK]", template)
+    return saved.model_copy(update={"ids": "transformers", "template": template}), tokenizer
+
+
 LEARNED = ("calibration", "conformal", "abstain_below")
 """Settings found from texts; they hold only for the prompts that they were found with."""
 
@@ -109,6 +130,7 @@ def settle(
         values["head"] = "classification" if has_head else "mlm"
     else:
         values = dict(saved)
+    values["ids"] = "transformers"
     plain = ("head", "answer", "multi_label", "orders", "long_text", "max_length", "instruction")
     values |= {name: given[name] for name in plain if given[name] is not None}
     if has_head and values["head"] == "mlm":

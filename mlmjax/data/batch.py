@@ -22,7 +22,7 @@ OBJECTIVES = ("atp", "dummy", "mlm")
 class Example:
     """Hold one tokenised prompt with its answer in place, or one window of plain text.
 
-    `ids` are uint32 `[tokens]`, `[CLS] ... [SEP]`. `answer_position` is the place of the answer
+    `ids` are uint32 `[tokens]`, outer tokens included. `answer_position` is the place of the answer
     (-1: none). `task` numbers the task names of the manifest. `index` numbers the examples of a
     split and seeds the masking. `label` is what a classification head learns: the number of the
     class, or the value of a regression (NaN: none).

@@ -14,7 +14,7 @@ from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Advance, Engine
 from mlmjax.scoring.likelihood import encode_texts
 from mlmjax.scoring.scorers import check_finite, check_masked_lm
-from mlmjax.text.prompts import MASK, WHITE_SPACE
+from mlmjax.text.prompts import MASK
 from mlmjax.text.tokenizer import Tokenizer
 
 MASKS_AT_ONCE = 8
@@ -49,8 +49,9 @@ def fill_mask(
 class MaskFiller:
     """Predict the likeliest tokens for every `[MASK]` of a text.
 
-    Only here does `[MASK]` in a text mean the mask; names of other special tokens stay text. White
-    space before a mask belongs to the answer if the tokenizer says so. The masks of a text are
+    Only here does `[MASK]`, or the tokenizer's own name for it, in a text mean the mask; names of
+    other special tokens stay text. White space before a mask belongs to the answer if the tokenizer
+    says so. The masks of a text are
     predicted in one pass, each without knowing the answers to the others.
 
     Special and `[unused*]` tokens are never answers. Probabilities are those of the softmax over
@@ -111,17 +112,14 @@ class MaskFiller:
         return results
 
     def _ids(self, text: str) -> list[int]:
+        text = text.replace(self.tokenizer.names["mask"], MASK)
         if MASK not in text:
             raise InputError(f"has no {MASK}; write {MASK} where the model is to fill in")
-        stretches, mask = text.split(MASK), self.tokenizer.mask_id
-        if mask in self.tokenizer.lstrip_ids:
-            stretches[:-1] = [stretch.rstrip(WHITE_SPACE) for stretch in stretches[:-1]]
-        if mask in self.tokenizer.rstrip_ids:
-            stretches[1:] = [stretch.lstrip(WHITE_SPACE) for stretch in stretches[1:]]
-        ids, *rest = self.tokenizer.encode_plain_batch(stretches)
+        first, *rest = text.split(MASK)
+        parts: list[str | int] = [first]
         for stretch in rest:
-            ids += [mask, *stretch]
-        return ids
+            parts += [self.tokenizer.mask_id, stretch]
+        return self.tokenizer.encode_parts_batch([parts])[0]
 
     def _filled(self, scored: tuple[list[float], list[int]]) -> list[Filled]:
         return [Filled(self.tokenizer.decode([i]), i, p) for p, i in zip(*scored, strict=True)]

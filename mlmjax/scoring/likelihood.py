@@ -80,13 +80,14 @@ def pseudo_log_likelihood(
 class TextScorer:
     """Score texts by pseudo-log-likelihood; keep one for many calls, since it compiles once.
 
-    Every token is predicted from the rest of its text between [CLS] and [SEP], under the softmax
+    Every token is predicted from the rest of its text between the tokenizer's outer tokens ([CLS]
+    and [SEP] in ModernBERT), under the softmax
     over the whole vocabulary, so a text takes one sequence through the model for each token. With
     `method="original"` (Salazar et al. 2020) only the token is masked. With `"word_l2r"` (Kauf and
     Ivanova 2023) the later tokens of its word are masked too, so that the end of a word does not
     give away its beginning. Nothing in a text becomes a special token.
 
-    A text of more than `max_length` tokens with [CLS] and [SEP] (default: the model's
+    A text of more than `max_length` tokens with the outer ones (default: the model's
     `max_position_embeddings`) is an error; it is never truncated. `options` are `batch_size` and
     `max_length`.
     """
@@ -124,7 +125,9 @@ class TextScorer:
             log_probs = np.concatenate(parts)
             check_finite(log_probs)
             values = iter(log_probs.tolist())
-            results += [self._text_score(ids, islice(values, len(ids) - 2)) for ids in chunk]
+            results += [
+                self._text_score(own, islice(values, len(own))) for own in map(self._own, chunk)
+            ]
         return results
 
     def _ids(self, text: str) -> list[int]:
@@ -135,15 +138,20 @@ class TextScorer:
 
     def _masked(self, ids: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """Yield for each token the masked sequence, the slot to read and the token there."""
-        ends = word_ends(word_starts(self.tokenizer)(ids[1:-1])) + 1
-        for slot in range(1, len(ids) - 1):
+        first, own = len(self.tokenizer.prefix_ids), self._own(ids)
+        ends = first + word_ends(word_starts(self.tokenizer)(own))
+        for slot, end in enumerate(ends, first):
             masked = ids.copy()
-            stop = ends[slot - 1] if self.method == "word_l2r" else slot + 1
+            stop = end if self.method == "word_l2r" else slot + 1
             masked[slot:stop] = self.tokenizer.mask_id
             yield masked, slot, int(ids[slot])
 
-    def _text_score(self, ids: np.ndarray, log_probs: Iterable[float]) -> TextScore:
-        own = ids[1:-1]
+    def _own(self, ids: np.ndarray) -> np.ndarray:
+        """Return the tokens of a text without the outer ones."""
+        first = len(self.tokenizer.prefix_ids)
+        return ids[first : len(ids) - len(self.tokenizer.suffix_ids)]
+
+    def _text_score(self, own: np.ndarray, log_probs: Iterable[float]) -> TextScore:
         texts = {i: self.tokenizer.decode([i]) for i in set(own.tolist())}
         starts = word_starts(self.tokenizer)(own).tolist()
         return TextScore(
@@ -181,11 +189,12 @@ def encode_texts(
     def encode(text: str) -> np.ndarray:
         check_filled(text, "the text")
         ids = ids_of(text)
-        if len(ids) + 2 > longest:
+        if len(ids) + tokenizer.outer > longest:
             raise InputError(
-                f"has {len(ids)} tokens and at most {longest - 2} fit; cut it into parts"
+                f"has {len(ids)} tokens and at most {longest - tokenizer.outer} fit; cut it into "
+                "parts"
             )
-        return np.array([tokenizer.cls_id, *ids, tokenizer.sep_id], np.int32)
+        return np.array(tokenizer.wrap(ids), np.int32)
 
     def size(text: Any) -> int:
         return 1 + (len(text) if isinstance(text, str) else 0)

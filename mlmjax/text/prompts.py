@@ -45,15 +45,15 @@ class Template:
     """Render rows into prompts: `{field}`, `{options}`, `{{` and `}}` for braces.
 
     `[MASK]`, `[unused0]`, `[SEP]` and `[CLS]` in the template are special tokens; in a field they
-    are ordinary text. ` [unused0] [MASK]` is appended if `[MASK]` is missing. [CLS] and a last
-    [SEP] are added around the prompt.
+    are ordinary text. ` [unused0] [MASK]` is appended if `[MASK]` is missing. The tokens that the
+    tokenizer puts around a text ([CLS] and [SEP] in ModernBERT) are added around the prompt.
 
     `shorten` says which part of a field to truncate if the prompt is too long: `"head"`, `"tail"`
     or `"middle"`. Of several such fields the longest are truncated first, down to one common
     number of tokens. Nothing else of a prompt is ever truncated.
 
-    The prompt is one string cut at the template's special tokens; each part is encoded as a whole,
-    so ordinary text has the ids of the whole string. `{options}` is one line `- A: text` per
+    The prompt is encoded as one string, so ordinary text has the ids of the whole string, whatever
+    white space the tokenizer's special tokens include. `{options}` is one line `- A: text` per
     option (`- 1: text` with `names="numbers"`), last newline included. A line inside a field or an
     option is only text, even if it looks like an option. One field may be blank, but not all.
 
@@ -97,7 +97,7 @@ class Template:
         Joined by the text of the field they are the whole prompt, with special tokens as text.
 
         >>> Template("Is it good?\n{text}").around("text", {})
-        ['Is it good?\n', ' [unused0][MASK]']
+        ['Is it good?\n', ' [unused0] [MASK]']
         """
         pieces = [""]
         for part in self._parts:
@@ -164,39 +164,10 @@ class Template:
         }
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
-        """Return the ids of many rows before truncation, `[CLS]` and last `[SEP]` included."""
-        if _Token(ANCHOR) in self._parts:
-            tokenizer.require_anchor()
-        own = [getattr(tokenizer, _TOKENS[p.name]) for p in self._parts if isinstance(p, _Token)]
-        texts = [stretch for row in rows for stretch in self._stretches(row, own, tokenizer)]
-        encoded = iter(tokenizer.encode_plain_batch(texts))
-        result = []
-        for _ in rows:
-            ids = [tokenizer.cls_id]
-            for token in [*own, tokenizer.sep_id]:
-                ids += [*next(encoded), token]
-            result.append(ids)
-        return result
-
-    def _stretches(
-        self, texts: Mapping[str, str], own: Sequence[int], tokenizer: Tokenizer
-    ) -> list[str]:
-        """Return the text before, between and after the template's special tokens.
-
-        White space next to a token that includes it is removed, as in a whole string.
-        """
-        stretches = [""]
-        for part in self._parts:
-            if isinstance(part, _Token):
-                stretches.append("")
-            else:
-                stretches[-1] += texts[part.name] if isinstance(part, _Field) else part
-        for at, token in enumerate(own):
-            if token in tokenizer.lstrip_ids:
-                stretches[at] = stretches[at].rstrip(WHITE_SPACE)
-            if token in tokenizer.rstrip_ids:
-                stretches[at + 1] = stretches[at + 1].lstrip(WHITE_SPACE)
-        return stretches
+        """Return the ids of many rows before truncation, outer tokens included."""
+        parts = [_id_of(p, tokenizer) if isinstance(p, _Token) else p for p in self._parts]
+        filled = [[row[p.name] if isinstance(p, _Field) else p for p in parts] for row in rows]
+        return [tokenizer.wrap(ids) for ids in tokenizer.encode_parts_batch(filled)]
 
     def _fit(
         self, tokenizer: Tokenizer, texts: dict[str, str], ids: list[int], max_length: int
@@ -207,9 +178,6 @@ class Template:
             ids, shortened = self._shortened(tokenizer, texts, len(ids), max_length)
         slot = ids.index(tokenizer.mask_id) if self.slot else -1
         assert ids.count(tokenizer.mask_id) == self.slot
-        assert not self.slot or ids[slot - 1] == tokenizer.anchor_id
-        assert ids[0] == tokenizer.cls_id
-        assert ids[-1] == tokenizer.sep_id
         assert len(ids) <= max_length
         return Prompt(ids, slot, shortened)
 
@@ -288,20 +256,32 @@ def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
             raise InputError(
                 f"template: has {parts.count(mask)} {MASK}; expected one, directly after {ANCHOR}"
             )
-        slot = parts.index(mask)
-        before, after = parts[:slot], parts[slot:]
-    else:
-        before, after = parts, [mask]
-        if anchor not in _without_space(parts)[-1:]:
-            spaced = not parts or (isinstance(parts[-1], str) and parts[-1][-1] in WHITE_SPACE)
-            before = [*parts, *([] if spaced else [" "]), anchor]
-    before = _without_space(before)
-    if anchor not in before[-1:]:
+        if anchor not in _without_space(parts[: parts.index(mask)])[-1:]:
+            raise InputError(
+                f"template: {MASK} is not directly after {ANCHOR}; write {ANCHOR} {MASK}, or leave "
+                "both out to append them"
+            )
+        return tuple(parts)
+    space = [] if _ends_in_space(parts) else [" "]
+    if anchor in _without_space(parts)[-1:]:
+        return (*parts, *space, mask)
+    return (*parts, *space, anchor, " ", mask)
+
+
+def _ends_in_space(parts: list[_Part]) -> bool:
+    return not parts or (isinstance(parts[-1], str) and parts[-1][-1] in WHITE_SPACE)
+
+
+def _id_of(token: _Token, tokenizer: Tokenizer) -> int:
+    """Return the id of a special token; raises `InputError` if the tokenizer has none."""
+    if token.name == ANCHOR:
+        return tokenizer.require_anchor()
+    number: int | None = getattr(tokenizer, _TOKENS[token.name])
+    if number is None:
         raise InputError(
-            f"template: {MASK} is not directly after {ANCHOR}; write {ANCHOR} {MASK}, or leave "
-            "both out to append them"
+            f"template: has {token.name}, which {tokenizer.where} does not have; leave it out"
         )
-    return (*before, *after)
+    return number
 
 
 def _without_slot(parts: list[_Part]) -> tuple[_Part, ...]:

@@ -5,20 +5,19 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from mlmjax.errors import InputError
-from mlmjax.storage import MAX_JSON_BYTES, TOKENIZER_FILES, parse_object, read_bounded
+from mlmjax.storage import MAX_JSON_BYTES, TOKENIZER_FILES, read_bounded
 from mlmjax.text.checks import check_text
+from mlmjax.text.tokenizer_files import around, plain_copy, read_files
 
 ANCHOR = "[unused0]"
 UNUSED = re.compile(r"\[unused\d+\]")
-_ROLES = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-_OTHER_ROLES = ("unk", "bos", "eos")
 _MAX_BYTES = dict.fromkeys(TOKENIZER_FILES, MAX_JSON_BYTES) | {"tokenizer.json": 128 * 2**20}
 
 
@@ -26,59 +25,48 @@ class Tokenizer:
     """Encode plain text with a fast tokenizer, and hold its special ids.
 
     Attributes: `backend` (the `tokenizers.Tokenizer`, truncation and padding off), `vocab_size`
-    (ids are `0 .. vocab_size - 1`), `cls_id`, `sep_id`, `pad_id`, `mask_id`, `anchor_id`
-    (`[unused0]`, None if there is no such token), `special_ids` (every special token and every
-    `[unused*]`: never masked, never a target), `lstrip_ids` and `rstrip_ids` (tokens that include
-    the white space before or after them), `files` (name -> bytes, written by `save`) and `sha256`
-    of `files["tokenizer.json"]`.
+    (ids are `0 .. vocab_size - 1`), `prefix_ids` and `suffix_ids` (what the tokenizer's own
+    post-processor puts before and after one text: `[CLS]` and `[SEP]` in ModernBERT, other tokens
+    or none in others), `mask_id`, `pad_id`, `cls_id` and `sep_id` (None if the tokenizer has no
+    such token), `anchor_id` (`[unused0]`, None if there is no such token), `names` (the text of
+    the token of each role, such as "mask"), `special_ids` (every special token and every
+    `[unused*]`: never masked, never a target), `lstrip_ids` (tokens that include the white space
+    before them), `files` (name -> bytes, written by `save`) and `sha256` of
+    `files["tokenizer.json"]`.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
         self.files = dict(files)
         self.where = where
-        tables = {name: parse_object(data, f"{where}/{name}") for name, data in files.items()}
-        table = tables.pop("tokenizer.json")
         path = f"{where}/tokenizer.json"
-        if baked := _baked_in(table):
-            table |= baked
-            self.files["tokenizer.json"] = json.dumps(table, indent=2, ensure_ascii=False).encode()
-        self.backend = _backend(table, path)
+        found = read_files(files, where)
+        if found.replaced is not None:
+            self.files["tokenizer.json"] = found.replaced
         self.sha256 = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
-        added = _added_tokens(table, path)
-        tokens = self.backend.get_vocab(with_added_tokens=True)
+        self.backend, self.names, tokens = found.backend, found.names, found.tokens
         self.vocab_size = len(tokens)
-        _check_ids(tokens, added, path)
-
-        names = _special_names(tables, where)
-        if missing := [role for role in _ROLES if names[role] not in tokens]:
-            keys = ", ".join(f"{role}_token" for role in missing)
-            raise InputError(
-                f"{path}: has no token {', '.join(names[role] for role in missing)}; expected a "
-                f"tokenizer with {', '.join(names[r] for r in _ROLES)}, or other names for them in "
-                f"tokenizer_config.json ({keys})"
-            )
-        self.cls_id, self.sep_id, self.pad_id, self.mask_id = (tokens[names[r]] for r in _ROLES)
+        self.pad_id, self.mask_id = tokens[self.names["pad"]], tokens[self.names["mask"]]
+        self.cls_id = tokens[self.names["cls"]] if "cls" in self.names else None
+        self.sep_id = tokens[self.names["sep"]] if "sep" in self.names else None
         self.anchor_id = tokens.get(ANCHOR)
-        taken = {name for name, flags in added.items() if flags["special"]} | set(names.values())
+        if self.anchor_id == self.mask_id:
+            raise InputError(f"{path}: [MASK] and {ANCHOR} are one token; expected different ones")
+        self.prefix_ids, self.suffix_ids = around(self.backend, self.names["mask"], path)
+
+        outer = {*self.prefix_ids, *self.suffix_ids}
+        taken = {name for name, one in found.added.items() if one["special"] or one["id"] in outer}
+        taken |= {*self.names.values()}
         taken |= {name for name in tokens if UNUSED.fullmatch(name)}
-        self.special_ids = frozenset(tokens[name] for name in taken if name in tokens)
-        roles = [*_ROLES.values(), *([] if self.anchor_id is None else [ANCHOR])]
-        distinct = {self.cls_id, self.sep_id, self.pad_id, self.mask_id, self.anchor_id} - {None}
-        if len(distinct) < len(roles):
-            raise InputError(
-                f"{path}: two of {', '.join(roles)} are one token; expected different tokens"
-            )
-        self.lstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("lstrip"))
-        self.rstrip_ids = frozenset(flags["id"] for flags in added.values() if flags.get("rstrip"))
+        self.special_ids = frozenset(tokens[name] for name in taken)
+        added = {entry["id"]: entry for entry in found.added.values()}
+        self.lstrip_ids = frozenset(number for number, entry in added.items() if entry["lstrip"])
         self._words = {
-            flags["id"]: name
-            for name, flags in added.items()
-            if flags.get("lstrip") and name not in taken
+            number: added[number]["content"] for number in self.lstrip_ids - self.special_ids
         }
-        self._plain, self._renumber = _plain(table, taken, path)
+        self._plain, self._secrets = plain_copy(found, taken, path)
         # A word-level vocabulary may not know a text; any other special id would be a breach.
-        self._forbidden = self.special_ids - {tokens.get(names.get("unk", "[UNK]"), -1)}
+        self._forbidden = self.special_ids - found.unknown
         for name in sorted(taken):
             self.encode_plain(name)
 
@@ -104,6 +92,31 @@ class Tokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.files, self.where)
+
+    @property
+    def outer(self) -> int:
+        """Return the number of tokens around a text."""
+        return len(self.prefix_ids) + len(self.suffix_ids)
+
+    def wrap(self, ids: Iterable[int]) -> list[int]:
+        """Return ids between the tokens that the tokenizer puts around a text.
+
+        >>> Tokenizer.from_pretrained().wrap([329])
+        [50281, 329, 50282]
+        """
+        return [*self.prefix_ids, *ids, *self.suffix_ids]
+
+    def with_ends(self, first: str, last: str) -> "Tokenizer":
+        """Return a tokenizer that puts the tokens of two roles before and after a text."""
+        ends = [(self.names[role], getattr(self, f"{role}_id")) for role in (first, last)]
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[ends[0][0], "$A", ends[1][0]], special_tokens=ends
+        )
+        table = json.loads(self.files["tokenizer.json"])
+        table["post_processor"] = json.loads(backend.to_str())["post_processor"]
+        content = json.dumps(table, indent=2, ensure_ascii=False).encode()
+        return Tokenizer(self.files | {"tokenizer.json": content}, self.where)
 
     def require_anchor(self) -> int:
         """Return `anchor_id`; raise `InputError` that says what to do if there is none."""
@@ -137,14 +150,29 @@ class Tokenizer:
         """
         for text in texts:
             check_text(text, "text")
-        try:
-            encodings = self._plain.encode_batch_fast(list(texts), add_special_tokens=False)
-        except Exception as error:  # The library's errors have no narrower type.
-            raise InputError(
-                f"{self.where}: cannot encode a text ({error}); expected a tokenizer that takes "
-                "any text, such as a byte-level one, or that has its unknown token"
-            ) from error
-        return [self._checked(encoding.ids) for encoding in encodings]
+        return self._encode(list(texts), [()] * len(texts))
+
+    def encode_parts_batch(self, rows: Sequence[Sequence[str | int]]) -> list[list[int]]:
+        """Encode rows of texts and special tokens, each row as one string, without outer tokens.
+
+        A number is the id of a special token. It acts on the text around it as its flags say, for
+        example by including the white space before it. Nothing in the texts becomes a special
+        token. Raises `InputError` as `encode_plain_batch`, and for a special token that cannot
+        stand where it is.
+
+        >>> tokenizer = Tokenizer.from_pretrained()
+        >>> tokenizer.encode_parts_batch([["[MASK] is ", tokenizer.mask_id, "."]])
+        [[60, 18690, 62, 310, 50284, 15]]
+        """
+        for row in rows:
+            for part in row:
+                if not isinstance(part, int):
+                    check_text(part, "text")
+        strings = [
+            "".join(part if isinstance(part, str) else self._secrets[part] for part in row)
+            for row in rows
+        ]
+        return self._encode(strings, [[i for i in row if isinstance(i, int)] for row in rows])
 
     def plain_offsets(self, text: str) -> list[tuple[int, int]]:
         """Return the span of each token of `encode_plain(text)`, `[start, end)` in characters."""
@@ -177,16 +205,37 @@ class Tokenizer:
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
 
-    def _checked(self, ids: list[int]) -> list[int]:
-        if self._renumber:
-            ids = [self._renumber.get(i, i) for i in ids]
-        if not self._forbidden.isdisjoint(ids):
-            found = self.backend.id_to_token(next(i for i in ids if i in self._forbidden))
+    def _encode(self, texts: list[str], given: Iterable[Sequence[int]]) -> list[list[int]]:
+        """Encode texts whose special tokens have their secret names and are the `given` ones."""
+        try:
+            encodings = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # The library's errors have no narrower type.
             raise InputError(
-                f"{self.where}: plain text becomes the special token {found}; expected a tokenizer "
+                f"{self.where}: cannot encode a text ({error}); expected a tokenizer that takes "
+                "any text, such as a byte-level one, or that has its unknown token"
+            ) from error
+        encoded = [encoding.ids for encoding in encodings]
+        for own, ids in zip(given, encoded, strict=True):
+            found = [i for i in ids if i in self._forbidden]
+            if found != [*own]:
+                raise self._misread(found, own)
+        return encoded
+
+    def _misread(self, found: Sequence[int], given: Sequence[int]) -> InputError:
+        """Return the error for the first special token that is found or given, but not both."""
+        pairs = zip_longest(found, given)
+        one, other = next((one, other) for one, other in pairs if one != other)
+        if len(found) > len(given):
+            name = self.backend.id_to_token(one)
+            return InputError(
+                f"{self.where}: plain text becomes the special token {name}; expected a tokenizer "
                 "whose special tokens are added tokens"
             )
-        return ids
+        name = self.backend.id_to_token(other)
+        return InputError(
+            f"{self.where}: {name} is not read as one token where it is written; if the tokenizer "
+            "finds it only between words (single_word), put a space before and after it"
+        )
 
 
 def _unused_number(name: str) -> int:
@@ -195,92 +244,3 @@ def _unused_number(name: str) -> int:
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} to {names[-1]}"
-
-
-def _backend(table: dict[str, Any], where: str) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(json.dumps(table))
-    except BaseException as error:
-        # A panic of the Rust library is not an Exception, and a bad file can cause one.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise InputError(f"{where}: is not a tokenizer the library can read ({error})") from error
-
-
-def _baked_in(table: dict[str, Any]) -> dict[str, Any]:
-    """Return replacements for saved settings that would cut, pad or alter every text."""
-    found = [key for key in ("truncation", "padding") if table.get(key) is not None]
-    settings: dict[str, Any] = dict.fromkeys(found)
-    if isinstance(table.get("model"), dict) and table["model"].get("dropout"):
-        settings["model"] = table["model"] | {"dropout": None}
-    return settings
-
-
-def _added_tokens(table: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """Return `{content: entry}` of the added tokens, each entry checked."""
-    entries = table.get("added_tokens") or []
-    added: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
-    if not isinstance(entries, list):
-        raise InputError(f"{where}: added_tokens is not a list; expected a list of objects")
-    for entry in entries:
-        content = entry.get("content") if isinstance(entry, dict) else None
-        token_id = entry.get("id") if isinstance(entry, dict) else None
-        if not content or not isinstance(content, str) or type(token_id) is not int:
-            raise InputError(
-                f"{where}: added_tokens holds {entry!r:.80}; expected an object with content and id"
-            )
-        if content in added or token_id in seen:
-            raise InputError(
-                f"{where}: added_tokens repeats {content!r} or its id {token_id}; expected every "
-                "token once"
-            )
-        added[content] = {**entry, "special": bool(entry.get("special"))}
-        seen.add(token_id)
-    return added
-
-
-def _check_ids(tokens: dict[str, int], added: dict[str, dict[str, Any]], where: str) -> None:
-    for content, entry in added.items():
-        if tokens.get(content) != entry["id"]:
-            raise InputError(
-                f"{where}: added token {content!r} has id {entry['id']}, but its place gives "
-                f"{tokens.get(content)}; expected ids without gaps"
-            )
-    ids = set(tokens.values())
-    if ids != set(range(len(tokens))):
-        gap = next(i for i in range(len(tokens)) if i not in ids)
-        raise InputError(
-            f"{where}: {len(tokens)} tokens, but no token has id {gap}; expected each of 0 to "
-            f"{len(tokens) - 1} once"
-        )
-
-
-def _special_names(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str, str]:
-    """Return role -> token text, from the other files, or ModernBERT's names."""
-    names: dict[str, str] = {}
-    for file, table in tables.items():
-        for role in (*_ROLES, *_OTHER_ROLES):
-            value = table.get(f"{role}_token")
-            value = value.get("content") if isinstance(value, dict) else value
-            if value is None:
-                continue
-            if not isinstance(value, str) or names.get(role, value) != value:
-                expected = repr(names[role]) if role in names else "the text of a token"
-                raise InputError(
-                    f"{where}/{file}: {role}_token is {value!r:.60}; expected {expected}, one name "
-                    "in all files"
-                )
-            names[role] = value
-    return _ROLES | names
-
-
-def _plain(
-    table: dict[str, Any], taken: set[str], where: str
-) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
-    """Build a copy without special tokens, and the map of its ids that differ."""
-    kept = [entry for entry in table.get("added_tokens") or [] if entry["content"] not in taken]
-    plain = _backend({**table, "added_tokens": kept, "post_processor": None}, where)
-    here = plain.get_vocab(with_added_tokens=True)
-    moved = {here[entry["content"]]: entry["id"] for entry in kept}
-    return plain, {old: new for old, new in moved.items() if old != new}

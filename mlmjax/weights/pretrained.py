@@ -134,7 +134,7 @@ def check_tokenizer(
         problems.append(f"it has {tokenizer.vocab_size} ids; the model's vocab_size is {size}")
     for role in ("pad", "cls", "sep", "mask"):
         key, found = f"{role}_token_id", getattr(tokenizer, f"{role}_id")
-        if values.get(key) in (None, found):
+        if found is None or values.get(key) in (None, found):
             continue
         line = f"its [{role.upper()}] is {found}; {key} is {values[key]}"
         if role in ("cls", "sep"):
@@ -142,14 +142,11 @@ def check_tokenizer(
         else:
             problems.append(line)
             keys.append(key)
-    own_ids, ids = tokenizer.backend.encode("").ids, [tokenizer.cls_id, tokenizer.sep_id]
-    if tokenizer.backend.post_processor is not None and own_ids != ids:
+    if tokenizer.cls_id is not None and not tokenizer.outer:
         log.warning(
-            "%s: around a text its own settings put %s; mlmjax puts [CLS] and [SEP] %s, so the ids "
-            "differ from those of transformers",
+            "%s: puts no tokens around a text, and so does transformers; mlmjax 0.1 put [CLS] and "
+            "[SEP]; if the model was trained with them, give this file a post_processor",
             folder / TOKENIZER_FILES[0],
-            own_ids,
-            ids,
         )
     if problems:
         own = f", or if this is it, correct {' and '.join(keys)} in {CONFIG}" if keys else ""

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,8 +73,8 @@ class Header(NamedTuple):
 def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
     """Return the name in a model of each tensor, and what was left out or added, in words.
 
-    Wrappers of torch add parts to names, a larger model puts its own prefix before all of them, and
-    an encoder that was saved without its head has no `model.`.
+    Wrappers of torch add parts to names, and a larger model puts its own prefix before them. The
+    encoder is found by its embedding, whatever its own prefix is, and is `model.` here.
 
     >>> plain_names(["_orig_mod.embeddings.tok_embeddings.weight"])[0].popitem()[1]
     'model.embeddings.tok_embeddings.weight'
@@ -90,16 +90,39 @@ def plain_names(names: Collection[str]) -> tuple[dict[str, str], list[str]]:
             plain = stripped
             said.append(f"{part}. left out of names, which {wrapper} adds")
     found = [now.removesuffix(_EMBEDDING) for now in plain.values() if now.endswith(_EMBEDDING)]
-    outer = found[0].removesuffix("model.") if len(found) == 1 else ""
-    if outer and all(now.startswith(outer) for now in plain.values()):
-        plain = {name: now.removeprefix(outer) for name, now in plain.items()}
-        said.append(f"the prefix {outer} left out of names")
-    if found and _EMBEDDING in plain.values():
-        plain = {n: f"model.{now}" if now.startswith(_ENCODER) else now for n, now in plain.items()}
-        said.append("model. added to the names of the encoder")
+    if len(found) == 1:
+        plain, more = _without_prefixes(plain, found[0])
+        said += more
     if len(set(plain.values())) < len(plain):  # then no rule can tell which is which
         return {name: name for name in names}, []
     return plain, said
+
+
+def _without_prefixes(plain: Mapping[str, str], prefix: str) -> tuple[dict[str, str], list[str]]:
+    """Let the names of the encoder, which has a prefix of its own, begin with `model.`.
+
+    Of the other names the longest part of that prefix is left out that all of them begin with.
+    """
+    of_encoder = tuple(prefix + part for part in _ENCODER)
+    others = [now for now in plain.values() if not now.startswith(of_encoder)]
+    parts = prefix.split(".")[:-1]
+    outers = [".".join([*parts[:count], ""]) for count in range(len(parts), 0, -1)]
+    # A prefix that only the encoder has, such as model., is no part of the names of a head.
+    outer = next((o for o in outers if others and all(n.startswith(o) for n in others)), "")
+    changed = {
+        name: "model." + now.removeprefix(prefix)
+        if now.startswith(of_encoder)
+        else now.removeprefix(outer)
+        for name, now in plain.items()
+    }
+    said = []
+    if outer:
+        said.append(f"the prefix {outer} left out of names")
+    if not outer and prefix not in ("", "model."):
+        said.append(f"model. in place of {prefix} in the names of the encoder")
+    if not prefix:
+        said.append("model. added to the names of the encoder")
+    return changed, said
 
 
 class Weights:

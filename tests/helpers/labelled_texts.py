@@ -5,7 +5,7 @@ from string import ascii_uppercase, digits
 import numpy as np
 import tokenizers
 from small_models import small_model
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -32,13 +32,24 @@ def examples(count, seed=0):
 
 
 def word_level(words, unknown="[UNK]", split=pre_tokenizers.Whitespace):
-    """Return a tokenizer.json of whole words, of which the first five are special."""
+    """Return a tokenizer.json of whole words, of which the first five are special.
+
+    If [CLS] and [SEP] are among the words, they are put around a text.
+    """
     vocabulary = {word: number for number, word in enumerate(words)}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
     backend.pre_tokenizer = split()
     backend.add_special_tokens(words[:5])
     backend.add_tokens(["[unused0]"])
+    if {"[CLS]", "[SEP]"} <= vocabulary.keys():
+        backend.post_processor = cls_and_sep(backend)
     return backend.to_str()
+
+
+def cls_and_sep(backend):
+    """Return the post-processor that puts [CLS] and [SEP] around a text."""
+    special = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    return processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
 
 
 def word_tokenizer(folder, more=()):

@@ -44,9 +44,18 @@ def small_table(**changes) -> dict:
     byte_level = {
         "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True,
     }  # fmt: skip
+    cls, sep = ([{"SpecialToken": {"id": name, "type_id": 0}}] for name in SPECIALS[:2])
+    text = [{"Sequence": {"id": "A", "type_id": 0}}]
+    ends = {
+        "type": "TemplateProcessing", "single": cls + text + sep, "pair": cls + text + sep,
+        "special_tokens": {
+            name: {"id": name, "ids": [256 + i], "tokens": [name]}
+            for i, name in enumerate(SPECIALS[:2])
+        },
+    }  # fmt: skip
     table = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-        "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "post_processor": None,
+        "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "post_processor": ends,
         "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }  # fmt: skip
     return table | changes

@@ -6,6 +6,7 @@ import random
 import jax
 import numpy as np
 import tokenizers
+from labelled_texts import cls_and_sep
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mlmjax.config.run import parse_config
@@ -31,6 +32,7 @@ def write_tokenizer(folder, words=WORDS):
     backend.train_from_iterator([" " + " ".join(words)] * 9, trainer)
     backend.add_special_tokens(SPECIALS)
     backend.add_tokens(["[unused0]"])
+    backend.post_processor = cls_and_sep(backend)
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
 

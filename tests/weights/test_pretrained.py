@@ -213,6 +213,13 @@ def rename(folder, function):
         (lambda name: name.removeprefix("model."), "added to the names of the encoder"),
         (lambda name: "_orig_mod." + name.removeprefix("model."), "the names of the encoder"),
         (lambda name: name.replace("layers.0.", "layers.0._orig_mod."), "torch.compile"),
+        (lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module."), "FSDP"),
+        ("base_model.model.{}".format, "the prefix base_model.model."),
+        ("base_model.model.model.{}".format, "the prefix base_model.model.model."),
+        (lambda name: name.replace("model.", "encoder."), "model. in place of encoder."),
+        (lambda name: name.replace("model.", "bert.encoder."), "model. in place of bert.encoder."),
+        (lambda name: "net." + name.removeprefix("model."), "the prefix net."),
+        (lambda name: "module.encoder." + name, "the prefix encoder."),
     ],
 )
 def test_names_of_wrapped_models_are_read_and_this_is_said(function, said, folder, source, caplog):

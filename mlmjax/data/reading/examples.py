@@ -113,8 +113,8 @@ def read_examples(
     the token that `AnswerReader` gives in place of `[MASK]`. Other records are dropped. For the
     classification head, a prompt has no slot.
 
-    Plain text (`text`): the document is cut into windows of at most `seq_length - 2` tokens between
-    `[CLS]` and `[SEP]`, with `cut = "sentence"` where a sentence ends; no token is lost.
+    Plain text (`text`): the document is cut into windows that fill `seq_length` with the tokens
+    around them, with `cut = "sentence"` where a sentence ends; no token is lost.
 
     With `broken = "skip"`, records and files that cannot be used are skipped and counted.
 
@@ -244,9 +244,10 @@ class _Windows(_Reader):
     def __init__(self, *parts: Any):
         super().__init__(*parts)
         assert self.source.text is not None
-        if self.seq_length < 3:
+        if self.seq_length <= self.tokenizer.outer:
             raise InputError(
-                f"seq_length {self.seq_length}: leaves no room between [CLS] and [SEP]; raise it"
+                f"seq_length {self.seq_length}: leaves no room between the {self.tokenizer.outer} "
+                "tokens that the tokenizer puts around a text; raise it"
             )
         self.text = self.source.text
         self.columns = [self.text, *filter(None, [self.source.task])]
@@ -255,8 +256,7 @@ class _Windows(_Reader):
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = list(self._kept(records, counts))
         texts = [record.fields[self.text] for record in kept]
-        width = self.seq_length - 2
-        cls_id, sep_id = self.tokenizer.cls_id, self.tokenizer.sep_id
+        width = self.seq_length - self.tokenizer.outer
         encoded = self.tokenizer.encode_plain_batch(texts)
         for record, text, ids in zip(kept, texts, encoded, strict=True):
             task, key = self.task_of(record), _hash(text.encode())
@@ -264,7 +264,7 @@ class _Windows(_Reader):
             if self.source.cut == "sentence" and len(ids) > width:
                 cuts = sentence_cuts(text, self.tokenizer.plain_offsets(text))
             for part in windows(ids, width, cuts):
-                yield Encoded(np.array([cls_id, *part, sep_id], np.uint32), -1, task, key)
+                yield Encoded(np.array(self.tokenizer.wrap(part), np.uint32), -1, task, key)
 
     def _kept(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
         for record in records:

@@ -50,8 +50,8 @@ from mlmjax.training.step import (
 
 PROGRAMS = ("training", "scoring")
 
-# The shortest examples: [CLS], a word, [unused0], [MASK], [SEP]; plain text has no slot.
-_SHORTEST, _SHORTEST_TEXT = 5, 3
+# The shortest examples between their outer tokens: a word, the anchor and the mask; or a word.
+_SHORTEST, _SHORTEST_TEXT = 3, 1
 
 
 def check_run(config: RunConfig, topology: Topology) -> Any:
@@ -232,7 +232,8 @@ def bound_targets(config: RunConfig, assumptions: list[str]) -> int:
         has_text = any(file.text for file in files)
         source = f"from the rows in {data.rows}"
     else:
-        most = data.seq_length // (_SHORTEST_TEXT if has_text else _SHORTEST) if data.pack else 1
+        shortest = _load_tokenizer(config).outer + (_SHORTEST_TEXT if has_text else _SHORTEST)
+        most = data.seq_length // shortest if data.pack else 1
         source = "the most possible, because these rows are not prepared"
     width = target_width(config.objective, data.seq_length, most, has_text)
     assumptions.append(f"targets: {width} per row for at most {most} examples, {source}")

@@ -203,10 +203,6 @@ TOKENIZERS = {
         part(normalizer={"type": "Replace", "pattern": {"Regex": "(("}, "content": ""}),
         NOT_READ,
     ),
-    "that turns text into [MASK]": (
-        all_of(words_only(300, split=pre_tokenizers.WhitespaceSplit), ITS_IDS),
-        "plain text becomes the special token",
-    ),
     "that knows no unknown token": (
         all_of(words_only(300, unknown="[NOTHING]"), ITS_IDS),
         "cannot encode a text",
@@ -225,6 +221,9 @@ def baked_in(folder: Path) -> None:
 GOOD_TOKENIZERS = {
     "that would cut and pad": baked_in,
     "that would drop merges at random": model_part(dropout=0.5),
+    "whose special tokens are words": all_of(
+        words_only(300, split=pre_tokenizers.WhitespaceSplit), ITS_IDS
+    ),
 }
 
 
