@@ -1,14 +1,19 @@
 """Define the errors shown to users, their exit codes and their wording."""
 
+import difflib
 import errno
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from inspect import Parameter, isfunction, signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 MAX_DETAIL_LINES = 20
+
+Callee = TypeVar("Callee", bound=Callable[..., Any])
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -29,7 +34,16 @@ class InputError(ValueError):
 
 
 class MissingColumnError(InputError):
-    """Reject a row without a column, which most likely no other row has either."""
+    """Reject a row without a column, which most likely no other row has either.
+
+    `columns` are the patterns of the column, of which one is needed.
+    """
+
+    columns: Sequence[str] = ()
+
+
+class UnknownKeywordError(InputError, TypeError):
+    """Reject a keyword argument that a function does not have."""
 
 
 def first_details(details: Sequence[str]) -> list[str]:
@@ -54,6 +68,62 @@ def counted(count: int, noun: str) -> str:
     ('1 row', '2 batches')
     """
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
+
+
+def suggest_name(name: str, known: Sequence[str]) -> str:
+    """Ask whether the nearest known name was meant; empty if none is near.
+
+    >>> suggest_name("mmlu_prp", ["agnews", "mmlu_pro"])
+    "did you mean 'mmlu_pro'? "
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def suggest_keywords(callee: Callee) -> Callee:
+    """Let a function, or the public methods of a class, name the nearest of a mistyped keyword.
+
+    They raise `UnknownKeywordError`; signatures and documentation stay as they are.
+
+    >>> suggest_keywords(counted)(2, nuon="row")
+    Traceback (most recent call last):
+    mlmjax.errors.UnknownKeywordError: counted: has no argument 'nuon'; did you mean 'noun'? \
+arguments: count, noun
+    """
+    if not isinstance(callee, type):
+        return _checked(callee)
+    for name, method in list(vars(callee).items()):
+        if name.startswith("_") and name != "__init__":
+            continue
+        if isfunction(method):
+            setattr(callee, name, _checked(method))
+        elif isinstance(method, classmethod):
+            setattr(callee, name, classmethod(_checked(method.__func__)))
+    return callee
+
+
+def _checked(function: Any) -> Any:
+    parameters = signature(function).parameters.values()
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    known = [
+        one.name for one in parameters if one.kind in named and one.name not in ("self", "cls")
+    ]
+    if any(one.kind is Parameter.VAR_KEYWORD for one in parameters):
+        return function
+
+    @functools.wraps(function)
+    def checked(*args: Any, **keywords: Any) -> Any:
+        for name in keywords:
+            if name not in known:
+                is_class = function.__name__ == "__init__"
+                what = type(args[0]).__name__ if is_class and args else function.__name__
+                raise UnknownKeywordError(
+                    f"{what}: has no argument {name!r:.60}; {suggest_name(name, known)}"
+                    f"arguments: {', '.join(known) or 'none'}"
+                )
+        return function(*args, **keywords)
+
+    return checked
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,7 @@ from mlmjax.classification.predictor import Predictor
 from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords, suggest_name
 from mlmjax.model.modernbert import Model, with_classifier
 from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
@@ -39,6 +39,7 @@ from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import save_pretrained
 
 
+@suggest_keywords
 class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     """Classify texts by labels, zero-shot or fine-tuned.
 
@@ -135,6 +136,11 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
 
     def set_params(self, **params: Any) -> "Classifier":
         """Set constructor arguments, and drop what was loaded or fitted with others."""
+        known = self._get_param_names()
+        for name in params:
+            if "__" not in name and name not in known:
+                hint = suggest_name(name, known)
+                raise InputError(f"set_params: has no parameter {name!r:.60}; {hint}see get_params")
         super().set_params(**params)
         for name in [name for name in vars(self) if name.endswith("_")]:
             delattr(self, name)

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmjax.config.tables import suggest_name
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_name
 from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
 
 

@@ -6,7 +6,6 @@ It is apart from `classifier` because importing scikit-learn takes longer than a
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import KW_ONLY, dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,8 +17,8 @@ from mlmjax.classification.labels import pair_labels, right_columns
 from mlmjax.classification.prompter import CHUNK_PROMPTS, Prompter
 from mlmjax.classification.settings import Answer, LongText, Settings, settle, upgrade
 from mlmjax.config.run import Head
-from mlmjax.config.tables import decode, suggest_name
-from mlmjax.errors import InputError
+from mlmjax.config.tables import decode
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.processes import check_not_forked, is_forked
 from mlmjax.reporting.terminal import progress_bar
@@ -53,6 +52,7 @@ Labels = Sequence[str] | Mapping[str, str]
 CalibrationMethod = Literal["batch", "null", "order", "temperature"]
 
 
+@suggest_keywords
 @dataclass(eq=False, repr=False)
 class Predictor:
     """Load a model and classify texts; `Classifier` explains the arguments and can learn."""
@@ -96,13 +96,6 @@ class Predictor:
 
         Raises `InputError` for a source that cannot be loaded, and if there are no labels.
         """
-        known = list(signature(cls).parameters)
-        for name in options:
-            if name not in known:
-                raise InputError(
-                    f"{cls.__name__}: has no option {name!r:.60}; {suggest_name(name, known)}"
-                    f"options: {', '.join(known)}"
-                )
         predictor = cls(source, labels, **options)
         predictor._load()
         return predictor

@@ -1,10 +1,9 @@
 """Define the commands of `mlmjax`, each a thin layer over the Python API."""
 
 import gc
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,11 @@ import click
 from click.core import ParameterSource
 
 from mlmjax.cli.convert import convert
-from mlmjax.cli.inputs import is_read_once, read_labels, read_lines
 from mlmjax.cli.options import Group
 from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from mlmjax.config.run import RunConfig
-
-CLASSIFY_CHUNK = 256
 
 # Options that several commands share.
 _config = click.argument("config")
@@ -34,6 +30,26 @@ _dtype = click.option(
     help="Precision that the model computes in.",
 )
 _batch_size = click.option("--batch-size", type=_positive, help="Rows of one forward pass.")
+
+
+def _check_encoding(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """Return the name of an encoding; raise `BadParameter` for an unknown one."""
+    from mlmjax.config.data import check_encoding
+
+    try:
+        return None if value is None else check_encoding(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+_encoding = click.option(
+    "--encoding",
+    metavar="NAME",
+    callback=_check_encoding,
+    help="Encoding of the texts, such as latin-1 (default: UTF-8, or by the first bytes).",
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
@@ -197,6 +213,7 @@ def plan(
 @click.option("--task", help="Name of a shipped task, or a task file (TOML).")
 @click.option("--suite", help="Instead of a task: paper, or a suite file (TOML).")
 @click.option("--data", help="File with the task's rows; for a suite, a folder of files.")
+@_encoding
 @click.option(
     "--baseline",
     "baselines",
@@ -235,7 +252,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
-        _reject(context, "a task", "protocol", "order_rows", "as_json")
+        _reject(context, "a task", "protocol", "order_rows", "as_json", "encoding")
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
@@ -257,9 +274,11 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
         raise click.UsageError("--suite needs --out, the folder of its results.")
     from mlmjax.config.suite import load_suite
     from mlmjax.evaluation.suite.suite import run_suite
+    from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import say
-    from mlmjax.weights.hub import PACKAGED
+    from mlmjax.weights.hub import PACKAGED, report_packaged
 
+    check_devices()
     limit = [f"limit={given['limit']}"] if given["limit"] else []
     options = ("data", "out", "baselines", "revision", "dtype", "batch_size")
     try:
@@ -271,7 +290,7 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
     except KeyboardInterrupt:
         say(f"stopped; finished results are in {given['out']}; the same command resumes")
         raise
-    _report_packaged(not given["models"])
+    report_packaged(not given["models"])
     click.echo(f"report: {Path(given['out']) / 'suite.md'}")
 
 
@@ -282,17 +301,21 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
     from mlmjax.evaluation.summary import summary_lines
+    from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say
     from mlmjax.scoring.engine import describe_compiling
     from mlmjax.storage import CLASSIFIER
-    from mlmjax.weights.hub import PACKAGED, fetch
+    from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
     from mlmjax.weights.pretrained import load_pretrained
 
     (model,) = given["models"] or [PACKAGED]
     task = load_task(given["task"])
+    if given["encoding"] is not None:
+        task = task.model_copy(update={"encoding": given["encoding"]})
     task.under(given["protocol"])  # an unknown name raises an error before anything is loaded
+    check_devices()
     loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
-    _report_packaged(not given["models"])
+    report_packaged(not given["models"])
     folder = fetch(model, revision=given["revision"], local_files_only=True)
     known = contamination(task, given["data"], read_training_manifest(folder))
     for line in known.lines:
@@ -356,6 +379,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
     help="Share of each label's rows to test on.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of split and training.")
+@_encoding
 @click.option("--skip-blank", is_flag=True, help="Leave out rows without a text or a label.")
 @click.option(
     "--drop-label", "drop_labels", multiple=True, metavar="LABEL", help="Leave out its rows."
@@ -370,9 +394,9 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
     test it. --out gets the model and a page with the results.
     """
     from mlmjax.cli.tables.fit import fit_table, result_lines
-    from mlmjax.weights.hub import PACKAGED
+    from mlmjax.weights.hub import PACKAGED, report_packaged
 
-    _report_packaged(model is None)
+    report_packaged(model is None)
     found = fit_table(table, model=PACKAGED if model is None else model, **options)
     shown = [json.dumps(found, indent=2, ensure_ascii=False)] if as_json else result_lines(found)
     for line in shown:
@@ -397,80 +421,20 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
 @click.option("--text", metavar="COLUMN", help="FILE is a table; the column of its texts.")
 @click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
 @click.option("--out", metavar="FILE", help="Write a .jsonl, .csv or .parquet file.")
+@_encoding
 @click.option("--echo", is_flag=True, help="Repeat each text in its answer.")
 @click.option("--full", is_flag=True, help="Print all digits of the probabilities, not six.")
 @click.argument("file", default="-")
-def classify(
-    model: str | None,
-    labels: str | None,
-    text: str | None,
-    id_: str | None,
-    out: str | None,
-    echo: bool,
-    full: bool,
-    file: str,
-    **options: Any,
-) -> None:
+def classify(file: str, **options: Any) -> None:
     """Classify the lines of FILE, or its rows.
 
     FILE may be - for standard input, or a table with --text. Each answer is one JSON line with the
     number of its line, or with its --id.
     """
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
-    from mlmjax.classification.predictor import Predictor
-    from mlmjax.cli.tables.answers import (
-        Item,
-        check_options,
-        read_items,
-        shape_answer,
-        write_answers,
-    )
-    from mlmjax.reporting.terminal import count_progress, say, working
-    from mlmjax.scoring.engine import describe_compiling
-    from mlmjax.weights.hub import PACKAGED
+    from mlmjax.cli.tables.classify import classify_file
 
-    check_options(file, text, id_, out)
-
-    def read() -> Iterator[Item]:
-        if text is None:
-            return itertools.starmap(Item, enumerate(read_lines(file), start=1))
-        return read_items(file, text, id_)
-
-    names = None if labels is None else read_labels(labels)
-    total = 0
-    if not is_read_once(file):
-        for _ in read():  # a bad line raises an error before any answer is printed
-            total += 1
-    source = PACKAGED if model is None else model
-    with working(f"loading {source}"):
-        predictor = Predictor.from_pretrained(source, names, progress=False, **options)
-    _report_packaged(model is None)
-    key = "line" if id_ is None else "id"
-
-    def answers(progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
-        items, done = read(), 0
-        while chunk := list(itertools.islice(items, CLASSIFY_CHUNK)):
-            found = predictor.answers([item.text for item in chunk])
-            for item, answer in zip(chunk, found, strict=True):
-                yield shape_answer(answer, item, key, echo=echo, full=full)
-            progress(done := done + len(chunk), total)
-
-    compiling = describe_compiling(predictor.layers)
-    with count_progress("texts classified", compiling) as progress:
-        count = write_answers(answers(progress), out)
-    if out is not None:
-        say(f"{out}: {count:,} answers")
-    if predictor.shortened:
-        say(f"{predictor.shortened} of the texts did not fit the model and were truncated")
-
-
-def _report_packaged(is_used: bool) -> None:
-    """Say on stderr that the packaged model answers."""
-    from mlmjax.reporting.terminal import say
-    from mlmjax.weights.hub import PACKAGED
-
-    if is_used:
-        say(f"no --model: using the packaged {PACKAGED}, a small model for trying things out")
+    classify_file(file, **options)
 
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":

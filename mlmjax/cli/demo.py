@@ -26,6 +26,7 @@ from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.model.modernbert import ModernBertForMaskedLM, parameters
+from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method
 from mlmjax.reporting.terminal import say
 from mlmjax.statistics.metrics import wilson_interval
@@ -69,6 +70,7 @@ def run_demo(
     exactly the answers of the model in memory.
     """
     started = time.perf_counter()
+    check_devices()
     labels = write_files(out, limit)
     config = load_config(out / "run.toml", overrides)
     source = config.init_from or hub.PACKAGED

@@ -1,7 +1,10 @@
 """Start `mlmjax`: environment, compile cache, and errors turned into exit codes."""
 
 import atexit
+import codecs
 import gc
+import io
+import json
 import logging
 import os
 import platform
@@ -12,6 +15,7 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -65,9 +69,40 @@ def _processor() -> str:
 FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
+_ESCAPE = "mlmjax.escape"
+
+
+def escape_unprintable(error: UnicodeError) -> tuple[str, int]:
+    r"""Replace characters that a stream cannot encode as JSON does, as in `\u00e9`."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+
+codecs.register_error(_ESCAPE, escape_unprintable)
+
+
+def start_in_utf8() -> None:
+    """Start this program again in UTF-8 mode where the locale knows only ASCII, as `LC_ALL=C` may.
+
+    Otherwise no path, label or text outside ASCII could be named.
+    """
+    if "ascii" not in sys.getfilesystemencoding() or "utf8" in sys._xoptions or not sys.executable:
+        return
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that we start
+    with suppress(OSError):
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
     """Run one command and return its exit code; messages go to stderr."""
     talk = Talk()
+    for stream in (sys.stdout, sys.stderr):
+        if not isinstance(stream, io.TextIOWrapper):
+            continue
+        if "ascii" in stream.encoding:  # PYTHONIOENCODING may say so; click does the same
+            stream.reconfigure(encoding="utf-8", errors=_ESCAPE)
+        elif stream.errors == "strict":
+            stream.reconfigure(errors=_ESCAPE)
     # A failed save leaves unfinished writes, each with a traceback; we print the error once.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if logging.lastResort:
@@ -154,6 +189,7 @@ def listen_to_interrupts() -> None:
 
 def main() -> None:
     """Entry point of the `mlmjax` command."""
+    start_in_utf8()
     listen_to_interrupts()
     # Imported modules and compiled programs live to the end; a last search of them for cycles takes
     # a sixth of a short command's time.

@@ -57,7 +57,9 @@ def look_up(fields: Mapping[str, Any], column: Column, key: str = "") -> Any:
     found = ", ".join(map(repr, fields))
     expected = " or ".join(map(repr, alternatives))
     advice = f"; give other rows (--data), or set {key} of the task to one of these" if key else ""
-    raise MissingColumnError(f"has no column {expected}; its columns are {found}{advice}")
+    error = MissingColumnError(f"has no column {expected}; its columns are {found}{advice}")
+    error.columns = alternatives
+    raise error
 
 
 def look_up_or_none(fields: Mapping[str, Any], column: Column) -> Any:

@@ -1,7 +1,9 @@
 """Read the part of a run file that says what to read, keep and pack."""
 
+import codecs
 import re
 from collections.abc import Mapping
+from encodings.aliases import aliases
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -9,6 +11,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from mlmjax.config.columns import Column, Pattern, pattern_parts
 from mlmjax.config.tables import StrictTable
+from mlmjax.errors import suggest_name
 from mlmjax.storage import expand_home
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -34,7 +37,25 @@ def _from_home(path: str) -> str:
     return str(expand_home(path)) if path.startswith("~") else path
 
 
+# They rewrite escapes or names of hosts, and no file is written in them.
+_NO_ENCODINGS = ("idna", "punycode", "unicode_escape", "raw_unicode_escape")
+
+
+def check_encoding(name: str) -> str:
+    """Return the name of an encoding; raise `ValueError` with the nearest one for any other."""
+    try:
+        "a".encode(name)  # raises LookupError for codecs that are not for text
+        if codecs.lookup(name).name not in _NO_ENCODINGS:
+            return name
+    except (LookupError, ValueError):
+        pass
+    hint = suggest_name(name, sorted({*aliases, *aliases.values()}))
+    raise ValueError(f'is {name!r:.60}; {hint}expected an encoding of text, such as "latin-1"')
+
+
 Name = Annotated[str, AfterValidator(_filled)]
+Encoding = Annotated[str, AfterValidator(check_encoding)]
+"""A name that Python knows for an encoding of text files, such as `latin-1`."""
 Place = Annotated[Name, AfterValidator(_from_home)]
 """A path, whose leading `~` is the home directory."""
 
@@ -73,7 +94,7 @@ class Location(StrictTable):
 
     Exactly one of `path` (a file or glob, or several: parquet, JSONL, CSV, each also `.zst`) and
     `hub` (a dataset id). `columns` maps names to columns. `limit` keeps the first records.
-    `csv` says how CSV files are written.
+    `csv` says how CSV files are written, and `encoding` how text files are, if not in UTF-8.
     """
 
     name: Name | None = None
@@ -86,6 +107,7 @@ class Location(StrictTable):
     columns: Mapping[str, Column] = {}
     limit: PositiveInt | None = None
     csv: CsvDialect | None = None
+    encoding: Encoding | None = None
 
     @model_validator(mode="after")
     def _one_place(self) -> "Location":

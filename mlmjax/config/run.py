@@ -22,6 +22,7 @@ from mlmjax.config.data import (
     Share,
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
+from mlmjax.errors import suggest_keywords
 
 # TPU kernels process a sequence in tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
@@ -237,6 +238,7 @@ def updates_of(amount: float, steps: int) -> int:
     return round(amount * steps) if amount < 1 else math.ceil(amount)
 
 
+@suggest_keywords
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read one TOML file, apply `key=value` overrides, and check everything at once.
 

@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 
 from mlmjax.config.data import Name, NonNegativeFloat, OpenShare, PositiveFloat, PositiveInt
 from mlmjax.config.run import Head
-from mlmjax.config.tables import StrictTable, decode, find_file, override, read_toml, suggest_name
+from mlmjax.config.tables import StrictTable, decode, find_file, override, read_toml
 from mlmjax.config.task import Task, load_task
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_name
 
 ORDER_ROWS, SHIFTS = 200, 4
 HEADS: tuple[Head, ...] = ("mlm", "classification")

@@ -1,6 +1,6 @@
 """Read tables strictly from TOML; name every unknown key and every wrong value."""
 
-import difflib
+import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mlmjax.errors import InputError, read_failed
+from mlmjax.errors import InputError, read_failed, suggest_name
 
 MOST_LEVELS = 30
 """How deep the values of a table may be nested."""
@@ -36,11 +36,15 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Read a TOML file into plain values; raise `InputError` that says where it is broken."""
     path = Path(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin a file with a byte order mark.
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
     except OSError as error:
         raise read_failed(path, error, "give the path of a TOML file") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text; expected a TOML file") from error
+        raise InputError(
+            f"{path}: is not UTF-8 text (byte {error.start + 1} of the file is "
+            f"0x{error.object[error.start]:02x}); a TOML file is UTF-8: save it so"
+        ) from error
     except (ValueError, RecursionError) as error:  # also a NUL in the path, and a giant number
         raise InputError(f"{path}: is not valid TOML: {error}") from error
 
@@ -107,22 +111,13 @@ def find_file(kind: str, name_or_path: str | Path) -> Path:
     name, shipped = str(name_or_path), shipped_names(kind)
     if name in shipped:
         return Path(str(files("mlmjax") / "assets" / f"{kind}s" / f"{name}.toml"))
-    if Path(name).suffix == ".toml" or Path(name).is_file():
+    is_file = os.path.exists(name) and not os.path.isdir(name)  # or a pipe, which is read once
+    if Path(name).suffix == ".toml" or is_file:
         return Path(name)
     raise InputError(
         f"{kind} {name!r}: is neither a shipped {kind} nor a .toml file; "
         f"{suggest_name(name, shipped)}shipped are {', '.join(shipped)}"
     )
-
-
-def suggest_name(name: str, known: Sequence[str]) -> str:
-    """Ask whether the nearest known name was meant; empty if none is near.
-
-    >>> suggest_name("mmlu_prp", ["agnews", "mmlu_pro"])
-    "did you mean 'mmlu_pro'? "
-    """
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def override(table: dict[str, Any], change: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mlmjax.config.columns import Column, is_missing, look_up, look_up_or_none
-from mlmjax.config.data import AnswerRule, CsvDialect, Location, Name, ShortenSide
+from mlmjax.config.data import AnswerRule, CsvDialect, Encoding, Location, Name, ShortenSide
 from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError, MissingColumnError
 from mlmjax.text.checks import check_text
@@ -74,7 +74,8 @@ class Task(StrictTable):
     `labels`: a list, with names or indices in `answer`, or a table from the column's value to the
     label's name. For `options` the answer is an index, a letter, or a name in `option_names`.
 
-    `normalize`, `drop_labels`, `blank` and `csv` mean what they mean in a source of training data.
+    `normalize`, `drop_labels`, `blank`, `csv` and `encoding` mean what they mean in a source of
+    training data.
     `probabilities` says over what they sum to 1; `normalize` may hold its value instead of rules.
     """
 
@@ -100,6 +101,7 @@ class Task(StrictTable):
     drop_labels: tuple[str, ...] = ()
     blank: tuple[str, ...] = ()
     csv: CsvDialect | None = None
+    encoding: Encoding | None = None
     group: Column | None = None
     verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] = "letters"
     bare: bool = False
@@ -186,8 +188,9 @@ class Task(StrictTable):
             )
         hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
         place = hub if path is None else {"path": path}
-        place |= {"split": self.split, "csv": None if self.csv is None else self.csv.to_dict()}
-        return decode(Location, place, where=f"task {self.name}")
+        csv = None if self.csv is None else self.csv.to_dict()
+        values = {**place, "split": self.split, "csv": csv, "encoding": self.encoding}
+        return decode(Location, values, where=f"task {self.name}")
 
     @property
     def rules(self) -> tuple[AnswerRule, ...]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 
 Ids = Sequence[int] | np.ndarray
 Masked = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -23,6 +23,7 @@ SPAN_SHARES /= SPAN_SHARES.sum()
 """Shares of spans by their number of words: geometric up to 10, with a mean of 3.8."""
 
 
+@suggest_keywords
 def mask_answer(ids: Ids, answer_position: int, *, mask_id: int) -> Masked:
     """Mask only the answer: answer token prediction (ATP).
 
@@ -40,6 +41,7 @@ def mask_answer(ids: Ids, answer_position: int, *, mask_id: int) -> Masked:
     return _mask(inputs, np.array([answer_position], np.int32), mask_id)
 
 
+@suggest_keywords
 def mask_random(
     ids: Ids,
     rate: float,
@@ -81,6 +83,7 @@ def mask_random(
     return _mask(inputs, positions, mask_id)
 
 
+@suggest_keywords
 def mask_dummy(
     ids: Ids, rate: float, rng: np.random.Generator, *, mask_id: int, **options: Any
 ) -> Masked:

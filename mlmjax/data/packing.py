@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 
 WINDOW_ROWS = 512
 """Rows' worth of tokens that `pack_stream` packs together, which bounds its memory."""
@@ -13,6 +13,7 @@ WINDOW_ROWS = 512
 T = TypeVar("T", bound=Sized)
 
 
+@suggest_keywords
 def pack(examples: Sequence[Sized], seq_length: int) -> list[list[int]]:
     """Pack examples into rows of at most `seq_length` tokens; return the indices in each row.
 

@@ -13,7 +13,7 @@ import numpy as np
 from mlmjax.config.suite import ORDER_ROWS
 from mlmjax.config.task import Task, load_task
 from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.reporting.terminal import Progress
@@ -38,6 +38,7 @@ class Answers(NamedTuple):
     order: dict[str, Any] | None = None
 
 
+@suggest_keywords
 def run_evaluation(
     model: Model,
     tokenizer: Tokenizer,

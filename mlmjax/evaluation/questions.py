@@ -13,7 +13,7 @@ from mlmjax.config.labels import drop_advice, find_label, is_dropped, normalize
 from mlmjax.config.task import Task, option_list
 from mlmjax.data.reading.files import Record
 from mlmjax.data.reading.sources import read_source
-from mlmjax.errors import InputError, named_place
+from mlmjax.errors import InputError, named_place, suggest_name
 from mlmjax.text.checks import for_each_row
 from mlmjax.text.verbalizer import option_names
 
@@ -107,14 +107,16 @@ def _gold(answer: Any, value: Any, names: Sequence[str], labels: Any) -> int:
         number = find_label(value, names, table)
     if number is not None:
         return number
-    known = ", ".join(map(repr, names if table is None else table))
+    listed: Sequence[str] = names if table is None else list(table)
+    known = ", ".join(map(repr, listed))
+    hint = suggest_name(value, listed) if isinstance(value, str) else ""
     if table is not None:
         raise InputError(
-            f"the answer {answer!r} is not one of {known}; correct it, or add it to labels or "
-            f"drop_labels of the task ({drop_advice(answer)})"
+            f"the answer {answer!r} is not one of {known}; {hint}correct it, or add it to labels "
+            f"or drop_labels of the task ({drop_advice(answer)})"
         )
     raise InputError(
         f"the answer {answer!r} is not one of {known} and not an index from 0 to "
-        f"{len(names) - 1}; correct it, or set answer of the task to another column "
+        f"{len(names) - 1}; {hint}correct it, or set answer of the task to another column "
         f"({drop_advice(answer)})"
     )

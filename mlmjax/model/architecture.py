@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
-from mlmjax.config.tables import suggest_name
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords, suggest_name
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,7 @@ class Provenance(NamedTuple):
     kind: tuple[str, int] | None = None
 
 
+@suggest_keywords
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a ModernBERT model, by the field names of the Hugging Face `config.json`.

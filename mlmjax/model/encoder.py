@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from mlmjax.config.run import SPLASH_BLOCKS, Remat
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.architecture import LOCAL, ModelConfig
 from mlmjax.model.attention import IMPLEMENTATIONS, attend
 from mlmjax.model.cpu import compute_once
@@ -35,6 +35,7 @@ Attend = Callable[..., jax.Array]
 _STORED = {"dots": jax.checkpoint_policies.save_only_these_names("product")}
 
 
+@suggest_keywords
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """How a model computes what its configuration describes.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.cpu import spread
 from mlmjax.model.encoder import DEFAULT_OPTIONS, Encoder, Options, check_token_ids
@@ -18,6 +18,7 @@ from mlmjax.model.layers import ACTIVATIONS, LayerNorm, Linear, draw_weight, out
 from mlmjax.parallel.sharding import leaf_path, named_leaves
 
 
+@suggest_keywords
 class _ModernBert(nnx.Module):
     """An encoder and the head before the last product, which both models share."""
 
@@ -47,6 +48,7 @@ class _ModernBert(nnx.Module):
         )
 
 
+@suggest_keywords
 class ModernBertForMaskedLM(_ModernBert):
     """ModernBERT with the MLM head, whose decoder is the token embedding or a matrix of its own."""
 
@@ -82,6 +84,7 @@ class ModernBertForMaskedLM(_ModernBert):
         return self.mlm_logits(self.encode(input_ids, segment_ids, position_ids))
 
 
+@suggest_keywords
 class ModernBertForSequenceClassification(_ModernBert):
     """ModernBERT with one linear layer over each pooled text."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import (
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
@@ -26,6 +26,7 @@ Model = TypeVar("Model", ModernBertForMaskedLM, ModernBertForSequenceClassificat
 _PER_TOKEN = {"model.embeddings.tok_embeddings.weight", "decoder.weight", "decoder.bias"}
 
 
+@suggest_keywords
 def resize_token_embeddings(
     model: Model,
     tokenizer: Tokenizer,

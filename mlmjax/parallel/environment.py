@@ -4,6 +4,7 @@ JAX reads them when it is imported and when a backend starts, and says neither w
 nor what this machine has.
 """
 
+import logging
 import os
 import re
 import subprocess
@@ -11,6 +12,8 @@ import sys
 import traceback
 
 from mlmjax.errors import InputError, first_line
+
+log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 60
 # Variables that choose devices come first, since they are the usual reason.
@@ -26,6 +29,24 @@ names = [p if p == kind else f"{p} ({kind})" for p, kind in dict.fromkeys(found)
 print(", ".join(f"{n} x {found.count(pair)}" if found.count(pair) > 1 else n
                 for n, pair in zip(names, dict.fromkeys(found))))
 """
+
+
+def check_devices() -> None:
+    """Start JAX on the default device of this machine.
+
+    Call it before work that takes long. Raises `InputError` that names a variable which JAX
+    rejects.
+    """
+    try:
+        import jax
+        import numpy as np
+
+        jax.device_put(np.int32(0)).block_until_ready()
+        log.debug("devices: %s", ", ".join(map(str, jax.devices())))
+    except Exception as error:
+        if (reason := explain_environment(error)) is None:
+            raise
+        raise reason from error
 
 
 def explain_environment(error: BaseException) -> InputError | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Advance, Engine
 from mlmjax.scoring.likelihood import encode_texts
@@ -28,6 +28,7 @@ class Filled(NamedTuple):
     probability: float
 
 
+@suggest_keywords
 def fill_mask(
     model: ModernBertForMaskedLM,
     tokenizer: Tokenizer,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.scoring.engine import Advance, Engine
 from mlmjax.scoring.scorers import check_finite, check_masked_lm
@@ -57,6 +57,7 @@ class TextScore:
         return self.total / sum(token.starts_word for token in self.tokens)
 
 
+@suggest_keywords
 def pseudo_log_likelihood(
     model: ModernBertForMaskedLM,
     tokenizer: Tokenizer,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mlmjax.errors import InputError, RunError
+from mlmjax.errors import InputError, RunError, suggest_keywords
 from mlmjax.model.modernbert import (
     SINGLE_LABEL,
     Model,
@@ -38,6 +38,7 @@ def check_finite(log_probs: np.ndarray) -> None:
         raise RunError("the model's scores are not finite; its weights are broken")
 
 
+@suggest_keywords
 class RowScorer:
     """Turn rows into prompts, and prompts into log probabilities of the labels.
 
@@ -161,6 +162,7 @@ class RowScorer:
         return ()
 
 
+@suggest_keywords
 class Scorer(RowScorer):
     """Score the labels of a verbalizer at the slot, in one forward pass per row.
 

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.text.checks import check_fields, check_text, for_each_row, name_rows
 from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
@@ -40,6 +40,7 @@ class _Token(NamedTuple):
 _Part: TypeAlias = str | _Field | _Token
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class Template:
     """Render rows into prompts: `{field}`, `{options}`, `{{` and `}}` for braces.

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.storage import MAX_JSON_BYTES, TOKENIZER_FILES, read_bounded
 from mlmjax.text.checks import check_text
 from mlmjax.text.tokenizer_files import around, plain_copy, read_files
@@ -21,6 +21,7 @@ UNUSED = re.compile(r"\[unused\d+\]")
 _MAX_BYTES = dict.fromkeys(TOKENIZER_FILES, MAX_JSON_BYTES) | {"tokenizer.json": 128 * 2**20}
 
 
+@suggest_keywords
 class Tokenizer:
     """Encode plain text with a fast tokenizer, and hold its special ids.
 

@@ -7,7 +7,7 @@ from itertools import compress, product
 from string import ascii_uppercase
 from typing import Literal
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.text.checks import check_text
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -62,6 +62,7 @@ def _are_tokens(names: list[str], tokenizer: Tokenizer) -> list[bool]:
     return [len(ids) == 1 and ids[0] not in tokenizer.special_ids for ids in encoded]
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class Verbalizer:
     """Hold the surface forms of each label, each exactly one token.

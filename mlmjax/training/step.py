@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mlmjax.data.batch import Batch, LabelBatch
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.parallel import sharding as partition
 from mlmjax.parallel.processes import check_not_forked
 from mlmjax.training.loss import Metrics, label_evaluation, label_loss, summarize, target_losses
@@ -32,6 +32,7 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+@suggest_keywords
 def create_train_state(
     model: nnx.Module, optimizer: optax.GradientTransformation, *, mesh: Mesh | None = None
 ) -> tuple[Any, TrainState]:
@@ -103,6 +104,7 @@ def target_evaluation(model: Any, batch: Batch) -> Metrics:
     return {**metrics, "loss": losses, "correct": correct}
 
 
+@suggest_keywords
 def make_train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,

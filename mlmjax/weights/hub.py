@@ -10,7 +10,7 @@ import huggingface_hub
 from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
-from mlmjax.reporting.terminal import working
+from mlmjax.reporting.terminal import say, working
 from mlmjax.storage import (
     CLASSIFIER,
     CONFIG,
@@ -96,6 +96,12 @@ def packaged_folder(name: str) -> Path | None:
     'small'
     """
     return Path(str(resources.files("mlmjax"))) / "assets" / "small" if name == PACKAGED else None
+
+
+def report_packaged(is_used: bool) -> None:
+    """Say on stderr that the packaged model answers, because no other was named."""
+    if is_used:
+        say(f"no --model: using the packaged {PACKAGED}, a small model for trying things out")
 
 
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:

@@ -19,7 +19,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mlmjax.config.run import SPLASH_BLOCKS
-from mlmjax.errors import InputError, named_place
+from mlmjax.errors import InputError, named_place, suggest_keywords
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import (
@@ -70,6 +70,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COPIES = min(4, os.cpu_count() or 1)
 
 
+@suggest_keywords
 def load_pretrained(
     source: str | os.PathLike[str],
     *,
@@ -303,6 +304,7 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
     return with_parameters(abstract, dict(zip(described, values, strict=True)))
 
 
+@suggest_keywords
 def save_pretrained(
     model: Model,
     tokenizer: Tokenizer | None,

@@ -10,7 +10,7 @@ from mlmjax.errors import InputError
 
 @pytest.mark.parametrize("kind", [Classifier, Predictor])
 def test_a_mistyped_option_is_answered_with_the_nearest(kind):
-    message = f"{kind.__name__}: has no option 'lables'; did you mean 'labels'?"
+    message = f"{kind.__name__}: has no argument 'lables'; did you mean 'labels'?"
     with pytest.raises(InputError) as caught:
         kind.from_pretrained("mlmjax-small", lables=["a", "b"])
     assert caught.value.message.startswith(message)

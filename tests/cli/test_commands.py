@@ -10,8 +10,8 @@ import click
 import pytest
 
 from mlmjax.cli import commands
-from mlmjax.cli.inputs import read_labels
 from mlmjax.cli.main import keep_compiled, run
+from mlmjax.cli.tables.inputs import read_labels
 from mlmjax.errors import InputError, RunError
 
 

@@ -63,7 +63,7 @@ def perform(_used, good, tmp_path, monkeypatch, capsys):
         folder = tmp_path / "case"
         case.write(good, folder)
         monkeypatch.chdir(folder)
-        stdin = io.BytesIO(case.stdin.encode())
+        stdin = io.BufferedReader(io.BytesIO(case.stdin.encode()))
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stdin))
         before = contents(folder)
         program, *arguments = case.command
@@ -177,7 +177,7 @@ def test_odd_texts_are_answered_one_line_each(perform):
     answers = [json.loads(line) for line in out.splitlines()]
     assert len(answers) == len(texts.ODD) + 1
     assert all(sum(a["probabilities"].values()) == pytest.approx(1.0, abs=1e-5) for a in answers)
-    assert err == "1 of the texts did not fit the model and were truncated\n"
+    assert err == "warning: 1 of the texts did not fit the model and were truncated\n"
 
 
 def test_byte_order_marks_and_carriage_returns_are_ignored(good, perform, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import click
 
 from mlmjax.config.columns import as_written, is_missing, look_up
 from mlmjax.errors import InputError, write_failed
-from mlmjax.storage import PARTIAL
+from mlmjax.storage import PARTIAL, check_regular
 from mlmjax.text.checks import check_filled, for_each_row
 
 DIGITS = 6
@@ -46,6 +46,8 @@ def check_options(file: str, text: str | None, id_: str | None, out: str | None)
             f"{where}: --text names a column of a table; expected a file that ends in .csv, .tsv, "
             ".jsonl or .parquet (leave --text out for a file with one text per line)"
         )
+    if is_table:
+        check_regular(Path(file))
     if out is None:
         return
     if Path(out).suffix.lower() not in ENDINGS:
@@ -62,14 +64,23 @@ def _has_columns(file: str) -> bool:
     return has_columns(file)
 
 
-def read_items(file: str, text: str, id_: str | None) -> Iterator[Item]:
+def read_items(
+    file: str,
+    text: str,
+    id_: str | None,
+    encoding: str | None = None,
+    noted: set[str] | None = None,
+) -> Iterator[Item]:
     """Yield the texts of a table with the number of their line, or row, or with their id.
 
-    Raises `InputError` that lists rows without a text.
+    `encoding` and `noted` are those of `read_file`. Raises `InputError` that lists rows without a
+    text.
     """
     from mlmjax.data.reading.files import read_file
 
-    records = read_file(file, [text] if id_ is None else [text, id_])
+    records = read_file(
+        file, [text] if id_ is None else [text, id_], encoding=encoding, noted=noted
+    )
     count = 0
     while part := [record for _, record in zip(range(_PART), records, strict=False)]:
         named = [(record.where, record) for record in part]

@@ -20,6 +20,7 @@ from mlmjax.cli.tables.report import fit_page
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.errors import InputError, counted
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method, top_confusions
 from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.reporting.terminal import count_progress, say
@@ -62,6 +63,7 @@ def fit_table(
     seed: int = 0,
     skip_blank: bool = False,
     drop_labels: Sequence[str] = (),
+    encoding: str | None = None,
 ) -> dict[str, Any]:
     """Fit, test and save a classifier; return its figures, as `report/results.json` has them.
 
@@ -72,7 +74,10 @@ def fit_table(
     started = time.perf_counter()
     folder = Path(out if out is not None else f"{Path(path).name.split('.')[0]}-classifier")
     _check_folder(folder)
-    table = read_labelled(path, text, label, skip_blank=skip_blank, drop_labels=drop_labels)
+    check_devices()
+    table = read_labelled(
+        path, text, label, skip_blank=skip_blank, drop_labels=drop_labels, encoding=encoding
+    )
     labels = sorted(set(table.labels))
     split = split_table(table, test_share, seed)
     for line in (*table.said, *split.said):
@@ -103,7 +108,7 @@ def fit_table(
         say(f"warning: {learned['warning']}")
     probabilities = classifier.predict_proba(tested[0])
     found, methods = measure(trained, tested, labels, probabilities)
-    figures = {"table": str(path), "model": model, "out": str(folder)}
+    figures = {"table": str(path), "encoding": encoding, "model": model, "out": str(folder)}
     figures |= describe(choice, table, split, labels) | found | {"fit": learned}
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
     _save(folder, classifier, figures, methods, rows, probabilities)
@@ -264,10 +269,10 @@ def _save(
 
 def classify_line(figures: dict[str, Any]) -> str:
     """Return the command that classifies another table of the same columns."""
-    column = quote(figures["text"])
-    return (
-        f"mlmjax classify --model {quote(figures['out'])} --text {column} --out answers.csv TABLE"
-    )
+    options = f"--model {quote(figures['out'])} --text {quote(figures['text'])}"
+    if figures["encoding"] is not None:
+        options += f" --encoding {figures['encoding']}"
+    return f"mlmjax classify {options} --out answers.csv TABLE"
 
 
 def result_lines(figures: dict[str, Any]) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Read CSV files: find out how a file is written, say it, and never merge records in silence."""
 
 import csv
-import logging
 from collections import deque
 from collections.abc import Collection, Iterator
 from itertools import chain, islice
@@ -9,12 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from mlmjax.config.columns import Column, columns_read
 from mlmjax.config.data import CsvDialect
+from mlmjax.data.formats.lines import Note
 from mlmjax.errors import InputError, counted
 
 if TYPE_CHECKING:
     import _csv
-
-log = logging.getLogger(__name__)
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE = 50
@@ -31,20 +29,23 @@ class Row(NamedTuple):
 def read_rows(
     lines: Iterator[str],
     where: str,
+    *,
     default: str,
     given: CsvDialect | None,
     columns: Collection[Column] | None,
+    note: Note,
 ) -> Iterator[Row]:
     """Yield the rows of a CSV file, the header first; blank lines are left out.
 
     `default` is the separator that the name of the file implies, `columns` are those that the
-    header should have. Raises `InputError` for a file whose separator is in doubt, for broken
-    quotes, and for merged lines as `CsvDialect.merged_lines` says.
+    header should have. `note` gets what was found out. Raises `InputError` for a file whose
+    separator is in doubt, for broken quotes, and for merged lines as
+    `CsvDialect.merged_lines` says.
     """
     sample, lines = _sample(lines)
     dialect = given or CsvDialect()
     if dialect.separator is None and sample:
-        dialect = _detect(sample, where, default, dialect, columns)
+        dialect = _detect(sample, where, default, dialect, columns, note)
     taken: deque[str] = deque()  # the lines of the current record
 
     def remember() -> Iterator[str]:
@@ -74,12 +75,10 @@ def read_rows(
             yield Row(row, line)
         line = last + 1
     if merged:
-        log.warning(
-            "%s: %s of several lines, the first on lines %d to %d; csv.merged_lines sets whether "
-            "records may have line ends",
-            where,
-            counted(len(merged), "record"),
-            *merged[0],
+        first, last = merged[0]
+        note(
+            f"{where}: {counted(len(merged), 'record')} of several lines, the first on lines "
+            f"{first} to {last}; csv.merged_lines sets whether records may have line ends"
         )
 
 
@@ -117,8 +116,9 @@ def _detect(
     default: str,
     dialect: CsvDialect,
     columns: Collection[Column] | None,
+    note: Note,
 ) -> CsvDialect:
-    """Return the dialect with the separator (and quote) of a file; log what is unusual.
+    """Return the dialect with the separator (and quote) of a file; note what is unusual.
 
     A separator must divide the header. Of several, the one that gives every line of the sample as
     many fields as the header, and the header the columns that are read. Raises `InputError` if
@@ -149,14 +149,13 @@ def _detect(
         chosen = fitting[0] if fitting else default if default in able else able[0]
     found = dialect.model_copy(update={"separator": chosen})
     if chosen != default:
-        log.warning(
-            "%s: the fields are separated by %s; csv.separator sets another separator",
-            where,
-            SEPARATORS[chosen],
+        note(
+            f"{where}: the fields are separated by {SEPARATORS[chosen]}; csv.separator sets "
+            "another separator"
         )
     header = sample[0].strip().split(chosen)
     if dialect.quote == '"' and all(len(n) > 1 and n[0] == n[-1] == "'" for n in header):
-        log.warning("%s: the fields are quoted by '; csv.quote sets another quote", where)
+        note(f"{where}: the fields are quoted by '; csv.quote sets another quote")
         found = found.model_copy(update={"quote": "'"})
     return found
 

@@ -9,7 +9,7 @@ from mlmjax.config.data import SourceConfig
 from mlmjax.config.labels import drop_advice, find_label, is_dropped, normalize
 from mlmjax.config.run import Head
 from mlmjax.data.reading.files import Record
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_name
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -107,9 +107,10 @@ class AnswerReader:
         known: Sequence[str] = self._names if self._name_of is None else list(self._name_of)
         unlisted = "" if self._name_of is None or value is None else ", which labels does not list"
         place = "" if self._name_of else f", or a number from 0 to {len(self._names) - 1}"
+        hint = suggest_name(value, known) if isinstance(value, str) else ""
         raise InputError(
-            f"{where} is {found}{unlisted}; expected one of {', '.join(map(repr, known))}{place}; "
-            f"{drop_advice(value)}"
+            f"{where} is {found}{unlisted}; {hint}expected one of "
+            f"{', '.join(map(repr, known))}{place}; {drop_advice(value)}"
         )
 
 

@@ -1,6 +1,7 @@
 """Turn records into examples: prompts with answers, labelled rows, or plain text."""
 
 import hashlib
+import json
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -15,10 +16,10 @@ from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
 from mlmjax.data.reading.answers import AnswerReader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
-from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Record, stop
+from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Broken, Record, stop
 from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
-from mlmjax.errors import InputError, named_place
+from mlmjax.errors import InputError, MissingColumnError, named_place
 from mlmjax.text.checks import check_text, split_by_size
 from mlmjax.text.prompts import MASK, Template
 from mlmjax.text.tokenizer import Tokenizer
@@ -135,7 +136,7 @@ def read_examples(
         optional=reader.optional,
         named=reader.named,
         unnamed=source.drop_labels,
-        broken=skip if skips else stop,
+        broken=reader.with_advice(skip if skips else stop),
     )
     return reader.examples(records, counts, skips)
 
@@ -146,6 +147,7 @@ class _Reader(ABC):
     columns: Sequence[str]
     optional: Sequence[str] = ()
     named: Sequence[str] = ()
+    blankable: Sequence[str] = ()
 
     def __init__(
         self,
@@ -183,6 +185,19 @@ class _Reader(ABC):
             return
         counts.add(attempt)
         yield from examples
+
+    def with_advice(self, broken: Broken) -> Broken:
+        """Return a function that adds what can be done about a field without a column."""
+        fields = set(self.columns) & set(self.blankable)
+        places = {alternatives_of(self.source.columns.get(name, name)): name for name in fields}
+
+        def tell(what: str, error: InputError) -> None:
+            if isinstance(error, MissingColumnError) and error.columns in places:
+                advice = f"; {_blank_advice(places[error.columns])}"
+                error = MissingColumnError(f"{error.message}{advice}", error.details)
+            broken(what, error)
+
+        return tell
 
     def find_tasks(self, used: Sequence[str]) -> tuple[str, ...]:
         """Return the columns in which a record's task may be, unless the source names one."""
@@ -301,6 +316,7 @@ class _Prompts(_Reader):
         self.fields = list(self.template.fields) if self.options is None else self.texts
         self.shown = [*self.fields, source.answer]
         self.blank = frozenset(source.blank)
+        self.blankable = [name for name in self.texts if name != source.answer]
         required = [name for name in self.shown if name not in self.blank]
         self.columns = [*required, *filter(None, [source.task])]
         self.optional = (*source.blank, *self.find_tasks(self.shown))
@@ -331,8 +347,7 @@ class _Prompts(_Reader):
             for name in self.texts:
                 if name in self.blank and is_missing(record.fields[name]):
                     record = Record({**record.fields, name: ""}, record.where)
-                absent = f"; blank = [{name!r}] reads it as blank".replace("'", '"')
-                require_text(record, name, absent=absent)
+                require_text(record, name, absent=f"; {_blank_advice(name)}")
                 if name in self.blank and not record.fields[name].strip():
                     counts.blanked[name] += 1
             if self.is_excluded(record, counts):
@@ -358,6 +373,15 @@ class _Prompts(_Reader):
                 counts.dropped["blank prompt"] += 1
             elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
                 yield record, row, answer
+
+
+def _blank_advice(field: str) -> str:
+    """Say how a field that may be null or absent is read.
+
+    >>> _blank_advice("input")
+    'blank = ["input"] reads it as blank'
+    """
+    return f"blank = [{json.dumps(field, ensure_ascii=False)}] reads it as blank"
 
 
 def _is_name(value: Any) -> bool:

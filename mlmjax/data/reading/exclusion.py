@@ -62,6 +62,7 @@ def evaluation_identity(config: ExcludeConfig) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for task, place, files in map(_open, config.overlap):
         reading = task.model_dump_json(include=_TEXT_KEYS).encode()
+        reading += (task.encoding or "").encode()
         rows: dict[str, Any] = {"files": {str(path): hash_file(path) for path in files}}
         if place.hub is not None:
             rows = place.model_dump(mode="json", include=keys)

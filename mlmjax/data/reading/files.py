@@ -1,11 +1,11 @@
 """Read the records of an untrusted data file: parquet, JSONL, CSV or plain text."""
 
 import csv
+import functools
 import io
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +13,22 @@ import pyarrow as pa
 
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
 from mlmjax.config.data import CsvDialect
-from mlmjax.config.tables import suggest_name
 from mlmjax.data.formats.csv_files import read_rows
-from mlmjax.errors import InputError, first_line
+from mlmjax.data.formats.lines import (
+    MAX_LINE_BYTES,
+    READ_AHEAD,
+    Note,
+    note_once,
+    number_lines,
+    open_as_utf8,
+)
+from mlmjax.errors import InputError, MissingColumnError, first_line, suggest_name
 from mlmjax.storage import check_regular, parse_object, unique_keys
 
 log = logging.getLogger(__name__)
 
-MAX_LINE_BYTES = 32 * 2**20
-"""A longer line (or CSV field) is an error, so that one hostile line cannot fill memory."""
-
 TEXT_BLOCK = 64 * 2**10
 """Characters after which a document of a `.txt` file ends at the next blank line."""
-
-_READ_AHEAD = 2**14
-"""Bytes that may be lost before the place where a compressed file is damaged."""
 
 _COMPRESSION = {".zst": "zstd", ".gz": "gzip"}
 _PARQUET_BATCH = 512
@@ -45,11 +46,13 @@ def stop(what: str, error: InputError) -> None:
 
 
 class Wanted(NamedTuple):
-    """Say which columns to read of a file, and how it is written if it is CSV."""
+    """Say which columns to read of a file, and how it is written; `note` gets what is found."""
 
     columns: Collection[Column] | None
     optional: Collection[Column]
     csv: CsvDialect | None
+    encoding: str | None
+    note: Note
 
 
 class Record(NamedTuple):
@@ -67,7 +70,9 @@ def read_file(
     named: Collection[str] = (),
     unnamed: Collection[str] = (),
     csv: CsvDialect | None = None,
+    encoding: str | None = None,
     broken: Broken = stop,
+    noted: set[str] | None = None,
 ) -> Iterator[Record]:
     """Stream the records of one file, whose format follows from its name.
 
@@ -76,7 +81,9 @@ def read_file(
     `text`). All but parquet may be compressed: `.zst`, `.gz`. `columns` are the needed ones (None:
     all); records may lack other columns. `optional` columns are read where they are. Class numbers
     in the columns `named` become names if a parquet file of `datasets` stores these, except those
-    in `unnamed`. `csv` says how a CSV file is written; what it leaves out is detected.
+    in `unnamed`. `csv` says how a CSV file is written, `encoding` how any text file is; what they
+    leave out is detected, and logged where it is unusual. What is in `noted` is not logged again:
+    give one set to all readings of a file.
 
     `broken` gets the errors of a record, and of a file whose rest cannot be read. What it does not
     raise is skipped. A line of a CSV file that is not text breaks the rest, because it may be part
@@ -85,7 +92,10 @@ def read_file(
     Raises `InputError` with file and line or row for a file that cannot be read as described.
     Errors of the disk or the network are always raised.
     """
-    path, wanted = Path(path), Wanted(columns, optional, csv)
+    path = Path(path)
+    wanted = Wanted(
+        columns, optional, csv, encoding, note_once(log, set() if noted is None else noted)
+    )
     kind, compression = _kind_of(path)
     read = _READERS.get(kind)
     if read is None or (compression and kind == ".parquet"):
@@ -101,7 +111,7 @@ def read_file(
             yield from _read_parquet(path, wanted, named, unnamed, broken)
         else:
             raw = pa.input_stream(str(path), compression=compression)
-            with io.BufferedReader(raw, _READ_AHEAD) as stream:
+            with io.BufferedReader(raw, READ_AHEAD) as stream:
                 yield from read(stream, str(path), wanted, broken)
     except (OSError, pa.ArrowException) as error:
         (where,) = getattr(error, "__notes__", [path])
@@ -149,84 +159,29 @@ def require_columns(
             missing = [n for n in names_in(last) if columns_read(n, present) is None]
             expected = " or ".join(map(repr, [*others, last] if others else missing[:1]))
             hint = suggest_name(missing[0], list(present))
-            raise InputError(
+            error = MissingColumnError(
                 f"{where}: has no column {expected}; {hint}columns: {', '.join(present) or 'none'}"
             )
+            error.columns = alternatives_of(column)
+            raise error
         read.update(found)
     for column in optional:
         read.update(columns_read(column, present) or ())
     return sorted(read)
 
 
-def _lines(stream: io.BufferedReader, where: str, broken: Broken) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines, from 1, without a byte order mark at the start.
-
-    Lines end in a line feed, or (in files of old Macs) in a carriage return; this is logged.
-    """
-    try:
-        start = stream.peek(_READ_AHEAD)
-    except OSError as error:
-        error.add_note(f"{where} line 1")
-        raise
-    is_old = b"\r" in start[:-1] and b"\n" not in start
-    if is_old:
-        log.warning("%s: lines end in a carriage return, as on old Macs", where)
-    read = _OldLines(stream).readline if is_old else stream.readline
-    for number in count(1):
-        here = f"{where} line {number}"
-        try:
-            line = read(MAX_LINE_BYTES + 1)
-            is_long = len(line) > MAX_LINE_BYTES
-            rest = line
-            while is_long and rest and not rest.endswith((b"\n", b"\r")) and broken is not stop:
-                rest = read(MAX_LINE_BYTES)
-        except OSError as error:
-            error.add_note(here)
-            raise
-        if not line:
-            return
-        if is_long:
-            what = f"is longer than {MAX_LINE_BYTES >> 20} MiB; expected one record per line"
-        elif b"\0" in line:
-            what = "holds a NUL byte; expected UTF-8 text (is it binary, or UTF-16?)"
-        else:
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-                continue
-            except UnicodeDecodeError as error:
-                what = (
-                    f"is not UTF-8 (byte {error.start + 1} of the line is "
-                    f"0x{line[error.start]:02x}); convert the file to UTF-8"
-                )
-        broken(BROKEN_RECORD, InputError(f"{here}: {what}"))
-
-
-class _OldLines:
-    """Read lines that end in a carriage return."""
-
-    def __init__(self, stream: io.BufferedReader):
-        self._stream, self._rest = stream, b""
-
-    def readline(self, limit: int) -> bytes:
-        """Return the next line, or `limit` bytes of it; empty at the end of the file."""
-        parts = [self._rest]
-        size = len(self._rest)
-        while b"\r" not in parts[-1] and size < limit:
-            part = self._stream.read1(_READ_AHEAD)
-            if not part:
-                break
-            parts.append(part)
-            size += len(part)
-        text = b"".join(parts)
-        end = min(text.find(b"\r") + 1 or len(text), limit)
-        line, self._rest = text[:end], text[end:]
-        return line
+def _lines(
+    stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
+) -> Iterator[tuple[int, str]]:
+    reject = functools.partial(broken, BROKEN_RECORD)
+    stream = open_as_utf8(stream, where, wanted.encoding, wanted.note)
+    return number_lines(stream, where, wanted.note, reject)
 
 
 def _read_jsonl(
     stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
 ) -> Iterator[Record]:
-    for number, line in _lines(stream, where, broken):
+    for number, line in _lines(stream, where, wanted, broken):
         if line.strip():
             here = f"{where} line {number}"
             try:
@@ -245,10 +200,11 @@ def _read_csv(
     # The limit belongs to the whole csv module, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE_BYTES))
     is_tabbed = ".tsv" in map(str.lower, Path(where).suffixes)
-    lines = (line for _, line in _lines(stream, where, stop))
+    lines = (line for _, line in _lines(stream, where, wanted, stop))
     header: list[str] = []
+    default = "\t" if is_tabbed else ","
     for row, line in read_rows(
-        lines, where, "\t" if is_tabbed else ",", wanted.csv, wanted.columns
+        lines, where, default=default, given=wanted.csv, columns=wanted.columns, note=wanted.note
     ):
         here = f"{where} line {line}"
         if not header:
@@ -273,7 +229,7 @@ def _read_text(
     require_columns(where, wanted.columns, ["text"])
     block: list[str] = []
     size, start = 0, 1
-    for number, line in _lines(stream, where, broken):
+    for number, line in _lines(stream, where, wanted, broken):
         block.append(line)
         size += len(line)
         # A text without blank lines is cut at the end of a line, so that memory stays bounded.

@@ -1,13 +1,12 @@
 """Read texts and their labels from a table, and find the columns that hold them."""
 
 from collections.abc import Collection, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlmjax.config.columns import as_written, columns_read, is_missing, look_up
 from mlmjax.data.reading.files import Record, read_file, require_columns
-from mlmjax.errors import InputError, counted
+from mlmjax.errors import InputError, counted, suggest_name
 from mlmjax.text.checks import check_text, for_each_row
 
 TEXT_NAMES = (
@@ -98,21 +97,33 @@ def read_labelled(
     *,
     skip_blank: bool = False,
     drop_labels: Collection[str] = (),
+    encoding: str | None = None,
 ) -> LabelledTable:
     """Read a table of texts, each with one label; white space around labels is removed.
 
-    The format follows from the name, as in `read_file`. A row that repeats text and label is left
-    out, as are rows with a label of `drop_labels`, and with `skip_blank` rows without a text or a
-    label; `said` counts them. Raises `InputError` that lists every row without a text or a label.
+    The format follows from the name, and `encoding` is that of `read_file`. A row that repeats text
+    and label is left out, as are rows with a label of `drop_labels`, and with `skip_blank` rows
+    without a text or a label; `said` counts them. Raises `InputError` that lists every row without
+    a text or a label.
     """
-    first = next(iter(islice(read_file(path), 1)), None)
+    noted: set[str] = set()
+    given = None if text is None or label is None else [text, label]
+    first = next(read_file(path, given, encoding=encoding, noted=noted), None)
     if first is None:
         raise InputError(f"{path}: has no rows; expected a text and a label in each")
     columns = find_columns(str(path), list(first.fields), text, label)
     wanted = [columns.text, columns.label]
-    records = read_file(path, wanted, named=[columns.label], unnamed=drop_labels)
+    records = read_file(
+        path,
+        wanted,
+        named=[columns.label],
+        unnamed=drop_labels,
+        encoding=encoding,
+        noted=noted,
+    )
     counts = dict.fromkeys(("blank", "dropped", "repeated"), 0)
     seen: dict[tuple[str, str], str] = {}
+    dropped: set[str] = set()
     for where, row in for_each_row(
         lambda record: (record.where, _row(record, columns, skip_blank)),
         ((record.where, record) for record in records),
@@ -121,13 +132,15 @@ def read_labelled(
             counts["blank"] += 1
         elif row[1] in drop_labels:
             counts["dropped"] += 1
+            dropped.add(row[1])
         elif row in seen:
             counts["repeated"] += 1
         else:
             seen[row] = where
     texts, labels = [row[0] for row in seen], [row[1] for row in seen]
     _check_labels(str(path), labels, columns.label)
-    said = [*columns.said, *_describe(counts), *_similar(labels)]
+    unknown = _unknown([name for name in drop_labels if name not in dropped], labels)
+    said = [*columns.said, *_describe(counts), *unknown, *_similar(labels)]
     return LabelledTable(texts, labels, list(seen.values()), columns, tuple(said))
 
 
@@ -177,6 +190,13 @@ def _describe(counts: dict[str, int]) -> Iterator[str]:
     for name, what in words.items():
         if counts[name]:
             yield f"left out {counted(counts[name], 'row')} {what}"
+
+
+def _unknown(names: Sequence[str], labels: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for each label to drop that no row has."""
+    for name in names:
+        hint = suggest_name(name, list(dict.fromkeys(labels))).strip() or "nothing is left out"
+        yield f"warning: --drop-label {name!r}: no row has this label; {hint}"
 
 
 def _similar(labels: Sequence[str]) -> Iterator[str]:

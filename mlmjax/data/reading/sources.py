@@ -19,6 +19,7 @@ from mlmjax.data.reading.files import (
     stop,
 )
 from mlmjax.errors import InputError, first_line, named_place
+from mlmjax.storage import check_regular
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def source_files(source: Location) -> list[Path]:
         names = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
         found = sorted(file for file in map(Path, names) if file.is_file())
         if not found:
+            check_regular(Path(path))
             what = "is a folder" if Path(path).is_dir() else "no file matches"
             raise InputError(
                 f"{path}: {what}; expected a file or a glob such as 'data/*.parquet' (relative to "
@@ -82,6 +84,7 @@ def read_source(
                 named=named,
                 unnamed=unnamed,
                 csv=source.csv,
+                encoding=source.encoding,
                 broken=broken,
             )
         )

@@ -14,7 +14,8 @@ from mlmjax.data.contamination import TrainingManifest, training_manifest
 from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
-from mlmjax.errors import counted
+from mlmjax.errors import counted, suggest_keywords
+from mlmjax.parallel.environment import check_devices
 from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
@@ -60,6 +61,7 @@ from mlmjax.weights.checkpoints import Checkpoints
 STEPS = {"pjit": shared_train_step, "pmap": shared_replicated_step}
 
 
+@suggest_keywords
 def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState:
     """Train, validate, checkpoint and export as the configuration says; return the final state.
 
@@ -74,6 +76,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     `KeyboardInterrupt`.
     """
     check_not_forked()
+    check_devices()
     clock, out = Clock(), Path(config.out)
     config = count_steps(config)
     mesh = check_before_start(config, profile)

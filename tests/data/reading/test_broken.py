@@ -14,7 +14,6 @@ from row_files import read
 
 from mlmjax import InputError
 from mlmjax.config.data import SourceConfig
-from mlmjax.data.reading import files
 from mlmjax.data.reading.examples import MOST_NAMED
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, read_file
 from mlmjax.storage import hash_value
@@ -61,7 +60,7 @@ BROKEN_LINES = {
 
 @pytest.mark.parametrize("what", BROKEN_LINES)
 def test_a_broken_line_stops_or_is_skipped(what, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE_BYTES", 10_000)
+    monkeypatch.setattr("mlmjax.data.formats.lines.MAX_LINE_BYTES", 10_000)
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(lines()))
     expected = [one.ids.tolist() for one in read(source(path), tokenizer)[0]]

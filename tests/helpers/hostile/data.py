@@ -67,7 +67,12 @@ FILES = {
     "JSONL nested deeply": ("x.jsonl", "[" * 100_000 + "\n", "x.jsonl line 1: is not valid JSON"),
     "JSONL with a number of 5000 digits": ("x.jsonl", "9" * 5000, "x.jsonl line 1: is not valid"),
     "JSONL not UTF-8": ("x.jsonl", SMALL + b'{"p": "\xff"}\n', "9: is not UTF-8 (byte 8 of the"),
-    "JSONL in UTF-16": ("x.jsonl", LINES.encode("utf-16"), "x.jsonl line 1: "),
+    "JSONL in broken UTF-16": ("x.jsonl", LINES.encode("utf-16")[:-1], "of the file is not UTF-16"),
+    "JSONL in UTF-16 without its mark": (
+        "x.jsonl",
+        LINES.encode("utf-16-le"),
+        "1: holds a NUL byte",
+    ),
     "JSONL with a NUL": ("x.jsonl", SMALL + b"\0\n", "x.jsonl line 9: holds a NUL byte"),
     "JSONL of noise": ("x.jsonl", NOISE, "x.jsonl line 1: "),
     "JSONL with half a character": ("x.jsonl", one(prompt="\ud800"), "'prompt': holds half a char"),

@@ -30,23 +30,23 @@ LABEL_FILES = {
     "empty": ("", "found none; expected at least two"),
     "blank": ("\n \n\t\n", "labels: found none; expected at least two"),
     "of one label": ("red\n", "labels: found red; expected at least two"),
-    "of a label twice": ("red\nblue\nred\n", "labels, line 3: the label 'red' is repeated"),
-    "of a label twice with a tab": ("red\ta\nred\tb\n", "labels, line 2: the label 'red' is"),
-    "of a description alone": ("red\ta\n\tblue\n", "labels, line 2: the label is blank"),
-    "not UTF-8": (b"red\n\xff\n", "labels, line 2: is not UTF-8 text"),
-    "in UTF-16": ("red\nblue\n".encode("utf-16"), "labels, line 1: is not UTF-8 text"),
+    "of a label twice": ("red\nblue\nred\n", "labels line 3: the label 'red' is repeated"),
+    "of a label twice with a tab": ("red\ta\nred\tb\n", "labels line 2: the label 'red' is"),
+    "of a description alone": ("red\ta\n\tblue\n", "labels line 2: the label is blank"),
+    "not UTF-8": (b"red\n\xff\n", "labels line 2: is not UTF-8"),
+    "in broken UTF-16": ("red\nblue\n".encode("utf-16")[:-1], "labels: byte 19 of the file is not"),
 }
 TEXT_FILES = {
     "empty": (b"", "texts.txt: is empty"),
-    "a blank line": (b"one\n\ntwo\n", "texts.txt, line 2: the text is blank"),
-    "a line of spaces": (b"one\n \t\ntwo\n", "texts.txt, line 2: the text is blank"),
-    "a blank line of Windows": (b"one\r\n\r\n", "texts.txt, line 2: the text is blank"),
-    "white space of other scripts": ("one\n\u3000\u2003\n".encode(), "texts.txt, line 2: the text"),
-    "a byte order mark alone": (b"\xef\xbb\xbf\n", "texts.txt, line 1: the text is blank"),
-    "not UTF-8": (b"one\ncaf\xe9\n", "texts.txt, line 2: is not UTF-8 text"),
-    "not UTF-8 in the last line": (b"one\n" * 300 + b"\xff", "texts.txt, line 301: is not UTF-8"),
-    "half a character": (b"one\n\xed\xa0\x80\n", "texts.txt, line 2: is not UTF-8 text"),
-    "UTF-16": ("one\n".encode("utf-16"), "texts.txt, line 1: is not UTF-8 text"),
+    "a blank line": (b"one\n\ntwo\n", "texts.txt line 2: the text is blank"),
+    "a line of spaces": (b"one\n \t\ntwo\n", "texts.txt line 2: the text is blank"),
+    "a blank line of Windows": (b"one\r\n\r\n", "texts.txt line 2: the text is blank"),
+    "white space of other scripts": ("one\n\u3000\u2003\n".encode(), "texts.txt line 2: the text"),
+    "a byte order mark alone": (b"\xef\xbb\xbf\n", "texts.txt line 1: the text is blank"),
+    "not UTF-8": (b"one\ncaf\xe9\n", "texts.txt line 2: is not UTF-8"),
+    "not UTF-8 in the last line": (b"one\n" * 300 + b"\xff", "texts.txt line 301: is not UTF-8"),
+    "half a character": (b"one\n\xed\xa0\x80\n", "texts.txt line 2: is not UTF-8"),
+    "broken UTF-16": ("one\n".encode("utf-16")[:-1], "texts.txt: byte 9 of the file is not UTF-16"),
 }
 # By name: the content of a table, and what the first line must say of it with --text text.
 TABLES = {
@@ -55,7 +55,7 @@ TABLES = {
     "quote.csv": (b'id,text\n1,"one\n', "quote.csv line 2: is not valid CSV"),
     "other.csv": (b"id,body\n1,one\n", "has no column 'text'"),
     "twice.csv": (b"text,text\n1,one\n", "the header has 'text' twice"),
-    "utf16.csv": ("id,text\n1,one\n".encode("utf-16"), "utf16.csv line 1: "),
+    "utf16.csv": ("id,text\n1,one\n".encode("utf-16")[:-1], "utf16.csv: byte 29 of the file"),
     "t.jsonl": (b'{"text": "one"}\n{"text": 2}\n', "t.jsonl line 2: column 'text' is int"),
     "null.jsonl": (b'{"text": null}\n', "null.jsonl line 1: column 'text' is blank"),
     "list.jsonl": (b'{"text": ["one"]}\n', "list.jsonl line 1: column 'text' is list"),
@@ -120,7 +120,7 @@ def cases():
     spoil = update_json("model/config.json", architectures=[says])
     yield Case("texts for a classification head", command, 2, says, needs, spoil)
     odd = "\n".join([*ODD, "sun " * 50_000])
-    says = "1 of the texts did not fit the model"
+    says = "warning: 1 of the texts did not fit the model"
     labels = ("--labels", "[MASK],[unused0],\U0001f600")
     yield Case("texts odd", (*HEAD, *labels), 0, says, needs, stdin=odd)
     spoil = change("texts.txt", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))

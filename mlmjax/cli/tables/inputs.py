@@ -1,13 +1,17 @@
 """Read labels and texts from files, standard input or the command line."""
 
+import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO
+from typing import Any
 
+from mlmjax.data.formats.lines import note_once, number_lines, open_as_utf8
 from mlmjax.errors import InputError, read_failed
+
+log = logging.getLogger(__name__)
 
 
 def read_labels(argument: str) -> list[str] | dict[str, str]:
@@ -16,7 +20,7 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
     >>> read_labels("sports, world")
     ['sports', 'world']
     """
-    if not os.path.isfile(argument):
+    if not os.path.exists(argument) or os.path.isdir(argument):
         if "," not in argument:
             raise InputError(
                 f"--labels {argument!r}: is neither a file nor a comma-separated list; give at "
@@ -29,30 +33,33 @@ def read_labels(argument: str) -> list[str] | dict[str, str]:
                 "comma, or give it a name"
             )
         return names
-    with _open(argument) as stream:
-        lines = stream.read().splitlines()
     labels: dict[str, str] = {}
-    for number, line in enumerate(_decoded(lines, argument), start=1):
+    for number, line in _lines(argument, "give a text file, one label per line"):
         if not line.strip():
             continue
         name, _, description = (part.strip() for part in line.partition("\t"))
         if not name or name in labels:
             found = "the label is blank" if not name else f"the label {name!r} is repeated"
-            raise InputError(f"{argument}, line {number}: {found}; expected distinct labels")
+            raise InputError(f"{argument} line {number}: {found}; expected distinct labels")
         labels[name] = description
     return labels if any(labels.values()) else list(labels)
 
 
-def read_lines(file: str) -> Iterator[str]:
-    """Yield the lines of a file or of standard input (`-`); reject blank lines."""
+def read_lines(
+    file: str, encoding: str | None = None, noted: set[str] | None = None
+) -> Iterator[str]:
+    """Yield the lines of a file or of standard input (`-`); reject blank lines.
+
+    `encoding` and `noted` are those of `read_file`.
+    """
     where, number = "standard input" if file == "-" else file, 0
-    with _open(file) as stream:
-        for number, line in enumerate(_decoded(stream, where), start=1):
-            if not line.strip():
-                raise InputError(
-                    f"{where}, line {number}: the text is blank; remove the line or write a text"
-                )
-            yield line
+    advice = "give a text file, one entry per line"
+    for number, line in _lines(file, advice, encoding, set() if noted is None else noted):
+        if not line.strip():
+            raise InputError(
+                f"{where} line {number}: the text is blank; remove the line or write a text"
+            )
+        yield line
     if not number:
         raise InputError(f"{where}: is empty; give at least one text, one per line")
 
@@ -62,25 +69,23 @@ def is_read_once(file: str) -> bool:
     return file == "-" or (os.path.exists(file) and not os.path.isfile(file))
 
 
-@contextmanager
-def _open(file: str) -> Iterator[IO[bytes]]:
+def _lines(
+    file: str, advice: str, encoding: str | None = None, noted: set[str] | None = None
+) -> Iterator[tuple[int, str]]:
+    """Yield the numbered lines of a file, without their ends."""
+    where = "standard input" if file == "-" else file
     if file == "-" and (sys.stdin is None or sys.stdin.closed):
         raise InputError("standard input: is closed; give a file, or pipe one text per line")
+    note = note_once(log, set() if noted is None else noted)
+    stream: Any
     try:
         with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
-            yield stream
+            text = open_as_utf8(stream, where, encoding, note)
+            for number, line in number_lines(text, where, note, _raise, nul=True):
+                yield number, line.rstrip("\r\n")
     except OSError as error:
-        advice = "give a text file, one entry per line"
-        raise read_failed(Path(file), error, advice) from error
+        raise read_failed(Path(where), error, advice) from error
 
 
-def _decoded(lines: Iterable[bytes], where: str) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        try:
-            # Editors on Windows begin a file with a byte order mark.
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{where}, line {number}: is not UTF-8 text ({error.reason}); "
-                "save the file as UTF-8"
-            ) from error
+def _raise(error: InputError) -> None:
+    raise error

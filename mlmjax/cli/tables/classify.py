@@ -1,0 +1,78 @@
+"""Classify the lines of a text file, or the rows of a table."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mlmjax.classification.predictor import Predictor
+from mlmjax.cli.tables.answers import (
+    Item,
+    check_options,
+    read_items,
+    shape_answer,
+    write_answers,
+)
+from mlmjax.cli.tables.inputs import is_read_once, read_labels, read_lines
+from mlmjax.parallel.environment import check_devices
+from mlmjax.reporting.terminal import count_progress, say, working
+from mlmjax.scoring.engine import describe_compiling
+from mlmjax.weights.hub import PACKAGED, report_packaged
+
+CHUNK = 256
+"""Texts that are answered, and printed, together."""
+
+
+def classify_file(
+    file: str,
+    *,
+    model: str | None = None,
+    labels: str | None = None,
+    text: str | None = None,
+    id_: str | None = None,
+    out: str | None = None,
+    encoding: str | None = None,
+    echo: bool = False,
+    full: bool = False,
+    **options: Any,
+) -> None:
+    """Print or write an answer for each line of a file (`-`: standard input), or each row.
+
+    `labels` are those of `read_labels`, `text` and `id_` columns of a table, `options` those of
+    `Predictor`. Raises `InputError` for a bad line or row before it prints an answer, unless the
+    texts can be read only once.
+    """
+    check_options(file, text, id_, out)
+    check_devices()
+    noted: set[str] = set()
+
+    def read() -> Iterator[Item]:
+        if text is None:
+            lines = read_lines(file, encoding, noted)
+            return itertools.starmap(Item, enumerate(lines, start=1))
+        return read_items(file, text, id_, encoding, noted)
+
+    names = None if labels is None else read_labels(labels)
+    total = 0
+    if not is_read_once(file):
+        with count_progress("texts checked") as progress:
+            for _ in read():
+                progress(total := total + 1, 0)
+    with working(f"loading {model or PACKAGED}"):
+        predictor = Predictor.from_pretrained(model or PACKAGED, names, progress=False, **options)
+    report_packaged(model is None)
+    key = "line" if id_ is None else "id"
+
+    def answers(progress: Callable[[int, int], None]) -> Iterator[dict[str, Any]]:
+        items, done = read(), 0
+        while chunk := list(itertools.islice(items, CHUNK)):
+            found = predictor.answers([item.text for item in chunk])
+            for item, answer in zip(chunk, found, strict=True):
+                yield shape_answer(answer, item, key, echo=echo, full=full)
+            progress(done := done + len(chunk), total)
+
+    with count_progress("texts classified", describe_compiling(predictor.layers)) as progress:
+        count = write_answers(answers(progress), out)
+    if out is not None:
+        say(f"{out}: {count:,} answers")
+    if predictor.shortened:
+        say(f"warning: {predictor.shortened} of the texts did not fit the model and were truncated")
