@@ -18,7 +18,7 @@ from mlmjax.decisions.fitting import Labelled, learn, read_labelled
 from mlmjax.decisions.questions import Question, read_questions
 from mlmjax.decisions.settings import DeciderSettings, kind_of, settle
 from mlmjax.decisions.states import State
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import Calibration, temperature_calibration
@@ -33,6 +33,7 @@ CHUNK_PROMPTS = 4096
 """About this many prompts are laid out together; states are read as they are needed."""
 
 
+@suggest_keywords
 class Decider:
     """Answer typed questions about states, each by one forward pass.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mlmjax.errors import InputError, named_place
+from mlmjax.errors import InputError, named_place, suggest_keywords
 from mlmjax.text.checks import check_text
 
 Text = str | Mapping[str, Any] | Sequence[Any]
@@ -16,6 +16,7 @@ CHOICE, YES_NO, SCORE = "choice", "noul", "score"
 """The types of question by their names in the protocol."""
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class Choice:
     """Ask which one of 2 to 255 options is right.
@@ -73,6 +74,7 @@ class Choice:
         )
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class YesNo:
     """Ask a question of yes or no.
@@ -119,6 +121,7 @@ class YesNo:
         raise InputError(f"the answer is {answer!r:.60}; expected true or false")
 
 
+@suggest_keywords
 @dataclass(frozen=True)
 class Score:
     """Ask for one of 2 to 10 levels, listed from low to high.

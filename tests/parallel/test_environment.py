@@ -54,6 +54,7 @@ COMMAND = "from mlmjax.cli.main import run; raise SystemExit(run({arguments!r}))
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("JAX_PLATFORMS", "nonsense", "found 'nonsense', which JAX cannot use here"),
         ("JAX_DEFAULT_DEVICE", "cuda:0", "found 'cuda:0', which JAX cannot use here"),
         ("JAX_ENABLE_COMPILATION_CACHE", "maybe", "found 'maybe', which JAX rejects"),
     ],

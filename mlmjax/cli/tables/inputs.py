@@ -4,12 +4,13 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mlmjax.data.formats.lines import note_once, number_lines, open_as_utf8
 from mlmjax.errors import InputError, read_failed
+from mlmjax.reporting.terminal import working
 
 log = logging.getLogger(__name__)
 
@@ -77,14 +78,25 @@ def _lines(
     if file == "-" and (sys.stdin is None or sys.stdin.closed):
         raise InputError("standard input: is closed; give a file, or pipe one text per line")
     note = note_once(log, set() if noted is None else noted)
-    stream: Any
     try:
-        with nullcontext(sys.stdin.buffer) if file == "-" else open(file, "rb") as stream:
+        with _open(file) as stream:
             text = open_as_utf8(stream, where, encoding, note)
             for number, line in number_lines(text, where, note, _raise, nul=True):
                 yield number, line.rstrip("\r\n")
     except OSError as error:
         raise read_failed(Path(where), error, advice) from error
+
+
+@contextmanager
+def _open(file: str) -> Iterator[Any]:
+    if file == "-":
+        yield sys.stdin.buffer
+        return
+    # A pipe opens when somebody writes to it.
+    with working(f"waiting for {file}") if is_read_once(file) else nullcontext():
+        stream = open(file, "rb")  # noqa: SIM115
+    with stream:
+        yield stream
 
 
 def _raise(error: InputError) -> None:

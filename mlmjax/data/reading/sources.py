@@ -27,15 +27,16 @@ log = logging.getLogger(__name__)
 def source_files(source: Location) -> list[Path]:
     """List the local files of a source, sorted within a glob; none for the hub.
 
-    In a glob, `**` reaches into folders. Raises `InputError` if no file matches, and for a file
-    that two paths match.
+    In a glob, `**` reaches into folders. Raises `InputError` if no file matches, for a file that
+    two paths match, and for a pipe.
     """
     files: list[Path] = []
     for path in source.paths:
         names = [path] if Path(path).is_file() else glob.glob(path, recursive=True)
+        for name in names:
+            check_regular(Path(name))
         found = sorted(file for file in map(Path, names) if file.is_file())
         if not found:
-            check_regular(Path(path))
             what = "is a folder" if Path(path).is_dir() else "no file matches"
             raise InputError(
                 f"{path}: {what}; expected a file or a glob such as 'data/*.parquet' (relative to "

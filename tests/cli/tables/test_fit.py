@@ -165,3 +165,30 @@ def test_confusions_fit_a_terminal_or_become_a_list():
     assert many[0] == "most frequent confusions"
     assert len(many) == 9
     assert max(map(len, [*few, *many])) <= 80
+
+
+def test_a_label_of_one_row_is_trained_on_and_named(tmp_path):
+    rows = [*labelled_rows(80), {"id": "x", "text": "some rain", "label": "weather"}]
+    table = read_labelled(write_table(tmp_path / "a.csv", rows))
+    split = split_table(table, 0.4, seed=0)
+    assert split.said == ("warning: no row is tested for 1 label: weather",)
+    assert table.labels.index("weather") in split.train
+
+
+def test_a_table_in_another_encoding_is_fitted_and_the_next_line_says_so(
+    word_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    rows = labelled_rows(40, {"sports": "größe", "money": "maß"})
+    path = write_table(tmp_path / "a.csv", rows)
+    path.write_bytes(path.read_text(encoding="utf-8").encode("latin-1"))
+    fit = ["fit", "a.csv", "--model", str(word_folder), "--out", "out", "--epochs", "1"]
+    assert main.run(fit) == 2
+    assert "is not UTF-8 (byte " in capsys.readouterr().err
+    assert main.run([*fit, "--encoding", "latin-1"]) == 0
+    out = capsys.readouterr().out
+    assert "größe" in out
+    (line,) = [text for text in out.splitlines() if text.startswith("next: ")]
+    arguments = line.removeprefix("next: mlmjax ").replace("TABLE", "a.csv").split()
+    assert main.run(arguments) == 0
+    assert (tmp_path / "answers.csv").read_text(encoding="utf-8").count("\n") == 41
