@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mlmjax.cli.convert import convert
+from mlmjax.cli.decide import decide, serve
 from mlmjax.cli.options import Group
 from mlmjax.errors import EXIT_FAILED
 
@@ -59,6 +60,8 @@ def cli() -> None:
 
 
 cli.add_command(convert)
+cli.add_command(decide)
+cli.add_command(serve)
 
 
 @cli.command(examples=["mlmjax demo --out my-demo"])

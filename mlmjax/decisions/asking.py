@@ -11,9 +11,10 @@ from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText
 from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
-from mlmjax.decisions.states import State
+from mlmjax.decisions.states import Shown, State
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
+from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.options import TOKENS, OptionScorer
 from mlmjax.statistics import option_orders
@@ -28,6 +29,8 @@ PROMPT = (
     "ANSWER:\nAnswer: [unused0] [MASK]"
 )
 CHOICES = "CHOICES:\n"
+LEAST_ROOM = 16
+"""Tokens that a question leaves for the state at least."""
 NO_INSTRUCTIONS = {YES_NO: "Does yes or no apply to the text?"}
 USUAL = "Which of the choices fits the text best?"
 """The question of a prompt whose instructions are blank."""
@@ -93,7 +96,7 @@ class Asker:
         if len(names) < 2:
             raise InputError("the tokenizer has no two letters of one token; use another tokenizer")
         self.letters = [ids[0] for ids in tokenizer.encode_plain_batch([f" {n}" for n in names])]
-        self._layouts = lru_cache(maxsize=4096)(self._lay_out)
+        self._layouts = lru_cache(maxsize=512)(self._lay_out)
 
     def layout(self, question: Question) -> Layout:
         """Return how a question is worded; raise `InputError` if it does not fit in a prompt."""
@@ -101,6 +104,19 @@ class Asker:
         if not text.strip():
             text = NO_INSTRUCTIONS.get(question.type, USUAL)
         return self._layouts(text, question.shown, question.words)
+
+    def shown(self, state: State) -> Shown:
+        """Return as much of a state as any prompt can hold."""
+        return state.bounded(self.scorer.tokenizer, self.scorer.max_length)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile the program of each bucket."""
+        engine, pad = self.scorer.engine, self.scorer.tokenizer.pad_id
+        slots, tokens = np.zeros(1, np.int32), np.zeros((1, MOST_OPTIONS), np.int32)
+        for done, length in enumerate(engine.buckets, start=1):
+            engine.run([[pad] * length], slots, tokens, np.ones(1, np.int32))
+            if progress:
+                progress(done, len(engine.buckets))
 
     def ask(
         self,
@@ -214,7 +230,11 @@ class Asker:
         return rows
 
     def _row(self, item: Item, order: Sequence[int]) -> dict[str, Any]:
-        layout, shown = item.layout, [item.layout.shown[i] for i in order]
+        return {"text": self.shown(item.state).text, **self._worded(item.layout, order)}
+
+    def _worded(self, layout: Layout, order: Sequence[int]) -> dict[str, Any]:
+        """Return the fields of a prompt about a question, and the tokens of its options."""
+        shown = [layout.shown[i] for i in order]
         if layout.tokens is None:
             choices, tokens = f"{CHOICES}{option_lines(shown)}", self.letters[: len(shown)]
         else:
@@ -222,8 +242,7 @@ class Asker:
             lines = "".join(f"- {text}\n" for text in shown)
             choices = f"{CHOICES}{lines}" if layout.is_described else ""
             tokens = [layout.tokens[i] for i in order]
-        text = item.state.bounded(self.scorer.tokenizer, self.scorer.max_length).text
-        return {"text": text, "question": layout.question, "choices": choices, TOKENS: tokens}
+        return {"question": layout.question, "choices": choices, TOKENS: tokens}
 
     def _windows(self, state: State, row: dict[str, Any]) -> list[str]:
         if self.long_text == "shorten":
@@ -242,10 +261,7 @@ class Asker:
         """
         scorer, tokenizer = self.scorer, self.scorer.tokenizer
         removed = [
-            0
-            if self.long_text != "shorten"
-            else state.bounded(tokenizer, scorer.max_length).removed
-            for state in states
+            self.shown(state).removed if self.long_text == "shorten" else 0 for state in states
         ]
         prompts = scorer.template.render_batch(tokenizer, rows, scorer.max_length, where)
         for at, prompt in enumerate(prompts):
@@ -269,8 +285,18 @@ class Asker:
         fields = {"question": text}
         if tokens is None:
             size = group_size(scorer.template, scorer.tokenizer, shown, scorer.max_length, fields)
-            return Layout(text, shown, None, min(size, len(self.letters)))
-        return Layout(text, shown, tokens, len(shown), shown != words)
+            layout = Layout(text, shown, None, min(size, len(self.letters)))
+        else:
+            layout = Layout(text, shown, tokens, len(shown), shown != words)
+        if layout.size == len(shown):  # groups of options leave room by themselves
+            row = self._worded(layout, range(len(shown)))
+            length = scorer.template.length(scorer.tokenizer, row) + LEAST_ROOM
+            if length > scorer.max_length:
+                raise InputError(
+                    f"the prompt has {length} tokens without the state and at most "
+                    f"{scorer.max_length} fit; give shorter instructions or criteria"
+                )
+        return layout
 
     def _word_tokens(self, words: tuple[str, ...]) -> tuple[int, ...] | None:
         """Return the token of each word; None unless each is one token of its own."""

@@ -17,7 +17,7 @@ from mlmjax.decisions.asking import Asker, Usage, Way
 from mlmjax.decisions.fitting import Labelled, learn, read_labelled
 from mlmjax.decisions.questions import Question, read_questions
 from mlmjax.decisions.settings import DeciderSettings, kind_of, settle
-from mlmjax.decisions.states import State
+from mlmjax.decisions.states import State, as_state
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics import label_sets
@@ -153,17 +153,28 @@ class Decider:
         asked = [read_questions(questions) for _, questions in requests]
         alone = len(requests) == 1 and not first
         names = [f"row {at + 1} (index {at})" for at in range(first, first + len(requests))]
-        states = (
-            [State(requests[0][0])]
-            if alone
-            else for_each_row(lambda one: State(one[0]), zip(names, requests, strict=True))
-        )
+        if alone:
+            states = [as_state(requests[0][0])]
+        else:
+            states = for_each_row(lambda one: as_state(one[0]), zip(names, requests, strict=True))
         pairs, where = [], []
         for state, table, name in zip(states, asked, names, strict=True):
             pairs += [(state, question) for question in table.values()]
             where += [f"question {key!r:.60}" if alone else f"{name}, {key!r:.60}" for key in table]
         found = iter(self._ask(pairs, where))
         return [{key: self._answer(one, *next(found)) for key, one in own.items()} for own in asked]
+
+    def check(self, state: State, question: Question) -> None:
+        """Work out how a question is worded and what of a state fits, which is kept.
+
+        Raises `InputError` for a question that leaves no room for a state.
+        """
+        self._asker.layout(question)
+        self._asker.shown(state)
+
+    def warm_up(self, progress: Progress | None = None) -> None:
+        """Compile the program of each bucket, so that no request waits for it."""
+        self._asker.warm_up(progress)
 
     def calibrate(
         self, states: Iterable[Any], questions: Mapping[str, Any], answers: Iterable[Any]

@@ -99,6 +99,11 @@ class State:
         return _cut(tokenizer, self.text, room)
 
 
+def as_state(value: Any) -> State:
+    """Return a state as it is, or made from a text or JSON."""
+    return value if isinstance(value, State) else State(value)
+
+
 def _parts(value: Any, depth: int, start: str) -> Iterator[Part]:
     """Yield the parts of a table or list; `start` stands before its first line."""
     if depth > MOST_DEPTH:

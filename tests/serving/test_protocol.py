@@ -1,0 +1,79 @@
+"""The protocol, by its conformance suite and its official client, and equal answers."""
+
+import json
+
+import pytest
+from jevcompat.runner import run
+from servers import KEY, REQUEST
+
+from mlmjax.decisions.answers import answer_json
+from mlmjax.decisions.questions import read_questions
+
+
+def failed(report):
+    return [(one.id, [f.message for f in one.findings]) for one in report.results if one.findings]
+
+
+def test_the_conformance_suite_passes_with_and_without_a_key(client, locked):
+    reports = [run(f"http://127.0.0.1:{c.port}", key=k) for c, k in ((client, None), (locked, KEY))]
+    for report in reports:
+        assert not failed(report)
+        assert report.conformant
+    passed = {one.id: one.level for r in reports for one in r.results if one.status == "pass"}
+    assert sorted(passed.values()) == ["MUST"] * 33 + ["SHOULD"] * 15
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/systemone", "/v1/models", "/docs", "/metrics", "/openapi.json"]
+)
+def test_a_key_is_needed_where_there_is_one(locked, path):
+    method = "POST" if path.endswith("one") else "GET"
+    body = REQUEST if method == "POST" else None
+    for given in ({}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": KEY}):
+        status, headers, found = locked.send(method, path, body, **given)
+        assert (status, headers["www-authenticate"]) == (401, "Bearer")
+        assert found["detail"]["error_type"] == "authentication_error"
+        assert KEY not in json.dumps(found)
+    assert locked.send(method, path, body, Authorization=f"Bearer {KEY}")[0] == 200
+    assert all(locked.send("GET", one)[0] == 200 for one in ("/", "/health", "/ready"))
+
+
+def test_answers_are_those_of_the_decider_to_the_last_bit(client, decider):
+    _, _, found = client.ask()
+    direct = decider.decide(REQUEST["state"], REQUEST["questions"])
+    assert found["answers"] == {key: answer_json(one) for key, one in direct.items()}
+    assert found["usage"]["input_tokens"] == sum(one.tokens for one in direct.values())
+    assert found["model"] == "mlmjax"
+    many = list(decider.decide_many(["x", REQUEST["state"]], read_questions(REQUEST["questions"])))
+    assert many[1] == direct
+
+
+def test_metrics_count_requests_and_questions(client):
+    def figures():
+        lines = client.send("GET", "/metrics")[2].decode().splitlines()
+        return dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+
+    before = figures()
+    client.ask()
+    client.ask(REQUEST | {"state": "word " * 400})
+    client.ask({})
+    after = figures()
+    for name, more in {
+        'mlmjax_requests_total{status="200"}': 3,  # the figures themselves are one
+        'mlmjax_requests_total{status="422"}': 1,
+        'mlmjax_questions_total{type="choice"}': 2,
+        "mlmjax_shortened_questions_total": 3,
+    }.items():
+        assert float(after[name]) - float(before.get(name, 0)) == more
+    assert float(after["mlmjax_waiting_questions"]) == 0
+
+
+def test_the_page_and_the_openapi_are_served(client):
+    status, headers, page = client.send("GET", "/")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    assert b"https://" not in page.replace(b"https://example", b"")
+    _, _, openapi = client.send("GET", "/openapi.json")
+    route = openapi["paths"]["/v1/systemone"]["post"]
+    example = route["requestBody"]["content"]["application/json"]["example"]
+    assert client.ask(example)[0] == 200
