@@ -31,6 +31,8 @@ ALIAS = "jev-latest"
 """A model name that clients of the protocol send by default."""
 PROTECTED = ("/v1/", "/docs", "/redoc", "/openapi.json", "/metrics")
 """Beginnings of the paths that need the key, if there is one."""
+READ_TO_END = 4
+"""A body up to this many times too large is read to its end, so that its client can read why."""
 PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 PAGE += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 """What the page may do: it has no outside host to ask."""
@@ -55,6 +57,7 @@ def make_app(
         description=schema.DESCRIPTION,
         lifespan=server.lifespan,
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.state.server = server
     app.add_api_route(
@@ -195,23 +198,19 @@ class _Server:
                 415, "unsupported_media_type", "the body is compressed; send it plain"
             )
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > limits.body_bytes:
+        if not declared.isdecimal() or int(declared) > READ_TO_END * limits.body_bytes:
             raise self._too_large()
-        body = bytearray()
+        body, size = bytearray(), 0
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
-                    body += chunk
-                    self.open_bytes += len(chunk)
-                    if len(body) > limits.body_bytes:
+                    size += len(chunk)
+                    if size <= limits.body_bytes:
+                        body += chunk
+                        self.open_bytes += len(chunk)
+                    elif size > READ_TO_END * limits.body_bytes:
                         raise self._too_large()
-                    if self.open_bytes > limits.open_bytes:
-                        raise RequestError(
-                            503,
-                            "overloaded",
-                            "too many large requests are being read; try again",
-                            {"Retry-After": "1"},
-                        )
+                    self._check_open()
         except TimeoutError as error:
             text = f"the body did not arrive in {limits.body_seconds:g} s"
             raise RequestError(408, "timeout", text, {"Connection": "close"}) from error
@@ -219,7 +218,14 @@ class _Server:
             raise RequestError(400, "client_gone", "the client closed the connection") from error
         finally:
             self.open_bytes -= len(body)
+        if size > limits.body_bytes:
+            raise self._too_large()
         return bytes(body)
+
+    def _check_open(self) -> None:
+        if self.open_bytes > self.limits.open_bytes:
+            text = "too many large requests are being read; try again"
+            raise RequestError(503, "overloaded", text, {"Retry-After": "1"})
 
     def _too_large(self) -> RequestError:
         text = f"the body is larger than {self.limits.body_bytes:,} bytes; send less"
