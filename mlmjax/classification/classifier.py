@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score
 from mlmjax.classification.fitting import (
     MEASURED_PROMPTS,
     FitData,
+    FitRecipe,
     Recipe,
     Texts,
     learn,
@@ -21,7 +22,7 @@ from mlmjax.classification.labels import (
     check_lengths,
     label_numbers,
     list_answers,
-    pair_labels,
+    pair_targets,
     target_rows,
 )
 from mlmjax.classification.predictor import Predictor
@@ -34,7 +35,8 @@ from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics.learning import label_frequencies
 from mlmjax.storage import CLASSIFIER, TRAINING
-from mlmjax.text.checks import check_list, check_texts
+from mlmjax.text.checks import check_list, check_texts, check_weight, for_each_row, name_rows
+from mlmjax.training.loss import LossKind
 from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import save_pretrained
 
@@ -82,6 +84,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         True: several labels may apply to a text, and each is a question of yes or no. Right answers
         are then lists of names, predictions are columns of 0 and 1, and probabilities do not sum to
         1. None: False.
+    ordered : bool, default=None
+        True: the labels are levels from low to high, and `fit` minimises the ranked probability
+        score, which punishes a far level more than a near one. None: False.
     abstain_below : float, default=None
         A text whose best probability is lower is answered by the empty string. None: 0.
     dtype : {"float32", "bfloat16"}, default="float32"
@@ -116,6 +121,10 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
     restarts : int, default=0
         The number of further trainings of `fit`, each with another seed and a longer warm-up, that
         are tried until one has learned something. It needs held-out texts, which choose.
+    label_smoothing : float, default=0.0
+        The share of the right probability that `fit` divides equally over all labels.
+    normalize : {"vocabulary", "labels"}, default="vocabulary"
+        Over what the probabilities of the loss of `fit` sum to 1: all tokens, or the labels.
     progress : bool, default=None
         True shows progress, False does not. None: a bar on a terminal if the work takes long.
 
@@ -171,26 +180,31 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         labels: Iterable[Any],
         *,
         validation: tuple[Iterable[str], Iterable[Any]] | None = None,
+        sample_weight: Iterable[float] | None = None,
         progress: Progress | None = None,
         **recipe: Any,
     ) -> "Classifier":
         """Fine-tune on labelled texts, always from the source's weights.
 
-        `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
-        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience` and
-        `restarts`. `validation` is a pair of texts and labels; without it `validation_share` of the
-        rows is held out. `history_` has their accuracy and loss after each epoch, `fit_summary_`
-        what was learned in the end. `progress` is called with the number of updates done and their
-        total. Warns with `LearnedNothingWarning` if the fit ends no better than an answer that
-        reads no text.
+        A label is a name, a table `{name: probability}`, or a list of probabilities in the order of
+        `classes_`. `sample_weight` weighs the texts; their losses are averaged by it.
 
-        Raises `InputError` for blank texts, labels that are not in `classes_`, fewer than two
-        distinct labels, and lengths that differ; `RunError` if the loss is no longer finite.
+        `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
+        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`,
+        `restarts`, `label_smoothing` and `normalize`. `validation` is a pair of texts and labels;
+        without it `validation_share` of the rows is held out. `history_` has their accuracy and
+        loss after each epoch, `fit_summary_` what was learned in the end. `progress` is called with
+        the number of updates done and their total. Warns with `LearnedNothingWarning` if the fit
+        ends no better than an answer that reads no text.
+
+        Raises `InputError` for blank texts, labels that are not in `classes_`, numbers that are no
+        distribution, fewer than two distinct labels, and lengths that differ; `RunError` if the
+        loss is no longer finite.
         """
-        own = {name: getattr(self, name) for name in Recipe.model_fields}
+        own = {name: getattr(self, name) for name in FitRecipe.model_fields}
         given = {**own, "batch_size": self.train_batch_size, **recipe}
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in given.items()}
-        chosen = decode(Recipe, plain, "fit")
+        chosen = decode(FitRecipe, plain, "fit")
         texts, labels = list(check_list(texts, "texts")), list_answers(labels)
         check_lengths(texts, labels)
         settings, model, tokenizer, _ = self._read(seen=labels)
@@ -200,7 +214,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
                     f"fit: {name} is {getattr(chosen, name)}, but no texts are held out to {use}; "
                     f"give validation or validation_share, or leave {name} out"
                 )
-        truth = pair_labels(texts, labels, list(settings.labels), settings.multi_label)
+        truth = pair_targets(texts, labels, list(settings.labels), settings.multi_label)
+        weights = None if sample_weight is None else _weights(sample_weight, texts)
         if len({str(one) for one in truth}) < 2:
             found = ", ".join(sorted({repr(one) for one in labels})) or "none"
             raise InputError(f"fit: the distinct labels are {found}; expected at least two")
@@ -214,7 +229,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
-        data = _prepare(prompter, texts, truth, chosen, validation=validation)
+        data = _prepare(prompter, texts, truth, weights, chosen, validation=validation)
         with progress_bar("fine-tuning", self.progress) as show:
             summary = learn(prompter, data, chosen, progress=progress or show)
         self._keep(settings, prompter)
@@ -245,7 +260,8 @@ def _prepare(
     prompter: Prompter,
     texts: Sequence[str],
     truth: Sequence[Any],
-    recipe: Recipe,
+    weights: np.ndarray | None,
+    recipe: FitRecipe,
     *,
     validation: Any,
 ) -> FitData:
@@ -262,12 +278,32 @@ def _prepare(
     each = max(1, len(prompter.rows(prompter.queries(texts[0])[0]))) * groups
     count = min(len(numbers), max(LEAST_MEASURED, MEASURED_PROMPTS // each))
     sample = np.random.default_rng([recipe.seed, 2]).permutation(numbers)[:count]
+    examples = prompter.examples(numbers, texts, truth, recipe.seed)
+    kind: LossKind = "ranked" if prompter.settings.ordered else recipe.normalize
+    answers = prompter.answers(
+        examples, spread=kind != "vocabulary", smoothing=recipe.label_smoothing, weights=weights
+    )
     return FitData(
-        prompter.examples(numbers, texts, truth, recipe.seed),
+        examples.prompts,
+        answers,
+        kind,
         measured([texts[i] for i in sample], [truth[i] for i in sample]),
         None if held_out is None else measured(*held_out),
         label_frequencies(shares, groups),
     )
+
+
+def _weights(given: Iterable[float], texts: Sequence[str]) -> np.ndarray:
+    """Return the weights of texts; raise `InputError` that names each that is none."""
+    listed = list(check_list(given, "sample_weight", "numbers"))
+    if len(listed) != len(texts):
+        raise InputError(
+            f"sample_weight: there are {len(texts)} texts and {len(listed)} weights; give one each"
+        )
+    weights = np.array(for_each_row(check_weight, name_rows(listed)), np.float32)
+    if not weights.any():
+        raise InputError("sample_weight: all weights are 0; give the texts to learn from more")
+    return weights
 
 
 def _hold_out(
@@ -285,10 +321,11 @@ def _hold_out(
             raise InputError("validation: expected a pair of texts and their labels")
         texts = list(check_list(validation[0], "validation texts"))
         answers = list_answers(validation[1], "validation labels")
-        truth = pair_labels(texts, answers, list(settings.labels), settings.multi_label)
+        truth = pair_targets(texts, answers, list(settings.labels), settings.multi_label)
         check_texts(texts)
     elif recipe.validation_share:
-        train, rows = split_rows([str(one) for one in truth], recipe.validation_share, recipe.seed)
+        best = [int(np.argmax(one)) if isinstance(one, list) else one for one in truth]
+        train, rows = split_rows(list(map(str, best)), recipe.validation_share, recipe.seed)
         texts, truth = [texts[i] for i in rows], [truth[i] for i in rows]
     else:
         return train, None

@@ -12,6 +12,7 @@ from pydantic import Field
 from mlmjax.classification.prompter import Prompter
 from mlmjax.config.data import PositiveFloat
 from mlmjax.config.tables import StrictTable
+from mlmjax.data.batch import Answers
 from mlmjax.model.modernbert import Model
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import MOST_ROWS
@@ -24,10 +25,14 @@ from mlmjax.statistics.learning import (
 )
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.loss import LossKind
 from mlmjax.training.rate_finder import find_rate
 
 MEASURED_PROMPTS = 256
 """About this many prompts about training texts measure what a fit has learned."""
+
+TRAINED = {"epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "seed"}
+"""The numbers of a recipe that `fine_tune` takes."""
 
 SHORT_WARMUP, LONGEST_WARMUP = 0.05, 0.5
 """Shares of the updates: what restarts double at least, and where doubling ends."""
@@ -60,6 +65,17 @@ class Recipe(StrictTable):
     restarts: Annotated[int, Field(ge=0, le=100)] = 0
 
 
+class FitRecipe(Recipe):
+    """Hold the numbers of the fine-tuning of a classifier.
+
+    `label_smoothing` is the share of the probability that all labels divide equally. `normalize`
+    says over what the probabilities of the loss sum to 1.
+    """
+
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    normalize: Literal["vocabulary", "labels"] = "vocabulary"
+
+
 class Texts(NamedTuple):
     """Texts to measure a fit on, and the right distribution of each row of their scores."""
 
@@ -70,12 +86,14 @@ class Texts(NamedTuple):
 class FitData(NamedTuple):
     """What a fit learns from and is measured on.
 
-    `examples` are prompts and the columns of their answers, from `Prompter.examples`. `training` is
-    a sample of the training texts, `held_out` are texts that are not trained on. `frequencies` are
+    `prompts` and `answers` are those of `Prompter`, and `kind` is their loss. `training` is a
+    sample of the training texts, `held_out` are texts that are not trained on. `frequencies` are
     those of `label_frequencies`.
     """
 
-    examples: tuple[Sequence[Prompt], Sequence[int]]
+    prompts: Sequence[Prompt]
+    answers: Answers
+    kind: LossKind
     training: Texts
     held_out: Texts | None
     frequencies: np.ndarray
@@ -124,11 +142,11 @@ def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
         return usual
     if rate != "auto":
         return rate
-    prompts, columns = data.examples
     return find_rate(
         prompter.scorer.model,
-        prompts,
-        prompter.scorer.targets(columns),
+        data.prompts,
+        data.answers,
+        kind=data.kind,
         around=usual,
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
@@ -195,7 +213,6 @@ def _train(
     history: list[dict[str, float]] = []
     best, since = (-1.0, 0.0), 0
     kept: Any = None
-    prompts, columns = data.examples
     baseline = _entropy(data)
 
     def after_epoch(model: Model, epoch: Epoch) -> bool:
@@ -223,9 +240,10 @@ def _train(
 
     model = fine_tune(
         scorer.model,
-        prompts,
-        scorer.targets(columns),
-        **recipe.model_dump(exclude={"validation_share", "patience", "restarts"}),
+        data.prompts,
+        data.answers,
+        **recipe.model_dump(include=TRAINED),
+        kind=data.kind,
         pad_id=scorer.tokenizer.pad_id,
         after_epoch=after_epoch,
         progress=progress,

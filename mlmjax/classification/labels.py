@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from mlmjax.config.labels import is_distribution, read_distribution
 from mlmjax.errors import InputError, suggest_name
 from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
 
@@ -46,7 +47,8 @@ def seen_labels(answers: Sequence[Any], multi_label: bool) -> list[str]:
     (['a', 'b'], ['a', 'b'])
     """
     if not multi_label:
-        return sorted(set(for_each_row(_name, name_rows(check_list(answers, "labels")))))
+        found = for_each_row(_names_of, name_rows(check_list(answers, "labels", columns=2)))
+        return sorted(set().union(*found))
     if any(not isinstance(row, list | tuple | Set) for row in answers):
         raise InputError("labels: rows of numbers have no names; give the classifier its labels")
     names = for_each_row(lambda row: list(map(_name, row)), name_rows(answers))
@@ -80,11 +82,44 @@ def label_numbers(
     return for_each_row(number, name_rows(check_list(answers, "labels")))
 
 
+def read_targets(answers: Iterable[Any], names: Sequence[str], multi_label: bool) -> list[Any]:
+    """Return `label_numbers` of right answers that may also be distributions over the names.
+
+    A distribution is a table `{name: probability}` or a list of probabilities, and becomes a list
+    of floats. One that gives all to one label is the number of that label.
+
+    >>> read_targets(["b", {"a": 0.5, "b": 0.5}, [1, 0]], ["a", "b"], False)
+    [1, [0.5, 0.5], 0]
+    """
+    listed = list_answers(answers)
+    if multi_label or not any(map(is_distribution, listed)):
+        return label_numbers(listed, names, multi_label)
+    index = {str(name): i for i, name in enumerate(names)}
+
+    def read(row: Any) -> Any:
+        if not is_distribution(row):
+            check_known(_name(row), index)
+            return index[str(row)]
+        shares = read_distribution(row, list(index))
+        return shares.index(1.0) if 1.0 in shares else shares
+
+    return for_each_row(read, name_rows(listed))
+
+
 def pair_labels(
     texts: Sequence[str], answers: Iterable[Any], names: Sequence[str], multi_label: bool
 ) -> list[Any]:
     """Return `label_numbers` of texts; raise `InputError` unless each text has one row of it."""
     truth = label_numbers(answers, names, multi_label)
+    check_lengths(texts, truth)
+    return truth
+
+
+def pair_targets(
+    texts: Sequence[str], answers: Iterable[Any], names: Sequence[str], multi_label: bool
+) -> list[Any]:
+    """Return `read_targets` of texts; raise `InputError` unless each text has one row of it."""
+    truth = read_targets(answers, names, multi_label)
     check_lengths(texts, truth)
     return truth
 
@@ -105,6 +140,17 @@ def _name(label: Any) -> str:
         )
     check_text(label, "label")
     return str(label)
+
+
+def _names_of(answer: Any) -> set[str]:
+    """Return the names in a right answer: a label, or a table of probabilities."""
+    if isinstance(answer, Mapping):
+        return {_name(name) for name in answer}
+    if is_distribution(answer):
+        raise InputError(
+            "is a list of probabilities, which have no names; give the classifier its labels"
+        )
+    return {_name(answer)}
 
 
 def _flags(row: Any, index: Mapping[str, int]) -> tuple[bool, ...]:

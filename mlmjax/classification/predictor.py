@@ -68,6 +68,7 @@ class Predictor:
     orders: int | Literal["all"] | None = None
     long_text: LongText | None = None
     multi_label: bool | None = None
+    ordered: bool | None = None
     abstain_below: float | None = None
     dtype: str = "float32"
     batch_size: int | None = None
@@ -83,6 +84,8 @@ class Predictor:
     validation_share: float = 0.0
     patience: int | None = None
     restarts: int = 0
+    label_smoothing: float = 0.0
+    normalize: Literal["vocabulary", "labels"] = "vocabulary"
     progress: bool | None = None
 
     settings_: Settings = field(init=False)

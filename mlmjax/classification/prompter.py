@@ -11,6 +11,7 @@ import numpy as np
 from mlmjax.classification.context import JOINT, Shot, Shots, windows_of
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText, Settings
+from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
 from mlmjax.scoring.continuation import ContinuationScorer
@@ -46,6 +47,20 @@ class Query(NamedTuple):
     def moved(self, shift: int) -> "Query":
         """Return the query with its options in another cyclic order."""
         return self._replace(choice=tuple(option_orders.shifted(self.choice, shift)))
+
+
+class Examples(NamedTuple):
+    """Hold prompts to train on, and for each the right column and how labels and columns go.
+
+    `places` maps the number of an option to its column, `shares` has the distribution over the
+    labels or None, `texts` the number of the text.
+    """
+
+    prompts: list[Prompt]
+    columns: list[int]
+    places: list[dict[int, int]]
+    shares: list[list[float] | None]
+    texts: list[int]
 
 
 class Prompter:
@@ -189,8 +204,8 @@ class Prompter:
 
     def examples(
         self, numbers: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
-    ) -> tuple[list[Prompt], list[int]]:
-        """Return prompts to train on, and the column of each one's answer.
+    ) -> "Examples":
+        """Return prompts to train on, with the right answers to each.
 
         `numbers` are the texts to use. Each query is shown in one of its orders, drawn at random:
         in turns they could follow the order of the labels, and the answer would always be the same
@@ -198,17 +213,19 @@ class Prompter:
         random. Every window of a text is an example.
         """
         names = check_texts(texts)
-        rows, columns, where = [], [], []
+        found = Examples([], [], [], [], [])
+        rows, where = [], []
         drawn = 0
         for number in numbers:
             queries = self.queries(texts[number])
             if self.settings.multi_label:
                 answers = [YES_NO.index("yes" if applies else "no") for applies in truth[number]]
             else:
-                answers = [queries[0].choice[truth[number]]]
+                answers = [queries[0].choice[self._best(truth[number], names[number])]]
                 rng = np.random.default_rng([seed, number])
                 choice = draw_options(queries[0].choice, answers[0], self.size, rng)
                 queries = [queries[0]._replace(choice=choice)]
+            shares = truth[number] if isinstance(truth[number], list) else None
             for query, answer in zip(queries, answers, strict=True):
                 prompts = self.rows(query)
                 shifts = sorted({shift for shift, _ in prompts})
@@ -217,9 +234,54 @@ class Prompter:
                 own = [row for shift, row in prompts if shift == chosen]
                 rows += own
                 where += [names[number]] * len(own)
-                columns += [answer if self.own_names else order.index(answer)] * len(own)
+                columns = query.choice if self.own_names else range(len(order))
+                numbered = query.choice if self.own_names else order
+                found.columns.extend([answer if self.own_names else order.index(answer)] * len(own))
+                found.places.extend([dict(zip(numbered, columns, strict=True))] * len(own))
+                found.shares.extend([shares] * len(own))
+                found.texts.extend([number] * len(own))
                 drawn += 1
-        return self.scorer.prompts(rows, where=where), columns
+        found.prompts.extend(self.scorer.prompts(rows, where=where))
+        return found
+
+    def answers(
+        self, examples: "Examples", *, spread: bool, smoothing: float, weights: np.ndarray | None
+    ) -> Answers:
+        """Return what examples are trained to answer.
+
+        They are distributions over the options, in the order of the labels, if any label is one or
+        if `spread`. `smoothing` is the share of the probability that all options divide equally.
+        `weights` are those of the texts.
+        """
+        own = None if weights is None else weights.astype(np.float32)[examples.texts]
+        answers = Answers(self.scorer.targets(examples.columns), own)
+        if not (spread or smoothing or any(one is not None for one in examples.shares)):
+            return answers
+        order = self.queries("x")[0].choice  # the number of each label among the scorer's
+        labels = {number: place for place, number in enumerate(order)}
+        shape = len(examples.prompts), len(self.names)
+        ids, probs = np.full(shape, UNUSED, np.int32), np.zeros(shape, np.float32)
+        for row, (column, places) in enumerate(zip(examples.columns, examples.places, strict=True)):
+            shown = [labels[number] for number in places]
+            ids[row, shown] = self.scorer.targets(list(places.values()))
+            shares = examples.shares[row]
+            if shares is None:
+                shares = [0.0] * len(order)
+                gold = next(number for number, place in places.items() if place == column)
+                shares[labels[gold]] = 1.0
+            probs[row, shown] = np.array(shares)[shown] * (1 - smoothing) + smoothing / len(shown)
+        return answers._replace(options=Options(ids, probs))
+
+    def _best(self, truth: Any, where: str) -> int:
+        """Return the number of the right or most probable label of a text."""
+        if not isinstance(truth, list):
+            return int(truth)
+        if self.size < len(self.names):
+            raise InputError(
+                f"{where}: has a distribution over {len(self.names)} labels, of which a prompt "
+                f"holds {self.size}; give one label, fewer labels or a larger max_length"
+            )
+        return int(np.argmax(truth))
 
     def _fitted(
         self, query: Query, row: Mapping[str, Any], order: Sequence[int]

@@ -60,6 +60,7 @@ class Settings(StrictTable):
     answer: Answer | None = None
     reason: str | None = None
     multi_label: bool = False
+    ordered: bool = False
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     long_text: LongText = "shorten"
     instruction: str | None = None
@@ -106,7 +107,13 @@ def upgrade(saved: Settings, tokenizer: Tokenizer) -> tuple[Settings, Tokenizer]
 LEARNED = ("calibration", "conformal", "abstain_below")
 """Settings found from texts; they hold only for the prompts that they were found with."""
 
-ASKED = Settings.model_fields.keys() - {"format", "instruction", "reason", *LEARNED}
+PLAIN = (
+    *("head", "answer", "multi_label", "ordered", "orders"),
+    *("long_text", "max_length", "instruction"),
+)
+"""Settings that are arguments of the constructor as they are."""
+
+ASKED = Settings.model_fields.keys() - {"format", "instruction", "ordered", "reason", *LEARNED}
 """Settings that decide what the model reads; the instruction is part of the template."""
 
 
@@ -131,8 +138,7 @@ def settle(
     else:
         values = dict(saved)
     values["ids"] = "transformers"
-    plain = ("head", "answer", "multi_label", "orders", "long_text", "max_length", "instruction")
-    values |= {name: given[name] for name in plain if given[name] is not None}
+    values |= {name: given[name] for name in PLAIN if given[name] is not None}
     if has_head and values["head"] == "mlm":
         raise InputError(
             "head is 'mlm', but a ModernBertForSequenceClassification has no masked-language-model "
@@ -300,5 +306,7 @@ def _check_combination(values: Mapping[str, Any]) -> None:
             "multi_label asks yes or no about every label, by letters at the slot; leave out "
             "answer and head"
         )
+    if values["multi_label"] and values["ordered"]:
+        raise InputError("ordered is for one level per text; leave it or multi_label out")
     if has_head and (values["examples"] or answer is not None):
         raise InputError("a classification head reads only the text; leave out examples and answer")

@@ -1,9 +1,11 @@
 """Read the label of a row by one rule, for training and for evaluation."""
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from mlmjax.config.columns import as_written, is_missing
@@ -116,6 +118,60 @@ def find_label(
             'table, as in labels = { 1 = "bad" }'
         )
     return int(key) if len(key) < 10 and int(key) < len(names) else None
+
+
+MOST_OFF = 1e-3
+"""How far the sum of probabilities may be from 1, for they are often rounded."""
+
+
+def is_distribution(value: Any) -> bool:
+    """Tell whether a value gives probabilities of labels: a table, or a list of numbers.
+
+    >>> [is_distribution(value) for value in ({"a": 1.0}, [0.5, 0.5], "yes", ["yes"], 1)]
+    [True, True, False, False, False]
+    """
+    if isinstance(value, Mapping):
+        return True
+    if isinstance(value, str | bytes) or not hasattr(value, "__len__"):
+        return False
+    return len(value) > 0 and not any(isinstance(one, str | bytes) for one in value)
+
+
+def read_distribution(value: Any, names: Sequence[str]) -> list[float]:
+    """Return the probability of each label, which sum to 1, from a table or a list.
+
+    A table `{label: probability}` may leave labels out; a list has all in the order of `names`.
+    Sums within `MOST_OFF` of 1 are divided by the sum. Raises `InputError` for anything else.
+
+    >>> read_distribution({"yes": 0.25, "no": 0.75}, ["no", "yes"])
+    [0.75, 0.25]
+    """
+    if isinstance(value, Mapping):
+        for name in value:
+            if name not in names and value[name] is not None:
+                known = ", ".join(map(repr, names))
+                raise InputError(
+                    f"gives a probability to {name!r:.60}, which is not a label; expected some of "
+                    f"{known:.200}"
+                )
+        given = [0.0 if value.get(name) is None else value[name] for name in names]
+    else:
+        given = list(value)
+        if len(given) != len(names):
+            raise InputError(
+                f"has {len(given)} probabilities; expected {len(names)}, one for each of "
+                f"{', '.join(map(repr, names)):.200}"
+            )
+    for name, share in zip(names, given, strict=True):
+        is_number = isinstance(share, Real) and type(share).__name__ not in ("bool", "bool_")
+        if not is_number or not 0 <= share < math.inf:
+            raise InputError(
+                f"gives {name!r:.60} the probability {share!r:.40}; expected a number from 0 to 1"
+            )
+    total = math.fsum(given)
+    if abs(total - 1) > MOST_OFF:
+        raise InputError(f"its probabilities sum to {total:.6g}; expected 1")
+    return [float(share) / total for share in given]
 
 
 def drop_advice(value: Any) -> str:

@@ -38,6 +38,35 @@ class Example:
         return self.ids.shape[0]
 
 
+class Options(NamedTuple):
+    """Hold what each target is distributed over: tokens of options and their probabilities.
+
+    `ids`: int32 `[batch, targets, options]`, and `UNUSED` where a target has no more options.
+    `probs`: float32, same shape; those of a target sum to 1, and others are 0.
+    """
+
+    ids: Any
+    probs: Any
+
+
+class Answers(NamedTuple):
+    """Hold what prompts are trained to answer: `ids` `[prompts]`, tokens or numbers of classes.
+
+    `weights`, float32 `[prompts]`, weigh them (None: all weigh 1). `options` are those of `Batch`
+    without its axis of rows, `[prompts, options]`.
+    """
+
+    ids: np.ndarray
+    weights: np.ndarray | None = None
+    options: Options | None = None
+
+    def take(self, members: np.ndarray) -> "Answers":
+        """Return the answers of some prompts."""
+        options = self.options and Options(*(part[members] for part in self.options))
+        weights = None if self.weights is None else self.weights[members]
+        return Answers(self.ids[members], weights, options)
+
+
 class Batch(NamedTuple):
     """Hold what one update reads: packed rows, and the positions that count in the loss.
 
@@ -45,6 +74,9 @@ class Batch(NamedTuple):
     row, and 0 is padding; positions start at 0 in each example. `target_positions`, `target_ids`,
     `target_objective`: int32 `[batch, targets]`, filled from the left in order of position, and
     `UNUSED` (-100) where a row has no more targets.
+
+    `weights`, float32 `[batch, targets]`, weigh the targets (None: all weigh 1). With `options`
+    each target is a distribution, and `target_ids` hold its most probable token.
     """
 
     input_ids: Any
@@ -53,6 +85,8 @@ class Batch(NamedTuple):
     target_positions: Any
     target_ids: Any
     target_objective: Any
+    weights: Any = None
+    options: Options | None = None
 
 
 class LabelBatch(NamedTuple):
@@ -60,9 +94,13 @@ class LabelBatch(NamedTuple):
 
     `input_ids`, `segment_ids`: int32 `[batch, seq]`, 0 is padding. `labels`: float32, the number of
     the class or the value to predict, NaN for none: `[batch]` if each row is one text (segment 1),
-    `[batch, segments]` if segments 1, 2, ... of a row are texts.
+    `[batch, segments]` if segments 1, 2, ... of a row are texts. `weights`, float32 of the same
+    shape, weigh the texts. `probs`, float32 of that shape and one more axis for the classes, are
+    distributions, of which `labels` are the most probable classes.
     """
 
     input_ids: Any
     segment_ids: Any
     labels: Any
+    weights: Any = None
+    probs: Any = None

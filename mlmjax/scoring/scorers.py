@@ -138,8 +138,8 @@ class RowScorer:
         self.shortened += sum(bool(prompt.shortened) for prompt in prompts)
         return prompts
 
-    def targets(self, columns: Sequence[int]) -> np.ndarray:
-        """Return the training target of rows whose right answers are in these columns."""
+    def targets(self, columns: Any) -> np.ndarray:
+        """Return what is learned by rows whose right answers are in these columns, same shape."""
         raise InputError(
             "fit: labels of several tokens cannot be learned as one answer; fit with "
             "answer='letters', which works for any labels"
@@ -203,9 +203,10 @@ class Scorer(RowScorer):
         slots = [prompt.slot for prompt in prompts]
         return np.array(slots, np.int32), np.array(counts, np.int32)
 
-    def targets(self, columns: Sequence[int]) -> np.ndarray:
-        """Return the token of the first form of each row's label, `[rows]`."""
-        return np.array([ids[0] for ids in self.verbalizer.ids(self.tokenizer)])[list(columns)]
+    def targets(self, columns: Any) -> np.ndarray:
+        """Return the token of the first form of the labels in these columns, same shape."""
+        forms = np.array([ids[0] for ids in self.verbalizer.ids(self.tokenizer)], np.int32)
+        return forms[np.asarray(columns, int)]
 
 
 @dataclass(frozen=True)
@@ -261,8 +262,8 @@ class HeadScorer(RowScorer):
         labels = list(model.config.id2label.values())
         super().__init__(model, tokenizer, template, labels, _head_scores, **options)
 
-    def targets(self, columns: Sequence[int]) -> np.ndarray:
-        """Return the label number of each row, `[rows]`."""
+    def targets(self, columns: Any) -> np.ndarray:
+        """Return the numbers of the labels in these columns, same shape."""
         return np.array(columns)
 
     def check_labels(self, wanted: Sequence[str], what: str) -> None:

@@ -7,6 +7,9 @@ import numpy as np
 
 from mlmjax.errors import InputError, MissingColumnError
 
+MOST_WEIGHT = 1e6
+"""The largest weight, so that sums of weighted losses stay exact enough in float32."""
+
 _Result = TypeVar("_Result")
 
 
@@ -85,6 +88,14 @@ def check_share(value: Any, what: str) -> float:
     is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not is_number or not 0 <= value <= 1:
         raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to 1")
+    return float(value)
+
+
+def check_weight(value: Any, what: str = "weight") -> float:
+    """Return a finite number of 0 or more; raise `InputError` for anything else."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 <= value <= MOST_WEIGHT:
+        raise InputError(f"{what} is {value!r:.60}; expected a number from 0 to {MOST_WEIGHT:g}")
     return float(value)
 
 

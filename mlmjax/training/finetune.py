@@ -12,7 +12,7 @@ from flax import nnx
 
 from mlmjax.config.run import OptimizerConfig, ScheduleConfig
 from mlmjax.config.tables import decode
-from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
+from mlmjax.data.batch import ATP, UNUSED, Answers, Batch, LabelBatch, Options
 from mlmjax.data.packing import lay_out, pack
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
@@ -21,8 +21,9 @@ from mlmjax.parallel.sharding import local_mesh
 from mlmjax.reporting.terminal import Progress
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.flops import forward_flops
+from mlmjax.training.loss import LossKind
 from mlmjax.training.optimizer import make_schedule, make_update, rates_at
-from mlmjax.training.step import HEADS, create_train_state, shared_train_step
+from mlmjax.training.step import create_train_state, head_of, shared_train_step
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
@@ -51,7 +52,7 @@ class Epoch(NamedTuple):
 def fine_tune(
     model: Model,
     prompts: Sequence[Prompt],
-    answers: np.ndarray,
+    answers: np.ndarray | Answers,
     *,
     epochs: int,
     learning_rate: float,
@@ -60,6 +61,7 @@ def fine_tune(
     warmup: float,
     seed: int,
     pad_id: int,
+    kind: LossKind = "vocabulary",
     rates: Sequence[float] | None = None,
     after_epoch: Callable[[Model, "Epoch"], bool | None] | None = None,
     progress: Progress | None = None,
@@ -67,7 +69,8 @@ def fine_tune(
     """Return a copy of the model, trained to give `answers` to the prompts.
 
     Answers are token ids at the prompts' slots. A classification model reads prompts without a
-    slot, and its answers are label numbers. The prompts of a batch are packed into rows, which are
+    slot, and its answers are label numbers. `kind` is the loss of answers with options
+    (`loss.target_losses`). The prompts of a batch are packed into rows, which are
     sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule,
     or with `rates`, one for each update until they end. The order of epoch e is that of
     `default_rng([seed, e])`. `after_epoch` gets the model, which is valid until it returns, and the
@@ -85,8 +88,9 @@ def fine_tune(
     update = _update()
     mesh = local_mesh(batch_size)
     graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
-    head = HEADS["classification" if has_head else "mlm"]
+    head = head_of("classification" if has_head else "mlm", kind)
     step = shared_train_step(graphdef, update, loss=head.loss)
+    wanted = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
     orders = [np.random.default_rng([seed, e]).permutation(len(prompts)) for e in range(epochs)]
     starts = range(0, len(prompts), batch_size)
     batches = [[order[start : start + batch_size] for start in starts] for order in orders]
@@ -98,7 +102,7 @@ def fine_tune(
         sums = []
         for members in batches[epoch][: updates - done]:
             shown = [prompts[i] for i in members]
-            batch = make_batch(shown, answers[members], shape=shape, pad_id=pad_id)
+            batch = make_batch(shown, wanted.take(members), shape=shape, pad_id=pad_id)
             values: Any = given | {"learning_rate": rates_at(rate, done)}
             values = {name: np.float32(value) for name, value in values.items()}
             where = {name: state.opt_state.hyperparams[name].sharding for name in values}
@@ -176,28 +180,48 @@ def _rounded(count: int) -> int:
 
 
 def answer_batch(
-    prompts: Sequence[Prompt], answers: Sequence[int] | np.ndarray, *, shape: Shape, pad_id: int
+    prompts: Sequence[Prompt], answers: np.ndarray | Answers, *, shape: Shape, pad_id: int
 ) -> Batch:
     """Pack prompts into rows; the slot of each is a target, and rows left over are padding.
 
     `answers` are token ids. The loss over the targets is that of one prompt in each row.
     """
+    answers = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
     layout, places = _packed(prompts, shape, pad_id)
     targets = np.full((3, shape.rows, shape.slots), UNUSED, np.int32)
     for member, row, number, start in places:
-        targets[:, row, number] = start + prompts[member].slot, answers[member], ATP
-    return Batch(*layout, *targets)
+        targets[:, row, number] = start + prompts[member].slot, answers.ids[member], ATP
+    options = answers.options and Options(
+        _spread(answers.options.ids, UNUSED, places, shape),
+        _spread(answers.options.probs, 0.0, places, shape),
+    )
+    weights = _spread(answers.weights, 0.0, places, shape)
+    return Batch(*layout, *targets)._replace(weights=weights, options=options)
 
 
 def label_batch(
-    prompts: Sequence[Prompt], answers: Sequence[float] | np.ndarray, *, shape: Shape, pad_id: int
+    prompts: Sequence[Prompt], answers: np.ndarray | Answers, *, shape: Shape, pad_id: int
 ) -> LabelBatch:
     """Pack prompts into rows, each with its label number; rows left over are padding."""
+    answers = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
     (ids, segments, _), places = _packed(prompts, shape, pad_id)
-    labels = np.full((shape.rows, shape.slots), np.nan, np.float32)
+    labels = _spread(np.float32(answers.ids), np.nan, places, shape)
+    probs = None
+    if answers.options is not None:  # of all classes, whatever their order
+        order = np.argsort(answers.options.ids, axis=1)
+        probs = np.take_along_axis(answers.options.probs, order, axis=1)
+    weights = _spread(answers.weights, 0.0, places, shape)
+    return LabelBatch(ids, segments, labels, weights, _spread(probs, 0.0, places, shape))
+
+
+def _spread(values: Any, unused: float, places: Sequence[Any], shape: Shape) -> Any:
+    """Return values of prompts at their rows and numbers there; None for None."""
+    if values is None:
+        return None
+    found = np.full((shape.rows, shape.slots, *values.shape[1:]), unused, values.dtype)
     for member, row, number, _ in places:
-        labels[row, number] = answers[member]
-    return LabelBatch(ids, segments, labels)
+        found[row, number] = values[member]
+    return found
 
 
 def _packed(

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, lru_cache, partial, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,14 @@ from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.parallel import sharding as partition
 from mlmjax.parallel.processes import check_not_forked
-from mlmjax.training.loss import Metrics, label_evaluation, label_loss, summarize, target_losses
+from mlmjax.training.loss import (
+    LossKind,
+    Metrics,
+    label_evaluation,
+    label_loss,
+    summarize,
+    target_losses,
+)
 from mlmjax.training.optimizer import skipped_updates
 
 AnyBatch = Batch | LabelBatch
@@ -86,20 +93,23 @@ def split_parameters(model: nnx.Module) -> tuple[Any, Any]:
     return graphdef, params
 
 
-def masked_token_loss(model: Any, batch: Batch) -> tuple[jax.Array, Metrics]:
+def masked_token_loss(
+    model: Any, batch: Batch, kind: LossKind = "vocabulary"
+) -> tuple[jax.Array, Metrics]:
     """Sum the cross-entropy over the targets; the metrics are those of `loss.summarize`."""
-    metrics = target_evaluation(model, batch)
+    metrics = target_evaluation(model, batch, kind)
     del metrics["loss"], metrics["correct"]
     return metrics["loss_sum"], metrics
 
 
-def target_evaluation(model: Any, batch: Batch) -> Metrics:
+def target_evaluation(model: Any, batch: Batch, kind: LossKind = "vocabulary") -> Metrics:
     """Return the metrics of `loss.summarize`, and for each target `loss` and `correct`.
 
-    These two are float32 and bool `[batch, targets]`, and 0 for unused targets.
+    These two are float32 and bool `[batch, targets]`, and 0 for unused targets. `kind` is that of
+    `loss.target_losses`.
     """
     hidden = model.encode(batch.input_ids, batch.segment_ids, batch.position_ids)
-    loss_sum, losses, correct = target_losses(model, hidden, batch)
+    loss_sum, losses, correct = target_losses(model, hidden, batch, kind)
     metrics = summarize(loss_sum, losses, correct, batch)
     return {**metrics, "loss": losses, "correct": correct}
 
@@ -171,7 +181,7 @@ def train_update(
 
         metrics, grads = reduce((metrics, grads))
         count = metrics["loss_count"]
-        scale = 1.0 / jnp.maximum(count, 1.0)
+        scale = 1.0 / jnp.where(count > 0, count, 1.0)  # A sum of weights may be below 1.
         grads = _keep_sharding(state.params, jax.tree.map(lambda g: g * scale, grads))
         with jax.numpy_dtype_promotion("standard"):  # Optax raises a number to an integer count.
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -204,6 +214,15 @@ HEADS = {
     "mlm": Head(masked_token_loss, target_evaluation),
     "classification": Head(label_loss, label_evaluation),
 }
+
+
+@cache  # so that runs with one loss share compiled steps
+def head_of(name: str, kind: LossKind = "vocabulary") -> Head:
+    """Return the loss of a head, and its validation; `kind` is that of `loss.target_losses`."""
+    loss, evaluate = (cast(Any, one) for one in HEADS[name])
+    if kind == "vocabulary" or (kind == "labels" and name == "classification"):
+        return Head(loss, evaluate)
+    return Head(partial(loss, kind=kind), partial(evaluate, kind=kind))
 
 
 def make_eval_step(

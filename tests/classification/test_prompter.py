@@ -292,7 +292,7 @@ def test_several_labels_are_learned_as_yes_and_no(pair, tokenizer, noisy_pair):
     classifier = Classifier(pair, ["sports", "money"], multi_label=True, orders=2)
     flags = [(False, True), (False, False), (True, True)]
     prompter = Prompter(classifier._read()[0], *pair)
-    prompts, columns = prompter.examples(range(3), texts, flags, seed=0)
+    prompts, columns, *_ = prompter.examples(range(3), texts, flags, seed=0)
     found = []
     for prompt, column in zip(prompts, columns, strict=True):
         lines = tokenizer.decode(prompt.ids).splitlines()
@@ -405,7 +405,7 @@ def test_an_instruction_may_hold_braces(pair):
     instruction = "Use {curly} [MASK-free] words."
     classifier = Classifier.from_pretrained(pair, ["a", "b"], instruction=instruction)
     assert "{{curly}}" in classifier.settings_.template
-    prompts, _ = classifier.asking_.examples([0], ["x"], [0], seed=0)
+    prompts, *_ = classifier.asking_.examples([0], ["x"], [0], seed=0)
     assert TOKENIZER.decode(prompts[0].ids[1:-1]).startswith(instruction)
 
 

@@ -39,6 +39,7 @@ def drawn(lengths, seed=0, vocabulary=60):
 
 def single_rows(prompts, answers, rows, length, slots=1):
     """One prompt in each row: what packed batches have to be equal to."""
+    answers = getattr(answers, "ids", answers)
     lengths = np.array([len(prompt.ids) for prompt in prompts] + [0] * (rows - len(prompts)))
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     segments = np.int32(positions < lengths[:, None])
