@@ -306,7 +306,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.evaluation.summary import summary_lines
     from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say
-    from mlmjax.scoring.engine import describe_compiling
+    from mlmjax.scoring.engine import describe_forward_compiling
     from mlmjax.storage import CLASSIFIER
     from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
     from mlmjax.weights.pretrained import load_pretrained
@@ -326,7 +326,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     if (folder / CLASSIFIER).exists():
         say("the model is a classifier with its own prompt; the task's prompt is used instead")
     options = ("data", "protocol", "limit", "out", "batch_size", "order_rows")
-    compiling = describe_compiling(loaded[0].config.num_hidden_layers)
+    compiling = describe_forward_compiling(loaded[0].config.num_hidden_layers)
     with count_progress("rows scored", compiling) as progress:
         results = run_evaluation(
             *loaded, task, **{name: given[name] for name in options}, progress=progress, known=known

@@ -77,16 +77,18 @@ def run_demo(
     train_texts, train_gold = read_texts(out / "data" / TRAIN)
     texts, gold = read_texts(out / "data" / TEST)
     say(f"\n1/6  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
-    zero_shot = Classifier(source, labels, template=PROMPT).predict(texts).tolist()
+    untrained = Classifier(source, labels, template=PROMPT, progress=True)
+    zero_shot = untrained.predict(texts).tolist()
 
     say(f"\n2/6  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
     model, tokenizer, seconds = fine_tune(config)
-    classifier = Classifier((model, tokenizer), labels, template=PROMPT)
+    classifier = Classifier((model, tokenizer), labels, template=PROMPT, progress=True)
     probabilities = classifier.predict_proba(texts)
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
 
     say("\n3/6  fine-tuning with a classification head on the same paragraphs")
-    head = Classifier(source, labels, head="classification", **recipe(config, len(train_texts)))
+    settings = recipe(config, len(train_texts)) | {"progress": True}
+    head = Classifier(source, labels, head="classification", **settings)
     by_head = head.fit(train_texts, train_gold).predict(texts).tolist()
 
     say("\n4/6  TF-IDF + logistic regression")
@@ -214,6 +216,7 @@ def fit_few(
     texts, gold = map(list, zip(*few, strict=True))
     settings = recipe(config, TRAINED * len(labels))
     settings["epochs"] = max(1, round(UPDATES * settings["train_batch_size"] / len(texts)))
+    settings["progress"] = True
     ours = Classifier(source, labels, answer="words", template=PROMPT, **settings)
     found = ours.fit(texts, gold).predict(test[0]).tolist()
     by_words = tfidf_regression(texts, gold, test[0])

@@ -261,6 +261,15 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
+def describe_compiling(seconds: float) -> str:
+    """Say how long a compilation takes if no earlier run kept its result.
+
+    >>> describe_compiling(38)
+    'compiling, about 40 s | first time on this machine'
+    """
+    return f"compiling, {about(seconds)} | first time on this machine"
+
+
 def say(text: str) -> None:
     """Print one line to stderr, from the first process only; with `--quiet` only a warning."""
     if is_first() and is_shown(text):

@@ -23,7 +23,7 @@ from mlmjax.parallel.sharding import (
     place,
     replicated_sharding,
 )
-from mlmjax.reporting.terminal import about
+from mlmjax.reporting.terminal import describe_compiling
 from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,13 +43,9 @@ It has to be hashable; equal ones share compiled programs.
 """
 
 
-def describe_compiling(layers: int) -> str:
-    """Say how long the first compilation of a model's forward pass takes.
-
-    >>> describe_compiling(28)
-    'compiling (first time on this machine: about 15 s)'
-    """
-    return f"compiling (first time on this machine: {about(COMPILE_SECONDS * layers)})"
+def describe_forward_compiling(layers: int) -> str:
+    """Say how long the first compilation of a model's forward pass takes."""
+    return describe_compiling(COMPILE_SECONDS * layers)
 
 
 def bucket_lengths(max_length: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from huggingface_hub import errors as hub_errors
 
 from mlmjax.errors import InputError, first_line
 from mlmjax.reporting.terminal import say, working
+from mlmjax.reporting.verbosity import is_quiet
 from mlmjax.storage import (
     CLASSIFIER,
     CONFIG,
@@ -106,10 +107,12 @@ def report_packaged(is_used: bool) -> None:
 
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
     """Download the files of these patterns; return the snapshot or raise `InputError`."""
+    if is_quiet():
+        huggingface_hub.utils.disable_progress_bars()
     try:
         # On a terminal the hub's client draws bars of bytes; in a pipe it says nothing.
-        is_quiet = local or sys.stderr.isatty()
-        with nullcontext() if is_quiet else working(f"downloading {name} from the hub"):
+        is_shown = local or sys.stderr.isatty()
+        with nullcontext() if is_shown else working(f"downloading {name} from the hub"):
             return Path(
                 huggingface_hub.snapshot_download(
                     name, revision=revision, local_files_only=local, allow_patterns=files

@@ -9,7 +9,14 @@ import pytest
 from rich.console import Console
 
 from mlmjax.reporting import terminal
-from mlmjax.reporting.terminal import count_progress, new_bar, progress_bar, working
+from mlmjax.reporting.terminal import (
+    Figures,
+    count_progress,
+    describe_compiling,
+    new_bar,
+    progress_bar,
+    working,
+)
 
 
 @pytest.fixture
@@ -109,6 +116,12 @@ def test_a_bar_appears_when_work_takes_long_or_is_asked_for(capsys, monkeypatch)
         time.sleep(0.05)
         show(1, 2)
     assert "1/2" in capsys.readouterr().err
+
+
+def test_what_happens_first_is_shown_in_part_where_there_is_little_room():
+    text = describe_compiling(38)
+    assert Figures(text).fitting(80) == text
+    assert Figures(text).fitting(30) == "compiling, about 40 s"
 
 
 FIGURES = "loss 0.712 | atp 0.711 | dummy 0.400 | accuracy 0.800 | grad 1.23 | lr 4.9e-04"

@@ -15,7 +15,7 @@ from mlmjax.cli.tables.answers import (
 from mlmjax.cli.tables.inputs import is_read_once, read_labels, read_lines
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
-from mlmjax.scoring.engine import describe_compiling
+from mlmjax.scoring.engine import describe_forward_compiling
 from mlmjax.weights.hub import PACKAGED, report_packaged
 
 CHUNK = 256
@@ -70,7 +70,9 @@ def classify_file(
                 yield shape_answer(answer, item, key, echo=echo, full=full)
             progress(done := done + len(chunk), total)
 
-    with count_progress("texts classified", describe_compiling(predictor.layers)) as progress:
+    with count_progress(
+        "texts classified", describe_forward_compiling(predictor.layers)
+    ) as progress:
         count = write_answers(answers(progress), out)
     if out is not None:
         say(f"{out}: {count:,} answers")

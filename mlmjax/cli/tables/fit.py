@@ -23,7 +23,7 @@ from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method, top_confusions
 from mlmjax.reporting.markdown import shortened, visible
-from mlmjax.reporting.terminal import count_progress, say
+from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
 from mlmjax.storage import check_replaceable, replace_folder, write_json, write_whole
@@ -75,9 +75,10 @@ def fit_table(
     folder = Path(out if out is not None else f"{Path(path).name.split('.')[0]}-classifier")
     _check_folder(folder)
     check_devices()
-    table = read_labelled(
-        path, text, label, skip_blank=skip_blank, drop_labels=drop_labels, encoding=encoding
-    )
+    with working(f"reading {path}"):
+        table = read_labelled(
+            path, text, label, skip_blank=skip_blank, drop_labels=drop_labels, encoding=encoding
+        )
     labels = sorted(set(table.labels))
     split = split_table(table, test_share, seed)
     for line in (*table.said, *split.said):
@@ -97,22 +98,42 @@ def fit_table(
         f"{len(split.test):,}\nanswers: {choice.way} ({choice.why}); learning rate "
         f"{choice.learning_rate:g}, epochs {choice.epochs}"
     )
-    classifier = Classifier(
-        model, labels, **choice.options(), dtype=dtype, revision=revision, seed=seed
-    )
-    with count_progress("fine-tuning: updates") as progress, warnings.catch_warnings():
+    options = {**choice.options(), "dtype": dtype, "revision": revision, "seed": seed}
+    classifier = Classifier(model, labels, **options, progress=False)
+    learned = learn(classifier, trained)
+    probabilities = answer_texts(classifier, tested[0])
+    with working("comparing with TF-IDF"):
+        found, methods = measure(trained, tested, labels, probabilities)
+    figures = {"table": str(path), "encoding": encoding, "model": model, "out": str(folder)}
+    figures |= describe(choice, table, split, labels) | found | {"fit": learned}
+    rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
+    with working("writing the model and the report"):
+        _save(folder, classifier, figures, methods, rows, probabilities)
+    return figures | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def learn(classifier: Classifier, trained: tuple[list[str], list[str]]) -> dict[str, Any]:
+    """Fit a classifier with progress; return what the fit says of itself, and say its warning."""
+    with (
+        count_progress("fine-tuning: updates", "loading and compiling") as progress,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", LearnedNothingWarning)  # said below
         classifier.fit(*trained, progress=progress)
     learned = describe_learning(classifier)
     if learned["warning"] is not None:
         say(f"warning: {learned['warning']}")
-    probabilities = classifier.predict_proba(tested[0])
-    found, methods = measure(trained, tested, labels, probabilities)
-    figures = {"table": str(path), "encoding": encoding, "model": model, "out": str(folder)}
-    figures |= describe(choice, table, split, labels) | found | {"fit": learned}
-    rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
-    _save(folder, classifier, figures, methods, rows, probabilities)
-    return figures | {"seconds": round(time.perf_counter() - started, 1)}
+    return learned
+
+
+def answer_texts(classifier: Classifier, texts: Sequence[str]) -> np.ndarray:
+    """Return the probabilities `[texts, labels]` of a classifier, with progress."""
+    parts: list[np.ndarray] = []
+    with count_progress("held-out rows answered", "compiling") as progress:
+        for part in classifier.stream(texts):
+            parts.append(part)
+            progress(sum(map(len, parts)), len(texts))
+    return np.concatenate(parts)
 
 
 def _check_folder(folder: Path) -> None:

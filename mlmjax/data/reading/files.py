@@ -105,6 +105,7 @@ def read_file(
         )
     try:
         check_regular(path)
+        log.debug("%s: reading %s bytes", path, f"{path.stat().st_size:,}")
         if path.stat().st_size == 0:
             raise InputError(f"{path}: is empty; expected {kind[1:]} records")
         if kind == ".parquet":

@@ -22,6 +22,7 @@ from mlmjax.reporting.terminal import (
     PATIENCE_SECONDS,
     Ticker,
     about,
+    describe_compiling,
     new_bar,
     new_console,
     say,
@@ -335,10 +336,6 @@ class RunDisplay(ExitStack):
 TRAINING_COMPILE_SECONDS = 2.0
 
 
-def describe_compiling(layers: int) -> str:
-    """Say how long the first compilation of a training step takes.
-
-    >>> describe_compiling(22)
-    'compiling (first time on this machine: about 40 s)'
-    """
-    return f"compiling (first time on this machine: {about(TRAINING_COMPILE_SECONDS * layers)})"
+def describe_step_compiling(layers: int) -> str:
+    """Say how long the first compilation of a training step takes."""
+    return describe_compiling(TRAINING_COMPILE_SECONDS * layers)

@@ -29,7 +29,7 @@ from mlmjax.training.run.log import (
     Totals,
     add,
     count_tokens,
-    describe_compiling,
+    describe_step_compiling,
     summarize,
 )
 from mlmjax.training.run.timing import Clock
@@ -179,7 +179,7 @@ class Loop:
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
-        text = describe_compiling(self.architecture.num_hidden_layers)
+        text = describe_step_compiling(self.architecture.num_hidden_layers)
         with self.clock("compile"), self.display.doing(text):
             yield
 

@@ -4,7 +4,7 @@ import re
 import time
 
 from mlmjax.training.run import log
-from mlmjax.training.run.log import RunDisplay, describe_compiling
+from mlmjax.training.run.log import RunDisplay, describe_step_compiling
 
 
 def test_a_training_is_shown_by_lines_or_by_a_bar(capsys, monkeypatch):
@@ -55,13 +55,13 @@ def test_a_pipe_hears_of_compiling_and_of_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(log, "PATIENCE_SECONDS", 0.02)
     monkeypatch.setattr(log, "LINE_SECONDS", 0.1)
     with RunDisplay(400) as display:
-        with display.doing(describe_compiling(22)):
+        with display.doing(describe_step_compiling(22)):
             time.sleep(0.3)
         for step in range(1, 21):
             display.advance(step)
             time.sleep(0.02)
     lines = capsys.readouterr().err.splitlines()
-    compiling = "step 0/400 | compiling (first time on this machine: about 40 s)"
+    compiling = "step 0/400 | compiling, about 40 s | first time on this machine"
     assert lines[0] == compiling
     assert 2 <= lines.count(compiling) <= 4
     assert re.fullmatch(r"step \d+/400 \| about \d+ s left", lines[-1])
