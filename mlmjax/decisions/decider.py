@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -183,17 +184,17 @@ class Decider:
 
         Use states that were not trained on. `answers` has a table for each state, from ids to right
         answers; an absent one or None is left out. A new temperature replaces that of its kind, and
-        drops its label sets. Raises `InputError` that names the kinds without one: all of whose
+        drops its label sets. A kind without one keeps its probabilities, with a warning: all of its
         answers are right, or no better than guessing.
         """
         labelled = read_labelled(states, questions, answers)
         found: dict[str, Calibration] = {}
-
-        def find(kind: str) -> None:
+        for kind in labelled.kinds():
             scores, gold = self._kind(labelled, kind, calibrated=False)
-            found[kind] = temperature_calibration(scores, gold)
-
-        for_each_row(find, ((kind, kind) for kind in labelled.kinds()))
+            try:
+                found[kind] = temperature_calibration(scores, gold)
+            except InputError as error:
+                warnings.warn(f"{kind} is not calibrated: {error.message}", stacklevel=2)
         conformals = {k: v for k, v in self.settings.conformals.items() if k not in found}
         self._learn(calibrations={**self.calibrations, **found}, conformals=conformals)
         return self

@@ -187,6 +187,16 @@ def test_calibration_is_by_kind_and_saved(word_decider, tmp_path):
         decider.decide_sets(texts[0], other)
 
 
+def test_a_kind_that_cannot_be_calibrated_is_left_alone(word_decider):
+    texts, asked, _, _ = labelled(1, seed=4)
+    best = word_decider.decide(texts[0], asked)["topic"].choice
+    other = next(name for name in WORDS if name != best)
+    for answer, reason in ((best, "all these 1 rows are right"), (other, "than guessing")):
+        with pytest.warns(UserWarning, match=f"choice/2 is not calibrated.*{reason}"):
+            word_decider.calibrate(texts, asked, [{"topic": answer}])
+        assert not word_decider.calibrations
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
