@@ -10,9 +10,10 @@ from mlmjax.classification.context import JOINT, windows_of
 from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText
+from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
 from mlmjax.decisions.states import Shown, State
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, named_place
 from mlmjax.model.modernbert import Model
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import Advance
@@ -129,7 +130,10 @@ class Asker:
         All prompts are one batch, except those of questions whose options need several rounds.
         `where` names each pair in messages.
         """
-        layouts = [self.layout(question) for _, question in pairs]
+        layouts = []
+        for (_, question), name in zip(pairs, where, strict=True):
+            with named_place(name):
+                layouts.append(self.layout(question))
         usages = [Usage() for _ in pairs]
         found: dict[int, np.ndarray] = {}
         items = [
@@ -153,34 +157,34 @@ class Asker:
         return [(found[n], usages[n]) for n in range(len(items))]
 
     def examples(
-        self, pairs: Sequence[tuple[State, Question]], numbers: Sequence[int], seed: int
-    ) -> tuple[list[Prompt], np.ndarray]:
-        """Return prompts to train on and the token of each one's right answer.
+        self,
+        pairs: Sequence[tuple[State, Question]],
+        targets: Sequence[np.ndarray],
+        seed: int,
+    ) -> tuple[list[Prompt], Answers]:
+        """Return prompts to train on and the tokens of their right answers.
 
         Each question is shown in one of its `orders`, drawn at random. Of more options than one
-        prompt holds, it shows the right one and others drawn at random. `numbers` are those of the
-        right answers.
+        prompt holds, it shows the most probable ones and others drawn at random. `targets` are the
+        right answers as distributions.
         """
-        rows, states, targets = [], [], []
-        for at, ((state, question), number) in enumerate(zip(pairs, numbers, strict=True)):
+        rows, states, shares = [], [], []
+        for at, ((state, question), target) in enumerate(zip(pairs, targets, strict=True)):
             layout = self.layout(question)
             rng = np.random.default_rng([seed, at])
-            count = len(layout.shown)
-            choice = np.arange(count)
-            if count > layout.size:
-                others = rng.choice(np.delete(choice, number), layout.size - 1, replace=False)
-                choice = np.sort(np.append(others, number))
+            choice = np.arange(len(target))
+            if len(choice) > layout.size:
+                order = np.lexsort((rng.permutation(len(choice)), -target))
+                choice = np.sort(order[: layout.size])
             if layout.tokens is None:
                 shifts = option_orders.shifts(len(choice), self.shifts)
                 choice = np.roll(choice, -shifts[rng.integers(len(shifts))])
-            item = Item(state, layout, tuple(map(int, choice)))
-            row = self._row(item, item.choice)
-            rows.append(row)
+            rows.append(self._row(Item(state, layout, ()), choice.tolist()))
             states.append(state)
-            targets.append(row[TOKENS][item.choice.index(number)])
+            shares.append(target[choice] / target[choice].sum())
         names = [f"row {at + 1} (index {at})" for at in range(len(rows))]
         prompts, _ = self._prompts(rows, states, names)
-        return prompts, np.array(targets)
+        return prompts, _answers([row[TOKENS] for row in rows], shares)
 
     def _in_rounds(self, item: Item, usage: Usage, where: str) -> np.ndarray:
         def ask(numbers: Sequence[int], choices: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -307,3 +311,16 @@ class Asker:
         tokens = [ids[0] for ids in encoded if len(ids) == 1]
         is_usable = len(set(tokens)) == len(words) and not tokenizer.special_ids & set(tokens)
         return tuple(tokens) if is_usable else None
+
+
+def _answers(tokens: Sequence[Sequence[int]], shares: Sequence[np.ndarray]) -> Answers:
+    """Return what prompts learn: a token each, or distributions over tokens if any is one."""
+    best = np.array([own[int(share.argmax())] for own, share in zip(tokens, shares, strict=True)])
+    if all(share.max() == 1 for share in shares):
+        return Answers(best)
+    shape = len(tokens), max(map(len, tokens))
+    ids, probs = np.full(shape, UNUSED, np.int32), np.zeros(shape, np.float32)
+    for at, (own, share) in enumerate(zip(tokens, shares, strict=True)):
+        ids[at, : len(own)] = own
+        probs[at, : len(own)] = share
+    return Answers(best, None, Options(ids, probs))

@@ -252,7 +252,8 @@ class Decider:
         """Fine-tune one model on the right answers to all questions; returns the decider.
 
         `answers` has a table for each state, from ids to right answers: the name of an option, a
-        bool, the number of a level or its text. An absent one or None is left out. `recipe` are
+        bool, the number of a level or its text, or a distribution `{name: p}` or `[p, ...]`. An
+        absent one or None is left out. `recipe` are
         `epochs`, `learning_rate`, `batch_size`, `weight_decay`, `warmup`, `seed`,
         `validation_share` and `patience` of `Classifier`. `history_` then has the loss of each
         epoch, and with held-out states accuracy and loss on them. Calibrations are dropped.

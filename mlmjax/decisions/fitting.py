@@ -1,7 +1,6 @@
 """Read right answers, and fine-tune a model on questions of any kinds at once."""
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,9 @@ from mlmjax.classification.fitting import (
     split_rows,
     usual_rate,
 )
+from mlmjax.data.batch import Answers
 from mlmjax.decisions.asking import Asker
-from mlmjax.decisions.questions import Question, read_questions
+from mlmjax.decisions.questions import Question, read_questions, read_target
 from mlmjax.decisions.settings import kind_of
 from mlmjax.decisions.states import State
 from mlmjax.errors import InputError, named_place
@@ -31,27 +31,41 @@ from mlmjax.training.rate_finder import find_rate
 
 @dataclass(frozen=True)
 class Labelled:
-    """Hold questions about states with the numbers of their right answers, row by row."""
+    """Hold questions about states with their right answers as distributions, row by row."""
 
     pairs: Sequence[tuple[State, Question]]
-    numbers: Sequence[int]
+    targets: Sequence[np.ndarray]
     where: Sequence[str]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Return the most probable answer of each row."""
+        return [int(target.argmax()) for target in self.targets]
 
     def kinds(self) -> list[str]:
         """Return the kinds of question there are, sorted."""
         return sorted({kind_of(question) for _, question in self.pairs})
 
     def of_kind(self, kind: str) -> tuple[list[tuple[State, Question]], list[int], list[str]]:
-        """Return the pairs of one kind, their right answers and their names."""
+        """Return the pairs of one kind, the numbers of their right answers, and their names.
+
+        Raises `InputError` for a right answer that is a distribution.
+        """
         rows = [n for n, (_, question) in enumerate(self.pairs) if kind_of(question) == kind]
         part = self.take(rows)
-        return list(part.pairs), list(part.numbers), list(part.where)
+        for target, name in zip(part.targets, part.where, strict=True):
+            if target.max() < 1:
+                raise InputError(
+                    f"{name}: the answer is a distribution; expected one right answer, because "
+                    "distributions are for fit"
+                )
+        return list(part.pairs), part.numbers, list(part.where)
 
     def take(self, rows: Sequence[int]) -> "Labelled":
         """Return some of the rows."""
         return Labelled(
             [self.pairs[n] for n in rows],
-            [self.numbers[n] for n in rows],
+            [self.targets[n] for n in rows],
             [self.where[n] for n in rows],
         )
 
@@ -71,7 +85,7 @@ def read_labelled(
             f"there are {len(listed)} states and {len(tables)} answers; give a table of answers "
             "for each state"
         )
-    pairs, numbers, where = [], [], []
+    pairs, targets, where = [], [], []
 
     def read(row: tuple[str, Any, Any]) -> None:
         name, state, table = row
@@ -87,7 +101,7 @@ def read_labelled(
             if answer is None:
                 continue
             with named_place(f"{key!r:.60}"):
-                numbers.append(asked[key].number(answer))
+                targets.append(np.array(read_target(asked[key], answer)))
             pairs.append((shown, asked[key]))
             where.append(f"{name}, {key!r:.60}")
 
@@ -95,7 +109,7 @@ def read_labelled(
     for_each_row(read, ((name, (name, *row)) for name, row in name_rows(rows)))
     if not pairs:
         raise InputError("answers: there are none; give at least one right answer")
-    return Labelled(pairs, numbers, where)
+    return Labelled(pairs, targets, where)
 
 
 def learn(
@@ -142,7 +156,7 @@ def learn(
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 
-    prompts, targets = asker.examples(rows.pairs, rows.numbers, recipe.seed)
+    prompts, targets = asker.examples(rows.pairs, rows.targets, recipe.seed)
     asker.scorer.model = _trained(asker, prompts, targets, recipe, after_epoch, progress)
     if kept is not None:
         graphdef = nnx.split(asker.scorer.model)[0]
@@ -154,7 +168,7 @@ def learn(
 def _trained(
     asker: Asker,
     prompts: Sequence[Prompt],
-    targets: np.ndarray,
+    targets: Answers,
     recipe: Recipe,
     after_epoch: Callable[[Any, Epoch], bool],
     progress: Progress | None,
@@ -179,19 +193,29 @@ def _trained(
 
 
 def _measured(asker: Asker, rows: Labelled) -> tuple[float, np.ndarray]:
-    """Return the accuracy on labelled rows, and the loss of each."""
+    """Return the accuracy on labelled rows, and the cross-entropy of each."""
     scores = [found for found, _ in asker.ask(rows.pairs, rows.where)]
-    gold = list(zip(scores, rows.numbers, strict=True))
-    accuracy = float(np.mean([own.argmax() == number for own, number in gold]))
-    return accuracy, -np.array([own[number] for own, number in gold], np.float64)
+    hits = [own.argmax() == number for own, number in zip(scores, rows.numbers, strict=True)]
+    losses = [-(own * target).sum() for own, target in zip(scores, rows.targets, strict=True)]
+    return float(np.mean(hits)), np.array(losses, np.float64)
+
+
+def _usual(rows: Labelled) -> np.ndarray:
+    """Return the loss of each row for always giving the mean answer to its question."""
+    sums: dict[int, np.ndarray] = {}
+    for (_, question), target in zip(rows.pairs, rows.targets, strict=True):
+        sums[id(question)] = sums.get(id(question), 0) + target
+    losses = []
+    for (_, question), target in zip(rows.pairs, rows.targets, strict=True):
+        mean = sums[id(question)] / sums[id(question)].sum()
+        losses.append(-(target * np.log(np.where(target > 0, mean, 1))).sum())
+    return np.array(losses)
 
 
 def _warn(asker: Asker, rows: Labelled, seed: int) -> None:
     """Warn if the answers to training rows are no better than the frequencies of the answers."""
-    keys = [(id(question), n) for (_, question), n in zip(rows.pairs, rows.numbers, strict=True)]
-    answers, questions = Counter(keys), Counter(key for key, _ in keys)
-    usual = np.array([-np.log(answers[key] / questions[key[0]]) for key in keys])
-    chosen = np.random.default_rng([seed, 2]).permutation(len(keys))[:MEASURED_PROMPTS]
+    usual = _usual(rows)
+    chosen = np.random.default_rng([seed, 2]).permutation(len(usual))[:MEASURED_PROMPTS]
     _, losses = _measured(asker, rows.take(chosen.tolist()))
     gains = usual[chosen] - losses
     spread = 2 * float(gains.std()) / len(gains) ** 0.5

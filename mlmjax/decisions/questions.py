@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mlmjax.config.labels import is_distribution, read_distribution
 from mlmjax.errors import InputError, named_place, suggest_keywords
 from mlmjax.text.checks import check_text
 
@@ -173,6 +174,31 @@ class Score:
 
 
 Question = Choice | YesNo | Score
+
+
+def read_target(question: Question, answer: Any) -> list[float]:
+    """Return a right answer as a distribution over the options.
+
+    It is the name of an option, a bool, the number of a level or its text, or a distribution: a
+    table `{name: p}` or a list of probabilities. Raises `InputError` for anything else.
+
+    >>> read_target(YesNo("Is it urgent?"), True), read_target(YesNo("Is it urgent?"), [0.3, 0.7])
+    ([1.0, 0.0], [0.3, 0.7])
+    """
+    if not is_distribution(answer):
+        number = question.number(answer)
+        return [float(at == number) for at in range(len(question.names))]
+    if isinstance(answer, Mapping) and not isinstance(question, Choice):
+        answer = {_name_of(key): share for key, share in answer.items()}
+    with named_place("the answer"):
+        return read_distribution(answer, question.names)
+
+
+def _name_of(key: Any) -> Any:
+    """Return the name of an answer that is given as a bool or a number."""
+    return str(key).lower() if isinstance(key, int) else key
+
+
 TYPES: dict[str, type[Choice] | type[YesNo] | type[Score]] = {
     kind.type: kind for kind in (Choice, YesNo, Score)
 }

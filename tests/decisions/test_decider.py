@@ -165,6 +165,32 @@ def test_one_model_learns_all_types_from_answers_with_gaps(word_pair, tmp_path, 
     assert again.decide(texts[0], asked) == decider.decide(texts[0], asked)
 
 
+def test_a_fit_learns_distributions(word_pair):
+    """The answers to each question go to the distributions that were given."""
+    texts, asked, right, _ = labelled(160, seed=5)
+    shares = {"sports": 0.9, "money": 0.3}
+    soft = [
+        {
+            "topic": {"sports": shares[one["topic"]], "money": 1 - shares[one["topic"]]},
+            "sports": {True: shares[one["topic"]], False: 1 - shares[one["topic"]]},
+            "level": [shares[one["topic"]], 1 - shares[one["topic"]]],
+        }
+        for one in right
+    ]
+    decider = Decider(word_pair)
+    decider.fit(texts, asked, soft, **FAST)
+    wanted = [shares[one["topic"]] for one in right]
+    found = list(decider.decide_many(texts, asked))
+    for share in (
+        [one["topic"].probabilities["sports"] for one in found],
+        [one["sports"].probability for one in found],
+        [one["level"].probabilities[0] for one in found],
+    ):
+        assert np.abs(np.array(share) - wanted).mean() < 0.1
+    with pytest.raises(InputError, match="the answer is a distribution; expected one right answer"):
+        decider.calibrate(texts, asked, soft)
+
+
 def test_calibration_is_by_kind_and_saved(word_decider, tmp_path):
     texts, asked, right, _ = labelled(60, seed=3)
     decider = word_decider.calibrate(texts, asked, right)
@@ -204,6 +230,10 @@ def test_a_kind_that_cannot_be_calibrated_is_left_alone(word_decider):
         ([{"churn": "yes"}], "'churn': the answer is 'yes'; expected true or false"),
         ([{"urgency": 3}], "expected a level from 0 to 2"),
         ([{"urgency": True}], "expected a level from 0 to 2"),
+        ([{"team": {"billing": 0.5, "sales": 0.5}}], "a probability to 'sales', which is not a"),
+        ([{"team": [0.5, 0.4]}], "'team': the answer: its probabilities sum to 0.9; expected 1"),
+        ([{"churn": [1.0]}], "has 1 probabilities; expected 2"),
+        ([{"urgency": {"0": -1, "1": 2}}], "expected a number from 0 to 1"),
         ([{"other": 1}], "has an answer to 'other', which is not among the questions"),
         ([{"team": None}], "answers: there are none"),
         ([["billing"]], "expected a table from ids to answers"),
