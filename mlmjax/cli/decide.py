@@ -71,9 +71,11 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
     from mlmjax.decisions.answers import answer_json
     from mlmjax.decisions.decider import Decider
     from mlmjax.decisions.questions import read_questions
+    from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say, working
-    from mlmjax.weights.hub import PACKAGED
+    from mlmjax.weights.hub import PACKAGED, report_packaged
 
+    check_devices()
     questions = read_questions(_read_table(Path(questions_file)))
     total = 0
     if not is_read_once(file):
@@ -82,8 +84,7 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
     source = PACKAGED if model is None else model
     with working(f"loading {source}"):
         decider = Decider(source, progress=False, **options)
-    if model is None:
-        say(f"no --model: using the packaged {PACKAGED}, a small model for trying things out")
+    report_packaged(model is None)
     states, done = _states(file), 0
     with count_progress("states answered", "compiling") as progress:
         while chunk := list(itertools.islice(states, CHUNK)):
@@ -93,7 +94,10 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
             done += len(chunk)
             progress(done, total)
     if decider.shortened:
-        say(f"{decider.shortened} prompts did not fit the model; the state was shortened in each")
+        say(
+            f"warning: {decider.shortened} prompts did not fit the model; the state was shortened "
+            "in each"
+        )
 
 
 @click.command(
@@ -151,8 +155,9 @@ def serve(
     It needs the extra mlmjax[serve]. The page at / asks questions by hand. On SIGTERM it answers
     what has begun, for at most 30 seconds, and exits with code 0.
     """
+    from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import say
-    from mlmjax.weights.hub import PACKAGED, fetch
+    from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
 
     try:
         from mlmjax.serving.app import make_app
@@ -165,8 +170,8 @@ def serve(
     key = _key(api_key_env)
     limits = Limits(body_bytes=max_body, questions=max_questions, waiting=max_waiting)
     source = PACKAGED if model is None else model
-    if model is None:
-        say(f"no --model: using the packaged {PACKAGED}, a small model for trying things out")
+    report_packaged(model is None)
+    check_devices()
     fetch(source, revision=options["revision"])  # a wrong name raises an error before the start
 
     def load() -> Any:

@@ -108,7 +108,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     if logging.lastResort:
         # Orbax would otherwise give the root logger a handler that prefixes every line. Hugging
         # Face has its own handler and would print every line twice.
-        logging.lastResort.setLevel(logging.INFO)
+        logging.lastResort.setLevel(logging.DEBUG)  # loggers say what is shown
         logging.basicConfig(format="%(message)s", handlers=[logging.lastResort])
         logging.getLogger("huggingface_hub").propagate = False
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):

@@ -1,6 +1,7 @@
 """Draw every picture in one style, as SVG that can be read on a phone and in dark mode."""
 
 import io
+import warnings
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, Literal
@@ -120,7 +121,10 @@ def svg(figure: Figure, description: str) -> str:
     """
     drawn = io.BytesIO()
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(drawn, format="svg", transparent=True, metadata=metadata)
+    with warnings.catch_warnings():
+        # Text stays text, and the reader's fonts draw it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(drawn, format="svg", transparent=True, metadata=metadata)
     root = ElementTree.fromstring(drawn.getvalue())
     for place in root.findall(f"{_SVG}metadata") + root.findall(f"{_SVG}defs"):
         root.remove(place)

@@ -1,5 +1,6 @@
 """Options of every command: how much it prints, its version, and examples that are true."""
 
+import logging
 import shlex
 
 import click
@@ -96,7 +97,6 @@ def test_quiet_and_verbose_exclude_each_other(arguments, capsys):
 def test_quiet_keeps_results_warnings_and_errors(monkeypatch, capsys, caplog):
     @cli.command("probe")
     def probe():
-        import logging
         import time
 
         from mlmjax.reporting import terminal
@@ -127,3 +127,4 @@ def test_quiet_keeps_results_warnings_and_errors(monkeypatch, capsys, caplog):
     assert {"rows: compiling | 0 s so far", "loading | 0 s so far", "a remark"} <= {*lines}
     assert lines[-1].startswith("took ")
     assert logged == ["more of it", "look again"]
+    assert logging.lastResort.level <= logging.DEBUG  # what prints our log outside of tests

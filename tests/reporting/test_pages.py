@@ -4,6 +4,7 @@ import jinja2
 import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from pictures import has_named_axes, read_picture
 
 from mlmjax.cli.demo_report import Efficiency, curve_figure, efficiency_figure
@@ -80,3 +81,9 @@ def test_text_in_a_picture_is_text():
 )
 def test_a_confusion_matrix_is_drawn_where_its_numbers_have_room(labels, most, fits):
     assert confusion_fits(np.full((labels, labels), most)) == fits
+
+
+def test_scripts_that_the_drawing_font_lacks_stay_text_without_a_warning():
+    figure = Figure()
+    figure.subplots().set_xlabel("größe 日本")
+    assert "größe 日本" in charts.svg(figure, "a picture")
