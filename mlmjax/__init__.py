@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.training.step import TrainState as TrainState
     from mlmjax.training.step import create_train_state as create_train_state
     from mlmjax.training.step import make_train_step as make_train_step
+    from mlmjax.weights.adapters import save_adapter as save_adapter
     from mlmjax.weights.pretrained import load_pretrained as load_pretrained
     from mlmjax.weights.pretrained import save_pretrained as save_pretrained
 
@@ -58,6 +59,7 @@ _NAMES = {
     "text.verbalizer": ["Verbalizer"],
     "training.run.train": ["run_training"],
     "training.step": ["TrainState", "create_train_state", "make_train_step"],
+    "weights.adapters": ["save_adapter"],
     "weights.pretrained": ["load_pretrained", "save_pretrained"],
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

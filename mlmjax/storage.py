@@ -22,6 +22,7 @@ from mlmjax.errors import InputError, read_failed, write_failed
 CONFIG = "config.json"
 CARD = "README.md"
 CLASSIFIER = "mlmjax_classifier.json"
+ADAPTER_BASE = "mlmjax_adapter.json"
 DECIDER = "mlmjax_decider.json"
 TRAINING = "training_manifest.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

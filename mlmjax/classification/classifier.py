@@ -30,13 +30,14 @@ from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError, suggest_keywords, suggest_name
-from mlmjax.model.modernbert import Model, with_classifier
+from mlmjax.model.modernbert import Model, merged, with_adapter, with_classifier
 from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics.learning import label_frequencies
 from mlmjax.storage import CLASSIFIER, TRAINING
 from mlmjax.text.checks import check_list, check_texts, check_weight, for_each_row, name_rows
 from mlmjax.training.loss import LossKind
+from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import save_pretrained
 
@@ -125,6 +126,13 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         The share of the right probability that `fit` divides equally over all labels.
     normalize : {"vocabulary", "labels"}, default="vocabulary"
         Over what the probabilities of the loss of `fit` sum to 1: all tokens, or the labels.
+    adapter : "lora", dict or AdapterConfig, default=None
+        Freeze the model and train an adapter: `{"rank": 8, "alpha": 16.0, "targets": ["Wqkv",
+        "Wo", "Wi"]}` are the defaults of "lora". With a classification head, its last layer is
+        trained, too. None: no adapter.
+    train : list of str, default=None
+        Patterns of the parameters that `fit` trains, such as `["*bias", "*norm*"]`; the others are
+        frozen. None: all.
     progress : bool, default=None
         True shows progress, False does not. None: a bar on a terminal if the work takes long.
 
@@ -223,8 +231,12 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         manifest = model.config.provenance.files.get(TRAINING)
         if manifest is not None:  # a broken one is an error before the training
             manifest = add_run(manifest, "the texts given to Classifier.fit")
+        if chosen.adapter is None:
+            model = merged(model)  # a fit trains all of it
         if settings.head == "classification":
             model = with_classifier(model, list(settings.labels), seed=chosen.seed)
+        if chosen.adapter is not None:
+            model = with_adapter(model, chosen.adapter, seed=chosen.seed)
         # What was learned about the probabilities of other weights does not hold for these.
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)
@@ -238,22 +250,27 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         self.history_ = [dict(epoch) for epoch in summary.attempts[summary.kept].history]
         return self
 
-    def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
+    def save_pretrained(
+        self, path: str | Path, *, dtype: str = "float32", merge: bool = False
+    ) -> None:
         """Write the model as a Hugging Face folder, with the settings of the classifier.
 
-        `Classifier.from_pretrained(path)` restores all of it. Raises what
-        `mlmjax.save_pretrained` raises.
+        `Classifier.from_pretrained(path)` restores all of it. A model with an adapter is saved as
+        the adapter, in PEFT's files, with a pointer to its base; with `merge` as a whole model.
+        Raises what `mlmjax.save_pretrained` and `mlmjax.save_adapter` raise.
         """
         scorer = self._load().scorer
+        is_adapter = scorer.model.config.adapter is not None and not merge
         values = self.settings_.model_dump(mode="json", exclude_none=True)
         files = {CLASSIFIER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"}
         if self.manifest_ is not None:
             files[TRAINING] = self.manifest_
         way = self.answer_, self.answer_reason_
-        card = classifier_card(scorer.model, self.settings_, self._load().recipe(), way)
-        save_pretrained(
-            scorer.model, scorer.tokenizer, path, dtype=dtype, card=card, more_files=files
-        )
+        model = scorer.model if is_adapter else merged(scorer.model)
+        card = classifier_card(model, self.settings_, self._load().recipe(), way)
+        saved = scorer.model, scorer.tokenizer, path
+        save = save_adapter if is_adapter else save_pretrained
+        save(*saved, dtype=dtype, card=card, more_files=files)
 
 
 def _prepare(
@@ -337,6 +354,13 @@ def _hold_out(
 LEAST_MEASURED = 32
 """The fewest training texts that a fit is measured on, if there are as many."""
 
+
+def _base_of(model: Model) -> str | None:
+    """Return the name of the model that an adapter points to; None without an adapter."""
+    origin = model.config.provenance.origin
+    return origin.name if origin is not None and model.config.adapter is not None else None
+
+
 LABELS = 100
 """The most labels that a card shows; the settings have all of them."""
 
@@ -367,6 +391,7 @@ def classifier_card(
         prompt=settings.template,
         head=settings.head == "classification",
         recipe=recipe,
+        base=_base_of(model),
         way=way,
         most=settings.max_length or model.config.max_position_embeddings,
         calibrated=settings.calibration is not None,

@@ -7,10 +7,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from mlmjax.classification.prompter import Prompter
-from mlmjax.config.data import PositiveFloat
+from mlmjax.config.data import Name, PositiveFloat
+from mlmjax.config.run import AdapterConfig
 from mlmjax.config.tables import StrictTable
 from mlmjax.data.batch import Answers
 from mlmjax.model.modernbert import Model
@@ -24,6 +25,7 @@ from mlmjax.statistics.learning import (
     measure,
 )
 from mlmjax.text.prompts import Prompt
+from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.finetune import Epoch, fine_tune
 from mlmjax.training.loss import LossKind
 from mlmjax.training.rate_finder import find_rate
@@ -31,7 +33,7 @@ from mlmjax.training.rate_finder import find_rate
 MEASURED_PROMPTS = 256
 """About this many prompts about training texts measure what a fit has learned."""
 
-TRAINED = {"epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "seed"}
+TRAINED = {"epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "seed", "train"}
 """The numbers of a recipe that `fine_tune` takes."""
 
 SHORT_WARMUP, LONGEST_WARMUP = 0.05, 0.5
@@ -51,7 +53,8 @@ class Recipe(StrictTable):
     With held-out texts, `patience` ends the training after that many epochs in a row without
     improvement, and the best epoch's weights are kept. None runs all epochs and keeps the last.
     `restarts` is the number of further trainings, each with another seed and a longer warm-up, that
-    are tried as long as none has learned anything.
+    are tried as long as none has learned anything. `adapter` trains an adapter and freezes the
+    model, `train` only the parameters that its patterns name.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
@@ -63,6 +66,19 @@ class Recipe(StrictTable):
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patience: Annotated[int, Field(ge=1)] | None = None
     restarts: Annotated[int, Field(ge=0, le=100)] = 0
+    adapter: AdapterConfig | None = None
+    train: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "Recipe":
+        if self.adapter is not None and self.train is not None:
+            raise ValueError("adapter trains its own parameters; leave out either it or train")
+        return self
 
 
 class FitRecipe(Recipe):
@@ -126,7 +142,7 @@ def learn(
 
 
 def usual_rate(parameters: int) -> float:
-    """Return the learning rate that suits a model of so many parameters.
+    """Return the learning rate that suits so many parameters that are trained.
 
     Small models learn at 1e-3 (docs/experiments). From `LARGE` on it is the middle of the sweep of
     the paper (arXiv 2502.03793).
@@ -136,8 +152,10 @@ def usual_rate(parameters: int) -> float:
 
 def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
     """Return the learning rate of a recipe, found by a short training if it is "auto"."""
-    weights = jax.tree.leaves(nnx.state(prompter.scorer.model, nnx.Param))
-    rate, usual = recipe.learning_rate, usual_rate(sum(leaf.size for leaf in weights))
+    model = prompter.scorer.model
+    trained, _ = split_trained(nnx.state(model, nnx.Param), trained_patterns(model, recipe.train))
+    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    rate, usual = recipe.learning_rate, usual_rate(size)
     if rate is None:
         return usual
     if rate != "auto":
@@ -152,6 +170,7 @@ def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
         batch_size=recipe.batch_size,
         weight_decay=recipe.weight_decay,
         seed=recipe.seed,
+        train=recipe.train,
         pad_id=prompter.scorer.tokenizer.pad_id,
     )
 

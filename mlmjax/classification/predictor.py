@@ -16,7 +16,7 @@ from flax import nnx
 from mlmjax.classification.labels import pair_labels, right_columns
 from mlmjax.classification.prompter import CHUNK_PROMPTS, Prompter
 from mlmjax.classification.settings import Answer, LongText, Settings, settle, upgrade
-from mlmjax.config.run import Head
+from mlmjax.config.run import AdapterConfig, Head
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
@@ -86,6 +86,8 @@ class Predictor:
     restarts: int = 0
     label_smoothing: float = 0.0
     normalize: Literal["vocabulary", "labels"] = "vocabulary"
+    adapter: AdapterConfig | Mapping[str, Any] | str | None = None
+    train: Sequence[str] | None = None
     progress: bool | None = None
 
     settings_: Settings = field(init=False)

@@ -22,7 +22,7 @@ from mlmjax.config.data import (
     Share,
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
-from mlmjax.errors import suggest_keywords
+from mlmjax.errors import suggest_keywords, suggest_name
 
 # TPU kernels process a sequence in tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
@@ -63,7 +63,8 @@ class OptimizerConfig(StrictTable):
     `layer_decay` multiplies the learning rate once for each layer above a parameter (1: no decay).
     `ema` is the decay of the averaged parameters that are validated and exported (0: no average).
     An update whose gradient norm exceeds `skip_spikes` times the usual one is skipped (None: no
-    update is skipped, and a norm that is not finite ends the run).
+    update is skipped, and a norm that is not finite ends the run). `train` are patterns of the
+    parameters to train, such as `["*bias", "*norm*"]` (None: all).
     """
 
     name: Literal["adamw", "stable_adamw"] = "adamw"
@@ -76,6 +77,60 @@ class OptimizerConfig(StrictTable):
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     skip_spikes: Annotated[float, Field(gt=1.0, le=3e38)] | None = None
+    train: Annotated[tuple[Name, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _depth_of_all(self) -> "OptimizerConfig":
+        if self.train is not None and self.layer_decay != 1:
+            raise ValueError(
+                "layer_decay counts the layers of a whole model, and train chooses parameters; "
+                "leave one of them out"
+            )
+        return self
+
+
+ADAPTED = ("attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")
+"""The products of a layer that an adapter can change."""
+
+
+class AdapterConfig(StrictTable):
+    """Train two small matrices for each target, and keep the model frozen.
+
+    LoRA (Hu et al. 2021, arXiv 2106.09685): a weight W acts as W + (alpha / rank) A B, where A maps
+    to `rank` values and B from them. `targets` are names of `ADAPTED`, or their endings. `dropout`
+    is there for files of others; training has none.
+    """
+
+    kind: Literal["lora"] = "lora"
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    alpha: PositiveFloat = 16.0
+    targets: tuple[str, ...] = ("Wqkv", "Wo", "Wi")
+    dropout: Annotated[float, Field(ge=0.0, le=0.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _known_targets(self) -> "AdapterConfig":
+        endings = {*ADAPTED, *(name.partition(".")[2] for name in ADAPTED)}
+        for target in self.targets or ("",):
+            if target not in endings:
+                hint = suggest_name(target, sorted(endings))
+                raise ValueError(
+                    f"targets: found {target!r}; {hint}expected names of {', '.join(ADAPTED)}, or "
+                    "their endings"
+                )
+        return self
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the product of the two matrices."""
+        return self.alpha / self.rank
+
+    def changes(self, name: str) -> bool:
+        """Tell whether this product of a layer is a target.
+
+        >>> [AdapterConfig(targets=("Wo",)).changes(name) for name in ADAPTED]
+        [False, True, False, True]
+        """
+        return any(f".{name}".endswith(f".{target}") for target in self.targets)
 
 
 class ScheduleConfig(StrictTable):
@@ -153,6 +208,7 @@ class RunConfig(StrictTable):
     data: DataConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    adapter: AdapterConfig | None = None
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -192,6 +248,12 @@ class RunConfig(StrictTable):
             raise ValueError(
                 f"found {found} [model]; give exactly one of init_from (a folder or hub id) and "
                 "[model] (HF config keys)"
+            )
+        if self.adapter is not None and self.init_from is None:
+            raise ValueError("[adapter] changes a model that has learned; give init_from")
+        if self.adapter is not None and self.optimizer.train is not None:
+            raise ValueError(
+                "[adapter] trains its own parameters; leave out either it or optimizer.train"
             )
         if self.head == "classification":
             self._check_classification()

@@ -128,6 +128,8 @@ def learn(
         )
     if recipe.restarts:
         raise InputError("fit: a decider has no restarts; leave them out, or give another seed")
+    if recipe.adapter is not None:
+        raise InputError("fit: a decider has no adapter; leave it out, or give train")
     rows, held_out = labelled, None
     if recipe.validation_share:
         groups = [
@@ -176,7 +178,7 @@ def _trained(
     model, pad_id = asker.scorer.model, asker.scorer.tokenizer.pad_id
     rate = recipe.learning_rate
     usual = usual_rate(sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))))
-    own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed"})
+    own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed", "train"})
     if rate == "auto":
         rate = find_rate(model, prompts, targets, around=usual, pad_id=pad_id, **own)
     return fine_tune(

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
+from mlmjax.config.run import AdapterConfig
 from mlmjax.errors import InputError, suggest_keywords, suggest_name
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ _DEFAULT_LABELS = 2
 # Fields that need more than a check of their type.
 _RESOLVED = (
     *("rope_parameters", "global_attn_every_n_layers", "id2label", "label2id"),
-    *("extra", "source_dtypes", "provenance"),
+    *("extra", "source_dtypes", "provenance", "adapter"),
 )
 _EXPECTED = {
     "eos_token_id": "a token id, a list of them, or null",
@@ -52,17 +53,27 @@ _EXPECTED = {
 _UNSUPPORTED = ("rope_scaling", "per_layer_config", "quantization_config")
 
 
+class Origin(NamedTuple):
+    """Name the model that was loaded: a hub id with its commit, or a folder."""
+
+    name: str
+    revision: str | None
+    folder: str
+
+
 class Provenance(NamedTuple):
     """Say where weights come from: files of the folder they were read from, and a fingerprint.
 
     `files` are the card, the training manifest and the licence, by their names. `norms` is a hash
-    of the weights of all norms, which any training changes; None if nothing was read. `kind` is the
-    class and the size of the vocabulary.
+    of norms and biases, which any training of a whole model changes; None if nothing was read.
+    `kind` is the class and the size of the vocabulary. `origin` is the model that an adapter can
+    point to.
     """
 
     files: Mapping[str, bytes] = {}  # not a proxy, which cannot be pickled
     norms: int | None = None
     kind: tuple[str, int] | None = None
+    origin: Origin | None = None
 
 
 @suggest_keywords
@@ -82,7 +93,8 @@ class ModelConfig:
 
     Three fields say what only the files said, and do not take part in equality: `extra` holds the
     other keys of `config.json`, `source_dtypes` the dtype of each tensor by its name, `provenance`
-    where the weights come from.
+    where the weights come from. Nor does `adapter`, the matrices beside the weights, which
+    `config.json` does not hold.
 
     Raises one `InputError` that lists every value of a wrong type, out of bounds, or that this
     architecture cannot express.
@@ -131,6 +143,7 @@ class ModelConfig:
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
     source_dtypes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     provenance: Provenance = field(default=Provenance(), compare=False, repr=False)
+    adapter: AdapterConfig | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         problems = list(self._resolve_rope())

@@ -248,8 +248,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         hidden, heads = (config.hidden_size,), (config.num_attention_heads, config.head_dim)
         make = partial(Linear, config, bias=config.attention_bias, rngs=rngs)
-        self.Wqkv = make(hidden, (3, *heads))
-        self.Wo = make(heads, hidden, std=output_std(config))
+        self.Wqkv = make(hidden, (3, *heads), name="attn.Wqkv")
+        self.Wo = make(heads, hidden, std=output_std(config), name="attn.Wo")
 
     def __call__(
         self, x: jax.Array, rope: Rope, segment_ids: jax.Array | None, attend_here: Attend
@@ -272,8 +272,8 @@ class GatedMLP(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         hidden, width = config.hidden_size, config.intermediate_size
         make = partial(Linear, config, bias=config.mlp_bias, rngs=rngs)
-        self.Wi = make((hidden,), (2, width))
-        self.Wo = make((width,), (hidden,), std=output_std(config))
+        self.Wi = make((hidden,), (2, width), name="mlp.Wi")
+        self.Wo = make((width,), (hidden,), std=output_std(config), name="mlp.Wo")
         self.activation = config.hidden_activation
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -66,10 +66,19 @@ _product.defvjp(lambda subscripts, x, y: (_product(subscripts, x, y), (x, y)), _
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+class Kernel(nnx.Module):
+    """A weight of an adapter."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        self.weight = nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
 class Linear(nnx.Module):
     """A product over the last axes of the input: weight `[*inputs, *outputs]`, bias `[*outputs]`.
 
-    Returns float32 for any input dtype, so that the caller rounds only once.
+    An adapter of the configuration that changes this `name` adds `lora_A` `[*inputs, rank]` and
+    `lora_B` `[rank, *outputs]`; `modernbert.with_adapter` fills them. Returns float32 for any input
+    dtype, so that the caller rounds only once.
     """
 
     def __init__(
@@ -80,20 +89,32 @@ class Linear(nnx.Module):
         *,
         bias: bool,
         std: float | None = None,
+        name: str = "",
         rngs: nnx.Rngs,
     ):
         self.weight = nnx.Param(draw_weight(config, inputs + outputs, rngs, std))
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
         self.axes = len(inputs)
+        if (adapter := config.adapter) is not None and adapter.changes(name):
+            self.scale = adapter.scale
+            self.lora_A = Kernel((*inputs, adapter.rank))
+            self.lora_B = Kernel((adapter.rank, *outputs))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map `[..., *inputs]` to float32 `[..., *outputs]`."""
-        weight = self.weight[...]
-        # One letter an axis: those before the inputs, the inputs, and the outputs.
-        leading, outputs = "abcd"[: x.ndim - self.axes], "wxyz"[: weight.ndim - self.axes]
-        inputs = "ij"[: self.axes]
-        out = product(f"{leading}{inputs},{inputs}{outputs}->{leading}{outputs}", x, weight)
+        out = _apply(x, self.weight[...], self.axes)
+        if hasattr(self, "lora_A"):
+            low = _apply(x, self.lora_A.weight[...], self.axes).astype(x.dtype)
+            out = out + self.scale * _apply(low, self.lora_B.weight[...], 1)
         return out if self.bias is None else out + align(self.bias[...], out)
+
+
+def _apply(x: jax.Array, weight: jax.Array, axes: int) -> jax.Array:
+    """Return the product over the last `axes` of `x` and the first ones of a weight."""
+    # One letter an axis: those before the inputs, the inputs, and the outputs.
+    leading, outputs = "abcd"[: x.ndim - axes], "wxyz"[: weight.ndim - axes]
+    inputs = "ij"[:axes]
+    return product(f"{leading}{inputs},{inputs}{outputs}->{leading}{outputs}", x, weight)
 
 
 class LayerNorm(nnx.Module):

@@ -1,5 +1,7 @@
 """The two models: one encoder with a head for words, and one with a head for labels."""
 
+import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,9 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from mlmjax.config.run import AdapterConfig
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.cpu import spread
@@ -161,6 +165,9 @@ def _make_classifier(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
     return Linear(config, inputs, outputs, bias=True, std=config.hidden_size**-0.5, rngs=rngs)
 
 
+ADAPTER_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
+"""How the names of an adapter's matrices end."""
+
 Model = ModernBertForMaskedLM | ModernBertForSequenceClassification
 CLASSES: dict[str, type[Model]] = {
     cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
@@ -225,3 +232,52 @@ def with_classifier(
         )
     name = ModernBertForSequenceClassification.__name__
     return with_parameters(abstract_model(name, config, model.options), values)
+
+
+def with_adapter(
+    model: Model, adapter: AdapterConfig, values: Mapping[str, Any] | None = None, *, seed: int = 0
+) -> Model:
+    """Return the model with an adapter; `values` are its matrices by the names of parameters.
+
+    Without them `lora_A` is drawn uniformly from +-1 / sqrt(inputs), as PEFT does, and `lora_B` is
+    0, so that the model answers as before. Raises `InputError` for a model that has an adapter.
+    """
+    if model.config.adapter is not None:
+        raise InputError(
+            "adapter: the model has one already; give its base, or save it merged "
+            "(mlmjax.save_pretrained) and start from that"
+        )
+    config = replace(model.config, adapter=adapter)
+    abstract = abstract_model(type(model).__name__, config, model.options)
+    drawn = {
+        name: _draw_adapter(name, leaf.shape, seed)
+        for name, leaf in parameters(abstract).items()
+        if name.endswith(ADAPTER_WEIGHTS) and values is None
+    }
+    return with_parameters(abstract, {**parameters(model), **drawn, **(values or {})})
+
+
+def _draw_adapter(name: str, shape: tuple[int, ...], seed: int) -> jax.Array:
+    # Drawn by numpy, so that every mesh and every version of JAX has the same numbers.
+    if name.endswith(ADAPTER_WEIGHTS[1]):
+        return jnp.asarray(np.zeros(shape, np.float32))
+    bound = math.prod(shape[:-1]) ** -0.5
+    drawn = np.random.default_rng([seed, zlib.crc32(name.encode())]).uniform(-bound, bound, shape)
+    return jnp.asarray(drawn.astype(np.float32))
+
+
+def merged(model: Model) -> Model:
+    """Return the model with its adapter added to its weights; the model itself without one."""
+    adapter = model.config.adapter
+    if adapter is None:
+        return model
+    values = parameters(model)
+    down, up = ADAPTER_WEIGHTS
+    for name in [name for name in values if name.endswith(down)]:
+        whole, low = name.removesuffix(down), np.asarray(values[name], np.float32)
+        change = np.tensordot(low, np.asarray(values[whole + up], np.float32), axes=1)
+        values[f"{whole}.weight"] = values[f"{whole}.weight"] + np.float32(adapter.scale) * change
+    # These are no longer the weights that were read, though their norms are.
+    provenance = model.config.provenance._replace(norms=-1)
+    config = replace(model.config, adapter=None, provenance=provenance)
+    return with_parameters(abstract_model(type(model).__name__, config, model.options), values)

@@ -28,6 +28,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp\.Wi\.weight", P("fsdp", None, "tensor")),
     (r"mlp\.Wi\.bias", P(None, "tensor")),
     (r"mlp\.Wo\.weight", P("tensor", "fsdp")),
+    # Matrices of adapters: the axes of the weight that they change, and a rank that stays whole.
+    (r"(attn\.Wqkv|mlp\.Wi)\.lora_A\.weight", P("fsdp", None)),
+    (r"attn\.Wqkv\.lora_B\.weight", P(None, None, "tensor", None)),
+    (r"mlp\.Wi\.lora_B\.weight", P(None, None, "tensor")),
+    (r"attn\.Wo\.lora_A\.weight", P("tensor", None, None)),
+    (r"mlp\.Wo\.lora_A\.weight", P("tensor", None)),
+    (r"(attn|mlp)\.Wo\.lora_B\.weight", P(None, "fsdp")),
     (r"head\.dense\.weight", P("fsdp", None)),
     (r"decoder\.weight", P("tensor", "fsdp")),
     (r"decoder\.bias", P("tensor")),

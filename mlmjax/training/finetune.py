@@ -1,6 +1,6 @@
 """Fine-tune in memory: packed prompts, for the answer at each slot or for a classification head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -20,10 +20,11 @@ from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.sharding import local_mesh
 from mlmjax.reporting.terminal import Progress
 from mlmjax.text.prompts import Prompt
+from mlmjax.training.adapters import joined, trained_patterns
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.loss import LossKind
 from mlmjax.training.optimizer import make_schedule, make_update, rates_at
-from mlmjax.training.step import create_train_state, head_of, shared_train_step
+from mlmjax.training.step import TrainState, create_frozen_state, head_of, shared_train_step
 
 ROWS = (256, 512, 1024)
 """Lengths of packed rows that are tried, in tokens."""
@@ -63,6 +64,7 @@ def fine_tune(
     pad_id: int,
     kind: LossKind = "vocabulary",
     rates: Sequence[float] | None = None,
+    train: Sequence[str] | None = None,
     after_epoch: Callable[[Model, "Epoch"], bool | None] | None = None,
     progress: Progress | None = None,
 ) -> Model:
@@ -73,13 +75,14 @@ def fine_tune(
     (`loss.target_losses`). The prompts of a batch are packed into rows, which are
     sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule,
     or with `rates`, one for each update until they end. The order of epoch e is that of
-    `default_rng([seed, e])`. `after_epoch` gets the model, which is valid until it returns, and the
-    epoch's figures; it ends the training by returning True. Raises `RunError` if the loss is not
-    finite, unless `rates` are given.
+    `default_rng([seed, e])`. `train` are patterns of the parameters to train; a model with an
+    adapter trains that (`adapters.trained_patterns`). `after_epoch` gets the model, which is valid
+    until it returns, and the epoch's figures; it ends the training by returning True. Raises
+    `RunError` if the loss is not finite, unless `rates` are given.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size) if rates is None else len(rates)
-    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    given: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay}
     decode(OptimizerConfig, given, "fit")  # rejects other values
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
     rate: Any = (
@@ -87,27 +90,24 @@ def fine_tune(
     )
     update = _update()
     mesh = local_mesh(batch_size)
-    graphdef, state = create_train_state(model, update, mesh=mesh if mesh.size > 1 else None)
+    graphdef, state, frozen = create_frozen_state(
+        model, update, trained_patterns(model, train), mesh=mesh if mesh.size > 1 else None
+    )
     head = head_of("classification" if has_head else "mlm", kind)
     step = shared_train_step(graphdef, update, loss=head.loss)
     wanted = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
-    orders = [np.random.default_rng([seed, e]).permutation(len(prompts)) for e in range(epochs)]
-    starts = range(0, len(prompts), batch_size)
-    batches = [[order[start : start + batch_size] for start in starts] for order in orders]
+    batches = _batches(len(prompts), epochs, batch_size, seed)
     lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
     shape = common_shape(lengths, model.config, mesh.size)
     make_batch: Any = label_batch if has_head else answer_batch
     done = 0
-    for epoch in range(epochs):
+    for epoch, members_of_epoch in enumerate(batches, 1):
         sums = []
-        for members in batches[epoch][: updates - done]:
+        for members in members_of_epoch[: updates - done]:
             shown = [prompts[i] for i in members]
             batch = make_batch(shown, wanted.take(members), shape=shape, pad_id=pad_id)
-            values: Any = given | {"learning_rate": rates_at(rate, done)}
-            values = {name: np.float32(value) for name, value in values.items()}
-            where = {name: state.opt_state.hyperparams[name].sharding for name in values}
-            opt_state = state.opt_state._replace(hyperparams=jax.device_put(values, where))
-            state, metrics = step(state._replace(opt_state=opt_state), batch)
+            state = _with_rates(state, given | {"learning_rate": rates_at(rate, done)})
+            state, metrics = step(state, batch, frozen)
             sums.append([metrics[name] for name in SUMS[has_head]])
             done += 1
             if progress:
@@ -116,11 +116,27 @@ def fine_tune(
         # No loss shows what the last update did; its norm does.
         if rates is None and not np.isfinite(figures.loss + figures.moved):
             raise RunError(
-                f"fit: the loss of epoch {epoch + 1} is not finite; give a lower learning_rate"
+                f"fit: the loss of epoch {epoch} is not finite; give a lower learning_rate"
             )
-        if after_epoch and after_epoch(nnx.merge(graphdef, state.params), figures):
+        trained = nnx.merge(graphdef, joined(state.params, frozen))
+        if after_epoch and after_epoch(trained, figures):
             break
-    return nnx.merge(graphdef, state.params)
+    return nnx.merge(graphdef, joined(state.params, frozen))
+
+
+def _batches(count: int, epochs: int, batch_size: int, seed: int) -> list[list[np.ndarray]]:
+    """Return the numbers of the prompts of each batch of each epoch."""
+    orders = [np.random.default_rng([seed, epoch]).permutation(count) for epoch in range(epochs)]
+    starts = range(0, count, batch_size)
+    return [[order[start : start + batch_size] for start in starts] for order in orders]
+
+
+def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
+    """Return the state with other rates of `_update`, on the same devices."""
+    values: Any = {name: np.float32(value) for name, value in rates.items()}
+    where = {name: state.opt_state.hyperparams[name].sharding for name in rates}
+    rated = state.opt_state._replace(hyperparams=jax.device_put(values, where))
+    return state._replace(opt_state=rated)
 
 
 def _figures(sums: np.ndarray) -> Epoch:

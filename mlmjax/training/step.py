@@ -16,6 +16,7 @@ from mlmjax.data.batch import Batch, LabelBatch
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.parallel import sharding as partition
 from mlmjax.parallel.processes import check_not_forked
+from mlmjax.training.adapters import Patterns, joined, split_trained
 from mlmjax.training.loss import (
     LossKind,
     Metrics,
@@ -27,6 +28,8 @@ from mlmjax.training.loss import (
 from mlmjax.training.optimizer import skipped_updates
 
 AnyBatch = Batch | LabelBatch
+TrainStep = Callable[..., "tuple[TrainState, Metrics]"]
+"""A function of a state, a batch and the frozen parameters, if there are any."""
 Loss = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 """A function of model and batch: a loss sum, and metrics with `loss_sum` and `loss_count`."""
 
@@ -50,14 +53,40 @@ def create_train_state(
     """
     check_not_forked()
     graphdef, params = split_parameters(model)
-    # The step donates its state, and shared buffers would take the weights away from `model`.
+    return graphdef, start_state(copied(params, mesh), optimizer, mesh)
+
+
+def create_frozen_state(
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    patterns: Patterns,
+    *,
+    mesh: Mesh | None = None,
+) -> tuple[Any, TrainState, Any]:
+    """Return `create_train_state` of the parameters that patterns name, and the frozen others.
+
+    The frozen ones are an argument of the step; None without patterns. Raises `InputError` as
+    `adapters.split_trained`.
+    """
+    check_not_forked()
+    graphdef, params = split_parameters(model)
+    trained, frozen = split_trained(params, patterns)
+    if frozen is not None:
+        frozen = jax.device_put(frozen, partition.parameter_sharding(mesh, frozen))
+    return graphdef, start_state(copied(trained, mesh), optimizer, mesh), frozen
+
+
+def copied(params: Any, mesh: Mesh | None) -> Any:
+    """Return copies of parameters on a mesh, which a step may donate.
+
+    Shared buffers would take the weights away from the model that they are from.
+    """
     # Copied leaf by leaf, because `device_put` may keep a shard that is already on its device.
-    params = jax.tree.map(
+    return jax.tree.map(
         lambda x, sharding: jax.device_put(jnp.copy(x), sharding),
         params,
         partition.parameter_sharding(mesh, params),
     )
-    return graphdef, start_state(params, optimizer, mesh)
 
 
 def start_state(
@@ -121,7 +150,7 @@ def make_train_step(
     *,
     accumulate: int = 1,
     loss: Loss = masked_token_loss,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Return the jitted update `(TrainState, Batch) -> (TrainState, metrics)`, its state donated.
 
     `accumulate` divides the rows into that many micro-batches, which are computed one after
@@ -131,6 +160,9 @@ def make_train_step(
     `update_norm` (of what is added to the parameters) and `skipped` (1 for an update that
     `optimizer.skip_spikes` did not make).
 
+    A third argument, `frozen`, holds the parameters that `state` lacks (`adapters.split_trained`).
+    They have neither gradients nor optimizer state.
+
     Raises `InputError` if the rows cannot be divided over `accumulate` and the devices.
     """
     jitted = jax.jit(
@@ -138,9 +170,9 @@ def make_train_step(
     )
 
     @wraps(jitted)
-    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: AnyBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         with _mesh_of(state.step) as mesh:
-            return jitted(state, place_batch(batch, mesh, accumulate))
+            return jitted(state, place_batch(batch, mesh, accumulate), frozen)
 
     return step
 
@@ -152,7 +184,7 @@ def train_update(
     accumulate: int,
     loss: Loss,
     reduce: Callable[[Any], Any] = lambda sums: sums,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Return the update of `make_train_step` as a pure function, not yet compiled.
 
     `reduce` adds up the sums (metrics and gradients) of devices that run a program each, on its own
@@ -160,22 +192,23 @@ def train_update(
     """
 
     @partial(jax.value_and_grad, has_aux=True)
-    def gradient(params: Any, batch: Any) -> tuple[jax.Array, Metrics]:
-        return loss(nnx.merge(graphdef, params), batch)
+    def gradient(params: Any, batch: Any, frozen: Any) -> tuple[jax.Array, Metrics]:
+        return loss(nnx.merge(graphdef, joined(params, frozen)), batch)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Any, frozen: Any = None) -> tuple[TrainState, Metrics]:
         if accumulate == 1:
-            (_, metrics), grads = gradient(state.params, batch)
+            (_, metrics), grads = gradient(state.params, batch, frozen)
         else:
             # Each takes every `accumulate`-th row, so each device has rows of every micro-batch.
             micro = jax.tree.map(
                 lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch
             )
             first = jax.tree.map(lambda x: x[0], micro)
-            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first))
+            shapes = jax.eval_shape(gradient, state.params, first, frozen)
+            zeros = jax.tree.map(jnp.zeros_like, shapes)
 
             def add(total: Any, part: Batch) -> tuple[Any, None]:
-                return jax.tree.map(jnp.add, total, gradient(state.params, part)), None
+                return jax.tree.map(jnp.add, total, gradient(state.params, part, frozen)), None
 
             ((_, metrics), grads), _ = jax.lax.scan(add, zeros, micro)
 
@@ -281,7 +314,7 @@ def make_replicated_step(
     *,
     accumulate: int = 1,
     loss: Loss = masked_token_loss,
-) -> Callable[[TrainState, Any], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """Return `make_train_step` as a data-parallel `jax.pmap`, with the same losses and state.
 
     The sums and counts of all devices are added before anything is divided. The state keeps its
@@ -291,17 +324,17 @@ def make_replicated_step(
     add_up = partial(jax.lax.psum, axis_name="data")
     update = train_update(graphdef, optimizer, accumulate=accumulate, loss=loss, reduce=add_up)
     replicated = jax.pmap(
-        update, axis_name="data", in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+        update, axis_name="data", in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
     )
 
     @wraps(update)
-    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: AnyBatch, frozen: Any = None) -> tuple[TrainState, Metrics]:
         devices = jax.local_device_count()
         partition.check_rows({"data": devices}, batch.input_ids.shape[0], accumulate)
         layout = jax.tree.map(lambda x: x.sharding, state)
         parts = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
         parts = jax.device_put(parts, partition.one_each(jax.local_devices()))
-        state, metrics = replicated(state, parts)
+        state, metrics = replicated(state, parts, frozen)
         return jax.device_put(state, layout), metrics
 
     return step

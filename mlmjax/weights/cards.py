@@ -46,10 +46,13 @@ def with_provenance(model: Model, files: Mapping[str, bytes]) -> Model:
 
 
 def fingerprint(model: Model) -> int:
-    """Return a hash of the weights of all norms, which are few and which any training changes."""
+    """Return a hash of the norms and biases of the encoder and the head, which are few.
+
+    Any training of a whole model changes them, and most trainings of chosen parameters.
+    """
     found = 0
     for name, value in sorted(parameters(model).items()):
-        if name.endswith("norm.weight"):
+        if name.startswith(("model.", "head.")) and name.endswith(("norm.weight", ".bias")):
             found = zlib.crc32(np.asarray(value, np.float32).tobytes(), found)
     return found
 

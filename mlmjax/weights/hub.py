@@ -13,6 +13,7 @@ from mlmjax.errors import InputError, first_line
 from mlmjax.reporting.terminal import say, working
 from mlmjax.reporting.verbosity import is_quiet
 from mlmjax.storage import (
+    ADAPTER_BASE,
     CLASSIFIER,
     CONFIG,
     DECIDER,
@@ -20,11 +21,18 @@ from mlmjax.storage import (
     TOKENIZER_FILES,
     expand_home,
 )
-from mlmjax.weights.tensor_files import INDEX, WEIGHTS, weight_map
+from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
 """The name of the model inside this package."""
 OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja")
+EXPORT_FILES = frozenset(
+    {CONFIG, INDEX, ADAPTER_CONFIG, ADAPTER_BASE, CLASSIFIER, DECIDER, *PROVENANCE}
+    | {"generation_config.json", ".gitattributes"}
+    | {"*.safetensors"}
+    | set(TOKENIZER_FILES + OTHER_TOKENIZER_FILES)
+)
+"""Files of a model or an adapter, which another export may replace."""
 
 # Reasons of the hub in words; the first class that matches counts.
 _HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
@@ -79,11 +87,22 @@ def fetch(
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
-    small = [CONFIG, INDEX, CLASSIFIER, DECIDER, *PROVENANCE, *TOKENIZER_FILES]
+    small = [
+        CONFIG,
+        ADAPTER_CONFIG,
+        ADAPTER_BASE,
+        INDEX,
+        CLASSIFIER,
+        DECIDER,
+        *PROVENANCE,
+        *TOKENIZER_FILES,
+    ]
     folder = download(name, revision, local_files_only, small)
     if not weights:
         return folder
     files = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists():
+        files = [ADAPTER]
     if not all((folder / file).exists() for file in files):
         # The folder of a snapshot is named by its commit, so both calls see the same version.
         folder = download(name, folder.name, local_files_only, files)

@@ -20,13 +20,14 @@ from safetensors.numpy import save_file
 
 from mlmjax.config.run import SPLASH_BLOCKS
 from mlmjax.errors import InputError, named_place, suggest_keywords
-from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.architecture import ModelConfig, Origin
 from mlmjax.model.encoder import Options
 from mlmjax.model.modernbert import (
     CLASSES,
     Model,
     ModernBertForMaskedLM,
     abstract_model,
+    merged,
     parameters,
     with_parameters,
 )
@@ -34,10 +35,7 @@ from mlmjax.parallel.processes import check_not_forked
 from mlmjax.parallel.sharding import named_leaves
 from mlmjax.storage import (
     CARD,
-    CLASSIFIER,
     CONFIG,
-    DECIDER,
-    PROVENANCE,
     TOKENIZER_FILES,
     plain_file,
     read_json,
@@ -45,6 +43,7 @@ from mlmjax.storage import (
 )
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
+from mlmjax.weights.adapters import attach_adapter, is_adapter, read_base
 from mlmjax.weights.cards import files_to_keep, read_provenance, with_provenance
 from mlmjax.weights.tensor_files import INDEX, Header, Weights
 
@@ -57,12 +56,6 @@ DERIVED = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 """Tensors that follow from the configuration, which some older exports hold too."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 SHARD_BYTES = 5 * 10**9
-EXPORT_FILES = frozenset(
-    {CONFIG, INDEX, CLASSIFIER, DECIDER, *PROVENANCE}
-    | {"generation_config.json", ".gitattributes"}
-    | {"*.safetensors"}
-    | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
-)
 NAMES = 3
 """How many names of either side a mismatch shows at least."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -83,7 +76,8 @@ def load_pretrained(
 ) -> tuple[Model, Tokenizer]:
     """Load a model and its tokenizer from a folder or a hub id; safetensors only, no code is run.
 
-    `mlmjax-small` is the packaged model. `revision` and `local_files_only` are for hub ids.
+    `mlmjax-small` is the packaged model. `revision` and `local_files_only` are for hub ids. The
+    folder of an adapter, PEFT's or one of `save_adapter`, gives its base with the adapter.
 
     Parameters are float32; `dtype` ("float32" or "bfloat16") is that of matrix products. For
     `attention`, `remat` and `splash_blocks` see `encoder.Options`. The class follows
@@ -94,6 +88,29 @@ def load_pretrained(
     check_not_forked()
     options = Options(dtype=dtype, attention=attention, remat=remat, splash_blocks=splash_blocks)
     folder = hub.fetch(source, revision=revision, local_files_only=local_files_only)
+    if not is_adapter(folder):
+        return _load_folder(folder, source, options)
+    name, revision, _ = read_base(folder)
+    hint = f" (it is the base of the adapter {folder})"
+    with named_place("base_model_name_or_path", hint):
+        base = hub.fetch(name, revision=revision, local_files_only=local_files_only)
+        if is_adapter(base):
+            raise InputError(f"{name}: is an adapter, too; expected a model")
+    model, tokenizer = _load_folder(base, name, options)
+    model = attach_adapter(model, folder)
+    if (folder / TOKENIZER_FILES[0]).exists():
+        tokenizer = read_tokenizer(folder)
+        check_tokenizer(folder, model.config, model.config.to_hf(), tokenizer)
+    source_of = model.config.provenance
+    files = {**source_of.files, **read_provenance(folder)}
+    model.config = replace(model.config, provenance=source_of._replace(files=files))
+    return model, tokenizer
+
+
+def _load_folder(
+    folder: Path, source: str | os.PathLike[str], options: Options
+) -> tuple[Model, Tokenizer]:
+    """Load the model of a folder that was found for `source`."""
     values = read_json(folder, CONFIG)
     # Reading the tokenizer does not hold Python's lock, and takes as long as describing the model.
     with ThreadPoolExecutor(1) as reader, Weights(folder) as weights:
@@ -102,7 +119,14 @@ def load_pretrained(
         tokenizer = reading.result()
         check_tokenizer(folder, abstract.config, values, tokenizer)
         model = _read_parameters(abstract, weights)
-    return with_provenance(model, read_provenance(folder)), tokenizer
+    model = with_provenance(model, read_provenance(folder))
+    is_local = hub.packaged_folder(os.fspath(source)) is None and Path(source).is_dir()
+    is_hub = folder.parent.name == "snapshots"
+    name = str(folder.absolute()) if is_local else os.fspath(source)
+    origin = Origin(name, folder.name if is_hub and not is_local else None, str(folder))
+    provenance = model.config.provenance._replace(origin=origin)
+    model.config = replace(model.config, provenance=provenance)
+    return model, tokenizer
 
 
 def read_model(folder: Path) -> Model:
@@ -316,6 +340,7 @@ def save_pretrained(
 ) -> None:
     """Write a folder that transformers loads unchanged: weights, config, tokenizer, model card.
 
+    An adapter is added to the weights; `save_adapter` saves it alone.
     `dtype` is "float32", "bfloat16" or "source": each tensor in the dtype it was loaded with, and
     float32 for others. Card, licence and training manifest are those of the folder that the model
     was loaded from (`cards.files_to_keep`). `card` is another text of README.md, and `more_files`
@@ -327,6 +352,7 @@ def save_pretrained(
     path = Path(path)
     if dtype not in ("float32", "bfloat16", "source"):
         raise InputError(f"dtype: found {dtype!r}; expected 'float32', 'bfloat16' or 'source'")
+    model = merged(model)
     tensors, config = parameters(model), model.config
     source = config.source_dtypes if dtype == "source" else {}
     is_masked = isinstance(model, ModernBertForMaskedLM)
@@ -335,7 +361,7 @@ def save_pretrained(
     other = "float32" if dtype == "source" else dtype
     dtypes = {name: source.get(name, other) for name in tensors}
     files = files_to_keep(model) | ({CARD: card} if card else {}) | dict(more_files or {})
-    with replace_folder(path, EXPORT_FILES) as folder:
+    with replace_folder(path, hub.EXPORT_FILES) as folder:
         values = config.to_hf() | {"architectures": [type(model).__name__]}
         if len(names := set(dtypes.values())) == 1:
             # transformers loads in this dtype; the older key is updated if the source had it.
@@ -387,6 +413,9 @@ LAYOUTS: tuple[tuple[str, int | None], ...] = (
     ("attn.Wo.weight", 2),
     ("mlp.Wi.weight", 1),
     ("mlp.Wo.weight", 1),
+    ("attn.Wo.lora_A.weight", 2),
+    ("lora_A.weight", 1),
+    ("lora_B.weight", 1),
     ("head.dense.weight", 1),
     ("classifier.weight", 1),
     (".bias", 0),

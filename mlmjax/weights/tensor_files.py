@@ -17,6 +17,9 @@ log = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+"""The files of an adapter, as PEFT names them."""
 PICKLES = frozenset(
     {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5", ".npz", ".npy"}
 )
@@ -128,20 +131,21 @@ def _without_prefixes(plain: Mapping[str, str], prefix: str) -> tuple[dict[str, 
 class Weights:
     """The tensors of a model folder: `headers` of all, then `read` for one at a time.
 
-    Use it as a context. `problems` lists tensors that are in two files, or not in the file that
+    Use it as a context. `file` is the only one to read (by default all of the model). `problems`
+    lists tensors that are in two files, or not in the file that
     the index names. Names are those of the model (`plain_names`). Raises `InputError` for pickles
     and for files that are truncated or invalid.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, file: str | None = None):
+        self.folder, self._only = folder, file
         self.headers: dict[str, Header] = {}
         self.problems: list[str] = []
         self._files: dict[str, tuple[Path, tuple[int, ...] | None]] = {}
 
     def __enter__(self) -> "Weights":
-        files = weight_map(self.folder)
-        for file in sorted(set(files.values())) if files else [WEIGHTS]:
+        files = None if self._only else weight_map(self.folder)
+        for file in sorted(set(files.values())) if files else [self._only or WEIGHTS]:
             self._add(file)
         for name, file in (files or {}).items():
             found = self.headers[name].file if name in self.headers else None

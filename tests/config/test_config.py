@@ -7,7 +7,7 @@ import pytest
 
 from mlmjax.classification.settings import Settings
 from mlmjax.config.data import SelectConfig
-from mlmjax.config.run import RunConfig, load_config
+from mlmjax.config.run import RunConfig, load_config, parse_config
 from mlmjax.config.suite import Suite
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
@@ -63,11 +63,34 @@ def test_an_empty_model_makes_way_for_a_start(minimal):
         ("data.sources.0.shorten={inputs='end'}", r"0\.shorten\.inputs: found 'end'"),
         ("data.sources.x.path=3", "found 'x'; expected an index .* length 1"),
         ("data.sources.0=3", r"data\.sources\.0"),
+        ("adapter.kind='dora'", r"adapter\.kind: found 'dora'"),
+        ("adapter.targets=['Wqvk']", "adapter: targets: found 'Wqvk'; did you mean 'Wqkv'. expec"),
+        ("adapter.targets=[]", "targets: found ''; expected names of attn.Wqkv"),
+        ("adapter.rank=0", r"adapter\.rank: found 0"),
+        ("adapter.dropout=0.1", r"adapter\.dropout: found 0\.1"),
+        ("optimizer.train=[]", r"optimizer\.train: found \(\)"),
+        ("optimizer={train=['*bias'], layer_decay=0.9}", "leave one of them out"),
     ],
 )
 def test_refusals_name_the_key(minimal, override, message):
     with pytest.raises(InputError, match=message):
         load_config(minimal, [override])
+
+
+def test_an_adapter_goes_with_a_start_and_without_chosen_parameters(minimal):
+    config = load_config(minimal, ["adapter.rank=4", "adapter.alpha=2.0"])
+    assert (config.adapter.scale, config.adapter.kind) == (0.5, "lora")
+    assert load_config(minimal, ["optimizer.train=['*bias']"]).optimizer.train == ("*bias",)
+    for changes, says in (
+        (["adapter.rank=4", "optimizer.train=['*bias']"], "leave out either it or optimizer.train"),
+        (["adapter.rank=4", "init_from=nothing", "model={hidden_size=4}"], "found both init_from"),
+    ):
+        with pytest.raises(InputError, match=says):
+            load_config(minimal, changes)
+    table = config.model_dump(mode="json")
+    del table["init_from"]
+    with pytest.raises(InputError, match="changes a model that has learned; give init_from"):
+        parse_config({**table, "model": {"hidden_size": 4}})
 
 
 def test_every_wrong_value_is_one_message():

@@ -27,8 +27,7 @@ from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
 from mlmjax.storage import check_replaceable, replace_folder, write_json, write_whole
-from mlmjax.weights.hub import PACKAGED
-from mlmjax.weights.pretrained import EXPORT_FILES
+from mlmjax.weights.hub import EXPORT_FILES, PACKAGED
 
 REPORT = "report"
 FILES = EXPORT_FILES | {REPORT}

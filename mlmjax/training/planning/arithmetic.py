@@ -12,6 +12,8 @@ Per device, with P parameters of which a device holds the share that the mesh gi
   that stores no scores; see `layer_bytes`;
 - head: float32 logits of one chunk of targets, and their gradient.
 
+Parameters that an adapter or `optimizer.train` freezes have no optimizer state and no gradients.
+
 For `atp_large` on slices of v5e, v6e and v5p the sum is between the memory that the compiler
 reports and a third more (tests/training/planning/test_arithmetic.py).
 """
@@ -27,6 +29,7 @@ from mlmjax.config.run import RunConfig
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import rows_per_device
+from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.flops import BACKWARD, forward_flops
 from mlmjax.training.loss import CHUNK_ACCELERATOR
 from mlmjax.training.optimizer import make_optimizer
@@ -60,8 +63,9 @@ def layer_bytes(model: ModelConfig, dtype: str, remat: str) -> float:
 def estimate(config: RunConfig, model: Any, sizes: Mapping[str, int]) -> dict[str, Any]:
     """Estimate the programs of a run on a mesh of these sizes; bytes are those of one device."""
     _, params = split_parameters(model)
+    trained, _ = split_trained(params, trained_patterns(model, config.optimizer.train))
     notes = ["memory is an estimate by arithmetic; nothing was compiled"]
-    training = _estimate_training(config, model.config, params, sizes, notes)
+    training = _estimate_training(config, model.config, params, trained, sizes, notes)
     return {
         "training": training,
         "scoring": _estimate_scoring(config, model.config, params),
@@ -73,13 +77,16 @@ def _estimate_training(
     config: RunConfig,
     model: ModelConfig,
     params: Any,
+    trained: Any,
     sizes: Mapping[str, int],
     notes: list[str],
 ) -> dict[str, Any]:
     data, devices = config.data, math.prod(sizes.values())
     own, whole = _bytes_held(params, sizes), _bytes_held(params, {})
+    changed = _bytes_held(trained, sizes)
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-    moments = _total_bytes(jax.eval_shape(optimizer.init, params)) * own / whole
+    share = changed / _bytes_held(trained, {})
+    moments = _total_bytes(jax.eval_shape(optimizer.init, trained)) * share
     rows = data.batch_size // data.accumulate / (sizes["data"] * sizes["fsdp"])
     tokens = rows * data.seq_length / sizes["tensor"]
     copy = own * (_WIDTHS[config.dtype] / 4) if config.dtype != "float32" else 0.0
@@ -92,7 +99,7 @@ def _estimate_training(
     head = 3.0 * 4 * targets * (model.vocab_size if config.head == "mlm" else 1)
     head += rows * width * model.hidden_size * _WIDTHS[config.dtype] * 2
     parts = {
-        "gradients": own * (2 if data.accumulate > 1 else 1),
+        "gradients": changed * (2 if data.accumulate > 1 else 1),
         "compute_copy": copy + (2 * largest if own < whole else 0.0),
         "activations": kept,
         "head": head,

@@ -35,6 +35,7 @@ from mlmjax.scoring.scorers import Scorer
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
+from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.planning.topology import Topology, devices_of, parse_topology
@@ -114,7 +115,10 @@ def _compile_training(
     graphdef, params = split_parameters(model)
     loss = HEADS[config.head].loss
     optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
-    state = abstract_train_state(params, optimizer, mesh)
+    trained, frozen = split_trained(params, trained_patterns(model, config.optimizer.train))
+    state = abstract_train_state(trained, optimizer, mesh)
+    if frozen is not None:
+        frozen = sharding.abstract_arrays(frozen, sharding.parameter_sharding(mesh, frozen))
     step = make_train_step(graphdef, optimizer, accumulate=data.accumulate, loss=loss)
     batch = _abstract_batch(config, mesh, data.batch_size, assumptions)
     flops = BACKWARD * forward_flops(
@@ -125,7 +129,7 @@ def _compile_training(
     )
     assumptions.append("model FLOPs: every row is full and holds one text")
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
-    found = _compile(step.__wrapped__, mesh, state, batch)  # type: ignore[attr-defined]
+    found = _compile(step.__wrapped__, mesh, state, batch, frozen)  # type: ignore[attr-defined]
     return {
         "rows": data.batch_size,
         "seq_length": data.seq_length,
@@ -134,7 +138,7 @@ def _compile_training(
         "tokens_per_device": data.batch_size * data.seq_length // mesh.size,
         "model_flops": flops,
         "seconds_at_peak": flops / (peak * mesh.size) if peak else None,
-        "parameters": _bytes_per_device(state.params),
+        "parameters": _bytes_per_device((state.params, frozen)),
         "optimizer_state": _bytes_per_device((state.step, state.opt_state)),
         "batch": _bytes_per_device(batch),
         **found,

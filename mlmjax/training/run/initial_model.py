@@ -1,5 +1,6 @@
 """Load what a run starts from: a model and a tokenizer that fit each other and the run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from mlmjax.model.modernbert import (
     ModernBertForSequenceClassification,
     abstract_model,
     labelled_config,
+    merged,
+    with_adapter,
     with_classifier,
 )
 from mlmjax.parallel.sharding import parameter_sharding, place
@@ -56,7 +59,12 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer, TrainingManifest | 
     else:
         where = config.init_from
         folder = hub.fetch(where, revision=config.revision)
-        model, tokenizer = pretrained.load_pretrained(folder, **_options(config))
+        # Without the folder: an adapter points to a hub id by its name and commit.
+        model, tokenizer = pretrained.load_pretrained(
+            where, revision=config.revision, **_options(config)
+        )
+        if config.adapter is None:
+            model = merged(model)  # all of it is trained
         history = read_training_manifest(folder)
         if config.tokenizer is not None:
             tokenizer = load_tokenizer(config)
@@ -67,6 +75,8 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer, TrainingManifest | 
                 f"{where}: is a {type(model).__name__}; this training needs a "
                 f"{ModernBertForMaskedLM.__name__}, or head = 'classification'"
             )
+    if config.adapter is not None:
+        model = with_adapter(model, config.adapter, seed=config.seed)
     _check_trainable(config, where, model.config)
     pretrained.check_tokenizer(Path(where), model.config, model.config.to_hf(), tokenizer)
     return model, tokenizer, history
@@ -110,8 +120,9 @@ def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
 
 
 def _abstract(config: RunConfig, architecture: ModelConfig) -> Any:
-    """Return the model of an architecture and the run's head, with shapes instead of weights."""
+    """Return the model of an architecture, the run's head and adapter, with shapes as weights."""
     kind: type = ModernBertForMaskedLM
+    architecture = replace(architecture, adapter=config.adapter)
     if config.head == "classification":
         architecture = labelled_config(architecture, config.label_names)
         kind = ModernBertForSequenceClassification

@@ -18,8 +18,8 @@ from mlmjax.config.run import RunConfig
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
+from mlmjax.training.adapters import joined
 from mlmjax.training.flops import peak_flops, training_flops
-from mlmjax.training.loss import Metrics
 from mlmjax.training.optimizer import averaged_parameters, make_schedule, rates_at
 from mlmjax.training.run.inputs import Loaders, feed
 from mlmjax.training.run.log import (
@@ -34,7 +34,7 @@ from mlmjax.training.run.log import (
 )
 from mlmjax.training.run.timing import Clock
 from mlmjax.training.run.validation import EvalStep, validate
-from mlmjax.training.step import AnyBatch, TrainState
+from mlmjax.training.step import AnyBatch, TrainState, TrainStep
 from mlmjax.weights.checkpoints import Checkpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -44,8 +44,6 @@ IN_FLIGHT = 2
 EXAMPLES_NAMED = 50
 MOST_SKIPPED = 20
 """Updates in a row that `optimizer.skip_spikes` may skip."""
-
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
 class StoppedError(Exception):
@@ -119,13 +117,15 @@ def catch_signals() -> Iterator[StopRequest]:
 class Loop:
     """The updates of a run that are left to do; `run` does them.
 
-    `totals` are the sums since the last line of metrics. Only the first process has a log.
+    `frozen` are the parameters that no update changes, None if there are none. `totals` are the
+    sums since the last line of metrics. Only the first process has a log.
     """
 
     config: RunConfig
     loaders: Loaders
     architecture: ModelConfig
     mesh: Mesh
+    frozen: Any
     train_step: TrainStep
     eval_step: EvalStep
     checkpoints: Checkpoints
@@ -160,7 +160,7 @@ class Loop:
                 compiles = index == start or train.rows(index) > train.rows(index - 1)
                 # The first step of a size compiles: its time says nothing about the others.
                 with self._compiling() if compiles else clock("step"):
-                    state, metrics = self.train_step(state, batch)
+                    state, metrics = self.train_step(state, batch, self.frozen)
                     if compiles:
                         jax.block_until_ready(metrics)
                 trace(step, metrics)
@@ -176,6 +176,10 @@ class Loop:
                 if pauses or stops:
                     self._pause(step, state)
         return state
+
+    def parameters(self, state: TrainState) -> Any:
+        """Return the parameters to validate and to export: averaged ones, and the frozen ones."""
+        return joined(averaged_parameters(state.params, state.opt_state), self.frozen)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -255,7 +259,7 @@ class Loop:
         """Validate the state, and report on it; None without held-out rows, or if stopped."""
         if self.loaders.validation is None:
             return None
-        params = averaged_parameters(state.params, state.opt_state)
+        params = self.parameters(state)
         try:
             with self.clock("evaluation"), self.display.doing("validating"):
                 figures = validate(self.eval_step, params, self.loaders.validation, self.stop.check)

@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import time
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +30,9 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import make_schedule, rates_at
 from mlmjax.training.run.inputs import Loaders
 from mlmjax.training.run.timing import profiled_updates
+from mlmjax.weights.checkpoints import fingerprints
 
-OWN_FOLDERS = (LOCK, "checkpoints", "export")
+OWN_FOLDERS = (LOCK, "checkpoints", "export", "adapter")
 
 SHARED_SECONDS = 30.0
 """How long a shared file system may take to show a file to other processes."""
@@ -201,16 +203,29 @@ def _read(path: Path) -> str | None:
 
 
 def identity_of(
-    config: RunConfig, model: ModelConfig, tokenizer: Tokenizer, loaders: Loaders
+    config: RunConfig,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    loaders: Loaders,
+    frozen: Any = None,
 ) -> dict[str, Any]:
     """Return what decides every number of a run, as JSON values.
 
-    It leaves out what may differ when a run resumes: where and how often it writes, the mesh,
-    `accumulate` and `remat` (the same sums in another order), and `steps`, as long as the updates
-    already done keep their learning rates, rows and mask rates.
+    Checkpoints do not hold the frozen parameters, so a hash of them is part of it. All processes
+    call it together. It leaves out what may differ when a run resumes: where and how often it
+    writes, the mesh, `accumulate` and `remat` (the same sums in another order), and `steps`, as
+    long as the updates already done keep their learning rates, rows and mask rates.
     """
-    data = config.data
+    data, optimizer = config.data, config.optimizer.model_dump(mode="json")
+    # Runs of earlier versions have neither of these keys.
+    later: dict[str, Any] = {}
+    if frozen is not None:
+        later["frozen_parameters"] = zlib.crc32(json.dumps(fingerprints(frozen)).encode())
+    if config.adapter is not None:
+        later["adapter"] = config.adapter.model_dump(mode="json")
+    left_out = {"learning_rate"} | ({"train"} if config.optimizer.train is None else set())
     table = {
+        **later,
         **config.model_dump(mode="json", include=_SAME),
         "model": model.to_hf(),
         "tokenizer": tokenizer.sha256,
@@ -220,7 +235,7 @@ def identity_of(
             "weights": {source.title: source.weight for source in data.sources},
         },
         "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE),
-        "optimizer": config.optimizer.model_dump(mode="json", exclude={"learning_rate"}),
+        "optimizer": {key: value for key, value in optimizer.items() if key not in left_out},
         "rates": {
             "learning_rate": config.optimizer.learning_rate,
             "schedule": config.schedule.model_dump(mode="json"),

@@ -15,18 +15,20 @@ from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
 from mlmjax.errors import counted, suggest_keywords
+from mlmjax.model.modernbert import merged
 from mlmjax.parallel.environment import check_devices
 from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.loss import Metrics
-from mlmjax.training.optimizer import averaged_parameters, make_optimizer
+from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
 from mlmjax.training.run.inputs import Loaders, open_loaders
 from mlmjax.training.run.log import MetricsLog, RunDisplay, Totals
-from mlmjax.training.run.loop import Loop, TrainStep, catch_signals
+from mlmjax.training.run.loop import Loop, catch_signals
 from mlmjax.training.run.resume import (
     check_before_start,
     check_folders,
@@ -47,6 +49,7 @@ from mlmjax.training.step import (
     HEADS,
     AnyBatch,
     TrainState,
+    TrainStep,
     abstract_train_state,
     shared_eval_step,
     shared_replicated_step,
@@ -55,6 +58,7 @@ from mlmjax.training.step import (
     start_state,
 )
 from mlmjax.weights import pretrained
+from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import model_card
 from mlmjax.weights.checkpoints import Checkpoints
 
@@ -86,11 +90,14 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
         architecture, graphdef = model.config, split_parameters(model)[0]
         optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
         loaders = _open_rows(config, tokenizer)
-        identity = identity_of(config, architecture, tokenizer, loaders)
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
-            state, totals = _first_state(config, checkpoints, identity, model, optimizer, mesh)
-            step = int(state.step)
-            del model
+            step = broadcast_from_first(checkpoints.resumable) or 0
+            params, frozen = _start_parameters(config, model, mesh, resumes=step > 0)
+            identity = identity_of(config, architecture, tokenizer, loaders, frozen)
+            state, totals = _first_state(
+                config, checkpoints, step, identity, params, optimizer, mesh
+            )
+            del model, params
 
             stop.is_armed = True  # From here on a signal waits until the state is saved.
             with (
@@ -105,6 +112,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     loaders=loaders,
                     architecture=architecture,
                     mesh=mesh,
+                    frozen=frozen,
                     train_step=_train_step(config, graphdef, optimizer),
                     eval_step=shared_eval_step(graphdef, HEADS[config.head].evaluate),
                     checkpoints=checkpoints,
@@ -120,27 +128,42 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                 checkpoints.wait()
             report = _finish(loop, graphdef, state, tokenizer, history)
     if is_first():
-        print("\n".join([*report_lines(report), f"export: {out / 'export'}"]))
+        adapter = [f"adapter: {out / 'adapter'}"] if config.adapter else []
+        print("\n".join([*report_lines(report), *adapter, f"export: {out / 'export'}"]))
     return state
+
+
+def _start_parameters(
+    config: RunConfig, model: Any, mesh: Mesh, *, resumes: bool
+) -> tuple[Any, Any]:
+    """Return the parameters to train and the frozen ones, on the mesh.
+
+    Those to train stay where they are if the run resumes, because they are in its checkpoint.
+    """
+    params = split_parameters(model)[1]
+    patterns = trained_patterns(model, config.optimizer.train)
+    if patterns is not None or not resumes:
+        params = initial_parameters(config, model, params, mesh)
+    return split_trained(params, patterns)
 
 
 def _first_state(
     config: RunConfig,
     checkpoints: Checkpoints,
+    step: int,
     identity: dict[str, Any],
-    model: Any,
+    params: Any,
     optimizer: Any,
     mesh: Mesh,
 ) -> tuple[TrainState, Totals]:
-    """Return the state to go on from, and the sums of its unfinished line of metrics."""
-    out, params = Path(config.out), split_parameters(model)[1]
-    if step := broadcast_from_first(checkpoints.resumable) or 0:
+    """Return the state of a step to go on from, and the sums of its unfinished line of metrics."""
+    out = Path(config.out)
+    if step:
         metadata = checkpoints.metadata(step)
         check_same_run(config, step, metadata, identity)
         state = checkpoints.restore(step, abstract_train_state(params, optimizer, mesh))
         say(f"{out}: resumes from step {step}")
         return state, defaultdict(float, metadata["interval"])
-    params = initial_parameters(config, model, params, mesh)
     state = start_state(params, optimizer, mesh)
     # Otherwise the export of an older run in this folder would pass for this one's.
     if is_first():
@@ -190,7 +213,7 @@ def _finish(
     if written is not None:
         say(f"{out}: is complete at step {config.steps}; nothing to do")
         return written
-    params = averaged_parameters(state.params, state.opt_state)
+    params = loop.parameters(state)
     with loop.clock("evaluation"), working("evaluating the held-out answers"):
         held_out = report_held_out(
             loop.eval_step,
@@ -205,12 +228,13 @@ def _finish(
     if is_first():
         model = nnx.merge(graphdef, whole)
         sections = training_card(config, loaders.manifest, report)
-        card = model_card(model, sections=sections)
+        card = model_card(merged(model), sections=sections)
         manifest = training_manifest(config.init_from, loaders.manifest, history)
+        files: Any = {"card": card, "more_files": {TRAINING: manifest.text()}}
         with working("exporting the model"):
-            pretrained.save_pretrained(
-                model, tokenizer, out / "export", card=card, more_files={TRAINING: manifest.text()}
-            )
+            if config.adapter is not None:
+                save_adapter(model, tokenizer, out / "adapter", **files)
+            pretrained.save_pretrained(model, tokenizer, out / "export", **files)
         write_json(out / "validation.json", report)
     say(loop.clock.describe())
     return report
@@ -220,9 +244,9 @@ def _train_step(config: RunConfig, graphdef: Any, optimizer: Any) -> TrainStep:
     """Return the update of a run, for any number of micro-batches that its batch grows to."""
     make, loss = STEPS[config.parallel], HEADS[config.head].loss
 
-    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: AnyBatch, frozen: Any) -> tuple[TrainState, Metrics]:
         parts = micro_batches(config.data, len(batch.input_ids))
-        return make(graphdef, optimizer, accumulate=parts, loss=loss)(state, batch)
+        return make(graphdef, optimizer, accumulate=parts, loss=loss)(state, batch, frozen)
 
     return step
 

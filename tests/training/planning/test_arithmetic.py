@@ -12,7 +12,7 @@ from mlmjax.parallel import sharding
 from mlmjax.training.optimizer import make_optimizer
 from mlmjax.training.planning import plan
 from mlmjax.training.planning.arithmetic import estimate, layer_bytes
-from mlmjax.training.planning.compilation import _bytes_per_device
+from mlmjax.training.planning.compilation import _bytes_per_device, compile_run
 from mlmjax.training.planning.topology import parse_topology
 from mlmjax.training.run.initial_model import describe_start
 from mlmjax.training.step import abstract_train_state, split_parameters
@@ -59,6 +59,26 @@ def test_parts_follow_the_settings():
     ratio = average["optimizer_state"] / base["optimizer_state"]
     assert ratio == pytest.approx(1.5, rel=1e-3)
     assert training_of(**CLASSIFIER)["estimate"]["head"] < parts["head"]
+
+
+def test_frozen_parameters_have_neither_gradients_nor_optimizer_state():
+    """Of base: an adapter of rank 8, and biases and norms only."""
+    whole = load_config("configs/atp_base.toml")
+    adapter = load_config("configs/atp_base.toml", ["adapter.rank=8"])
+    chosen = load_config("configs/atp_base.toml", ["optimizer.train=['*bias', '*norm*']"])
+    full, small, least = (
+        estimate(config, describe_start(config), ONE)["training"]
+        for config in (whole, adapter, chosen)
+    )
+    for one in (small, least):
+        assert one["optimizer_state"] < 0.05 * full["optimizer_state"]
+        assert one["estimate"]["gradients"] < 0.05 * full["estimate"]["gradients"]
+        assert full["parameters"] <= one["parameters"] < 1.05 * full["parameters"]
+    compiled = compile_run(config_of(optimizer={"train": ["*norm*"]}), parse_topology("cpu:1"))
+    known = training_of(optimizer={"train": ["*norm*"]})
+    assert compiled["training"]["parameters"] == known["parameters"]
+    # The compiled state has a counter of four bytes, too.
+    assert 0 <= compiled["training"]["optimizer_state"] - known["optimizer_state"] <= 4
 
 
 def test_bytes_of_a_layer_by_hand():
