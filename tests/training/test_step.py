@@ -180,22 +180,21 @@ def test_work_of_a_gradient_is_linear_in_layers():
 LONG = 8192
 
 
-@cache
-def gradient_memory(remat):
-    """Return the bytes of temporary arrays that a gradient of three layers needs."""
-    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+def gradient_memory(remat, layers, intermediate):
+    """Return the bytes of temporary arrays that a gradient needs."""
+    sizes = {"intermediate_size": intermediate, "num_hidden_layers": layers, "hidden_size": 64}
     return compile_gradient(remat, LONG, **sizes).memory_analysis().temp_size_in_bytes
 
 
 def test_a_gradient_never_holds_the_scores_of_all_pairs():
     """Those of one layer, of two rows and two heads, would take twice as much as all the rest."""
-    assert gradient_memory("none") < 2 * 2 * LONG**2 * 4 / 2
+    assert gradient_memory("none", 3, 256) < 2 * 2 * LONG**2 * 4 / 2
 
 
 def test_remat_saves_most_of_the_memory():
-    none, dots, layer = map(gradient_memory, ("none", "dots", "layer"))
-    assert layer < 0.7 * none  # Blocks of attention are computed again in any case.
-    assert layer < dots < 0.9 * none
+    none, dots, layer = (gradient_memory(remat, 5, 512) for remat in ("none", "dots", "layer"))
+    assert layer < 0.4 * none  # Blocks of attention are computed again in any case.
+    assert layer < dots < 0.75 * none
 
 
 def test_a_decoder_of_its_own_is_trained_and_sharded():
