@@ -18,11 +18,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from around_the_classifier import commands, language
-from sklearn.metrics import f1_score
+from sklearn.metrics import roc_auc_score
 from study import HEADER, LETTERS, TOPICS, WORDS, Study, draw, line
 
-from mlmjax import Classifier, load_pretrained
+from mlmjax import Classifier, fill_mask, load_pretrained, pseudo_log_likelihood
 from mlmjax.config.task import newsgroup
 from mlmjax.errors import InputError
 from mlmjax.evaluation.report import DIAGRAM, diagram
@@ -206,7 +205,7 @@ def context(s: Study) -> None:
 def documents(s: Study) -> None:
     """Measure posts longer than the prompt: truncated, or scored window by window."""
     parts = []
-    for name, limit in (("train", 400), ("test", None)):
+    for name, limit in (("train", 250), ("test", None)):
         rows = s.read(f"20newsgroups_bydate_{name}")
         rows = draw([row for row in rows if row["label"] in GROUPS], limit)
         pairs = [(newsgroup(row["text"]), row["label"]) for row in rows]
@@ -217,7 +216,7 @@ def documents(s: Study) -> None:
     folder = s.out / "fitted-posts"
     fit.save_pretrained(folder)
     tokenizer = load_pretrained(folder)[1]
-    long = [pair for pair in test if len(tokenizer.encode_plain(pair[0])) > 126][:150]
+    long = [pair for pair in test if len(tokenizer.encode_plain(pair[0])) > 126][:100]
     texts, gold = zip(*long, strict=True)
     for rule in ("shorten", "mean", "max"):
         asked = Classifier(str(folder), progress=False, long_text=rule)
@@ -226,27 +225,32 @@ def documents(s: Study) -> None:
     s.accuracy("TF-IDF, whole posts", tfidf_regression(*zip(*train, strict=True), texts), gold)
 
 
-def several(s: Study) -> None:
-    """Measure several labels per text: two news items joined have both topics."""
+def language(s: Study) -> None:
+    """Measure how well likelihood tells acceptable sentences, and `fill_mask` finds words."""
+    model, tokenizer = load_pretrained(s.model)
+    rows = s.read("cola_in_domain_dev")
+    good = [row["label"] for row in rows]
+    for method in ("word_l2r", "original"):
+        found = pseudo_log_likelihood(model, tokenizer, [r["text"] for r in rows], method=method)
+        for measure in ("total", "per_token", "per_word"):
+            values = [getattr(one, measure) for one in found]
+            s.add(f"CoLA, {method}, {measure}", "AUC", roc_auc_score(good, values), rows=len(rows))
+    rng, texts, words = np.random.default_rng(0), [], []
+    for text in s.topics("test", 500)[0]:
+        split = text.split()[:40]
+        at = rng.integers(1, len(split) - 1)
+        if len(tokenizer.encode_plain(f" {split[at]}")) == 1 and split[at].isalpha():
+            words.append(split[at])
+            texts.append(" ".join([*split[:at], "[MASK]", *split[at + 1 :]]))
+    found = fill_mask(model, tokenizer, texts, top_k=5)
+    hits = [
+        word in [one.token.strip() for one in masks[0]]
+        for word, masks in zip(words, found, strict=True)
+    ]
+    s.add("masked words of news", "among the first five", np.mean(hits), len(hits))
 
-    def pairs(name: str, limit: int) -> tuple[list[str], list[list[str]]]:
-        texts, gold = s.topics(name, 2 * limit)
-        both = [f"{a[:150]}\n{b[:150]}" for a, b in zip(texts[::2], texts[1::2], strict=True)]
-        return both, [sorted({a, b}) for a, b in zip(gold[::2], gold[1::2], strict=True)]
 
-    texts, gold = pairs("test", 100)
-    truth = np.array([[name in labels for name in TOPICS] for labels in gold])
-    asked = s.classifier(multi_label=True, answer=None, instruction="Does the label apply?")
-    s.add("not fitted", "micro-F1", f1_score(truth, asked.predict(texts), average="micro"))
-    asked.fit(*pairs("sample5k_train", 120), epochs=2, **RECIPE)
-    found = asked.predict(texts)
-    s.add("fitted", "micro-F1", f1_score(truth, found, average="micro"))
-    s.add("fitted", "all labels right", np.mean((found == truth).all(axis=1)), len(truth))
-    every = np.ones_like(truth)
-    s.add("every label to every text", "micro-F1", f1_score(truth, every, average="micro"))
-
-
-PARTS = (fitting, orders, trust, many, context, documents, several, language, commands)
+PARTS = (fitting, orders, trust, many, context, documents, language)
 
 
 def main() -> None:

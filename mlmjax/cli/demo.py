@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from importlib.resources import files
 from pathlib import Path
@@ -41,7 +41,7 @@ ATTRIBUTION = "ATTRIBUTION.md"
 TRAINED = 75  # paragraphs of each subject; training takes about a minute on two cores
 WATCHED_AT_MOST = 10  # of each subject after those, for the curve of the held-out loss
 FEWER = (8, 32)  # paragraphs of each subject, for the accuracy with fewer labels
-UPDATES = 26  # at least, of a training with fewer paragraphs
+UPDATES = 40  # about, of a training with fewer paragraphs
 READ_BACK = 100  # paragraphs that the exported model answers too
 OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
@@ -74,56 +74,40 @@ def run_demo(
     labels = write_files(out, limit)
     config = load_config(out / "run.toml", overrides)
     source = config.init_from or hub.PACKAGED
-    train_texts, train_gold = read_texts(out / "data" / TRAIN)
-    texts, gold = read_texts(out / "data" / TEST)
+    train, test = (read_texts(out / "data" / name) for name in (TRAIN, TEST))
+    texts, gold = test
     say(f"\n1/6  {source}, zero-shot, on {len(texts):,} held-out paragraphs")
     untrained = Classifier(source, labels, template=PROMPT, progress=True)
     zero_shot = untrained.predict(texts).tolist()
 
-    say(f"\n2/6  fine-tuning by answer token prediction on {len(train_texts):,} other paragraphs")
+    say(f"\n2/6  fine-tuning by answer token prediction on {len(train[0]):,} other paragraphs")
     model, tokenizer, seconds = fine_tune(config)
     classifier = Classifier((model, tokenizer), labels, template=PROMPT, progress=True)
     probabilities = classifier.predict_proba(texts)
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
 
     say("\n3/6  fine-tuning with a classification head on the same paragraphs")
-    settings = recipe(config, len(train_texts)) | {"progress": True}
+    settings = recipe(config, len(train[0])) | {"progress": True}
     head = Classifier(source, labels, head="classification", **settings)
-    by_head = head.fit(train_texts, train_gold).predict(texts).tolist()
+    by_head = head.fit(*train).predict(texts).tolist()
 
     say("\n4/6  TF-IDF + logistic regression")
-    by_words = tfidf_regression(train_texts, train_gold, texts)
+    by_words = tfidf_regression(*train, texts)
     methods = compare(source, labels, gold, zero_shot, predicted, by_head, by_words)
 
     say("\n5/6  the same with fewer labels")
-    subsets = few_labels(train_texts, train_gold, FEWER)
-    efficiency = [
-        Efficiency(0, methods[2], methods[0]),
-        *(fit_few(config, source, labels, few, (texts, gold)) for few in subsets),
-        Efficiency(len(train_texts) // len(labels), methods[3], methods[5]),
-    ]
+    efficiency = with_fewer_labels(methods, settings, source, train, test)
 
     say("\n6/6  export, reload, compare")
     shown = [*SENTENCES, *texts[:READ_BACK]]
     again = export(classifier, out / "model", shown)
     sentences = make_answers(labels, SENTENCES, again[: len(SENTENCES)])
-    print_results(
-        methods, efficiency, sentences, out / "model", tested=len(texts), compared=len(shown)
-    )
-    answers = make_answers(labels, texts, probabilities, gold)
-    report = page(
-        methods=methods,
-        efficiency=efficiency,
-        curve=read_jsonl(Path(config.out) / METRICS),
-        labels=labels,
-        confusion=confusion_matrix(gold, predicted, labels=labels),
-        answers=[answers[gold.index(label)] for label in labels],
-        sentences=sentences,
-        **facts(out, config, model),
-        trained=len(train_texts),
-        seconds=round(seconds),
-    )
-    (out / "report.html").write_text(report, encoding="utf-8")
+    counts = {"tested": len(texts), "compared": len(shown)}
+    print_results(methods, efficiency, sentences, out / "model", **counts)
+    about = {**facts(out, config, model), "trained": len(train[0]), "seconds": round(seconds)}
+    about |= {"methods": methods, "efficiency": efficiency, "sentences": sentences}
+    about["curve"] = read_jsonl(Path(config.out) / METRICS)
+    write_page(out, labels, test, probabilities, **about)
     seconds = time.perf_counter() - started
     print(f"\nreport: {out / 'report.html'}\ntotal time: {seconds:.0f} seconds")
     return {method.name: method.accuracy for method in methods}
@@ -205,24 +189,31 @@ def first_of_each(pairs: Sequence[tuple[Any, str]], number: int) -> list[tuple[A
     return kept
 
 
-def fit_few(
-    config: RunConfig,
+def with_fewer_labels(
+    methods: Sequence[Method],
+    settings: Mapping[str, Any],
     source: str,
-    labels: Sequence[str],
-    few: Sequence[tuple[str, str]],
+    train: tuple[list[str], list[str]],
     test: tuple[list[str], list[str]],
-) -> Efficiency:
-    """Return the accuracy on the test of the model and of TF-IDF, fitted to a few texts."""
-    texts, gold = map(list, zip(*few, strict=True))
-    settings = recipe(config, TRAINED * len(labels))
-    settings["epochs"] = max(1, round(UPDATES * settings["train_batch_size"] / len(texts)))
-    settings["progress"] = True
-    ours = Classifier(source, labels, answer="words", template=PROMPT, **settings)
-    found = ours.fit(texts, gold).predict(test[0]).tolist()
-    by_words = tfidf_regression(texts, gold, test[0])
-    return Efficiency(
-        len(texts) // len(labels), measure("", found, test[1]), measure("", by_words, test[1])
-    )
+) -> list[Efficiency]:
+    """Return the accuracy of model and TF-IDF with no labels, with a few, and with all of them.
+
+    `methods` are those of `compare`, and `settings` those of the training with all texts. With
+    fewer texts there are more epochs, so that there are about as many updates.
+    """
+    labels = sorted(set(train[1]))
+    points = [Efficiency(0, methods[2], methods[0])]
+    for few in few_labels(*train, FEWER):
+        texts, gold = map(list, zip(*few, strict=True))
+        epochs = max(1, round(UPDATES * settings["train_batch_size"] / len(texts)))
+        ours = Classifier(
+            source, labels, answer="words", template=PROMPT, **{**settings, "epochs": epochs}
+        )
+        found = ours.fit(texts, gold).predict(test[0]).tolist()
+        by_words = tfidf_regression(texts, gold, test[0])
+        both = (measure("", answers, test[1]) for answers in (found, by_words))
+        points.append(Efficiency(len(texts) // len(labels), *both))
+    return [*points, Efficiency(len(train[0]) // len(labels), methods[3], methods[5])]
 
 
 def recipe(config: RunConfig, examples: int) -> dict[str, Any]:
@@ -382,6 +373,26 @@ def facts(out: Path, config: RunConfig, model: ModernBertForMaskedLM) -> dict[st
         "machine": f"{jax.default_backend().upper()}, {os.cpu_count()} cores",
         "software": f"mlmjax {__version__}, jax {jax.__version__}",
     }
+
+
+def write_page(
+    out: Path,
+    labels: Sequence[str],
+    test: tuple[list[str], list[str]],
+    probabilities: np.ndarray,
+    **shown: Any,
+) -> None:
+    """Write the report: the answers to the test texts, and `shown`, as `page` takes it."""
+    texts, gold = test
+    predicted = [labels[best] for best in probabilities.argmax(axis=1)]
+    answers = make_answers(labels, texts, probabilities, gold)
+    report = page(
+        labels=labels,
+        confusion=confusion_matrix(gold, predicted, labels=labels),
+        answers=[answers[gold.index(label)] for label in labels],
+        **shown,
+    )
+    (out / "report.html").write_text(report, encoding="utf-8")
 
 
 def read_texts(path: Path) -> tuple[list[str], list[str]]:
