@@ -93,9 +93,25 @@ def start_in_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
-def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
-    """Run one command and return its exit code; messages go to stderr."""
-    talk = Talk()
+class WarnOnce(logging.Filter):
+    """Drop a warning that repeats an earlier one, such as one about a file that is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether to print a record."""
+        if record.levelno < logging.WARNING:
+            return True
+        text = record.getMessage()
+        is_new = text not in self._seen
+        self._seen.add(text)
+        return is_new
+
+
+def set_up_output() -> None:
+    """Let the streams take any text, and the log be plain lines on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue
@@ -109,8 +125,15 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         # Orbax would otherwise give the root logger a handler that prefixes every line. Hugging
         # Face has its own handler and would print every line twice.
         logging.lastResort.setLevel(logging.DEBUG)  # loggers say what is shown
+        logging.lastResort.filters = [WarnOnce()]
         logging.basicConfig(format="%(message)s", handlers=[logging.lastResort])
         logging.getLogger("huggingface_hub").propagate = False
+
+
+def run(arguments: Sequence[str], command: click.Command = cli, program: str = "mlmjax") -> int:
+    """Run one command and return its exit code; messages go to stderr."""
+    talk = Talk()
+    set_up_output()
     if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
     keep_compiled()

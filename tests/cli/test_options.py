@@ -7,7 +7,7 @@ import click
 import pytest
 
 from mlmjax.cli.commands import cli
-from mlmjax.cli.main import run
+from mlmjax.cli.main import WarnOnce, run
 from mlmjax.config.run import load_config
 from mlmjax.config.suite import load_suite
 from mlmjax.reporting import verbosity
@@ -128,3 +128,12 @@ def test_quiet_keeps_results_warnings_and_errors(monkeypatch, capsys, caplog):
     assert lines[-1].startswith("took ")
     assert logged == ["more of it", "look again"]
     assert logging.lastResort.level <= logging.DEBUG  # what prints our log outside of tests
+
+
+def test_a_repeated_warning_is_printed_once():
+    once = WarnOnce()
+    texts = [("a", 30), ("a", 30), ("b", 20), ("b", 20), ("c", 40), ("a", 30)]
+    records = [logging.LogRecord("x", level, "", 1, "%s", (text,), None) for text, level in texts]
+    assert [one.getMessage() for one in records if once.filter(one)] == ["a", "b", "b", "c"]
+    assert run(["--version"]) == 0
+    assert [type(one) for one in logging.lastResort.filters] == [WarnOnce]

@@ -10,7 +10,6 @@ from typing import Any
 
 from mlmjax.data.formats.lines import note_once, number_lines, open_as_utf8
 from mlmjax.errors import InputError, read_failed
-from mlmjax.reporting.terminal import working
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +91,8 @@ def _open(file: str) -> Iterator[Any]:
     if file == "-":
         yield sys.stdin.buffer
         return
+    from mlmjax.reporting.terminal import working  # here, because it loads jax
+
     # A pipe opens when somebody writes to it.
     with working(f"waiting for {file}") if is_read_once(file) else nullcontext():
         stream = open(file, "rb")  # noqa: SIM115
