@@ -16,6 +16,7 @@ from mlmjax.cli.options import Group
 from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
+    from mlmjax.config.decisions import DecisionTask
     from mlmjax.config.run import RunConfig
 
 # Options that several commands share.
@@ -259,7 +260,16 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
-        _evaluate_task(given)
+        if len(given["models"]) > 1:
+            raise click.UsageError("several --model belong to --suite.")
+        from mlmjax.config.decisions import find_decision_task
+
+        decisions = find_decision_task(given["task"])
+        if decisions is None:
+            _evaluate_task(given)
+        else:
+            _reject(context, "a task of one question", "protocol", "order_rows", "encoding")
+            _evaluate_decisions(decisions, given)
 
 
 def _reject(context: click.Context, owner: str, *names: str) -> None:
@@ -297,9 +307,28 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
     click.echo(f"report: {Path(given['out']) / 'suite.md'}")
 
 
+def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
+    from mlmjax.decisions.decider import Decider
+    from mlmjax.evaluation.decisions import decision_lines, evaluate_decisions
+    from mlmjax.parallel.environment import check_devices
+    from mlmjax.reporting.terminal import count_progress
+    from mlmjax.scoring.engine import describe_forward_compiling
+    from mlmjax.weights.hub import PACKAGED, report_packaged
+
+    (model,) = given["models"] or [PACKAGED]
+    check_devices()
+    options = {name: given[name] for name in ("revision", "dtype", "batch_size")}
+    decider = Decider(model, progress=False, **options)
+    report_packaged(not given["models"])
+    compiling = describe_forward_compiling(decider.model.config.num_hidden_layers)
+    own = {name: given[name] for name in ("data", "limit", "out")}
+    with count_progress("rows answered", compiling) as progress:
+        results = evaluate_decisions(decider, task, **own, progress=progress)
+    as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
+    click.echo("\n".join(as_json if given["as_json"] else decision_lines(results)))
+
+
 def _evaluate_task(given: Mapping[str, Any]) -> None:
-    if len(given["models"]) > 1:
-        raise click.UsageError("several --model belong to --suite.")
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation

@@ -11,9 +11,7 @@ from typing import Any
 import click
 
 from mlmjax.cli.options import Command
-from mlmjax.cli.tables.inputs import is_read_once, read_lines
 from mlmjax.errors import InputError
-from mlmjax.storage import MAX_JSON_BYTES, parse_object, read_bounded, unique_keys
 
 CHUNK = 256
 _model = click.option(
@@ -68,25 +66,28 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
     a list. Each line of output is a JSON object of the answers by their ids.
     """
     gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
+    from mlmjax.cli.tables.inputs import is_read_once
     from mlmjax.decisions.answers import answer_json
     from mlmjax.decisions.decider import Decider
     from mlmjax.decisions.questions import read_questions
     from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say, working
+    from mlmjax.scoring.engine import describe_forward_compiling
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
-    check_devices()
     questions = read_questions(_read_table(Path(questions_file)))
     total = 0
     if not is_read_once(file):
         for _ in _states(file):  # a bad line raises an error before any answer is printed
             total += 1
     source = PACKAGED if model is None else model
+    check_devices()
     with working(f"loading {source}"):
         decider = Decider(source, progress=False, **options)
     report_packaged(model is None)
     states, done = _states(file), 0
-    with count_progress("states answered", "compiling") as progress:
+    compiling = describe_forward_compiling(decider.model.config.num_hidden_layers)
+    with count_progress("states answered", compiling) as progress:
         while chunk := list(itertools.islice(states, CHUNK)):
             for answers in decider.decide_many(chunk, questions):
                 shown = {key: answer_json(answer) for key, answer in answers.items()}
@@ -197,6 +198,8 @@ def _key(name: str | None) -> str | None:
 
 def _read_table(path: Path) -> dict[str, Any]:
     """Return the questions of a file, which may also be the body of a request."""
+    from mlmjax.storage import MAX_JSON_BYTES, parse_object, read_bounded, unique_keys
+
     content = read_bounded(path, MAX_JSON_BYTES)
     advice = "expected questions by their ids"
     found = parse_object(content, str(path), advice, object_pairs_hook=unique_keys)
@@ -206,6 +209,9 @@ def _read_table(path: Path) -> dict[str, Any]:
 
 def _states(file: str) -> Iterator[Any]:
     """Yield the state of each line; raise `InputError` that names a line that is not JSON."""
+    from mlmjax.cli.tables.inputs import read_lines
+    from mlmjax.storage import unique_keys
+
     where = "standard input" if file == "-" else file
     for number, line in enumerate(read_lines(file), start=1):
         try:

@@ -74,7 +74,7 @@ def run_evaluation(
     if isinstance(model, ModernBertForSequenceClassification):
         task = task.for_head()
     questions, left_out = read_questions(task, data, limit)
-    folder = None if out is None else _make_folder(out)
+    folder = None if out is None else make_folder(out)
     scorer = make_scorer(model, tokenizer, task, questions, batch_size=batch_size)
     labels = task.label_names or scorer.labels
     gold, started = [question.gold for question in questions], time.perf_counter()
@@ -230,7 +230,7 @@ def list_predictions(
     ]
 
 
-def _make_folder(out: str | Path) -> Path:
+def make_folder(out: str | Path) -> Path:
     """Make the folder of the results; raise `InputError` before anything is computed for it."""
     folder = Path(out)
     try:

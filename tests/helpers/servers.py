@@ -66,7 +66,7 @@ def serving(decider, **options):
         thread.start()
         client = Client(opened.getsockname()[1], app)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not client.is_ready():
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
