@@ -65,6 +65,8 @@ def _pair(row: dict) -> str:
 
 SETS = {
     "questions": LabelledSet("trec_train", "trec_test", "label", QUESTIONS),
+    "reviews": LabelledSet("sst2_train", "sst2_test", "label", {"0": "negative", "1": "positive"}),
+    "five levels": LabelledSet("sst5_train", "sst5_test", "label", LEVELS),
     "news": LabelledSet("ag_news_sample5k_train", "ag_news_test", "label_text", TOPICS, _news),
     "newsgroups": LabelledSet(
         "20newsgroups_bydate_train",
@@ -74,13 +76,12 @@ SETS = {
         lambda row: newsgroup(row["text"]),
     ),
     "subjects": LabelledSet("mmlu_test", None, "subject", SUBJECTS, lambda row: row["question"]),
-    "reviews": LabelledSet("sst2_train", "sst2_test", "label", {"0": "negative", "1": "positive"}),
-    "five levels": LabelledSet("sst5_train", "sst5_test", "label", LEVELS),
     "paraphrases": LabelledSet(
         "mrpc_train", "mrpc_test", "label", {"0": "different", "1": "same"}, _pair
     ),
     "entailment": LabelledSet("mnli_train_olora", "mnli_dev_olora", "label", TRUTH),
 }
+MOST_WORDS = 32
 Rows = tuple[list[str], list[str]]
 
 
@@ -100,8 +101,13 @@ def read_set(data: Path, name: str, train: int, test: int, seed: int) -> tuple[R
 
 def _read(data: Path, one: LabelledSet, file: str) -> list[tuple[str, str]]:
     rows = pq.read_table(data / "eval" / f"{file}.parquet").to_pylist()
-    named = [(one.read(row), one.labels.get(str(row[one.column]))) for row in rows]
+    named = [(_start(one.read(row)), one.labels.get(str(row[one.column]))) for row in rows]
     return [(text, label) for text, label in named if label is not None and text.strip()]
+
+
+def _start(text: str) -> str:
+    """Return the first words of a text, so that every way to answer reads the same ones."""
+    return " ".join(text.split()[:MOST_WORDS])
 
 
 def _drawn(rows: list, count: int | None, seed: int) -> list:

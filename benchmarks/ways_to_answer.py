@@ -22,7 +22,7 @@ WAYS = {
     "letters": {"answer": "letters"},
     "head": {"head": "classification"},
 }
-FITTED = {"epochs": 3, "train_batch_size": 8, "max_length": 96}
+FITTED = {"epochs": 3, "train_batch_size": 8, "max_length": 256}
 
 
 def measure(way: str, trained, tested, seed: int, options: dict) -> dict:

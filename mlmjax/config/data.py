@@ -139,9 +139,10 @@ class SourceConfig(Location):
     column of plain text, trained by MLM only; `cut` says where a long one is cut). A field of the
     prompt is the column of its name, or the column that `columns` maps it to. `normalize` names
     rules that rewrite answers, in their order (`config.labels.RULES`). `drop_labels` names answers
-    whose records are left out, `blank` the fields that may be null or absent. `weight` is the share
-    of drawn rows that come from this source; without weights, every row of all sources comes once
-    per epoch. `broken` says whether a bad record stops the run, or is skipped and counted.
+    whose records are left out, `blank` the fields that may be null or absent. `weight` is a number,
+    the share of drawn rows that come from this source, or the column of a weight of each example.
+    Without numbers, every row of all sources comes once per epoch. `broken` says whether a bad
+    record stops the run, or is skipped and counted.
     """
 
     prompt: str | None = None
@@ -155,7 +156,17 @@ class SourceConfig(Location):
     blank: tuple[str, ...] = ()
     shorten: Mapping[str, ShortenSide] = {}
     broken: Literal["stop", "skip"] = "stop"
-    weight: PositiveFloat | None = None
+    weight: PositiveFloat | Name | None = None
+
+    @property
+    def share(self) -> float | None:
+        """Return the share of drawn rows that come from this source, if it is given."""
+        return None if isinstance(self.weight, str) else self.weight
+
+    @property
+    def weight_column(self) -> str | None:
+        """Return the column that weighs the examples, if there is one."""
+        return self.weight if isinstance(self.weight, str) else None
 
     @model_validator(mode="after")
     def _consistent(self) -> "SourceConfig":
@@ -169,6 +180,8 @@ class SourceConfig(Location):
             raise ValueError("labels needs prompt and answer")
         if self.cut != "window" and self.text is None:
             raise ValueError("cut is for plain text (text); for a prompt, use shorten")
+        if self.weight_column is not None and self.prompt is None:
+            raise ValueError("weight names a column, which is for answers; give a number for text")
         for key in ("normalize", "drop_labels", "blank"):
             if getattr(self, key) and self.prompt is None:
                 what = "fields of a prompt" if key == "blank" else "answers"

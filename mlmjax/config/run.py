@@ -39,6 +39,11 @@ class ObjectiveConfig(StrictTable):
 
     The share of tokens masked at random is `mlm_rate`, or goes from it at the first update to
     `mlm_rate_end` at the last. `masking` is the unit that is drawn until that share is reached.
+
+    `normalize` says over what the probabilities of the loss of a label sum to 1: all tokens, or the
+    labels of its source. With `ordered` the labels are levels from low to high, and the loss is the
+    ranked probability score. `label_smoothing` is the share of the right probability that all
+    labels divide equally.
     """
 
     dummy_mlm_share: Share = 0.0
@@ -46,6 +51,19 @@ class ObjectiveConfig(StrictTable):
     masking: Literal["token", "whole_word", "span"] = "token"
     mlm_rate: OpenShare = 0.3
     mlm_rate_end: OpenShare | None = None
+    normalize: Literal["vocabulary", "labels"] = "vocabulary"
+    ordered: bool = False
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    @property
+    def kind(self) -> Literal["vocabulary", "labels", "ranked"]:
+        """Return the loss of an answer with options."""
+        return "ranked" if self.ordered else self.normalize
+
+    @property
+    def needs_labels(self) -> bool:
+        """Tell whether the loss of every answer needs all labels of its source."""
+        return self.kind != "vocabulary" or self.label_smoothing > 0
 
     @model_validator(mode="after")
     def _at_most_one(self) -> "ObjectiveConfig":
@@ -257,7 +275,23 @@ class RunConfig(StrictTable):
             )
         if self.head == "classification":
             self._check_classification()
+        if self.objective.needs_labels:
+            self._check_labels()
         return self
+
+    def _check_labels(self) -> None:
+        objective = self.objective
+        key = "ordered" if objective.ordered else "label_smoothing"
+        key = "normalize" if objective.normalize == "labels" else key
+        if objective.kind != "vocabulary" and objective.dummy_mlm_share + objective.mlm_share > 0:
+            raise ValueError(
+                f"objective.{key} is for answers alone; leave dummy_mlm_share and mlm_share out"
+            )
+        for source in (*self.data.sources, *self.data.validation_sources):
+            if not source.labels:
+                raise ValueError(
+                    f"objective.{key} needs the labels of every source; {source.title} has none"
+                )
 
     def _check_classification(self) -> None:
         sources = (*self.data.sources, *self.data.validation_sources)
@@ -272,8 +306,12 @@ class RunConfig(StrictTable):
                 f"[model] has {', '.join(sorted(taken))}, which the labels of the sources set; "
                 "leave them out"
             )
-        if self.objective != ObjectiveConfig():
-            raise ValueError("[objective] is for the MLM head; leave it out for classification")
+        own: Any = {"ordered": False, "label_smoothing": 0.0}
+        if self.objective.model_copy(update=own) != ObjectiveConfig():
+            raise ValueError(
+                "[objective] is for the MLM head; for classification it has only ordered and "
+                "label_smoothing"
+            )
         if any(source.text is not None for source in sources):
             raise ValueError("head = 'classification' needs prompt and answer for every source")
         if any(source.label_names != self.label_names for source in sources):

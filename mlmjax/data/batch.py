@@ -25,7 +25,8 @@ class Example:
     `ids` are uint32 `[tokens]`, outer tokens included. `answer_position` is the place of the answer
     (-1: none). `task` numbers the task names of the manifest. `index` numbers the examples of a
     split and seeds the masking. `label` is what a classification head learns: the number of the
-    class, or the value of a regression (NaN: none).
+    class, or the value of a regression (NaN: none). `weight` is that of the example in the loss.
+    `shares` are the probabilities of the labels of its source; none for a hard label.
     """
 
     ids: np.ndarray
@@ -33,6 +34,8 @@ class Example:
     task: int
     index: int
     label: float = math.nan
+    weight: float = 1.0
+    shares: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return self.ids.shape[0]

@@ -9,10 +9,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from mlmjax.config.run import ObjectiveConfig
-from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED, Batch, LabelBatch
+from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED, Batch, LabelBatch, Options
 from mlmjax.data.masking import draw_positions, draw_words
 from mlmjax.data.packing import lay_out
-from mlmjax.data.rows import RowSource
+from mlmjax.data.rows import RowColumns, RowSource
 from mlmjax.data.schedule import RowSchedule, target_width
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
@@ -204,6 +204,11 @@ class Loader(_Loader[Batch]):
         self._mask_id = tokenizer.mask_id
         self._is_maskable = np.ones(tokenizer.vocab_size, bool)
         self._is_maskable[list(tokenizer.special_ids)] = False
+        self._weighs = any(source.soft for source in row_sources)
+        spreads = objective.needs_labels or any(source.soft for source in row_sources)
+        self._most_options = (
+            max(1, *(len(source.options) for source in row_sources)) if spreads else 0
+        )
         self._word_starts = None if objective.masking == "token" else word_starts(tokenizer)
         self.target_width = target_width(
             objective,
@@ -216,11 +221,18 @@ class Loader(_Loader[Batch]):
         drawn = list(self._read(step, rows))
         input_ids, segment_ids, position_ids = self._lay_out(drawn)
         rate = self._mask_rate(step)
-        targets = np.full((4, len(drawn), self.target_width), UNUSED, np.int32)
+        size = len(drawn), self.target_width
+        targets = np.full((4, *size), UNUSED, np.int32)
+        weights = np.zeros(size, np.float32) if self._weighs else None
+        options = None
+        if width := self._most_options:
+            options = Options(
+                np.full((*size, width), UNUSED, np.int32), np.zeros((*size, width), np.float32)
+            )
         for row, (epoch, columns) in enumerate(drawn):
             if columns is None:
                 continue
-            tokens, lengths, answers, tasks, indices, _ = columns
+            tokens, lengths, answers, tasks, indices, *_ = columns
             starts = np.cumsum(lengths) - lengths
             facts = (starts.tolist(), lengths.tolist(), answers.tolist(), indices.tolist())
             objectives, masked = [], []
@@ -236,7 +248,41 @@ class Loader(_Loader[Batch]):
             found = (positions, originals, of_targets, np.repeat(tasks, counts))
             targets[:, row, : len(positions)] = found
             input_ids[row, positions] = self._mask_id
-        return Batch(input_ids, segment_ids, position_ids, *targets[:3]), targets[3]
+            count = len(positions)
+            if weights is not None:
+                own = np.ones(len(counts)) if columns.weights is None else columns.weights
+                weights[row, :count] = np.repeat(own, counts)
+            if options is not None:
+                examples = np.repeat(np.arange(len(counts)), counts)
+                for part, values in zip(
+                    options, self._options_of(columns, examples, of_targets, originals), strict=True
+                ):
+                    part[row, :count] = values
+        batch = Batch(input_ids, segment_ids, position_ids, *targets[:3])
+        return batch._replace(weights=weights, options=options), targets[3]
+
+    def _options_of(
+        self, columns: RowColumns, examples: np.ndarray, objectives: np.ndarray, ids: np.ndarray
+    ) -> Options:
+        """Return the options of the targets of a row, each padded to the most options.
+
+        An answer is distributed over the options of its source. Any other target is its token.
+        """
+        shape = len(ids), self._most_options
+        found = Options(np.full(shape, UNUSED, np.int32), np.zeros(shape, np.float32))
+        found.ids[:, 0], found.probs[:, 0] = ids, 1.0
+        count, smoothing = len(columns.options), self._objective.label_smoothing
+        is_answer = (objectives == ATP) & (count > 0)
+        if not is_answer.any():
+            return found
+        if columns.shares is None:
+            shares = np.float32(columns.options == ids[is_answer][:, None])
+        else:
+            shares = columns.shares[examples[is_answer]]
+        found.ids[is_answer, :count] = columns.options
+        found.probs[is_answer] = 0.0
+        found.probs[is_answer, :count] = shares * (1 - smoothing) + smoothing / count
+        return found
 
     def _draw(
         self, tokens: np.ndarray, answer: int, key: tuple[int, int], rate: float
@@ -261,14 +307,33 @@ class Loader(_Loader[Batch]):
 
 
 class LabelLoader(_Loader[LabelBatch]):
-    """Assemble batches of labelled texts, one per row, for the classification head."""
+    """Assemble batches of labelled texts, one per row, for the classification head.
+
+    `smoothing` is the share of the probability of the right class that all classes divide equally.
+    """
+
+    def __init__(self, row_sources: Sequence[RowSource], *, smoothing: float = 0.0, **order: Any):
+        super().__init__(row_sources, **order)
+        self._smoothing = smoothing
+        self._weighs = any(source.soft for source in row_sources)
+        self._spreads = smoothing > 0 or any(s.soft and len(s.options) for s in row_sources)
+        self._classes = max(len(source.options) for source in row_sources)
 
     def _assemble(self, step: int, rows: RowNumbers) -> tuple[LabelBatch, np.ndarray]:
         drawn = list(self._read(step, rows))
         labels = np.full(len(drawn), np.nan, np.float32)
         tasks = np.full(len(drawn), UNUSED, np.int32)
+        weights = np.zeros(len(drawn), np.float32) if self._weighs else None
+        probs = np.zeros((len(drawn), self._classes), np.float32) if self._spreads else None
         for row, (_, columns) in enumerate(drawn):
-            if columns is not None:
-                (labels[row],), (tasks[row],) = columns[5], columns[3]
+            if columns is None:
+                continue
+            (labels[row],), (tasks[row],) = columns.labels, columns.tasks
+            if weights is not None:
+                weights[row] = 1.0 if columns.weights is None else columns.weights[0]
+            if probs is not None:
+                hard = np.float32(columns.options == columns.labels)
+                shares = hard if columns.shares is None else columns.shares[0]
+                probs[row] = shares * (1 - self._smoothing) + self._smoothing / self._classes
         input_ids, segment_ids, _ = self._lay_out(drawn)
-        return LabelBatch(input_ids, segment_ids, labels), tasks
+        return LabelBatch(input_ids, segment_ids, labels, weights, probs), tasks

@@ -26,7 +26,11 @@ class SourceFile(StrictTable):
 
 
 class RowFile(StrictTable):
-    """Describe a file of rows of one source in one split, and what it holds."""
+    """Describe a file of rows of one source in one split, and what it holds.
+
+    `options` are the answers of the labels of the source, in their order: tokens, or numbers of
+    classes. In a `soft` file examples have weights, and distributions over the options.
+    """
 
     name: str
     file: str
@@ -41,6 +45,8 @@ class RowFile(StrictTable):
     padding_share: float
     max_examples_per_row: NonNegativeInt
     examples_per_task: dict[str, int]
+    options: list[int] = Field(default_factory=list)
+    soft: bool = False
 
 
 def totals(files: Sequence[RowFile], seq_length: int) -> dict[str, Any]:

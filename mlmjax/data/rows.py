@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,8 @@ def token_type(vocab_size: int) -> pa.DataType:
     return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
-def _schema(vocab_size: int) -> pa.Schema:
+def _schema(vocab_size: int, soft: bool = False) -> pa.Schema:
+    more = [("weights", pa.list_(pa.float32())), ("shares", pa.list_(pa.float32()))]
     return pa.schema(
         [
             ("tokens", pa.list_(token_type(vocab_size))),
@@ -34,25 +35,51 @@ def _schema(vocab_size: int) -> pa.Schema:
             ("tasks", pa.list_(pa.int32())),
             ("indices", pa.list_(pa.int64())),
             ("labels", pa.list_(pa.float32())),
+            *(more if soft else ()),
             ("crc", pa.uint32()),
         ]
     )
 
 
+class RowColumns(NamedTuple):
+    """Hold a row as arrays: `tokens` `[tokens]`, and `[examples]` of all others.
+
+    `answers` are positions in the example, `indices` number the examples of the split. A soft file
+    has `weights` and `shares` `[examples, options]`, of which `options` `[options]` are the
+    answers; others have None.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    answers: np.ndarray
+    tasks: np.ndarray
+    indices: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray | None
+    shares: np.ndarray | None
+    options: np.ndarray
+
+
 def write_rows(
-    path: Path, rows: Iterable[list[Example]], *, vocab_size: int, seq_length: int
+    path: Path,
+    rows: Iterable[list[Example]],
+    *,
+    vocab_size: int,
+    seq_length: int,
+    options: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Write rows of examples to one Arrow file; return the counts that `RowFile` holds.
 
-    Each row carries the CRC-32 of its content, which every read checks.
+    Each row carries the CRC-32 of its content, which every read checks. With `options`, the answers
+    of the labels, the file is soft: it has weights, and a distribution over these for each example.
     """
-    schema = _schema(vocab_size)
+    schema = _schema(vocab_size, options is not None)
     counts: dict[str, Any] = {"rows": 0, "examples": 0, "tokens": 0, "max_examples_per_row": 0}
     per_task: Counter[int] = Counter()
     rows = iter(rows)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while chunk := list(islice(rows, ROWS_PER_CHUNK)):
-            columns = zip(*(_to_columns(row, vocab_size) for row in chunk), strict=True)
+            columns = zip(*(_to_columns(row, vocab_size, options) for row in chunk), strict=True)
             writer.write_batch(to_batch(columns, schema))
             sizes = [len(row) for row in chunk]
             counts["rows"] += len(chunk)
@@ -72,14 +99,27 @@ def to_batch(columns: Iterable[Sequence[Any]], schema: pa.Schema) -> pa.RecordBa
     return pa.RecordBatch.from_pydict(named, schema=schema)
 
 
-def _to_columns(row: list[Example], vocab_size: int) -> tuple[Any, ...]:
+def _to_columns(
+    row: list[Example], vocab_size: int, options: Sequence[int] | None
+) -> tuple[Any, ...]:
     token = token_type(vocab_size).to_pandas_dtype()
     facts = [(len(one), one.answer_position, one.task, one.index, one.label) for one in row]
     types = (np.int32, np.int32, np.int32, np.int64, np.float32)
     numbers = zip(zip(*facts, strict=True), types, strict=True)
     tokens = np.concatenate([example.ids for example in row]).astype(token)
     columns = [tokens, *(np.array(values, kind) for values, kind in numbers)]
+    if options is not None:
+        columns.append(np.array([example.weight for example in row], np.float32))
+        shares = [example.shares or _one_hot(example, options) for example in row]
+        columns.append(np.array(shares, np.float32).ravel())
     return (*columns, _crc(columns))
+
+
+def _one_hot(example: Example, options: Sequence[int]) -> list[float]:
+    """Return the distribution of an example with a hard label."""
+    position = example.answer_position
+    answer = example.label if position < 0 else int(example.ids[position])
+    return [float(answer == option) for option in options]
 
 
 def _crc(columns: Iterable[np.ndarray]) -> int:
@@ -111,6 +151,7 @@ class RowSource:
         self.max_examples_per_row = entry.max_examples_per_row
         self.seq_length = manifest.seq_length
         self.tokenizer_sha256 = manifest.tokenizer_sha256
+        self.options, self.soft = np.array(entry.options, np.int32), entry.soft
         self._entry, self._manifest, self._first_example = entry, manifest, first_example
         self._chunks = self._open()
         self._views: list[Any] = [None] * len(self._chunks)
@@ -124,7 +165,7 @@ class RowSource:
             if size != entry.bytes:
                 raise self.damaged(f"{size} bytes, the manifest says {entry.bytes}")
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
-            if reader.schema != _schema(self._manifest.vocab_size):
+            if reader.schema != _schema(self._manifest.vocab_size, entry.soft):
                 raise self.damaged("other columns than the manifest's format has")
             chunks = [reader.get_batch(i) for i in range(reader.num_record_batches)]
             for chunk in chunks:
@@ -164,19 +205,17 @@ class RowSource:
 
     def __getitem__(self, row: int) -> list[Example]:
         """Read one row, checked against its CRC-32 and the bounds of ids, positions and tasks."""
-        tokens, *others = self.columns(row)
+        tokens, *others, weights, shares, _ = self.columns(row)
         ends = np.cumsum(others[0])
+        if weights is not None and shares is not None:
+            others += [weights, shares]
         return [
             Example(tokens[end - length : end].astype(np.uint32), *rest)
             for end, length, *rest in zip(ends, *(one.tolist() for one in others), strict=True)
         ]
 
-    def columns(self, row: int) -> tuple[np.ndarray, ...]:
-        """Read one row as arrays, with all the checks of `source[i]`.
-
-        These are tokens `[tokens]`, and lengths, answer positions (in the example), tasks, example
-        indices and labels, each `[examples]`.
-        """
+    def columns(self, row: int) -> RowColumns:
+        """Read one row as arrays, with all the checks of `source[i]`."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
         chunk, offset = divmod(row, ROWS_PER_CHUNK)
@@ -189,9 +228,10 @@ class RowSource:
             raise self.damaged(f"the checksum of row {row} does not match")
         return self._checked(columns, 1, f"row {row}")
 
-    def _checked(self, columns: list[np.ndarray], rows: int, what: str) -> tuple[np.ndarray, ...]:
+    def _checked(self, columns: list[np.ndarray], rows: int, what: str) -> RowColumns:
         """Return the columns of some rows with the numbers of their examples in the whole split."""
-        tokens, lengths, answers, tasks, indices, labels = columns
+        tokens, lengths, answers, tasks, indices, labels, *soft = columns
+        size = len(lengths), len(self.options)
         is_sound = (
             len(lengths) == len(answers) == len(tasks) == len(indices) == len(labels) > 0
             and lengths.min() > 0
@@ -201,12 +241,16 @@ class RowSource:
             and (answers < lengths).all()
             and answers.min() >= -1
             and 0 <= tasks.min() <= tasks.max() < len(self._manifest.tasks)
+            and [len(column) for column in soft] == [size[0], size[0] * size[1]][: len(soft)]
         )
         if not is_sound:
             raise self.damaged(f"{what} holds lengths, ids, positions or tasks out of bounds")
-        return tokens, lengths, answers, tasks, indices + self._first_example, labels
+        weights, shares = (soft[0], soft[1].reshape(size)) if soft else (None, None)
+        indices = indices + self._first_example
+        own = tokens, lengths, answers, tasks, indices, labels
+        return RowColumns(*own, weights, shares, self.options)
 
-    def blocks(self) -> Iterator[tuple[np.ndarray, ...]]:
+    def blocks(self) -> Iterator[RowColumns]:
         """Yield the columns of all rows in order, those of `ROWS_PER_CHUNK` rows joined.
 
         Only bounds are checked: call `check_hash` first.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.config.data import DataConfig, SelectConfig
+from mlmjax.config.data import DataConfig, SelectConfig, SourceConfig
 from mlmjax.data.manifest import SPLITS, NestedSet, RowFile, SelectionReport
 from mlmjax.data.packing import pack_stream
 from mlmjax.data.preparing.selection import (
@@ -25,6 +25,7 @@ from mlmjax.data.preparing.selection import (
 from mlmjax.data.preparing.shuffle import Chunk, read_bucket, scatter
 from mlmjax.data.preparing.staging import Piece, Staged, sources_of
 from mlmjax.data.preparing.workers import Job, Workers
+from mlmjax.data.reading.examples import label_options
 from mlmjax.data.rows import write_rows
 from mlmjax.errors import InputError, counted
 from mlmjax.storage import hash_file, hash_value
@@ -223,8 +224,13 @@ def _pack(
     """Pack every bucket into its own row file."""
     jobs: list[Job] = []
     files: Counter[str] = Counter()
+    head = staged.units[0].job["head"]
     for path, group in buckets:
         split = order[group].split
+        source = _source(config, order[group])
+        options = label_options(source, workers.tokenizer, head)
+        # Held-out rows are those of a source for training, unless there are others.
+        is_soft = staged.is_soft(_split_of(config, split), order[group].source)
         (folder / split).mkdir(exist_ok=True)
         jobs.append(
             {
@@ -232,6 +238,7 @@ def _pack(
                 "seq_length": config.seq_length,
                 "pack": config.pack,
                 "out": str(folder / split / f"{files[split]}.arrow"),
+                "options": options if is_soft else None,
             }
         )
         files[split] += 1
@@ -239,21 +246,32 @@ def _pack(
     names = list(staged.tasks)
     answers = workers.run(pack_bucket, jobs, staged.processes)
     for (_, number), job, counts in zip(buckets, jobs, answers, strict=True):
-        split, source_number, level = order[number]
-        source = (sources_of(config, split) or config.sources)[source_number]
+        split, _, level = order[number]
+        source = _source(config, order[number])
         per_task = sorted((int(task), n) for task, n in counts.pop("per_task").items())
         splits.setdefault(split, []).append(
             RowFile(
                 name=source.title,
                 file=Path(job["out"]).name,
                 text=source.text is not None,
-                weight=source.weight,
+                weight=source.share,
                 level=level,
+                options=label_options(source, workers.tokenizer, head),
+                soft=job["options"] is not None,
                 examples_per_task={names[task]: n for task, n in per_task},
                 **counts,
             )
         )
     return splits
+
+
+def _split_of(config: DataConfig, split: str) -> str:
+    """Return the split of the sources that the rows of a split are from."""
+    return split if sources_of(config, split) else "train"
+
+
+def _source(config: DataConfig, group: Group) -> SourceConfig:
+    return sources_of(config, _split_of(config, group.split))[group.source]
 
 
 def pack_bucket(
@@ -264,10 +282,14 @@ def pack_bucket(
     seq_length: int,
     pack: bool,
     out: str,
+    options: list[int] | None = None,
 ) -> dict[str, Any]:
-    """Pack the examples of a bucket into rows in the file `out`; return their counts."""
+    """Pack the examples of a bucket into rows in the file `out`; return their counts.
+
+    `options` are those of `write_rows`.
+    """
     vocab_size, path = tokenizer.vocab_size, Path(out)
     examples = read_bucket(Path(bucket), vocab_size)
     rows = pack_stream(examples, seq_length) if pack else ([example] for example in examples)
-    counts = write_rows(path, rows, vocab_size=vocab_size, seq_length=seq_length)
+    counts = write_rows(path, rows, vocab_size=vocab_size, seq_length=seq_length, options=options)
     return counts | {"bytes": path.stat().st_size, "sha256": hash_file(path)}

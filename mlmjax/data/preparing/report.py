@@ -120,7 +120,7 @@ def count_split(
         source = RowSource(folder, split, entry, manifest, seen, None)
         source.check_hash()
         before = seen
-        for tokens, sizes, places, tasks, _, labels in source.blocks():
+        for tokens, sizes, places, tasks, _, labels, *_ in source.blocks():
             starts = np.cumsum(sizes) - sizes
             has_answer = places >= 0
             for kind, which in enumerate((has_answer, ~has_answer)):

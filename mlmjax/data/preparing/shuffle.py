@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,9 @@ class Chunk(NamedTuple):
 
     `answer` is the id of the answer token or the number of its class (-1: none), `answer_position`
     the place of that token, `task` a number, `key` the hash of what the model is shown, `label` the
-    class or value for a classification head; each `[examples]`, offsets one longer. In buckets the
-    key is the place in the shuffled order.
+    class or value for a classification head, `weight` its weight; each `[examples]`, offsets one
+    longer. `shares` has the probabilities of labels as an Arrow list for each example. In buckets
+    the key is the place in the shuffled order.
     """
 
     tokens: np.ndarray
@@ -33,6 +34,8 @@ class Chunk(NamedTuple):
     task: np.ndarray
     key: np.ndarray
     label: np.ndarray
+    weight: np.ndarray
+    shares: pa.ListArray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -50,19 +53,21 @@ def chunk_schema(vocab_size: int) -> pa.Schema:
             ("task", pa.int32()),
             ("key", pa.uint64()),
             ("label", pa.float32()),
+            ("weight", pa.float32()),
+            ("shares", pa.list_(pa.float32())),
         ]
     )
 
 
 def from_arrow(batch: pa.RecordBatch) -> Chunk:
     """Return views of a record batch, which is read only when they are used."""
-    tokens, *others = batch.columns
-    columns = [column.to_numpy() for column in others]
-    return Chunk(tokens.values.to_numpy(), tokens.offsets.to_numpy(), *columns)
+    tokens, *others, shares = batch.columns
+    columns: list[Any] = [tokens.values.to_numpy(), tokens.offsets.to_numpy()]
+    return Chunk._make([*columns, *(column.to_numpy() for column in others), shares])
 
 
 def write_stage(path: Path, examples: Iterable[tuple], vocab_size: int) -> None:
-    """Write `(ids, answer, answer_position, task, key, label)`s in chunks of `CHUNK_TOKENS`."""
+    """Write tuples of ids and the other columns of `Chunk`, in chunks of `CHUNK_TOKENS`."""
     schema, token = chunk_schema(vocab_size), token_type(vocab_size).to_pandas_dtype()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         for held in split_by_size(examples, lambda one: len(one[0]), CHUNK_TOKENS):
@@ -98,7 +103,8 @@ def scatter(
         order = np.argsort(bucket, kind="stable")
         edges = np.flatnonzero(np.diff(bucket[order], prepend=-1))
         lists = pa.ListArray.from_arrays(chunk.offsets, pa.array(chunk.tokens, token))
-        batch = pa.RecordBatch.from_arrays([lists, *map(pa.array, chunk[2:])], schema=schema)
+        columns = [*map(pa.array, chunk[2:-1]), chunk.shares]
+        batch = pa.RecordBatch.from_arrays([lists, *columns], schema=schema)
         for members in np.split(order, edges[1:]) if len(order) else ():
             # Opened for each write, so that many buckets do not run out of open files.
             with paths[bucket[members[0]]].open("ab") as file:
@@ -123,4 +129,6 @@ def read_bucket(path: Path, vocab_size: int) -> Iterator[Example]:
                 int(chunk.task[i]),
                 i,
                 float(chunk.label[i]),
+                float(chunk.weight[i]),
+                tuple(chunk.shares[i].as_py()),
             )

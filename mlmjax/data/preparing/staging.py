@@ -26,6 +26,9 @@ from mlmjax.text.tokenizer import Tokenizer
 _BYTES_WORTH_PROCESSES = 2**26
 """Data files of fewer bytes are read faster than processes start."""
 
+STAGE_FORMAT = 2
+"""Version of staged files, which a later run may find; it grows with the columns of `Chunk`."""
+
 _PROGRESS_EVERY = 1000
 
 
@@ -57,6 +60,11 @@ class Staged(NamedTuple):
     answers: list[Job]
     tasks: dict[str, int]
     processes: int
+
+    def is_soft(self, split: str, source: int) -> bool:
+        """Tell whether examples of a source have weights or distributions."""
+        answers = zip(self.units, self.answers, strict=True)
+        return any(one["soft"] for unit, one in answers if unit[:2] == (split, source))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all examples in order; tasks are numbered across all units."""
@@ -125,7 +133,9 @@ def _units(
             read_examples(resolved, tokenizer, config.seq_length, Counts(), head)
             is_whole = source.limit is not None or not files
             for paths in [files] if is_whole else [[file] for file in files]:
-                table = source.model_dump(mode="json", exclude={"weight"})
+                # A share of the rows decides nothing that is staged.
+                weighs = set() if source.weight_column else {"weight"}
+                table = source.model_dump(mode="json", exclude=weighs)
                 job: Job = {
                     "source": table | {"name": source.title, "path": paths or None},
                     "exclude": config.exclude.model_dump(mode="json") if is_train else None,
@@ -134,7 +144,7 @@ def _units(
                 }
                 stats = [_stats(path) for path in paths]
                 sets = evaluation if is_train else None
-                content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT]
+                content = [job, stats, sets, tokenizer.sha256, __version__, FORMAT, STAGE_FORMAT]
                 job["out"] = str(folder / f"{hash_value(content)[:24]}.arrow")
                 units.append(Unit(split, number, job, stats))
     known = {Path(unit.job["out"]).name for unit in units}
@@ -171,26 +181,30 @@ def stage_unit(
 ) -> Job:
     """Tokenise one unit of a source into `out`; return what was read, kept and dropped.
 
-    The answer has `files` (with their hashes), the `counts`, and the names of the `tasks` in the
-    order of their numbers.
+    The answer has `files` (with their hashes), the `counts`, the names of the `tasks` in the order
+    of their numbers, and whether examples are `soft` (weighted, or distributions over labels).
     """
     unit = SourceConfig.model_validate(source, strict=False)
     exclusion = None if exclude is None else _exclusion(json.dumps(exclude))
     counts = Counts()
     tasks: dict[str, int] = {}
+    is_soft = unit.weight_column is not None
 
     def columns() -> Iterator[tuple]:
+        nonlocal is_soft
         for one in read_examples(unit, tokenizer, seq_length, counts, head, exclusion):
             counts.examples += 1
             if counts.examples % _PROGRESS_EVERY == 0:
                 progress(counts.records)
+            is_soft = is_soft or bool(one.shares)
             task = tasks.setdefault(one.task, len(tasks))
-            yield one.ids, _answer(unit, one), one.answer_position, task, one.key, one.label
+            facts = _answer(unit, one), one.answer_position, task, one.key
+            yield one.ids, *facts, one.label, one.weight, one.shares
         progress(counts.records)
 
     write_stage(Path(out), columns(), tokenizer.vocab_size)
     files = [describe_file(Path(path)) for path in unit.paths]
-    return {"files": files, "counts": vars(counts), "tasks": list(tasks)}
+    return {"files": files, "counts": vars(counts), "tasks": list(tasks), "soft": is_soft}
 
 
 def _answer(source: SourceConfig, one: Encoded) -> int:

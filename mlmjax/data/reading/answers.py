@@ -3,10 +3,17 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlmjax.config.data import SourceConfig
-from mlmjax.config.labels import drop_advice, find_label, is_dropped, normalize
+from mlmjax.config.labels import (
+    drop_advice,
+    find_label,
+    is_distribution,
+    is_dropped,
+    normalize,
+    read_distribution,
+)
 from mlmjax.config.run import Head
 from mlmjax.data.reading.files import Record
 from mlmjax.errors import InputError, suggest_name
@@ -19,6 +26,17 @@ MOST = 1e6
 """The largest value to predict, so that squared errors and their gradients fit in float32."""
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
+
+
+class Answered(NamedTuple):
+    """A record with its answer: a token, a class or a value.
+
+    `shares` are the probabilities of the labels, whose most probable one is the answer, or None.
+    """
+
+    record: Record
+    answer: float
+    shares: tuple[float, ...] | None = None
 
 
 class AnswerReader:
@@ -46,7 +64,7 @@ class AnswerReader:
 
     def read(
         self, records: Sequence[Record], dropped: Counter[str], normalized: Counter[str]
-    ) -> list[tuple[Record, float]]:
+    ) -> list["Answered"]:
         """Return the records that have an answer, each with it.
 
         Count dropped ones by their reason, and answers that each rule of `source.normalize`
@@ -61,11 +79,34 @@ class AnswerReader:
                 values.append((record, value))
         if self._names is None and self._head == "mlm":
             return self._one_token(values, dropped)
-        read = _number if self._names is None else self._label
         return [
-            (record, read(value, f"{record.where}: column {self._column!r}"))
+            self._answered(record, value, f"{record.where}: column {self._column!r}")
             for record, value in values
         ]
+
+    @property
+    def options(self) -> list[int]:
+        """Return the answers of all labels, in their order; none without labels."""
+        return [int(answer) for answer in self._answers.values()]
+
+    def _answered(self, record: Record, value: Any, where: str) -> "Answered":
+        """Return the answer of a label, of a distribution over labels, or of a number."""
+        if isinstance(value, list) and value and all(map(_is_pair, value)):
+            value = dict(value)  # as pyarrow reads a map
+        if not is_distribution(value):
+            read = _number if self._names is None else self._label
+            return Answered(record, read(value, where))
+        if self._names is None:
+            raise InputError(
+                f"{where} is a distribution ({value!r:.60}); give labels to name what it is over"
+            )
+        try:
+            shares = read_distribution(value, self._names)
+        except InputError as error:
+            raise InputError(f"{where} {error.message}") from error
+        best = self._names[shares.index(max(shares))]
+        # One that gives all to one label is that label.
+        return Answered(record, self._answers[best], None if 1.0 in shares else tuple(shares))
 
     def _normalized(self, record: Record, normalized: Counter[str]) -> Any:
         value = record.fields[self._column]
@@ -75,23 +116,25 @@ class AnswerReader:
 
     def _one_token(
         self, values: Sequence[tuple[Record, Any]], dropped: Counter[str]
-    ) -> list[tuple[Record, float]]:
+    ) -> list["Answered"]:
         """Keep the records whose answer is one token after a space, with that token."""
         answers = []
         for record, value in values:
+            if is_distribution(value):
+                self._answered(record, value, f"{record.where}: column {self._column!r}")
             advice = f"; {drop_advice(record.fields[self._column])}"
             hint = f"; give labels to name the classes of a number{advice}"
             require_text(record, self._column, hint, advice)
             answers.append(value.strip())
         encoded = self._tokenizer.encode_plain_batch([f" {answer}" for answer in answers])
-        kept: list[tuple[Record, float]] = []
+        kept: list[Answered] = []
         for (record, _), answer, ids in zip(values, answers, encoded, strict=True):
             if not answer:
                 dropped["blank answer"] += 1
             elif len(ids) != 1 or ids[0] in self._tokenizer.special_ids:
                 dropped["answer is not one token"] += 1
             else:
-                kept.append((record, ids[0]))
+                kept.append(Answered(record, ids[0]))
         return kept
 
     def _label(self, value: Any, where: str) -> float:
@@ -112,6 +155,10 @@ class AnswerReader:
             f"{where} is {found}{unlisted}; {hint}expected one of "
             f"{', '.join(map(repr, known))}{place}; {drop_advice(value)}"
         )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str)
 
 
 def require_text(record: Record, column: str, hint: str = "", absent: str = "") -> None:

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,13 +15,13 @@ import numpy as np
 from mlmjax.config.columns import alternatives_of, is_missing
 from mlmjax.config.data import ExcludeConfig, SourceConfig
 from mlmjax.config.run import Head
-from mlmjax.data.reading.answers import AnswerReader, require_text
+from mlmjax.data.reading.answers import Answered, AnswerReader, require_text
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE, BROKEN_RECORD, Broken, Record, stop
 from mlmjax.data.reading.sources import read_source
 from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError, MissingColumnError, named_place
-from mlmjax.text.checks import check_text, split_by_size
+from mlmjax.text.checks import check_text, check_weight, split_by_size
 from mlmjax.text.prompts import MASK, Template
 from mlmjax.text.tokenizer import Tokenizer
 
@@ -42,7 +43,8 @@ class Encoded(NamedTuple):
     `ids` are uint32 `[tokens]`, and `answer_position` is -1 without an answer token. `key` is a
     64-bit hash of what the model is shown: of the prompt with its slot open, or of the whole
     document that a window is from. Equal prompts have equal keys, whatever their answers.
-    `label` is the number of the class, or the value of a regression (NaN: none).
+    `label` is the number of the class, or the value of a regression (NaN: none). `shares` are the
+    probabilities of the labels of the source; none for a hard label.
     """
 
     ids: np.ndarray
@@ -50,6 +52,8 @@ class Encoded(NamedTuple):
     task: str
     key: int
     label: float = math.nan
+    weight: float = 1.0
+    shares: tuple[float, ...] = ()
 
 
 @dataclass
@@ -139,6 +143,13 @@ def read_examples(
         broken=reader.with_advice(skip if skips else stop),
     )
     return reader.examples(records, counts, skips)
+
+
+def label_options(source: SourceConfig, tokenizer: Tokenizer, head: Head) -> list[int]:
+    """Return the answers of the labels of a source, in their order; none without labels."""
+    if source.labels is None:
+        return []
+    return _Prompts(source, tokenizer, 2**20, head, None).answers.options
 
 
 class _Reader(ABC):
@@ -318,16 +329,16 @@ class _Prompts(_Reader):
         self.blank = frozenset(source.blank)
         self.blankable = [name for name in self.texts if name != source.answer]
         required = [name for name in self.shown if name not in self.blank]
-        self.columns = [*required, *filter(None, [source.task])]
+        self.columns = [*required, *filter(None, [source.task, source.weight_column])]
         self.optional = (*source.blank, *self.find_tasks(self.shown))
         self.named = () if source.labels else (source.answer,)
 
     def convert(self, records: Sequence[Record], counts: Counts) -> Iterator[Encoded]:
         kept = list(self._kept(list(self._usable(records, counts)), counts))
-        places, rows = [record.where for record, _, _ in kept], [row for _, row, _ in kept]
+        places, rows = [one.record.where for one, _ in kept], [row for _, row in kept]
         # Encoded together and whole, because few are too long.
         prompts = self.template.render_batch(self.tokenizer, rows, _ANY_LENGTH, places)
-        for (record, row, answer), prompt in zip(kept, prompts, strict=True):
+        for (one, row), prompt in zip(kept, prompts, strict=True):
             if len(prompt.ids) > self.seq_length:
                 try:
                     prompt = self.template.render(self.tokenizer, row, self.seq_length)
@@ -336,10 +347,11 @@ class _Prompts(_Reader):
                     continue
                 counts.shortened.update(prompt.shortened.keys())
             ids = np.array(prompt.ids, np.uint32)
-            key, label = _hash(ids), answer
+            key, label = _hash(ids), one.answer
             if self.template.slot:
-                ids[prompt.slot], label = answer, math.nan
-            yield Encoded(ids, prompt.slot, self.task_of(record), key, label)
+                ids[prompt.slot], label = int(one.answer), math.nan
+            task, weight = self.task_of(one.record), self._weight_of(one.record)
+            yield Encoded(ids, prompt.slot, task, key, label, weight, one.shares or ())
 
     def _usable(self, records: Sequence[Record], counts: Counts) -> Iterator[Record]:
         """Drop records of excluded tasks, and those that contain `[MASK]`."""
@@ -359,9 +371,10 @@ class _Prompts(_Reader):
 
     def _kept(
         self, records: Sequence[Record], counts: Counts
-    ) -> Iterator[tuple[Record, dict[str, Any], float]]:
-        """Yield records with the fields of their prompts and their answers, and drop the others."""
-        for record, answer in self.answers.read(records, counts.dropped, counts.normalized):
+    ) -> Iterator[tuple[Answered, dict[str, Any]]]:
+        """Yield records that have answers with the fields of their prompts; drop the others."""
+        for one in self.answers.read(records, counts.dropped, counts.normalized):
+            record = one.record
             row = {name: record.fields[name] for name in self.fields}
             if self.options is not None:
                 row["options"] = self.options
@@ -372,7 +385,18 @@ class _Prompts(_Reader):
                     )
                 counts.dropped["blank prompt"] += 1
             elif not self.overlaps(record, "\n".join(_strings(record, self.fields)), counts):
-                yield record, row, answer
+                yield one, row
+
+    def _weight_of(self, record: Record) -> float:
+        """Return the weight of a record's example; CSV files hold it as text."""
+        column = self.source.weight_column
+        if column is None:
+            return 1.0
+        value = record.fields[column]
+        if isinstance(value, str):
+            with suppress(ValueError):
+                value = float(value)
+        return check_weight(value, f"{record.where}: column {column!r}")
 
 
 def _blank_advice(field: str) -> str:

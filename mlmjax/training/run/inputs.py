@@ -43,7 +43,7 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
     data, folder, objective = config.data, Path(config.data.rows), config.objective
     manifest = read_manifest(folder)
-    weights = {source.title: source.weight for source in data.sources}
+    weights = {source.title: source.share for source in data.sources}
     level = None if data.subset is None else data.select.sizes.index(data.subset)
     rows = {
         split: open_rows(folder, split, weights, level=level if split == "train" else None)
@@ -53,7 +53,9 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     def make(
         sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any
     ) -> AnyLoader:
-        kind: Any = partial(Loader, **masking) if config.head == "mlm" else LabelLoader
+        kind: Any = partial(Loader, **masking)
+        if config.head == "classification":
+            kind = partial(LabelLoader, smoothing=objective.label_smoothing)
         return kind(
             sources,
             seed=config.seed,

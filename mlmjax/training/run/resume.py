@@ -43,6 +43,7 @@ _MAY_DIFFER: Any = {"out": True, "data": {"rows", "workers"}, "checkpoint": {"pa
 
 _SAME = {"init_from", "revision", "dtype", "seed", "head"}
 _OBJECTIVE = {"dummy_mlm_share", "mlm_share", "masking"}
+_LOSS = {"normalize", "ordered", "label_smoothing"}
 _BATCH = {"batch_size", "batch_start", "batch_warmup"}
 _CHOSEN_BY = {
     "learning rate": "learning_rate, schedule and steps",
@@ -234,7 +235,9 @@ def identity_of(
             "manifest": loaders.sha256,
             "weights": {source.title: source.weight for source in data.sources},
         },
-        "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE),
+        "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE)
+        # Left out if not given, so that runs of earlier versions resume.
+        | config.objective.model_dump(mode="json", include=_LOSS, exclude_defaults=True),
         "optimizer": {key: value for key, value in optimizer.items() if key not in left_out},
         "rates": {
             "learning_rate": config.optimizer.learning_rate,

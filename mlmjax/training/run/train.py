@@ -46,11 +46,12 @@ from mlmjax.training.run.validation import (
     training_card,
 )
 from mlmjax.training.step import (
-    HEADS,
     AnyBatch,
+    Head,
     TrainState,
     TrainStep,
     abstract_train_state,
+    head_of,
     shared_eval_step,
     shared_replicated_step,
     shared_train_step,
@@ -114,7 +115,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     mesh=mesh,
                     frozen=frozen,
                     train_step=_train_step(config, graphdef, optimizer),
-                    eval_step=shared_eval_step(graphdef, HEADS[config.head].evaluate),
+                    eval_step=shared_eval_step(graphdef, _head(config).evaluate),
                     checkpoints=checkpoints,
                     identity=identity,
                     totals=totals,
@@ -240,9 +241,14 @@ def _finish(
     return report
 
 
+def _head(config: RunConfig) -> Head:
+    """Return the loss that a run trains, and its validation."""
+    return head_of(config.head, config.objective.kind)
+
+
 def _train_step(config: RunConfig, graphdef: Any, optimizer: Any) -> TrainStep:
     """Return the update of a run, for any number of micro-batches that its batch grows to."""
-    make, loss = STEPS[config.parallel], HEADS[config.head].loss
+    make, loss = STEPS[config.parallel], _head(config).loss
 
     def step(state: TrainState, batch: AnyBatch, frozen: Any) -> tuple[TrainState, Metrics]:
         parts = micro_batches(config.data, len(batch.input_ids))

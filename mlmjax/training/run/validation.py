@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from mlmjax.config.run import RunConfig
-from mlmjax.data.batch import ATP, UNUSED
+from mlmjax.data.batch import ATP, UNUSED, Options
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
@@ -58,9 +58,15 @@ def _widened(batch: Any, width: int | None) -> Any:
         return batch
     unused = ((0, 0), (0, width - batch.target_ids.shape[1]))
     targets = ("target_positions", "target_ids", "target_objective")
-    return batch._replace(
-        **{name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets}
-    )
+    wide: dict[str, Any] = {
+        name: np.pad(getattr(batch, name), unused, constant_values=UNUSED) for name in targets
+    }
+    if batch.weights is not None:
+        wide["weights"] = np.pad(batch.weights, unused)
+    if batch.options is not None:
+        ids, probs = (np.pad(part, (*unused, (0, 0))) for part in batch.options)
+        wide["options"] = Options(ids, probs)  # of no target, so that any numbers do
+    return batch._replace(**wide)
 
 
 def report_held_out(

@@ -121,7 +121,7 @@ def test_labels_and_prompts_are_checked_before_anything_is_read(
         ({"label": 3}, LABELS, "column 'label' is 3; expected one of"),
         ({"label": -1}, LABELS, "column 'label' is -1; expected"),
         ({"label": None}, LABELS, "column 'label' is null; expected"),
-        ({"label": [1]}, LABELS, "column 'label' is .1.; expected"),
+        ({"label": [1]}, LABELS, "column 'label' has 1 probabilities"),
         ({"label": 1}, ("1", "2"), "column 'label' is 1, which may be a name or a position"),
         ({"label": 1, "text": " \n"}, LABELS, "text is blank; expected some text"),
         ({"label": 1}, None, "column 'label' is int .1.; expected text; give labels"),
