@@ -75,8 +75,8 @@ class Task(StrictTable):
     label's name. For `options` the answer is an index, a letter, or a name in `option_names`.
 
     `normalize`, `drop_labels`, `blank`, `csv` and `encoding` mean what they mean in a source of
-    training data.
-    `probabilities` says over what they sum to 1; `normalize` may hold its value instead of rules.
+    training data. With `ordered` the labels are levels from low to high. `probabilities` says over
+    what they sum to 1; `normalize` may hold its value instead of rules.
     """
 
     name: str
@@ -108,6 +108,7 @@ class Task(StrictTable):
     normalize: Probabilities | tuple[AnswerRule, ...] = "labels"
     probabilities: Probabilities | None = None
     metric: Literal["accuracy", "macro_f1", "mcc"] = "accuracy"
+    ordered: bool = False
     protocols: Mapping[str, Protocol] = {}
 
     @model_validator(mode="after")
@@ -120,6 +121,8 @@ class Task(StrictTable):
             raise ValueError("labels needs at least two distinct labels")
         if isinstance(self.labels, tuple) and len(self.label_names) < len(self.labels):
             raise ValueError("labels repeats a label, so an index would be ambiguous")
+        if self.ordered and self.labels is None:
+            raise ValueError("ordered is for labels; options of each row have no order")
         if any(not name.strip() for name in self.label_names):
             raise ValueError("labels holds a blank label")
         for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):

@@ -18,6 +18,7 @@ from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
+from mlmjax.statistics.levels import level_metrics
 from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
 from mlmjax.statistics.option_orders import order_sensitivity
 from mlmjax.statistics.reliability import calibration
@@ -63,10 +64,11 @@ def run_evaluation(
     with `_ci95` (Wilson's for accuracy, else bootstrap), `macro_accuracy` (mean over groups),
     `per_group, majority, chance`, counts of rows `shortened` (truncated), `dropped` (by the task's
     `drop_labels`) and `blank` (after cleaning), of fields that were `blanked` (null or
-    absent, as `Task.blank` allows), `padding_share, seconds, calibration`,
-    `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
-    `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
-    `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people.
+    absent, as `Task.blank` allows), `padding_share, seconds, calibration`, `levels` (those of
+    `level_metrics` for an ordered task, else None), `order_sensitivity` (of at most `order_rows`
+    rows; None unless answers are letters of `{options}`), and `contamination` and `trained_on`
+    (from `known`). `out` gets the same as `results.json`, `list_predictions` as
+    `predictions.jsonl`, and a report for people.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
@@ -91,6 +93,7 @@ def run_evaluation(
         "padding_share": scorer.padding_share,
         "seconds": seconds,
         "calibration": calibration(log_probs, gold),
+        "levels": level_metrics(log_probs, gold) if task.ordered else None,
         "order_sensitivity": measure_order(scorer, task, questions, log_probs, order_rows),
         "contamination": known.status,
         "trained_on": known.trained_on,

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import Contamination
+from mlmjax.evaluation.summary import LEVELS
 from mlmjax.reporting import charts
 from mlmjax.reporting.charts import ACCENT, FAINT, INK, OTHER, WARN
 from mlmjax.reporting.markdown import score
@@ -43,6 +44,7 @@ def write_evaluation_report(
         "evaluation/report.md.j2",
         task=task,
         results=results,
+        LEVELS=LEVELS,
         bins=equal_width(sure, right),
         known=known,
         interval=interval,

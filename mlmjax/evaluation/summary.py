@@ -6,6 +6,13 @@ from typing import Any
 from mlmjax.errors import counted
 from mlmjax.reporting.markdown import METRIC_NAMES, percent, score, visible
 
+LEVELS = {
+    "rps": "ranked probability score; 0 is best",
+    "mae": "mean distance of the expected level",
+    "within_one": "share of rows at most one level away",
+    "quadratic_kappa": "agreement with quadratic weights",
+}
+
 
 def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
     """Yield a short table of the figures that `run_evaluation` returned."""
@@ -18,6 +25,8 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
         if name == "accuracy":
             rows.append(("majority", score(results["majority"]), "always the most common answer"))
     rows.append(("calibration error", score(results["calibration"]["ece"]), _sureness(results)))
+    for name, meaning in LEVELS.items() if results.get("levels") else ():
+        rows.append((name.replace("_", " "), score(results["levels"][name]), meaning))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, more in rows:
         yield f"{name:<{widths[0]}}  {value:>{widths[1]}}  {more}".rstrip()

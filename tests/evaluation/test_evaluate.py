@@ -14,9 +14,11 @@ from mlmjax.cli.main import run
 from mlmjax.config.task import load_task
 from mlmjax.errors import InputError, RunError
 from mlmjax.evaluation.evaluate import run_evaluation
+from mlmjax.evaluation.summary import summary_lines
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.reporting import terminal
 from mlmjax.scoring.scorers import HeadScorer, Scorer
+from mlmjax.statistics.levels import level_metrics
 from mlmjax.text.prompts import Template
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
@@ -130,6 +132,17 @@ def test_options_of_the_row(answer):
     columns = [{"text": "q", "one": "x", "two": "y", "label": value} for value in ("B", 0, "1")]
     _, predictions = answer(columns, labels=None, options=("one", "two"))
     assert [p["gold"] for p in predictions] == ["B", "A", "B"]
+
+
+def test_levels_have_figures_of_their_own(answer):
+    rows = [{"text": "a film", "label": label} for label in ("bad", "fine", "good", "good")]
+    results, predictions = answer(rows, labels=("bad", "fine", "good"), ordered=True)
+    shares = np.array([list(one["probabilities"].values()) for one in predictions])
+    expected = level_metrics(np.log(shares), [0, 1, 2, 2])
+    assert results["levels"] == pytest.approx(expected)
+    table = list(summary_lines(results))
+    assert any(line.startswith("rps ") for line in table)
+    assert answer(rows, labels=("bad", "fine", "good"))[0]["levels"] is None
 
 
 def test_columns_groups_and_dropped_labels(answer):
