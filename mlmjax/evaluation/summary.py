@@ -26,7 +26,8 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
             rows.append(("majority", score(results["majority"]), "always the most common answer"))
     rows.append(("calibration error", score(results["calibration"]["ece"]), _sureness(results)))
     for name, meaning in LEVELS.items() if results.get("levels") else ():
-        rows.append((name.replace("_", " "), score(results["levels"][name]), meaning))
+        value = results["levels"][name]  # None for a kappa that is not defined
+        rows.append((name.replace("_", " "), "" if value is None else score(value), meaning))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, more in rows:
         yield f"{name:<{widths[0]}}  {value:>{widths[1]}}  {more}".rstrip()
