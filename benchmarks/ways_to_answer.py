@@ -83,19 +83,25 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def print_tables(rows: list[dict]) -> None:
-    """Print mean accuracy by set and way, with the smallest and the largest of the seeds."""
+    """Print mean accuracy by set and way, with the smallest and the largest of the seeds.
+
+    Sets without any fit are left out. The last row is the mean over sets that have all ways.
+    """
     found = defaultdict(list)
     for row in rows:
         found[row["set"], row["way"]].append(row["accuracy"])
-    ways = list(dict.fromkeys(row["way"] for row in rows))
-    print("| set | labels | n |", " | ".join(ways), "|")
-    print("|---|---|---|" + "---|" * len(ways))
-    for name in dict.fromkeys(row["set"] for row in rows):
-        n = next(row["n"] for row in rows if row["set"] == name)
+    ways = [f"{way}, fitted" for way in WAYS]
+    ways += ["words, zero-shot", "letters, zero-shot", "TF-IDF", "commonest label"]
+    ways = [way for way in ways if any(way == row["way"] for row in rows)]
+    names = [name for name in SETS if any(found[name, way] for way in ways if "fitted" in way)]
+    print("| set | labels |", " | ".join(ways), "|")
+    print("|---|---|" + "---|" * len(ways))
+    for name in names:
         shown = [cell(found[name, way]) for way in ways]
-        print(f"| {name} | {len(SETS[name].labels)} | {n} |", " | ".join(shown), "|")
-    means = [[np.mean(found[name, way]) for name in SETS if found[name, way]] for way in ways]
-    print("| mean | | |", " | ".join(f"{np.mean(one):.1%}" for one in means), "|")
+        print(f"| {name} | {len(SETS[name].labels)} |", " | ".join(shown), "|")
+    whole = [name for name in names if all(found[name, way] for way in ways)]
+    means = [np.mean([np.mean(found[name, way]) for name in whole]) for way in ways]
+    print(f"| mean of {len(whole)} | |", " | ".join(f"{mean:.1%}" for mean in means), "|")
 
 
 def cell(shares: list[float]) -> str:

@@ -16,8 +16,7 @@ LEAST_UPDATES = 20
 RANGE = 30.0
 """The rates go from the usual one divided by this to the usual one times this."""
 
-SMOOTHING = 0.8
-MARGIN = 4.0
+MARGIN = 10.0
 """A rate this many times below the one with the lowest loss is safe for a whole training."""
 
 
@@ -62,16 +61,16 @@ def find_rate(
 
 
 def best_update(losses: Sequence[float]) -> int:
-    """Return the update before which the smoothed loss was lowest, before any that is not finite.
+    """Return the update before which the loss was lowest, before any loss that is not finite.
 
-    >>> best_update([1.0, 0.9, 0.5, 0.4, 0.5, 2.0, float("nan"), 0.1])
-    4
+    Each loss counts as the mean of itself and its neighbours, because single batches differ.
+
+    >>> best_update([1.0, 0.9, 0.2, 0.8, 0.5, 0.4, 0.5, 2.0, float("nan"), 0.1])
+    5
     """
-    mean, weight, smoothed = 0.0, 0.0, []
-    for loss in losses:
-        if not np.isfinite(loss):
-            break
-        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        weight = SMOOTHING * weight + (1 - SMOOTHING)
-        smoothed.append(mean / weight)
-    return int(np.argmin(smoothed)) if smoothed else 0
+    finite = np.isfinite(losses)
+    count = len(losses) if finite.all() else int(np.argmin(finite))
+    if not count:
+        return 0
+    around = np.pad(np.array(losses[:count]), 1, mode="edge")
+    return int(np.argmin(around[:-2] + around[1:-1] + around[2:]))
