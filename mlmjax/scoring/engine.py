@@ -28,7 +28,7 @@ from mlmjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 MOST_ROWS = 65536
-EXACT_SHARE = 4
+EXACT_SHARE = 16
 """Batches of an exact engine have this fraction of the usual tokens."""
 Advance = Callable[[int], None]
 """Called with the number of items done since its last call."""

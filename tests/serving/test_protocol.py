@@ -4,8 +4,9 @@ import json
 
 import pytest
 from jevcompat.runner import run
-from servers import KEY, REQUEST
+from servers import KEY, REQUEST, serving
 
+from mlmjax import Decider
 from mlmjax.decisions.answers import answer_json
 from mlmjax.decisions.questions import read_questions
 
@@ -21,6 +22,15 @@ def test_the_conformance_suite_passes_with_and_without_a_key(client, locked):
         assert report.conformant
     passed = {one.id: one.level for r in reports for one in r.results if one.status == "pass"}
     assert sorted(passed.values()) == ["MUST"] * 33 + ["SHOULD"] * 15
+
+
+@pytest.mark.long
+def test_the_conformance_suite_passes_with_the_packaged_model():
+    with serving(Decider("mlmjax-small")) as client:
+        report = run(f"http://127.0.0.1:{client.port}")
+        assert not failed(report)
+        assert report.conformant
+        assert "mlmjax-small" in client.send("GET", "/v1/models")[2]["models"][1]["name"]
 
 
 @pytest.mark.parametrize(
