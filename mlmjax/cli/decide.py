@@ -133,6 +133,13 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
     help="Most questions of a request.",
 )
 @click.option(
+    "--max-tokens",
+    type=click.IntRange(min=64),
+    default=2**17,
+    show_default=True,
+    help="Most tokens of all prompts of a request.",
+)
+@click.option(
     "--max-waiting",
     type=click.IntRange(min=1),
     default=1024,
@@ -147,6 +154,7 @@ def serve(
     api_key_env: str | None,
     max_body: int,
     max_questions: int,
+    max_tokens: int,
     max_waiting: int,
     log_texts: bool,
     **options: Any,
@@ -169,7 +177,9 @@ def serve(
             f"serve: {error.name or error} is not installed; run pip install 'mlmjax[serve]'"
         ) from error
     key = _key(api_key_env)
-    limits = Limits(body_bytes=max_body, questions=max_questions, waiting=max_waiting)
+    limits = Limits(
+        body_bytes=max_body, questions=max_questions, tokens=max_tokens, waiting=max_waiting
+    )
     source = PACKAGED if model is None else model
     report_packaged(model is None)
     check_devices()

@@ -38,13 +38,17 @@ USUAL = "Which of the choices fits the text best?"
 
 
 class Layout(NamedTuple):
-    """How a question is worded: its text, its options, and their tokens if these are words."""
+    """How a question is worded: its text, its options, and their tokens if these are words.
+
+    `size` options fit in one prompt, and `length` tokens are all of it but the state.
+    """
 
     question: str
     shown: tuple[str, ...]
     tokens: tuple[int, ...] | None
     size: int
     is_described: bool = True
+    length: int = 0
 
 
 class Item(NamedTuple):
@@ -109,6 +113,16 @@ class Asker:
     def shown(self, state: State) -> Shown:
         """Return as much of a state as any prompt can hold."""
         return state.bounded(self.scorer.tokenizer, self.scorer.max_length)
+
+    def cost(self, state: State, question: Question) -> int:
+        """Return about the number of tokens that the prompts of a question read."""
+        layout, scorer = self.layout(question), self.scorer
+        text = state.text if self.long_text != "shorten" else self.shown(state).text
+        read = layout.length + -(-len(layout.shown) // layout.size) * state.tokens(
+            scorer.tokenizer, text
+        )
+        count = len(layout.shown) if self.shifts is None else min(self.shifts, len(layout.shown))
+        return read * (1 if layout.tokens is not None else count)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile the program of each bucket."""
@@ -240,7 +254,8 @@ class Asker:
         """Return the fields of a prompt about a question, and the tokens of its options."""
         shown = [layout.shown[i] for i in order]
         if layout.tokens is None:
-            choices, tokens = f"{CHOICES}{option_lines(shown)}", self.letters[: len(shown)]
+            choices = f"{CHOICES}{option_lines(shown)}"
+            tokens = self.letters[: len(shown)]
         else:
             # Words say what they mean, so only descriptions need a list.
             lines = "".join(f"- {text}\n" for text in shown)
@@ -292,15 +307,15 @@ class Asker:
             layout = Layout(text, shown, None, min(size, len(self.letters)))
         else:
             layout = Layout(text, shown, tokens, len(shown), shown != words)
-        if layout.size == len(shown):  # groups of options leave room by themselves
-            row = self._worded(layout, range(len(shown)))
-            length = scorer.template.length(scorer.tokenizer, row) + LEAST_ROOM
-            if length > scorer.max_length:
-                raise InputError(
-                    f"the prompt has {length} tokens without the state and at most "
-                    f"{scorer.max_length} fit; give shorter instructions or criteria"
-                )
-        return layout
+        row = self._worded(layout, range(len(shown)))
+        length = scorer.template.length(scorer.tokenizer, row)
+        # Groups of options leave room by themselves.
+        if layout.size == len(shown) and length + LEAST_ROOM > scorer.max_length:
+            raise InputError(
+                f"the prompt has {length + LEAST_ROOM} tokens without the state and at most "
+                f"{scorer.max_length} fit; give shorter instructions or criteria"
+            )
+        return layout._replace(length=length)
 
     def _word_tokens(self, words: tuple[str, ...]) -> tuple[int, ...] | None:
         """Return the token of each word; None unless each is one token of its own."""

@@ -165,13 +165,12 @@ class Decider:
         found = iter(self._ask(pairs, where))
         return [{key: self._answer(one, *next(found)) for key, one in own.items()} for own in asked]
 
-    def check(self, state: State, question: Question) -> None:
-        """Work out how a question is worded and what of a state fits, which is kept.
+    def cost(self, state: State, question: Question) -> int:
+        """Return about the number of tokens that a question reads; what is worked out is kept.
 
         Raises `InputError` for a question that leaves no room for a state.
         """
-        self._asker.layout(question)
-        self._asker.shown(state)
+        return self._asker.cost(state, question)
 
     def warm_up(self, progress: Progress | None = None) -> None:
         """Compile the program of each bucket, so that no request waits for it."""

@@ -57,6 +57,7 @@ class State:
             )
         self.is_plain = isinstance(value, str)
         self._bounded: tuple[int, Shown] | None = None
+        self._tokens: int | None = None
 
     @property
     def text(self) -> str:
@@ -72,6 +73,12 @@ class State:
             shown = Shown(text, 0) if is_short else self.fitted(tokenizer, room)
             self._bounded = room, shown
         return self._bounded[1]
+
+    def tokens(self, tokenizer: Tokenizer, text: str) -> int:
+        """Return about the number of tokens of the state's `text`, worked out once."""
+        if self._tokens is None:
+            self._tokens = _count(tokenizer, text)
+        return self._tokens
 
     def fitted(self, tokenizer: Tokenizer, room: int) -> Shown:
         """Return the state in about `room` tokens; long values lose their ends.

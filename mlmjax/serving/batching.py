@@ -68,7 +68,7 @@ class Batcher:
         self.waiting += count
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                await asyncio.to_thread(_prepare, self.decider, asked)
+                await asyncio.to_thread(_prepare, self.decider, asked, limits.tokens)
                 loop = asyncio.get_running_loop()
                 job = _Job(asked, loop.create_future(), loop)
                 self._jobs.put(job)
@@ -120,16 +120,20 @@ class Batcher:
             _settle(job, answers)
 
 
-def _prepare(decider: Decider, asked: Asked) -> None:
-    """Check and lay out a request outside the engine's thread; raise `InvalidRequestError`."""
-    problems = []
+def _prepare(decider: Decider, asked: Asked, most: int) -> None:
+    """Check and lay out a request outside the engine's thread; raise `RequestError`."""
+    problems: list[tuple[list[Any], str, str]] = []
+    tokens = 0
     for key, question in asked.questions.items():
         try:
-            decider.check(asked.state, question)
+            tokens += decider.cost(asked.state, question)
         except InputError as error:
             problems.append((["questions", key], error.message, "value_error"))
     if problems:
         raise InvalidRequestError(problems)
+    if tokens > most:
+        text = f"its prompts have about {tokens:,} tokens; expected at most {most:,} in one request"
+        raise RequestError(413, "request_too_large", text)
 
 
 def _settle(job: _Job, outcome: Any) -> None:

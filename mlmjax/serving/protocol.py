@@ -16,15 +16,16 @@ from mlmjax.text.checks import check_text
 class Limits:
     """Bound what one request may hold, and what may wait.
 
-    `body_bytes` of one body, `open_bytes` of all bodies that are being read, `questions` of one
-    request, `waiting` questions before a request is turned away, `together` questions of a batch,
-    `gather_seconds` to wait for more requests, `body_seconds` to read a body, and `answer_seconds`
-    until a request is given up.
+    `body_bytes` of one body, `open_bytes` of all bodies that are being read, `questions` and
+    `tokens` (of all prompts) of one request, `waiting` questions before a request is turned away,
+    `together` questions of a batch, `gather_seconds` to wait for more requests, `body_seconds` to
+    read a body, and `answer_seconds` until a request is given up.
     """
 
     body_bytes: int = 8 * 2**20
     open_bytes: int = 128 * 2**20
     questions: int = 256
+    tokens: int = 2**17
     waiting: int = 1024
     together: int = 128
     gather_seconds: float = 0.003

@@ -13,7 +13,15 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model, parameters
-from mlmjax.storage import CLASSIFIER, CONFIG, TOKENIZER_FILES, expand_home, plain_file, read_json
+from mlmjax.storage import (
+    CLASSIFIER,
+    CONFIG,
+    DECIDER,
+    TOKENIZER_FILES,
+    expand_home,
+    plain_file,
+    read_json,
+)
 from mlmjax.weights import hub, pretrained
 from mlmjax.weights.model_checkpoint import (
     MODEL_RECORD,
@@ -48,7 +56,7 @@ def to_jax(source: str, target: Path) -> int:
     if is_model(folder):
         raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
     model = pretrained.read_model(folder)
-    save_model(target, model, _tokenizer(folder, model), more_files=_classifier(folder))
+    save_model(target, model, _tokenizer(folder, model), more_files=_settings(folder))
     return len(parameters(model))
 
 
@@ -63,7 +71,7 @@ def to_hf(source: Path, target: Path) -> int:
             "a training run exports its model itself, to export/"
         )
     model, _ = load_model(source)
-    tokenizer, more = _tokenizer(source, model), _classifier(source)
+    tokenizer, more = _tokenizer(source, model), _settings(source)
     pretrained.save_pretrained(model, tokenizer, target, dtype="source", more_files=more)
     return len(parameters(model))
 
@@ -203,8 +211,8 @@ def _tokenizer(folder: Path, model: Model) -> Any:
     return tokenizer
 
 
-def _classifier(folder: Path) -> dict[str, bytes]:
-    """Return the settings of a classifier, which are part of it, by their file's name."""
-    if not os.path.lexists(folder / CLASSIFIER):
-        return {}
-    return {CLASSIFIER: plain_file(folder, CLASSIFIER).read_bytes()}
+def _settings(folder: Path) -> dict[str, bytes]:
+    """Return the settings of a classifier or decider, which are part of it, by their files."""
+    names = (CLASSIFIER, DECIDER)
+    found = [name for name in names if os.path.lexists(folder / name)]
+    return {name: plain_file(folder, name).read_bytes() for name in found}

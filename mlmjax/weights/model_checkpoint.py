@@ -20,6 +20,7 @@ from mlmjax.storage import (
     CARD,
     CLASSIFIER,
     CONFIG,
+    DECIDER,
     PROVENANCE,
     TOKENIZER_FILES,
     check_name,
@@ -43,7 +44,7 @@ from mlmjax.weights.checkpoints import (
 PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
 MODEL_FILES = frozenset(
-    {CONFIG, MODEL_RECORD, PARAMS, CLASSIFIER, *PROVENANCE}
+    {CONFIG, MODEL_RECORD, PARAMS, CLASSIFIER, DECIDER, *PROVENANCE}
     | set(TOKENIZER_FILES + hub.OTHER_TOKENIZER_FILES)
 )
 

@@ -9,6 +9,7 @@ from labelled_texts import WORDS, examples
 from mlmjax import Choice, Decider, InputError, Score, YesNo
 from mlmjax.decisions.answers import answer_json
 from mlmjax.storage import DECIDER
+from mlmjax.weights import convert
 
 STATE = {"subject": "Billed twice", "body": "Refund the duplicate today or we cancel."}
 QUESTIONS = {
@@ -221,6 +222,13 @@ def test_a_kind_that_cannot_be_calibrated_is_left_alone(word_decider):
         with pytest.warns(UserWarning, match=f"choice/2 is not calibrated.*{reason}"):
             word_decider.calibrate(texts, asked, [{"topic": answer}])
         assert not word_decider.calibrations
+
+
+def test_a_decider_keeps_its_settings_on_the_way_to_orbax_and_back(word_pair, tmp_path):
+    Decider(word_pair, answer="words").save_pretrained(tmp_path / "saved")
+    convert.to_jax(tmp_path / "saved", tmp_path / "jax")
+    convert.to_hf(tmp_path / "jax", tmp_path / "hf")
+    assert Decider(tmp_path / "hf").settings.answer == "words"
 
 
 @pytest.mark.parametrize(

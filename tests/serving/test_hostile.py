@@ -190,6 +190,17 @@ def test_states_of_any_size_and_the_most_options_are_answered(client):
     assert list(found["answers"]["q"]["probabilities"]) == list(many)
 
 
+def test_the_tokens_of_a_request_are_bounded(client):
+    many = {str(n): asking(CHOICE)["questions"]["q"] for n in range(256)}
+    status, _, found = client.ask(changed(state="word " * 200, questions=many))
+    assert status == 200
+    options = {f"option {n}": "a description" for n in range(255)}
+    many = {str(n): CHOICE | {"criteria": options} for n in range(256)}
+    status, _, found = client.ask(changed(questions=many))
+    assert status == 413
+    assert "tokens; expected at most 131,072 in one request" in found["detail"]["message"]
+
+
 class Failing:
     """A decider that fails where its state says so."""
 
