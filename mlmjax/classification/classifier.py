@@ -17,6 +17,7 @@ from mlmjax.classification.fitting import (
     Texts,
     learn,
     split_rows,
+    start_of,
 )
 from mlmjax.classification.labels import (
     check_lengths,
@@ -30,7 +31,7 @@ from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import Settings
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError, suggest_keywords, suggest_name
-from mlmjax.model.modernbert import Model, merged, with_adapter, with_classifier
+from mlmjax.model.modernbert import Model, merged, with_classifier
 from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics.learning import label_frequencies
@@ -231,12 +232,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         manifest = model.config.provenance.files.get(TRAINING)
         if manifest is not None:  # a broken one is an error before the training
             manifest = add_run(manifest, "the texts given to Classifier.fit")
-        if chosen.adapter is None:
-            model = merged(model)  # a fit trains all of it
         if settings.head == "classification":
             model = with_classifier(model, list(settings.labels), seed=chosen.seed)
-        if chosen.adapter is not None:
-            model = with_adapter(model, chosen.adapter, seed=chosen.seed)
+        model = start_of(model, chosen)
         # What was learned about the probabilities of other weights does not hold for these.
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)

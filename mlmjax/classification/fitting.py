@@ -14,7 +14,7 @@ from mlmjax.config.data import Name, PositiveFloat
 from mlmjax.config.run import AdapterConfig
 from mlmjax.config.tables import StrictTable
 from mlmjax.data.batch import Answers
-from mlmjax.model.modernbert import Model
+from mlmjax.model.modernbert import Model, merged, with_adapter
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import MOST_ROWS
 from mlmjax.statistics.learning import (
@@ -150,12 +150,22 @@ def usual_rate(parameters: int) -> float:
     return 1e-3 if parameters < LARGE else 3e-5
 
 
+def start_of(model: Model, recipe: Recipe) -> Model:
+    """Return the model that a recipe trains: with its adapter, or all of it without any."""
+    if recipe.adapter is None:
+        return merged(model)
+    return with_adapter(model, recipe.adapter, seed=recipe.seed)
+
+
+def trained_size(model: Model, recipe: Recipe) -> int:
+    """Return the number of parameters that a recipe changes."""
+    trained, _ = split_trained(nnx.state(model, nnx.Param), trained_patterns(model, recipe.train))
+    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+
+
 def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
     """Return the learning rate of a recipe, found by a short training if it is "auto"."""
-    model = prompter.scorer.model
-    trained, _ = split_trained(nnx.state(model, nnx.Param), trained_patterns(model, recipe.train))
-    size = sum(leaf.size for leaf in jax.tree.leaves(trained))
-    rate, usual = recipe.learning_rate, usual_rate(size)
+    rate, usual = recipe.learning_rate, usual_rate(trained_size(prompter.scorer.model, recipe))
     if rate is None:
         return usual
     if rate != "auto":

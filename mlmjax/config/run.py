@@ -142,6 +142,15 @@ class AdapterConfig(StrictTable):
         """Return the factor of the product of the two matrices."""
         return self.alpha / self.rank
 
+    def is_same(self, other: "AdapterConfig") -> bool:
+        """Tell whether another one computes the same; names of targets may be long or short.
+
+        >>> AdapterConfig().is_same(AdapterConfig(targets=ADAPTED))
+        True
+        """
+        alike = (self.rank, self.alpha) == (other.rank, other.alpha)
+        return alike and all(self.changes(name) == other.changes(name) for name in ADAPTED)
+
     def changes(self, name: str) -> bool:
         """Tell whether this product of a layer is a target.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlmjax.classification.fitting import Recipe
+from mlmjax.classification.fitting import Recipe, start_of
 from mlmjax.classification.predictor import Source
 from mlmjax.classification.settings import LongText
 from mlmjax.config.tables import decode
@@ -26,6 +26,7 @@ from mlmjax.statistics.calibration import Calibration, temperature_calibration
 from mlmjax.storage import DECIDER, TRAINING, plain_file, read_json
 from mlmjax.text.checks import check_list, for_each_row
 from mlmjax.weights import hub
+from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import load_pretrained, save_pretrained
 
@@ -252,10 +253,10 @@ class Decider:
 
         `answers` has a table for each state, from ids to right answers: the name of an option, a
         bool, the number of a level or its text, or a distribution `{name: p}` or `[p, ...]`. An
-        absent one or None is left out. `recipe` are
-        `epochs`, `learning_rate`, `batch_size`, `weight_decay`, `warmup`, `seed`,
-        `validation_share` and `patience` of `Classifier`. `history_` then has the loss of each
-        epoch, and with held-out states accuracy and loss on them. Calibrations are dropped.
+        absent one or None is left out. `recipe` are `epochs`, `learning_rate`, `batch_size`,
+        `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`, `adapter` and `train` of
+        `Classifier`. `history_` then has the loss of each epoch, and with held-out states accuracy
+        and loss on them. Calibrations are dropped.
 
         Warns with `LearnedNothingWarning` if the answers end no better than their frequencies.
         Raises `InputError` for wrong answers, `RunError` if the loss is no longer finite.
@@ -266,18 +267,21 @@ class Decider:
         manifest = self._manifest
         if manifest is not None:
             manifest = add_run(manifest, "the states given to Decider.fit")
-        asker = self._make_asker(self.model, self.tokenizer)
+        asker = self._make_asker(start_of(self.model, chosen), self.tokenizer)
         with progress_bar("fine-tuning", self._progress) as show:
             self.history_ = learn(asker, labelled, chosen, progress or show)
         self._asker, self._manifest = asker, manifest
         self._learn(calibrations={}, conformals={})
         return self
 
-    def save_pretrained(self, path: str | Path, *, dtype: str = "float32") -> None:
+    def save_pretrained(
+        self, path: str | Path, *, dtype: str = "float32", merge: bool = False
+    ) -> None:
         """Write the model as a Hugging Face folder, with the settings of the decider.
 
-        `Decider.from_pretrained(path)` restores all of it. Raises what `mlmjax.save_pretrained`
-        raises.
+        `Decider.from_pretrained(path)` restores all of it. A model with an adapter is saved as the
+        adapter with a pointer to its base; with `merge` as a whole model. Raises what
+        `mlmjax.save_pretrained` and `mlmjax.save_adapter` raise.
         """
         values = self.settings.model_dump(mode="json", exclude_none=True)
         files: dict[str, str | bytes] = {
@@ -292,7 +296,9 @@ class Decider:
             pipeline="text-classification",
             settings=self.settings,
         )
-        save_pretrained(self.model, self.tokenizer, path, dtype=dtype, card=card, more_files=files)
+        is_adapter = self.model.config.adapter is not None and not merge
+        save = save_adapter if is_adapter else save_pretrained
+        save(self.model, self.tokenizer, path, dtype=dtype, card=card, more_files=files)
 
     def _make_asker(self, model: Any, tokenizer: Any) -> Asker:
         own = self.settings

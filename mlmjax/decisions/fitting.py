@@ -14,6 +14,7 @@ from mlmjax.classification.fitting import (
     LearnedNothingWarning,
     Recipe,
     split_rows,
+    trained_size,
     usual_rate,
 )
 from mlmjax.data.batch import Answers
@@ -128,8 +129,6 @@ def learn(
         )
     if recipe.restarts:
         raise InputError("fit: a decider has no restarts; leave them out, or give another seed")
-    if recipe.adapter is not None:
-        raise InputError("fit: a decider has no adapter; leave it out, or give train")
     rows, held_out = labelled, None
     if recipe.validation_share:
         groups = [
@@ -177,7 +176,7 @@ def _trained(
 ) -> Any:
     model, pad_id = asker.scorer.model, asker.scorer.tokenizer.pad_id
     rate = recipe.learning_rate
-    usual = usual_rate(sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))))
+    usual = usual_rate(trained_size(model, recipe))
     own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed", "train"})
     if rate == "auto":
         rate = find_rate(model, prompts, targets, around=usual, pad_id=pad_id, **own)

@@ -240,12 +240,15 @@ def with_adapter(
     """Return the model with an adapter; `values` are its matrices by the names of parameters.
 
     Without them `lora_A` is drawn uniformly from +-1 / sqrt(inputs), as PEFT does, and `lora_B` is
-    0, so that the model answers as before. Raises `InputError` for a model that has an adapter.
+    0, so that the model answers as before; a model with the same kind of adapter is returned
+    unchanged. Raises `InputError` for a model with another adapter.
     """
-    if model.config.adapter is not None:
+    if (own := model.config.adapter) is not None:
+        if own.is_same(adapter) and values is None:
+            return model
         raise InputError(
-            "adapter: the model has one already; give its base, or save it merged "
-            "(mlmjax.save_pretrained) and start from that"
+            f"adapter: the model has one already, of rank {own.rank} and alpha {own.alpha:g}; give "
+            "the same, or the base, or save it merged (mlmjax.save_pretrained) and start from that"
         )
     config = replace(model.config, adapter=adapter)
     abstract = abstract_model(type(model).__name__, config, model.options)

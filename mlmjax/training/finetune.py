@@ -72,56 +72,54 @@ def fine_tune(
 
     Answers are token ids at the prompts' slots. A classification model reads prompts without a
     slot, and its answers are label numbers. `kind` is the loss of answers with options
-    (`loss.target_losses`). The prompts of a batch are packed into rows, which are
-    sharded over the local devices; all batches have one shape. AdamW runs under a linear schedule,
-    or with `rates`, one for each update until they end. The order of epoch e is that of
-    `default_rng([seed, e])`. `train` are patterns of the parameters to train; a model with an
+    (`loss.target_losses`). The prompts of a batch are packed into rows, which are sharded over the
+    local devices; all batches have one shape. AdamW runs under a linear schedule, or with `rates`,
+    one for each update until they end. The order of epoch e is that of `default_rng([seed, e])`.
+    `train` are patterns of the parameters to train; a model with an
     adapter trains that (`adapters.trained_patterns`). `after_epoch` gets the model, which is valid
     until it returns, and the epoch's figures; it ends the training by returning True. Raises
     `RunError` if the loss is not finite, unless `rates` are given.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size) if rates is None else len(rates)
-    given: dict[str, Any] = {"learning_rate": learning_rate, "weight_decay": weight_decay}
-    decode(OptimizerConfig, given, "fit")  # rejects other values
-    schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
-    rate: Any = (
-        make_schedule(schedule, learning_rate, updates) if rates is None else rates.__getitem__
-    )
+    given = _checked({"learning_rate": learning_rate, "weight_decay": weight_decay})
+    rate: Any = rates.__getitem__ if rates else _linear(learning_rate, warmup, updates)
     update = _update()
     mesh = local_mesh(batch_size)
     graphdef, state, frozen = create_frozen_state(
         model, update, trained_patterns(model, train), mesh=mesh if mesh.size > 1 else None
     )
-    head = head_of("classification" if has_head else "mlm", kind)
-    step = shared_train_step(graphdef, update, loss=head.loss)
-    wanted = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
+    loss = head_of("classification" if has_head else "mlm", kind).loss
+    step = shared_train_step(graphdef, update, loss=loss)
     batches = _batches(len(prompts), epochs, batch_size, seed)
-    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
-    shape = common_shape(lengths, model.config, mesh.size)
-    make_batch: Any = label_batch if has_head else answer_batch
+    batch_of = _batch_maker(model, prompts, answers, batches, mesh.size, pad_id)
     done = 0
     for epoch, members_of_epoch in enumerate(batches, 1):
         sums = []
         for members in members_of_epoch[: updates - done]:
-            shown = [prompts[i] for i in members]
-            batch = make_batch(shown, wanted.take(members), shape=shape, pad_id=pad_id)
             state = _with_rates(state, given | {"learning_rate": rates_at(rate, done)})
-            state, metrics = step(state, batch, frozen)
+            state, metrics = step(state, batch_of(members), frozen)
             sums.append([metrics[name] for name in SUMS[has_head]])
             done += 1
             if progress:
                 progress(done, updates)
         figures = _figures(np.array(jax.device_get(sums), np.float64))
-        # No loss shows what the last update did; its norm does.
-        if rates is None and not np.isfinite(figures.loss + figures.moved):
-            raise RunError(
-                f"fit: the loss of epoch {epoch} is not finite; give a lower learning_rate"
-            )
-        trained = nnx.merge(graphdef, joined(state.params, frozen))
+        if rates is None:
+            _check_finite(figures, epoch)
+        trained: Model = nnx.merge(graphdef, joined(state.params, frozen))
         if after_epoch and after_epoch(trained, figures):
             break
-    return nnx.merge(graphdef, joined(state.params, frozen))
+    return trained
+
+
+def _checked(rates: dict[str, Any]) -> dict[str, Any]:
+    decode(OptimizerConfig, rates, "fit")  # rejects other values
+    return rates
+
+
+def _linear(learning_rate: float, warmup: float, updates: int) -> optax.Schedule:
+    schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
+    return make_schedule(schedule, learning_rate, updates)
 
 
 def _batches(count: int, epochs: int, batch_size: int, seed: int) -> list[list[np.ndarray]]:
@@ -131,12 +129,41 @@ def _batches(count: int, epochs: int, batch_size: int, seed: int) -> list[list[n
     return [[order[start : start + batch_size] for start in starts] for order in orders]
 
 
+def _batch_maker(
+    model: Model,
+    prompts: Sequence[Prompt],
+    answers: np.ndarray | Answers,
+    batches: Sequence[Sequence[np.ndarray]],
+    parts: int,
+    pad_id: int,
+) -> Callable[[np.ndarray], Batch | LabelBatch]:
+    """Return the function that packs the prompts of these numbers, all batches in one shape."""
+    lengths = [[len(prompts[i].ids) for i in members] for members in chain(*batches)]
+    shape = common_shape(lengths, model.config, parts)
+    wanted = answers if isinstance(answers, Answers) else Answers(np.asarray(answers))
+    has_head = isinstance(model, ModernBertForSequenceClassification)
+    make: Callable[..., Batch | LabelBatch] = label_batch if has_head else answer_batch
+
+    def batch_of(members: np.ndarray) -> Batch | LabelBatch:
+        shown = [prompts[i] for i in members]
+        return make(shown, wanted.take(members), shape=shape, pad_id=pad_id)
+
+    return batch_of
+
+
 def _with_rates(state: TrainState, rates: Mapping[str, Any]) -> TrainState:
     """Return the state with other rates of `_update`, on the same devices."""
     values: Any = {name: np.float32(value) for name, value in rates.items()}
     where = {name: state.opt_state.hyperparams[name].sharding for name in rates}
     rated = state.opt_state._replace(hyperparams=jax.device_put(values, where))
     return state._replace(opt_state=rated)
+
+
+def _check_finite(figures: Epoch, epoch: int) -> None:
+    """Raise `RunError` if an epoch diverged."""
+    # No loss shows what the last update did; its norm does.
+    if not np.isfinite(figures.loss + figures.moved):
+        raise RunError(f"fit: the loss of epoch {epoch} is not finite; give a lower learning_rate")
 
 
 def _figures(sums: np.ndarray) -> Epoch:

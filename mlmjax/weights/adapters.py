@@ -88,15 +88,40 @@ def save_adapter(
             "the model was not loaded from a folder or hub id that an adapter could point to; use "
             "save_pretrained, which saves it merged"
         )
+    tensors = _tensors_of(model, dtype)
+    values, base = _describe(model, adapter, origin)
+    with replace_folder(Path(path), EXPORT_FILES) as folder:
+        for file, table in ((ADAPTER_CONFIG, values), (ADAPTER_BASE, base)):
+            (folder / file).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        # safetensors makes files that only the owner can read, whatever the umask says.
+        shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER)
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for name, content in (({CARD: card} if card else {}) | dict(more_files or {})).items():
+            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def _tensors_of(model: Model, dtype: str) -> dict[str, np.ndarray]:
+    """Return what an adapter's file holds; raises `InputError` for values that are not finite."""
     has_head = isinstance(model, ModernBertForSequenceClassification)
-    named = {
-        name: _to_disk(name, np.asarray(value)).astype(dtype)
-        for name, value in parameters(model).items()
-        if name.endswith(ADAPTER_WEIGHTS) or (has_head and name.startswith("classifier."))
-    }
-    for name, value in named.items():
-        if not np.isfinite(value.astype(np.float32)).all():
-            raise InputError(f"{name}: holds values that are NaN or infinite; nothing was written")
+    found = {}
+    for name, value in parameters(model).items():
+        if name.endswith(ADAPTER_WEIGHTS) or (has_head and name.startswith("classifier.")):
+            tensor = _to_disk(name, np.asarray(value)).astype(dtype)
+            if not np.isfinite(tensor.astype(np.float32)).all():
+                raise InputError(
+                    f"{name}: holds values that are NaN or infinite; nothing was written"
+                )
+            found[PREFIX + name] = tensor
+    return found
+
+
+def _describe(
+    model: Model, adapter: AdapterConfig, origin: Origin
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the values of `adapter_config.json` and of `mlmjax_adapter.json`."""
+    has_head = isinstance(model, ModernBertForSequenceClassification)
     values = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if has_head else None,
@@ -114,17 +139,7 @@ def save_adapter(
     if has_head:
         base |= {"labels": list(model.config.id2label.values())}
         base |= {"problem_type": model.config.problem_type}
-    with replace_folder(Path(path), EXPORT_FILES) as folder:
-        for file, table in ((ADAPTER_CONFIG, values), (ADAPTER_BASE, base)):
-            (folder / file).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        tensors = {PREFIX + name: value for name, value in named.items()}
-        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
-        # safetensors makes files that only the owner can read, whatever the umask says.
-        shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-        for name, content in (({CARD: card} if card else {}) | dict(more_files or {})).items():
-            (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return values, base
 
 
 def read_base(folder: Path) -> Origin:

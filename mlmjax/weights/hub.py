@@ -100,13 +100,18 @@ def fetch(
     folder = download(name, revision, local_files_only, small)
     if not weights:
         return folder
-    files = sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists():
-        files = [ADAPTER]
+    files = _weight_files(folder)
     if not all((folder / file).exists() for file in files):
         # The folder of a snapshot is named by its commit, so both calls see the same version.
         folder = download(name, folder.name, local_files_only, files)
     return folder
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """Return the names of the files of weights, of a folder that has all other files."""
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / CONFIG).exists():
+        return [ADAPTER]
+    return sorted(set((weight_map(folder) or {}).values())) or [WEIGHTS]
 
 
 def packaged_folder(name: str) -> Path | None:

@@ -71,15 +71,20 @@ def test_chosen_parameters_are_the_only_ones_that_a_fit_changes(base, pair):
         classifier.fit(*examples(8), train=["nothing"])
 
 
-def test_a_fit_from_an_adapter_trains_all_or_says_so(base, tmp_path):
+def test_a_fit_from_an_adapter_goes_on_or_trains_all(base, tmp_path):
     fast = {**FAST, "epochs": 1}
     first = Classifier(base, LABELS, template=SHORT, adapter="lora").fit(*examples(16), **fast)
     first.save_pretrained(tmp_path / "adapter")
     whole = Classifier(tmp_path / "adapter").fit(*examples(16), **fast)
     whole.save_pretrained(tmp_path / "whole")
     assert (tmp_path / "whole" / "model.safetensors").exists()
-    with pytest.raises(InputError, match="the model has one already; give its base"):
-        Classifier(tmp_path / "adapter", adapter="lora").fit(*examples(16), **fast)
+    more = Classifier(tmp_path / "adapter", adapter="lora").fit(*examples(16), **fast)
+    more.save_pretrained(tmp_path / "more")
+    config = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base)
+    assert more.history_[-1]["loss"] < first.history_[-1]["loss"]
+    with pytest.raises(InputError, match="the model has one already, of rank 8 and alpha 16; give"):
+        Classifier(tmp_path / "adapter", adapter={"rank": 4}).fit(*examples(16), **fast)
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,7 @@ def test_what_cannot_be_saved_as_an_adapter(adapter, tmp_path):
     model, _ = load_pretrained(adapter)
     with pytest.raises(InputError, match="the model has one already"):
         with_adapter(model, AdapterConfig())
+    assert with_adapter(model, AdapterConfig(rank=3, alpha=5.0)) is model
     with pytest.raises(InputError, match="has no adapter to save"):
         save_adapter(merged(model), None, tmp_path / "x")
     provenance = model.config.provenance._replace(origin=None)

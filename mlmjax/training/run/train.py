@@ -99,15 +99,12 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                 config, checkpoints, step, identity, params, optimizer, mesh
             )
             del model, params
-
             stop.is_armed = True  # From here on a signal waits until the state is saved.
             with (
                 profiling(profile, out / "profile", step, config.steps) as trace,
-                closing(MetricsLog(out, step)) if is_first() else nullcontext() as log,
+                closing(_open_log(config, step)) if is_first() else nullcontext() as log,
                 RunDisplay(config.steps, step) as display,
             ):
-                if is_first():
-                    write_json(out / "config.json", config.model_dump(mode="json"))
                 loop = Loop(
                     config=config,
                     loaders=loaders,
@@ -128,10 +125,23 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
             with clock("checkpoint"), working("waiting for the checkpoint to be written"):
                 checkpoints.wait()
             report = _finish(loop, graphdef, state, tokenizer, history)
-    if is_first():
-        adapter = [f"adapter: {out / 'adapter'}"] if config.adapter else []
-        print("\n".join([*report_lines(report), *adapter, f"export: {out / 'export'}"]))
+    _print_report(config, report)
     return state
+
+
+def _print_report(config: RunConfig, report: dict[str, Any]) -> None:
+    """Print the report of a run and where its results are, on the first process."""
+    if is_first():
+        names = ["adapter", "export"] if config.adapter else ["export"]
+        where = [f"{name}: {Path(config.out) / name}" for name in names]
+        print("\n".join([*report_lines(report), *where]))
+
+
+def _open_log(config: RunConfig, step: int) -> MetricsLog:
+    """Write the configuration of a run that goes on from a step, and open its metrics."""
+    log = MetricsLog(Path(config.out), step)
+    write_json(Path(config.out) / "config.json", config.model_dump(mode="json"))
+    return log
 
 
 def _start_parameters(
