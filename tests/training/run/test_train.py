@@ -103,6 +103,7 @@ def test_the_losses_of_each_source_are_reported(folder, capsys):
     changes = {
         "out": str(out),
         "data__rows": str(folder / "rows-two"),
+        "data__validation_rows": 30,  # enough to hold out some of both
         "data__sources": [source | {"name": "questions"}, texts | {"name": "texts"}],
         "objective": {"mlm_share": 0.5, "masking": "whole_word"},
         "steps": 4,

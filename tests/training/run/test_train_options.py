@@ -299,7 +299,7 @@ def test_a_run_that_diverges_before_it_saves_fails_and_saves_nothing(
 
 def test_a_weighted_source_without_a_row_is_rejected(folder):
     # The hash of this prompt is low, so that it is held out.
-    (folder / "one.jsonl").write_text('{"prompt": "the color: red blue", "answer": "red"}\n')
+    (folder / "one.jsonl").write_text('{"prompt": "the color: green red", "answer": "red"}\n')
     sources = [
         {"path": str(folder / f"{name}.jsonl"), "prompt": "{prompt}", "answer": "answer"}
         for name in ("records", "one")
