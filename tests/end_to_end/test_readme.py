@@ -20,7 +20,7 @@ import mlmjax
 from mlmjax.cli import main
 from mlmjax.cli.commands import cli
 from mlmjax.config.data import SourceConfig
-from mlmjax.config.run import RunConfig, load_config, parse_config
+from mlmjax.config.run import AdapterConfig, RunConfig, load_config, parse_config
 from mlmjax.config.suite import Entry, Missing, Part, Suite
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.config.task import Task
@@ -51,6 +51,8 @@ def rows(table, prefix=""):
         kind = field.annotation
         if kind is Part or (table is Part and name in HUB):  # described by sentences
             continue
+        if kind == AdapterConfig | None:
+            kind = AdapterConfig
         if isinstance(kind, type) and issubclass(kind, StrictTable):
             yield from rows(kind, f"{prefix}{name}.")
             continue
