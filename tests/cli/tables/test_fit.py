@@ -192,3 +192,19 @@ def test_a_table_in_another_encoding_is_fitted_and_the_next_line_says_so(
     arguments = line.removeprefix("next: mlmjax ").replace("TABLE", "a.csv").split()
     assert main.run(arguments) == 0
     assert (tmp_path / "answers.csv").read_text(encoding="utf-8").count("\n") == 41
+
+
+def test_a_fit_that_learned_nothing_says_so_everywhere(word_folder, tmp_path, capsys):
+    table, out = write_table(tmp_path / "tickets.csv", labelled_rows(60)), tmp_path / "out"
+    given = ("--learning-rate", "1e-7", "--epochs", "1")
+    assert (
+        main.run(["fit", str(table), "--out", str(out), "--model", str(word_folder), *given]) == 0
+    )
+    printed, said = capsys.readouterr()
+    warning = json.loads((out / "report" / "results.json").read_text())["fit"]["warning"]
+    assert warning.startswith("the fit may have learned nothing: its loss on 48 training texts is ")
+    assert f"warning: {warning}" in said.splitlines()
+    assert f"warning: {warning}" in printed.splitlines()
+    assert "48 training rows: loss " in printed
+    page = (out / "report" / "report.html").read_text()
+    assert "<strong>Warning:</strong> the fit may have learned nothing" in page
