@@ -41,7 +41,6 @@ ATTRIBUTION = "ATTRIBUTION.md"
 TRAINED = 75  # paragraphs of each subject; training takes about a minute on two cores
 WATCHED_AT_MOST = 10  # of each subject after those, for the curve of the held-out loss
 FEWER = (8, 32)  # paragraphs of each subject, for the accuracy with fewer labels
-UPDATES = 40  # about, of a training with fewer paragraphs
 READ_BACK = 100  # paragraphs that the exported model answers too
 OWN_FILES = ("data", "run.toml", "subjects.toml", "rows", "run", "model", "report.html")
 PROMPT = "{text}\nSubject: [unused0] [MASK]"
@@ -96,7 +95,7 @@ def run_demo(
     methods = compare(source, labels, gold, zero_shot, predicted, by_head, by_words)
 
     say("\n5/6  the same with fewer labels")
-    efficiency = with_fewer_labels(methods, settings, source, train, test)
+    efficiency = with_fewer_labels(methods, settings, config, train, test)
 
     say("\n6/6  export, reload, compare")
     shown = [*SENTENCES, *texts[:READ_BACK]]
@@ -192,20 +191,20 @@ def first_of_each(pairs: Sequence[tuple[Any, str]], number: int) -> list[tuple[A
 def with_fewer_labels(
     methods: Sequence[Method],
     settings: Mapping[str, Any],
-    source: str,
+    config: RunConfig,
     train: tuple[list[str], list[str]],
     test: tuple[list[str], list[str]],
 ) -> list[Efficiency]:
     """Return the accuracy of model and TF-IDF with no labels, with a few, and with all of them.
 
-    `methods` are those of `compare`, and `settings` those of the training with all texts. With
-    fewer texts there are more epochs, so that there are about as many updates.
+    `methods` are those of `compare`, and `settings` and `config` those of the training with all
+    texts. With fewer texts there are more epochs, so that there are as many updates.
     """
-    labels = sorted(set(train[1]))
+    labels, source = sorted(set(train[1])), config.init_from or hub.PACKAGED
     points = [Efficiency(0, methods[2], methods[0])]
     for few in few_labels(*train, FEWER):
         texts, gold = map(list, zip(*few, strict=True))
-        epochs = max(1, round(UPDATES * settings["train_batch_size"] / len(texts)))
+        epochs = max(1, round(config.steps * settings["train_batch_size"] / len(texts)))
         ours = Classifier(
             source, labels, answer="words", template=PROMPT, **{**settings, "epochs": epochs}
         )
