@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlmjax.decisions.decider import AnyAnswer, Decider
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, RunError
 from mlmjax.serving.protocol import Asked, InvalidRequestError, Limits, RequestError
 
 log = logging.getLogger(__name__)
@@ -112,8 +112,10 @@ class Batcher:
                 for job in jobs:
                     self._answer([job])
                 return
-            if not isinstance(error, InputError):
-                log.exception("a request failed")
+            if isinstance(error, RunError):
+                log.error("a request failed: %s", error)
+            elif not isinstance(error, InputError):  # its message could hold texts
+                log.error("a request failed: %s", type(error).__name__)
             _settle(jobs[0], error)
             return
         for job, answers in zip(jobs, found, strict=True):
