@@ -22,9 +22,14 @@ from mlmjax.decisions.states import State, as_state
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics import label_sets
-from mlmjax.statistics.calibration import Calibration, temperature_calibration
+from mlmjax.statistics.calibration import (
+    Calibration,
+    abstention_threshold,
+    log_softmax,
+    temperature_calibration,
+)
 from mlmjax.storage import DECIDER, TRAINING, plain_file, read_json
-from mlmjax.text.checks import check_list, for_each_row
+from mlmjax.text.checks import check_list, check_share, for_each_row
 from mlmjax.weights import hub
 from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
@@ -217,6 +222,35 @@ class Decider:
             for kind in labelled.kinds()
         }
         self._learn(conformals={**self.settings.conformals, **found})
+        return self
+
+    def abstain(
+        self,
+        states: Iterable[Any],
+        questions: Mapping[str, Any],
+        answers: Iterable[Any],
+        *,
+        accuracy: float,
+        least: int = 10,
+    ) -> "Decider":
+        """Abstain from answers less probable than a limit found on right answers.
+
+        The limit (`settings.abstain_below`) is the lowest with which a share `accuracy` of the
+        other answers is right, and at least `least` are given. Returns the decider. Raises
+        `InputError` if there is no such limit.
+        """
+        if check_share(accuracy, "accuracy") == 0 or least < 1:
+            raise InputError(f"accuracy is {accuracy}, least {least}; expected more than 0")
+        labelled = read_labelled(states, questions, answers)
+        sure, right = [], []
+        for kind in labelled.kinds():
+            scores, gold = self._kind(labelled, kind, calibrated=True)
+            sure += np.exp(log_softmax(scores.astype(np.float64)).max(axis=1)).tolist()
+            right += (scores.argmax(axis=1) == gold).tolist()
+        limit = abstention_threshold(
+            np.array(sure), np.array(right), accuracy=accuracy, least=least
+        )
+        self._learn(abstain_below=limit)
         return self
 
     def decide_sets(

@@ -214,6 +214,27 @@ def test_calibration_is_by_kind_and_saved(word_decider, tmp_path):
         decider.decide_sets(texts[0], other)
 
 
+def test_a_limit_for_abstaining_is_found_on_right_answers(word_decider):
+    texts, asked, right, _ = labelled(60, seed=6)
+    found = list(word_decider.decide_many(texts, asked))
+    pairs = sorted(
+        (max(a["topic"].probabilities.values()), a["topic"].choice == b["topic"])
+        for a, b in zip(found, right, strict=True)
+    )
+    best = max(np.mean([hit for _, hit in pairs[at:]]) for at in range(51))
+    topics = [{"topic": one["topic"]} for one in right]
+    word_decider.abstain(texts, asked, topics, accuracy=best)
+    kept = [
+        a["topic"].choice == b["topic"]
+        for a, b in zip(word_decider.decide_many(texts, asked), right, strict=True)
+        if not a["topic"].abstains
+    ]
+    assert len(kept) >= 10
+    assert np.mean(kept) >= best - 1e-9
+    with pytest.raises(InputError, match="no threshold reaches"):
+        word_decider.abstain(texts, asked, topics, accuracy=min(1.0, best + 0.01), least=60)
+
+
 def test_a_kind_that_cannot_be_calibrated_is_left_alone(word_decider):
     texts, asked, _, _ = labelled(1, seed=4)
     best = word_decider.decide(texts[0], asked)["topic"].choice
