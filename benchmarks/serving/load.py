@@ -26,6 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the comparison is of CPUs
+
 WORDS = ["refund", "invoice", "card", "login", "password", "late", "broken", "order", "please"]
 WORDS += ["today", "never", "again"]
 CRITERIA = {f"option {n}": "a description" if n % 2 else None for n in range(6)}
@@ -64,7 +66,7 @@ def load(port, requests, clients):
         waiting.put(at)
 
     def run():
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1800)
         while True:
             try:
                 at = waiting.get_nowait()
