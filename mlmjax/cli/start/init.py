@@ -74,10 +74,11 @@ def make_run_file(kind: str, name: str, machine: Machine) -> tuple[str, RunConfi
         "excluded": _excluded_tasks(),
     }
     config = _decode(values)
+    model = describe_start(_with_a_length(config))  # none of the changes changes its parameters
     for change in _changes(config, machine):
         values |= change
         config = _decode(values)
-        if _fits(config, machine):
+        if _fits(config, model, machine):
             break
     return _text(values), config
 
@@ -97,11 +98,15 @@ def _changes(config: RunConfig, machine: Machine) -> list[dict[str, Any]]:
     return found
 
 
-def _fits(config: RunConfig, machine: Machine) -> bool:
+def _with_a_length(config: RunConfig) -> RunConfig:
+    """Return the configuration with steps, on which neither model nor memory depends."""
+    return apply_change(config.with_steps(1), {})
+
+
+def _fits(config: RunConfig, model: Any, machine: Machine) -> bool:
     """Tell by arithmetic whether the training step fits the devices."""
     sizes = sharding.mesh_shape(config.mesh, machine.devices)
-    config = apply_change(config.with_steps(1), {})
-    memory = estimate(config, describe_start(config), sizes)["training"]["memory"]
+    memory = estimate(_with_a_length(config), model, sizes)["training"]["memory"]
     return bool(memory["total"] <= machine.memory)
 
 

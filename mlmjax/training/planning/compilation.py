@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -261,8 +261,13 @@ def _load_tokenizer(config: RunConfig) -> Tokenizer:
     """Load the tokenizer of a run; that of a `PUBLISHED` model is packaged."""
     name = config.init_from
     if config.tokenizer is None and name in PUBLISHED and not Path(name).is_dir():
-        return Tokenizer.from_pretrained()
+        return _packaged_tokenizer()
     return load_tokenizer(config)
+
+
+@cache  # because a search for settings that fit needs it for each of them
+def _packaged_tokenizer() -> Tokenizer:
+    return Tokenizer.from_pretrained()
 
 
 def count_answers(config: RunConfig) -> int:
