@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.model.modernbert import (
         ModernBertForSequenceClassification as ModernBertForSequenceClassification,
     )
+    from mlmjax.model.modernbert import ModernBertModel as ModernBertModel
     from mlmjax.model.vocabulary import resize_token_embeddings as resize_token_embeddings
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
@@ -49,7 +50,11 @@ _NAMES = {
     "decisions.questions": ["Choice", "Score", "YesNo"],
     "evaluation.evaluate": ["run_evaluation"],
     "model.architecture": ["ModelConfig"],
-    "model.modernbert": ["ModernBertForMaskedLM", "ModernBertForSequenceClassification"],
+    "model.modernbert": [
+        "ModernBertForMaskedLM",
+        "ModernBertForSequenceClassification",
+        "ModernBertModel",
+    ],
     "model.vocabulary": ["resize_token_embeddings"],
     "scoring.fill_mask": ["fill_mask"],
     "scoring.likelihood": ["pseudo_log_likelihood"],

@@ -72,6 +72,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         where they are used. None: a general prompt.
     instruction : str, default=None
         The first sentence of the prompt. None: a general instruction.
+    anchor : str, default=None
+        The token before the mask of a prompt, which templates call `[unused0]`; "none" for no
+        token. None: the one that the tokenizer names, else `[unused0]` if it has it, else none.
     examples : list of (text, label), default=None
         Few-shot examples. Each prompt shows as many as fit, in turns of their labels. None: no
         examples.
@@ -387,6 +390,7 @@ def classifier_card(
         labels=shown,
         multi_label=settings.multi_label,
         prompt=settings.template,
+        anchor=settings.anchor,
         head=settings.head == "classification",
         recipe=recipe,
         base=_base_of(model),

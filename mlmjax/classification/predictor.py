@@ -64,6 +64,7 @@ class Predictor:
     answer: Answer | None = None
     template: Template | str | None = None
     instruction: str | None = None
+    anchor: str | None = None
     examples: Sequence[tuple[str, Any]] | None = None
     orders: int | Literal["all"] | None = None
     long_text: LongText | None = None
@@ -365,6 +366,9 @@ class Predictor:
                 f"source is {self.source!r:.60}; expected a folder, a hub id, or a pair "
                 "(model, tokenizer)"
             )
+        anchor = self.anchor or (None if saved is None else saved.anchor)
+        if anchor is not None:
+            tokenizer = tokenizer.with_anchor(anchor)
         settings = settle(vars(self), saved, model, tokenizer, seen=seen)
         has_head = isinstance(model, ModernBertForSequenceClassification)
         if settings.head == "classification" and not has_head and seen is None:

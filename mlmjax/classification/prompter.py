@@ -20,7 +20,7 @@ from mlmjax.statistics import option_orders
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.text.prompts import Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import Verbalizer, option_names, usable_option_names
+from mlmjax.text.verbalizer import Verbalizer, option_names, surface, usable_option_names
 
 YES_NO = ("yes", "no")
 OPTIONAL = ("examples",)
@@ -106,11 +106,12 @@ class Prompter:
         if not is_plain or settings.answer == "continuation" or self.size < len(self.names):
             return None
         row = {"options": list(self.shown), "examples": "", "text": PROBE}
-        parts = scorer.template.around("text", row)
+        parts = scorer.template.around("text", row, scorer.tokenizer)
         read = scorer.tokenizer.backend.encode(PROBE.join(parts)).ids
         if read != scorer.template.render(scorer.tokenizer, row, scorer.max_length).ids:
             return None
-        return parts, dict(zip(self.names, [f" {name}" for name in scorer.labels], strict=False))
+        forms = [surface(name, scorer.tokenizer) for name in scorer.labels]
+        return parts, dict(zip(self.names, forms, strict=False))
 
     @cached_property
     def size(self) -> int:
@@ -313,7 +314,8 @@ class Prompter:
             return None
         if self.own_names:
             return wanted
-        return option_names(len(names), self.scorer.template.names)[names.index(wanted)]
+        template, tokenizer = self.scorer.template, self.scorer.tokenizer
+        return option_names(len(names), template.names, tokenizer)[names.index(wanted)]
 
     def _pooled(self, query: Query, scores: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
         """Pool a query's `(shift, scores)`: first over windows, then over orders."""
@@ -363,7 +365,8 @@ def draw_options(
 def make_template(settings: Settings) -> Template:
     """Return the template; raises `InputError` if its fields do not suit the settings."""
     slot = settings.head == "mlm"
-    template = Template(settings.template, slot=slot, names=settings.names)
+    anchor = settings.anchor if slot else None
+    template = Template(settings.template, slot=slot, names=settings.names, anchor=anchor)
     needed = {"text", "label"} if settings.multi_label else {"text"}
     allowed = needed if settings.head == "classification" else needed | {"options", "examples"}
     fields = set(template.fields)
@@ -402,4 +405,5 @@ def make_scorer(
                 f"labels: the tokenizer has no two option names of one token ({template.names}); "
                 "give answer='words' or another tokenizer"
             )
-    return Scorer(*parts, Verbalizer.words(names), **options, optional=OPTIONAL)
+    words = Verbalizer.words(names, tokenizer=parts[1])
+    return Scorer(*parts, words, **options, optional=OPTIONAL)

@@ -32,7 +32,7 @@ def group_size(
     """
     labels = len(shown)
     names = len(usable_option_names(template.names, tokenizer, labels))
-    lines = [option_lines([text], template.names) for text in shown]
+    lines = [option_lines([text], template.names, tokenizer) for text in shown]
     tokens = np.array([len(ids) + 1 for ids in tokenizer.encode_plain_batch(lines)])
     empty: dict[str, Any] = (
         dict.fromkeys(template.fields, "") | {"options": []} | dict(fields or {})

@@ -12,7 +12,11 @@ from mlmjax.config.data import ShortenSide
 from mlmjax.config.run import Head
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
+from mlmjax.model.modernbert import (
+    Model,
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+)
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
 from mlmjax.text.checks import (
@@ -24,7 +28,7 @@ from mlmjax.text.checks import (
     is_listing,
 )
 from mlmjax.text.prompts import Template
-from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.tokenizer import ANCHOR, NO_ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, Verbalizer, usable_option_names
 
 LongText = Literal["shorten", "mean", "max"]
@@ -39,6 +43,8 @@ LABEL_INSTRUCTION = (
 )
 NAME_INSTRUCTION = "You will be given a text. Read it carefully and name its label."
 ASK = "Answer: [unused0] [MASK]"
+ASKS = (ASK, "Answer: [unused0][MASK]", "Answer:[MASK]")
+"""The ends of usual prompts; which one depends on the tokenizer."""
 
 
 class Settings(StrictTable):
@@ -46,11 +52,13 @@ class Settings(StrictTable):
 
     `reason` says why `answer` was chosen; None if it was given.
     `ids` says whose ids the prompts have: those of transformers, or (in settings that do not say)
-    those of version 0.1, which differ for some tokenizers.
+    those of version 0.1, which differ for some tokenizers. `anchor` is the token before the mask
+    ("none": no token) if it is not `[unused0]`.
     """
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
     ids: Literal["0.1", "transformers"] = "0.1"
+    anchor: str | None = None
     labels: Mapping[str, str]
     template: str
     shorten: Mapping[str, ShortenSide] = {}
@@ -131,7 +139,8 @@ def settle(
     the answers `seen` in training, or else from the model's head. Raises `InputError` for settings
     that do not go together.
     """
-    has_head = isinstance(model, ModernBertForSequenceClassification)
+    has_head = not isinstance(model, ModernBertForMaskedLM)
+    has_labels = isinstance(model, ModernBertForSequenceClassification)
     if saved is None:
         values = {name: field.default for name, field in Settings.model_fields.items()}
         values["head"] = "classification" if has_head else "mlm"
@@ -141,19 +150,22 @@ def settle(
     values |= {name: given[name] for name in PLAIN if given[name] is not None}
     if has_head and values["head"] == "mlm":
         raise InputError(
-            "head is 'mlm', but a ModernBertForSequenceClassification has no masked-language-model "
+            f"head is 'mlm', but a {type(model).__name__} has no masked-language-model "
             "head to answer with; leave head out, or give a ModernBertForMaskedLM"
         )
     labels = given["labels"] if given["labels"] is not None else saved.labels if saved else None
     if labels is None and seen is not None:
         labels = seen_labels(seen, values["multi_label"])
-    if labels is None and has_head:
+    if labels is None and has_labels:
         labels = list(model.config.id2label.values())
     if labels is None:
         raise InputError(
             "the classifier has no labels; give labels (--labels on the command line), or call fit "
             "first"
         )
+    values["anchor"] = None
+    if values["head"] == "mlm" and tokenizer.anchor != ANCHOR:
+        values["anchor"] = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
     values["labels"] = label_table(labels)
     values["examples"] = _examples(given["examples"], saved, values)
     values |= _answer(given, saved, values, tokenizer)
@@ -178,7 +190,7 @@ def suitable_answer(labels: Mapping[str, str], tokenizer: Tokenizer) -> tuple[An
     if any(labels.values()):
         return "letters", "only a list of options shows the descriptions of labels"
     try:
-        Verbalizer.words(list(labels)).ids(tokenizer)
+        Verbalizer.words(list(labels), tokenizer=tokenizer).ids(tokenizer)
     except InputError:
         return "letters", "not every label is one token of its own"
     return "words", "each label is one token of its own"
@@ -212,8 +224,18 @@ def _answer(
     return {"answer": answer, "reason": reason}
 
 
-def default_template(values: Mapping[str, Any]) -> str:
-    """Return the prompt of settings that were given none of their own."""
+def ask_for(tokenizer: Tokenizer) -> str:
+    """Return the end of a usual prompt: no space before a mask that does not include it.
+
+    In training a mask stood in place of a token that begins with that space.
+    """
+    if tokenizer.mask_id in tokenizer.lstrip_ids:
+        return ASK
+    return ASKS[2 if tokenizer.anchor is None else 1]
+
+
+def default_template(values: Mapping[str, Any], ask: str = ASK) -> str:
+    """Return the prompt of settings that were given none of their own; `ask` is its end."""
     instruction, shots = values["instruction"], bool(values["examples"])
     if values["head"] == "classification":
         return "{text}" if instruction is None else f"{_literal(instruction)}\n{{text}}"
@@ -228,7 +250,7 @@ def default_template(values: Mapping[str, Any]) -> str:
         middle = f"CHOICES:\n{{options}}\n{examples}TEXT:\n{{text}}\nANSWER:\n"
     else:
         usual, middle = INSTRUCTION, "TEXT:\n{text}\nCHOICES:\n{options}\nANSWER:\n"
-    return f"{_literal(instruction or usual)}\n{middle}{ASK}"
+    return f"{_literal(instruction or usual)}\n{middle}{ask}"
 
 
 def _literal(text: str) -> str:
@@ -270,7 +292,8 @@ def _template(
     tokenizer: Tokenizer,
 ) -> dict[str, Any]:
     """Return the prompt's text, the fields it may shorten, and the names of its options."""
-    usual = default_template(values)
+    ask = ask_for(tokenizer)
+    usual = default_template(values, ask)
     own: str | None = None
     shorten: Mapping[str, Any] = {"text": "tail"}
     names: OptionNames = "letters"
@@ -281,7 +304,7 @@ def _template(
         own = template
     elif saved is not None:
         shorten = saved.shorten
-        if saved.template != default_template(dict(saved)):
+        if saved.template not in {default_template(dict(saved), end) for end in ASKS}:
             own, names = saved.template, saved.names
     if own is not None and given["instruction"] is not None:
         raise InputError(

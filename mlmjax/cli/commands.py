@@ -31,6 +31,11 @@ _dtype = click.option(
     show_default=True,
     help="Precision that the model computes in.",
 )
+_anchor = click.option(
+    "--anchor",
+    metavar="TOKEN",
+    help='Token before the mask of a prompt, or "none" (default: the tokenizer\'s own).',
+)
 _batch_size = click.option("--batch-size", type=_positive, help="Rows of one forward pass.")
 
 
@@ -245,6 +250,7 @@ def plan(
     help="Measure order sensitivity on N rows (asks each again with up to 3 other orders of its "
     "options); 0 turns it off.",
 )
+@_anchor
 @_json
 @click.pass_context
 def evaluate(context: click.Context, /, **given: Any) -> None:
@@ -256,7 +262,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
-        _reject(context, "a task", "protocol", "order_rows", "as_json", "encoding")
+        _reject(context, "a task", "protocol", "order_rows", "anchor", "as_json", "encoding")
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
@@ -347,6 +353,8 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     task.under(given["protocol"])  # an unknown name raises an error before anything is loaded
     check_devices()
     loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
+    if given["anchor"] is not None:
+        loaded = loaded[0], loaded[1].with_anchor(given["anchor"])
     report_packaged(not given["models"])
     folder = fetch(model, revision=given["revision"], local_files_only=True)
     known = contamination(task, given["data"], read_training_manifest(folder))
@@ -416,6 +424,7 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @click.option(
     "--drop-label", "drop_labels", multiple=True, metavar="LABEL", help="Leave out its rows."
 )
+@_anchor
 @_revision
 @_dtype
 @_json
@@ -450,6 +459,7 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
 @_revision
 @_dtype
 @_batch_size
+@_anchor
 @click.option("--text", metavar="COLUMN", help="FILE is a table; the column of its texts.")
 @click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
 @click.option("--out", metavar="FILE", help="Write a .jsonl, .csv or .parquet file.")

@@ -214,7 +214,8 @@ class RunConfig(StrictTable):
 
     Its length is `steps` updates, or `epochs` passes over the prepared training rows.
     `head = "classification"` trains a linear layer over the pooled text instead of the MLM head:
-    on the labels of the sources, or, without labels, on the answer as a number.
+    on the labels of the sources, or, without labels, on the answer as a number. `anchor` names the
+    token before the mask of a prompt ("none": no token; default: that of the tokenizer).
     """
 
     out: Place
@@ -226,6 +227,7 @@ class RunConfig(StrictTable):
     revision: Name | None = None
     model: Mapping[str, Any] | None = None
     tokenizer: Place | None = None
+    anchor: Name | None = None
     head: Head = "mlm"
     parallel: Literal["pjit", "pmap"] = "pjit"
     dtype: Literal["float32", "bfloat16"] = "float32"

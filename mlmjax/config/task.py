@@ -14,6 +14,7 @@ from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError, MissingColumnError
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
+from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, option_names
 
 Cleaning = Literal["newsgroup"]
@@ -77,6 +78,7 @@ class Task(StrictTable):
     `normalize`, `drop_labels`, `blank`, `csv` and `encoding` mean what they mean in a source of
     training data. With `ordered` the labels are levels from low to high. `probabilities` says over
     what they sum to 1; `normalize` may hold its value instead of rules.
+    `anchor` names the token before `[MASK]` ("none": no token; default: that of the tokenizer).
     """
 
     name: str
@@ -89,6 +91,7 @@ class Task(StrictTable):
     split: str = "test"
     revision: str | None = None
     prompt: str
+    anchor: Name | None = None
     shorten: Mapping[str, ShortenSide] = {}
     head_prompt: str | None = None
     columns: Mapping[str, Column] = {}
@@ -145,7 +148,7 @@ class Task(StrictTable):
         for protocol in (Protocol(), *self.protocols.values()):
             prompt = self.prompt if protocol.prompt is None else protocol.prompt
             shorten = self.shorten if protocol.shorten is None else protocol.shorten
-            named = set(Template(prompt, shorten=dict(shorten)).fields)
+            named = set(Template(prompt, shorten=dict(shorten), anchor=self.anchor).fields)
             own = named - {"options"}
             if not own and self.options is None:
                 raise ValueError("prompt names no field of the row, such as {text}")
@@ -261,13 +264,17 @@ class Task(StrictTable):
         """Return the template of a task made by `for_head`."""
         return Template(self.prompt, shorten=dict(self.shorten), slot=False)
 
-    def verbalizer_for(self, label_count: int) -> Verbalizer:
-        """Return the verbalizer of the first `label_count` labels (or options)."""
+    def template(self) -> Template:
+        """Return the template of the prompt."""
+        return Template(self.prompt, shorten=dict(self.shorten), anchor=self.anchor)
+
+    def verbalizer_for(self, label_count: int, tokenizer: Tokenizer | None = None) -> Verbalizer:
+        """Return the verbalizer of the first `label_count` labels (or options) in a tokenizer."""
         labels = (self.label_names or option_names(label_count))[:label_count]
         if self.verbalizer == "letters":
-            return Verbalizer.letters(labels, bare=self.bare)
+            return Verbalizer.letters(labels, bare=self.bare, tokenizer=tokenizer)
         if self.verbalizer == "words":
-            return Verbalizer({n: [f" {n}", n] if self.bare else [f" {n}"] for n in labels})
+            return Verbalizer.words(labels, bare=self.bare, tokenizer=tokenizer)
         assert isinstance(self.verbalizer, Mapping)
         return Verbalizer({name: list(self.verbalizer[name]) for name in labels})
 
@@ -282,7 +289,8 @@ def _check_normalize(normalize: Any, probabilities: str | None) -> None:
 
 @lru_cache(maxsize=32)
 def _row_fields(prompt: str) -> tuple[str, ...]:
-    return tuple(name for name in Template(prompt).fields if name != "options")
+    # Whether there is an anchor changes no field.
+    return tuple(name for name in Template(prompt, anchor=NO_ANCHOR).fields if name != "options")
 
 
 def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 from mlmjax.classification.context import JOINT, windows_of
 from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
-from mlmjax.classification.settings import LongText
+from mlmjax.classification.settings import LongText, ask_for
 from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
 from mlmjax.decisions.states import Shown, State
@@ -20,14 +20,14 @@ from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.options import TOKENS, OptionScorer
 from mlmjax.statistics import option_orders
 from mlmjax.text.prompts import Prompt, Template, option_lines
-from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import usable_option_names
+from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
+from mlmjax.text.verbalizer import surface, usable_option_names
 
 Way = Literal["letters", "words"]
 PROMPT = (
     "You will be given a text and a question about it. Read the text carefully and select the "
     "right answer.\nTEXT:\n{text}\nQUESTION:\n{question}\n{choices}"
-    "ANSWER:\nAnswer: [unused0] [MASK]"
+    "ANSWER:\n"
 )
 CHOICES = "CHOICES:\n"
 LEAST_ROOM = 16
@@ -87,7 +87,9 @@ class Asker:
     ):
         self.answer, self.long_text = answer, long_text
         self.shifts = None if orders == "all" else orders
-        template = Template(PROMPT, shorten={"text": "tail"})
+        anchor = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
+        prompt = PROMPT + ask_for(tokenizer)
+        template = Template(prompt, shorten={"text": "tail"}, anchor=anchor)
         self.scorer = OptionScorer(
             model,
             tokenizer,
@@ -100,7 +102,9 @@ class Asker:
         names = usable_option_names("letters", tokenizer, MOST_OPTIONS)
         if len(names) < 2:
             raise InputError("the tokenizer has no two letters of one token; use another tokenizer")
-        self.letters = [ids[0] for ids in tokenizer.encode_plain_batch([f" {n}" for n in names])]
+        self.letters = [
+            ids[0] for ids in tokenizer.encode_plain_batch([surface(n, tokenizer) for n in names])
+        ]
         self._layouts = lru_cache(maxsize=512)(self._lay_out)
 
     def layout(self, question: Question) -> Layout:
@@ -254,7 +258,7 @@ class Asker:
         """Return the fields of a prompt about a question, and the tokens of its options."""
         shown = [layout.shown[i] for i in order]
         if layout.tokens is None:
-            choices = f"{CHOICES}{option_lines(shown)}"
+            choices = f"{CHOICES}{option_lines(shown, tokenizer=self.scorer.tokenizer)}"
             tokens = self.letters[: len(shown)]
         else:
             # Words say what they mean, so only descriptions need a list.
@@ -322,7 +326,7 @@ class Asker:
         tokenizer = self.scorer.tokenizer
         if not all(word.strip() for word in words):
             return None
-        encoded = tokenizer.encode_plain_batch([f" {word}" for word in words])
+        encoded = tokenizer.encode_plain_batch([surface(word, tokenizer) for word in words])
         tokens = [ids[0] for ids in encoded if len(ids) == 1]
         is_usable = len(set(tokens)) == len(words) and not tokenizer.special_ids & set(tokens)
         return tuple(tokens) if is_usable else None

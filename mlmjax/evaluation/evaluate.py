@@ -23,7 +23,6 @@ from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
 from mlmjax.statistics.option_orders import order_sensitivity
 from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
-from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 
 
@@ -143,8 +142,8 @@ def make_scorer(
         head.check_labels(task.label_names, f"task {task.name}")
         return head
     label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
-    template = Template(task.prompt, shorten=dict(task.shorten))
-    verbalizer = task.verbalizer_for(label_count)
+    template = task.template()
+    verbalizer = task.verbalizer_for(label_count, tokenizer)
     options |= {"normalize": task.scored_over, "optional": task.blank}
     return Scorer(model, tokenizer, template, verbalizer, **options)
 

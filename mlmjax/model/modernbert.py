@@ -1,4 +1,4 @@
-"""The two models: one encoder with a head for words, and one with a head for labels."""
+"""The models: an encoder alone, with a head for words, and with a head for labels."""
 
 import math
 import zlib
@@ -23,15 +23,14 @@ from mlmjax.parallel.sharding import leaf_path, named_leaves
 
 
 @suggest_keywords
-class _ModernBert(nnx.Module):
-    """An encoder and the head before the last product, which both models share."""
+class ModernBertModel(nnx.Module):
+    """The encoder without a head, such as an embedding model is."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any):
         """Draw parameters with `rngs`; `options` are those of `encoder.Options`."""
         self.config = config
         self.options = Options(**options)
         self.model = Encoder(config, self.options, rngs)
-        self.head = PredictionHead(config, rngs)
 
     @property
     def dtype(self) -> Any:
@@ -50,6 +49,14 @@ class _ModernBert(nnx.Module):
         return self.model(
             input_ids, segment_ids, position_ids, output_hidden_states=output_hidden_states
         )
+
+
+class _ModernBert(ModernBertModel):
+    """An encoder and the head before the last product, which both models with a head share."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, **options: Any):
+        super().__init__(config, rngs=rngs, **options)
+        self.head = PredictionHead(config, rngs)
 
 
 @suggest_keywords
@@ -168,9 +175,10 @@ def _make_classifier(config: ModelConfig, rngs: nnx.Rngs) -> Linear:
 ADAPTER_WEIGHTS = (".lora_A.weight", ".lora_B.weight")
 """How the names of an adapter's matrices end."""
 
-Model = ModernBertForMaskedLM | ModernBertForSequenceClassification
+Model = ModernBertForMaskedLM | ModernBertForSequenceClassification | ModernBertModel
 CLASSES: dict[str, type[Model]] = {
-    cls.__name__: cls for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification)
+    cls.__name__: cls
+    for cls in (ModernBertForMaskedLM, ModernBertForSequenceClassification, ModernBertModel)
 }
 SINGLE_LABEL: Literal["single_label_classification"] = "single_label_classification"
 
@@ -212,16 +220,21 @@ def with_classifier(
 ) -> ModernBertForSequenceClassification:
     """Return a classification model of these labels with the encoder and the head of `model`.
 
-    The decoder of a masked language model is dropped, and `seed` draws a new last layer. A
+    The decoder of a masked language model is dropped, and `seed` draws a new last layer, and a new
+    head if the model has none. A
     classification model of exactly these labels keeps its last layer. Raises `InputError` for one
     of other labels.
     """
     config = labelled_config(model.config, labels)
     values = parameters(model)
-    if isinstance(model, ModernBertForMaskedLM):
+    if not isinstance(model, ModernBertForSequenceClassification):
         with jax.transfer_guard("allow"):  # Flax moves its seed and constants implicitly.
-            drawn = parameters(_make_classifier(config, nnx.Rngs(seed)))
-        values |= {f"classifier.{name}": leaf for name, leaf in drawn.items()}
+            rngs = nnx.Rngs(seed)
+            drawn = parameters(_make_classifier(config, rngs))
+            values |= {f"classifier.{name}": leaf for name, leaf in drawn.items()}
+            if not isinstance(model, _ModernBert):
+                drawn = parameters(PredictionHead(config, rngs))
+                values |= {f"head.{name}": leaf for name, leaf in drawn.items()}
     elif model.config.id2label != config.id2label:
         have, want = (
             ", ".join(map(repr, one.id2label.values()))[:200] for one in (model.config, config)

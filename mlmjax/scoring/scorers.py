@@ -29,7 +29,11 @@ def check_masked_lm(model: Any) -> None:
     """Raise `InputError` for a model that cannot predict masked tokens."""
     if not isinstance(model, ModernBertForMaskedLM):
         kind = type(model).__name__
-        raise InputError(f"a {kind} has no masked-language-model head; give ModernBertForMaskedLM")
+        able = "; it can be given a classification head, which fit or train then trains"
+        raise InputError(
+            f"a {kind} has no masked-language-model head; give ModernBertForMaskedLM"
+            + (able if kind == "ModernBertModel" else "")
+        )
 
 
 def check_finite(log_probs: np.ndarray) -> None:

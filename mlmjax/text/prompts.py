@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.text.checks import check_fields, check_text, for_each_row, name_rows
-from mlmjax.text.tokenizer import ANCHOR, Tokenizer
+from mlmjax.text.tokenizer import ANCHOR, NO_ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, option_names
 
 # Unicode's White_Space, which a token with lstrip or rstrip includes (str.isspace differs).
@@ -58,6 +58,10 @@ class Template:
     option (`- 1: text` with `names="numbers"`), last newline included. A line inside a field or an
     option is only text, even if it looks like an option. One field may be blank, but not all.
 
+    `[unused0]` stands for the anchor of the tokenizer, whatever its name is. If the tokenizer has
+    none, it is left out with the white space after it. `anchor` names another token, which the
+    template may write by that name, or "none": then `[MASK]` may follow anything.
+
     With `slot=False`, for the classification head, a prompt has no `[MASK]` and no anchor, and its
     slot is -1.
 
@@ -68,6 +72,7 @@ class Template:
     shorten: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     slot: bool = field(default=True, kw_only=True)
     names: OptionNames = field(default="letters", kw_only=True)
+    anchor: str | None = field(default=None, kw_only=True)
     fields: tuple[str, ...] = field(init=False, compare=False)
     _parts: tuple[_Part, ...] = field(init=False, repr=False, compare=False)
 
@@ -75,8 +80,9 @@ class Template:
         check_text(self.text, "template")
         if not isinstance(self.shorten, Mapping):
             raise InputError(f"shorten: is {self.shorten!r:.60}; expected field -> side")
-        own = list(_parse(self.text))
-        parts = _with_slot(own) if self.slot else _without_slot(own)
+        own = list(_parse(self.text, self.anchor))
+        has_anchor = self.anchor != NO_ANCHOR
+        parts = _with_slot(own, has_anchor) if self.slot else _without_slot(own)
         names = tuple(dict.fromkeys(part.name for part in parts if isinstance(part, _Field)))
         for name, side in self.shorten.items():
             if name == _OPTIONS or name not in names:
@@ -92,30 +98,39 @@ class Template:
         """Return how often the template uses a field."""
         return sum(part == _Field(name) for part in self._parts)
 
-    def around(self, name: str, row: Mapping[str, Any]) -> list[str]:
+    def around(
+        self, name: str, row: Mapping[str, Any], tokenizer: Tokenizer | None = None
+    ) -> list[str]:
         r"""Return the texts of a prompt before, between and after the places of a field.
 
-        Joined by the text of the field they are the whole prompt, with special tokens as text.
+        Joined by the text of the field they are the whole prompt, with special tokens as text, by
+        the names that they have in `tokenizer` (default: in ModernBERT).
 
         >>> Template("Is it good?\n{text}").around("text", {})
         ['Is it good?\n', ' [unused0] [MASK]']
         """
         pieces = [""]
-        for part in self._parts:
+        parts: Sequence[_Part] = self._parts
+        if tokenizer is not None:
+            tokenizer = self._own(tokenizer)
+            parts = self._parts_for(tokenizer)
+        for part in parts:
             if part == _Field(name):
                 pieces.append("")
             elif isinstance(part, _Field):
                 value = row[part.name]
-                pieces[-1] += option_lines(value, self.names) if part.name == _OPTIONS else value
+                pieces[-1] += (
+                    option_lines(value, self.names, tokenizer) if part.name == _OPTIONS else value
+                )
             else:
-                pieces[-1] += part if isinstance(part, str) else part.name
+                pieces[-1] += part if isinstance(part, str) else _name_of(part, tokenizer)
         return pieces
 
     def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
         """Return the number of tokens of a prompt before truncation; fields may be blank."""
         texts = {name: row.get(name) or "" for name in self.fields}
         if _OPTIONS in self.fields:
-            texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names)
+            texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names, tokenizer)
         return len(self._assemble(tokenizer, [texts])[0])
 
     def encode(
@@ -131,7 +146,7 @@ class Template:
         Raises `InputError` that names a field that is missing or not text, for a row whose fields
         are all blank, and for a prompt that does not fit even after truncation.
         """
-        texts = self._texts(row)
+        texts = self._texts(row, tokenizer)
         return self._fit(tokenizer, texts, self._assemble(tokenizer, [texts])[0], max_length)
 
     def render_batch(
@@ -146,29 +161,51 @@ class Template:
         Raises `InputError` that names, by `names` or its number, every row that `render` rejects.
         """
         names = [name for name, _ in name_rows(rows)] if names is None else list(names)
-        texts = for_each_row(self._texts, zip(names, rows, strict=True))
+        texts = for_each_row(lambda row: self._texts(row, tokenizer), zip(names, rows, strict=True))
         encoded = zip(texts, self._assemble(tokenizer, texts), strict=True)
         return for_each_row(
             lambda one: self._fit(tokenizer, one[0], one[1], max_length),
             zip(names, encoded, strict=True),
         )
 
-    def _texts(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def _texts(self, row: Mapping[str, Any], tokenizer: Tokenizer) -> dict[str, str]:
         """Return the text of every field of the template, options as lines."""
         check_fields(row, self.fields)
         given = [row[name] if name != _OPTIONS else "".join(row[name]) for name in self.fields]
         if given and not any(text.strip() for text in given):
             raise InputError(f"field {', '.join(map(repr, self.fields))} is blank; expected text")
         return {
-            name: option_lines(row[name], self.names) if name == _OPTIONS else row[name]
+            name: option_lines(row[name], self.names, tokenizer) if name == _OPTIONS else row[name]
             for name in self.fields
         }
 
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Return the ids of many rows before truncation, outer tokens included."""
-        parts = [_id_of(p, tokenizer) if isinstance(p, _Token) else p for p in self._parts]
+        tokenizer = self._own(tokenizer)
+        parts = [
+            _id_of(part, tokenizer) if isinstance(part, _Token) else part
+            for part in self._parts_for(tokenizer)
+        ]
         filled = [[row[p.name] if isinstance(p, _Field) else p for p in parts] for row in rows]
         return [tokenizer.wrap(ids) for ids in tokenizer.encode_parts_batch(filled)]
+
+    def _own(self, tokenizer: Tokenizer) -> Tokenizer:
+        return tokenizer if self.anchor is None else tokenizer.with_anchor(self.anchor)
+
+    def _parts_for(self, tokenizer: Tokenizer) -> Sequence[_Part]:
+        """Return the parts; without the anchor, and white space after it, if there is none."""
+        anchor = _Token(ANCHOR)
+        if anchor not in self._parts or tokenizer.find_anchor() is not None:
+            return self._parts
+        parts: list[_Part] = []
+        previous: _Part | None = None
+        for part in self._parts:
+            if isinstance(part, str) and previous == anchor:
+                parts.append(part.lstrip(WHITE_SPACE))
+            elif part != anchor:
+                parts.append(part)
+            previous = part
+        return parts
 
     def _fit(
         self, tokenizer: Tokenizer, texts: dict[str, str], ids: list[int], max_length: int
@@ -217,7 +254,7 @@ class Template:
         )
 
 
-def _parse(text: str) -> Iterator[_Part]:
+def _parse(text: str, anchor: str | None) -> Iterator[_Part]:
     """Yield the template's literal texts, fields and special tokens, in order."""
     literal, end = "", 0
     for match in _BRACES.finditer(text):
@@ -237,19 +274,24 @@ def _parse(text: str) -> Iterator[_Part]:
                 f"template: {match[0]!r} at character {match.start() + 1} is not a field; "
                 "expected a plain name, such as {text}"
             )
-        yield from _literals(literal)
+        yield from _literals(literal, anchor)
         yield _Field(name)
         literal = ""
-    yield from _literals(literal + text[end:])
+    yield from _literals(literal + text[end:], anchor)
 
 
-def _literals(text: str) -> Iterator[str | _Token]:
-    for piece in _SPECIAL.split(text):
+def _literals(text: str, anchor: str | None) -> Iterator[str | _Token]:
+    """Split a text at its special tokens; the anchor may have a name of its own."""
+    special = _SPECIAL
+    if anchor is not None and anchor not in (NO_ANCHOR, *_TOKENS):
+        special = re.compile(f"({re.escape(anchor)}|{_SPECIAL.pattern[1:]}")
+    for piece in special.split(text):
         if piece:
-            yield _Token(piece) if piece in _TOKENS else piece
+            own = ANCHOR if piece == anchor != NO_ANCHOR else piece
+            yield _Token(own) if own in _TOKENS else piece
 
 
-def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
+def _with_slot(parts: list[_Part], has_anchor: bool) -> tuple[_Part, ...]:
     """Append anchor and mask if there is no mask, and check the pair."""
     anchor, mask = _Token(ANCHOR), _Token(MASK)
     if mask in parts:
@@ -257,14 +299,14 @@ def _with_slot(parts: list[_Part]) -> tuple[_Part, ...]:
             raise InputError(
                 f"template: has {parts.count(mask)} {MASK}; expected one, directly after {ANCHOR}"
             )
-        if anchor not in _without_space(parts[: parts.index(mask)])[-1:]:
+        if has_anchor and anchor not in _without_space(parts[: parts.index(mask)])[-1:]:
             raise InputError(
                 f"template: {MASK} is not directly after {ANCHOR}; write {ANCHOR} {MASK}, or leave "
                 "both out to append them"
             )
         return tuple(parts)
     space = [] if _ends_in_space(parts) else [" "]
-    if anchor in _without_space(parts)[-1:]:
+    if not has_anchor or anchor in _without_space(parts)[-1:]:
         return (*parts, *space, mask)
     return (*parts, *space, anchor, " ", mask)
 
@@ -275,14 +317,19 @@ def _ends_in_space(parts: list[_Part]) -> bool:
 
 def _id_of(token: _Token, tokenizer: Tokenizer) -> int:
     """Return the id of a special token; raises `InputError` if the tokenizer has none."""
-    if token.name == ANCHOR:
-        return tokenizer.require_anchor()
     number: int | None = getattr(tokenizer, _TOKENS[token.name])
     if number is None:
         raise InputError(
             f"template: has {token.name}, which {tokenizer.where} does not have; leave it out"
         )
     return number
+
+
+def _name_of(token: _Token, tokenizer: Tokenizer | None) -> str:
+    """Return the text of a special token in a tokenizer that has it."""
+    if tokenizer is None:
+        return token.name
+    return tokenizer.backend.id_to_token(_id_of(token, tokenizer)) or ""
 
 
 def _without_slot(parts: list[_Part]) -> tuple[_Part, ...]:
@@ -301,13 +348,15 @@ def _without_space(parts: list[_Part]) -> list[_Part]:
     return parts[:-1] if isinstance(last, str) and not last.strip(WHITE_SPACE) else parts
 
 
-def option_lines(options: Collection[str], names: OptionNames = "letters") -> str:
-    r"""Return the text of `{options}`.
+def option_lines(
+    options: Collection[str], names: OptionNames = "letters", tokenizer: Tokenizer | None = None
+) -> str:
+    r"""Return the text of `{options}`, with the option names of a tokenizer.
 
     >>> option_lines(["sports", "world"])
     '- A: sports\n- B: world\n'
     """
-    chosen = option_names(len(options), names)
+    chosen = option_names(len(options), names, tokenizer)
     return "".join(f"- {name}: {text}\n" for name, text in zip(chosen, options, strict=True))
 
 

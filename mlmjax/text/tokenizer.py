@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
@@ -14,10 +15,15 @@ import tokenizers
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.storage import MAX_JSON_BYTES, TOKENIZER_FILES, read_bounded
 from mlmjax.text.checks import check_text
-from mlmjax.text.tokenizer_files import around, plain_copy, read_files
+from mlmjax.text.tokenizer_files import SETTINGS, around, plain_copy, read_files
+
+log = logging.getLogger(__name__)
 
 ANCHOR = "[unused0]"
+NO_ANCHOR = "none"
+"""What names no token as the anchor."""
 UNUSED = re.compile(r"\[unused\d+\]")
+_SPARE = re.compile(r"\[unused\d+\]|<unused\d+>|<\|?reserved\w*\d+\|?>")
 _MAX_BYTES = dict.fromkeys(TOKENIZER_FILES, MAX_JSON_BYTES) | {"tokenizer.json": 128 * 2**20}
 
 
@@ -29,11 +35,12 @@ class Tokenizer:
     (ids are `0 .. vocab_size - 1`), `prefix_ids` and `suffix_ids` (what the tokenizer's own
     post-processor puts before and after one text: `[CLS]` and `[SEP]` in ModernBERT, other tokens
     or none in others), `mask_id`, `pad_id`, `cls_id` and `sep_id` (None if the tokenizer has no
-    such token), `anchor_id` (`[unused0]`, None if there is no such token), `names` (the text of
-    the token of each role, such as "mask"), `special_ids` (every special token and every
-    `[unused*]`: never masked, never a target), `lstrip_ids` (tokens that include the white space
-    before them), `files` (name -> bytes, written by `save`) and `sha256` of
-    `files["tokenizer.json"]`.
+    such token), `anchor_id` and `anchor` (the token before the slot of a prompt and its text: the
+    one that `tokenizer_config.json` names as `anchor`, else `[unused0]`; None if there is none),
+    `names` (the text of the token of each role, such as "mask"), `special_ids` (every special
+    token and every `[unused*]`: never masked, never a target), `lstrip_ids` (tokens that include
+    the white space before them), `files` (name -> bytes, written by `save`) and `sha256` of
+    `files["tokenizer.json"]` and a named anchor.
     """
 
     def __init__(self, files: Mapping[str, bytes], where: str = "tokenizer"):
@@ -43,22 +50,25 @@ class Tokenizer:
         found = read_files(files, where)
         if found.replaced is not None:
             self.files["tokenizer.json"] = found.replaced
-        self.sha256 = hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+        named = "" if found.anchor is None else f"\0anchor {found.anchor}"
+        content = self.files["tokenizer.json"] + named.encode()
+        self.sha256 = hashlib.sha256(content).hexdigest()
 
         self.backend, self.names, tokens = found.backend, found.names, found.tokens
         self.vocab_size = len(tokens)
         self.pad_id, self.mask_id = tokens[self.names["pad"]], tokens[self.names["mask"]]
         self.cls_id = tokens[self.names["cls"]] if "cls" in self.names else None
         self.sep_id = tokens[self.names["sep"]] if "sep" in self.names else None
-        self.anchor_id = tokens.get(ANCHOR)
-        if self.anchor_id == self.mask_id:
-            raise InputError(f"{path}: [MASK] and {ANCHOR} are one token; expected different ones")
+        self._named, self._said, self._others = found.anchor, False, dict[str, Tokenizer]()
+        self.anchor = self._find_anchor(tokens)
+        self.anchor_id = None if self.anchor is None else tokens[self.anchor]
         self.prefix_ids, self.suffix_ids = around(self.backend, self.names["mask"], path)
 
         outer = {*self.prefix_ids, *self.suffix_ids}
         taken = {name for name, one in found.added.items() if one["special"] or one["id"] in outer}
         taken |= {*self.names.values()}
         taken |= {name for name in tokens if UNUSED.fullmatch(name)}
+        taken |= {self.anchor} if self.anchor is not None else set()
         self.special_ids = frozenset(tokens[name] for name in taken)
         added = {entry["id"]: entry for entry in found.added.values()}
         self.lstrip_ids = frozenset(number for number, entry in added.items() if entry["lstrip"])
@@ -119,22 +129,57 @@ class Tokenizer:
         content = json.dumps(table, indent=2, ensure_ascii=False).encode()
         return Tokenizer(self.files | {"tokenizer.json": content}, self.where)
 
-    def require_anchor(self) -> int:
-        """Return `anchor_id`; raise `InputError` that says what to do if there is none."""
-        if self.anchor_id is not None:
-            return self.anchor_id
-        spare = sorted(filter(UNUSED.fullmatch, self.backend.get_vocab()), key=_unused_number)
-        if spare:
-            advice = f"for tokens of your own, rename others of the spare tokens ({_few(spare)})"
-        else:
-            advice = (
-                "without it the model can fill masks, train on plain text and have a "
-                "classification head; for prompts give a tokenizer such as ModernBERT's"
-            )
-        raise InputError(
-            f"{self.where}/tokenizer.json: has no token {ANCHOR}, which stands before the answer "
-            f"in a prompt; {advice}" + (f", and leave {ANCHOR} its name" if spare else "")
-        )
+    def with_anchor(self, name: str) -> "Tokenizer":
+        """Return a tokenizer whose anchor is the token of this name, or "none" for no anchor.
+
+        It is saved in `tokenizer_config.json`, from which other libraries read nothing new. Raises
+        `InputError` for a text that is not one token.
+
+        >>> Tokenizer.from_pretrained().with_anchor("[unused7]").anchor_id
+        50292
+        """
+        if name == (self._named or self.anchor):
+            return self
+        if name not in self._others:
+            check_text(name, "anchor")
+            table = json.loads(self.files.get(SETTINGS, b"{}")) | {"anchor": name}
+            content = json.dumps(table, indent=2, ensure_ascii=False).encode()
+            self._others[name] = Tokenizer(self.files | {SETTINGS: content}, self.where)
+        return self._others[name]
+
+    @property
+    def named_anchor(self) -> str | None:
+        """Return the anchor that the files name, if they name a token."""
+        return None if self._named is None else self.anchor
+
+    def find_anchor(self) -> int | None:
+        """Return the id of the anchor of prompts, or None for no anchor; say which, once.
+
+        Raises `InputError` for a tokenizer that has spare tokens but no `[unused0]`: which of them
+        a model was trained with is not guessed.
+        """
+        if self.anchor is None and self._named is None:
+            names = self.backend.get_vocab()
+            spare = sorted(filter(_SPARE.fullmatch, names), key=lambda name: (len(name), name))
+            if any(map(UNUSED.fullmatch, spare)):
+                raise InputError(
+                    f"{self.where}/tokenizer.json: has no token {ANCHOR}, which stands before the "
+                    f"answer in a prompt; name another with anchor ({_few(spare)} are spare, "
+                    f'"{NO_ANCHOR}" is for no anchor), or for tokens of your own rename others of '
+                    f"the spare tokens and leave {ANCHOR} its name"
+                )
+            if not self._said:
+                hint = f", such as {spare[0]}" if spare else ""
+                log.warning(
+                    "%s: has no token %s, so prompts have no anchor before the mask; name a token "
+                    "with anchor%s if the model was trained with one",
+                    *(self.where, ANCHOR, hint),
+                )
+        elif self._named is not None and not self._said:
+            shown = self.anchor or "no anchor"
+            log.warning("%s: before the mask of a prompt stands %s", self.where, shown)
+        self._said = True
+        return self.anchor_id
 
     def encode_plain(self, text: str) -> list[int]:
         """Encode only the text, without [CLS] and [SEP]; nothing becomes a special token.
@@ -206,6 +251,27 @@ class Tokenizer:
         for name, data in self.files.items():
             (folder / name).write_bytes(data)
 
+    def _find_anchor(self, tokens: Mapping[str, int]) -> str | None:
+        """Return the text of the anchor; raise `InputError` for a named one that cannot be it."""
+        if self._named is None:
+            found = ANCHOR if ANCHOR in tokens else None
+        else:
+            found = None if self._named == NO_ANCHOR else self._named
+        if found is not None and found not in tokens:
+            spare = sorted(filter(_SPARE.fullmatch, tokens), key=lambda name: (len(name), name))
+            known = f"; spare tokens: {_few(spare)}" if spare else ""
+            raise InputError(
+                f"{self.where}: anchor {found!r:.60} is not a token of this tokenizer; expected "
+                f'one, or "{NO_ANCHOR}"{known}'
+            )
+        roles = {name: role for role, name in self.names.items()}
+        if found in roles:
+            raise InputError(
+                f"{self.where}/tokenizer.json: [{roles[found].upper()}] and the anchor {found} are "
+                "one token; expected different ones"
+            )
+        return found
+
     def _encode(self, texts: list[str], given: Iterable[Sequence[int]]) -> list[list[int]]:
         """Encode texts whose special tokens have their secret names and are the `given` ones."""
         try:
@@ -237,10 +303,6 @@ class Tokenizer:
             f"{self.where}: {name} is not read as one token where it is written; if the tokenizer "
             "finds it only between words (single_word), put a space before and after it"
         )
-
-
-def _unused_number(name: str) -> int:
-    return int(name.removeprefix("[unused").removesuffix("]"))
 
 
 def _few(names: Sequence[str]) -> str:

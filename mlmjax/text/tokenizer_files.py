@@ -29,7 +29,7 @@ class TokenizerFiles(NamedTuple):
     `table` is tokenizer.json without truncation, padding and dropout, and `replaced` its new text
     if it had any. `added` has the entry of each added token by its text: id and flags. `tokens` has
     the id of every token. `names` has the text of the token of each role that there is. `unknown`
-    are the ids of unknown text.
+    are the ids of unknown text, `anchor` the token before the slot that the files name.
     """
 
     backend: tokenizers.Tokenizer
@@ -38,6 +38,7 @@ class TokenizerFiles(NamedTuple):
     tokens: dict[str, int]
     names: dict[str, str]
     unknown: frozenset[int]
+    anchor: str | None
     replaced: bytes | None
 
 
@@ -70,7 +71,9 @@ def read_files(files: Mapping[str, bytes], where: str) -> TokenizerFiles:
     _check_roles(named, known, tokens, path)
     unknown = {named.get("unk", "[UNK]"), table["model"].get("unk_token")} & tokens.keys()
     unknown_ids = frozenset(tokens[name] for name in unknown) | {table["model"].get("unk_id")}
-    return TokenizerFiles(backend, table, added, tokens, known, unknown_ids, replaced)
+    return TokenizerFiles(
+        backend, table, added, tokens, known, unknown_ids, _anchor(settings, where), replaced
+    )
 
 
 def load_backend(table: Mapping[str, Any], where: str) -> tokenizers.Tokenizer:
@@ -231,6 +234,16 @@ def _named(settings: Mapping[str, Any], where: str) -> dict[str, tuple[str, Any]
             )
         found[role] = name, value
     return found
+
+
+def _anchor(settings: Mapping[str, Any], where: str) -> str | None:
+    """Return the name of the anchor, a setting of mlmjax alone."""
+    anchor = settings.get("anchor")
+    if anchor is not None and not (isinstance(anchor, str) and anchor):
+        raise InputError(
+            f'{where}/{SETTINGS}: anchor is {anchor!r:.60}; expected the text of a token, or "none"'
+        )
+    return anchor
 
 
 def _text(value: Any) -> str | None:

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import compress, product
-from string import ascii_uppercase
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Literal
 
 from mlmjax.errors import InputError, suggest_keywords
@@ -15,18 +15,21 @@ OptionNames = Literal["letters", "numbers"]
 _NUMBERS = 9999  # Tokenizers have one token for the first few hundred.
 
 
-def option_names(n: int, kind: OptionNames = "letters") -> list[str]:
-    """Return the first `n` option names: A to Z, then AA on, or numbers.
+def option_names(
+    n: int, kind: OptionNames = "letters", tokenizer: Tokenizer | None = None
+) -> list[str]:
+    """Return the first `n` option names of a tokenizer: A to Z, then AA on, or numbers.
 
-    Each is one token of the packaged tokenizer after a space, and numbers end at the first that is
-    not: there are 1 to 557. Raises `InputError` if there are fewer.
+    Each is one token. Numbers end at the first that is not. Without `tokenizer` they are those of
+    ModernBERT, where each is one token after a space: 457 letters, and 1 to 557. Raises
+    `InputError` if there are fewer.
 
     >>> option_names(4), option_names(3, "numbers")
     (['A', 'B', 'C', 'D'], ['1', '2', '3'])
     """
-    if kind == "letters" and n <= len(ascii_uppercase):
+    if tokenizer is None and kind == "letters" and n <= len(ascii_uppercase):
         return list(ascii_uppercase[:n])  # Needs no tokenizer.
-    if n > len(names := _packaged_names(kind)):
+    if n > len(names := _names(kind, tokenizer or _packaged())):
         raise InputError(
             f"{n} options: this tokenizer has {len(names)} option names of one token ({kind}); "
             f"give at most {len(names)} options"
@@ -35,30 +38,55 @@ def option_names(n: int, kind: OptionNames = "letters") -> list[str]:
 
 
 def usable_option_names(kind: OptionNames, tokenizer: Tokenizer, most: int) -> list[str]:
-    """Return up to `most` option names, ending before the first of several tokens.
+    """Return up to `most` option names of a tokenizer, as many as it has."""
+    if kind == "letters" and most <= len(ascii_uppercase):
+        letters = list(ascii_uppercase[:most])
+        if all(_are_tokens(letters, tokenizer)):  # which takes less than to try all names
+            return letters
+    return _names(kind, tokenizer)[:most]
 
-    Prompts use the packaged tokenizer's names for options, whatever tokenizer reads them.
+
+def surface(name: str, tokenizer: Tokenizer) -> str:
+    """Return how a name is written at the slot: after a space, if the vocabulary has such pieces.
+
+    Vocabularies of characters have only the bare name.
+
+    >>> surface("A", Tokenizer.from_pretrained())
+    ' A'
     """
-    few = kind == "letters" and most <= len(ascii_uppercase)
-    return _leading((list(ascii_uppercase) if few else _packaged_names(kind))[:most], tokenizer)
+    return f" {name}" if _has_spaces(tokenizer) else name
 
 
 @cache
-def _packaged_names(kind: OptionNames) -> list[str]:
-    tokenizer = Tokenizer.from_pretrained()
+def _packaged() -> Tokenizer:
+    return Tokenizer.from_pretrained()
+
+
+@lru_cache(maxsize=8)
+def _has_spaces(tokenizer: Tokenizer) -> bool:
+    letters = [*ascii_uppercase, *ascii_lowercase, *digits]
+    if any(_are_one([f" {letter}" for letter in letters], tokenizer)):
+        return True
+    # Byte-level and SentencePiece vocabularies write a space so.
+    return any(len(name) > 1 and name[0] in "Ġ▁" for name in tokenizer.backend.get_vocab())
+
+
+@lru_cache(maxsize=8)
+def _names(kind: OptionNames, tokenizer: Tokenizer) -> list[str]:
     if kind == "numbers":
-        return _leading([str(n) for n in range(1, _NUMBERS + 1)], tokenizer)
+        names = [str(n) for n in range(1, _NUMBERS + 1)]
+        return names[: [*_are_tokens(names, tokenizer), False].index(False)]
     names = [*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2))]
     return list(compress(names, _are_tokens(names, tokenizer)))
 
 
-def _leading(names: list[str], tokenizer: Tokenizer) -> list[str]:
-    """Return the names before the first that is not one token after a space."""
-    return names[: [*_are_tokens(names, tokenizer), False].index(False)]
+def _are_tokens(names: Sequence[str], tokenizer: Tokenizer) -> list[bool]:
+    """Tell of each name whether it is one token of its own at the slot."""
+    return _are_one([surface(name, tokenizer) for name in names], tokenizer)
 
 
-def _are_tokens(names: list[str], tokenizer: Tokenizer) -> list[bool]:
-    encoded = tokenizer.encode_plain_batch([f" {name}" for name in names])
+def _are_one(forms: Sequence[str], tokenizer: Tokenizer) -> list[bool]:
+    encoded = tokenizer.encode_plain_batch(forms)
     return [len(ids) == 1 and ids[0] not in tokenizer.special_ids for ids in encoded]
 
 
@@ -101,26 +129,36 @@ class Verbalizer:
 
     @classmethod
     def letters(
-        cls, labels: Sequence[str], bare: bool = False, names: OptionNames = "letters"
+        cls,
+        labels: Sequence[str],
+        bare: bool = False,
+        names: OptionNames = "letters",
+        tokenizer: Tokenizer | None = None,
     ) -> "Verbalizer":
         """Name the labels " A", " B", ...; `bare` adds "A", as published for MMLU.
 
-        With `names="numbers"` they are named " 1", " 2", ...
+        With `names="numbers"` they are named " 1", " 2", ... Names and their forms are those that
+        `tokenizer` has as one token (default: those of ModernBERT).
         """
         _check_distinct(labels)
-        chosen = option_names(len(labels), names)
+        chosen = option_names(len(labels), names, tokenizer)
         return cls(
             {
-                label: (f" {name}", name) if bare else (f" {name}",)
+                label: _forms(name, bare, tokenizer)
                 for label, name in zip(labels, chosen, strict=True)
             }
         )
 
     @classmethod
-    def words(cls, labels: Sequence[str]) -> "Verbalizer":
-        """Name each label by itself, after a space."""
+    def words(
+        cls, labels: Sequence[str], bare: bool = False, tokenizer: Tokenizer | None = None
+    ) -> "Verbalizer":
+        """Name each label by itself, after a space; `bare` adds the label without it.
+
+        With `tokenizer` the form is that which its words have (`surface`).
+        """
         _check_distinct(labels)
-        return cls({label: (f" {label}",) for label in labels})
+        return cls({label: _forms(label, bare, tokenizer) for label in labels})
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -158,6 +196,11 @@ class Verbalizer:
             owners[ids[0]] = label
             result[label] += (ids[0],)
         return list(result.values())
+
+
+def _forms(name: str, bare: bool, tokenizer: Tokenizer | None) -> tuple[str, ...]:
+    first = f" {name}" if tokenizer is None else surface(name, tokenizer)
+    return tuple(dict.fromkeys([first, name] if bare else [first]))
 
 
 def _check_distinct(labels: Sequence[str]) -> None:

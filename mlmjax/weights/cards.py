@@ -13,13 +13,24 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import Provenance
-from mlmjax.model.modernbert import Model, ModernBertForMaskedLM, parameters
+from mlmjax.model.modernbert import Model, parameters
 from mlmjax.storage import CARD, MAX_JSON_BYTES, PROVENANCE, TRAINING, plain_file, read_bounded
 
 log = logging.getLogger(__name__)
 
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 """What the metadata of a derived model takes from the card of its source."""
+
+
+_KINDS = {
+    "ModernBertForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
+    "ModernBertForSequenceClassification": (
+        "text-classification",
+        "AutoModelForSequenceClassification",
+    ),
+    "ModernBertModel": ("feature-extraction", "AutoModel"),
+}
+"""The task of each class on the hub, and the class that loads it."""
 
 
 def read_provenance(folder: Path) -> dict[str, bytes]:
@@ -57,8 +68,10 @@ def fingerprint(model: Model) -> int:
     return found
 
 
-def files_to_keep(model: Model) -> dict[str, bytes]:
+def files_to_keep(model: Model, anchor: str | None = None) -> dict[str, bytes]:
     """Return what an export of a model says about where its weights come from, by file name.
+
+    `anchor` is the token before the mask that a new card names.
 
     The card of the source is kept if this is the same model. It becomes a section of a new card if
     the vocabulary, the head or the weights are others. Weights that were trained without a record
@@ -68,7 +81,7 @@ def files_to_keep(model: Model) -> dict[str, bytes]:
     files = dict(source.files)
     is_trained = source.norms is not None and source.norms != fingerprint(model)
     if CARD not in files or is_trained or source.kind != _kind(model):
-        files[CARD] = model_card(model).encode()
+        files[CARD] = model_card(model, anchor=anchor).encode()
     if TRAINING in files and is_trained:
         try:
             files[TRAINING] = add_run(files[TRAINING], "a training that mlmjax did not record")
@@ -106,11 +119,11 @@ def model_card(
     """
     from mlmjax.reporting import pages  # here, because loading a model needs no templates
 
-    masked = isinstance(model, ModernBertForMaskedLM)
     name = type(model).__name__
+    usual, auto = _KINDS[name]
     data = huggingface_hub.ModelCardData(
         library_name=library,
-        pipeline_tag=pipeline or ("fill-mask" if masked else "text-classification"),
+        pipeline_tag=pipeline or usual,
         tags=["modernbert", "mlmjax"],
         model_name=name if results else None,
         eval_results=list(results) or None,
@@ -120,10 +133,10 @@ def model_card(
         f"assets/{template}",
         metadata=data.to_yaml(),
         name=name,
-        auto="AutoModelForMaskedLM" if masked else "AutoModelForSequenceClassification",
+        auto=auto,
         config=model.config,
         parameters=sum(leaf.size for leaf in parameters(model).values()),
-        **values,
+        **{"anchor": None, **values},
     )
     source = _source_section(model.config.provenance)
     return str(huggingface_hub.ModelCard(body + sections + source))

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import Model, parameters
+from mlmjax.model.modernbert import Model, ModernBertModel, parameters
 from mlmjax.storage import (
     CLASSIFIER,
     CONFIG,
@@ -94,6 +94,8 @@ def check(first: Path, second: Path) -> Difference:
 def check_torch(first: str | Path, second: str | Path | None = None) -> Difference:
     """Compare the logits of a model here with those of transformers, on fixed random tokens.
 
+    An encoder has none, and is compared by its last hidden states.
+
     `first` runs here and `second` (default: the same) there. Either is a Hugging Face folder, a hub
     id or what `to_jax` wrote. Raises `InputError` where torch or transformers is not installed.
     """
@@ -104,10 +106,13 @@ def check_torch(first: str | Path, second: str | Path | None = None) -> Differen
         auto = getattr(transformers, type(model).__name__)
         theirs = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     ids, mask = _random_tokens(model)
-    found = np.asarray(jax.jit(type(model).__call__)(model, ids, mask))
+    kind = type(model)
+    call = kind.encode if kind is ModernBertModel else kind.__call__
+    found = np.asarray(jax.jit(call)(model, ids, mask))
     with torch.no_grad():
         out = theirs.eval()(torch.tensor(ids), attention_mask=torch.tensor(mask))
-    expected = out.logits.float().numpy()
+    outputs = out.last_hidden_state if kind is ModernBertModel else out.logits
+    expected = outputs.float().numpy()
     if found.shape != expected.shape:
         lines = [f"logits: shape {list(found.shape)} here, {list(expected.shape)} in transformers"]
         return Difference(lines, "largest difference of logits inf", 1)

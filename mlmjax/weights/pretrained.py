@@ -26,6 +26,7 @@ from mlmjax.model.modernbert import (
     CLASSES,
     Model,
     ModernBertForMaskedLM,
+    ModernBertModel,
     abstract_model,
     merged,
     parameters,
@@ -81,9 +82,9 @@ def load_pretrained(
 
     Parameters are float32; `dtype` ("float32" or "bfloat16") is that of matrix products. For
     `attention`, `remat` and `splash_blocks` see `encoder.Options`. The class follows
-    `architectures` in config.json. Without it, a `classifier.weight` means a classifier and a
-    `head.dense.weight` a masked language model. Raises `InputError` that lists every problem of the
-    files at once, before memory for the weights is taken.
+    `architectures` in config.json. Without it, a `classifier.weight` means a classifier, a
+    `head.dense.weight` a masked language model, and neither an encoder. Raises `InputError` that
+    lists every problem of the files at once, before memory for the weights is taken.
     """
     check_not_forked()
     options = Options(dtype=dtype, attention=attention, remat=remat, splash_blocks=splash_blocks)
@@ -248,13 +249,17 @@ def _misfit_advice(headers: Collection[str]) -> str:
 
 def _class_name(where: Path, given: tuple[str, ...] | None, tensors: Mapping[str, Any]) -> str:
     if not given:
-        # A bare encoder has neither head, and is rejected like any other architecture.
         given = (
             "ModernBertForSequenceClassification"
             if "classifier.weight" in tensors
             else "ModernBertForMaskedLM"
             if "head.dense.weight" in tensors
-            else "missing, and the weights have no head",
+            else "ModernBertModel",
+        )
+    if given == (ModernBertModel.__name__,) and "head.dense.weight" in tensors:
+        raise InputError(
+            f"{where}: architectures is ModernBertModel, but the weights have a head; name the "
+            "class of the weights, such as ModernBertForMaskedLM"
         )
     if len(given) == 1 and given[0] in CLASSES:
         return given[0]
@@ -360,7 +365,11 @@ def save_pretrained(
         tensors.setdefault(DECODER, tensors[EMBEDDING])
     other = "float32" if dtype == "source" else dtype
     dtypes = {name: source.get(name, other) for name in tensors}
-    files = files_to_keep(model) | ({CARD: card} if card else {}) | dict(more_files or {})
+    if type(model) is ModernBertModel:  # whose names in transformers have no prefix
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+        dtypes = {name.removeprefix("model."): value for name, value in dtypes.items()}
+    anchor = None if tokenizer is None else tokenizer.named_anchor
+    files = files_to_keep(model, anchor) | ({CARD: card} if card else {}) | dict(more_files or {})
     with replace_folder(path, hub.EXPORT_FILES) as folder:
         values = config.to_hf() | {"architectures": [type(model).__name__]}
         if len(names := set(dtypes.values())) == 1:

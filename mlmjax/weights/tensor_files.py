@@ -123,7 +123,7 @@ def _without_prefixes(plain: Mapping[str, str], prefix: str) -> tuple[dict[str, 
         said.append(f"the prefix {outer} left out of names")
     if not outer and prefix not in ("", "model."):
         said.append(f"model. in place of {prefix} in the names of the encoder")
-    if not prefix:
+    if not prefix and others:  # an encoder alone has no such prefix in transformers
         said.append("model. added to the names of the encoder")
     return changed, said
 
@@ -155,7 +155,7 @@ class Weights:
         plain, said = plain_names(self.headers)
         if said:
             log.warning("%s: read with %s", self.folder, "; ".join(said))
-            self.headers = {plain[name]: header for name, header in self.headers.items()}
+        self.headers = {plain[name]: header for name, header in self.headers.items()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

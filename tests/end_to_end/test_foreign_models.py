@@ -68,14 +68,22 @@ def copied(folder, parent):
     return shutil.copytree(folder, parent / "model")
 
 
-def test_a_prompt_says_that_the_anchor_is_missing_and_what_works_without(folder, tmp_path, capsys):
-    scorer = Scorer(*load_pretrained(folder), Template("{text}"), Verbalizer.words(["red", "blue"]))
-    with pytest.raises(InputError, match=r"has no token \[unused0\].*have a classification head"):
-        scorer.log_probs([{"text": "good"}])
+def test_a_prompt_without_anchor_says_so_once(folder, tmp_path, capsys, caplog):
+    model, tokenizer = load_pretrained(folder)
+    scorer = Scorer(model, tokenizer, Template("{text}"), Verbalizer.words(["red", "blue"]))
+    (found,) = np.exp(scorer.log_probs([{"text": "good"}]))
+    ids = [2, WORDS.index("good"), 4, 1]
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits[0, 2, [WORDS.index("red"), WORDS.index("blue")]]
+    np.testing.assert_allclose(found, logits.softmax(0), atol=1e-5)
+    scorer.log_probs([{"text": "good"}])
+    assert caplog.text.count("has no token [unused0], so prompts have no anchor") == 1
     (tmp_path / "texts.txt").write_text("good\n")
     command = ["classify", "--model", str(folder), "--labels", "red,blue"]
-    assert main.run([*command, str(tmp_path / "texts.txt")]) == 2
-    assert "has no token [unused0]" in capsys.readouterr().err
+    assert main.run([*command, str(tmp_path / "texts.txt")]) == 0
+    assert main.run([*command, "--anchor", "<pod>", str(tmp_path / "texts.txt")]) == 2
+    assert "anchor '<pod>' is not a token of this tokenizer" in capsys.readouterr().err
 
 
 def test_a_text_gets_the_tokens_that_its_own_tokenizer_puts_around_it(folder, tmp_path):

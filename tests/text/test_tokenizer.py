@@ -153,12 +153,11 @@ def test_special_tokens_are_found_by_their_names(tmp_path):
 @pytest.mark.parametrize(
     ("spare", "advice"),
     [
-        ([], "can fill masks, train on plain text and have a classification head"),
-        (["[unused1]"], r"rename others of the spare tokens \(\[unused1\]\)"),
-        ([f"[unused{i}]" for i in range(1, 12)], r"\(\[unused1\] to \[unused11\]\), and leave"),
+        (["[unused1]"], r"\(\[unused1\] are spare, \"none\" is for no anchor\)"),
+        ([f"[unused{i}]" for i in range(1, 12)], r"\(\[unused1\] to \[unused11\] are spare"),
     ],
 )
-def test_only_a_prompt_with_an_answer_needs_the_anchor(spare, advice, tmp_path):
+def test_of_spare_tokens_none_is_guessed_to_be_the_anchor(spare, advice, tmp_path):
     words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "[MASK]", "[INST]", *spare, "hello", "yes"]
     table = json.loads(word_level(words))
     table["added_tokens"] = [e for e in table["added_tokens"] if e["content"] != "[unused0]"]
@@ -169,6 +168,19 @@ def test_only_a_prompt_with_an_answer_needs_the_anchor(spare, advice, tmp_path):
     with pytest.raises(InputError, match=advice) as caught:
         Template("{text}").encode(read, {"text": "yes"}, 9)
     assert "has no token [unused0]" in caught.value.message
+    named = read.with_anchor(spare[-1])
+    ids, slot = Template("{text}").encode(named, {"text": "yes"}, 9)
+    assert ids[slot - 1] == named.anchor_id == named.backend.token_to_id(spare[-1])
+    named.save(tmp_path / "saved")
+    again = Tokenizer.from_pretrained(tmp_path / "saved")
+    assert (again.anchor, again.sha256) == (spare[-1], named.sha256)
+    assert again.sha256 != read.sha256
+    assert Template("{text}").encode(again, {"text": "yes"}, 9) == (ids, slot)
+    assert Template("{text}", anchor=spare[-1]).encode(read, {"text": "yes"}, 9) == (ids, slot)
+    own = Template("{text} " + f"{spare[-1]} [MASK]", anchor=spare[-1])
+    assert own.encode(read, {"text": "yes"}, 9) == (ids, slot)
+    without = Template("{text} [MASK]", anchor="none").encode(read, {"text": "yes"}, 9)
+    assert without[0] == [i for i in ids if i != named.anchor_id]
 
 
 def test_added_tokens_after_the_special_ones_keep_their_ids():

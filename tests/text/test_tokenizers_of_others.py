@@ -173,7 +173,9 @@ def test_no_text_makes_a_special_token(kind, tmp_path):
         ({"added_tokens_decoder": {"1": {"lstrip": True}}}, "expected an object with content"),
         ({"added_tokens_decoder": {"1": {"content": "a", "lstrip": 1}}}, "true or false for"),
         ({"cls_token": MASK}, r"\[MASK\] and \[CLS\] are one token"),
-        ({"mask_token": ANCHOR}, r"\[MASK\] and \[unused0\] are one token"),
+        ({"mask_token": ANCHOR}, r"\[MASK\] and the anchor \[unused0\] are one token"),
+        ({"anchor": 3}, "anchor is 3; expected the text of a token"),
+        ({"anchor": "<unused0>"}, r"'<unused0>' is not a token .* spare tokens: \[unused0\], \["),
     ],
 )
 def test_companions_of_strangers_are_checked(settings, message, tmp_path):

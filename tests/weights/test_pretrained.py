@@ -26,6 +26,7 @@ from tiny_models import (
     write_model,
 )
 
+from mlmjax import fill_mask
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import abstract_model, parameters
@@ -246,9 +247,23 @@ def test_a_mismatch_shows_names_of_either_side(folder):
     assert sum("is unexpected" in line for line in shown) >= 3
 
 
-def test_an_encoder_alone_is_rejected_with_what_to_do(folder):
-    transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
-    with pytest.raises(InputError, match=r"ModernBertModel.*has no head: give a model"):
+def test_an_encoder_alone_is_loaded_and_saved_as_such(folder, tmp_path):
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    theirs.save_pretrained(folder)
+    model, tokenizer = load_pretrained(folder)
+    ids = np.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+    np.testing.assert_allclose(model.encode(ids), expected, atol=1e-4)
+    with pytest.raises(InputError, match=r"no masked-language-model head.*classification head"):
+        fill_mask(model, tokenizer, ["A [MASK]"])
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert tensors_of(tmp_path / "out") == tensors_of(folder)
+    again = transformers.AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        np.testing.assert_array_equal(again(torch.tensor(ids)).last_hidden_state, expected)
+    change_config(folder, architectures=["ModernBertForMaskedLM"])
+    with pytest.raises(InputError, match="these are the weights of an encoder"):
         load_pretrained(folder)
 
 

@@ -56,6 +56,7 @@ def fit_table(
     revision: str | None = None,
     dtype: str = "float32",
     answer: Way | None = None,
+    anchor: str | None = None,
     learning_rate: float | None = None,
     epochs: int | None = None,
     test_share: float = 0.2,
@@ -97,7 +98,13 @@ def fit_table(
         f"{len(split.test):,}\nanswers: {choice.way} ({choice.why}); learning rate "
         f"{choice.learning_rate:g}, epochs {choice.epochs}"
     )
-    options = {**choice.options(), "dtype": dtype, "revision": revision, "seed": seed}
+    options = {
+        **choice.options(),
+        "anchor": anchor,
+        "dtype": dtype,
+        "revision": revision,
+        "seed": seed,
+    }
     classifier = Classifier(model, labels, **options, progress=False)
     learned = learn(classifier, trained)
     probabilities = answer_texts(classifier, tested[0])

@@ -20,7 +20,7 @@ from mlmjax.errors import InputError, suggest_name
 from mlmjax.text.checks import check_text
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.verbalizer import Verbalizer
+from mlmjax.text.verbalizer import Verbalizer, surface
 
 MOST = 1e6
 """The largest value to predict, so that squared errors and their gradients fit in float32."""
@@ -42,7 +42,7 @@ class Answered(NamedTuple):
 class AnswerReader:
     """Read the answers of a source: tokens, numbers of labels, or values.
 
-    The MLM head takes a token: that of `" " + answer` where it is one, or with `labels` that of the
+    The MLM head takes a token: that of the answer where it is one, or with `labels` that of the
     label's letter (or of its name, if the prompt lists no options). The classification head takes
     the number of the label, or without `labels` any finite number. Raises `InputError` for labels
     that cannot work.
@@ -59,7 +59,7 @@ class AnswerReader:
         if self._names is not None and head == "mlm":
             has_letters = "options" in template.fields
             make = Verbalizer.letters if has_letters else Verbalizer.words
-            answers = [forms[0] for forms in make(self._names).ids(tokenizer)]
+            answers = [f[0] for f in make(self._names, tokenizer=tokenizer).ids(tokenizer)]
         self._answers = dict(zip(self._names or (), answers, strict=True))
 
     def read(
@@ -126,7 +126,8 @@ class AnswerReader:
             hint = f"; give labels to name the classes of a number{advice}"
             require_text(record, self._column, hint, advice)
             answers.append(value.strip())
-        encoded = self._tokenizer.encode_plain_batch([f" {answer}" for answer in answers])
+        forms = [surface(answer, self._tokenizer) for answer in answers]
+        encoded = self._tokenizer.encode_plain_batch(forms)
         kept: list[Answered] = []
         for (record, _), answer, ids in zip(values, answers, encoded, strict=True):
             if not answer:

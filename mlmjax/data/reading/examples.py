@@ -23,7 +23,7 @@ from mlmjax.data.reading.windows import sentence_cuts, windows
 from mlmjax.errors import InputError, MissingColumnError, named_place
 from mlmjax.text.checks import check_text, check_weight, split_by_size
 from mlmjax.text.prompts import MASK, Template
-from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
 
 TASK_COLUMNS = ("task", "_task_name", "task_name")
 """Columns that hold the task of a record if a source does not say which one does."""
@@ -314,9 +314,13 @@ class _Prompts(_Reader):
         assert source.answer is not None
         with named_place(f"source {source.title}: prompt"):
             slot = head == "mlm"
-            if slot:
-                tokenizer.require_anchor()
-            self.template = Template(source.prompt, shorten=dict(source.shorten), slot=slot)
+            anchor = NO_ANCHOR if slot and tokenizer.find_anchor() is None else tokenizer.anchor
+            self.template = Template(
+                source.prompt,
+                shorten=dict(source.shorten),
+                slot=slot,
+                anchor=anchor if slot else None,
+            )
             if not set(self.template.fields) - {"options"}:
                 raise InputError("names no column of the records; write {text} for the column text")
         with named_place(f"source {source.title}: labels"):

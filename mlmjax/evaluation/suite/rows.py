@@ -17,7 +17,6 @@ from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError
 from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.text.checks import check_row, for_each_row
-from mlmjax.text.prompts import Template
 
 PARTS = ("train", "validation", "test")
 SAMPLE_SEED, HELD_OUT_SEED = 0, 1
@@ -160,7 +159,7 @@ def _read(task: Task, data: Path | None) -> tuple[list[Question], int]:
         except InputError as error:
             raise NoDataError(error.message, error.details) from error
     questions, left_out = read_questions(task, data, None)
-    fields, labels = Template(task.prompt).fields, len(task.label_names)
+    fields, labels = task.template().fields, len(task.label_names)
     for_each_row(
         lambda row: check_row(row, fields, labels or len(row["options"]), task.blank),
         ((question.where, question.row) for question in questions),

@@ -66,7 +66,7 @@ def load_start(config: RunConfig) -> tuple[Model, Tokenizer, TrainingManifest | 
         if config.adapter is None:
             model = merged(model)  # all of it is trained
         history = read_training_manifest(folder)
-        if config.tokenizer is not None:
+        if config.tokenizer is not None or config.anchor is not None:
             tokenizer = load_tokenizer(config)
         if config.head == "classification":
             model = with_classifier(model, config.label_names, seed=config.seed)
@@ -102,10 +102,11 @@ def describe_start(config: RunConfig) -> Model:
 def load_tokenizer(config: RunConfig) -> Tokenizer:
     """Load the tokenizer of a run without its model."""
     if config.init_from is None or config.tokenizer is not None:
-        return Tokenizer.from_pretrained(config.tokenizer)
-    return pretrained.read_tokenizer(
-        hub.fetch(config.init_from, revision=config.revision, weights=False)
-    )
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    else:
+        folder = hub.fetch(config.init_from, revision=config.revision, weights=False)
+        tokenizer = pretrained.read_tokenizer(folder)
+    return tokenizer if config.anchor is None else tokenizer.with_anchor(config.anchor)
 
 
 def _described(config: RunConfig, tokenizer: Tokenizer) -> Any:
