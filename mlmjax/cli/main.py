@@ -110,6 +110,19 @@ class WarnOnce(logging.Filter):
         return is_new
 
 
+def replace_closed_streams() -> None:
+    """Let a standard stream that was closed lead nowhere.
+
+    Otherwise the next file that is opened gets its number, and what libraries write to stderr; and
+    `print` takes stdout where there is no stderr.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def set_up_output() -> None:
     """Let the streams take any text, and the log be plain lines on stderr."""
     for stream in (sys.stdout, sys.stderr):
@@ -213,6 +226,7 @@ def listen_to_interrupts() -> None:
 def main() -> None:
     """Entry point of the `mlmjax` command."""
     start_in_utf8()
+    replace_closed_streams()
     listen_to_interrupts()
     # Imported modules and compiled programs live to the end; a last search of them for cycles takes
     # a sixth of a short command's time.

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import ConfigDict, Field, Strict, ValidationError, create_model
 
+from mlmjax.config.columns import as_written, is_missing
 from mlmjax.config.run import AdapterConfig
 from mlmjax.errors import InputError, suggest_keywords, suggest_name
 
@@ -26,6 +27,8 @@ Activation = Literal[
     "relu2", "relu6", "sigmoid", "silu", "swish", "tanh",
 ]  # fmt: skip
 ACTIVATIONS = get_args(Activation)
+Problem = Literal["regression", "single_label_classification", "multi_label_classification"]
+_PROBLEMS = get_args(Problem)
 
 # Bounds are wide enough for any ModernBERT that exists, and so narrow that no product of two asks
 # for absurd memory before the tensors are read.
@@ -136,9 +139,7 @@ class ModelConfig:
     num_labels: Size = None  # type: ignore[assignment]
     id2label: Mapping[int, str] = None  # type: ignore[assignment]
     label2id: Mapping[str, int] = None  # type: ignore[assignment]
-    problem_type: (
-        Literal["regression", "single_label_classification", "multi_label_classification"] | None
-    ) = None
+    problem_type: Problem | None = None
     architectures: Annotated[tuple[str, ...], Strict(False)] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
     source_dtypes: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -192,6 +193,8 @@ class ModelConfig:
         if not isinstance(values, Mapping):
             raise InputError(f"model configuration: found {type(values)}; expected an object")
         values = dict(values)
+        if not strict:
+            _forget_unknown_problem(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             found = f"found {model_type!r}, which is another architecture"
@@ -374,18 +377,19 @@ def _is_neutral(name: str, value: Any) -> bool:
 
 
 def _labels(names: Any) -> dict[int, str] | None:
-    """Return labels by number; None if the numbers have gaps or a name is neither text nor number.
+    """Return labels by number; None if the numbers have gaps or a name is a list or an object.
 
-    Published files write a number as text ("0", "00") and a label as a number.
+    Published files write a number as text ("0", "00"), and a label as a number, a truth value or
+    null, which names nothing.
     """
     if not isinstance(names, Mapping) or not names:
         return None
     found: dict[int, Any] = {}
     for key, name in names.items():
         number = _number(key)
-        if type(number) is not int or not (isinstance(name, str) or type(name) is int):
+        if type(number) is not int or not isinstance(name, str | int | float | None):
             return None
-        found[number] = str(name)
+        found[number] = f"LABEL_{number}" if is_missing(name) else as_written(name)
     is_whole = len(found) == len(names) and set(found) == set(range(len(found)))
     return {index: found[index] for index in sorted(found)} if is_whole else None
 
@@ -397,7 +401,7 @@ def _numbers(labels: Mapping[int, str], given: Any) -> dict[str, int]:
     wrong = [
         (label, index)
         for label, index in said
-        if (number := numbers.get(str(label))) is None or _number(index) != number
+        if (number := numbers.get(as_written(label))) is None or _number(index) != number
     ]
     if wrong:
         label, index = wrong[0]
@@ -409,7 +413,16 @@ def _numbers(labels: Mapping[int, str], given: Any) -> dict[str, int]:
     return numbers
 
 
+def _forget_unknown_problem(values: dict[str, Any]) -> None:
+    """Leave out a `problem_type` of somebody's own, which changes no computation of a model."""
+    found = values.get("problem_type")
+    if isinstance(found, str) and found not in _PROBLEMS:
+        log.warning("problem_type: %s is none of %s; left out", repr(found), ", ".join(_PROBLEMS))
+        del values["problem_type"]
+
+
 def _number(index: Any) -> Any:
     """Return digits in a text as a number, and anything else unchanged."""
+    index = index.strip() if isinstance(index, str) else index
     is_digits = isinstance(index, str) and index.isdecimal() and len(index) < 9
     return int(index) if is_digits else index

@@ -165,3 +165,24 @@ def test_devices_are_checked_before_long_work(folder, monkeypatch, capsys, name)
     assert run(COMMANDS[name]) == 2
     assert "mlmjax: JAX_PLATFORMS: found 'nonsense'" in capsys.readouterr().err.splitlines()
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("closed", [2, 1])
+def test_a_closed_stream_mixes_no_output_and_loses_no_answers(folder, closed):
+    command = [sys.executable, "-m", "mlmjax", *COMMANDS["classify"]]
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {closed}>&-', "sh", *command],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if closed == 2:
+        assert done.returncode == 0
+        assert [json.loads(line)["line"] for line in done.stdout.splitlines()] == [1, 2]
+    else:
+        assert done.returncode == 2
+        assert "standard output: is closed; give --out FILE" in done.stderr
+
+
+def test_a_model_without_a_name_is_not_the_packaged_one(folder, capsys):
+    assert run(["classify", "--model", "", "--labels", "a,b", "texts.txt"]) == 2
+    assert "the model's name is empty" in capsys.readouterr().err

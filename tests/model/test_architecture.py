@@ -152,12 +152,12 @@ WRONG = {
     "num_labels": [0, 10**9],
     "id2label": [
         {},
-        {"0": "a", "1": None},
+        {"0": "a", "1": ["b"]},
         {"0": "a", "00": "b"},
         {"0": "a", "2": "b"},
         ["a", "b"],
     ],
-    "problem_type": ["other"],
+    "problem_type": [3],
     "architectures": ["ModernBertModel"],
     "model_type": [None],
 }
@@ -247,6 +247,8 @@ TWO = {"0": "a", "1": "b"}
         ({"id2label": TWO, "label2id": {}}, ["a", "b"], False),
         ({"id2label": {"00": "a", "01": "b"}, "label2id": None}, ["a", "b"], False),
         ({"id2label": {"0": 1, "1": 2}, "label2id": {"1": "0", "2": "1"}}, ["1", "2"], False),
+        ({"id2label": {"0": False, "1": True}, "label2id": {"false": 0}}, ["false", "true"], False),
+        ({"id2label": {" 0": 1.0, "1": None}, "label2id": {}}, ["1", "LABEL_1"], False),
         ({"id2label": {"0": "a", "1": "a"}, "label2id": {"a": 1}}, ["a", "a"], False),
         ({"id2label": TWO, "label2id": {"a": 1, "b": 0}}, ["a", "b"], True),
         ({"id2label": TWO, "label2id": {"c": "x"}}, ["a", "b"], True),
@@ -256,7 +258,11 @@ TWO = {"0": "a", "1": "b"}
 )
 def test_id2label_decides_and_label2id_follows(values, labels, warns, caplog):
     theirs = transformers.ModernBertConfig(**json.loads(json.dumps(values)))
-    assert [str(theirs.id2label[index]) for index in range(theirs.num_labels)] == labels
+    assert theirs.num_labels == len(labels)
+    if all(isinstance(name, str | int) for name in theirs.id2label.values()):
+        assert [str(theirs.id2label[i]).lower() for i in range(theirs.num_labels)] == [
+            label.lower() for label in labels
+        ]
     config = ModelConfig.from_hf(values)
     assert [config.id2label[index] for index in range(config.num_labels)] == labels
     assert config.label2id == {label: index for index, label in enumerate(labels)}
@@ -272,6 +278,8 @@ def test_id2label_decides_and_label2id_follows(values, labels, warns, caplog):
         {"rope_scaling": {}, "quantization_config": {}, "per_layer_config": {}},
         dict.fromkeys(("bos_token_id", "cls_token_id", "sep_token_id"), -1),
         {"cls_token_id": 2**40, "eos_token_id": [-1]},
+        {"problem_type": ""},
+        {"problem_type": "text-classification"},
     ],
     ids=str,
 )

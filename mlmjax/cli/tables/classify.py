@@ -1,6 +1,7 @@
 """Classify the lines of a text file, or the rows of a table."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlmjax.cli.tables.answers import (
     write_answers,
 )
 from mlmjax.cli.tables.inputs import is_read_once, read_labels, read_lines
+from mlmjax.errors import InputError
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.scoring.engine import describe_forward_compiling
@@ -42,6 +44,8 @@ def classify_file(
     texts can be read only once.
     """
     check_options(file, text, id_, out)
+    if out is None and sys.stdout is None:
+        raise InputError("standard output: is closed; give --out FILE, or leave it open")
     check_devices()
     noted: set[str] = set()
 
@@ -57,8 +61,9 @@ def classify_file(
         with count_progress("texts checked") as progress:
             for _ in read():
                 progress(total := total + 1, 0)
-    with working(f"loading {model or PACKAGED}"):
-        predictor = Predictor.from_pretrained(model or PACKAGED, names, progress=False, **options)
+    source = PACKAGED if model is None else model
+    with working(f"loading {source}"):
+        predictor = Predictor.from_pretrained(source, names, progress=False, **options)
     report_packaged(model is None)
     key = "line" if id_ is None else "id"
 

@@ -1,6 +1,7 @@
 """Read CSV files: find out how a file is written, say it, and never merge records in silence."""
 
 import csv
+import re
 from collections import deque
 from collections.abc import Collection, Iterator
 from itertools import chain, islice
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _SAMPLE = 50
 """Lines that are read to find out how a file is written."""
+
+_SEPARATOR_LINE = re.compile(r'"?sep=([^\s"])"?[\r\n]*', re.IGNORECASE)
+"""A first line by which spreadsheets name the separator."""
 
 
 class Row(NamedTuple):
@@ -44,8 +48,17 @@ def read_rows(
     """
     sample, lines = _sample(lines)
     dialect = given or CsvDialect()
+    named = _SEPARATOR_LINE.fullmatch(sample[0]) if len(sample) > 1 else None
+    before = 0 if named is None else 1  # lines before the header
+    if named is not None:
+        del sample[0]
+        dialect = dialect.model_copy(update={"separator": dialect.separator or named[1]})
+        note(f"{where} line 1: names the separator {dialect.separator!r}; csv.separator sets one")
     if dialect.separator is None and sample:
         dialect = _detect(sample, where, default, dialect, columns, note)
+    is_spaced = _has_spaced_quotes(sample, dialect)
+    if is_spaced:
+        note(f"{where}: spaces between a separator and the next field are left out")
     taken: deque[str] = deque()  # the lines of the current record
 
     def remember() -> Iterator[str]:
@@ -53,7 +66,8 @@ def read_rows(
             taken.append(line)
             yield line
 
-    reader, line, width = _reader(remember(), dialect, strict=True), 1, 0
+    reader = _reader(remember(), dialect, strict=True, skip_spaces=is_spaced)
+    line, width = 1 + before, 0
     merged: list[tuple[int, int]] = []
     while True:
         try:
@@ -66,7 +80,7 @@ def read_rows(
             ) from error
         if row is None:
             break
-        last, width = reader.line_num, width or len(row)
+        last, width = reader.line_num + before, width or len(row)
         if last > line:
             _check_merged(list(taken), width, dialect, f"{where} line {line}", last)
             merged.append((line, last))
@@ -98,7 +112,32 @@ def _raise(error: Exception) -> Iterator[str]:
     yield
 
 
-def _reader(lines: Iterator[str], dialect: CsvDialect, *, strict: bool) -> "_csv.Reader":
+def _has_spaced_quotes(sample: list[str], dialect: CsvDialect) -> bool:
+    """Tell whether quotes that open fields follow a separator and spaces, as in `"a", "b"`.
+
+    They do if every record of the sample is then valid, with as many fields as the header.
+    """
+    quote, spaced = dialect.quote, []
+    if not quote or not any(f" {quote}" in line for line in sample):
+        return False
+    try:
+        plain = list(_reader(iter(sample), dialect, strict=False))
+        for row in _reader(iter(sample), dialect, strict=True, skip_spaces=True):
+            spaced.append(row)
+    except csv.Error:
+        if len(spaced) < len(sample) - 1 or len(sample) < _SAMPLE:  # no record that is cut
+            return False
+    rows = spaced[:-1] if len(sample) == _SAMPLE else spaced
+    opens = any(
+        [field.lstrip(" ") for field in one] != [field.lstrip(" ") for field in other]
+        for one, other in zip(plain, spaced, strict=False)
+    )
+    return opens and all(len(row) in (0, len(rows[0])) for row in rows)
+
+
+def _reader(
+    lines: Iterator[str], dialect: CsvDialect, *, strict: bool, skip_spaces: bool = False
+) -> "_csv.Reader":
     return csv.reader(
         lines,
         delimiter=dialect.separator or ",",
@@ -107,6 +146,7 @@ def _reader(lines: Iterator[str], dialect: CsvDialect, *, strict: bool) -> "_csv
         escapechar=dialect.escape,
         doublequote=dialect.escape is None,
         strict=strict,
+        skipinitialspace=skip_spaces,
     )
 
 

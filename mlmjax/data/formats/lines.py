@@ -32,6 +32,15 @@ _MARKS = {
 }
 
 
+_BINARY = {
+    b"\x1f\x8b": "compressed by gzip; expected a name that ends in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd; expected a name that ends in .zst",
+    b"PAR1\x15": "a parquet file; expected a name that ends in .parquet",
+    b"PK\x03\x04": "a zip file, as spreadsheets are; save it as CSV",
+}
+"""First bytes of files that hold no text, and what to do with them."""
+
+
 def note_once(log: logging.Logger, noted: set[str]) -> Note:
     """Return a function that logs what is not in `noted` yet."""
 
@@ -110,6 +119,9 @@ def number_lines(
     is the file in messages, after which the number follows. `nul` allows the character NUL.
     """
     start = _peek(stream, where)
+    for mark, problem in _BINARY.items():
+        if start.startswith(mark):
+            raise InputError(f"{where}: by its first bytes it is {problem}")
     is_old = b"\r" in start[:-1] and b"\n" not in start
     if is_old:
         note(f"{where}: lines end in a carriage return, as on old Macs")
@@ -131,11 +143,14 @@ def number_lines(
         if is_long:
             problem = f"is longer than {MAX_LINE_BYTES >> 20} MiB; expected one record per line"
         elif b"\0" in line and not nul:
+            wide = "utf-16-be" if line.startswith(b"\0") else "utf-16-le"
             problem = "holds a NUL byte; expected text (is it binary?) in UTF-8; if it is UTF-16, "
-            problem += 'set encoding = "utf-16-le" (--encoding utf-16-le)'
+            problem += f'set encoding = "{wide}" (--encoding {wide})'
         else:
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                text = line.decode()
+                # Files that were joined or converted twice have several marks.
+                yield number, text.lstrip("\ufeff") if number == 1 else text
                 continue
             except UnicodeDecodeError as error:
                 problem = (

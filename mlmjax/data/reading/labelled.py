@@ -1,10 +1,13 @@
 """Read texts and their labels from a table, and find the columns that hold them."""
 
+import re
+import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlmjax.config.columns import as_written, columns_read, is_missing, look_up
+from mlmjax.config.columns import as_written, columns_read, is_missing, look_up, look_up_or_none
+from mlmjax.config.labels import is_dropped, label_key
 from mlmjax.data.reading.files import Record, read_file, require_columns
 from mlmjax.errors import InputError, counted, suggest_name
 from mlmjax.text.checks import check_text, for_each_row
@@ -18,6 +21,11 @@ LABEL_NAMES = (
     *("label_text", "label_name"),
 )
 """Names, in small letters, that make a column's use obvious."""
+
+_MISSING = frozenset(("nan", "null", "none", "n/a", "na", "#n/a", "<na>", "nil", "?", "-"))
+"""Labels, in small letters, by which programs write that there is none."""
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
 
 MOST_DISTINCT = 0.5
 """The share of rows with a label of their own above which a column holds no labels."""
@@ -115,7 +123,8 @@ def read_labelled(
     wanted = [columns.text, columns.label]
     records = read_file(
         path,
-        wanted,
+        () if skip_blank else wanted,
+        optional=wanted,
         named=[columns.label],
         unnamed=drop_labels,
         encoding=encoding,
@@ -125,14 +134,14 @@ def read_labelled(
     seen: dict[tuple[str, str], str] = {}
     dropped: set[str] = set()
     for where, row in for_each_row(
-        lambda record: (record.where, _row(record, columns, skip_blank)),
+        lambda record: (record.where, _row(record, columns, skip_blank, drop_labels)),
         ((record.where, record) for record in records),
     ):
         if row is None:
             counts["blank"] += 1
-        elif row[1] in drop_labels:
+        elif isinstance(row, str):
             counts["dropped"] += 1
-            dropped.add(row[1])
+            dropped.add(row)
         elif row in seen:
             counts["repeated"] += 1
         else:
@@ -140,18 +149,23 @@ def read_labelled(
     texts, labels = [row[0] for row in seen], [row[1] for row in seen]
     _check_labels(str(path), labels, columns.label)
     unknown = _unknown([name for name in drop_labels if name not in dropped], labels)
-    said = [*columns.said, *_describe(counts), *unknown, *_similar(labels)]
+    said = [*columns.said, *_describe(counts), *unknown, *_similar(labels), *_no_labels(labels)]
     return LabelledTable(texts, labels, list(seen.values()), columns, tuple(said))
 
 
-def _row(record: Record, columns: Columns, skip_blank: bool) -> tuple[str, str] | None:
-    text = look_up(record.fields, columns.text)
-    label = look_up(record.fields, columns.label)
+def _row(
+    record: Record, columns: Columns, skip_blank: bool, drop: Collection[str]
+) -> tuple[str, str] | str | None:
+    """Return the text and label of a row; its label if that is dropped, None for a blank."""
+    find = look_up_or_none if skip_blank else look_up
+    text, label = find(record.fields, columns.text), find(record.fields, columns.label)
     if isinstance(label, list | dict):
         raise InputError(
             f"column {columns.label!r} is {label!r:.60}; expected one label (for several, use "
             "Classifier(multi_label=True) in Python)"
         )
+    if is_dropped(label, label, drop):
+        return label_key(label)
     name = "" if is_missing(label) else as_written(label).strip()
     text = "" if is_missing(text) else text
     check_text(text, f"column {columns.text!r}")
@@ -200,11 +214,42 @@ def _unknown(names: Sequence[str], labels: Sequence[str]) -> Iterator[str]:
 
 
 def _similar(labels: Sequence[str]) -> Iterator[str]:
-    """Yield a warning for labels that differ only in capitals or spaces."""
+    """Yield a warning for labels that may be one, written in two ways."""
     names: dict[str, list[Any]] = {}
     for label in sorted(set(labels)):
-        names.setdefault(" ".join(label.casefold().split()), []).append(label)
+        names.setdefault(_folded(label), []).append(label)
     for group in names.values():
         if len(group) > 1:
-            shown = ", ".join(map(repr, group))
+            shown = ", ".join(
+                map(ascii if len({*map(_shown, group)}) < len(group) else repr, group)
+            )
             yield f"warning: the labels {shown} are kept apart; correct the table if they are one"
+
+
+def _folded(label: str) -> str:
+    """Return a label without capitals, spare spaces and characters nobody sees; a number by value.
+
+    >>> [_folded(label) for label in ("Yes  sir", "yes\u200b", "01", "1.0")]
+    ['yes sir', 'yes', '1', '1']
+    """
+    text = " ".join(_shown(label).casefold().split())
+    return f"{float(text):g}" if _NUMBER.fullmatch(text) else text
+
+
+def _shown(label: str) -> str:
+    """Return a label as it is seen: letters composed, and no characters without a width."""
+    text = unicodedata.normalize("NFKC", label)
+    return "".join(one for one in text if unicodedata.category(one) != "Cf")
+
+
+def _no_labels(labels: Sequence[str]) -> Iterator[str]:
+    """Yield a warning for labels that often mean that a row has none."""
+    distinct = dict.fromkeys(labels)
+    numbers = all(_NUMBER.fullmatch(label) for label in distinct)
+    for label in distinct:
+        if label.casefold() in _MISSING or (numbers and len(distinct) > 2 and label == "-1"):
+            rows = counted(labels.count(label), "row")
+            yield (
+                f"warning: the label {label!r} of {rows} may mean that there is none; "
+                f"--drop-label {label} leaves such rows out"
+            )

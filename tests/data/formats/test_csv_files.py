@@ -36,6 +36,9 @@ def fields(tmp_path):
         ("a.csv", "text,label\rgood,yes\rbad,no\r", "carriage return"),
         ("a.csv", "text;label\rgood;yes\rbad;no", "carriage return"),
         ("a.csv", "'text','label'\n'good','yes'\n'bad','no'\n", "quoted by '"),
+        ("a.csv", "sep=;\ntext;label\ngood;yes\nbad;no\n", "names the separator ';'"),
+        ("a.csv", '"SEP=^"\r\ntext^label\r\ngood^yes\r\nbad^no\r\n', "names the separator '^'"),
+        ("a.csv", '"text", "label"\ngood, "yes"\n"bad", "no"\n', "spaces between a separator"),
         ("a.jsonl", '{"text":"good","label":"yes"}\r{"text":"bad","label":"no"}\r', "carriage"),
     ],
 )
@@ -43,6 +46,19 @@ def test_an_unusual_dialect_is_found_and_said(fields, caplog, name, text, said):
     assert fields(text, name) == TWO
     assert said in caplog.text
     assert name in caplog.text
+
+
+def test_spaces_and_first_lines_that_are_text_stay(fields, tmp_path):
+    said = {"text": "he said", "label": ' "go" now'}
+    assert fields('text,label\nhe said, "go" now\n') == [said]
+    assert fields('text,label\nhe said, "go"\nhe said, "go" now\n')[1] == said
+    assert fields('text,label\n" ""go""", no\n') == [{"text": ' "go"', "label": " no"}]
+    assert fields('text, label\n"a, b", "x, y"\n') == [{"text": "a, b", "label": "x, y"}]
+    assert fields("sep=,\n", columns=["sep="], separator=",") == []
+    path = tmp_path / "a.csv"
+    path.write_text("sep=;\ntext;label\ngood;yes\nbad\n")
+    with pytest.raises(InputError, match="line 4: has 1 fields"):
+        list(read_file(path))
 
 
 def test_a_usual_file_says_nothing(fields, caplog):

@@ -79,6 +79,7 @@ ADVICE = 'say how it is encoded, as in encoding = "latin-1" (--encoding latin-1)
     [
         (LATIN, None, "a.csv line 2: is not UTF-8 (byte 3 of the line is 0xef); " + ADVICE),
         (content("a.csv").encode("utf-16-le"), None, "a.csv line 1: holds a NUL byte"),
+        (content("a.csv").encode("utf-16-be"), None, "(--encoding utf-16-be)"),
         (content("a.csv").encode("utf-16")[:-1], None, "a.csv: byte 107 of the file is not UTF-16"),
         (b"text,label\nx,a\ny\x81,b\n", "cp1252", "a.csv: byte 17 of the file is not CP1252 text"),
         (b"text,label\nx,a\ny\xd8,b\n", "ascii", "a.csv: byte 17 of the file is not ASCII text"),
@@ -94,6 +95,27 @@ def test_a_byte_that_does_not_fit_is_named_with_the_way_out(tmp_path, data, enco
     with pytest.raises(InputError) as caught:
         list(read_labelled(path, encoding=encoding))
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(b"text,label\n"), "ends in .gz"),
+        (b"PAR1\x15\0", "ends in .parquet"),
+        (b"PK\x03\x04\0", "save it as CSV"),
+    ],
+)
+def test_a_file_that_is_no_text_is_named(tmp_path, data, message):
+    path = tmp_path / "a.csv"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"a.csv: by its first bytes it is .*{message}"):
+        list(read_file(path))
+
+
+def test_several_marks_at_the_start_are_left_out(tmp_path):
+    (tmp_path / "a.csv").write_text("\ufeff\ufefftext,label\na,\ufeffb\n")
+    (record,) = read_file(tmp_path / "a.csv")
+    assert record.fields == {"text": "a", "label": "\ufeffb"}
 
 
 @pytest.mark.parametrize("name", ["base64", "latin2x", "rot13", "idna", "undefined", "", "\0"])

@@ -100,11 +100,47 @@ def test_labels_are_names_even_if_they_are_numbers(tmp_path):
     assert set(read_labelled(path, drop_labels=["-1"]).labels) == {"1", "2", "true"}
 
 
-def test_labels_that_differ_in_capitals_are_a_warning(tmp_path):
-    rows = [{"text": f"text {i}", "label": ["Yes", "yes ", "no"][i % 3]} for i in range(9)]
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["Yes", "yes ", "no"], "'Yes', 'yes' are kept apart"),
+        (["1", "01", "2"], "'01', '1' are kept apart"),
+        (["1.0", "1", "-2"], "'1', '1.0' are kept apart"),
+        (["caf\u00e9", "cafe\u0301", "bar"], r"'cafe\u0301', 'caf\xe9' are kept apart"),
+        (["yes", "yes\u200b", "no"], r"'yes', 'yes\u200b' are kept apart"),
+        (["a", "b", "NaN"], "the label 'NaN' of 3 rows may mean that there is none; --drop-label"),
+        (["0", "1", "-1"], "the label '-1' of 3 rows may mean that there is none"),
+        (["-1", "1"], None),
+        (["low", "-1", "high"], None),
+        (["2020", "2021", "1.5"], None),
+    ],
+)
+def test_labels_that_may_be_one_or_none_are_a_warning(tmp_path, labels, said):
+    rows = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(9)]
     table = read_labelled(write_table(tmp_path / "a.csv", rows))
-    assert set(table.labels) == {"Yes", "yes", "no"}
-    assert "'Yes', 'yes' are kept apart" in table.said[-1]
+    assert set(table.labels) == {label.strip() for label in labels}
+    if said is None:
+        assert "warning" not in "".join(table.said)
+    else:
+        assert said in table.said[-1]
+
+
+def test_rows_without_a_label_are_dropped_by_the_words_of_a_run_file(tmp_path):
+    rows = [{"text": f"text {i}", "label": [1, None, -1, 2][i % 4]} for i in range(16)]
+    path = write_table(tmp_path / "a.parquet", rows)
+    table = read_labelled(path, drop_labels=["null", "-1"])
+    assert set(table.labels) == {"1", "2"}
+    assert "left out 8 rows with a label of --drop-label" in table.said
+
+
+def test_an_absent_field_is_blank(tmp_path):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+    path = write_table(tmp_path / "a.jsonl", [*rows, {"text": "no label"}, {"label": "a"}])
+    with pytest.raises(InputError, match="line 9: has no column 'label'"):
+        read_labelled(path)
+    table = read_labelled(path, skip_blank=True)
+    assert len(table.texts) == 8
+    assert "left out 2 rows without a text or a label" in table.said
 
 
 @pytest.mark.parametrize(
