@@ -28,7 +28,7 @@ from mlmjax.statistics.calibration import (
     log_softmax,
     temperature_calibration,
 )
-from mlmjax.storage import DECIDER, TRAINING, plain_file, read_json
+from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING, plain_file, read_json
 from mlmjax.text.checks import check_list, check_share, for_each_row
 from mlmjax.weights import hub
 from mlmjax.weights.adapters import save_adapter
@@ -76,6 +76,13 @@ class Decider:
             folder = hub.fetch(source, **where)
             if (folder / DECIDER).exists():
                 saved = decode(DeciderSettings, read_json(folder, DECIDER), str(folder / DECIDER))
+            elif (folder / CLASSIFIER).exists():
+                warnings.warn(
+                    f"{source}: is a classifier, which was fitted with its own prompt; a decider "
+                    "asks in other words, so the accuracy of the classifier does not carry over. "
+                    "Measure it, use `Classifier` or `mlmjax classify`, or call `fit` again",
+                    stacklevel=2,
+                )
             if (folder / TRAINING).exists():
                 self._manifest = plain_file(folder, TRAINING).read_bytes()
             model, tokenizer = load_pretrained(source, dtype=dtype, **where)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from labelled_texts import WORDS, examples
 
-from mlmjax import Choice, Decider, InputError, Score, YesNo
+from mlmjax import Choice, Classifier, Decider, InputError, Score, YesNo
 from mlmjax.decisions.answers import answer_json
 from mlmjax.storage import DECIDER
 from mlmjax.weights import convert
@@ -274,6 +274,12 @@ def test_wrong_answers_are_rejected_in_words(decider, answers, message):
         with pytest.raises(InputError) as caught:
             learn([STATE], QUESTIONS, answers)
         assert message in str(caught.value)
+
+
+def test_a_classifier_is_asked_in_other_words_than_it_was_fitted_with(word_pair, tmp_path):
+    Classifier(word_pair, ["red", "blue"]).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="the accuracy of the classifier does not carry over"):
+        Decider(tmp_path)
 
 
 def test_settings_that_are_wrong_are_rejected(tmp_path, decider, tokenizer):
