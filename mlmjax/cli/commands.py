@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve
-from mlmjax.cli.options import Group
+from mlmjax.cli.options import FiniteRange, Group
 from mlmjax.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def init(kind: str, name: str | None) -> None:
 )
 @click.option(
     "--search-seconds",
-    type=click.FloatRange(min=0),
+    type=FiniteRange(min=0),
     default=600.0,
     show_default=True,
     help="If it does not fit, start no compilation of other settings after this time.",
@@ -407,13 +407,13 @@ def compare(a: str, b: str, as_json: bool) -> None:
 )
 @click.option(
     "--learning-rate",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     help="Highest learning rate (default: by size of the model).",
 )
 @click.option("--epochs", type=_positive, help="Passes over the rows (default: by their number).")
 @click.option(
     "--test-share",
-    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    type=FiniteRange(min=0, max=1, min_open=True, max_open=True),
     default=0.2,
     show_default=True,
     help="Share of each label's rows to test on.",

@@ -1,5 +1,6 @@
 """Define what all commands share: how much they print, the version, and examples in the help."""
 
+import math
 import platform
 import sys
 import time
@@ -68,6 +69,19 @@ def _shared_options() -> list[click.Parameter]:
         click.Option(["-v", "--verbose"], help="Print more detail.", **shared),
         click.Option(["--debug"], help="Show the traceback of an error.", **shared),
     ]
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; unlike click's, it is finite, and NaN is within no bounds."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number; fail for one that is not finite."""
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{number} is not a finite number.", param, ctx)
+        return number
 
 
 class _Shared(click.Command):

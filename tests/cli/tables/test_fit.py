@@ -121,6 +121,8 @@ def test_a_classifier_is_not_fitted_again(fitted):
         (["a.csv", "--out", "mlmjax-small"], "is the name of the packaged model"),
         (["few.csv"], "has too few rows to hold out some of them for a test"),
         (["a.csv", "--test-share", "1"], "Invalid value for '--test-share'"),
+        (["a.csv", "--test-share", "nan"], "'--test-share': nan is not a finite number"),
+        (["a.csv", "--learning-rate", "inf"], "'--learning-rate': inf is not a finite number"),
     ],
 )
 def test_bad_input_is_rejected_before_training(
