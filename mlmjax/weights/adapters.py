@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mlmjax.config.run import ADAPTED, AdapterConfig
 from mlmjax.config.tables import decode
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.architecture import Origin
 from mlmjax.model.modernbert import (
     ADAPTER_WEIGHTS,
@@ -58,6 +58,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists() and not has_model
 
 
+@suggest_keywords
 def save_adapter(
     model: Model,
     tokenizer: Tokenizer | None,

@@ -17,6 +17,7 @@ from noisy_models import (
     run_jitted,
 )
 
+from mlmjax.config.run import AdapterConfig
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import GLOBAL, LOCAL, ModelConfig, Provenance
 from mlmjax.model.modernbert import (
@@ -71,6 +72,7 @@ CHANGED = {
     "num_labels": 3,
     "id2label": {0: "a", 1: "b", 2: "c"},
     "tie_word_embeddings": False,
+    "adapter": AdapterConfig(rank=2),
 }
 UNCHANGED = {
     "max_position_embeddings": 16,
