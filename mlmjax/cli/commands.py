@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve
 from mlmjax.cli.options import FiniteRange, Group
-from mlmjax.errors import EXIT_FAILED
+from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
     from mlmjax.config.decisions import DecisionTask
@@ -159,10 +159,10 @@ def init(kind: str, name: str | None) -> None:
     machine = find_machine()
     say(f"found {machine.described}")
     path, run_config = write_run_file(kind, name, machine)
-    data = run_config.data
+    data, parts = run_config.data, counted(run_config.data.accumulate, "part")
     click.echo(
         f"{path}: {run_config.init_from}, {run_config.dtype}, {data.batch_size} rows of "
-        f"{data.seq_length} tokens in {data.accumulate} parts, remat {run_config.remat}\n"
+        f"{data.seq_length} tokens in {parts}, remat {run_config.remat}\n"
         f"Edit the lines marked yours, then: mlmjax train {path}"
     )
 
@@ -193,8 +193,8 @@ def plan(
 ) -> int:
     """Check if CONFIG.toml fits a TPU or GPU.
 
-    None is needed here: TPUs have a compiler, and the memory of GPUs is estimated. The exit code is
-    1 if the run does not fit.
+    None is needed here: TPUs have a compiler (mlmjax[plan]), and the memory of GPUs is estimated.
+    The exit code is 1 if the run does not fit.
     """
     run_config = _load(config, overrides)
     from mlmjax.reporting.terminal import say, working
@@ -481,5 +481,6 @@ def classify(file: str, **options: Any) -> None:
 
 def _load(config: str, overrides: Sequence[str]) -> "RunConfig":
     from mlmjax.config.run import load_config
+    from mlmjax.reporting.terminal import say
 
-    return load_config(config, overrides)
+    return load_config(config, overrides, say=say)

@@ -1,7 +1,7 @@
 """Read run files: one type for each table."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -350,14 +350,24 @@ def updates_of(amount: float, steps: int) -> int:
 
 
 @suggest_keywords
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunConfig:
     """Read one TOML file, apply `key=value` overrides, and check everything at once.
 
     `overrides` are dotted keys with TOML values (`data.batch_size=64`, `out=runs/b`); a value that
-    is not TOML is a string. Raises `InputError` that names the dotted key, the value found and the
+    is not TOML is a string. One of `steps` and `epochs` replaces the other of the file, and `say`
+    gets a line about it. Raises `InputError` that names the dotted key, the value found and the
     nearest known key.
     """
     table = read_toml(path)
+    changed = {change.partition("=")[0] for change in overrides}
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in changed and other not in changed and other in table:
+            say(f"{path}: {key} of the command replaces {other} = {table.pop(other)}")
     for change in overrides:
         override(table, change)
     return parse_config(table, where=str(path))

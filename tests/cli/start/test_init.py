@@ -30,6 +30,7 @@ def test_a_written_run_file_has_comments_and_is_read_again(tmp_path, monkeypatch
     assert run(["init", kind, "mine"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("mine.toml: mlmjax-small, float32, ")
+    assert " tokens in 1 part, remat " in out
     assert out.endswith("mlmjax train mine.toml\n")
     assert "8 GiB of memory for a run" in err
     text = (tmp_path / "mine.toml").read_text()
@@ -160,6 +161,27 @@ START = {"out": "x", "init_from": "mlmjax-small", "data": {"rows": "r"}}
 def test_a_run_has_steps_or_epochs(changes, says):
     with pytest.raises(InputError, match=says):
         parse_config({**START, **changes})
+
+
+@pytest.mark.parametrize(
+    ("length", "changes", "line", "expected"),
+    [
+        ("epochs = 1", ["steps=6"], "steps of the command replaces epochs = 1", (6, None)),
+        ("steps = 9", ["epochs=0.5"], "epochs of the command replaces steps = 9", (1, 0.5)),
+        ("steps = 9", ["steps=6"], None, (6, None)),
+    ],
+)
+def test_a_length_of_the_command_replaces_that_of_the_file(
+    tmp_path, length, changes, line, expected
+):
+    file, said = tmp_path / "run.toml", []
+    text = '\nout = "x"\ninit_from = "mlmjax-small"\n[data]\nrows = "r"\n'
+    file.write_text(length + text)
+    config = load_config(file, changes, say=said.append)
+    assert said == ([f"{file}: {line}"] if line else [])
+    assert (config.steps, config.epochs) == expected
+    with pytest.raises(InputError, match="both steps and epochs"):
+        load_config(file, ["steps=6", "epochs=1"])
 
 
 def test_epochs_survive_being_written_and_become_steps():
