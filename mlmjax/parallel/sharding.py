@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mlmjax.config.run import MeshConfig
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, counted
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -71,14 +71,26 @@ def mesh_shape(config: MeshConfig | Mapping[str, int], devices: int) -> dict[str
     wanted = f"mesh: fsdp {config.fsdp} x tensor {config.tensor}"
     if config.data == -1 and devices % other:
         raise InputError(
-            f"{wanted} = {other} does not divide the {devices} devices; choose other sizes"
+            f"{wanted} = {other} does not divide the {counted(devices, 'device')}; "
+            f"set {_dividing(config, devices)}"
         )
     if data * other > devices:
         raise InputError(
             f"{wanted} x data {data} = {data * other} devices, but there are {devices}; "
-            "make an axis smaller, or set data = -1 to use the remaining devices"
+            f"set {_dividing(config, devices)}, where -1 takes the remaining devices"
         )
     return {"data": data, "fsdp": config.fsdp, "tensor": config.tensor}
+
+
+def _dividing(config: MeshConfig, devices: int) -> str:
+    """Return the overrides of a mesh that make its sizes divide the devices.
+
+    The sizes divide those of the mesh too, so that they divide every parameter that these divide.
+    """
+    tensor = math.gcd(config.tensor, devices)
+    wanted = {"data": -1, "fsdp": math.gcd(config.fsdp, devices // tensor), "tensor": tensor}
+    found = config.model_dump()
+    return " ".join(f"mesh.{axis}={n}" for axis, n in wanted.items() if n != found[axis])
 
 
 def lay_out_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray | None:

@@ -1,3 +1,4 @@
+import re
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -128,14 +129,20 @@ def test_a_mesh_has_the_sizes_of_its_configuration(config, shape):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": -1, "fsdp": 3}, "does not divide the 8 devices"),
-        ({"data": 16}, "= 16 devices, but there are 8"),
+        ({"data": -1, "fsdp": 3}, "does not divide the 8 devices; set mesh.fsdp=1"),
+        ({"data": -1, "fsdp": 16}, "set mesh.fsdp=8"),
+        ({"data": -1, "fsdp": 12, "tensor": 4}, "set mesh.fsdp=2"),
+        ({"data": -1, "tensor": 12}, "set mesh.tensor=4"),
+        ({"data": 16}, "= 16 devices, but there are 8; set mesh.data=-1"),
+        ({"data": 2, "fsdp": 16}, "set mesh.data=-1 mesh.fsdp=8"),
         ({"model": 2}, "unknown axis 'model'"),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(sizes, message):
-    with pytest.raises(InputError, match=message):
+def test_a_mesh_that_does_not_fit_is_refused_with_one_that_does(sizes, message):
+    with pytest.raises(InputError, match=message) as caught:
         make_mesh(sizes)
+    if said := re.findall(r"mesh\.(\w+)=(-?\d+)", caught.value.message):
+        make_mesh(sizes | {axis: int(size) for axis, size in said})
 
 
 def test_rows_that_cannot_be_divided_are_refused():
