@@ -27,13 +27,15 @@ import numpy as np
 
 from mlmjax.config.run import RunConfig
 from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.attention import choose_implementation, splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import rows_per_device
 from mlmjax.training.adapters import split_trained, trained_patterns
-from mlmjax.training.flops import BACKWARD, forward_flops
+from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
 from mlmjax.training.loss import CHUNK_ACCELERATOR
 from mlmjax.training.optimizer import make_optimizer
-from mlmjax.training.planning.compilation import bound_targets, count_answers
+from mlmjax.training.planning.compilation import PROGRAMS, bound_targets, count_answers
+from mlmjax.training.planning.topology import FRACTION, GIB, Topology
 from mlmjax.training.step import split_parameters
 
 _WIDTHS = {"float32": 4, "bfloat16": 2}
@@ -71,6 +73,46 @@ def estimate(config: RunConfig, model: Any, sizes: Mapping[str, int]) -> dict[st
         "scoring": _estimate_scoring(config, model.config, params),
         "assumptions": notes,
     }
+
+
+def estimate_plan(config: RunConfig, model: Any, topology: Topology) -> dict[str, Any]:
+    """Return what `compile_run` returns for GPUs or TPUs, without compiling.
+
+    `model` is abstract. Each program has `estimate`, the parts of its memory, and no collectives.
+    """
+    sizes = sharding.mesh_shape(config.mesh, topology.devices)
+    limit = topology.memory or 0.0
+    found = estimate(config, model, sizes)
+    for name in PROGRAMS:
+        found[name]["fits"] = found[name]["memory"]["total"] <= limit
+    peak = peak_flops(topology.device, config.dtype)
+    training, used = found["training"], math.prod(sizes.values())
+    training["seconds_at_peak"] = training["model_flops"] / (peak * used) if peak else None
+    if topology.platform == "gpu":
+        _, memory = topology.gpu
+        found["assumptions"] += [
+            f"the limit is {limit / memory:.0%} of {memory / GIB:.1f} GiB, the share that JAX "
+            f"takes; {FRACTION}=0.9 raises it to {0.9 * memory / GIB:.1f} GiB"
+        ]
+    attention = config.attention
+    chosen = choose_implementation(topology.platform) if attention == "auto" else attention
+    blocks = [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
+    machine = {
+        "topology": topology.name,
+        "device": topology.device,
+        "devices": topology.devices,
+        "used": used,
+        "attention": attention,
+        "attention_chosen": chosen,
+        "splash_blocks": blocks if chosen == "splash" else None,
+        "mesh": sizes,
+        "memory": int(limit),
+        "peak_flops": peak,
+        "jax": jax.__version__,
+        "compiler": "nothing compiled",
+        "memory_by": "arithmetic",
+    }
+    return {"machine": machine, **found}
 
 
 def _estimate_training(

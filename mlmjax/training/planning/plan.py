@@ -12,21 +12,17 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from mlmjax.config.run import RunConfig, parse_config
 from mlmjax.config.tables import override
 from mlmjax.errors import InputError, counted
-from mlmjax.model.attention import choose_implementation
 from mlmjax.parallel import sharding
-from mlmjax.training.flops import peak_flops
-from mlmjax.training.planning.arithmetic import estimate
+from mlmjax.training.planning.arithmetic import estimate, estimate_plan
 from mlmjax.training.planning.compilation import PROGRAMS, check_run
 from mlmjax.training.planning.topology import (
-    FRACTION,
     GIB,
     Topology,
     environment,
+    has_tpu_compiler,
     may_have_gpus,
     parse_topology,
 )
@@ -60,9 +56,10 @@ def make_plan(
 
     `topology` is a name such as `"v5e:16x16"`, `"v5litepod-16"`, `"h200:8"`, or `"cpu:8"` for
     simulated devices. TPUs and CPUs are compiled for in a child process, so that neither the
-    devices of this process nor a compiler that aborts matter. So are GPUs of this machine; memory
-    of other GPUs is estimated by arithmetic. `say` gets a line for each step. `watch` gives a
-    context for work that takes long. The search for a change ends after `search_seconds`.
+    devices of this process nor a compiler that aborts matter. So are GPUs of this machine. Memory
+    of other GPUs, and of TPUs without their compiler, is estimated by arithmetic. `say` gets a
+    line for each step. `watch` gives a context for work that takes long. The search for a change
+    ends after `search_seconds`.
 
     Returns plain values (bytes are those of one device): `fits` (None for simulated devices, which
     have no memory limit), `machine` (its `memory_by` is "compiler" or "arithmetic"), `training`,
@@ -70,7 +67,7 @@ def make_plan(
     each with the figures of its training or its refusal, and `change` is the first that fits, or
     None. `stopped` tells whether time ran out.
 
-    Raises `InputError` for an unknown topology, a missing compiler, and what a run would reject.
+    Raises `InputError` for an unknown topology and for what a run would reject.
     """
     if config.epochs is not None:  # No figure of a plan depends on the length of the run.
         config = config.with_steps(ANY_STEPS)
@@ -87,9 +84,10 @@ def make_plan(
 def _measure(
     config: RunConfig, model: Any, topology: Topology, say: Say, watch: Watch
 ) -> dict[str, Any]:
-    """Return the figures of a run by the compiler, or by arithmetic for GPUs that are elsewhere."""
-    if topology.platform == "gpu" and not may_have_gpus():
-        return _estimate_gpu(config, model, topology)
+    """Return the figures of a run by the compiler, or by arithmetic if there is none for it."""
+    possible = {"gpu": may_have_gpus, "tpu": has_tpu_compiler}
+    if topology.platform in possible and not possible[topology.platform]():
+        return estimate_plan(config, model, topology)
     _say_estimate(config, model, topology, say)
     with watch(f"compiling for {topology.name}; large models take minutes"):
         if topology.platform != "gpu":
@@ -97,7 +95,7 @@ def _measure(
         try:
             return _compile(config, topology)
         except InputError as error:
-            found = _estimate_gpu(config, model, topology)
+            found = estimate_plan(config, model, topology)
             found["assumptions"].append(f"not compiled, because {error.message}")
             return found
 
@@ -143,40 +141,6 @@ def _say_estimate(config: RunConfig, model: Any, topology: Topology, say: Say) -
     say(text)
 
 
-def _estimate_gpu(config: RunConfig, model: Any, topology: Topology) -> dict[str, Any]:
-    """Return what `_compile` returns, from arithmetic."""
-    sizes = sharding.mesh_shape(config.mesh, topology.devices)
-    device, memory = topology.gpu
-    limit = topology.memory or 0.0
-    found = estimate(config, model, sizes)
-    for name in PROGRAMS:
-        found[name]["fits"] = found[name]["memory"]["total"] <= limit
-    peak = peak_flops(device, config.dtype)
-    training, used = found["training"], math.prod(sizes.values())
-    training["seconds_at_peak"] = training["model_flops"] / (peak * used) if peak else None
-    found["assumptions"] += [
-        f"the limit is {limit / memory:.0%} of {memory / GIB:.1f} GiB, the share that JAX takes; "
-        f"{FRACTION}=0.9 raises it to {0.9 * memory / GIB:.1f} GiB"
-    ]
-    chosen = choose_implementation("gpu") if config.attention == "auto" else config.attention
-    machine = {
-        "topology": topology.name,
-        "device": device,
-        "devices": topology.devices,
-        "used": used,
-        "attention": config.attention,
-        "attention_chosen": chosen,
-        "splash_blocks": None,
-        "mesh": sizes,
-        "memory": int(limit),
-        "peak_flops": peak,
-        "jax": jax.__version__,
-        "compiler": "nothing compiled",
-        "memory_by": "arithmetic",
-    }
-    return {"machine": machine, **found}
-
-
 def _needs_no_change(
     config: RunConfig, training: dict[str, Any], scoring: dict[str, Any] | None
 ) -> bool:
@@ -204,7 +168,7 @@ def _try(
         candidate = apply_change(config, change)
         model = check_run(candidate, topology)
         if seconds is None:
-            found = _estimate_gpu(candidate, model, topology)
+            found = estimate_plan(candidate, model, topology)
             return {**found["training"], "scoring": found["scoring"]}
         say(f"does not fit; compiling with {_join(change)}")
         until = time.monotonic() + seconds
@@ -322,7 +286,9 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     sizes = f", blocks of {blocks[0]} in global and {blocks[1]} in local layers" if blocks else ""
     yield f"  attention {machine['attention']}{auto}{sizes}"
     by = {"compiler": "as the compiler reports it", "arithmetic": "by arithmetic"}
-    yield f"  jax {machine['jax']}, {machine['compiler']}; memory {by[machine['memory_by']]}"
+    lacks = machine["memory_by"] == "arithmetic" and machine["device"].startswith("TPU")
+    more = "; install mlmjax[plan] to compile for this TPU" if lacks else ""
+    yield f"  jax {machine['jax']}, {machine['compiler']}; memory {by[machine['memory_by']]}{more}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "
         f"{counted(training['accumulate'], 'micro-batch')}, remat {training['remat']}; "

@@ -18,11 +18,12 @@ class Chip(NamedTuple):
 
     `name` is the compiler's. `sides` is the number of dimensions of a slice and `most` its largest
     number of chips, as Google Cloud's pages of each TPU version say. `memory` is the bytes of HBM
-    that a program may use on one device, as libtpu 0.0.48 states when it rejects one. `devices` is
-    the number of devices per chip.
+    that a program may use on one device, as libtpu 0.0.48 states when it rejects one. `device` is
+    what JAX calls one, and `devices` is their number per chip.
     """
 
     name: str
+    device: str
     sides: int
     most: int
     memory: float
@@ -38,11 +39,11 @@ _CUBES = "2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4"
 _MEGACORE = {"chip_config_name": "megacore"}
 
 CHIPS = {
-    "v4": Chip("v4", 3, 4096, 30.75 * GIB, f"{_CUBES}, 4x4x8, ... 12x16x16", _MEGACORE),
-    "v5e": Chip("v5e", 2, 256, 15.75 * GIB, _FLAT),
-    "v5p": Chip("v5p", 3, 8960, 95.73 * GIB, f"1x1x1, {_CUBES}, ... 16x20x28"),
-    "v6e": Chip("v6e", 2, 256, 31.24 * GIB, _FLAT),
-    "7x": Chip("tpu7x", 3, 9216, 94.74 * GIB, f"{_CUBES}, ... 16x16x36", devices=2),
+    "v4": Chip("v4", "TPU v4", 3, 4096, 30.75 * GIB, f"{_CUBES}, 4x4x8, ... 12x16x16", _MEGACORE),
+    "v5e": Chip("v5e", "TPU v5 lite", 2, 256, 15.75 * GIB, _FLAT),
+    "v5p": Chip("v5p", "TPU v5", 3, 8960, 95.73 * GIB, f"1x1x1, {_CUBES}, ... 16x20x28"),
+    "v6e": Chip("v6e", "TPU v6 lite", 2, 256, 31.24 * GIB, _FLAT),
+    "7x": Chip("tpu7x", "TPU7x", 3, 9216, 94.74 * GIB, f"{_CUBES}, ... 16x16x36", devices=2),
 }
 
 
@@ -137,6 +138,13 @@ class Topology(NamedTuple):
         """Return the number of devices that JAX sees there."""
         each = CHIPS[self.kind].devices if self.kind in CHIPS else 1
         return math.prod(self.shape) * each
+
+    @property
+    def device(self) -> str:
+        """Return what JAX calls one device."""
+        if self.platform == "gpu":
+            return self.gpu[0]
+        return CHIPS[self.kind].device if self.kind in CHIPS else "cpu"
 
     @property
     def gpu(self) -> tuple[str, float]:
@@ -282,6 +290,11 @@ def may_have_gpus() -> bool:
     return (not allowed or "cuda" in allowed or "gpu" in allowed) and any(map(find_spec, plugins))
 
 
+def has_tpu_compiler() -> bool:
+    """Tell whether the compiler for TPUs, libtpu, is installed."""
+    return find_spec("libtpu") is not None
+
+
 def local_gpus(topology: Topology) -> list[Any]:
     """Return as many GPUs of this machine as a topology names; empty if it has too few."""
     import jax
@@ -323,7 +336,7 @@ def devices_of(topology: Topology) -> list[Any]:
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # JAX and libtpu raise only general types here.
-        if find_spec("libtpu") is None or "libtpu" in str(error):
+        if not has_tpu_compiler() or "libtpu" in str(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "
                 "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "

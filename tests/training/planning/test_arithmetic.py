@@ -1,6 +1,7 @@
 """Memory by arithmetic: what it counts, and how it follows the settings."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -131,3 +132,23 @@ def test_a_gpu_is_planned_without_compiling(capsys, monkeypatch, command):
     assert again["fits"] is True
     assert "tried" not in again
     assert again["training"]["memory"]["total"] <= again["machine"]["memory"]
+
+
+def test_a_tpu_is_planned_by_arithmetic_without_its_compiler(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_compile", None)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
+    large = ["plan", "configs/atp_large.toml", "--topology", "v5e-16"]
+    assert run(large) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("v5e:4x4: DOES NOT FIT\n")
+    assert "16 x TPU v5 lite, 15.750 GiB each; mesh data 1 x fsdp 16" in out
+    assert "memory by arithmetic; install mlmjax[plan] to compile for this TPU" in out
+    assert "activations" in out
+    assert "the share that JAX takes" not in out
+    (change,) = re.findall("^nearest change that fits: (.+)$", out, flags=re.M)
+    assert run([*large, *change.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["machine"]["memory_by"] == "arithmetic"
+    assert found["training"]["seconds_at_peak"] == pytest.approx(1.57, abs=0.01)
+    assert run(["plan", "configs/atp_tiny.toml", "--topology", "v6e-1"]) == 0

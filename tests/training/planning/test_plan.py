@@ -77,6 +77,7 @@ def fake_compiler(monkeypatch, training, scoring=lambda config: True):
         return {"machine": {**MACHINE, "mesh": mesh}, **found, "assumptions": []}
 
     monkeypatch.setattr(plan, "_compile", compile_as_if)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: True)
     return compiled
 
 
@@ -164,7 +165,7 @@ def test_figures_of_a_program_have_one_unit_and_readable_seconds():
         ({"attention": "splash"}, "'splash' needs a TPU, and this is cpu"),
         ({"attention": "cudnn"}, "'cudnn' needs an NVIDIA GPU, and this is cpu"),
         ({"mesh": {"tensor": 8}}, "tensor = 8 does not divide 2"),
-        ({"mesh": {"fsdp": 3}}, "does not divide the 8 devices"),
+        ({"mesh": {"fsdp": 3}}, "does not divide the 8 devices; set mesh.fsdp=1"),
         ({"data": {"seq_length": 128}}, "the model takes at most 64"),
     ],
 )
@@ -268,6 +269,7 @@ def test_large_is_judged_within_seconds(monkeypatch, topology, fsdp, verdict):
 
     monkeypatch.setattr(plan, "_compile", compile_nothing)
     monkeypatch.setattr(plan, "may_have_gpus", lambda: True)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: True)
     said, began = [], time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         plan.make_plan(

@@ -133,6 +133,7 @@ def test_every_kind_has_a_peak_and_a_memory():
     kinds = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite"}
     assert set(kinds) | {"7x"} == set(CHIPS)
     for kind, device in {**kinds, "7x": "TPU7x"}.items():
+        assert CHIPS[kind].device == device
         assert peak_flops(device, "bfloat16") > 1e14
         assert CHIPS[kind].memory > 10 * 2**30
 
