@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from mlmjax.config.columns import Column
-from mlmjax.config.data import CsvDialect, Location, Name
+from mlmjax.config.data import Name
 from mlmjax.config.tables import StrictTable, decode, find_file, read_toml, shipped_names
-from mlmjax.errors import InputError
+from mlmjax.config.task import TaskTable
 
 Value = str | int | bool
 
@@ -32,23 +32,13 @@ class TaskQuestion(StrictTable):
     values: Mapping[str, Value] | None = None
 
 
-class DecisionTask(StrictTable):
+class DecisionTask(TaskTable):
     """Describe a table with several questions about each row.
 
     `data` (a file, relative to the task file) or `hub` says where the rows are. `state` is the
     column of the text that is asked about, or a table from keys to columns.
     """
 
-    name: str
-    description: str = ""
-    licence: str = ""
-    data: Name | None = None
-    hub: Name | None = None
-    subset: str | None = None
-    folder: str | None = None
-    split: str = "test"
-    revision: str | None = None
-    csv: CsvDialect | None = None
     state: Column | Mapping[str, Column]
     questions: Annotated[tuple[TaskQuestion, ...], Field(min_length=1)]
 
@@ -58,18 +48,6 @@ class DecisionTask(StrictTable):
         if len(set(names)) < len(names):
             raise ValueError("questions: two have the same id; give each its own")
         return self
-
-    def location(self, data: str | Path | None = None) -> Location:
-        """Return where the rows are: `data`, or the task's place; raise `InputError` if nowhere."""
-        path = str(data) if data is not None else self.data
-        if path is None and self.hub is None:
-            raise InputError(
-                f"task {self.name}: has neither data nor hub; give the file of its rows (--data)"
-            )
-        hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
-        place: dict[str, Any] = hub if path is None else {"path": path}
-        place |= {"split": self.split, "csv": None if self.csv is None else self.csv.to_dict()}
-        return decode(Location, place, where=f"task {self.name}")
 
 
 def find_decision_task(name_or_path: str | Path) -> DecisionTask | None:

@@ -63,7 +63,36 @@ class Protocol(StrictTable):
     probabilities: Probabilities | None = None
 
 
-class Task(StrictTable):
+class TaskTable(StrictTable):
+    """Say what a task is called, and where its rows are."""
+
+    name: str
+    description: str = ""
+    licence: str = ""
+    data: Name | None = None
+    hub: Name | None = None
+    subset: str | None = None
+    folder: str | None = None
+    split: str = "test"
+    revision: str | None = None
+    csv: CsvDialect | None = None
+    encoding: Encoding | None = None
+
+    def location(self, data: str | Path | None = None) -> Location:
+        """Return where the rows are: `data`, or the task's place; raise `InputError` if nowhere."""
+        path = str(data) if data is not None else self.data
+        if path is None and self.hub is None:
+            raise InputError(
+                f"task {self.name}: has neither data nor hub; give the file of its rows (--data)"
+            )
+        hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
+        place = hub if path is None else {"path": path}
+        csv = None if self.csv is None else self.csv.to_dict()
+        values = {**place, "split": self.split, "csv": csv, "encoding": self.encoding}
+        return decode(Location, values, where=f"task {self.name}")
+
+
+class Task(TaskTable):
     """Describe a labelled table and its prompt, with options per row or labels for all.
 
     `data` (a file, relative to the task file) or `hub` says where the rows are. `clean` names a
@@ -81,15 +110,6 @@ class Task(StrictTable):
     `anchor` names the token before `[MASK]` ("none": no token; default: that of the tokenizer).
     """
 
-    name: str
-    description: str = ""
-    licence: str = ""
-    data: Name | None = None
-    hub: Name | None = None
-    subset: str | None = None
-    folder: str | None = None
-    split: str = "test"
-    revision: str | None = None
     prompt: str
     anchor: Name | None = None
     shorten: Mapping[str, ShortenSide] = {}
@@ -103,8 +123,6 @@ class Task(StrictTable):
     labels: tuple[str, ...] | Mapping[str, str] | None = None
     drop_labels: tuple[str, ...] = ()
     blank: tuple[str, ...] = ()
-    csv: CsvDialect | None = None
-    encoding: Encoding | None = None
     group: Column | None = None
     verbalizer: Literal["letters", "words"] | Mapping[str, tuple[str, ...]] = "letters"
     bare: bool = False
@@ -184,19 +202,6 @@ class Task(StrictTable):
         """Return the distinct labels in order; empty for a task with options per row."""
         names = self.labels.values() if isinstance(self.labels, Mapping) else self.labels or ()
         return tuple(dict.fromkeys(names))
-
-    def location(self, data: str | Path | None = None) -> Location:
-        """Return where the rows are: `data`, or the task's place; raise `InputError` if nowhere."""
-        path = str(data) if data is not None else self.data
-        if path is None and self.hub is None:
-            raise InputError(
-                f"task {self.name}: has neither data nor hub; give the file of its rows (--data)"
-            )
-        hub = {name: getattr(self, name) for name in ("hub", "subset", "folder", "revision")}
-        place = hub if path is None else {"path": path}
-        csv = None if self.csv is None else self.csv.to_dict()
-        values = {**place, "split": self.split, "csv": csv, "encoding": self.encoding}
-        return decode(Location, values, where=f"task {self.name}")
 
     @property
     def rules(self) -> tuple[AnswerRule, ...]:
