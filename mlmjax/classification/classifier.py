@@ -243,7 +243,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         settings = settings.model_copy(update=fresh)
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
         data = _prepare(prompter, texts, truth, weights, chosen, validation=validation)
-        with progress_bar("fine-tuning", self.progress) as show:
+        with progress_bar("fine-tuning", self.progress, "testing") as show:
             summary = learn(prompter, data, chosen, progress=progress or show)
         self._keep(settings, prompter)
         self.manifest_ = manifest.decode() if manifest is not None else None

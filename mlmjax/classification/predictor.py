@@ -125,7 +125,7 @@ class Predictor:
     def answer_reason_(self) -> str:
         """Return why it answers so."""
         self._load()
-        return self.settings_.reason or "as the arguments, the prompt or the model say"
+        return self.settings_.reason or "the arguments, the prompt or the model set it"
 
     @property
     def prompts(self) -> int:

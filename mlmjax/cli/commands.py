@@ -16,6 +16,7 @@ from mlmjax.cli.options import FiniteRange, Group
 from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
+    from mlmjax.config.data import CsvOptions
     from mlmjax.config.decisions import DecisionTask
     from mlmjax.config.run import RunConfig
 
@@ -56,6 +57,28 @@ _encoding = click.option(
     metavar="NAME",
     callback=_check_encoding,
     help="Encoding of the texts, such as latin-1 (default: UTF-8, or by the first bytes).",
+)
+
+
+def _read_csv_options(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> "CsvOptions":
+    from mlmjax.config.data import CsvOptions
+
+    return CsvOptions.parse(value)
+
+
+_csv = click.option(
+    "--csv",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_read_csv_options,
+    help="How a CSV file is written: separator, quote, escape or merged_lines (default: detected).",
+)
+_max_length = click.option(
+    "--max-length",
+    type=_positive,
+    help="Most tokens of a prompt; longer texts are truncated (default: what the model reads).",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
@@ -316,8 +339,9 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
 def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
     from mlmjax.decisions.decider import Decider
     from mlmjax.evaluation.decisions import decision_lines, evaluate_decisions
+    from mlmjax.evaluation.summary import warn_of_few
     from mlmjax.parallel.environment import check_devices
-    from mlmjax.reporting.terminal import count_progress
+    from mlmjax.reporting.terminal import count_progress, say
     from mlmjax.scoring.engine import describe_forward_compiling
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
@@ -332,13 +356,15 @@ def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
         results = evaluate_decisions(decider, task, **own, progress=progress)
     as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
     click.echo("\n".join(as_json if given["as_json"] else decision_lines(results)))
+    for line in warn_of_few(results["n"]):
+        say(line)
 
 
 def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
-    from mlmjax.evaluation.summary import summary_lines
+    from mlmjax.evaluation.summary import summary_lines, warn_of_few
     from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say
     from mlmjax.scoring.engine import describe_forward_compiling
@@ -370,6 +396,8 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
         )
     as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
     click.echo("\n".join(as_json if given["as_json"] else summary_lines(results)))
+    for line in warn_of_few(results["n"]):
+        say(line)
     if given["out"] is not None:
         say(f"report: {Path(given['out']) / 'report.md'}")
 
@@ -420,6 +448,8 @@ def compare(a: str, b: str, as_json: bool) -> None:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of split and training.")
 @_encoding
+@_csv
+@_max_length
 @click.option("--skip-blank", is_flag=True, help="Leave out rows without a text or a label.")
 @click.option(
     "--drop-label", "drop_labels", multiple=True, metavar="LABEL", help="Leave out its rows."
@@ -464,6 +494,8 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
 @click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
 @click.option("--out", metavar="FILE", help="Write a .jsonl, .csv or .parquet file.")
 @_encoding
+@_csv
+@_max_length
 @click.option("--echo", is_flag=True, help="Repeat each text in its answer.")
 @click.option("--full", is_flag=True, help="Print all digits of the probabilities, not six.")
 @click.argument("file", default="-")

@@ -2,16 +2,17 @@
 
 import codecs
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from encodings.aliases import aliases
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from shlex import quote
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from mlmjax.config.columns import Column, Pattern, pattern_parts
-from mlmjax.config.tables import StrictTable
-from mlmjax.errors import suggest_name
+from mlmjax.config.tables import StrictTable, decode
+from mlmjax.errors import InputError, suggest_name
 from mlmjax.storage import expand_home
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -74,6 +75,17 @@ class CsvDialect(StrictTable):
     escape: Annotated[str, Field(min_length=1, max_length=1)] | None = None
     merged_lines: Literal["check", "allow", "refuse"] = "check"
 
+    KEY: ClassVar[str] = "csv"
+    """Where a person sets this, in messages."""
+
+    def setting(self, name: str, value: str | None = None) -> str:
+        """Return how messages write a key, or the key with a value.
+
+        >>> CsvDialect().setting("separator"), CsvDialect().setting("separator", ";")
+        ('csv.separator', 'csv.separator = ";"')
+        """
+        return f"{self.KEY}.{name}" + ("" if value is None else f' = "{value}"')
+
     @model_validator(mode="after")
     def _distinct(self) -> "CsvDialect":
         for name in ("separator", "quote", "escape"):
@@ -87,6 +99,38 @@ class CsvDialect(StrictTable):
                 "different characters"
             )
         return self
+
+
+class CsvOptions(CsvDialect):
+    """A dialect that is set on the command line, by `--csv KEY=VALUE`."""
+
+    KEY: ClassVar[str] = "--csv"
+
+    @classmethod
+    def parse(cls, given: Sequence[str]) -> "CsvOptions":
+        r"""Read `KEY=VALUE` texts, where `\t` is a tab; raise `InputError` for bad ones.
+
+        >>> CsvOptions.parse([r"separator=\t", "quote="])
+        CsvOptions(separator='\t', quote='', escape=None, merged_lines='check')
+        """
+        values = {}
+        for text in given:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise InputError(
+                    f"--csv {text!r:.60}: expected KEY=VALUE, as in "
+                    f"{cls().setting('separator', ';')}"
+                )
+            values[name] = "\t" if value == r"\t" else value
+        return decode(cls, values, cls.KEY)
+
+    def setting(self, name: str, value: str | None = None) -> str:
+        """Return how messages write an option.
+
+        >>> CsvOptions().setting("quote"), CsvOptions().setting("separator", ";")
+        ('--csv quote=...', "--csv 'separator=;'")
+        """
+        return f"{self.KEY} " + (f"{name}=..." if value is None else quote(f"{name}={value}"))
 
 
 class Location(StrictTable):

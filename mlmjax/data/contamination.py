@@ -1,6 +1,7 @@
 """Record what a model was trained on, and look for an evaluation in it."""
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
@@ -188,25 +189,44 @@ def contamination(
         shared = f"{ngrams} words in a row with {task.name}"
         remarks = [f"examples that share {shared} were kept out of training"]
     else:
-        how = "examples that share text with it were not kept out"
+        missed = _which(training, [not is_out for is_out in held_out])
+        how = f"examples that share text with it were not kept out by {missed}"
         if any(one.task == task.name for one in excluded):
             how = (
                 f"not every run kept out examples that share text with {task.name}, or a run used "
-                "another copy of it"
+                f"another copy of it: {missed}"
             )
         remarks = [f"the training manifest names no file, dataset or task of {task.name}; {how}"]
     sources = [source for run in training.runs for source in run.sources]
-    lost = dict.fromkeys(one.name for one in sources if not one.files and not one.hub)
+    names = dict.fromkeys(one.name for one in sources if not one.files and not one.hub)
+    lost = [(n, [n in (s.name for s in run.sources) for run in training.runs]) for n in names]
     if lost:
-        remarks += [f"what {name} held is not known" for name in lost]
+        remarks += [
+            f"what {name} held is not known ({_which(training, has, sources=False)})"
+            for name, has in lost
+        ]
         status = "unknown"
     unknown = _unknown(training) if status == "none found" else []
     start = training.runs[0].init_from if training.runs else None
     if start is not None:
-        unknown.append(f"what {start} was trained on is not known")
+        unknown.append(f"what {start}, the start of the first run, was trained on is not known")
     if unknown and status == "none found":
         status = "unknown"
     return Contamination(status, [], [*remarks, *unknown])
+
+
+def _which(training: TrainingManifest, chosen: Sequence[bool], *, sources: bool = True) -> str:
+    """Name runs by their place in the manifest and their sources; the last made the model."""
+    count, shown = len(training.runs), []
+    if count > 1 and all(chosen) and sources:
+        return f"any of the {count} training runs"
+    for number, (run, is_chosen) in enumerate(zip(training.runs, chosen, strict=True), 1):
+        if is_chosen:
+            which = "the only training run" if count == 1 else f"training run {number} of {count}"
+            names = ", ".join(source.name for source in run.sources[:NAMED])
+            more = f" and {len(run.sources) - NAMED} more" if len(run.sources) > NAMED else ""
+            shown.append(which + (f" ({names}{more})" if names and sources else ""))
+    return " and ".join(shown) or "any training run"
 
 
 def _unknown(training: TrainingManifest) -> list[str]:

@@ -65,6 +65,7 @@ class SourceReport(StrictTable):
     """Count what became of the records of one source; see `reading.examples.Counts`.
 
     `unnamed` is None in rows of earlier versions, which did not count records without a task.
+    `columns` are those of the first record, if `data.exclude.tasks` was in vain.
     """
 
     name: str
@@ -77,6 +78,7 @@ class SourceReport(StrictTable):
     blanked: dict[str, int] = Field(default_factory=dict)
     task_columns: dict[str, int] = Field(default_factory=dict)
     unnamed: NonNegativeInt | None = None
+    columns: list[str] = Field(default_factory=list)
     broken: list[str]
     broken_files: list[str] = Field(default_factory=list)
     hits: dict[str, list[list[str]]]

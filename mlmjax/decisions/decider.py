@@ -309,7 +309,7 @@ class Decider:
         if manifest is not None:
             manifest = add_run(manifest, "the states given to Decider.fit")
         asker = self._make_asker(start_of(self.model, chosen), self.tokenizer)
-        with progress_bar("fine-tuning", self._progress) as show:
+        with progress_bar("fine-tuning", self._progress, "testing") as show:
             self.history_ = learn(asker, labelled, chosen, progress or show)
         self._asker, self._manifest = asker, manifest
         self._learn(calibrations={}, conformals={})

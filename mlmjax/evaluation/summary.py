@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mlmjax.errors import counted
-from mlmjax.reporting.markdown import METRIC_NAMES, percent, score, visible
+from mlmjax.reporting.markdown import METRIC_NAMES, score, visible
 
 LEVELS = {
     "rps": "ranked probability score; 0 is best",
@@ -12,6 +12,21 @@ LEVELS = {
     "within_one": "share of rows at most one level away",
     "quadratic_kappa": "agreement with quadratic weights",
 }
+
+
+FEW = 30
+"""Below this number of rows an interval is too wide to say much."""
+
+
+def warn_of_few(count: int, noun: str = "row") -> list[str]:
+    """Return a warning if so few rows are tested that figures may be chance, else nothing.
+
+    >>> warn_of_few(3), warn_of_few(30)
+    (['warning: only 3 rows are tested, so the figures may be chance'], [])
+    """
+    are = "is" if count == 1 else "are"
+    text = f"warning: only {counted(count, noun)} {are} tested, so the figures may be chance"
+    return [text] if count < FEW else []
 
 
 def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -50,4 +65,8 @@ def _rows(results: Mapping[str, Any]) -> str:
 def _sureness(results: Mapping[str, Any]) -> str:
     """Say by how much the mean probability of the answers differs from their accuracy."""
     gap = results["calibration"]["confidence"] - results["accuracy"]
-    return f"on average {percent(abs(gap))} too {'sure' if gap > 0 else 'unsure'}"
+    points = f"{100 * abs(gap):.0f}"
+    if points == "0":
+        return "confidence equals accuracy"
+    noun = "point" if points == "1" else "points"
+    return f"confidence is {points} {noun} {'above' if gap > 0 else 'below'} accuracy"

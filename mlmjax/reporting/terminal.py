@@ -130,11 +130,11 @@ class Ticker:
 class _Work:
     """Work whose progress is shown if it takes long; see `count_progress`."""
 
-    def __init__(self, what: str, first: str):
-        self.what, self.first = what, first
+    def __init__(self, what: str, first: str, last: str):
+        self.what, self.first, self.last = what, first, last
         self.started = time.monotonic()
         self.done, self.total = 0, 0
-        self.shown_done = -1
+        self.shown_done, self.is_over = -1, False
         self.bar: bars.Progress | None = None
         self.task: bars.TaskID | None = None
         self.console = new_console()
@@ -162,8 +162,9 @@ class _Work:
 
     def _draw(self) -> None:
         if self.bar is not None and self.task is not None and self.done:
+            figures = self.last if self.done == self.total else ""
             total = self.total or None
-            self.bar.update(self.task, completed=self.done, total=total, figures="")
+            self.bar.update(self.task, completed=self.done, total=total, figures=figures)
 
     def line(self) -> str:
         """Return the present state as a line."""
@@ -174,7 +175,8 @@ class _Work:
             return f"{self.what} {self.done:,} | {seconds:.0f} s so far"
         text = f"{self.what} {self.done}/{self.total}"
         if self.done >= self.total:
-            return f"{text} | {seconds:.0f} s"
+            doing = f"{self.last} | " if self.last and not self.is_over else ""
+            return f"{text} | {doing}{seconds:.0f} s{' so far' if doing else ''}"
         if self.done > self.first_done:
             each = (time.monotonic() - self.first_at) / (self.done - self.first_done)
             text += f" | {about(each * (self.total - self.done))} left"
@@ -183,6 +185,7 @@ class _Work:
     def finish(self) -> None:
         """Show the last state, if any other one was shown."""
         with self.lock:
+            self.is_over = True
             if self.bar is not None:
                 self.bar.stop()
             elif self.shown_done >= 0 and self.done > self.shown_done:
@@ -190,13 +193,16 @@ class _Work:
 
 
 @contextmanager
-def count_progress(what: str, first: str = "", *, at_once: bool = False) -> Iterator[Progress]:
+def count_progress(
+    what: str, first: str = "", last: str = "", *, at_once: bool = False
+) -> Iterator[Progress]:
     """Yield a function that shows `(done, total)` of work that takes over two seconds.
 
     A terminal shows a bar. Elsewhere a line appears every ten seconds. `first` says what happens
-    before anything is done, such as compiling. With `at_once` nothing waits for two seconds.
+    before anything is done, such as compiling, and `last` what happens after everything is. With
+    `at_once` nothing waits for two seconds.
     """
-    work = _Work(what, first)
+    work = _Work(what, first, last)
     if at_once and work.console.is_terminal:
         work.show()
 
@@ -233,16 +239,16 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(what: str, shown: bool | None) -> Iterator[Progress | None]:
+def progress_bar(what: str, shown: bool | None, last: str = "") -> Iterator[Progress | None]:
     """Yield a function of `(done, total)` for work that may take long, or None.
 
     If `shown` is True, progress is shown at once. If `shown` is None and stderr is a terminal,
-    a bar appears after two seconds.
+    a bar appears after two seconds. `last` is that of `count_progress`.
     """
     if not (shown or (shown is None and sys.stderr.isatty())):
         yield None
         return
-    with count_progress(what, at_once=bool(shown)) as show:
+    with count_progress(what, last=last, at_once=bool(shown)) as show:
         yield show
 
 
@@ -261,13 +267,13 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
-def describe_compiling(seconds: float) -> str:
-    """Say how long a compilation takes if no earlier run kept its result.
+def describe_compiling(seconds: float, what: str = "") -> str:
+    """Say what is compiled, and how long that takes if no earlier run kept its result.
 
-    >>> describe_compiling(38)
-    'compiling, about 40 s | first time on this machine'
+    >>> describe_compiling(38, "program 2")
+    'compiling program 2, about 40 s | first time on this machine'
     """
-    return f"compiling, {about(seconds)} | first time on this machine"
+    return f"compiling{what and ' '}{what}, {about(seconds)} | first time on this machine"
 
 
 def say(text: str) -> None:

@@ -165,6 +165,22 @@ class Verbalizer:
         """Return the labels in the given order."""
         return tuple(self.forms)
 
+    def unusable(self, tokenizer: Tokenizer) -> list[str]:
+        """Return the labels with a form that is not one token, or the token of an earlier form.
+
+        >>> sizes = Verbalizer.words(["small", "extra large"])
+        >>> sizes.unusable(Tokenizer.from_pretrained())
+        ['extra large']
+        """
+        found, taken = [], set(tokenizer.special_ids)
+        for label, forms in self.forms.items():
+            tokens = tokenizer.encode_plain_batch(forms)
+            if any(len(ids) != 1 for ids in tokens) or taken & {ids[0] for ids in tokens}:
+                found.append(label)
+            else:
+                taken |= {ids[0] for ids in tokens}
+        return found
+
     def ids(self, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
         """Return the token of every form, label by label.
 

@@ -417,9 +417,21 @@ def test_an_instruction_may_hold_braces(pair):
         ({"labels": {"sports": "games", "money": ""}}, "letters", "the descriptions of labels"),
         ({"labels": ["sports", "money"], "orders": 2}, "letters", "have orders"),
         ({"labels": ["sports", "money"], "multi_label": True}, "letters", "is asked yes or no"),
-        ({"labels": ["sports", "money"], "answer": "letters"}, "letters", "as the arguments"),
-        ({"labels": ["sports", "money"], "template": SHORT}, "letters", "as the arguments"),
-        ({"labels": ["sports", "money"], "template": "{text}"}, "words", "as the arguments"),
+        (
+            {"labels": ["sports", "money"], "answer": "letters"},
+            "letters",
+            "the arguments, the prompt",
+        ),
+        (
+            {"labels": ["sports", "money"], "template": SHORT},
+            "letters",
+            "the arguments, the prompt",
+        ),
+        (
+            {"labels": ["sports", "money"], "template": "{text}"},
+            "words",
+            "the arguments, the prompt",
+        ),
     ],
 )
 def test_the_way_to_answer_is_chosen_kept_and_explained(pair, tmp_path, options, answer, reason):
@@ -427,9 +439,9 @@ def test_the_way_to_answer_is_chosen_kept_and_explained(pair, tmp_path, options,
     assert classifier.answer_ == answer
     assert reason in classifier.answer_reason_
     classifier.save_pretrained(tmp_path / "saved")
-    assert f"It answers by {answer}: {classifier.answer_reason_}." in " ".join(
-        (tmp_path / "saved" / "README.md").read_text().split()
-    )
+    card = " ".join((tmp_path / "saved" / "README.md").read_text().split())
+    shown = {"words": "with the label itself.", "letters": "by its letter or number."}[answer]
+    assert f"{shown} The reason: {classifier.answer_reason_}." in card
     restored = Classifier.from_pretrained(tmp_path / "saved")
     assert (restored.answer_, restored.answer_reason_) == (answer, classifier.answer_reason_)
     # Other labels are a new choice, unless the prompt decides.

@@ -117,7 +117,11 @@ def test_a_run_of_unknown_data_makes_the_answer_unknown(tmp_path):
     assert runs[:1] == start.runs
     known = look(runs, fresh(tmp_path))
     assert known.status == "unknown"
-    assert "what the texts given to Classifier.fit held is not known" in known.remarks
+    assert (
+        "what the texts given to Classifier.fit held is not known (training run 2 of 2)"
+        in known.remarks
+    )
+    assert known.remarks[0].endswith("were not kept out by any of the 2 training runs")
     with pytest.raises(InputError, match="not a training manifest of format 1"):
         add_unknown_run(b'{"format": 2, "runs": []}', "x")
 
@@ -146,6 +150,9 @@ def test_exclusion_by_overlap_is_reported_when_it_was_of_this_data(tmp_path):
     file = TrainingFile(name="any.jsonl", sha256=hash_file(data))
     kept_out = run_of(excluded=[ExcludedSet(task="quiz", ngram=13, files=[file])])
     partly = "not every run kept out examples that share text with quiz"
+    mine = TrainingSource(name="mine", files=[TrainingFile(name="b", sha256="0" * 64)])
+    some = look([kept_out, run_of(sources=[mine])], fresh(tmp_path)).lines[0]
+    assert some.endswith(": training run 2 of 2 (mine)")
     for runs, name, status, remark in (
         ([kept_out], "quiz", "excluded", "examples that share 13 words in a row with quiz were"),
         ([kept_out, kept_out], "quiz", "excluded", "kept out of training"),
@@ -159,12 +166,15 @@ def test_exclusion_by_overlap_is_reported_when_it_was_of_this_data(tmp_path):
         assert known.status == status
         assert remark in known.lines[0]
         assert known.lines[1:] == [
-            f"contamination: unknown: what {run.init_from} was trained on is not known"
+            f"contamination: unknown: what {run.init_from}, the start of the first run, was "
+            "trained on is not known"
             for run in runs
             if run.init_from
         ]
     data.write_text('{"text": "other", "label": "a"}\n')
-    assert partly in look([kept_out], data).remarks[0]
+    changed = look([kept_out], data).remarks[0]
+    assert partly in changed
+    assert changed.endswith("another copy of it: the only training run")
 
 
 def test_datasets_of_the_hub_are_reported_by_their_id():

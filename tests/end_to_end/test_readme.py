@@ -124,6 +124,14 @@ def test_the_first_program_learns_offline_as_written(tmp_path, monkeypatch, caps
     assert (tmp_path / "my-classifier" / "model.safetensors").is_file()
 
 
+def test_the_first_program_on_classifiers_runs_as_written(folder):
+    program = blocks("python", (ROOT / "docs" / "classifier.md").read_text())[0]
+    names = {}
+    exec(compile(program.replace("mlmjax-small", "HF_FOLDER"), "classifier.md", "exec"), names)
+    assert len(names["train_texts"]) == len(names["train_labels"])
+    assert mlmjax.Classifier.from_pretrained("my-classifier").settings_.max_length == 128
+
+
 def test_texts_of_the_guide_are_scored_and_filled(capsys):
     (block,) = blocks("python", TEXTS["scoring"])
     names = {}

@@ -351,6 +351,7 @@ def test_the_command_counts_rows_and_names_a_prompt_it_does_not_use(
     assert run([*command, "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["n"] == 5
-    assert re.match(r"rows scored 5/5 \| \d+ s", err.splitlines()[-1])
+    assert re.match(r"rows scored 5/5 \| \d+ s", err.splitlines()[-2])
+    assert err.splitlines()[-1].startswith("warning: only 5 rows are tested")
     own_prompt = "its own prompt; the task's prompt is used instead"
     assert (own_prompt in err) == is_classifier

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import click
 
 from mlmjax.config.columns import as_written, is_missing, look_up
+from mlmjax.config.data import CsvDialect
 from mlmjax.errors import InputError, write_failed
 from mlmjax.storage import PARTIAL, check_regular
 from mlmjax.text.checks import check_filled, for_each_row
@@ -70,16 +71,17 @@ def read_items(
     id_: str | None,
     encoding: str | None = None,
     noted: set[str] | None = None,
+    csv: CsvDialect | None = None,
 ) -> Iterator[Item]:
     """Yield the texts of a table with the number of their line, or row, or with their id.
 
-    `encoding` and `noted` are those of `read_file`. Raises `InputError` that lists rows without a
-    text.
+    `encoding`, `noted` and `csv` are those of `read_file`. Raises `InputError` that lists rows
+    without a text.
     """
     from mlmjax.data.reading.files import read_file
 
     records = read_file(
-        file, [text] if id_ is None else [text, id_], encoding=encoding, noted=noted
+        file, [text] if id_ is None else [text, id_], csv=csv, encoding=encoding, noted=noted
     )
     count = 0
     while part := [record for _, record in zip(range(_PART), records, strict=False)]:

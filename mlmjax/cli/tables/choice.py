@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from mlmjax.classification.fitting import usual_rate
 from mlmjax.classification.settings import suitable_answer
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import abstract_model, parameters
+from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.storage import CLASSIFIER, CONFIG, read_json
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import read_config, read_tokenizer
 
@@ -16,6 +20,12 @@ Way = Literal["words", "letters", "head"]
 WAYS: tuple[Way, ...] = ("words", "letters", "head")
 MANY_LABELS = 12
 """With more labels than this, their list in every prompt costs more than it helps."""
+
+LABEL = 40
+"""Characters of a label that a line shows."""
+
+PART = 1000
+"""Texts that are tokenised together."""
 
 UPDATES, FEWEST_EPOCHS, MOST_EPOCHS = 150, 3, 10
 
@@ -28,6 +38,10 @@ class Choice(NamedTuple):
     epochs: int
     batch_size: int
     why: str
+
+    def updates(self, rows: int) -> int:
+        """Return the number of updates of a training on so many rows."""
+        return self.epochs * -(-rows // self.batch_size)
 
     def options(self) -> dict[str, Any]:
         """Return the choice as arguments of `Classifier`."""
@@ -90,6 +104,20 @@ def choose(
 
 def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:
     answer, reason = suitable_answer(dict.fromkeys(labels, ""), tokenizer)
-    if answer == "letters" and len(labels) > MANY_LABELS:
-        return "head", f"there are {len(labels)} labels, more than {MANY_LABELS}"
-    return ("words" if answer == "words" else "letters"), reason
+    if answer == "words":
+        return "words", reason
+    long = Verbalizer.words(labels, tokenizer=tokenizer).unusable(tokenizer)
+    shown = f"'{shortened(visible(long[0]), LABEL)}'"
+    why = f"the label {shown} is not one token of its own"
+    if len(long) > 1:
+        why = f"{len(long)} of {len(labels)} labels are not one token of their own, such as {shown}"
+    if len(labels) > MANY_LABELS:
+        return "head", f"{why}, and there are more than {MANY_LABELS} labels"
+    return "letters", f"{why}; small models learn letters less well than words"
+
+
+def text_lengths(source: str, texts: Sequence[str], *, revision: str | None = None) -> np.ndarray:
+    """Return the number of tokens of each text, int `[texts]`, without any prompt."""
+    tokenizer = read_tokenizer(hub.fetch(source, revision=revision))
+    parts = (tokenizer.encode_plain_batch(texts[i : i + PART]) for i in range(0, len(texts), PART))
+    return np.array([len(ids) for part in parts for ids in part])

@@ -13,7 +13,8 @@ from mlmjax.cli.tables.answers import (
     shape_answer,
     write_answers,
 )
-from mlmjax.cli.tables.inputs import is_read_once, read_labels, read_lines
+from mlmjax.cli.tables.inputs import check_csv, is_read_once, read_labels, read_lines
+from mlmjax.config.data import CsvOptions
 from mlmjax.errors import InputError
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
@@ -33,17 +34,19 @@ def classify_file(
     id_: str | None = None,
     out: str | None = None,
     encoding: str | None = None,
+    csv: CsvOptions | None = None,
     echo: bool = False,
     full: bool = False,
     **options: Any,
 ) -> None:
     """Print or write an answer for each line of a file (`-`: standard input), or each row.
 
-    `labels` are those of `read_labels`, `text` and `id_` columns of a table, `options` those of
-    `Predictor`. Raises `InputError` for a bad line or row before it prints an answer, unless the
-    texts can be read only once.
+    `labels` are those of `read_labels`, `text` and `id_` columns of a table, `csv` says how it is
+    written, `options` are those of `Predictor`. Raises `InputError` for a bad line or row before it
+    prints an answer, unless the texts can be read only once.
     """
     check_options(file, text, id_, out)
+    check_csv(file, csv)
     if out is None and sys.stdout is None:
         raise InputError("standard output: is closed; give --out FILE, or leave it open")
     check_devices()
@@ -53,7 +56,7 @@ def classify_file(
         if text is None:
             lines = read_lines(file, encoding, noted)
             return itertools.starmap(Item, enumerate(lines, start=1))
-        return read_items(file, text, id_, encoding, noted)
+        return read_items(file, text, id_, encoding, noted, csv)
 
     names = None if labels is None else read_labels(labels)
     total = 0

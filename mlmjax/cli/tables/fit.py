@@ -15,11 +15,14 @@ from sklearn.metrics import confusion_matrix
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.fitting import LearnedNothingWarning, split_rows
-from mlmjax.cli.tables.choice import Choice, Way, choose
+from mlmjax.cli.tables.choice import Choice, Way, choose, text_lengths
+from mlmjax.cli.tables.inputs import check_csv
 from mlmjax.cli.tables.report import fit_page
+from mlmjax.config.data import CsvOptions
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.errors import InputError, counted
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.evaluation.summary import warn_of_few
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method, top_confusions
 from mlmjax.reporting.markdown import shortened, visible
@@ -31,8 +34,8 @@ from mlmjax.weights.hub import EXPORT_FILES, PACKAGED
 
 REPORT = "report"
 FILES = EXPORT_FILES | {REPORT}
-FEW = 30
-"""Below this number of test rows an interval is too wide to say much."""
+FAR, LEAST = 4, 16
+"""A text of more than `FAR` medians, of at least `LEAST` tokens each, slows the others down."""
 
 WIDTH = 80
 """Characters of a line of the terminal."""
@@ -64,6 +67,8 @@ def fit_table(
     skip_blank: bool = False,
     drop_labels: Sequence[str] = (),
     encoding: str | None = None,
+    csv: CsvOptions | None = None,
+    max_length: int | None = None,
 ) -> dict[str, Any]:
     """Fit, test and save a classifier; return its figures, as `report/results.json` has them.
 
@@ -74,10 +79,17 @@ def fit_table(
     started = time.perf_counter()
     folder = Path(out if out is not None else f"{Path(path).name.split('.')[0]}-classifier")
     _check_folder(folder)
+    check_csv(path, csv)
     check_devices()
     with working(f"reading {path}"):
         table = read_labelled(
-            path, text, label, skip_blank=skip_blank, drop_labels=drop_labels, encoding=encoding
+            path,
+            text,
+            label,
+            skip_blank=skip_blank,
+            drop_labels=drop_labels,
+            encoding=encoding,
+            csv=csv,
         )
     labels = sorted(set(table.labels))
     split = split_table(table, test_share, seed)
@@ -93,14 +105,14 @@ def fit_table(
         learning_rate=learning_rate,
         epochs=epochs,
     )
-    say(
-        f"fitting {model} on {len(split.train):,} rows with {len(labels)} labels, testing on "
-        f"{len(split.test):,}\nanswers: {choice.way} ({choice.why}); learning rate "
-        f"{choice.learning_rate:g}, epochs {choice.epochs}"
-    )
+    with working("measuring the texts"):
+        lengths = text_lengths(model, table.texts, revision=revision)
+    for line in (describe_lengths(table, lengths), *start_lines(model, choice, split, labels)):
+        say(line)
     options = {
         **choice.options(),
         "anchor": anchor,
+        "max_length": max_length,
         "dtype": dtype,
         "revision": revision,
         "seed": seed,
@@ -108,9 +120,13 @@ def fit_table(
     classifier = Classifier(model, labels, **options, progress=False)
     learned = learn(classifier, trained)
     probabilities = answer_texts(classifier, tested[0])
+    if classifier.shortened:
+        say(f"warning: {counted(classifier.shortened, 'prompt')} did not fit: texts were truncated")
     with working("comparing with TF-IDF"):
         found, methods = measure(trained, tested, labels, probabilities)
-    figures = {"table": str(path), "encoding": encoding, "model": model, "out": str(folder)}
+    dialect = {} if csv is None else csv.model_dump(exclude_unset=True)
+    figures = {"table": str(path), "encoding": encoding, "csv": dialect, "model": model}
+    figures |= {"out": str(folder)}
     figures |= describe(choice, table, split, labels) | found | {"fit": learned}
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
     with working("writing the model and the report"):
@@ -118,10 +134,34 @@ def fit_table(
     return figures | {"seconds": round(time.perf_counter() - started, 1)}
 
 
+def describe_lengths(table: LabelledTable, lengths: np.ndarray) -> str:
+    """Say how long the texts are in tokens, and what helps if one is far longer than the others."""
+    longest, middle = int(lengths.max()), float(np.median(lengths))
+    text = (
+        f"texts: {middle:,.0f} tokens in the median, {longest:,} in the longest "
+        f"({table.where[int(lengths.argmax())]})"
+    )
+    if longest > FAR * max(middle, LEAST):
+        text += "; it sets the length of all batches, and --max-length N shortens it"
+    return text
+
+
+def start_lines(model: str, choice: Choice, split: Split, labels: Sequence[str]) -> Iterator[str]:
+    """Yield what is fitted, how it will answer and how long it learns."""
+    yield (
+        f"fitting {model} on {len(split.train):,} rows with {len(labels)} labels, testing on "
+        f"{len(split.test):,}"
+    )
+    yield (
+        f"answers: {choice.way} ({choice.why}); learning rate {choice.learning_rate:g}, epochs "
+        f"{choice.epochs}, updates {choice.updates(len(split.train)):,}"
+    )
+
+
 def learn(classifier: Classifier, trained: tuple[list[str], list[str]]) -> dict[str, Any]:
     """Fit a classifier with progress; return what the fit says of itself, and say its warning."""
     with (
-        count_progress("fine-tuning: updates", "loading and compiling") as progress,
+        count_progress("fine-tuning: updates", "loading and compiling", "testing") as progress,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", LearnedNothingWarning)  # said below
@@ -176,8 +216,7 @@ def split_table(table: LabelledTable, share: float, seed: int) -> Split:
     if alone:
         shown = shortened(", ".join(alone), WIDTH)
         said.append(f"warning: no row is tested for {counted(len(alone), 'label')}: {shown}")
-    if len(tested) < FEW:
-        said.append(f"warning: {counted(len(tested), 'test row')} say little; mind the interval")
+    said += warn_of_few(len(tested), "held-out row")
     return Split(trained, tested, tuple(said))
 
 
@@ -299,6 +338,8 @@ def classify_line(figures: dict[str, Any]) -> str:
     options = f"--model {quote(figures['out'])} --text {quote(figures['text'])}"
     if figures["encoding"] is not None:
         options += f" --encoding {figures['encoding']}"
+    for name, value in figures["csv"].items():
+        options += f" {CsvOptions().setting(name, value)}"
     return f"mlmjax classify {options} --out answers.csv TABLE"
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from mlmjax.config.data import CsvOptions
 from mlmjax.data.formats.lines import note_once, number_lines, open_as_utf8
 from mlmjax.errors import InputError, read_failed
 
@@ -62,6 +63,18 @@ def read_lines(
         yield line
     if not number:
         raise InputError(f"{where}: is empty; give at least one text, one per line")
+
+
+def check_csv(file: str, csv: CsvOptions | None) -> None:
+    """Raise `InputError` for `--csv` about a file that is no CSV file by its name."""
+    from mlmjax.data.reading.files import is_csv  # here, because it loads pyarrow
+
+    if csv is not None and csv.model_fields_set and not is_csv(file):
+        where = "standard input" if file == "-" else file
+        raise InputError(
+            f"--csv: says how a CSV file is written; {where} is none by its name; leave --csv out, "
+            "or give a file that ends in .csv or .tsv"
+        )
 
 
 def is_read_once(file: str) -> bool:

@@ -53,7 +53,10 @@ def read_rows(
     if named is not None:
         del sample[0]
         dialect = dialect.model_copy(update={"separator": dialect.separator or named[1]})
-        note(f"{where} line 1: names the separator {dialect.separator!r}; csv.separator sets one")
+        note(
+            f"{where} line 1: names the separator {dialect.separator!r}; "
+            f"{dialect.setting('separator')} sets one"
+        )
     if dialect.separator is None and sample:
         dialect = _detect(sample, where, default, dialect, columns, note)
     is_spaced = _has_spaced_quotes(sample, dialect)
@@ -75,8 +78,8 @@ def read_rows(
         except csv.Error as error:
             raise InputError(
                 f"{where} line {line}: is not valid CSV ({error}); expected fields with separators "
-                "or line ends to be quoted, and quotes in them to be doubled; the key csv says "
-                "how a file is written otherwise"
+                "or line ends to be quoted, and quotes in them to be doubled; say by "
+                f"{dialect.KEY} how the file is written otherwise"
             ) from error
         if row is None:
             break
@@ -91,8 +94,9 @@ def read_rows(
     if merged:
         first, last = merged[0]
         note(
-            f"{where}: {counted(len(merged), 'record')} of several lines, the first on lines "
-            f"{first} to {last}; csv.merged_lines sets whether records may have line ends"
+            f"{where}: {counted(len(merged), 'record')} of several lines (quoted line breaks), the "
+            f"first on lines {first} to {last}; {dialect.setting('merged_lines', 'refuse')} "
+            "rejects them"
         )
 
 
@@ -183,19 +187,20 @@ def _detect(
         named = " or ".join(SEPARATORS[one] for one in fitting or able)
         raise InputError(
             f"{where} line 1: the fields may be separated by {named}; expected one separator: set "
-            'it, as in csv = { separator = ";" }'
+            f"it, as in {dialect.setting('separator', ';')}"
         )
     if able:
         chosen = fitting[0] if fitting else default if default in able else able[0]
     found = dialect.model_copy(update={"separator": chosen})
     if chosen != default:
         note(
-            f"{where}: the fields are separated by {SEPARATORS[chosen]}; csv.separator sets "
-            "another separator"
+            f"{where}: the fields are separated by {SEPARATORS[chosen]}; "
+            f"{dialect.setting('separator')} sets another separator"
         )
     header = sample[0].strip().split(chosen)
     if dialect.quote == '"' and all(len(n) > 1 and n[0] == n[-1] == "'" for n in header):
-        note(f"{where}: the fields are quoted by '; csv.quote sets another quote")
+        key = dialect.setting("quote")
+        note(f"{where}: the fields are quoted by '; {key} sets another quote")
         found = found.model_copy(update={"quote": "'"})
     return found
 
@@ -210,6 +215,7 @@ def _check_merged(lines: list[str], width: int, dialect: CsvDialect, where: str,
         why = ", and each of them looks like a record" if alike else ""
         raise InputError(
             f"{where}: a quoted field ends only on line {last}, so {counted(len(lines), 'line')} "
-            f"make one record{why}; close the quote, or set csv.merged_lines to "
-            '"allow" if the text has line ends, or csv.quote to "" if quotes are plain characters'
+            f"make one record{why}; close the quote, or set "
+            f"{dialect.setting('merged_lines', 'allow')} if the text has line ends, or "
+            f"{dialect.setting('quote', '')} if quotes are plain characters"
         )

@@ -18,7 +18,7 @@ from mlmjax.data.preparing.workers import Job, Workers
 from mlmjax.data.reading.examples import Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE
-from mlmjax.data.reading.sources import source_files
+from mlmjax.data.reading.sources import first_columns, source_files
 from mlmjax.errors import InputError, counted
 from mlmjax.storage import describe_file, hash_value
 from mlmjax.text.tokenizer import Tokenizer
@@ -248,6 +248,8 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
             name: dict(sorted(value.items())) if isinstance(value, dict) else value
             for name, value in vars(counts).items()
         }
+        if config.exclude.tasks and counts.unnamed:
+            found["columns"] = first_columns(source)
         report = SourceReport(name=source.title, files=files, **found)
         if not report.examples:
             raise InputError(f"no example is left to train on: {describe_source(report)}")
@@ -287,9 +289,10 @@ def describe_tasks(
         )
         if report.unnamed == report.records:
             what, them = "no record names its task", "it"
+        columns = f" (columns: {', '.join(report.columns)})" if report.columns else ""
         lines.append(
             f"{report.name}: data.exclude.tasks: {what}, so nothing could be excluded by name from "
-            f"{them}; set data.sources.{number}.task to the column of the task, or compare texts "
-            "with data.exclude.overlap"
+            f"{them}; set data.sources.{number}.task to the column of the task{columns}, or "
+            "compare texts with data.exclude.overlap"
         )
     return lines

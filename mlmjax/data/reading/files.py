@@ -135,6 +135,11 @@ def has_columns(path: str | Path) -> bool:
     return kind in _READERS and kind != ".txt"
 
 
+def is_csv(path: str | Path) -> bool:
+    """Tell whether a file's name is that of a CSV or TSV file, compressed or not."""
+    return _READERS.get(_kind_of(Path(path))[0]) is _read_csv
+
+
 def _kind_of(path: Path) -> tuple[str, str | None]:
     """Return the ending that names a file's format, and its compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlmjax.config.columns import as_written, columns_read, is_missing, look_up, look_up_or_none
+from mlmjax.config.data import CsvDialect
 from mlmjax.config.labels import is_dropped, label_key
 from mlmjax.data.reading.files import Record, read_file, require_columns
 from mlmjax.errors import InputError, counted, suggest_name
@@ -106,17 +107,18 @@ def read_labelled(
     skip_blank: bool = False,
     drop_labels: Collection[str] = (),
     encoding: str | None = None,
+    csv: CsvDialect | None = None,
 ) -> LabelledTable:
     """Read a table of texts, each with one label; white space around labels is removed.
 
-    The format follows from the name, and `encoding` is that of `read_file`. A row that repeats text
-    and label is left out, as are rows with a label of `drop_labels`, and with `skip_blank` rows
-    without a text or a label; `said` counts them. Raises `InputError` that lists every row without
-    a text or a label.
+    The format follows from the name; `encoding` and `csv` are those of `read_file`. A row with an
+    earlier text and label again is left out, as are rows with a label of `drop_labels`, and with
+    `skip_blank` rows without a text or a label; `said` counts them. Raises `InputError` that lists
+    every row without a text or a label.
     """
     noted: set[str] = set()
     given = None if text is None or label is None else [text, label]
-    first = next(read_file(path, given, encoding=encoding, noted=noted), None)
+    first = next(read_file(path, given, csv=csv, encoding=encoding, noted=noted), None)
     if first is None:
         raise InputError(f"{path}: has no rows; expected a text and a label in each")
     columns = find_columns(str(path), list(first.fields), text, label)
@@ -127,6 +129,7 @@ def read_labelled(
         optional=wanted,
         named=[columns.label],
         unnamed=drop_labels,
+        csv=csv,
         encoding=encoding,
         noted=noted,
     )
@@ -199,7 +202,7 @@ def _describe(counts: dict[str, int]) -> Iterator[str]:
     words = {
         "blank": "without a text or a label",
         "dropped": "with a label of --drop-label",
-        "repeated": "that repeat an earlier text and label",
+        "repeated": "with an earlier text and label again",
     }
     for name, what in words.items():
         if counts[name]:

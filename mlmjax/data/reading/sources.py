@@ -94,6 +94,17 @@ def read_source(
     return islice(records, source.limit)
 
 
+def first_columns(source: Location) -> list[str]:
+    """Return the columns of the first record that can be read of a source's files.
+
+    There are none for the hub, where reading all columns takes another download.
+    """
+    if source.hub is not None:
+        return []
+    records = read_source(source, broken=lambda kind, error: None)
+    return list(next((record.fields for record in records), ()))
+
+
 def _renamed(
     records: Iterable[Record],
     columns: Mapping[str, Column],

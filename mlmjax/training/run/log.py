@@ -15,7 +15,7 @@ import numpy as np
 from rich import progress as bars
 
 from mlmjax.data.batch import OBJECTIVES, PADDING_SEGMENT, Batch, LabelBatch
-from mlmjax.errors import InputError, write_failed
+from mlmjax.errors import InputError, counted, write_failed
 from mlmjax.parallel.processes import is_first
 from mlmjax.reporting.terminal import (
     LINE_SECONDS,
@@ -321,6 +321,8 @@ class RunDisplay(ExitStack):
         now, doing = time.monotonic(), self._doing
         is_new = doing and self._printed < self._since <= now - PATIENCE_SECONDS
         if is_new or now - self._printed >= LINE_SECONDS:
+            if doing and self._printed > self._since:  # Its first line says how long it takes.
+                doing = f"{doing.split(',')[0]} | {now - self._since:.0f} s so far"
             self.say(f"step {self._step}/{self._total} | {doing or self._time_left()}")
 
     def _time_left(self) -> str:
@@ -336,6 +338,10 @@ class RunDisplay(ExitStack):
 TRAINING_COMPILE_SECONDS = 2.0
 
 
-def describe_step_compiling(layers: int) -> str:
-    """Say how long the first compilation of a training step takes."""
-    return describe_compiling(TRAINING_COMPILE_SECONDS * layers)
+def describe_step_compiling(layers: int, number: int, rows: int) -> str:
+    """Say how long it takes to compile the training step for batches of `rows` rows.
+
+    `number` counts the programs of a run, from 1.
+    """
+    what = f"program {number} for batches of {counted(rows, 'row')}"
+    return describe_compiling(TRAINING_COMPILE_SECONDS * layers, what)

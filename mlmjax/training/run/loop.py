@@ -139,7 +139,7 @@ class Loop:
     def __post_init__(self) -> None:
         config = self.config
         self._counts: Totals = defaultdict(float)  # Those of this process since the last pause.
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row = self._programs = 0
         peak = peak_flops(self.mesh.devices.flat[0].device_kind, config.dtype)
         self._peak = None if peak is None else peak * self.mesh.size  # of all devices
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
@@ -159,7 +159,7 @@ class Loop:
                 step = index + 1
                 compiles = index == start or train.rows(index) > train.rows(index - 1)
                 # The first step of a size compiles: its time says nothing about the others.
-                with self._compiling() if compiles else clock("step"):
+                with self._compiling(train.rows(index)) if compiles else clock("step"):
                     state, metrics = self.train_step(state, batch, self.frozen)
                     if compiles:
                         jax.block_until_ready(metrics)
@@ -182,8 +182,9 @@ class Loop:
         return joined(averaged_parameters(state.params, state.opt_state), self.frozen)
 
     @contextmanager
-    def _compiling(self) -> Iterator[None]:
-        text = describe_step_compiling(self.architecture.num_hidden_layers)
+    def _compiling(self, rows: int) -> Iterator[None]:
+        self._programs += 1
+        text = describe_step_compiling(self.architecture.num_hidden_layers, self._programs, rows)
         with self.clock("compile"), self.display.doing(text):
             yield
 

@@ -94,6 +94,8 @@ def test_answers_are_written_as_json_lines_csv_and_parquet(classify, tmp_path):
         (["--text", "text", "-"], "standard input: --text names a column"),
         (["--text", "text", "--out", "b.xlsx", "a.csv"], "--out b.xlsx: expected a file that ends"),
         (["--text", "text", "--out", "a.csv", "a.csv"], "--out a.csv: is the file of the texts"),
+        (["--csv", "quote=", "a.txt"], "--csv: says how a CSV file is written; a.txt is none"),
+        (["--text", "text", "--csv", "separator=|", "a.csv"], "has no column 'text'"),
         (["--text", "text", "--out", "c/b.csv", "a.csv"], "c/b.csv: is a folder or in no folder"),
         (["--text", "text", "blank.csv"], "blank.csv line 3: column 'text' is blank"),
         (["--text", "text", "none.csv"], "none.csv: has no rows"),

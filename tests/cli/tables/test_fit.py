@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -97,6 +98,66 @@ def test_the_way_to_answer_follows_from_the_labels(word_folder, names, way, rows
     assert choice.learning_rate == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (["sports", "money"], "each label is one token of its own"),
+        (
+            ["sports\x1b news", "money"],
+            "the label 'sports⟨U+001B⟩ news' is not one token of its own;",
+        ),
+        (
+            ["hot news", "old news", "money"],
+            "2 of 3 labels are not one token of their own, such as",
+        ),
+        ([f"label {i}" for i in range(13)], "'label 0', and there are more than 12 labels"),
+    ],
+)
+def test_a_label_that_prevents_words_is_named(word_folder, names, why):
+    assert why in choose(str(word_folder), names, 100).why
+
+
+def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, capsys):
+    rows = labelled_rows(40)
+    fit = ["fit", str(tmp_path / "a.csv"), "--model", str(word_folder), "--epochs", "2"]
+    for length, says in ((1, False), (80, True)):
+        rows[7] = rows[7] | {"text": " ".join([rows[7]["text"]] * length)}
+        write_table(tmp_path / "a.csv", rows)
+        given = ["--out", str(tmp_path / f"out{length}"), "--max-length", "48"]
+        assert main.run([*fit, *given]) == 0
+        err = capsys.readouterr().err
+        assert ("--max-length N shortens it" in err) == says
+        assert re.search(
+            r"texts: \d+ tokens in the median, \d+ in the longest \(.*a\.csv line ", err
+        )
+        assert ("did not fit: texts were truncated" in err) == says
+        assert "epochs 2, updates 4\n" in err
+    assert "(" + str(tmp_path / "a.csv") + " line 9)" in err
+    saved = json.loads((tmp_path / "out80" / "mlmjax_classifier.json").read_text())
+    assert saved["max_length"] == 48
+
+
+MERGED = '"5 inch;sports\nbank;money\n7 inch";sports\n'
+
+
+def test_a_dialect_is_set_as_the_messages_say(word_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f"{r['text']};{r['label']}\n" for r in labelled_rows(40))
+    (tmp_path / "a.csv").write_text(f"text,a;label\n{rows}" + MERGED)
+    fit = ["fit", "a.csv", "--model", str(word_folder), "--epochs", "1", "--out", "out"]
+    fit += ["--text", "text,a", "--label", "label"]
+    assert main.run(fit) == 2
+    assert "--csv quote=" in capsys.readouterr().err
+    assert main.run([*fit, "--csv", "quote=", "--csv", "separator=;"]) == 0
+    shown = capsys.readouterr()
+    assert "csv." not in shown.err.replace("a.csv", "")
+    (line,) = [text for text in shown.out.splitlines() if text.startswith("next: ")]
+    arguments = shlex.split(line.removeprefix("next: mlmjax ").replace("TABLE", "a.csv"))
+    assert arguments.count("--csv") == 2
+    assert main.run(arguments) == 0
+    assert (tmp_path / "answers.csv").read_text().count("\n") == 44
+
+
 def test_a_large_model_learns_at_a_lower_rate(word_folder, tmp_path, tokenizer):
     config = json.loads((word_folder / "config.json").read_text())
     config |= {"vocab_size": 50368, "hidden_size": 2048, "pad_token_id": tokenizer.pad_id}
@@ -119,6 +180,9 @@ def test_a_classifier_is_not_fitted_again(fitted):
         (["a.xlsx"], "unknown kind of file"),
         (["a.csv", "--out", "taken"], "taken: holds files that are not part of a model (mine)"),
         (["a.csv", "--out", "mlmjax-small"], "is the name of the packaged model"),
+        (["a.csv", "--csv", "separator"], "--csv 'separator': expected KEY=VALUE"),
+        (["a.csv", "--csv", "seperator=;"], "did you mean 'separator'?"),
+        (["a.jsonl", "--csv", "quote="], "--csv: says how a CSV file is written; a.jsonl is none"),
         (["few.csv"], "has too few rows to hold out some of them for a test"),
         (["a.csv", "--test-share", "1"], "Invalid value for '--test-share'"),
         (["a.csv", "--test-share", "nan"], "'--test-share': nan is not a finite number"),
@@ -151,7 +215,7 @@ def test_a_text_with_two_labels_is_never_tested(tmp_path):
     assert not tested & {table.texts[i] for i in split.train}
     assert split.said == (
         "3 texts with more than one label: not tested",
-        "warning: 18 test rows say little; mind the interval",
+        "warning: only 18 held-out rows are tested, so the figures may be chance",
     )
 
 

@@ -99,7 +99,8 @@ def test_merged_lines_are_refused_or_a_stated_choice(fields, caplog):
     assert len(fields(MERGED, merged_lines="allow")) == 1
     assert len(fields(MERGED, quote="")) == 3
     assert fields(SPANNING)[0]["text"] == "line one\nline two"
-    assert "a.csv: 1 record of several lines, the first on lines 2 to 3" in caplog.text
+    said = "a.csv: 1 record of several lines (quoted line breaks), the first on lines 2 to 3; "
+    assert f'{said}csv.merged_lines = "refuse" rejects them' in caplog.text
     with pytest.raises(InputError, match=r"line 2: .* 2 lines make one record; close the quote"):
         fields(SPANNING, merged_lines="refuse")
 

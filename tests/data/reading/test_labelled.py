@@ -71,7 +71,7 @@ def test_rows_without_a_text_or_a_label_are_listed_or_left_out_and_counted(tmp_p
     assert len(table.texts) == len(ROWS)
     assert table.said[-2:] == (
         "left out 2 rows without a text or a label",
-        "left out 1 row that repeat an earlier text and label",
+        "left out 1 row with an earlier text and label again",
     )
 
 

@@ -55,14 +55,14 @@ def test_a_pipe_hears_of_compiling_and_of_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(log, "PATIENCE_SECONDS", 0.02)
     monkeypatch.setattr(log, "LINE_SECONDS", 0.1)
     with RunDisplay(400) as display:
-        with display.doing(describe_step_compiling(22)):
+        with display.doing(describe_step_compiling(22, 2, 8)):
             time.sleep(0.3)
         for step in range(1, 21):
             display.advance(step)
             time.sleep(0.02)
     lines = capsys.readouterr().err.splitlines()
-    compiling = "step 0/400 | compiling, about 40 s | first time on this machine"
-    assert lines[0] == compiling
-    assert 2 <= lines.count(compiling) <= 4
+    compiling = "step 0/400 | compiling program 2 for batches of 8 rows"
+    assert lines[0] == f"{compiling}, about 40 s | first time on this machine"
+    assert 1 <= lines.count(f"{compiling} | 0 s so far") <= 3
     assert re.fullmatch(r"step \d+/400 \| about \d+ s left", lines[-1])
     assert len(lines) < 9
