@@ -29,7 +29,7 @@ _common = [
     click.option(
         "--answer",
         type=click.Choice(["letters", "words"]),
-        help="How options are answered (default: that of a saved decider, or letters).",
+        help="How options are answered (default: that of a saved model, or letters).",
     ),
     click.option(
         "--max-length",

@@ -11,6 +11,7 @@ from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText, ask_for
 from mlmjax.data.batch import UNUSED, Answers, Options
+from mlmjax.decisions.classifiers import OwnQuestion
 from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
 from mlmjax.decisions.states import Shown, State
 from mlmjax.errors import InputError, named_place
@@ -71,7 +72,8 @@ class Asker:
 
     An answer is the same to the last bit whatever else is asked in the same call. With
     `answer="words"`, options that are one token each are answered by themselves; all others by
-    their letters. `orders` and `long_text` are those of `Classifier`.
+    their letters. `orders` and `long_text` are those of `Classifier`. A question that `own` matches
+    is asked in the prompt of its classifier.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class Asker:
         long_text: LongText = "shorten",
         batch_size: int | None = None,
         max_length: int | None = None,
+        own: OwnQuestion | None = None,
     ):
+        self.own = own
         self.answer, self.long_text = answer, long_text
         self.shifts = None if orders == "all" else orders
         anchor = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
@@ -120,8 +124,11 @@ class Asker:
 
     def cost(self, state: State, question: Question) -> int:
         """Return about the number of tokens that the prompts of a question read."""
-        layout, scorer = self.layout(question), self.scorer
         text = state.text if self.long_text != "shorten" else self.shown(state).text
+        if self.own is not None and self.own.matches(question):
+            self.own.check(state)
+            return self.own.length + state.tokens(self.scorer.tokenizer, text)
+        layout, scorer = self.layout(question), self.scorer
         read = layout.length + -(-len(layout.shown) // layout.size) * state.tokens(
             scorer.tokenizer, text
         )
@@ -134,6 +141,8 @@ class Asker:
         slots, tokens = np.zeros(1, np.int32), np.zeros((1, MOST_OPTIONS), np.int32)
         for done, length in enumerate(engine.buckets, start=1):
             engine.run([[pad] * length], slots, tokens, np.ones(1, np.int32))
+            if self.own is not None:
+                self.own.warm_up(length)
             if progress:
                 progress(done, len(engine.buckets))
 
@@ -145,9 +154,51 @@ class Asker:
     ) -> list[tuple[np.ndarray, Usage]]:
         """Return the log probabilities of each question's answers, and what they took.
 
-        All prompts are one batch, except those of questions whose options need several rounds.
-        `where` names each pair in messages.
+        All prompts are one batch, except those of questions whose options need several rounds, and
+        those of a classifier's own question. `where` names each pair in messages.
         """
+        own = self.own
+        if own is None:
+            return self._ask(pairs, where, progress)
+        matched = [own.matches(question) for _, question in pairs]
+        found: dict[int, tuple[np.ndarray, Usage]] = {}
+        for is_own, ask in ((True, self._ask_own), (False, self._ask)):
+            rows = [n for n, one in enumerate(matched) if one == is_own]
+            if rows:
+                answers = ask([pairs[n] for n in rows], [where[n] for n in rows], progress)
+                found |= dict(zip(rows, answers, strict=True))
+        return [found[n] for n in range(len(pairs))]
+
+    def _ask_own(
+        self,
+        pairs: Sequence[tuple[State, Question]],
+        where: Sequence[str],
+        progress: Advance | None,
+    ) -> list[tuple[np.ndarray, Usage]]:
+        """Ask the classifier's own question; a state with several such questions is read once."""
+        own = self.own
+        assert own is not None
+        states = {id(state): (state, at) for (state, _), at in zip(pairs, where, strict=True)}
+        laid_out = own.lay_out(*zip(*states.values(), strict=True))
+        prompts = [prompt for laid in laid_out for prompt in laid.prompts]
+        scores = iter(own.score(prompts, progress))
+        found = {}
+        for key, laid in zip(states, laid_out, strict=True):
+            usage = Usage()
+            usage.tokens = sum(len(prompt.ids) for prompt in laid.prompts)
+            usage.shortened = laid.removed
+            self.scorer.shortened += bool(laid.removed)
+            found[key] = own.pooled([next(scores) for _ in laid.prompts]), usage
+        answers = [(question, *found[id(state)]) for state, question in pairs]
+        return [(own.in_order(question, scores), usage) for question, scores, usage in answers]
+
+    def _ask(
+        self,
+        pairs: Sequence[tuple[State, Question]],
+        where: Sequence[str],
+        progress: Advance | None,
+    ) -> list[tuple[np.ndarray, Usage]]:
+        """Ask questions in the decider's prompt."""
         layouts = []
         for (_, question), name in zip(pairs, where, strict=True):
             with named_place(name):

@@ -12,12 +12,13 @@ import numpy as np
 from mlmjax.classification.fitting import Recipe, start_of
 from mlmjax.classification.predictor import Source
 from mlmjax.classification.settings import LongText
-from mlmjax.config.tables import decode
+from mlmjax.config.tables import StrictTable, decode
 from mlmjax.decisions.answers import ChoiceAnswer, ScoreAnswer, YesNoAnswer, make_answer
 from mlmjax.decisions.asking import Asker, Usage, Way
+from mlmjax.decisions.classifiers import OwnQuestion, load_classifier
 from mlmjax.decisions.fitting import Labelled, learn, read_labelled
 from mlmjax.decisions.questions import Question, read_questions
-from mlmjax.decisions.settings import DeciderSettings, kind_of, settle
+from mlmjax.decisions.settings import DeciderSettings, kind_of, like_classifier, settle
 from mlmjax.decisions.states import State, as_state
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
@@ -48,8 +49,9 @@ class Decider:
     (model, tokenizer). `answer` is "letters" or "words": options that are one token each are then
     answered by themselves. `orders`, `long_text` and `max_length` are those of `Classifier`.
     `abstain_below` marks answers whose best probability is lower. Options left out are those of a
-    saved decider. Raises `InputError` for a source that cannot be loaded or has no
-    masked-language-model head.
+    saved decider or classifier. A choice among exactly the labels of a saved classifier is asked in
+    the classifier's own prompt, whatever its instructions. Raises `InputError` for a source that
+    cannot be loaded or has no masked-language-model head.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Decider:
         local_files_only: bool = False,
         progress: bool | None = None,
     ):
-        saved, self._manifest, self.name = None, None, "mlmjax"
+        saved, own, self._manifest, self.name = None, None, None, "mlmjax"
         model: Any
         if isinstance(source, tuple) and len(source) == 2:
             model, tokenizer = source
@@ -76,16 +78,16 @@ class Decider:
             folder = hub.fetch(source, **where)
             if (folder / DECIDER).exists():
                 saved = decode(DeciderSettings, read_json(folder, DECIDER), str(folder / DECIDER))
-            elif (folder / CLASSIFIER).exists():
-                warnings.warn(
-                    f"{source}: is a classifier, which was fitted with its own prompt; a decider "
-                    "asks in other words, so the accuracy of the classifier does not carry over. "
-                    "Measure it, use `Classifier` or `mlmjax classify`, or call `fit` again",
-                    stacklevel=2,
-                )
             if (folder / TRAINING).exists():
                 self._manifest = plain_file(folder, TRAINING).read_bytes()
-            model, tokenizer = load_pretrained(source, dtype=dtype, **where)
+            if (folder / CLASSIFIER).exists():
+                asked: dict[str, Any] = {"long_text": long_text, "max_length": max_length}
+                asked |= {"dtype": dtype, "batch_size": batch_size}
+                model, tokenizer, own = load_classifier(source, **asked, **where)
+                if saved is None and own is not None:
+                    saved = like_classifier(own.prompter)
+            else:
+                model, tokenizer = load_pretrained(source, dtype=dtype, **where)
             self.name = Path(source).resolve().name if Path(source).is_dir() else str(source)
         else:
             raise InputError(
@@ -102,7 +104,7 @@ class Decider:
         self.settings = decode(DeciderSettings, settle(given, saved), "decider")
         self.history_: list[dict[str, float]] = []
         self._batch_size, self._progress = batch_size, progress
-        self._asker = self._make_asker(model, tokenizer)
+        self._asker = self._make_asker(model, tokenizer, own)
 
     @classmethod
     def from_pretrained(cls, source: Source, **options: Any) -> "Decider":
@@ -294,7 +296,8 @@ class Decider:
 
         `answers` has a table for each state, from ids to right answers: the name of an option, a
         bool, the number of a level or its text, or a distribution `{name: p}` or `[p, ...]`. An
-        absent one or None is left out. `recipe` are `epochs`, `learning_rate`, `batch_size`,
+        absent one or None is left out. All questions are then asked in the decider's prompt, also
+        that of a classifier. `recipe` are `epochs`, `learning_rate`, `batch_size`,
         `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`, `adapter` and `train` of
         `Classifier`. `history_` then has the loss of each epoch, and with held-out states accuracy
         and loss on them. Calibrations are dropped.
@@ -320,14 +323,14 @@ class Decider:
     ) -> None:
         """Write the model as a Hugging Face folder, with the settings of the decider.
 
-        `Decider.from_pretrained(path)` restores all of it. A model with an adapter is saved as the
+        `Decider.from_pretrained(path)` restores all of it. The settings of a classifier whose
+        question is asked as it was fitted are written, too. A model with an adapter is saved as the
         adapter with a pointer to its base; with `merge` as a whole model. Raises what
         `mlmjax.save_pretrained` and `mlmjax.save_adapter` raise.
         """
-        values = self.settings.model_dump(mode="json", exclude_none=True)
-        files: dict[str, str | bytes] = {
-            DECIDER: json.dumps(values, ensure_ascii=False, indent=2) + "\n"
-        }
+        files: dict[str, str | bytes] = {DECIDER: _as_json(self.settings)}
+        if (own := self._asker.own) is not None:
+            files[CLASSIFIER] = _as_json(own.settings)
         if self._manifest is not None:
             files[TRAINING] = self._manifest
         card = model_card(
@@ -341,16 +344,17 @@ class Decider:
         save = save_adapter if is_adapter else save_pretrained
         save(self.model, self.tokenizer, path, dtype=dtype, card=card, more_files=files)
 
-    def _make_asker(self, model: Any, tokenizer: Any) -> Asker:
-        own = self.settings
+    def _make_asker(self, model: Any, tokenizer: Any, own: OwnQuestion | None = None) -> Asker:
+        settings = self.settings
         return Asker(
             model,
             tokenizer,
-            answer=own.answer,
-            orders=own.orders,
-            long_text=own.long_text,
+            answer=settings.answer,
+            orders=settings.orders,
+            long_text=settings.long_text,
             batch_size=self._batch_size,
-            max_length=own.max_length,
+            max_length=settings.max_length,
+            own=own,
         )
 
     def _ask(
@@ -368,10 +372,13 @@ class Decider:
             return self._asker.ask(pairs, where, advance)
 
     def _answer(self, question: Question, log_probs: np.ndarray, usage: Usage) -> AnyAnswer:
+        limit, own = self.settings.abstain_below, self._asker.own
+        if limit is None and own is not None and own.matches(question):
+            limit = own.settings.abstain_below
         return make_answer(
             question,
             self._calibrated(question, log_probs),
-            limit=self.settings.abstain_below or 0.0,
+            limit=limit or 0.0,
             tokens=usage.tokens,
             shortened=usage.shortened,
         )
@@ -392,3 +399,8 @@ class Decider:
 
     def _learn(self, **values: Any) -> None:
         self.settings = self.settings.model_copy(update=values)
+
+
+def _as_json(settings: StrictTable) -> str:
+    values = settings.model_dump(mode="json", exclude_none=True)
+    return json.dumps(values, ensure_ascii=False, indent=2) + "\n"

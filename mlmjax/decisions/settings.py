@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import LongText
-from mlmjax.config.tables import StrictTable
+from mlmjax.config.tables import StrictTable, decode
 from mlmjax.decisions.asking import Way
 from mlmjax.decisions.questions import MOST_LEVELS, MOST_OPTIONS, TYPES, Question
 from mlmjax.statistics.calibration import Calibration
@@ -61,3 +62,10 @@ def settle(given: Mapping[str, Any], saved: DeciderSettings | None) -> dict[str,
     if any(values[name] != chosen[name] for name in ASKED if name in chosen):
         values |= {"calibrations": {}, "conformals": {}}
     return values | chosen
+
+
+def like_classifier(prompter: Prompter) -> DeciderSettings:
+    """Return settings that prompt as a classifier does, which answers by words or letters."""
+    own = prompter.settings
+    values = {name: getattr(own, name) for name in ("orders", "long_text", "max_length")}
+    return decode(DeciderSettings, values | {"answer": prompter.answer}, "classifier")

@@ -1,13 +1,17 @@
 """Deciders: equal answers whatever else is asked, fitting, calibrating, saving."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
 from labelled_texts import WORDS, examples
+from small_models import noisy
 
 from mlmjax import Choice, Classifier, Decider, InputError, Score, YesNo
+from mlmjax.classification.fitting import LearnedNothingWarning
 from mlmjax.decisions.answers import answer_json
+from mlmjax.decisions.states import as_state
 from mlmjax.storage import DECIDER
 from mlmjax.weights import convert
 
@@ -276,9 +280,118 @@ def test_wrong_answers_are_rejected_in_words(decider, answers, message):
         assert message in str(caught.value)
 
 
-def test_a_classifier_is_asked_in_other_words_than_it_was_fitted_with(word_pair, tmp_path):
-    Classifier(word_pair, ["red", "blue"]).save_pretrained(tmp_path)
+OWN = {
+    "words": (["sports", "money"], {"answer": "words"}),
+    "letters": ({"sports": "a match", "money": ""}, {"answer": "letters"}),
+    "windows": (["sports", "money"], {"long_text": "mean", "max_length": 64}),
+}
+
+
+@pytest.fixture(params=OWN)
+def fitted(request, word_pair, tmp_path):
+    """A saved classifier, and a warning-free decider made from it."""
+    labels, options = OWN[request.param]
+    source = noisy(word_pair[0], 0.05), word_pair[1]
+    # Not by temperature: with these random weights it would multiply differences of one bit by 80.
+    first = Classifier(source, labels, **options).calibrate(examples(20)[0], method="batch")
+    first.save_pretrained(tmp_path / "first")
+    classifier = Classifier(tmp_path / "first", abstain_below=0.55)
+    classifier.save_pretrained(tmp_path / "own")
+    with pytest.warns(UserWarning, match="a choice among sports, money is asked as the classifier"):
+        decider = Decider(tmp_path / "own")
+    return classifier, decider, tmp_path
+
+
+def test_the_labels_of_a_classifier_are_asked_as_it_was_fitted(fitted):
+    classifier, decider, folder = fitted
+    texts = [*examples(6, seed=3)[0], "a goal " * 300]
+    expected = classifier.predict_proba(texts)
+    settings = classifier.settings_
+    assert settings.calibration is not None
+    for name in ("answer", "orders", "long_text", "max_length"):
+        wanted = classifier.answer_ if name == "answer" else getattr(settings, name)
+        assert getattr(decider.settings, name) == wanted
+    said = Choice("Which?", settings.labels)
+    turned = Choice("Other words", ["money", "sports"])
+    other = {"no": YesNo("sports"), "more": Choice("Which?", ["sports", "money", "rain"])}
+    found = list(decider.decide_many(texts, {"a": said, **other, "b": turned}))
+    assert sum(one["a"].shortened > 0 for one in found) == (settings.long_text == "shorten")
+    for text, probabilities, answers in zip(texts, expected, found, strict=True):
+        row = dict(zip(classifier.classes_, probabilities, strict=True))
+        assert answers["a"].probabilities == pytest.approx(row, abs=1e-6)
+        assert answers["a"].abstains == (max(row.values()) < 0.55)
+        # The same bits alone, under another id, in another order.
+        assert decider.decide(text, {"c": said}) == {"c": answers["a"]}
+        assert decider.decide(text, {"d": turned})["d"] == answers["b"]
+        assert answers["b"].probabilities == answers["a"].probabilities
+    names = ("answer", "long_text", "max_length")
+    own = {name: getattr(decider.settings, name) for name in names}
+    plain = Decider((decider.model, decider.tokenizer), **own)
+    decided = plain.decide(texts[0], {"a": said, **other})
+    assert {key: decided[key] for key in other} == {key: found[0][key] for key in other}
+    assert decided["a"].probabilities != found[0]["a"].probabilities
+    decider.save_pretrained(folder / "saved")
+    with pytest.warns(UserWarning, match="is asked as the classifier was fitted"):
+        again = Decider(folder / "saved")
+    assert again.settings == decider.settings
+    assert again.decide(texts[-1], {"a": said}) == {"a": found[-1]["a"]}
+
+
+def test_other_descriptions_and_options_are_other_questions(fitted):
+    _, decider, _ = fitted
+    own = decider._asker.own
+    for criteria in (["sports", "rain"], {"sports": "other", "money": None}):
+        assert not own.matches(Choice("", criteria))
+    assert not own.matches(Score("", ["sports", "money"]))
+    with pytest.raises(InputError, match=r"row 2 .*the state is blank"):
+        list(decider.decide_many(["a goal", " "], {"q": Choice("", ["sports", "money"])}))
+    with pytest.raises(InputError, match="the state is blank"):
+        decider.cost(as_state({}), Choice("", ["sports", "money"]))
+
+
+def test_a_long_table_keeps_its_keys_in_the_prompt_of_a_classifier(word_pair, tmp_path):
+    Classifier(word_pair, list(WORDS), max_length=64).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="as the classifier was fitted"):
+        decider = Decider(tmp_path)
+    asked = {"q": Choice("", list(WORDS))}
+    state = {"team": "goal " * 100, "price": "stock"}
+    found = decider.decide(state, asked)["q"]
+    assert 0 < found.shortened < 100
+    assert found != decider.decide(state | {"price": "goal"}, asked)["q"]
+
+
+def test_a_fit_asks_all_questions_in_the_words_of_the_decider(fitted):
+    _, decider, folder = fitted
+    texts, labels = examples(32)
+    asked = {"q": Choice("text", list(WORDS))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LearnedNothingWarning)
+        decider.fit(texts, asked, [{"q": label} for label in labels], epochs=1)
+    decider.save_pretrained(folder / "own")  # in the place of the classifier
+    again = Decider(folder / "own")  # without a warning
+    assert again.decide(texts[0], asked) == decider.decide(texts[0], asked)
+
+
+@pytest.mark.parametrize(
+    "options", [{"multi_label": True}, {"orders": "all"}, {"examples": [("a goal", "sports")]}]
+)
+def test_a_classifier_that_no_one_prompt_decides_is_asked_in_other_words(
+    word_pair, tmp_path, options
+):
+    Classifier(word_pair, list(WORDS), **options).save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="the accuracy of the classifier does not carry over"):
+        Decider(tmp_path)
+
+
+def test_a_decider_needs_a_masked_language_model(word_pair, tmp_path):
+    classifier = Classifier(word_pair, list(WORDS), head="classification", epochs=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LearnedNothingWarning)
+        classifier.fit(*examples(8)).save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="does not carry over"),
+        pytest.raises(InputError, match="no masked-language-model head"),
+    ):
         Decider(tmp_path)
 
 

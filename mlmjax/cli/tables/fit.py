@@ -20,6 +20,7 @@ from mlmjax.cli.tables.inputs import check_csv
 from mlmjax.cli.tables.report import fit_page
 from mlmjax.config.data import CsvOptions
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
+from mlmjax.decisions.classifiers import is_one_prompt
 from mlmjax.errors import InputError, counted
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.evaluation.summary import warn_of_few
@@ -125,9 +126,10 @@ def fit_table(
     with working("comparing with TF-IDF"):
         found, methods = measure(trained, tested, labels, probabilities)
     dialect = {} if csv is None else csv.model_dump(exclude_unset=True)
-    figures = {"table": str(path), "encoding": encoding, "csv": dialect, "model": model}
-    figures |= {"out": str(folder)}
-    figures |= describe(choice, table, split, labels) | found | {"fit": learned}
+    figures: dict[str, Any] = {"table": str(path), "encoding": encoding, "csv": dialect}
+    figures |= {"model": model, "out": str(folder)}
+    figures |= describe(choice, table, split, labels) | found
+    figures |= {"fit": learned, "serves": is_one_prompt(classifier.asking_)}
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
     with working("writing the model and the report"):
         _save(folder, classifier, figures, methods, rows, probabilities)
@@ -373,6 +375,8 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"classifier: {folder}"
     yield f"report: {folder / REPORT / 'report.html'}"
     yield f"next: {classify_line(figures)}"
+    if figures["serves"]:
+        yield f"or: mlmjax serve --model {quote(figures['out'])}"
 
 
 def confusion_lines(labels: Sequence[str], confusion: np.ndarray) -> Iterator[str]:

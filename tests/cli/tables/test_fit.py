@@ -9,7 +9,7 @@ import pytest
 from pictures import read_picture
 from tables import labelled_rows, write_table
 
-from mlmjax import Classifier
+from mlmjax import Choice, Classifier, Decider
 from mlmjax.cli import main
 from mlmjax.cli.tables.choice import choose
 from mlmjax.cli.tables.fit import confusion_lines, result_lines, split_table
@@ -70,6 +70,21 @@ def test_the_line_to_go_on_with_works(fitted, tmp_path, monkeypatch):
     assert program == "mlmjax"
     assert main.run(arguments) == 0
     assert len((tmp_path / "answers.csv").read_text().splitlines()) == 5
+
+
+def test_what_a_decider_takes_can_be_served(fitted):
+    out, printed = fitted
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert printed[-1] == f"or: mlmjax serve --model {out}"
+    assert not list(result_lines(results | {"serves": False}))[-1].startswith("or: ")
+    with pytest.warns(UserWarning, match="a choice among money, sports is asked as the classifier"):
+        decider = Decider(out)
+    predictions = (out / "report" / "predictions.jsonl").read_text().splitlines()
+    places = [json.loads(line)["where"].rpartition(" ")[2] for line in predictions]
+    rows = [labelled_rows(60)[int(place) - 2] for place in places]
+    asked = {"label": Choice("Which label?", ["sports", "money"])}
+    answers = decider.decide_many([row["text"] for row in rows], asked)
+    assert [one["label"].choice for one in answers] == [row["label"] for row in rows]
 
 
 def test_the_page_shows_pictures_and_no_text_is_markup(fitted):
