@@ -39,9 +39,13 @@ def test_programs_run_as_written(tmp_path, monkeypatch, number):
     exec(compile(PROGRAMS[number], "decisions.md", "exec"), {})
 
 
-def test_the_request_of_the_page_is_answered(decider):
-    (body,) = re.findall(r"-d '(.*?)'\n```", PAGE, flags=re.DOTALL)
+def test_the_requests_of_the_pages_are_answered(decider):
+    """Those of the page on typed questions, and of the page that leads from a table to a server."""
+    tables = (ROOT / "docs" / "tables.md").read_text()
+    bodies = re.findall(r"-d '(.*?)'\n```", PAGE + tables, flags=re.DOTALL)
+    assert len(bodies) >= 2
     with serving(decider) as client:
-        status, _, found = client.ask(json.loads(body))
-    assert status == 200
-    assert list(found["answers"]) == ["team", "churn", "urgency"]
+        for body in map(json.loads, bodies):
+            status, _, found = client.ask(body)
+            assert status == 200
+            assert list(found["answers"]) == list(body["questions"])
