@@ -67,6 +67,7 @@ _NAMES = {
     "weights.adapters": ["save_adapter"],
     "weights.pretrained": ["load_pretrained", "save_pretrained"],
 }
+_WITHOUT_JAX = ("config.", "data.", "text.")
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = ["InputError", "RunError", "__version__", "data", *_MODULES]  # noqa: PLE0604
 
@@ -76,6 +77,8 @@ def __getattr__(name: str) -> Any:
         return import_module("mlmjax.data")
     if name not in _MODULES:
         raise AttributeError(f"module 'mlmjax' has no attribute {name!r}")
+    if not _MODULES[name].startswith(_WITHOUT_JAX):
+        import_module("mlmjax.parallel.environment").check_flags()
     return getattr(import_module(f"mlmjax.{_MODULES[name]}"), name)
 
 

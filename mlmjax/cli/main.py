@@ -32,7 +32,7 @@ from mlmjax.errors import (
     first_details,
     write_advice,
 )
-from mlmjax.parallel.environment import explain_environment
+from mlmjax.parallel.environment import explain_environment, set_flags
 
 
 def keep_compiled() -> None:
@@ -62,11 +62,6 @@ def _processor() -> str:
     except OSError:
         features = platform.processor()
     return f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-
-
-# By default XLA orders a CPU program for concurrency: a training step then needs a quarter to a
-# half more memory, `remat` saves nothing, and it is no faster on few cores.
-FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 
 _ESCAPE = "mlmjax.escape"
@@ -147,8 +142,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
     """Run one command and return its exit code; messages go to stderr."""
     talk = Talk()
     set_up_output()
-    if FRUGAL.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FRUGAL}".strip()
+    set_flags()
     keep_compiled()
     # The cache may be full or gone; the program is then compiled again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mlmjax._version import __version__
+from mlmjax.parallel.environment import check_flags
 from mlmjax.reporting.verbosity import is_verbose, set_verbosity
 
 
@@ -100,7 +101,12 @@ class _Shared(click.Command):
 
 
 class Command(_Shared):
-    """A command of `mlmjax`."""
+    """A command of `mlmjax`, which starts only if XLA takes its flags."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; raise `InputError` for `XLA_FLAGS` that XLA rejects."""
+        check_flags()
+        return super().invoke(ctx)
 
 
 class Group(_Shared, click.Group):

@@ -45,15 +45,10 @@ def look_up(fields: Mapping[str, Any], column: Column, key: str = "") -> Any:
     >>> look_up(record, "meta.year"), look_up(record, ("text", "{title}: {body}"))
     (1999, 'On ice: Skates.')
     """
-    alternatives = alternatives_of(column)
-    for alternative in alternatives:
-        try:
-            if "{" not in alternative:
-                return _step(fields, alternative)
-            parts = pattern_parts(alternative)
-            return "".join(text + (_text(fields, name) if name else "") for text, name in parts)
-        except KeyError:
-            continue
+    try:
+        return _find(fields, column)
+    except KeyError:
+        alternatives = alternatives_of(column)
     found = ", ".join(map(repr, fields))
     expected = " or ".join(map(repr, alternatives))
     advice = f"; give other rows (--data), or set {key} of the task to one of these" if key else ""
@@ -69,9 +64,22 @@ def look_up_or_none(fields: Mapping[str, Any], column: Column) -> Any:
     True
     """
     try:
-        return look_up(fields, column)
-    except MissingColumnError:
+        return _find(fields, column)
+    except KeyError:
         return None
+
+
+def _find(fields: Mapping[str, Any], column: Column) -> Any:
+    """Return the value of the first alternative of a column; raise `KeyError` if there is none."""
+    for alternative in alternatives_of(column):
+        try:
+            if "{" not in alternative:
+                return _step(fields, alternative)
+            parts = pattern_parts(alternative)
+            return "".join(text + (_text(fields, name) if name else "") for text, name in parts)
+        except KeyError:
+            continue
+    raise KeyError(column)
 
 
 def is_missing(value: Any) -> bool:

@@ -78,6 +78,7 @@ class SourceReport(StrictTable):
     blanked: dict[str, int] = Field(default_factory=dict)
     task_columns: dict[str, int] = Field(default_factory=dict)
     unnamed: NonNegativeInt | None = None
+    numbered: dict[str, int] = Field(default_factory=dict)
     columns: list[str] = Field(default_factory=list)
     broken: list[str]
     broken_files: list[str] = Field(default_factory=list)

@@ -195,6 +195,7 @@ class ModelConfig:
         values = dict(values)
         if not strict:
             _forget_unknown_problem(values)
+            _forget_no_padding(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
             found = f"found {model_type!r}, which is another architecture"
@@ -419,6 +420,13 @@ def _forget_unknown_problem(values: dict[str, Any]) -> None:
     if isinstance(found, str) and found not in _PROBLEMS:
         log.warning("problem_type: %s is none of %s; left out", repr(found), ", ".join(_PROBLEMS))
         del values["problem_type"]
+
+
+def _forget_no_padding(values: dict[str, Any]) -> None:
+    """Read a `pad_token_id` of -1 as null, as the library that wrote it meant."""
+    if values.get("pad_token_id") == -1:
+        log.warning("pad_token_id: -1 is the id of no token; read as null (none)")
+        values["pad_token_id"] = None
 
 
 def _number(index: Any) -> Any:

@@ -15,6 +15,10 @@ from mlmjax.errors import InputError, first_line
 
 log = logging.getLogger(__name__)
 
+# By default XLA orders a CPU program for concurrency: a training step then needs a quarter to a
+# half more memory, `remat` saves nothing, and it is no faster on few cores.
+FRUGAL = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+
 PROBE_SECONDS = 60
 # Variables that choose devices come first, since they are the usual reason.
 _CHOOSE_DEVICES = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_DEFAULT_DEVICE")
@@ -29,6 +33,40 @@ names = [p if p == kind else f"{p} ({kind})" for p, kind in dict.fromkeys(found)
 print(", ".join(f"{n} x {found.count(pair)}" if found.count(pair) > 1 else n
                 for n, pair in zip(names, dict.fromkeys(found))))
 """
+
+
+_FLAGS_PROBE = "from jaxlib import xla_client; xla_client.CompileOptions()"
+_FLAGS_REASON = re.compile(
+    r"((?:Unknown flag|Couldn't interpret|Could not open file) .*?)(?:[.]| to read .*)?$", re.M
+)
+
+
+def set_flags() -> None:
+    """Add our flag to `XLA_FLAGS` if the user does not set it."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if FRUGAL.partition("=")[0] not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {FRUGAL}".strip()
+
+
+def check_flags() -> None:
+    """Raise `InputError` if XLA rejects `XLA_FLAGS`, for which it would end the process.
+
+    Only flags of the user are tried, in a child process, and only before JAX is imported.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").removesuffix(f" {FRUGAL}").removesuffix(FRUGAL)
+    if not flags or "jax" in sys.modules:
+        return
+    failed = _run_child(_FLAGS_PROBE, {**os.environ, "XLA_FLAGS": flags})
+    if failed is None or failed.returncode == 0:
+        return
+    works = _run_child(_FLAGS_PROBE, {**os.environ, "XLA_FLAGS": ""})
+    if works is None or works.returncode != 0:
+        return  # the flags are not the reason
+    reason = _FLAGS_REASON.search(failed.stderr)
+    why = f" ({reason[1]})" if reason else ""
+    raise InputError(
+        f"XLA_FLAGS: found {flags!r}, which XLA rejects{why}; correct or unset the variable"
+    )
 
 
 def check_devices() -> None:
@@ -96,16 +134,22 @@ def _machine(*without: str) -> str | None:
     environment = {name: value for name, value in os.environ.items() if name not in without}
     folder = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     paths = filter(None, [folder, environment.get("PYTHONPATH")])
+    done = _run_child(_PROBE, {**environment, "PYTHONPATH": os.pathsep.join(paths)})
+    return None if done is None or done.returncode != 0 else done.stdout.strip() or None
+
+
+def _run_child(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str] | None:
+    """Run Python code in a child process; None if it does not start or end in time."""
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE],
-            env={**environment, "PYTHONPATH": os.pathsep.join(paths)},
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=PROBE_SECONDS,
             check=False,
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

@@ -55,7 +55,8 @@ DECODER = "decoder.weight"
 """The decoder's matrix: the embedding if it is tied, otherwise a parameter."""
 DERIVED = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 """Tensors that follow from the configuration, which some older exports hold too."""
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
+"""The dtypes of tensors in files, and those that they have when they are saved again."""
 SHARD_BYTES = 5 * 10**9
 NAMES = 3
 """How many names of either side a mismatch shows at least."""
@@ -152,7 +153,7 @@ def check_tokenizer(
     """Raise `InputError` unless the tokenizer has the ids that config.json (`values`) names.
 
     The ids of [CLS] and [SEP] change no computation. Other ones in config.json are a warning, and
-    those of the tokenizer count.
+    those of the tokenizer count. A `pad_token_id` of null or -1 is none.
     """
     problems, keys = [], []
     size = config.vocab_size
@@ -160,7 +161,8 @@ def check_tokenizer(
         problems.append(f"it has {tokenizer.vocab_size} ids; the model's vocab_size is {size}")
     for role in ("pad", "cls", "sep", "mask"):
         key, found = f"{role}_token_id", getattr(tokenizer, f"{role}_id")
-        if found is None or values.get(key) in (None, found):
+        no_id = (None, -1) if role == "pad" else (None,)
+        if found is None or values.get(key) in (*no_id, found):
             continue
         line = f"its [{role.upper()}] is {found}; {key} is {values[key]}"
         if role in ("cls", "sep"):
@@ -210,6 +212,11 @@ def _describe_model(
         for name, header in sorted(weights.headers.items())
         if header.dtype in DTYPES and not DERIVED.fullmatch(name)
     }
+    if doubles := [name for name, header in weights.headers.items() if header.dtype == "F64"]:
+        log.warning(
+            "%s: float64 values are read as float32, in %d of %d tensors, such as %s",
+            *(folder, len(doubles), len(weights.headers), doubles[0]),
+        )
     model = abstract_model(name, replace(config, source_dtypes=dtypes), options)
     problems = [*weights.problems, *_misfits(model, weights.headers)]
     if problems:
@@ -299,8 +306,8 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
     described = parameters(abstract)
 
     def read(name: str) -> np.ndarray:
-        value = weights.read(name).astype(np.float32, copy=False)
         with np.errstate(over="ignore", invalid="ignore"):
+            value = weights.read(name).astype(np.float32, copy=False)
             total = value.sum()  # needs no memory, and is finite only if all values are
         if not np.isfinite(total) and (count := np.count_nonzero(~np.isfinite(value))):
             problems.append(f"{name}: {count} of {value.size} values are NaN or infinite")

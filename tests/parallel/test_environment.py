@@ -69,6 +69,39 @@ def test_a_command_exits_2_with_one_line(name, value, message, tmp_path):
     assert "this machine has cpu" in line
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--nonsense", "Unknown flag in XLA_FLAGS: --nonsense"),
+        (
+            "--xla_cpu_enable_fast_math=maybe",
+            "Couldn't interpret value maybe for flag xla_cpu_enable_fast_math",
+        ),
+        ("no/such/file", 'Could not open file "no/such/file"'),
+    ],
+)
+def test_flags_that_xla_dies_of_are_one_line(flags, reason):
+    line = (
+        f"XLA_FLAGS: found '{flags}', which XLA rejects ({reason}); correct or unset the variable"
+    )
+    done = run_python(COMMAND.format(arguments=["compare", "a", "b"]), XLA_FLAGS=flags)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"mlmjax: {line}\n")
+
+
+def test_flags_are_checked_before_python_imports_jax():
+    code = """
+import mlmjax
+mlmjax.Template  # needs no JAX
+try:
+    mlmjax.Classifier
+except mlmjax.InputError as error:
+    print(error)
+"""
+    done = run_python(code, XLA_FLAGS="--nonsense")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("XLA_FLAGS: found '--nonsense', which XLA rejects")
+
+
 @pytest.mark.libtpu
 def test_a_machine_without_a_tpu_is_quiet_about_it():
     done = run_python(QUIET)

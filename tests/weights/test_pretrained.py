@@ -267,6 +267,35 @@ def test_an_encoder_alone_is_loaded_and_saved_as_such(folder, tmp_path):
         load_pretrained(folder)
 
 
+def test_float64_is_read_as_float32_and_said(folder, source, tmp_path, caplog):
+    tensors = load_file(source / WEIGHTS)
+    name = sorted(tensors)[3]
+    save_file(tensors | {name: tensors[name].astype("f8")}, folder / WEIGHTS)
+    model, tokenizer = load_pretrained(folder)
+    said = f"float64 values are read as float32, in 1 of {len(tensors)} tensors, such as {name}"
+    assert [said in record.message for record in caplog.records] == [True]
+    same = pretrained.to_hf_tensors(load_pretrained(source)[0])
+    for key, value in pretrained.to_hf_tensors(model).items():
+        np.testing.assert_array_equal(value, same[key])
+    save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
+    assert load_file(tmp_path / "out" / WEIGHTS)[name].dtype == np.float32
+    tensors[name] = np.full(tensors[name].shape, 1e200)
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(InputError, match="values are NaN or infinite"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("pad", [None, -1])
+def test_a_model_without_a_padding_id_takes_that_of_the_tokenizer(pad, folder, source, caplog):
+    model, _ = load_pretrained(source)
+    change_config(folder, pad_token_id=pad)
+    other, tokenizer = load_pretrained(folder)
+    assert other.config.pad_token_id is None
+    assert ("pad_token_id: -1 is the id of no token" in caplog.text) == (pad == -1)
+    ids = np.array([[*IDS[0], tokenizer.pad_id]])
+    np.testing.assert_array_equal(model(ids), other(ids))
+
+
 def test_ids_that_change_no_computation_are_a_warning(folder, caplog):
     change_config(folder, cls_token_id=7, sep_token_id=8, bos_token_id=9, eos_token_id=[10])
     _, tokenizer = load_pretrained(folder)

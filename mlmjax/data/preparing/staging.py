@@ -282,6 +282,10 @@ def describe_tasks(
     if report.task_columns and source.get("task") is None:
         found = " and ".join(f"{name!r}" for name in report.task_columns)
         lines.append(f"{report.name}: tasks are named by the column {found}")
+    lines += [
+        f"{report.name}: the column {name!r} holds numbers, which are no names of tasks"
+        for name in report.numbered
+    ]
     if patterns and report.unnamed:
         what, them = (
             f"{report.unnamed} of {counted(report.records, 'record')} name no task",

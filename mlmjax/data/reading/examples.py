@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +27,16 @@ from mlmjax.text.prompts import MASK, Template
 from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
 
 TASK_COLUMNS = ("task", "_task_name", "task_name")
-"""Columns that hold the task of a record if a source does not say which one does."""
+"""Columns that hold the task of a record if a source does not say which one does, in any case."""
+
+_SPELLINGS = tuple(
+    dict.fromkeys(
+        spell(name)
+        for name in TASK_COLUMNS
+        for spell in (str, str.capitalize, str.title, str.upper)
+    )
+)
+_NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?\s*")
 
 CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
 """At most so much is tokenised together: enough for all threads, little memory."""
@@ -62,10 +72,11 @@ class Counts:
 
     `normalized` counts the answers that each rule changed, `blanked` the records in which a field
     of `SourceConfig.blank` is blank, null or absent. `task_columns` counts the records whose task
-    is in each column, `unnamed` those that name no task. `hits` has, for each evaluation set, the
-    first `MOST_NAMED` records that share text with it, and the words. `broken` has the messages of
-    as many broken records, `broken_files` those of files that could not be read to their end. All
-    of these are also counted in `dropped`.
+    is in each column, `unnamed` those that name no task, and `numbered` those of them that have a
+    number where its name is expected, by column. `hits` has, for each evaluation set, the first
+    `MOST_NAMED` records that share text with it, and the words. `broken` has the messages of as
+    many broken records, `broken_files` those of files that could not be read to their end. All of
+    these are also counted in `dropped`.
     """
 
     records: int = 0
@@ -76,6 +87,7 @@ class Counts:
     blanked: Counter[str] = field(default_factory=Counter)
     task_columns: Counter[str] = field(default_factory=Counter)
     unnamed: int = 0
+    numbered: Counter[str] = field(default_factory=Counter)
     hits: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
     broken: list[str] = field(default_factory=list)
     broken_files: list[str] = field(default_factory=list)
@@ -85,7 +97,7 @@ class Counts:
         self.records += other.records
         self.examples += other.examples
         self.unnamed += other.unnamed
-        for name in ("dropped", "shortened", "normalized", "blanked", "task_columns"):
+        for name in ("dropped", "shortened", "normalized", "blanked", "task_columns", "numbered"):
             getattr(self, name).update(getattr(other, name))
         for name, hits in other.hits.items():
             self.hits[name] = [*self.hits.get(name, ()), *hits][:MOST_NAMED]
@@ -216,13 +228,13 @@ class _Reader(ABC):
             return ()
         mapped = [alternatives_of(column) for column in self.source.columns.values()]
         taken = {*used, *(name for names in mapped for name in names)}
-        return tuple(name for name in TASK_COLUMNS if name not in taken)
+        return tuple(name for name in _SPELLINGS if name not in taken)
 
     def task_column(self, record: Record) -> str | None:
         """Return the column that names the task of a record; None if no column does."""
         column = self.source.task
         if column is None:
-            names = (name for name in TASK_COLUMNS if name in self.optional)
+            names = (name for name in _SPELLINGS if name in self.optional)
             return next((name for name in names if _is_name(record.fields[name])), None)
         value = record.fields[column]
         if value is None or not str(value).strip():
@@ -239,17 +251,24 @@ class _Reader(ABC):
         return value
 
     def is_excluded(self, record: Record, counts: Counts) -> bool:
-        """Tell, and count, whether `data.exclude` names the task of a record."""
+        """Tell, and count, whether `data.exclude` names the task of a record.
+
+        A number is a task if the source says so, but it is no name.
+        """
         column = self.task_column(record)
-        if column is None:
-            counts.unnamed += 1
-        else:
-            counts.task_columns[column] += 1
-        if not self.exclusion.patterns:
-            return False
-        pattern = self.exclusion.pattern(self.task_of(record))
+        pattern = self.exclusion.pattern(self.task_of(record)) if self.exclusion.patterns else None
         if pattern is not None:
             counts.dropped[f"task excluded by {pattern!r}"] += 1
+        if column is not None and (pattern is not None or _is_name(record.fields[column])):
+            counts.task_columns[column] += 1
+        else:
+            counts.unnamed += 1
+            may_name = (name for name in _SPELLINGS if name in self.optional)
+            counts.numbered.update(
+                name
+                for name in (may_name if column is None else [column])
+                if _NUMBER.fullmatch(str(record.fields[name]))
+            )
         return pattern is not None
 
     def overlaps(self, record: Record, text: str, counts: Counts) -> bool:
@@ -413,7 +432,7 @@ def _blank_advice(field: str) -> str:
 
 
 def _is_name(value: Any) -> bool:
-    return not is_missing(value) and isinstance(value, str | int) and bool(str(value).strip())
+    return isinstance(value, str) and bool(value.strip()) and not _NUMBER.fullmatch(value)
 
 
 def _strings(record: Record, columns: Sequence[str]) -> Iterator[str]:

@@ -41,7 +41,7 @@ def records(count, **more):
     ]
 
 
-@pytest.mark.parametrize("column", ["task", "_task_name", "task_name"])
+@pytest.mark.parametrize("column", ["task", "_task_name", "task_name", "Task", "TASK_NAME"])
 def test_the_column_of_tasks_is_found_and_said(prepared, column):
     rows = records(12, **{column: ["glue/sst2", "math", "cola"]})
     found = prepared(rows, exclude={"tasks": ("*sst2*", "cola")})
@@ -73,6 +73,20 @@ def test_exclusion_by_name_says_where_nothing_names_a_task(prepared, tokenizer, 
     some = prepared([*records(4, task=["math"]), *records(6)], exclude={"tasks": ("*sst2*",)})
     assert any("6 of 10 records name no task" in line for line in summary(some))
     assert not any("data.exclude" in line for line in summary(prepared(records(10))))
+
+
+@pytest.mark.parametrize(("column", "source"), [("task", {}), ("Task", {}), ("n", {"task": "n"})])
+@pytest.mark.parametrize("numbers", [[1, 2], ["1", "2.0"]])
+def test_numbers_are_no_names_of_tasks(prepared, column, source, numbers):
+    found = prepared(records(10, **{column: numbers}), exclude={"tasks": ("*sst2*",)}, **source)
+    assert found.sources[0].unnamed == 10
+    assert found.tasks == ([str(number) for number in numbers] if source else ["mine"])
+    lines = summary(found)
+    assert f"mine: the column {column!r} holds numbers, which are no names of tasks" in lines
+    assert any("so nothing could be excluded by name from it" in line for line in lines)
+    if source:  # an explicit pattern of numbers still works
+        some = prepared(records(10, n=numbers), exclude={"tasks": (str(numbers[0]),)}, **source)
+        assert (some.tasks, some.sources[0].unnamed) == ([str(numbers[1])], 5)
 
 
 def test_a_share_of_the_examples_is_held_out(prepared, caplog):

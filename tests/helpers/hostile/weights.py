@@ -157,7 +157,6 @@ SPOILS = {
         "mlp.Wo.weight: has shape [12, 16]; expected [16, 12]",
     ),
     "no dimensions": (put(NORM, np.ones((), "f4")), f"{NORM}: has shape []; expected [16]"),
-    "float64": (cast(NORM, "f8"), f"{NORM}: has dtype F64"),
     "int8": (cast(DENSE, "i1"), f"{DENSE}: has dtype I8"),
     "bool": (cast(DENSE, bool), f"{DENSE}: has dtype BOOL"),
     "NaN": (put(DENSE, np.nan, (3, 4)), f"{DENSE}: 1 of 256 values"),
