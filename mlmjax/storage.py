@@ -280,8 +280,11 @@ def _move_when_done(new: Path, path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise write_failed(path, error) from error
     finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        if path.exists() and old.exists():
+            # Under a name of unfinished folders, so that one that is half deleted never comes back.
+            gone = _hidden(path, "new")
+            old.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _hidden(path: Path, kind: str) -> Path:
@@ -294,13 +297,35 @@ def _this_machine() -> str:
     return f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
+def find_moved_away(path: Path) -> Path | None:
+    """Return the folder that a killed process moved away from `path`, which is not there now."""
+    if os.path.lexists(path):
+        return None
+    moved = _abandoned(path, "old")
+    return max(moved, key=lambda entry: entry.stat().st_ctime_ns, default=None)
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Remove the unfinished folders for `path` of processes of this machine that have ended."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.new-{_this_machine()}-(\d+)-[0-9a-f]{{8}}")
+    """Remove what ended processes left for `path`, after moving back what one moved away."""
     with suppress(OSError):
-        for entry in list(path.parent.iterdir()):
-            if (found := name.fullmatch(entry.name)) and not _is_alive(int(found[1])):
-                shutil.rmtree(entry, ignore_errors=True)
+        if (moved := find_moved_away(path)) is not None:
+            moved.rename(path)
+        for entry in (*_abandoned(path, "new"), *_abandoned(path, "old")):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _abandoned(path: Path, kind: str) -> list[Path]:
+    """Return the hidden folders for `path` of processes of this machine that have ended."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.{kind}-{_this_machine()}-(\d+)-[0-9a-f]{{8}}")
+    try:
+        entries = list(path.parent.iterdir())
+    except OSError:
+        return []
+    return [
+        entry
+        for entry in entries
+        if (found := name.fullmatch(entry.name)) and not _is_alive(int(found[1]))
+    ]
 
 
 def _is_alive(process: int) -> bool:

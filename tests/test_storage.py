@@ -14,6 +14,7 @@ from mlmjax.storage import (
     build_folder,
     describe_file,
     expand_home,
+    find_moved_away,
     hash_file,
     hash_value,
     read_json,
@@ -172,6 +173,61 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
         (folder / "weights").write_text("whole")
         assert left not in names(tmp_path)
     assert names(tmp_path) == sorted([theirs.name, "export"])
+
+
+SAVE = """
+import os, random, signal, sys, time
+from pathlib import Path
+from mlmjax.storage import find_moved_away, replace_folder
+
+out = Path(sys.argv[1]) / "export"
+
+def save(number):
+    with replace_folder(out, ("a", "b")) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(f"{number} " * 1000)
+"""
+KILLS = f"""{SAVE}
+def save_for_ever():
+    number = 0
+    while True:
+        save(number := number + 1)
+
+save(0)
+for _ in range(20):
+    child = os.fork()
+    if not child:
+        save_for_ever()
+    time.sleep(random.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    folder = find_moved_away(out) or out
+    print(*(len(set((folder / name).read_text().split())) for name in ("a", "b")))
+"""
+AWAY = f"""{SAVE}
+rename = Path.rename
+save(1)
+Path.rename = lambda self, to: rename(self, to) if self == out else os.kill(os.getpid(), 9)
+save(2)
+"""
+
+
+def test_a_killed_save_leaves_the_old_or_the_new_folder(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines() == ["1 1"] * 20, done.stderr
+
+
+def test_a_folder_that_a_killed_process_moved_away_comes_back(tmp_path):
+    subprocess.run([sys.executable, "-c", AWAY, str(tmp_path)], check=False)
+    out = tmp_path / "export"
+    assert not out.exists()
+    assert find_moved_away(out).name.startswith(".export.old-")
+    with pytest.raises(ZeroDivisionError), replace_folder(out, ("a", "b")):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["export"]
+    assert out.joinpath("a").read_text().split()[0] == "1"
 
 
 def test_a_run_folder_keeps_nothing_unfinished(tmp_path):

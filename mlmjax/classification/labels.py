@@ -7,7 +7,15 @@ import numpy as np
 
 from mlmjax.config.labels import is_distribution, read_distribution
 from mlmjax.errors import InputError, suggest_name
-from mlmjax.text.checks import check_list, check_text, for_each_row, is_listing, name_rows
+from mlmjax.text.checks import (
+    check_list,
+    check_text,
+    describe_twins,
+    find_twins,
+    for_each_row,
+    is_listing,
+    name_rows,
+)
 
 
 def label_table(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
@@ -23,8 +31,8 @@ def label_table(labels: Sequence[str] | Mapping[str, str]) -> dict[str, str]:
             raise InputError(f"labels: {name!r} is blank; expected a name")
         if name.endswith("\0"):  # NumPy's arrays of text end there.
             raise InputError(f"labels: {name!r} ends in a NUL character; remove it")
-        if name in names[: number - 1]:
-            raise InputError(f"labels: {name!r} appears twice; expected distinct names")
+    if (pair := find_twins(names)) is not None:
+        raise InputError(f"labels: {describe_twins(*pair)}; expected distinct names")
     if len(names) < 2:
         raise InputError(
             f"labels: found {', '.join(names) or 'none'}; expected at least two distinct names"

@@ -361,6 +361,7 @@ def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
 
 
 def _evaluate_task(given: Mapping[str, Any]) -> None:
+    from mlmjax.config.tables import shipped_names
     from mlmjax.config.task import load_task
     from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.evaluation.evaluate import run_evaluation
@@ -373,7 +374,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     from mlmjax.weights.pretrained import load_pretrained
 
     (model,) = given["models"] or [PACKAGED]
-    task = load_task(given["task"])
+    task = load_task(given["task"], shipped_names("decision"))
     if given["encoding"] is not None:
         task = task.model_copy(update={"encoding": given["encoding"]})
     task.under(given["protocol"])  # an unknown name raises an error before anything is loaded

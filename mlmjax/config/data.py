@@ -14,6 +14,7 @@ from mlmjax.config.columns import Column, Pattern, pattern_parts
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.errors import InputError, suggest_name
 from mlmjax.storage import expand_home
+from mlmjax.text.checks import describe_twins, find_twins
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenShare = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -222,6 +223,8 @@ class SourceConfig(Location):
             raise ValueError("prompt and answer go together: answer names the column of the answer")
         if self.labels is not None and self.prompt is None:
             raise ValueError("labels needs prompt and answer")
+        if (pair := find_twins(self.label_names)) is not None:
+            raise ValueError(f"labels: {describe_twins(*pair)}; expected distinct names")
         if self.cut != "window" and self.text is None:
             raise ValueError("cut is for plain text (text); for a prompt, use shorten")
         if self.weight_column is not None and self.prompt is None:

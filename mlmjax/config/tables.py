@@ -103,10 +103,11 @@ def shipped_names(kind: str) -> list[str]:
     return sorted(entry.name[:-5] for entry in shipped.iterdir() if entry.name.endswith(".toml"))
 
 
-def find_file(kind: str, name_or_path: str | Path) -> Path:
+def find_file(kind: str, name_or_path: str | Path, others: Sequence[str] = ()) -> Path:
     """Return the path of a shipped task or suite, or of a TOML file.
 
-    Raises `InputError` for an unknown name, with the nearest one.
+    Raises `InputError` for an unknown name, with the nearest one; `others` are names of another
+    kind that would also do.
     """
     name, shipped = str(name_or_path), shipped_names(kind)
     if name in shipped:
@@ -114,9 +115,10 @@ def find_file(kind: str, name_or_path: str | Path) -> Path:
     is_file = os.path.exists(name) and not os.path.isdir(name)  # or a pipe, which is read once
     if Path(name).suffix == ".toml" or is_file:
         return Path(name)
+    known = sorted([*shipped, *others])
     raise InputError(
         f"{kind} {name!r}: is neither a shipped {kind} nor a .toml file; "
-        f"{suggest_name(name, shipped)}shipped are {', '.join(shipped)}"
+        f"{suggest_name(name, known)}shipped are {', '.join(known)}"
     )
 
 

@@ -1,7 +1,7 @@
 """Read tasks strictly from TOML: a labelled table and how it is prompted."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +12,7 @@ from mlmjax.config.columns import Column, is_missing, look_up, look_up_or_none
 from mlmjax.config.data import AnswerRule, CsvDialect, Encoding, Location, Name, ShortenSide
 from mlmjax.config.tables import StrictTable, decode, find_file, read_toml
 from mlmjax.errors import InputError, MissingColumnError
-from mlmjax.text.checks import check_text
+from mlmjax.text.checks import check_text, describe_twins, find_twins
 from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, option_names
@@ -146,6 +146,8 @@ class Task(TaskTable):
             raise ValueError("ordered is for labels; options of each row have no order")
         if any(not name.strip() for name in self.label_names):
             raise ValueError("labels holds a blank label")
+        if (pair := find_twins(self.label_names)) is not None:
+            raise ValueError(f"labels: {describe_twins(*pair)}; expected distinct names")
         for verbalizer in (self.verbalizer, *(p.verbalizer for p in self.protocols.values())):
             if self.options is not None and verbalizer not in ("letters", None):
                 raise ValueError("a task with options is answered by letters")
@@ -309,13 +311,13 @@ def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> li
     return list(values)
 
 
-def load_task(name_or_path: str | Path) -> Task:
+def load_task(name_or_path: str | Path, others: Sequence[str] = ()) -> Task:
     """Read a shipped task by its name, or a task file.
 
     A `data` file is relative to the task file. Raises `InputError` for an unknown name (with the
-    nearest one), and for every wrong key and value of the file.
+    nearest one, also of the `others` that would do), and for every wrong key and value of the file.
     """
-    path = find_file("task", name_or_path)
+    path = find_file("task", name_or_path, others)
     task = decode(Task, read_toml(path), where=str(path))
     if task.data is not None:
         task = task.model_copy(update={"data": str(path.parent / task.data)})

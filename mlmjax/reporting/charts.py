@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib import font_manager, style
+from matplotlib import style
 from matplotlib.figure import Figure
 
 from mlmjax.reporting.markdown import shortened, visible
@@ -104,12 +104,12 @@ def add_legend(figure: Figure, handles: Mapping[str, Any], **options: Any) -> No
 
 
 def picture_label(text: str, length: int) -> str:
-    """Return text for a picture: at most `length` characters, all of them in its font."""
-    font = font_manager.get_font(font_manager.findfont("DejaVu Sans"))
-    drawn = "".join(
-        c if font.get_char_index(ord(c)) else f"⟨U+{ord(c):04X}⟩" for c in visible(text)
-    )
-    return shortened(drawn, length)
+    """Return text for a picture, which the reader's fonts draw: at most `length` characters.
+
+    >>> picture_label("日本語 <b>", 6)
+    '日本語…b>'
+    """
+    return shortened(visible(text), length)
 
 
 @own_style()

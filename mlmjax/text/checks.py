@@ -33,6 +33,27 @@ def check_list(values: Any, what: str, of: str = "texts", *, columns: int = 1) -
     return values
 
 
+def find_twins(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first two names that are equal but for white space at their ends; None if none.
+
+    >>> find_twins(["a", "b", "a "]), find_twins(["a", "A"])
+    (('a', 'a '), None)
+    """
+    seen: dict[str, str] = {}
+    for name in names:
+        if name.strip() in seen:
+            return seen[name.strip()], name
+        seen[name.strip()] = name
+    return None
+
+
+def describe_twins(one: str, other: str) -> str:
+    """Say what is wrong with two names of `find_twins`."""
+    if one == other:
+        return f"{one!r} appears twice"
+    return f"{one!r} and {other!r} differ only in white space at their ends"
+
+
 def name_rows(rows: Iterable[_Result], first: int = 0) -> Iterator[tuple[str, _Result]]:
     """Yield each row with its name in messages, the first being number `first`.
 

@@ -57,6 +57,7 @@ def read_files(files: Mapping[str, bytes], where: str) -> TokenizerFiles:
     backend = load_backend(table, path)
     _check_added(table, path)
     settings = _settings(tables, where)
+    _check_split(settings, where)
     if more := _more_tokens(settings, backend, where):
         backend.add_tokens(more)
     added = {
@@ -219,6 +220,21 @@ def _settings(tables: Mapping[str, dict[str, Any]], where: str) -> dict[str, Any
         return settings | names
     keys = [f"{role}_token" for role in ROLES]
     return {key: _text(names[key]) for key in keys if key in names} | settings
+
+
+def _check_split(settings: Mapping[str, Any], where: str) -> None:
+    """Say what `split_special_tokens` means here; raise `InputError` for another value."""
+    split = settings.get("split_special_tokens")
+    if not isinstance(split, bool | None):
+        raise InputError(
+            f"{where}/{SETTINGS}: split_special_tokens is {split!r:.60}; expected true or false"
+        )
+    if split:
+        log.warning(
+            "%s/%s: split_special_tokens is true, and mlmjax always reads special tokens in texts "
+            "as plain text; transformers then finds no [MASK] written in a prompt",
+            *(where, SETTINGS),
+        )
 
 
 def _named(settings: Mapping[str, Any], where: str) -> dict[str, tuple[str, Any]]:

@@ -20,6 +20,7 @@ from mlmjax.storage import (
     PROVENANCE,
     TOKENIZER_FILES,
     expand_home,
+    find_moved_away,
 )
 from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_map
 
@@ -85,6 +86,11 @@ def fetch(
         )
     if exists:
         raise InputError(f"{name}: is a file; give the folder that holds {CONFIG} and the weights")
+    if (moved := find_moved_away(path)) is not None:
+        raise InputError(
+            f"{name}: a process was killed while it replaced this folder; save again, or rename "
+            f"{moved}, which is the one that was there"
+        )
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or "\\" in name:
         raise InputError(f"{name}: there is no such folder; give an existing folder or a hub id")
     small = [

@@ -385,6 +385,7 @@ def test_a_continuation_leaves_room_for_its_longest_label(pair):
         ({"labels": ["one"]}, "found one; expected at least two"),
         ({"labels": []}, "found none"),
         ({"labels": ["a", "a"]}, "'a' appears twice"),
+        ({"labels": ["a", "b", "a "]}, "'a' and 'a ' differ only in white space at their ends"),
         ({"labels": ["a", " "]}, "' ' is blank"),
         ({"labels": ["a", 1]}, "is int"),
         ({"labels": ["a", "b\0"]}, "ends in a NUL character"),

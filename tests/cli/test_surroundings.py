@@ -183,6 +183,23 @@ def test_a_closed_stream_mixes_no_output_and_loses_no_answers(folder, closed):
         assert "standard output: is closed; give --out FILE" in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a full device")
+@pytest.mark.parametrize("arguments", [["--help"], ["init", "fit"], COMMANDS["classify"]])
+def test_output_that_cannot_be_written_fails_in_one_line(folder, arguments):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mlmjax", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    last = "mlmjax: [Errno 28] No space left on device; free some space and run the same command"
+    assert done.stderr.splitlines()[-1].startswith(last)
+    assert done.stderr.count("mlmjax:") == 1
+
+
 def test_a_model_without_a_name_is_not_the_packaged_one(folder, capsys):
     assert run(["classify", "--model", "", "--labels", "a,b", "texts.txt"]) == 2
     assert "the model's name is empty" in capsys.readouterr().err

@@ -132,6 +132,13 @@ def test_the_shipped_task_has_ordered_levels(decider, tmp_path):
     assert find_decision_task("sst5") is None
 
 
+def test_an_unknown_task_is_answered_with_all_names(capsys):
+    assert run(["evaluate", "--task", "sst5_level"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "did you mean 'sst5_levels'? shipped are 20newsgroups, " in line
+    assert "sst5, sst5_levels, trec" in line
+
+
 def test_level_metrics_agree_with_their_definitions():
     rng = np.random.default_rng(0)
     probs, gold = rng.dirichlet(np.ones(5), 50), rng.integers(0, 5, 50)

@@ -87,3 +87,7 @@ def test_scripts_that_the_drawing_font_lacks_stay_text_without_a_warning():
     figure = Figure()
     figure.subplots().set_xlabel("größe 日本")
     assert "größe 日本" in charts.svg(figure, "a picture")
+    labels = ["größe", "日本 <b>"]
+    assert {"größe", "日本 <b>"} <= set(
+        read_picture(charts.embedded_picture(confusion_figure(labels, np.eye(2, dtype=int)), "it"))
+    )

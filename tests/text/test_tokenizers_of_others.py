@@ -137,6 +137,22 @@ def test_the_companions_name_add_and_change_tokens_as_in_transformers(tmp_path, 
     assert "gives other flags to [MASK] than tokenizer.json" in caplog.text
 
 
+def test_split_special_tokens_is_what_texts_get_anyway(tmp_path, caplog):
+    backend = byte_level()
+    backend.post_processor = endings(backend, BERT)["cls and sep"]
+    folder = write(tmp_path / "model", backend, BERT)
+    path = folder / "tokenizer_config.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(table | {"split_special_tokens": True}))
+    ours, theirs = both(folder)
+    assert "split_special_tokens is true" in caplog.text
+    for text in ("the [MASK] cat", "[CLS][SEP] [PAD]"):
+        assert ours.wrap(ours.encode_plain(text)) == theirs(text)["input_ids"]
+    path.write_text(json.dumps(table | {"split_special_tokens": "yes"}))
+    with pytest.raises(InputError, match="split_special_tokens is 'yes'; expected true or false"):
+        Tokenizer.from_pretrained(folder)
+
+
 def test_names_may_be_in_either_companion(tmp_path):
     roles = BERT | {"cls": "<s>", "sep": "</s>"}
     folder = write(tmp_path / "model", byte_level(roles=roles), {})

@@ -26,7 +26,7 @@ from tiny_models import (
     write_model,
 )
 
-from mlmjax import fill_mask
+from mlmjax import fill_mask, storage
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import abstract_model, parameters
@@ -288,7 +288,8 @@ def test_float64_is_read_as_float32_and_said(folder, source, tmp_path, caplog):
 @pytest.mark.parametrize("pad", [None, -1])
 def test_a_model_without_a_padding_id_takes_that_of_the_tokenizer(pad, folder, source, caplog):
     model, _ = load_pretrained(source)
-    change_config(folder, pad_token_id=pad)
+    values = json.loads((folder / CONFIG).read_text()) | {"pad_token_id": pad}
+    (folder / CONFIG).write_text(json.dumps(values))
     other, tokenizer = load_pretrained(folder)
     assert other.config.pad_token_id is None
     assert ("pad_token_id: -1 is the id of no token" in caplog.text) == (pad == -1)
@@ -437,6 +438,15 @@ def test_weights_go_to_the_device_the_caller_chose(folder):
 
 
 # --- the hub -----------------------------------------------------------------------------------
+
+
+def test_a_folder_that_a_killed_save_moved_away_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(storage, "_is_alive", lambda process: False)
+    moved = storage._hidden(Path("model"), "old")
+    moved.mkdir()
+    with pytest.raises(InputError, match=f"was killed while it .* rename {moved.name}, which is"):
+        load_pretrained("model")
 
 
 def test_hub_cache_is_read_offline_with_links_to_blobs(source, tmp_path, monkeypatch):

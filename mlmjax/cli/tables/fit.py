@@ -108,7 +108,10 @@ def fit_table(
     )
     with working("measuring the texts"):
         lengths = text_lengths(model, table.texts, revision=revision)
-    for line in (describe_lengths(table, lengths), *start_lines(model, choice, split, labels)):
+    for line in (
+        describe_lengths(table, lengths, max_length),
+        *start_lines(model, choice, split, labels),
+    ):
         say(line)
     options = {
         **choice.options(),
@@ -136,14 +139,16 @@ def fit_table(
     return figures | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def describe_lengths(table: LabelledTable, lengths: np.ndarray) -> str:
+def describe_lengths(
+    table: LabelledTable, lengths: np.ndarray, max_length: int | None = None
+) -> str:
     """Say how long the texts are in tokens, and what helps if one is far longer than the others."""
     longest, middle = int(lengths.max()), float(np.median(lengths))
     text = (
         f"texts: {middle:,.0f} tokens in the median, {longest:,} in the longest "
         f"({table.where[int(lengths.argmax())]})"
     )
-    if longest > FAR * max(middle, LEAST):
+    if max_length is None and longest > FAR * max(middle, LEAST):
         text += "; it sets the length of all batches, and --max-length N shortens it"
     return text
 

@@ -210,7 +210,10 @@ class _Reader(ABC):
         yield from examples
 
     def with_advice(self, broken: Broken) -> Broken:
-        """Return a function that adds what can be done about a field without a column."""
+        """Return a function that adds what can be done about a broken record or file.
+
+        A field without a column may be blank; other records and files may be skipped.
+        """
         fields = set(self.columns) & set(self.blankable)
         places = {alternatives_of(self.source.columns.get(name, name)): name for name in fields}
 
@@ -218,6 +221,9 @@ class _Reader(ABC):
             if isinstance(error, MissingColumnError) and error.columns in places:
                 advice = f"; {_blank_advice(places[error.columns])}"
                 error = MissingColumnError(f"{error.message}{advice}", error.details)
+            elif what == BROKEN_RECORD and not isinstance(error, MissingColumnError):
+                hint = "" if self.source.broken == "skip" else " (broken = 'skip' leaves it out)"
+                error = InputError(f"{error.message}{hint}", error.details)
             broken(what, error)
 
         return tell

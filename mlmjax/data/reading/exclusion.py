@@ -16,6 +16,7 @@ from mlmjax.errors import InputError, named_place
 from mlmjax.storage import hash_file
 
 _TEXT_KEYS = {"prompt", "columns", "clean", "strip", "options"}
+_LATER_KEYS = {"blank", "csv"}
 """Keys of a task that decide which texts its rows hold."""
 
 
@@ -58,14 +59,16 @@ def evaluation_identity(config: ExcludeConfig) -> list[dict[str, Any]]:
     by path), or for the hub `hub`, `subset`, `folder`, `split` and `revision`. Raises `InputError`
     as `Exclusion`.
     """
-    keys = {"hub", "subset", "folder", "split", "revision"}
+    place_keys = {"hub", "subset", "folder", "split", "revision"}
     found: list[dict[str, Any]] = []
     for task, place, files in map(_open, config.overlap):
-        reading = task.model_dump_json(include=_TEXT_KEYS).encode()
+        # Left out where they are not set, as in rows that earlier versions prepared.
+        own = {key for key in _LATER_KEYS if getattr(task, key)}
+        reading = task.model_dump_json(include=_TEXT_KEYS | own).encode()
         reading += (task.encoding or "").encode()
         rows: dict[str, Any] = {"files": {str(path): hash_file(path) for path in files}}
         if place.hub is not None:
-            rows = place.model_dump(mode="json", include=keys)
+            rows = place.model_dump(mode="json", include=place_keys)
         found.append({"task": task.name, "texts": hashlib.sha256(reading).hexdigest(), **rows})
     return found
 

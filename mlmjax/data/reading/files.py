@@ -7,12 +7,14 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from mlmjax.config.columns import Column, alternatives_of, columns_read, names_in
 from mlmjax.config.data import CsvDialect
+from mlmjax.config.labels import drop_advice
 from mlmjax.data.formats.csv_files import read_rows
 from mlmjax.data.formats.lines import (
     MAX_LINE_BYTES,
@@ -45,6 +47,10 @@ def stop(what: str, error: InputError) -> None:
     raise error
 
 
+DropAdvice = Callable[[Any], str]
+"""Says how rows with a label are left out, in the words of who reads the file."""
+
+
 class Wanted(NamedTuple):
     """Say which columns to read of a file, and how it is written; `note` gets what is found."""
 
@@ -53,6 +59,7 @@ class Wanted(NamedTuple):
     csv: CsvDialect | None
     encoding: str | None
     note: Note
+    drop_advice: DropAdvice
 
 
 class Record(NamedTuple):
@@ -73,6 +80,7 @@ def read_file(
     encoding: str | None = None,
     broken: Broken = stop,
     noted: set[str] | None = None,
+    advise: DropAdvice = drop_advice,
 ) -> Iterator[Record]:
     """Stream the records of one file, whose format follows from its name.
 
@@ -83,7 +91,7 @@ def read_file(
     in the columns `named` become names if a parquet file of `datasets` stores these, except those
     in `unnamed`. `csv` says how a CSV file is written, `encoding` how any text file is; what they
     leave out is detected, and logged where it is unusual. What is in `noted` is not logged again:
-    give one set to all readings of a file.
+    give one set to all readings of a file. `advise` says how rows of an unknown class are left out.
 
     `broken` gets the errors of a record, and of a file whose rest cannot be read. What it does not
     raise is skipped. A line of a CSV file that is not text breaks the rest, because it may be part
@@ -93,9 +101,8 @@ def read_file(
     Errors of the disk or the network are always raised.
     """
     path = Path(path)
-    wanted = Wanted(
-        columns, optional, csv, encoding, note_once(log, set() if noted is None else noted)
-    )
+    note = note_once(log, set() if noted is None else noted)
+    wanted = Wanted(columns, optional, csv, encoding, note, advise)
     kind, compression = _kind_of(path)
     read = _READERS.get(kind)
     if read is None or (compression and kind == ".parquet"):
@@ -187,17 +194,37 @@ def _lines(
 def _read_jsonl(
     stream: io.BufferedReader, where: str, wanted: Wanted, broken: Broken
 ) -> Iterator[Record]:
+    way_out = None
     for number, line in _lines(stream, where, wanted, broken):
-        if line.strip():
+        if text := line.strip():
+            way_out = _way_out(text, where) if way_out is None else ""
             here = f"{where} line {number}"
             try:
-                advice = "expected one object per line (broken = 'skip' leaves it out)"
+                advice = f"expected one object per line{way_out}"
                 fields = parse_object(line, here, advice, object_pairs_hook=unique_keys)
                 require_columns(here, wanted.columns, fields)
             except InputError as error:
                 broken(BROKEN_RECORD, error)
             else:
                 yield Record(fields, here)
+
+
+def _way_out(first: str, where: str) -> str:
+    """Say how a file is converted whose first line begins one JSON value of several lines.
+
+    >>> _way_out("[", "my.json")
+    "; a file that is one JSON list is converted by jq -c '.[]' my.json > my.jsonl"
+    >>> _way_out('{"text": "a"}', "my.json")
+    ''
+    """
+    if first.startswith("["):
+        what, path = "one JSON list", ".[]"
+    elif first == "{":
+        what, path = "JSON over several lines", "."
+    else:
+        return ""
+    new = f"{Path(where).name.partition('.')[0]}.jsonl"
+    return f"; a file that is {what} is converted by jq -c '{path}' {quote(where)} > {quote(new)}"
 
 
 def _read_csv(
@@ -277,7 +304,7 @@ def _read_parquet(
                         name: _value(column[i], f"{here}: column {name!r}")
                         for name, column in zip(batch.schema.names, batch.columns, strict=True)
                     }
-                    fields = name_classes(fields, names, here, unnamed)
+                    fields = name_classes(fields, names, here, unnamed, wanted.drop_advice)
                 except InputError as error:
                     broken(BROKEN_RECORD, error)
                 else:
@@ -322,6 +349,7 @@ def name_classes(
     names: Mapping[str, list[str]],
     where: str,
     unnamed: Collection[str] = (),
+    advise: DropAdvice = drop_advice,
 ) -> dict[str, Any]:
     """Replace class numbers by names, in columns that have names; leave `unnamed` numbers.
 
@@ -334,8 +362,7 @@ def name_classes(
             if not 0 <= number < len(names[column]):
                 raise InputError(
                     f"{where}: column {column!r} is class {number}; expected 0 to "
-                    f"{len(names[column]) - 1} ({', '.join(names[column])}); "
-                    f'drop_labels = ["{number}"] leaves such rows out'
+                    f"{len(names[column]) - 1} ({', '.join(names[column])}); {advise(number)}"
                 )
             fields = {**fields, column: names[column][number]}
     return fields

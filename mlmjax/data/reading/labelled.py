@@ -3,14 +3,16 @@
 import re
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 from mlmjax.config.columns import as_written, columns_read, is_missing, look_up, look_up_or_none
 from mlmjax.config.data import CsvDialect
 from mlmjax.config.labels import is_dropped, label_key
-from mlmjax.data.reading.files import Record, read_file, require_columns
-from mlmjax.errors import InputError, counted, suggest_name
+from mlmjax.data.reading.files import Record, is_csv, read_file, require_columns, stop
+from mlmjax.errors import InputError, MissingColumnError, counted, suggest_name
 from mlmjax.text.checks import check_text, for_each_row
 
 TEXT_NAMES = (
@@ -27,6 +29,9 @@ _MISSING = frozenset(("nan", "null", "none", "n/a", "na", "#n/a", "<na>", "nil",
 """Labels, in small letters, by which programs write that there is none."""
 
 _NUMBER = re.compile(r"[+-]?[0-9]{1,15}(\.[0-9]{1,15})?")
+
+FIRST_ROWS = 100
+"""The rows whose columns are those of the table, because JSON lines may leave some out."""
 
 MOST_DISTINCT = 0.5
 """The share of rows with a label of their own above which a column holds no labels."""
@@ -117,11 +122,14 @@ def read_labelled(
     every row without a text or a label.
     """
     noted: set[str] = set()
-    given = None if text is None or label is None else [text, label]
-    first = next(read_file(path, given, csv=csv, encoding=encoding, noted=noted), None)
-    if first is None:
+    # They help to find the separator; a record of JSON lines may leave some out.
+    given = [name for name in (text, label) if name is not None] if is_csv(path) else None
+    records = read_file(path, given, csv=csv, encoding=encoding, noted=noted)
+    first = islice(records, FIRST_ROWS)
+    present = list(dict.fromkeys(name for record in first for name in record.fields))
+    if not present:
         raise InputError(f"{path}: has no rows; expected a text and a label in each")
-    columns = find_columns(str(path), list(first.fields), text, label)
+    columns = find_columns(str(path), present, text, label)
     wanted = [columns.text, columns.label]
     records = read_file(
         path,
@@ -132,6 +140,8 @@ def read_labelled(
         csv=csv,
         encoding=encoding,
         noted=noted,
+        broken=stop if skip_blank else _advise_skip,
+        advise=_drop_advice,
     )
     counts = dict.fromkeys(("blank", "dropped", "repeated"), 0)
     seen: dict[tuple[str, str], str] = {}
@@ -154,6 +164,17 @@ def read_labelled(
     unknown = _unknown([name for name in drop_labels if name not in dropped], labels)
     said = [*columns.said, *_describe(counts), *unknown, *_similar(labels), *_no_labels(labels)]
     return LabelledTable(texts, labels, list(seen.values()), columns, tuple(said))
+
+
+def _advise_skip(what: str, error: InputError) -> None:
+    """Raise the error of a row; a row without a column can be left out."""
+    if isinstance(error, MissingColumnError):
+        raise MissingColumnError(f"{error.message}; --skip-blank leaves such rows out") from error
+    raise error
+
+
+def _drop_advice(label: Any) -> str:
+    return f"--drop-label {quote(label_key(label))} leaves such rows out"
 
 
 def _row(

@@ -12,7 +12,7 @@ from tables import labelled_rows, write_table
 from mlmjax import Choice, Classifier, Decider
 from mlmjax.cli import main
 from mlmjax.cli.tables.choice import choose
-from mlmjax.cli.tables.fit import confusion_lines, result_lines, split_table
+from mlmjax.cli.tables.fit import confusion_lines, describe_lengths, result_lines, split_table
 from mlmjax.data.reading.labelled import read_labelled
 from mlmjax.errors import InputError
 
@@ -141,13 +141,21 @@ def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, 
         given = ["--out", str(tmp_path / f"out{length}"), "--max-length", "48"]
         assert main.run([*fit, *given]) == 0
         err = capsys.readouterr().err
-        assert ("--max-length N shortens it" in err) == says
+        assert "--max-length N" not in err
         assert re.search(
             r"texts: \d+ tokens in the median, \d+ in the longest \(.*a\.csv line ", err
         )
         assert ("did not fit: texts were truncated" in err) == says
         assert "epochs 2, updates 4\n" in err
     assert "(" + str(tmp_path / "a.csv") + " line 9)" in err
+    table = read_labelled(tmp_path / "a.csv")
+    for longest, given, says in ((20, None, False), (500, None, True), (500, 48, False)):
+        lengths = np.array([16] * 39 + [longest])
+        line = describe_lengths(table, lengths, given)
+        assert (
+            line.endswith("it sets the length of all batches, and --max-length N shortens it")
+            == says
+        )
     saved = json.loads((tmp_path / "out80" / "mlmjax_classifier.json").read_text())
     assert saved["max_length"] == 48
 

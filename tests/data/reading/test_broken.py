@@ -164,6 +164,17 @@ def test_options_that_are_nested_or_null_are_named(tokenizer, tmp_path):
     assert (len(examples), counts.dropped) == (2, {BROKEN_RECORD: 2})
 
 
+def test_only_a_run_file_is_told_how_to_skip(tokenizer, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("{nonsense\n" + b"".join(lines()).decode())
+    with pytest.raises(InputError, match=r"line 1: is not valid JSON.* \(broken = 'skip' leaves"):
+        read(source(path), tokenizer)
+    with pytest.raises(InputError) as error:
+        list(read_file(path))
+    assert "broken" not in error.value.message
+    assert "(broken" not in read(source(path, broken="skip"), tokenizer)[1].broken[0]
+
+
 def test_plain_text_is_skipped_by_record(tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n{"text": null}\n{"text": " "}\n{"text": "two"}\n')

@@ -108,6 +108,12 @@ def test_a_set_may_have_files_of_its_own(rivers, tmp_path):
     with open(rivers, "a") as file:
         file.write('strip = ["q"]\n')
     assert evaluation_identity(wanted)[0]["texts"] != first["texts"]
+    known = {first["texts"], evaluation_identity(wanted)[0]["texts"]}
+    for line in ('blank = ["q"]', 'csv = { separator = ";" }'):
+        with open(rivers, "a") as file:
+            file.write(f"{line}\n")
+        known.add(evaluation_identity(wanted)[0]["texts"])
+    assert len(known) == 4
 
 
 def test_a_set_of_the_hub_is_reported_by_its_commit():

@@ -100,6 +100,30 @@ def test_a_text_file_is_cut_at_blank_lines_and_loses_nothing(tmp_path):
     assert records[1].where.endswith(f"line {parts[0].count(chr(10)) + 1}")
 
 
+@pytest.mark.parametrize("name", ["my a.json", "b.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("data", "found", "way"),
+    [
+        (json.dumps(ROWS, indent=2), "one JSON list", ".[]"),
+        (json.dumps(ROWS), "one JSON list", ".[]"),
+        (json.dumps(ROWS[0], indent=2), "JSON over several lines", "."),
+    ],
+)
+def test_json_that_is_not_one_record_per_line_says_how_to_convert_it(
+    tmp_path, name, data, found, way
+):
+    content = gzipped(data.encode()) if name.endswith(".gz") else data.encode()
+    path = write(tmp_path, name, content)
+    with pytest.raises(InputError) as error:
+        list(read_file(path))
+    shown = f"'{path}'" if " " in name else path
+    new = "'my a.jsonl'" if " " in name else "b.jsonl"
+    command = f"jq -c '{way}' {shown} > {new}"
+    message = f"expected one object per line; a file that is {found} is converted by {command}"
+    assert error.value.message.endswith(message)
+    assert error.value.message.startswith(f"{path} line 1: ")
+
+
 def test_records_before_the_damage_were_already_given(tmp_path):
     stream = read_file(write(tmp_path, "a.jsonl", jsonl() + b"x"))
     assert [next(stream).fields for _ in range(3)] == ROWS

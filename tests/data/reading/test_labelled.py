@@ -1,5 +1,9 @@
 """Labelled tables: every format gives the same rows, columns are found or asked for."""
 
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tables import labelled_rows, write_table
 
@@ -141,6 +145,27 @@ def test_an_absent_field_is_blank(tmp_path):
     table = read_labelled(path, skip_blank=True)
     assert len(table.texts) == 8
     assert "left out 2 rows without a text or a label" in table.said
+
+
+@pytest.mark.parametrize("given", [{}, {"text": "text", "label": "label"}])
+def test_the_first_field_may_be_absent(tmp_path, given):
+    rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(8)]
+    path = write_table(tmp_path / "a.jsonl", [{"text": "no label"}, *rows])
+    with pytest.raises(InputError, match=r"line 1: has no column 'label'.*; --skip-blank leaves"):
+        read_labelled(path, **given)
+    assert len(read_labelled(path, skip_blank=True, **given).texts) == 8
+
+
+def test_a_class_without_a_name_is_left_out_by_the_option_of_the_command(tmp_path):
+    features = {"label": {"names": ["bad", "good"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    rows = [{"text": f"text {i}", "label": [0, 1, -1][i % 3]} for i in range(9)]
+    path = tmp_path / "a.parquet"
+    table = pa.Table.from_pylist(rows).replace_schema_metadata(metadata)
+    pq.write_table(table, path)
+    with pytest.raises(InputError, match=r"expected 0 to 1 .*; --drop-label -1 leaves such rows"):
+        read_labelled(path)
+    assert set(read_labelled(path, drop_labels=["-1"]).labels) == {"bad", "good"}
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ TASKS = {
     "with two slots": ({"prompt": '"{text} [unused0] [MASK] [unused0] [MASK]"'}, "has 2 [MASK]"),
     "with letters for labels that are not shown": ({"prompt": '"Q: {text}"'}, NOT_SHOWN),
     "with rows' own options that are not shown": (NO_LABELS | {"prompt": '"{text}"'}, NOT_SHOWN),
+    "with labels that look the same": (
+        {"labels": '["bad", "bad ", "good"]'},
+        "'bad' and 'bad ' dif",
+    ),
     "with a label twice": ({"labels": '["bad", "bad", "good"]'}, "labels repeats a label"),
     "with one label": ({"labels": '["red"]'}, "labels needs at least two"),
     "with a blank label": ({"labels": '["red", " "]'}, "labels holds a blank label"),
