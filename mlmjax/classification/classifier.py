@@ -396,5 +396,5 @@ def classifier_card(
         base=_base_of(model),
         way=way,
         most=settings.max_length or model.config.max_position_embeddings,
-        calibrated=settings.calibration is not None,
+        calibration=settings.calibration,
     )

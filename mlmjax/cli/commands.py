@@ -447,6 +447,13 @@ def compare(a: str, b: str, as_json: bool) -> None:
     show_default=True,
     help="Share of each label's rows to test on.",
 )
+@click.option(
+    "--calibration-share",
+    type=FiniteRange(min=0, max=1, max_open=True),
+    default=0.1,
+    show_default=True,
+    help="Share of the rows to fit a temperature to; 0 leaves the probabilities as they are.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of split and training.")
 @_encoding
 @_csv
@@ -463,9 +470,10 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
     """Make a classifier from a labelled TABLE.
 
     TABLE is CSV, TSV, JSON lines or parquet (.gz and .zst too). A share of the rows is held out to
-    test it. --out gets the model and a page with the results.
+    test it, another one to calibrate it. --out gets the model and a page with the results.
     """
-    from mlmjax.cli.tables.fit import fit_table, result_lines
+    from mlmjax.cli.tables.fit import fit_table
+    from mlmjax.cli.tables.lines import result_lines
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
     report_packaged(model is None)

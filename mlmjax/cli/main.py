@@ -118,6 +118,17 @@ def replace_closed_streams() -> None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def format_warning(
+    message: Warning | str, category: type, filename: str, lineno: int, line: str | None = None
+) -> str:
+    r"""Return a warning of Python as one line, without the line of code that gave it.
+
+    >>> format_warning("the text\nis long", UserWarning, "engine.py", 7)
+    'warning: the text is long\n'
+    """
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def set_up_output() -> None:
     """Let the streams take any text, and the log be plain lines on stderr."""
     for stream in (sys.stdout, sys.stderr):
@@ -155,6 +166,8 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         click.echo("\n".join(lines), err=True)
         return code
 
+    # Recorders of warnings and `-W error` do without this function, so that they work as ever.
+    usual, warnings.formatwarning = warnings.formatwarning, format_warning
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False, obj=talk)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -180,6 +193,7 @@ def run(arguments: Sequence[str], command: click.Command = cli, program: str = "
         message = f"internal error: {type(error).__name__}: {error}".splitlines()[0]
         return fail(f"{message}; --debug shows where", (), EXIT_FAILED)
     finally:
+        warnings.formatwarning = usual
         talk.finish()
     return result if isinstance(result, int) else 0
 

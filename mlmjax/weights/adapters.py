@@ -37,6 +37,7 @@ from mlmjax.storage import (
     replace_folder,
 )
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.weights.cards import files_to_keep
 from mlmjax.weights.hub import EXPORT_FILES
 from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, Weights, weight_map
 
@@ -74,7 +75,7 @@ def save_adapter(
     and the labels of a classification model. The pointer is the hub id with its commit, or the
     folder. `load_pretrained` reads all of it. A classification model's last layer is part of the
     adapter. `dtype` is "float32" or "bfloat16". `card` is the text of README.md, `more_files` are
-    further files by their names.
+    further files by their names; without them, what is known about the base is written.
 
     Raises `InputError` for a model without an adapter, one that was not loaded, values that are not
     finite, and for another folder there.
@@ -91,6 +92,9 @@ def save_adapter(
         )
     tensors = _tensors_of(model, dtype)
     values, base = _describe(model, adapter, origin)
+    anchor = None if tokenizer is None else tokenizer.named_anchor
+    files: dict[str, Any] = {**files_to_keep(model, anchor), **(more_files or {})}
+    files |= {CARD: card} if card else {}
     with replace_folder(Path(path), EXPORT_FILES) as folder:
         for file, table in ((ADAPTER_CONFIG, values), (ADAPTER_BASE, base)):
             (folder / file).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
@@ -99,7 +103,7 @@ def save_adapter(
         shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER)
         if tokenizer is not None:
             tokenizer.save(folder)
-        for name, content in (({CARD: card} if card else {}) | dict(more_files or {})).items():
+        for name, content in files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import Provenance
-from mlmjax.model.modernbert import Model, parameters
+from mlmjax.model.modernbert import ADAPTER_WEIGHTS, Model, parameters
 from mlmjax.storage import CARD, MAX_JSON_BYTES, PROVENANCE, TRAINING, plain_file, read_bounded
 
 log = logging.getLogger(__name__)
@@ -56,22 +56,45 @@ def with_provenance(model: Model, files: Mapping[str, bytes]) -> Model:
     return model
 
 
-def fingerprint(model: Model) -> int:
-    """Return a hash of the norms and biases of the encoder and the head, which are few.
+def with_adapter_provenance(model: Model, own: Mapping[str, bytes]) -> Model:
+    """Let a base to which an adapter was attached know the adapter's files too; return the model.
 
-    Any training of a whole model changes them, and most trainings of chosen parameters.
+    `own` are those of `read_provenance` of the adapter's folder. What the adapter lacks is that of
+    the base; a training manifest then gets a run of which nothing is known.
     """
-    found = 0
+    base = model.config.provenance
+    files, text = {**base.files, **own}, base.files.get(CARD, b"").decode(errors="replace")
+    if CARD in own and text not in own[CARD].decode(errors="replace"):
+        files[CARD] = own[CARD] + _source_section(base).encode()
+    if TRAINING in base.files and TRAINING not in own:
+        files[TRAINING] = _with_unknown_run(base.files[TRAINING], "an adapter without a manifest")
+    # The card of a base is not that of its adapter.
+    kind = _kind(model) if CARD in own else None
+    found = Provenance(files, fingerprint(model), kind, base.origin)
+    model.config = replace(model.config, provenance=found)
+    return model
+
+
+def fingerprint(model: Model) -> int:
+    """Return a hash of the norms and biases of the encoder and the head, and of adapters.
+
+    They are few. Any training of a whole model or of an adapter changes them, and most trainings of
+    chosen parameters.
+    """
+    found, ends = 0, ("norm.weight", ".bias", *ADAPTER_WEIGHTS)
     for name, value in sorted(parameters(model).items()):
-        if name.startswith(("model.", "head.")) and name.endswith(("norm.weight", ".bias")):
+        if name.startswith(("model.", "head.")) and name.endswith(ends):
             found = zlib.crc32(np.asarray(value, np.float32).tobytes(), found)
     return found
 
 
-def files_to_keep(model: Model, anchor: str | None = None) -> dict[str, bytes]:
+def files_to_keep(
+    model: Model, anchor: str | None = None, *, written: Model | None = None
+) -> dict[str, bytes]:
     """Return what an export of a model says about where its weights come from, by file name.
 
-    `anchor` is the token before the mask that a new card names.
+    `anchor` is the token before the mask that a new card names. `written` is the model in the form
+    that is written, if its adapter is added to its weights.
 
     The card of the source is kept if this is the same model. It becomes a section of a new card if
     the vocabulary, the head or the weights are others. Weights that were trained without a record
@@ -80,14 +103,21 @@ def files_to_keep(model: Model, anchor: str | None = None) -> dict[str, bytes]:
     source = model.config.provenance
     files = dict(source.files)
     is_trained = source.norms is not None and source.norms != fingerprint(model)
-    if CARD not in files or is_trained or source.kind != _kind(model):
-        files[CARD] = model_card(model, anchor=anchor).encode()
+    written = model if written is None else written
+    if CARD not in files or is_trained or source.kind != _kind(model) or written is not model:
+        files[CARD] = model_card(written, anchor=anchor).encode()
     if TRAINING in files and is_trained:
-        try:
-            files[TRAINING] = add_run(files[TRAINING], "a training that mlmjax did not record")
-        except InputError as error:  # weights that were trained are saved whatever the file holds
-            log.warning("%s; it is saved unchanged, without this training", error.message)
+        unknown = "a training that mlmjax did not record"
+        files[TRAINING] = _with_unknown_run(files[TRAINING], unknown)
     return files
+
+
+def _with_unknown_run(manifest: bytes, source: str) -> bytes:
+    try:
+        return add_run(manifest, source)
+    except InputError as error:  # weights that were trained are saved whatever the file holds
+        log.warning("%s; it is saved unchanged, without this training", error.message)
+        return manifest
 
 
 def _kind(model: Model) -> tuple[str, int]:

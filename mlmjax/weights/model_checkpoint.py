@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from mlmjax.errors import InputError
 from mlmjax.model.encoder import Options
-from mlmjax.model.modernbert import CLASSES, Model, abstract_model
+from mlmjax.model.modernbert import CLASSES, Model, abstract_model, merged
 from mlmjax.storage import (
     CARD,
     CLASSIFIER,
@@ -64,6 +64,7 @@ def save_model(
     `save_pretrained`.
     """
     check_name(Path(path))
+    given, model = model, merged(model)
     params = nnx.state(model, nnx.Param)
     values = model.config.to_hf() | {"architectures": [type(model).__name__]}
     record = {
@@ -72,7 +73,7 @@ def save_model(
         "arrays": describe(params),
         "fingerprints": fingerprints(params),
     }
-    files = files_to_keep(model) | dict(more_files or {})
+    files = files_to_keep(given, written=model) | dict(more_files or {})
     if CARD not in model.config.provenance.files:
         del files[CARD]  # a new one explains a Hugging Face folder
     with replace_folder(Path(path), MODEL_FILES) as folder:

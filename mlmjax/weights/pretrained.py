@@ -45,7 +45,12 @@ from mlmjax.storage import (
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub
 from mlmjax.weights.adapters import attach_adapter, is_adapter, read_base
-from mlmjax.weights.cards import files_to_keep, read_provenance, with_provenance
+from mlmjax.weights.cards import (
+    files_to_keep,
+    read_provenance,
+    with_adapter_provenance,
+    with_provenance,
+)
 from mlmjax.weights.tensor_files import INDEX, Header, Weights
 
 log = logging.getLogger(__name__)
@@ -103,10 +108,7 @@ def load_pretrained(
     if (folder / TOKENIZER_FILES[0]).exists():
         tokenizer = read_tokenizer(folder)
         check_tokenizer(folder, model.config, model.config.to_hf(), tokenizer)
-    source_of = model.config.provenance
-    files = {**source_of.files, **read_provenance(folder)}
-    model.config = replace(model.config, provenance=source_of._replace(files=files))
-    return model, tokenizer
+    return with_adapter_provenance(model, read_provenance(folder)), tokenizer
 
 
 def _load_folder(
@@ -364,7 +366,7 @@ def save_pretrained(
     path = Path(path)
     if dtype not in ("float32", "bfloat16", "source"):
         raise InputError(f"dtype: found {dtype!r}; expected 'float32', 'bfloat16' or 'source'")
-    model = merged(model)
+    given, model = model, merged(model)
     tensors, config = parameters(model), model.config
     source = config.source_dtypes if dtype == "source" else {}
     is_masked = isinstance(model, ModernBertForMaskedLM)
@@ -376,7 +378,8 @@ def save_pretrained(
         tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
         dtypes = {name.removeprefix("model."): value for name, value in dtypes.items()}
     anchor = None if tokenizer is None else tokenizer.named_anchor
-    files = files_to_keep(model, anchor) | ({CARD: card} if card else {}) | dict(more_files or {})
+    files: dict[str, Any] = {**files_to_keep(given, anchor, written=model), **(more_files or {})}
+    files |= {CARD: card} if card else {}
     with replace_folder(path, hub.EXPORT_FILES) as folder:
         values = config.to_hf() | {"architectures": [type(model).__name__]}
         if len(names := set(dtypes.values())) == 1:

@@ -6,6 +6,7 @@ from pages import blocks
 from small_models import small_model
 
 from mlmjax import Classifier
+from mlmjax.statistics.calibration import Calibration
 
 TEXT = "the new goal"
 
@@ -52,6 +53,19 @@ def test_prompt_and_answers_are_rebuilt(real_pair, tmp_path, capsys, options):
     found = printed(program, tmp_path / "saved", capsys)
     assert list(found) == list(expected)
     np.testing.assert_allclose(list(found.values()), list(expected.values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [None, (0.5, -1.25)])
+def test_calibrated_probabilities_are_rebuilt(real_pair, tmp_path, capsys, bias):
+    classifier = Classifier(real_pair, ["sports", "money"], answer="words").calibrate()
+    found = Calibration(method="null+temperature", bias=bias, temperature=1.7, rows=3)
+    classifier.settings_ = classifier.settings_.model_copy(update={"calibration": found})
+    classifier.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
+    _, program = blocks("python", card)
+    found = printed(program, tmp_path / "saved", capsys)
+    np.testing.assert_allclose(list(found.values()), classifier.predict_proba([TEXT])[0], atol=1e-5)
+    assert "calibrates the probabilities" not in card
 
 
 @pytest.mark.parametrize("options", [{}, {"instruction": 'Read the "new" text:\nnow'}])

@@ -2,6 +2,9 @@
 
 import logging
 import shlex
+import subprocess
+import sys
+import warnings
 
 import click
 import pytest
@@ -137,3 +140,44 @@ def test_a_repeated_warning_is_printed_once():
     assert [one.getMessage() for one in records if once.filter(one)] == ["a", "b", "b", "c"]
     assert run(["--version"]) == 0
     assert [type(one) for one in logging.lastResort.filters] == [WarnOnce]
+
+
+WARNS = """
+import sys, warnings
+import click
+from mlmjax.cli.commands import cli
+from mlmjax.cli.main import run
+
+@cli.command("probe")
+def probe():
+    warnings.warn("the text\\nis long", stacklevel=2)
+    warnings.warn("it is late", FutureWarning)
+    click.echo("result")
+
+code = run(["probe"])
+warnings.warn("over", UserWarning)
+sys.exit(code)
+"""
+
+
+def test_a_warning_of_python_is_one_line_without_its_place():
+    done = subprocess.run([sys.executable, "-c", WARNS], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "result\n")
+    printed, after = done.stderr.splitlines()[:2], done.stderr.splitlines()[2:]
+    assert printed == ["warning: the text is long", "warning: it is late"]
+    assert after == ["<string>:14: UserWarning: over"]
+
+
+def test_a_warning_of_python_is_recorded_or_an_error_where_that_is_asked_for(capsys):
+    @cli.command("probe")
+    def probe():
+        warnings.warn("the text is long", stacklevel=2)
+
+    try:
+        with pytest.warns(UserWarning, match="the text is long"):
+            assert run(["probe"]) == 0
+        assert capsys.readouterr().err == ""
+        assert run(["probe"]) == 1  # the tests turn warnings into errors
+        assert "UserWarning: the text is long" in capsys.readouterr().err
+    finally:
+        cli.commands.pop("probe")

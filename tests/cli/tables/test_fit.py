@@ -12,9 +12,11 @@ from tables import labelled_rows, write_table
 from mlmjax import Choice, Classifier, Decider
 from mlmjax.cli import main
 from mlmjax.cli.tables.choice import choose
-from mlmjax.cli.tables.fit import confusion_lines, describe_lengths, result_lines, split_table
+from mlmjax.cli.tables.lines import confusion_lines, describe_lengths, result_lines
+from mlmjax.cli.tables.split import split_table
 from mlmjax.data.reading.labelled import read_labelled
 from mlmjax.errors import InputError
+from mlmjax.statistics import reliability
 
 OPTIONS = ("--learning-rate", "1e-2", "--epochs", "25")
 
@@ -242,6 +244,91 @@ def test_a_text_with_two_labels_is_never_tested(tmp_path):
     )
 
 
+def noisy_table(path, count):
+    """Write a table in which one label of eight is wrong, so that no classifier is always right."""
+    rows = labelled_rows(count)
+    for row in rows[::8]:
+        row["label"] = "money" if row["label"] == "sports" else "sports"
+    return write_table(path, rows)
+
+
+def test_a_temperature_is_fitted_to_rows_of_neither_training_nor_test(
+    word_folder, tmp_path, capsys
+):
+    path, out = noisy_table(tmp_path / "tickets.csv", 240), tmp_path / "out"
+    fit = ["fit", str(path), "--out", str(out), "--model", str(word_folder), *OPTIONS[:2]]
+    assert main.run([*fit, "--epochs", "4"]) == 0
+    printed = capsys.readouterr().out
+    results = json.loads((out / "report" / "results.json").read_text())
+    assert (results["n"], results["rows_calibrated"], results["rows_trained"]) == (48, 24, 168)
+
+    table = read_labelled(path)
+    split = split_table(table, 0.2, 0, calibration_share=0.1)
+    assert sorted([*split.train, *split.calibration, *split.test]) == list(range(240))
+    saved = Classifier.from_pretrained(out)
+    assert saved.calibration_.temperature == results["temperature"] != 1
+    assert saved.calibration_.rows == 24
+    texts, labels = table.at(split.test)
+    gold = [list(saved.classes_).index(label) for label in labels]
+    calibrated = saved.predict_proba(texts)
+    assert reliability.calibration(np.log(calibrated), gold) == results["calibration"]
+
+    settings = json.loads((out / "mlmjax_classifier.json").read_text())
+    del settings["calibration"]
+    (out / "mlmjax_classifier.json").write_text(json.dumps(settings))
+    plain = Classifier.from_pretrained(out)
+    raw = reliability.calibration(np.log(plain.predict_proba(texts)), gold)
+    assert raw == pytest.approx(results["uncalibrated"], abs=1e-6)
+    again = plain.calibrate(*table.at(split.calibration)).calibration_
+    assert again.temperature == pytest.approx(results["temperature"], rel=1e-6)
+
+    before, after = results["uncalibrated"], results["calibration"]
+    shown = re.search(r"with temperature (\S+) \(from 24 other rows\) +(\S+)% +(\S+)\n", printed)
+    assert float(shown[1]) == pytest.approx(results["temperature"], rel=1e-2)
+    assert float(shown[3]) == pytest.approx(after["ece"], abs=1e-3)
+    without = rf"without it +{before['confidence']:.1%} +{before['ece']:.3f}\n"
+    assert re.search(without, printed)
+    assert max(map(len, printed.split("classifier: ")[0].splitlines())) <= 80
+    assert "calibrated by a temperature of" in (out / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "said"),
+    [
+        (60, (), "probabilities stay as they are: 6 rows can be held out for a temperature"),
+        (240, ("--calibration-share", "0"), ""),
+        (240, (), "probabilities stay as they are: the answers of all these 24 rows are right"),
+    ],
+)
+def test_probabilities_stay_as_they_are_where_no_temperature_fits(
+    word_folder, tmp_path, capsys, count, options, said
+):
+    table = write_table(tmp_path / "tickets.csv", labelled_rows(count))
+    fit = ["fit", str(table), "--out", str(tmp_path / "out"), "--model", str(word_folder)]
+    assert main.run([*fit, *OPTIONS[:2], "--epochs", "10", *options]) == 0
+    printed, err = capsys.readouterr()
+    assert said in err
+    assert ("probabilities stay" in err) == bool(said)
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert results["temperature"] is results["uncalibrated"] is None
+    assert re.search(r"\nprobabilities as saved +\d+\.\d% +0\.\d\d\d\n", printed)
+    assert Classifier.from_pretrained(tmp_path / "out").calibration_ is None
+
+
+def test_shares_that_leave_nothing_to_train_on_are_rejected(tmp_path):
+    table = read_labelled(write_table(tmp_path / "a.csv", labelled_rows(40)))
+    with pytest.raises(InputError, match=r"--test-share 0.5 and --calibration-share 0.5: leave no"):
+        split_table(table, 0.5, 0, calibration_share=0.5)
+
+
+def test_calibration_takes_no_label_its_last_training_row(tmp_path):
+    rows = [{"id": f"x{i}", "text": f"rain {i}", "label": f"kind {i % 30}"} for i in range(90)]
+    table = read_labelled(write_table(tmp_path / "a.csv", rows))
+    split = split_table(table, 0.2, 0, calibration_share=0.6)
+    assert len(split.calibration) == 30
+    assert len({table.labels[i] for i in split.train}) == 30
+
+
 def test_confusions_fit_a_terminal_or_become_a_list():
     few = list(confusion_lines(["a", "long name"], np.array([[3, 10], [0, 4]])))
     assert few[1:] == [
@@ -294,6 +381,6 @@ def test_a_fit_that_learned_nothing_says_so_everywhere(word_folder, tmp_path, ca
     assert warning.startswith("the fit may have learned nothing: its loss on 48 training texts is ")
     assert f"warning: {warning}" in said.splitlines()
     assert f"warning: {warning}" in printed.splitlines()
-    assert "48 training rows: loss " in printed
+    assert "on 48 training rows " in printed
     page = (out / "report" / "report.html").read_text()
     assert "<strong>Warning:</strong> the fit may have learned nothing" in page

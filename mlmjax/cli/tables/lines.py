@@ -1,0 +1,122 @@
+"""Say what a fit is about to do, and what came out, in lines for a terminal."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from shlex import quote
+from typing import Any
+
+import numpy as np
+
+from mlmjax.cli.tables.choice import Choice
+from mlmjax.cli.tables.split import WIDTH, Split
+from mlmjax.config.data import CsvOptions
+from mlmjax.data.reading.labelled import LabelledTable
+from mlmjax.reporting.accuracy import top_confusions
+from mlmjax.reporting.markdown import shortened, visible
+
+REPORT = "report"
+"""The folder of the report, in that of the classifier."""
+
+FAR, LEAST = 4, 16
+"""A text of more than `FAR` medians, of at least `LEAST` tokens each, slows the others down."""
+
+
+def describe_lengths(
+    table: LabelledTable, lengths: np.ndarray, max_length: int | None = None
+) -> str:
+    """Say how long the texts are in tokens, and what helps if one is far longer than the others."""
+    longest, middle = int(lengths.max()), float(np.median(lengths))
+    text = (
+        f"texts: {middle:,.0f} tokens in the median, {longest:,} in the longest "
+        f"({table.where[int(lengths.argmax())]})"
+    )
+    if max_length is None and longest > FAR * max(middle, LEAST):
+        text += "; it sets the length of all batches, and --max-length N shortens it"
+    return text
+
+
+def start_lines(model: str, choice: Choice, split: Split, labels: Sequence[str]) -> Iterator[str]:
+    """Yield what is fitted, how it will answer and how long it learns."""
+    yield (
+        f"fitting {model} on {len(split.train):,} rows with {len(labels)} labels, testing on "
+        f"{len(split.test):,}"
+    )
+    yield (
+        f"answers: {choice.way} ({choice.why}); learning rate {choice.learning_rate:g}, epochs "
+        f"{choice.epochs}, updates {choice.updates(len(split.train)):,}"
+    )
+
+
+def classify_line(figures: dict[str, Any]) -> str:
+    """Return the command that classifies another table of the same columns."""
+    options = f"--model {quote(figures['out'])} --text {quote(figures['text'])}"
+    if figures["encoding"] is not None:
+        options += f" --encoding {figures['encoding']}"
+    for name, value in figures["csv"].items():
+        options += f" {CsvOptions().setting(name, value)}"
+    return f"mlmjax classify {options} --out answers.csv TABLE"
+
+
+def result_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines that the command prints: accuracy, confusion, calibration, what is next."""
+    methods = figures["methods"]
+    width = max(map(len, methods))
+    head = f"accuracy on {figures['n']:,} held-out rows"
+    yield f"{head:{width + 8}}   95 % interval"
+    for name, found in methods.items():
+        low, high = found["accuracy_ci95"]
+        yield f"{name:{width}}  {found['accuracy']:6.1%}   {low:.1%} to {high:.1%}"
+    yield ""
+    yield from confusion_lines(figures["labels"], np.array(figures["confusion"]))
+    yield ""
+    yield from _training_lines(figures["fit"])
+    yield f"macro-F1: {figures['macro_f1']:.3f}"
+    yield from _calibration_lines(figures)
+    folder = Path(figures["out"])
+    yield f"classifier: {folder}"
+    yield f"report: {folder / REPORT / 'report.html'}"
+    yield f"next: {classify_line(figures)}"
+    if figures["serves"]:
+        yield f"or: mlmjax serve --model {quote(figures['out'])}"
+
+
+def _training_lines(fit: dict[str, Any]) -> Iterator[str]:
+    """Yield what was learned, next to what an answer has that reads no text."""
+    learned = fit["training"]
+    head = f"on {learned['n']:,} training rows"
+    yield f"{head:26}  this classifier  reading no text"
+    yield f"{'loss':26}  {learned['loss']:15.3f}  {learned['baseline_loss']:15.3f}"
+    yield f"{'accuracy':26}  {learned['accuracy']:15.1%}  {learned['majority']:15.1%}"
+    if fit["warning"]:
+        yield f"warning: {fit['warning']}"
+
+
+def _calibration_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield how far the probabilities of the held-out rows are from the share of right answers."""
+    after, before = figures["calibration"], figures["uncalibrated"]
+    methods = {"probabilities as saved": after}
+    if before is not None:
+        rows = f"{figures['rows_calibrated']:,} other rows"
+        methods = {
+            f"with temperature {figures['temperature']:.3g} (from {rows})": after,
+            "without it": before,
+        }
+    width = max(map(len, methods))
+    yield f"{'calibration':{width}}  mean confidence  expected error"
+    for name, found in methods.items():
+        yield f"{name:{width}}  {found['confidence']:15.1%}  {found['ece']:14.3f}"
+
+
+def confusion_lines(labels: Sequence[str], confusion: np.ndarray) -> Iterator[str]:
+    """Yield a table of counts that fits 80 columns, or else the most frequent confusions."""
+    names = [shortened(visible(label), 20) for label in labels]
+    first = max(map(len, names))
+    cells = [max(len(name), len(str(confusion.max()))) for name in names]
+    if first + sum(cells) + 2 * len(cells) <= WIDTH:
+        yield "confusion (rows: correct label, columns: predicted label)"
+        yield " " * first + "".join(f"  {n:>{w}}" for n, w in zip(names, cells, strict=True))
+        for name, row in zip(names, confusion, strict=True):
+            counts = "".join(f"  {n:>{w}}" for n, w in zip(row, cells, strict=True))
+            yield f"{name:{first}}{counts}"
+        return
+    yield from top_confusions(names, confusion)
