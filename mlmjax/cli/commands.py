@@ -297,7 +297,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
         if decisions is None:
             _evaluate_task(given)
         else:
-            _reject(context, "a task of one question", "protocol", "order_rows", "encoding")
+            _reject(context, "a task of one question", "protocol", "anchor", "encoding")
             _evaluate_decisions(decisions, given)
 
 
@@ -337,23 +337,28 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
 
 
 def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
+    from mlmjax.data.contamination import contamination, read_training_manifest
     from mlmjax.decisions.decider import Decider
     from mlmjax.evaluation.decisions import decision_lines, evaluate_decisions
     from mlmjax.evaluation.summary import warn_of_few
     from mlmjax.parallel.environment import check_devices
     from mlmjax.reporting.terminal import count_progress, say
     from mlmjax.scoring.engine import describe_forward_compiling
-    from mlmjax.weights.hub import PACKAGED, report_packaged
+    from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
 
     (model,) = given["models"] or [PACKAGED]
     check_devices()
     options = {name: given[name] for name in ("revision", "dtype", "batch_size")}
     decider = Decider(model, progress=False, **options)
     report_packaged(not given["models"])
+    folder = fetch(model, revision=given["revision"], local_files_only=True)
+    known = contamination(task, given["data"], read_training_manifest(folder))
+    for line in known.lines:
+        say(line)
     compiling = describe_forward_compiling(decider.model.config.num_hidden_layers)
-    own = {name: given[name] for name in ("data", "limit", "out")}
+    own = {name: given[name] for name in ("data", "limit", "out", "order_rows")}
     with count_progress("rows answered", compiling) as progress:
-        results = evaluate_decisions(decider, task, **own, progress=progress)
+        results = evaluate_decisions(decider, task, **own, progress=progress, known=known)
     as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
     click.echo("\n".join(as_json if given["as_json"] else decision_lines(results)))
     for line in warn_of_few(results["n"]):

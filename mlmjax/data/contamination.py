@@ -11,7 +11,7 @@ from pydantic import Field
 
 from mlmjax.config.data import Location
 from mlmjax.config.tables import StrictTable, check_values
-from mlmjax.config.task import Task
+from mlmjax.config.task import TaskTable
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
 from mlmjax.storage import TRAINING, hash_file, parse_object, read_json
@@ -165,7 +165,7 @@ def read_training_manifest(folder: Path) -> TrainingManifest | None:
 
 
 def contamination(
-    task: Task, data: str | Path | None, training: TrainingManifest | None
+    task: TaskTable, data: str | Path | None, training: TrainingManifest | None
 ) -> Contamination:
     """Look for an evaluation in the training data of a model.
 
@@ -243,7 +243,9 @@ def _unknown(training: TrainingManifest) -> list[str]:
     return list(dict.fromkeys(found))[:NAMED]
 
 
-def _findings(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> list[str]:
+def _findings(
+    run: TrainingRun, task: TaskTable, place: Location, digests: dict[str, str]
+) -> list[str]:
     found = []
     for source in run.sources:
         found += [
@@ -286,7 +288,9 @@ def _name_pattern(evaluation: str) -> re.Pattern[str] | None:
     return re.compile(r"(?<![^\W_])" + r"[\W_]*".join(letters) + r"(?![^\W_])")
 
 
-def _is_held_out(run: TrainingRun, task: Task, place: Location, digests: dict[str, str]) -> bool:
+def _is_held_out(
+    run: TrainingRun, task: TaskTable, place: Location, digests: dict[str, str]
+) -> bool:
     """Tell whether a run kept out the texts of this task in these files."""
     known = [one for one in run.excluded if one.task == task.name]
     if place.hub is None:

@@ -10,7 +10,6 @@ from mlmjax.classification.context import JOINT, windows_of
 from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText, ask_for
-from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.decisions.classifiers import OwnQuestion
 from mlmjax.decisions.questions import MOST_OPTIONS, YES_NO, Question, show_text
 from mlmjax.decisions.states import Shown, State
@@ -52,12 +51,88 @@ class Layout(NamedTuple):
     length: int = 0
 
 
+def make_template(tokenizer: Tokenizer) -> Template:
+    """Return the prompt of all questions, for a tokenizer."""
+    anchor = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
+    return Template(PROMPT + ask_for(tokenizer), shorten={"text": "tail"}, anchor=anchor)
+
+
+class Wording:
+    """Word questions for prompts of at most `max_length` tokens.
+
+    With `answer="words"`, options that are one token each are answered by themselves; all others by
+    their letters. Raises `InputError` for a tokenizer without letters.
+    """
+
+    def __init__(self, template: Template, tokenizer: Tokenizer, max_length: int, answer: Way):
+        self.template, self.tokenizer, self.max_length = template, tokenizer, max_length
+        self.answer = answer
+        names = usable_option_names("letters", tokenizer, MOST_OPTIONS)
+        if len(names) < 2:
+            raise InputError("the tokenizer has no two letters of one token; use another tokenizer")
+        self.letters = [
+            ids[0] for ids in tokenizer.encode_plain_batch([surface(n, tokenizer) for n in names])
+        ]
+        self._layouts = lru_cache(maxsize=512)(self._lay_out)
+
+    def layout(self, question: Question) -> Layout:
+        """Return how a question is worded; raise `InputError` if it does not fit in a prompt."""
+        text = show_text(question.instructions)
+        if not text.strip():
+            text = NO_INSTRUCTIONS.get(question.type, USUAL)
+        return self._layouts(text, question.shown, question.words)
+
+    def fields(self, layout: Layout, order: Sequence[int]) -> dict[str, Any]:
+        """Return the fields of a prompt about a question, and the tokens of its options."""
+        shown = [layout.shown[i] for i in order]
+        if layout.tokens is None:
+            choices = f"{CHOICES}{option_lines(shown, tokenizer=self.tokenizer)}"
+            tokens = self.letters[: len(shown)]
+        else:
+            # Words say what they mean, so only descriptions need a list.
+            lines = "".join(f"- {text}\n" for text in shown)
+            choices = f"{CHOICES}{lines}" if layout.is_described else ""
+            tokens = [layout.tokens[i] for i in order]
+        return {"question": layout.question, "choices": choices, TOKENS: tokens}
+
+    def _lay_out(self, text: str, shown: tuple[str, ...], words: tuple[str, ...]) -> Layout:
+        template, tokenizer, most = self.template, self.tokenizer, self.max_length
+        tokens = self._word_tokens(words) if self.answer == "words" else None
+        if tokens is None:
+            size = group_size(template, tokenizer, shown, most, {"question": text})
+            layout = Layout(text, shown, None, min(size, len(self.letters)))
+        else:
+            layout = Layout(text, shown, tokens, len(shown), shown != words)
+        length = template.length(tokenizer, self.fields(layout, range(len(shown))))
+        # Groups of options leave room by themselves.
+        if layout.size == len(shown) and length + LEAST_ROOM > most:
+            raise InputError(
+                f"the prompt has {length + LEAST_ROOM} tokens without the state and at most "
+                f"{most} fit; give shorter instructions or criteria"
+            )
+        return layout._replace(length=length)
+
+    def _word_tokens(self, words: tuple[str, ...]) -> tuple[int, ...] | None:
+        """Return the token of each word; None unless each is one token of its own."""
+        tokenizer = self.tokenizer
+        if not all(word.strip() for word in words):
+            return None
+        encoded = tokenizer.encode_plain_batch([surface(word, tokenizer) for word in words])
+        tokens = [ids[0] for ids in encoded if len(ids) == 1]
+        is_usable = len(set(tokens)) == len(words) and not tokenizer.special_ids & set(tokens)
+        return tuple(tokens) if is_usable else None
+
+
 class Item(NamedTuple):
-    """One question about one state, with the numbers of the options to choose from."""
+    """One question about one state, with the numbers of the options to choose from.
+
+    `shifts` are the cyclic orders that are asked; empty: those of the asker.
+    """
 
     state: State
     layout: Layout
     choice: tuple[int, ...]
+    shifts: tuple[int, ...] = ()
 
 
 class Usage:
@@ -89,11 +164,9 @@ class Asker:
         own: OwnQuestion | None = None,
     ):
         self.own = own
-        self.answer, self.long_text = answer, long_text
+        self.long_text = long_text
         self.shifts = None if orders == "all" else orders
-        anchor = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
-        prompt = PROMPT + ask_for(tokenizer)
-        template = Template(prompt, shorten={"text": "tail"}, anchor=anchor)
+        template = make_template(tokenizer)
         self.scorer = OptionScorer(
             model,
             tokenizer,
@@ -103,20 +176,7 @@ class Asker:
             max_length=max_length,
             optional=("text", "choices"),
         )
-        names = usable_option_names("letters", tokenizer, MOST_OPTIONS)
-        if len(names) < 2:
-            raise InputError("the tokenizer has no two letters of one token; use another tokenizer")
-        self.letters = [
-            ids[0] for ids in tokenizer.encode_plain_batch([surface(n, tokenizer) for n in names])
-        ]
-        self._layouts = lru_cache(maxsize=512)(self._lay_out)
-
-    def layout(self, question: Question) -> Layout:
-        """Return how a question is worded; raise `InputError` if it does not fit in a prompt."""
-        text = show_text(question.instructions)
-        if not text.strip():
-            text = NO_INSTRUCTIONS.get(question.type, USUAL)
-        return self._layouts(text, question.shown, question.words)
+        self.wording = Wording(template, tokenizer, self.scorer.max_length, answer)
 
     def shown(self, state: State) -> Shown:
         """Return as much of a state as any prompt can hold."""
@@ -128,7 +188,7 @@ class Asker:
         if self.own is not None and self.own.matches(question):
             self.own.check(state)
             return self.own.length + state.tokens(self.scorer.tokenizer, text)
-        layout, scorer = self.layout(question), self.scorer
+        layout, scorer = self.wording.layout(question), self.scorer
         read = layout.length + -(-len(layout.shown) // layout.size) * state.tokens(
             scorer.tokenizer, text
         )
@@ -202,7 +262,7 @@ class Asker:
         layouts = []
         for (_, question), name in zip(pairs, where, strict=True):
             with named_place(name):
-                layouts.append(self.layout(question))
+                layouts.append(self.wording.layout(question))
         usages = [Usage() for _ in pairs]
         found: dict[int, np.ndarray] = {}
         items = [
@@ -230,16 +290,16 @@ class Asker:
         pairs: Sequence[tuple[State, Question]],
         targets: Sequence[np.ndarray],
         seed: int,
-    ) -> tuple[list[Prompt], Answers]:
-        """Return prompts to train on and the tokens of their right answers.
+    ) -> tuple[list[Prompt], list[np.ndarray], list[np.ndarray]]:
+        """Return prompts to train on, the tokens of their options, and the right distributions.
 
-        Each question is shown in one of its `orders`, drawn at random. Of more options than one
-        prompt holds, it shows the most probable ones and others drawn at random. `targets` are the
-        right answers as distributions.
+        Each question is shown in one of its `orders`, drawn at random; tokens keep the given order.
+        Of more options than one prompt holds, it shows the most probable ones and others drawn at
+        random. `targets` are the right answers as distributions.
         """
-        rows, states, shares = [], [], []
+        rows, states, tokens, shares = [], [], [], []
         for at, ((state, question), target) in enumerate(zip(pairs, targets, strict=True)):
-            layout = self.layout(question)
+            layout = self.wording.layout(question)
             rng = np.random.default_rng([seed, at])
             choice = np.arange(len(target))
             if len(choice) > layout.size:
@@ -250,10 +310,31 @@ class Asker:
                 choice = np.roll(choice, -shifts[rng.integers(len(shifts))])
             rows.append(self._row(Item(state, layout, ()), choice.tolist()))
             states.append(state)
-            shares.append(target[choice] / target[choice].sum())
+            given = np.argsort(choice)
+            tokens.append(np.array(rows[-1][TOKENS], np.int32)[given])
+            shares.append(target[choice][given] / target[choice].sum())
         names = [f"row {at + 1} (index {at})" for at in range(len(rows))]
         prompts, _ = self._prompts(rows, states, names)
-        return prompts, _answers([row[TOKENS] for row in rows], shares)
+        return prompts, tokens, shares
+
+    def in_orders(
+        self, states: Sequence[State], question: Question, where: Sequence[str], count: int
+    ) -> np.ndarray | None:
+        """Return log probabilities `[states, orders, options]` under cyclic orders of the options.
+
+        There are at most `count` orders, the given one first. None where an answer has no one
+        order: words, several `orders`, a classifier's own question, and options in rounds.
+        """
+        layout = self.wording.layout(question)
+        options = len(layout.shown)
+        is_own = self.own is not None and self.own.matches(question)
+        if layout.tokens is not None or self.shifts != 1 or is_own or options > layout.size:
+            return None
+        choice, shifts = tuple(range(options)), option_orders.shifts(options, count)
+        items = [Item(state, layout, choice, (shift,)) for state in states for shift in shifts]
+        names = [name for name in where for _ in shifts]
+        scores = self._score(items, [Usage() for _ in items], names)
+        return np.array(scores).reshape(len(states), len(shifts), options)
 
     def _in_rounds(self, item: Item, usage: Usage, where: str) -> np.ndarray:
         def ask(numbers: Sequence[int], choices: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
@@ -293,8 +374,8 @@ class Asker:
 
     def _rows(self, item: Item) -> list[tuple[int, dict[str, Any]]]:
         """Return the prompts of an item as `(shift, row)`, the windows of one order together."""
-        shifts = [0]
-        if item.layout.tokens is None:
+        shifts: Sequence[int] = item.shifts or [0]
+        if item.layout.tokens is None and not item.shifts:
             shifts = option_orders.shifts(len(item.choice), self.shifts)
         rows = []
         for shift in shifts:
@@ -303,20 +384,7 @@ class Asker:
         return rows
 
     def _row(self, item: Item, order: Sequence[int]) -> dict[str, Any]:
-        return {"text": self.shown(item.state).text, **self._worded(item.layout, order)}
-
-    def _worded(self, layout: Layout, order: Sequence[int]) -> dict[str, Any]:
-        """Return the fields of a prompt about a question, and the tokens of its options."""
-        shown = [layout.shown[i] for i in order]
-        if layout.tokens is None:
-            choices = f"{CHOICES}{option_lines(shown, tokenizer=self.scorer.tokenizer)}"
-            tokens = self.letters[: len(shown)]
-        else:
-            # Words say what they mean, so only descriptions need a list.
-            lines = "".join(f"- {text}\n" for text in shown)
-            choices = f"{CHOICES}{lines}" if layout.is_described else ""
-            tokens = [layout.tokens[i] for i in order]
-        return {"question": layout.question, "choices": choices, TOKENS: tokens}
+        return {"text": self.shown(item.state).text, **self.wording.fields(item.layout, order)}
 
     def _windows(self, state: State, row: dict[str, Any]) -> list[str]:
         if self.long_text == "shorten":
@@ -352,45 +420,3 @@ class Asker:
                 removed[at] = shown.removed + sum(prompts[at].shortened.values())
         scorer.shortened += sum(map(bool, removed))
         return prompts, removed
-
-    def _lay_out(self, text: str, shown: tuple[str, ...], words: tuple[str, ...]) -> Layout:
-        scorer = self.scorer
-        tokens = self._word_tokens(words) if self.answer == "words" else None
-        fields = {"question": text}
-        if tokens is None:
-            size = group_size(scorer.template, scorer.tokenizer, shown, scorer.max_length, fields)
-            layout = Layout(text, shown, None, min(size, len(self.letters)))
-        else:
-            layout = Layout(text, shown, tokens, len(shown), shown != words)
-        row = self._worded(layout, range(len(shown)))
-        length = scorer.template.length(scorer.tokenizer, row)
-        # Groups of options leave room by themselves.
-        if layout.size == len(shown) and length + LEAST_ROOM > scorer.max_length:
-            raise InputError(
-                f"the prompt has {length + LEAST_ROOM} tokens without the state and at most "
-                f"{scorer.max_length} fit; give shorter instructions or criteria"
-            )
-        return layout._replace(length=length)
-
-    def _word_tokens(self, words: tuple[str, ...]) -> tuple[int, ...] | None:
-        """Return the token of each word; None unless each is one token of its own."""
-        tokenizer = self.scorer.tokenizer
-        if not all(word.strip() for word in words):
-            return None
-        encoded = tokenizer.encode_plain_batch([surface(word, tokenizer) for word in words])
-        tokens = [ids[0] for ids in encoded if len(ids) == 1]
-        is_usable = len(set(tokens)) == len(words) and not tokenizer.special_ids & set(tokens)
-        return tuple(tokens) if is_usable else None
-
-
-def _answers(tokens: Sequence[Sequence[int]], shares: Sequence[np.ndarray]) -> Answers:
-    """Return what prompts learn: a token each, or distributions over tokens if any is one."""
-    best = np.array([own[int(share.argmax())] for own, share in zip(tokens, shares, strict=True)])
-    if all(share.max() == 1 for share in shares):
-        return Answers(best)
-    shape = len(tokens), max(map(len, tokens))
-    ids, probs = np.full(shape, UNUSED, np.int32), np.zeros(shape, np.float32)
-    for at, (own, share) in enumerate(zip(tokens, shares, strict=True)):
-        ids[at, : len(own)] = own
-        probs[at, : len(own)] = share
-    return Answers(best, None, Options(ids, probs))

@@ -154,5 +154,5 @@ def load_classifier(source: Source, **options: Any) -> tuple[Model, Tokenizer, O
             "words, so the accuracy of the classifier does not carry over. Measure it, use "
             "`Classifier` or `mlmjax classify`, or call `fit` again"
         )
-    warnings.warn(f"{source}: {message}", stacklevel=3)
+    warnings.warn(f"{source}: {message}", stacklevel=4)
     return prompter.scorer.model, prompter.scorer.tokenizer, own

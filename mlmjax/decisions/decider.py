@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlmjax.classification.fitting import Recipe, start_of
+from mlmjax.classification.fitting import start_of
 from mlmjax.classification.predictor import Source
 from mlmjax.classification.settings import LongText
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.decisions.answers import ChoiceAnswer, ScoreAnswer, YesNoAnswer, make_answer
 from mlmjax.decisions.asking import Asker, Usage, Way
-from mlmjax.decisions.classifiers import OwnQuestion, load_classifier
-from mlmjax.decisions.fitting import Labelled, learn, read_labelled
-from mlmjax.decisions.questions import Question, read_questions
-from mlmjax.decisions.settings import DeciderSettings, kind_of, like_classifier, settle
+from mlmjax.decisions.classifiers import OwnQuestion
+from mlmjax.decisions.fitting import DeciderRecipe, Labelled, learn, read_labelled
+from mlmjax.decisions.questions import Question, read_question, read_questions
+from mlmjax.decisions.settings import DeciderSettings, kind_of, load, settle
 from mlmjax.decisions.states import State, as_state
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
@@ -29,12 +29,11 @@ from mlmjax.statistics.calibration import (
     log_softmax,
     temperature_calibration,
 )
-from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING, plain_file, read_json
+from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING
 from mlmjax.text.checks import check_list, check_share, for_each_row
-from mlmjax.weights import hub
 from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
-from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+from mlmjax.weights.pretrained import save_pretrained
 
 AnyAnswer = ChoiceAnswer | YesNoAnswer | ScoreAnswer
 CHUNK_PROMPTS = 4096
@@ -69,31 +68,16 @@ class Decider:
         local_files_only: bool = False,
         progress: bool | None = None,
     ):
-        saved, own, self._manifest, self.name = None, None, None, "mlmjax"
-        model: Any
-        if isinstance(source, tuple) and len(source) == 2:
-            model, tokenizer = source
-        elif isinstance(source, str | Path):
-            where: Any = {"revision": revision, "local_files_only": local_files_only}
-            folder = hub.fetch(source, **where)
-            if (folder / DECIDER).exists():
-                saved = decode(DeciderSettings, read_json(folder, DECIDER), str(folder / DECIDER))
-            if (folder / TRAINING).exists():
-                self._manifest = plain_file(folder, TRAINING).read_bytes()
-            if (folder / CLASSIFIER).exists():
-                asked: dict[str, Any] = {"long_text": long_text, "max_length": max_length}
-                asked |= {"dtype": dtype, "batch_size": batch_size}
-                model, tokenizer, own = load_classifier(source, **asked, **where)
-                if saved is None and own is not None:
-                    saved = like_classifier(own.prompter)
-            else:
-                model, tokenizer = load_pretrained(source, dtype=dtype, **where)
-            self.name = Path(source).resolve().name if Path(source).is_dir() else str(source)
-        else:
-            raise InputError(
-                f"source is {source!r:.60}; expected a folder, a hub id, or a pair "
-                "(model, tokenizer)"
-            )
+        loaded = load(
+            source,
+            revision=revision,
+            local_files_only=local_files_only,
+            dtype=dtype,
+            long_text=long_text,
+            max_length=max_length,
+            batch_size=batch_size,
+        )
+        self.name, self._manifest = loaded.name, loaded.manifest
         given = {
             "answer": answer,
             "orders": orders,
@@ -101,10 +85,10 @@ class Decider:
             "abstain_below": abstain_below,
             "max_length": max_length,
         }
-        self.settings = decode(DeciderSettings, settle(given, saved), "decider")
+        self.settings = decode(DeciderSettings, settle(given, loaded.settings), "decider")
         self.history_: list[dict[str, float]] = []
         self._batch_size, self._progress = batch_size, progress
-        self._asker = self._make_asker(model, tokenizer, own)
+        self._asker = self._make_asker(loaded.model, loaded.tokenizer, loaded.own)
 
     @classmethod
     def from_pretrained(cls, source: Source, **options: Any) -> "Decider":
@@ -180,6 +164,21 @@ class Decider:
         found = iter(self._ask(pairs, where))
         return [{key: self._answer(one, *next(found)) for key, one in own.items()} for own in asked]
 
+    def in_orders(self, states: Sequence[Any], question: Any, orders: int) -> np.ndarray | None:
+        """Return log probabilities `[states, orders, options]` of a question under other orders.
+
+        The orders of its options are cyclic and evenly spaced, the given one first, and columns
+        keep the given order. There are as many as the question has options if `orders` is more.
+        None where answers have no one order: by words, with several `orders`, a classifier's own
+        question, and more options than one prompt holds.
+        """
+        shown, asked = [as_state(state) for state in states], read_question(question)
+        names = [f"row {at + 1} (index {at})" for at in range(len(shown))]
+        scores = self._asker.in_orders(shown, asked, names, orders)
+        if scores is None:
+            return None
+        return np.array([[self._calibrated(asked, one) for one in row] for row in scores])
+
     def cost(self, state: State, question: Question) -> int:
         """Return about the number of tokens that a question reads; what is worked out is kept.
 
@@ -197,16 +196,17 @@ class Decider:
         """Find a temperature for each type and number of options; returns the decider.
 
         Use states that were not trained on. `answers` has a table for each state, from ids to right
-        answers; an absent one or None is left out. A new temperature replaces that of its kind, and
-        drops its label sets. A kind without one keeps its probabilities, with a warning: all of its
-        answers are right, or no better than guessing.
+        answers or distributions; an absent one or None is left out. A new temperature replaces that
+        of its kind, and drops its label sets. A kind without one keeps its probabilities, with a
+        warning: all of its answers are right, or no better than guessing.
         """
         labelled = read_labelled(states, questions, answers)
         found: dict[str, Calibration] = {}
         for kind in labelled.kinds():
-            scores, gold = self._kind(labelled, kind, calibrated=False)
+            part = labelled.of_kind(kind)
+            scores = self._scores(part, calibrated=False)
             try:
-                found[kind] = temperature_calibration(scores, gold)
+                found[kind] = temperature_calibration(scores, np.array(part.targets))
             except InputError as error:
                 warnings.warn(f"{kind} is not calibrated: {error.message}", stacklevel=2)
         conformals = {k: v for k, v in self.settings.conformals.items() if k not in found}
@@ -226,10 +226,11 @@ class Decider:
         They are by type and number of options, and `decide_sets` returns them. Returns the decider.
         """
         labelled = read_labelled(states, questions, answers)
-        found = {
-            kind: label_sets.fit(*self._kind(labelled, kind, calibrated=True), method=method)
-            for kind in labelled.kinds()
-        }
+        labelled.right()  # a distribution raises an error before anything is scored
+        found = {}
+        for kind in labelled.kinds():
+            part = labelled.of_kind(kind)
+            found[kind] = label_sets.fit(self._scores(part), part.right(), method=method)
         self._learn(conformals={**self.settings.conformals, **found})
         return self
 
@@ -251,11 +252,13 @@ class Decider:
         if check_share(accuracy, "accuracy") == 0 or least < 1:
             raise InputError(f"accuracy is {accuracy}, least {least}; expected more than 0")
         labelled = read_labelled(states, questions, answers)
+        labelled.right()  # a distribution raises an error before anything is scored
         sure, right = [], []
         for kind in labelled.kinds():
-            scores, gold = self._kind(labelled, kind, calibrated=True)
+            part = labelled.of_kind(kind)
+            scores = self._scores(part)
             sure += np.exp(log_softmax(scores.astype(np.float64)).max(axis=1)).tolist()
-            right += (scores.argmax(axis=1) == gold).tolist()
+            right += (scores.argmax(axis=1) == part.right()).tolist()
         limit = abstention_threshold(
             np.array(sure), np.array(right), accuracy=accuracy, least=least
         )
@@ -268,12 +271,14 @@ class Decider:
         """Return the answers to each question that `conform` cannot rule out, by their names.
 
         A share of at least `coverage` of the sets holds the right answer. Names are those of the
-        options, `true` and `false`, or numbers of levels. Raises `InputError` without `conform`.
+        options, `true` and `false`, or numbers of levels. A classifier's own question has the sets
+        of the classifier, unless `conform` or `calibrate` was called for its kind. Raises
+        `InputError` without sets.
         """
         asked, found = read_questions(questions), {}
         scores = self._ask([(State(state), one) for one in asked.values()], list(asked))
         for (key, question), (log_probs, _) in zip(asked.items(), scores, strict=True):
-            sets = self.settings.conformals.get(kind_of(question))
+            sets = self._conformal(question)
             if sets is None:
                 raise InputError(
                     f"question {key!r:.60}: there are no sets for {kind_of(question)}; call "
@@ -298,15 +303,16 @@ class Decider:
         bool, the number of a level or its text, or a distribution `{name: p}` or `[p, ...]`. An
         absent one or None is left out. All questions are then asked in the decider's prompt, also
         that of a classifier. `recipe` are `epochs`, `learning_rate`, `batch_size`,
-        `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`, `adapter` and `train` of
-        `Classifier`. `history_` then has the loss of each epoch, and with held-out states accuracy
+        `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`, `adapter`, `train`,
+        `normalize` and `ordered` of `Classifier`; `ordered` is a loss for levels, and rejects
+        choices. `history_` then has the loss of each epoch, and with held-out states accuracy
         and loss on them. Calibrations are dropped.
 
         Warns with `LearnedNothingWarning` if the answers end no better than their frequencies.
         Raises `InputError` for wrong answers, `RunError` if the loss is no longer finite.
         """
         plain = {k: v.item() if isinstance(v, np.generic) else v for k, v in recipe.items()}
-        chosen = decode(Recipe, plain, "fit")
+        chosen = decode(DeciderRecipe, plain, "fit")
         labelled = read_labelled(states, questions, answers)
         manifest = self._manifest
         if manifest is not None:
@@ -383,19 +389,23 @@ class Decider:
             shortened=usage.shortened,
         )
 
+    def _conformal(self, question: Question) -> label_sets.Conformal | None:
+        kind, own = kind_of(question), self._asker.own
+        found = self.settings.conformals.get(kind)
+        if found is None and kind not in self.calibrations and own and own.matches(question):
+            return own.settings.conformal
+        return found
+
     def _calibrated(self, question: Question, log_probs: np.ndarray) -> np.ndarray:
         found = self.settings.calibrations.get(kind_of(question))
         return log_probs if found is None else found.apply(log_probs[None])[0]
 
-    def _kind(
-        self, labelled: Labelled, kind: str, *, calibrated: bool
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return log probabilities `[rows, options]` of one kind, and the right columns."""
-        pairs, numbers, where = labelled.of_kind(kind)
-        scores = [log_probs for log_probs, _ in self._ask(pairs, where)]
+    def _scores(self, rows: Labelled, *, calibrated: bool = True) -> np.ndarray:
+        """Return the log probabilities `[rows, options]` of rows of one kind."""
+        scores = [log_probs for log_probs, _ in self._ask(rows.pairs, rows.where)]
         if calibrated:
-            scores = [self._calibrated(q, s) for (_, q), s in zip(pairs, scores, strict=True)]
-        return np.array(scores), np.array(numbers)
+            scores = [self._calibrated(q, s) for (_, q), s in zip(rows.pairs, scores, strict=True)]
+        return np.array(scores)
 
     def _learn(self, **values: Any) -> None:
         self.settings = self.settings.model_copy(update=values)

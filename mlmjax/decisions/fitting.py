@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -17,9 +17,9 @@ from mlmjax.classification.fitting import (
     trained_size,
     usual_rate,
 )
-from mlmjax.data.batch import Answers
+from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.decisions.asking import Asker
-from mlmjax.decisions.questions import Question, read_questions, read_target
+from mlmjax.decisions.questions import CHOICE, Question, read_questions, read_target
 from mlmjax.decisions.settings import kind_of
 from mlmjax.decisions.states import State
 from mlmjax.errors import InputError, named_place
@@ -27,7 +27,25 @@ from mlmjax.reporting.terminal import Progress
 from mlmjax.text.checks import check_list, for_each_row, name_rows
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.loss import LossKind
 from mlmjax.training.rate_finder import find_rate
+
+
+class DeciderRecipe(Recipe):
+    """Hold the numbers of the fine-tuning of a decider.
+
+    `normalize` says over what the probabilities of the loss sum to 1: all tokens, or the options of
+    the question. With `ordered` the loss is the ranked probability score, which needs ordered
+    levels.
+    """
+
+    normalize: Literal["vocabulary", "labels"] = "vocabulary"
+    ordered: bool = False
+
+    @property
+    def kind(self) -> LossKind:
+        """Return the loss that `fine_tune` takes."""
+        return "ranked" if self.ordered else self.normalize
 
 
 @dataclass(frozen=True)
@@ -47,20 +65,19 @@ class Labelled:
         """Return the kinds of question there are, sorted."""
         return sorted({kind_of(question) for _, question in self.pairs})
 
-    def of_kind(self, kind: str) -> tuple[list[tuple[State, Question]], list[int], list[str]]:
-        """Return the pairs of one kind, the numbers of their right answers, and their names.
+    def of_kind(self, kind: str) -> "Labelled":
+        """Return the rows of one kind."""
+        return self.take([n for n, (_, q) in enumerate(self.pairs) if kind_of(q) == kind])
 
-        Raises `InputError` for a right answer that is a distribution.
-        """
-        rows = [n for n, (_, question) in enumerate(self.pairs) if kind_of(question) == kind]
-        part = self.take(rows)
-        for target, name in zip(part.targets, part.where, strict=True):
+    def right(self) -> np.ndarray:
+        """Return the number of each row's right answer; raise `InputError` for a distribution."""
+        for target, name in zip(self.targets, self.where, strict=True):
             if target.max() < 1:
                 raise InputError(
                     f"{name}: the answer is a distribution; expected one right answer, because "
-                    "distributions are for fit"
+                    "distributions are for fit and calibrate"
                 )
-        return list(part.pairs), part.numbers, list(part.where)
+        return np.array(self.numbers)
 
     def take(self, rows: Sequence[int]) -> "Labelled":
         """Return some of the rows."""
@@ -114,7 +131,7 @@ def read_labelled(
 
 
 def learn(
-    asker: Asker, labelled: Labelled, recipe: Recipe, progress: Progress | None
+    asker: Asker, labelled: Labelled, recipe: DeciderRecipe, progress: Progress | None
 ) -> list[dict[str, float]]:
     """Fine-tune the asker's model, and return what is known of each epoch.
 
@@ -129,6 +146,11 @@ def learn(
         )
     if recipe.restarts:
         raise InputError("fit: a decider has no restarts; leave them out, or give another seed")
+    if recipe.ordered and any(question.type == CHOICE for _, question in labelled.pairs):
+        raise InputError(
+            "fit: ordered is for levels, and there is a choice among the questions; leave ordered "
+            "out, or fit the choices on their own"
+        )
     rows, held_out = labelled, None
     if recipe.validation_share:
         groups = [
@@ -157,7 +179,8 @@ def learn(
             kept = jax.tree.map(np.array, nnx.split(model)[1])
         return since >= recipe.patience
 
-    prompts, targets = asker.examples(rows.pairs, rows.targets, recipe.seed)
+    prompts, tokens, shares = asker.examples(rows.pairs, rows.targets, recipe.seed)
+    targets = _answers(tokens, shares, spread=recipe.kind != "vocabulary")
     asker.scorer.model = _trained(asker, prompts, targets, recipe, after_epoch, progress)
     if kept is not None:
         graphdef = nnx.split(asker.scorer.model)[0]
@@ -170,7 +193,7 @@ def _trained(
     asker: Asker,
     prompts: Sequence[Prompt],
     targets: Answers,
-    recipe: Recipe,
+    recipe: DeciderRecipe,
     after_epoch: Callable[[Any, Epoch], bool],
     progress: Progress | None,
 ) -> Any:
@@ -178,6 +201,7 @@ def _trained(
     rate = recipe.learning_rate
     usual = usual_rate(trained_size(model, recipe))
     own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed", "train"})
+    own |= {"kind": recipe.kind}
     if rate == "auto":
         rate = find_rate(model, prompts, targets, around=usual, pad_id=pad_id, **own)
     return fine_tune(
@@ -191,6 +215,24 @@ def _trained(
         progress=progress,
         **own,
     )
+
+
+def _answers(
+    tokens: Sequence[np.ndarray], shares: Sequence[np.ndarray], *, spread: bool
+) -> Answers:
+    """Return what prompts learn: a token each, or distributions over tokens if any is one.
+
+    With `spread` all are distributions.
+    """
+    best = np.array([own[share.argmax()] for own, share in zip(tokens, shares, strict=True)])
+    if not spread and all(share.max() == 1 for share in shares):
+        return Answers(best)
+    shape = len(tokens), max(map(len, tokens))
+    ids, probs = np.full(shape, UNUSED, np.int32), np.zeros(shape, np.float32)
+    for at, (own, share) in enumerate(zip(tokens, shares, strict=True)):
+        ids[at, : len(own)] = own
+        probs[at, : len(own)] = share
+    return Answers(best, None, Options(ids, probs))
 
 
 def _measured(asker: Asker, rows: Labelled) -> tuple[float, np.ndarray]:

@@ -1,17 +1,25 @@
-"""The settings of a decider, saved with its weights."""
+"""The settings of a decider, saved with its weights, and what else a decider starts from."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
+from mlmjax.classification.predictor import Source
 from mlmjax.classification.prompter import Prompter
 from mlmjax.classification.settings import LongText
 from mlmjax.config.tables import StrictTable, decode
 from mlmjax.decisions.asking import Way
+from mlmjax.decisions.classifiers import OwnQuestion, load_classifier
 from mlmjax.decisions.questions import MOST_LEVELS, MOST_OPTIONS, TYPES, Question
+from mlmjax.errors import InputError
 from mlmjax.statistics.calibration import Calibration
 from mlmjax.statistics.label_sets import Conformal
+from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING, plain_file, read_json
+from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.weights import hub
+from mlmjax.weights.pretrained import load_pretrained
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -69,3 +77,46 @@ def like_classifier(prompter: Prompter) -> DeciderSettings:
     own = prompter.settings
     values = {name: getattr(own, name) for name in ("orders", "long_text", "max_length")}
     return decode(DeciderSettings, values | {"answer": prompter.answer}, "classifier")
+
+
+class Loaded(NamedTuple):
+    """Hold a model with what is saved beside it: settings, training manifest, and a classifier's
+    own question.
+    """
+
+    model: Any
+    tokenizer: Tokenizer
+    name: str
+    settings: DeciderSettings | None = None
+    manifest: bytes | None = None
+    own: OwnQuestion | None = None
+
+
+def load(
+    source: Source, *, revision: str | None, local_files_only: bool, dtype: str, **asked: Any
+) -> Loaded:
+    """Load the source of a decider; raises `InputError` for anything else than `Decider` takes.
+
+    `asked` are more options of the `Predictor` of a saved classifier.
+    """
+    if isinstance(source, tuple) and len(source) == 2:
+        return Loaded(*source, "mlmjax")
+    if not isinstance(source, str | Path):
+        raise InputError(
+            f"source is {source!r:.60}; expected a folder, a hub id, or a pair (model, tokenizer)"
+        )
+    where: Any = {"revision": revision, "local_files_only": local_files_only}
+    folder = hub.fetch(source, **where)
+    settings, manifest = None, None
+    if (folder / DECIDER).exists():
+        settings = decode(DeciderSettings, read_json(folder, DECIDER), str(folder / DECIDER))
+    if (folder / TRAINING).exists():
+        manifest = plain_file(folder, TRAINING).read_bytes()
+    name = Path(source).resolve().name if Path(source).is_dir() else str(source)
+    if not (folder / CLASSIFIER).exists():
+        loaded = load_pretrained(source, dtype=dtype, **where)
+        return Loaded(*loaded, name, settings, manifest)
+    model, tokenizer, own = load_classifier(source, dtype=dtype, **asked, **where)
+    if settings is None and own is not None:
+        settings = like_classifier(own.prompter)
+    return Loaded(model, tokenizer, name, settings, manifest, own)

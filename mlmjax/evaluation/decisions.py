@@ -10,6 +10,8 @@ import numpy as np
 
 from mlmjax.config.columns import as_written, is_missing, look_up, look_up_or_none
 from mlmjax.config.decisions import DecisionTask, TaskQuestion
+from mlmjax.config.suite import ORDER_ROWS, SHIFTS
+from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.data.reading.sources import read_source
 from mlmjax.decisions.answers import ChoiceAnswer, YesNoAnswer, answer_json
 from mlmjax.decisions.decider import AnyAnswer, Decider
@@ -21,6 +23,7 @@ from mlmjax.reporting.terminal import Progress
 from mlmjax.statistics.calibration import log_softmax
 from mlmjax.statistics.levels import level_metrics
 from mlmjax.statistics.metrics import wilson_interval
+from mlmjax.statistics.option_orders import sensitivity
 from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
 from mlmjax.text.checks import for_each_row
@@ -44,15 +47,21 @@ def evaluate_decisions(
     limit: int | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
+    known: Contamination = NOTHING_KNOWN,
+    order_rows: int = ORDER_ROWS,
 ) -> dict[str, Any]:
     """Answer the questions about each row, and return figures by question and by type.
 
-    The result has `task`, `n` rows, `questions` and `types`, each a table of figures: `n`,
-    `accuracy` with `accuracy_ci95` (Wilson), `nll`, `brier`, `ece`, `confidence`, and for scores
-    `mae`, `within_one`, `rps` and `quadratic_kappa`. Those of a type are means over its questions,
-    weighted by their rows. `out` gets `results.json` and `predictions.jsonl`. Raises `InputError`
-    that names each row with a bad state or answer.
+    The result has `task`, `n` rows, `shortened` states, `questions` and `types`, each a table of
+    figures: `n`, `accuracy` with `accuracy_ci95` (Wilson), `nll`, `brier`, `ece`, `confidence`, and
+    for scores `mae`, `within_one`, `rps` and `quadratic_kappa`. Those of a type are means over its
+    questions, weighted by their rows. A question also has `order_sensitivity`, measured on at most
+    `order_rows` rows (None where answers have no one order). `contamination` and `trained_on` are
+    those of `known`. `out` gets `results.json`, `predictions.jsonl` and a report for people. Raises
+    `InputError` that names each row with a bad state or answer.
     """
+    if order_rows < 0:
+        raise InputError(f"order_rows is {order_rows}; expected 0 or more")
     questions = _questions(task)
     rows = _read_rows(task, questions, data, limit)
     folder = None if out is None else make_folder(out)
@@ -62,16 +71,21 @@ def evaluate_decisions(
         found += decider.decide_many(states, questions)
         if progress:
             progress(len(found), len(rows))
-    figures = {
-        key: _figures(question, [(a[key], r.gold[key]) for a, r in _with_gold(key, found, rows)])
-        for key, question in questions.items()
-    }
+    scored = {key: _scored(key, found, rows) for key in questions}
+    figures = {key: _figures(question, *scored[key]) for key, question in questions.items()}
+    for key, question in questions.items():
+        own = [row for row in rows if key in row.gold]
+        if own:
+            order = _order(decider, question, key, own, order_rows)
+            figures[key]["order_sensitivity"] = order
     results = {
         "task": task.name,
         "n": len(rows),
         "shortened": sum(any(one.shortened for one in answers.values()) for answers in found),
         "questions": figures,
         "types": _by_type(questions, figures),
+        "contamination": known.status,
+        "trained_on": known.trained_on,
     }
     if folder is not None:
         lines = (
@@ -85,6 +99,9 @@ def evaluate_decisions(
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_whole(folder / "predictions.jsonl", text.encode())
         write_json(folder / "results.json", results)
+        from mlmjax.evaluation.decisions_report import write_decisions_report  # loads matplotlib
+
+        write_decisions_report(folder, task, results, scored, known)
     return results
 
 
@@ -103,6 +120,9 @@ def decision_lines(results: Mapping[str, Any]) -> Iterator[str]:
     for label, *cells in rows:
         line = "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
         yield f"{label:<{widths[0]}}  {line}".rstrip()
+    yield f"{'contamination':<{widths[0]}}  {results['contamination']}"
+    for line in results["trained_on"]:
+        yield f"  {visible(line)}"
 
 
 def _questions(task: DecisionTask) -> dict[str, Question]:
@@ -168,27 +188,38 @@ def _right(question: TaskQuestion, value: Any) -> Any:
     return as_written(value) if question.type == "choice" else value
 
 
-def _with_gold(
+def _scored(
     key: str, found: Sequence[Mapping[str, AnyAnswer]], rows: Sequence[Row]
-) -> list[tuple[Mapping[str, AnyAnswer], Row]]:
-    return [(a, row) for a, row in zip(found, rows, strict=True) if key in row.gold]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log probabilities `[rows, options]` and right answers of one question."""
+    pairs = [(a[key], row.gold[key]) for a, row in zip(found, rows, strict=True) if key in row.gold]
+    return np.array([_log_probs(answer) for answer, _ in pairs]), np.array([n for _, n in pairs])
 
 
-def _figures(question: Question, pairs: Sequence[tuple[AnyAnswer, int]]) -> dict[str, Any]:
-    """Return the figures of one question from its answers and the right ones."""
-    if not pairs:
-        return {"n": 0}
-    log_probs = np.array([_log_probs(answer) for answer, _ in pairs])
-    gold = np.array([number for _, number in pairs])
+def _figures(question: Question, log_probs: np.ndarray, gold: np.ndarray) -> dict[str, Any]:
+    """Return the figures of one question from its answers `[rows, options]` and the right ones."""
+    if not len(gold):
+        return {"n": 0, "type": question.type}
     right = int((log_probs.argmax(axis=1) == gold).sum())
     figures: dict[str, Any] = {
-        "n": len(pairs),
+        "n": len(gold),
         "type": question.type,
-        "accuracy": right / len(pairs),
-        "accuracy_ci95": list(wilson_interval(right, len(pairs))),
+        "accuracy": right / len(gold),
+        "accuracy_ci95": list(wilson_interval(right, len(gold))),
         **calibration(log_probs, gold),
     }
     return figures | (level_metrics(log_probs, gold) if question.type == SCORE else {})
+
+
+def _order(
+    decider: Decider, question: Question, key: str, rows: Sequence[Row], most: int
+) -> dict[str, Any] | None:
+    """Return how answers to a question depend on the order of its options, on `most` rows."""
+    if most and len(rows) > most:
+        drawn = np.random.default_rng([0, len(rows)]).choice(len(rows), most, replace=False)
+        rows = [rows[n] for n in sorted(drawn.tolist())]
+    scores = decider.in_orders([row.state for row in rows], question, SHIFTS) if most else None
+    return None if scores is None else sensitivity(scores, [row.gold[key] for row in rows])
 
 
 def _log_probs(answer: AnyAnswer) -> np.ndarray:

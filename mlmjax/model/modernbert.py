@@ -70,20 +70,27 @@ class ModernBertForMaskedLM(_ModernBert):
     def mlm_logits(self, hidden: jax.Array, vocabulary_ids: ArrayLike | None = None) -> jax.Array:
         """Map `[..., hidden]` to float32 logits `[..., vocab]`.
 
-        With `vocabulary_ids` `[n]` only these words are scored: `[..., n]`.
+        With `vocabulary_ids` `[n]` only these words are scored: `[..., n]`. With `[batch, n]` each
+        row of `[batch, hidden]` has words of its own.
         """
         with jax.named_scope("mlm_head"):
             own = self.decoder.weight
             words = (self.model.embeddings.tok_embeddings.weight if own is None else own)[...]
             bias = None if self.decoder.bias is None else self.decoder.bias[...]
             if vocabulary_ids is not None:
-                ids = check_token_ids("vocabulary_ids", vocabulary_ids, 1, self.config.vocab_size)
+                rank = 2 if np.ndim(vocabulary_ids) == hidden.ndim == 2 else 1
+                ids = check_token_ids(
+                    "vocabulary_ids", vocabulary_ids, rank, self.config.vocab_size
+                )
                 words = jnp.take(words, ids, axis=0, mode="fill")
                 bias = None if bias is None else jnp.take(bias, ids, mode="fill")
             hidden = self.head(hidden.astype(self.dtype))
             leading = "abcd"[: hidden.ndim - 1]
-            logits = product(f"{leading}h,vh->{leading}v", hidden, words)
-            return logits if bias is None else logits + spread(bias, logits)
+            rows = leading if words.ndim == 3 else ""
+            logits = product(f"{leading}h,{rows}vh->{leading}v", hidden, words)
+            if bias is None:
+                return logits
+            return logits + (spread(bias, logits) if bias.ndim == 1 else bias)
 
     def __call__(
         self,

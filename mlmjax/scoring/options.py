@@ -77,6 +77,6 @@ class _AtTokens:
         """Return log probabilities `[batch, options]` of ids `[batch, seq]`."""
         hidden = model.encode(ids, segment_ids)
         at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
-        logits = jnp.take_along_axis(model.mlm_logits(at_slot), tokens, axis=1)
+        logits = model.mlm_logits(at_slot, tokens)
         is_own = jnp.arange(tokens.shape[1])[None, :] < counts[:, None]
         return jax.nn.log_softmax(jnp.where(is_own, logits, -jnp.inf))

@@ -29,13 +29,14 @@ RELEASED = "2026-11-30"
 """The date that the list of models gives; clients expect one."""
 ALIAS = "jev-latest"
 """A model name that clients of the protocol send by default."""
-PROTECTED = ("/v1/", "/docs", "/redoc", "/openapi.json", "/metrics")
+PROTECTED = ("/v1/", "/docs", "/openapi.json", "/metrics")
 """Beginnings of the paths that need the key, if there is one."""
 READ_TO_END = 4
 """A body up to this many times too large is read to its end, so that its client can read why."""
 PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 PAGE += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
-"""What the page may do: it has no outside host to ask."""
+"""What the pages may do: they have no outside host to ask."""
+PAGE_HEADERS = {"Content-Security-Policy": PAGE, "X-Content-Type-Options": "nosniff"}
 
 
 def make_app(
@@ -56,6 +57,7 @@ def make_app(
         version=__version__,
         description=schema.DESCRIPTION,
         lifespan=server.lifespan,
+        docs_url=None,  # the usual page loads scripts from an outside host
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -65,13 +67,14 @@ def make_app(
         server.decide,
         methods=["POST"],
         summary="Answer typed questions about a state",
-        openapi_extra=schema.DECIDE,
+        **schema.DECIDE,
     )
     app.add_api_route("/v1/models", server.models, methods=["GET"], summary="List the models")
     app.add_api_route("/health", server.health, methods=["GET"], summary="Tell that it runs")
     app.add_api_route("/ready", server.ready, methods=["GET"], summary="Tell if it can answer")
     app.add_api_route("/metrics", server.figures, methods=["GET"], summary="Figures for Prometheus")
     app.add_api_route("/", server.page, methods=["GET"], include_in_schema=False)
+    app.add_api_route("/docs", server.reference, methods=["GET"], include_in_schema=False)
     app.add_middleware(_Guard, server=server)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _no_route)
@@ -179,8 +182,11 @@ class _Server:
         """Return the page that asks questions."""
         text = (files("mlmjax") / "serving" / "page.html").read_text(encoding="utf-8")
         text = text.replace("%NEEDS_KEY%", "true" if self.key else "false")
-        headers = {"Content-Security-Policy": PAGE, "X-Content-Type-Options": "nosniff"}
-        return HTMLResponse(text, headers=headers)
+        return HTMLResponse(text, headers=PAGE_HEADERS)
+
+    async def reference(self, request: Request) -> Response:
+        """Return a page about the routes."""
+        return HTMLResponse(schema.reference(request.app.openapi()), headers=PAGE_HEADERS)
 
     def _name(self) -> str:
         decider = self.batcher.decider

@@ -85,10 +85,13 @@ class Batcher:
 
     def _run(self) -> None:
         going = True
+        jobs: list[_Job] = []
         while going:
             job = self._jobs.get()
-            jobs: list[_Job] = []
-            until = time.monotonic() + self.limits.gather_seconds
+            # A client that is alone does not wait for others.
+            wait = self.limits.gather_seconds if len(jobs) > 1 else 0.0
+            until = time.monotonic() + wait
+            jobs = []
             while job is not None:
                 if not job.result.cancelled():  # its client may have gone
                     jobs.append(job)

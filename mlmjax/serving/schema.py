@@ -1,6 +1,9 @@
-"""What the OpenAPI page says of a request for answers."""
+"""What the OpenAPI document says of requests for answers, and the page that shows it."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from mlmjax.reporting.pages import render, stylesheet
 
 DESCRIPTION = (
     "Typed questions about a text or JSON, each answered by one forward pass of a masked language "
@@ -67,9 +70,59 @@ _EXAMPLE = {
         },
     },
 }
-DECIDE: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": _REQUEST, "example": _EXAMPLE}},
-    }
+_ANSWERS = {
+    "model": "mlmjax-small",
+    "answers": {
+        "team": {
+            "type": "choice",
+            "choice": "billing",
+            "probabilities": {"billing": 0.75, "support": 0.25},
+            "confidence": 0.5,
+        },
+        "churn": {"type": "noul", "noul": 0.25, "x_confidence": 0.5},
+        "urgency": {
+            "type": "score",
+            "score": 1.5,
+            "legend": {"0": "can wait", "1": "this week", "2": "today"},
+            "probabilities": {"0": 0.125, "1": 0.25, "2": 0.625},
+            "confidence": 0.25,
+        },
+    },
+    "usage": {"input_tokens": 210, "output_tokens": 0},
 }
+_INVALID = {
+    "detail": [{"loc": ["body", "state"], "msg": "is missing", "type": "missing"}],
+}
+_REFUSED = {"detail": {"error_type": "overloaded", "message": "1024 questions wait; try again"}}
+
+
+def _response(description: str, example: Any) -> dict[str, Any]:
+    return {"description": description, "content": {"application/json": {"example": example}}}
+
+
+DECIDE: dict[str, Any] = {
+    "openapi_extra": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _REQUEST, "example": _EXAMPLE}},
+        }
+    },
+    "responses": {
+        200: _response("The answers by the ids of the questions.", _ANSWERS),
+        422: _response("The request is wrong; each problem has its place.", _INVALID),
+        "4XX": {
+            "description": "Refused: 401 without the key, 404 for another model, 408 for a body "
+            "that does not arrive, 413 for too much, 415 for another type."
+        },
+        503: _response("Not ready, or too busy: try again after Retry-After.", _REFUSED),
+    },
+}
+"""What the route for answers says of its requests and responses."""
+
+
+def reference(openapi: Mapping[str, Any]) -> str:
+    """Return an HTML page of the routes that an OpenAPI document describes.
+
+    It has no script and needs no other file.
+    """
+    return render("serving/reference.html.j2", api=openapi, style=stylesheet())

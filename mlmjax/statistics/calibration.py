@@ -141,15 +141,16 @@ def order_calibration(log_probs: np.ndarray) -> Calibration:
 def temperature_calibration(log_probs: np.ndarray, gold: Sequence[int] | np.ndarray) -> Calibration:
     """Find the temperature with the least negative log-likelihood of the gold labels.
 
-    `gold` is an index per row. Only confidence changes, no answer (Guo et al. 2017, arXiv
-    1706.04599). Raises `InputError` if there is none: every answer is right, so that no
-    confidence is too high, or the probabilities are no better than guessing.
+    `gold` is an index per row, or a distribution over the labels, `[rows, labels]`; the likelihood
+    is then the negative cross-entropy. Only confidence changes, no answer (Guo et al. 2017, arXiv
+    1706.04599). Raises `InputError` if there is none: every answer is right, so that no confidence
+    is too high, or the probabilities are no better than guessing.
     """
     scores = check_log_probs(log_probs, ("rows", "labels"))
-    truth = check_gold(gold, scores)
+    shares = _as_shares(gold, scores)
     scores = _zeroed(log_softmax(scores), missing=-np.inf)
-    of_gold = scores[np.arange(len(scores)), truth]
     values = np.where(np.isfinite(scores), scores, 0.0)
+    of_gold = (shares * values).sum(axis=1)
 
     def slope(log_inverse: float) -> float:
         """Return the likelihood's slope by 1 / temperature, which rises (convexity)."""
@@ -216,6 +217,21 @@ def check_gold(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarr
             f"have; expected an index below {labels}"
         )
     return truth
+
+
+def _as_shares(gold: Sequence[int] | np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return right answers as distributions `[rows, labels]`; they may be given as indices."""
+    shares = np.asarray(gold)
+    if shares.ndim < 2:
+        return np.eye(scores.shape[1])[check_gold(gold, scores)]
+    if shares.shape != scores.shape or not np.allclose(shares.sum(axis=1), 1) or shares.min() < 0:
+        raise InputError(
+            f"gold has shape {list(shares.shape)}; expected an index for each row, or a "
+            f"distribution over the labels, {list(scores.shape)}, which sums to 1"
+        )
+    if (shares[np.isneginf(scores)] > 0).any():
+        raise InputError("gold: a row has a share of a label that it does not have; set it to 0")
+    return shares
 
 
 def _log_mean(scores: np.ndarray) -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from mlmjax import Choice, Classifier, Decider, InputError, Score, YesNo
 from mlmjax.classification.fitting import LearnedNothingWarning
 from mlmjax.decisions.answers import answer_json
 from mlmjax.decisions.states import as_state
+from mlmjax.statistics import option_orders
 from mlmjax.storage import DECIDER
 from mlmjax.weights import convert
 
@@ -170,7 +171,8 @@ def test_one_model_learns_all_types_from_answers_with_gaps(word_pair, tmp_path, 
     assert again.decide(texts[0], asked) == decider.decide(texts[0], asked)
 
 
-def test_a_fit_learns_distributions(word_pair):
+@pytest.mark.parametrize("recipe", [{}, {"normalize": "labels"}, {"ordered": True}])
+def test_a_fit_learns_distributions(word_pair, recipe):
     """The answers to each question go to the distributions that were given."""
     texts, asked, right, _ = labelled(160, seed=5)
     shares = {"sports": 0.9, "money": 0.3}
@@ -182,18 +184,42 @@ def test_a_fit_learns_distributions(word_pair):
         }
         for one in right
     ]
+    if "ordered" in recipe:
+        with pytest.raises(InputError, match="ordered is for levels, and there is a choice"):
+            Decider(word_pair).fit(texts, asked, soft, **FAST, **recipe)
+        asked, soft = {"level": asked["level"]}, [{"level": one["level"]} for one in soft]
     decider = Decider(word_pair)
-    decider.fit(texts, asked, soft, **FAST)
+    decider.fit(texts, asked, soft, **FAST, **recipe)
     wanted = [shares[one["topic"]] for one in right]
     found = list(decider.decide_many(texts, asked))
-    for share in (
-        [one["topic"].probabilities["sports"] for one in found],
-        [one["sports"].probability for one in found],
-        [one["level"].probabilities[0] for one in found],
-    ):
+    first = {
+        "topic": lambda one: one.probabilities["sports"],
+        "sports": lambda one: one.probability,
+        "level": lambda one: one.probabilities[0],
+    }
+    for key in asked:
+        share = [first[key](one[key]) for one in found]
         assert np.abs(np.array(share) - wanted).mean() < 0.1
     with pytest.raises(InputError, match="the answer is a distribution; expected one right answer"):
-        decider.calibrate(texts, asked, soft)
+        decider.conform(texts, asked, soft)
+    decider.calibrate(texts, asked, soft)
+    assert 0.5 < decider.calibrations["score/2"].temperature < 2  # little is left to mend
+
+
+def test_other_orders_of_options_are_those_of_other_questions(decider):
+    letters = ["a", "b", "c", "d", "e"]
+    states = ["some text", {"key": "value"}]
+    scores = decider.in_orders(states, Choice("Which?", letters), 4)
+    assert scores.shape == (2, 4, 5)
+    for state, found in zip(states, scores, strict=True):
+        for place, shift in enumerate(option_orders.shifts(5, 4)):
+            turned = Choice("Which?", letters[shift:] + letters[:shift])
+            probabilities = decider.decide(state, {"q": turned})["q"].probabilities
+            expected = [probabilities[name] for name in letters]
+            assert np.exp(found[place]) == pytest.approx(expected, rel=1e-5)
+    assert decider.in_orders(states, QUESTIONS["many"], 4) is None  # in rounds
+    all_orders = Decider((decider.model, decider.tokenizer), orders="all")
+    assert all_orders.in_orders(states, YesNo("Is it?"), 4) is None
 
 
 def test_calibration_is_by_kind_and_saved(word_decider, tmp_path):
@@ -335,6 +361,24 @@ def test_the_labels_of_a_classifier_are_asked_as_it_was_fitted(fitted):
         again = Decider(folder / "saved")
     assert again.settings == decider.settings
     assert again.decide(texts[-1], {"a": said}) == {"a": found[-1]["a"]}
+
+
+def test_the_label_sets_of_a_classifier_are_those_of_its_question(word_pair, tmp_path):
+    texts, labels = examples(60, seed=8)
+    classifier = Classifier((noisy(word_pair[0], 0.05), word_pair[1]), list(WORDS))
+    classifier.conform(texts, labels).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="as the classifier was fitted"):
+        decider = Decider(tmp_path)
+    expected = classifier.predict_set(texts[:9], coverage=0.75)
+    turned = {"q": Choice("Which?", list(WORDS)[::-1])}
+    for text, row in zip(texts, expected, strict=False):
+        found = decider.decide_sets(text, turned, coverage=0.75)["q"]
+        assert set(found) == set(classifier.classes_[row])
+    with pytest.raises(InputError, match="there are no sets for noul/2"):
+        decider.decide_sets("a goal", {"q": YesNo("sports")})
+    decider.calibrate(texts, turned, [{"q": label} for label in labels])
+    with pytest.raises(InputError, match="there are no sets for choice/2"):  # they no longer hold
+        decider.decide_sets("a goal", turned)
 
 
 def test_other_descriptions_and_options_are_other_questions(fitted):

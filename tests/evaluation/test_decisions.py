@@ -1,16 +1,20 @@
 """Tasks of several questions per row: figures by question and by type."""
 
+import itertools
 import json
 
 import numpy as np
 import pytest
 from labelled_texts import examples, word_model, word_tokenizer
+from pictures import read_picture
 
 from mlmjax import Decider, InputError
 from mlmjax.cli.main import run
 from mlmjax.config.decisions import find_decision_task
+from mlmjax.data.contamination import Contamination, add_unknown_run
 from mlmjax.evaluation.decisions import decision_lines, evaluate_decisions
 from mlmjax.statistics.levels import level_metrics
+from mlmjax.storage import TRAINING
 
 TASK = """
 name = "reviews"
@@ -89,7 +93,40 @@ def test_figures_are_those_of_each_questions_answers(decider, task_file, tmp_pat
     assert results["types"]["score"]["rps"] == pytest.approx(weighted)
     shown = list(decision_lines(results))
     assert shown[0] == "reviews: 24 rows"
-    assert [line.split()[0] for line in shown[2:]] == [*figures, "all", "all", "all"]
+    names = [*figures, "all", "all", "all", "contamination"]
+    assert [line.split()[0] for line in shown[2:]] == names
+
+
+def test_the_order_of_options_and_the_page_are_those_of_ordinary_tasks(
+    decider, task_file, tmp_path
+):
+    task = find_decision_task(task_file)
+    known = Contamination("found", ["trained on the file <b>|"], [])
+    results = evaluate_decisions(decider, task, out=tmp_path / "out", order_rows=9, known=known)
+    for key, options in (("topic", 2), ("sports", 2), ("stars", 3), ("price", 2)):
+        order = results["questions"][key]["order_sensitivity"]
+        assert (order["rows"], order["shifts"]) == (9, options)
+    assert results["contamination"] == "found"
+    assert list(decision_lines(results))[-1] == "  trained on the file <b>|"
+    page = (tmp_path / "out" / "report.md").read_text()
+    lines = page.split("\n")
+    assert "<b>" not in page.replace("`trained on the file <b>|`", "")
+    for key, one in results["questions"].items():
+        assert f"| `{key}` | {one['type']} | {one['n']} | {one['accuracy']:.4f} |" in page
+        assert f"| `{key}` | 9 |" in page
+    tables = [at for at, line in enumerate(lines) if line.startswith("| ---")]
+    assert len(tables) == 3
+    for at in tables:
+        rows = itertools.takewhile(lambda line: line.startswith("|"), lines[at - 1 :])
+        assert len({row.count(" | ") for row in rows}) == 1
+    for kind in results["types"]:
+        assert read_picture((tmp_path / "out" / f"reliability_{kind}.svg").read_text())
+        assert f'src="reliability_{kind}.svg"' in page
+    alone = evaluate_decisions(decider, task, order_rows=0, out=tmp_path / "out")
+    assert alone["questions"]["topic"]["order_sensitivity"] is None
+    assert "Not measured: " in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(InputError, match="order_rows is -1"):
+        evaluate_decisions(decider, task, order_rows=-1)
 
 
 def test_the_command_prints_a_table_or_all_figures(decider, task_file, tmp_path, capsys):
@@ -97,10 +134,17 @@ def test_the_command_prints_a_table_or_all_figures(decider, task_file, tmp_path,
     command = ["evaluate", "--model", str(tmp_path / "model"), "--task", str(task_file)]
     assert run([*command, "--limit", "5"]) == 0
     assert capsys.readouterr().out.startswith("reviews: 5 rows\n")
+    (tmp_path / "model" / TRAINING).write_bytes(
+        add_unknown_run(b'{"format": 1, "runs": []}', "tickets")
+    )
     assert run([*command, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["questions"]["topic"]["n"] == 24
-    assert run([*command, "--protocol", "published"]) == 2
-    assert "belongs to a task of one question" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert json.loads(out)["questions"]["topic"]["n"] == 24
+    assert json.loads(out)["contamination"] == "unknown"
+    assert "what tickets held is not known" in err
+    for option in ("--protocol=published", "--anchor=x"):
+        assert run([*command, option]) == 2
+        assert "belongs to a task of one question" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,15 @@ def test_traced_ids_outside_the_vocabulary_give_nan():
         model.mlm_logits(jnp.zeros((1, 16)), [61])
 
 
+def test_rows_may_score_words_of_their_own():
+    model = build(ModernBertForMaskedLM, config_of(decoder_bias=True))
+    model.decoder.bias[...] = jnp.arange(61.0)
+    hidden = jax.random.normal(jax.random.key(1), (2, 16))
+    words = jnp.array([[3, 60, 4], [0, 0, 7]])
+    expected = jnp.take_along_axis(model.mlm_logits(hidden), words, axis=1)
+    np.testing.assert_allclose(model.mlm_logits(hidden, words), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("options", [{"attention": "flash"}, {"dtype": jnp.float16}])
 def test_wrong_options_are_rejected(options):
     with pytest.raises(InputError, match="|".join(options)):

@@ -1,6 +1,7 @@
 """The protocol, by its conformance suite and its official client, and equal answers."""
 
 import json
+import re
 
 import pytest
 from jevcompat.runner import run
@@ -86,4 +87,30 @@ def test_the_page_and_the_openapi_are_served(client):
     _, _, openapi = client.send("GET", "/openapi.json")
     route = openapi["paths"]["/v1/systemone"]["post"]
     example = route["requestBody"]["content"]["application/json"]["example"]
-    assert client.ask(example)[0] == 200
+    status, _, found = client.ask(example)
+    shown = route["responses"]["200"]["content"]["application/json"]["example"]
+    assert status == 200
+    assert keys(found) == keys(shown)
+
+
+def keys(value):
+    """Return the keys of tables in tables, with the types of other values."""
+    if isinstance(value, dict):
+        return {key: keys(one) for key, one in value.items()}
+    return type(value)
+
+
+def test_the_reference_shows_all_routes_and_asks_no_other_host(client):
+    status, headers, page = client.send("GET", "/docs")
+    assert (status, headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert "default-src 'none'" in headers["content-security-policy"]
+    text = page.decode()
+    _, _, openapi = client.send("GET", "/openapi.json")
+    for path in openapi["paths"]:
+        assert f" {path}</code></h2>" in text
+    assert "Which team should handle this?" in text
+    addresses = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'\s>)]+)""", text)
+    assert addresses
+    assert all(one.startswith(("/", "data:")) and one[:2] != "//" for one in addresses)
+    assert "<script" not in text
+    assert "@import" not in text

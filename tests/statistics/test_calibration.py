@@ -197,3 +197,21 @@ def test_a_strangers_values_are_rejected(change, message):
         Calibration.from_dict({"method": "batch"})
     with pytest.raises(InputError):
         Calibration.from_dict([values])
+
+
+def test_a_temperature_for_distributions_brings_the_probabilities_to_them():
+    rng = np.random.default_rng(4)
+    shares = rng.dirichlet(np.ones(3), 40)
+    found = temperature_calibration(2.5 * np.log(shares), shares)
+    assert found.temperature == pytest.approx(2.5, rel=1e-6)
+    gold = shares.argmax(axis=1)
+    scores = np.log(rng.dirichlet(np.ones(3), 40))
+    assert temperature_calibration(scores + np.eye(3)[gold], gold) == temperature_calibration(
+        scores + np.eye(3)[gold], np.eye(3)[gold]
+    )
+    for wrong in (shares[:, :2], shares / 2, 2 * shares - 1 / 3):
+        with pytest.raises(InputError, match="gold has shape"):
+            temperature_calibration(scores, wrong)
+    missing = np.where(np.arange(3) == 2, -np.inf, scores)
+    with pytest.raises(InputError, match="a label that it does not have"):
+        temperature_calibration(missing, shares)
