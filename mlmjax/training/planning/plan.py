@@ -12,11 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mlmjax.config.run import RunConfig, parse_config
-from mlmjax.config.tables import override
+from mlmjax.config.run import RunConfig
 from mlmjax.errors import InputError, counted
 from mlmjax.parallel import sharding
 from mlmjax.training.planning.arithmetic import estimate, estimate_plan
+from mlmjax.training.planning.changes import apply_change, changes
 from mlmjax.training.planning.compilation import PROGRAMS, check_run
 from mlmjax.training.planning.topology import (
     GIB,
@@ -78,7 +78,7 @@ def make_plan(
     plan = {"fits": None if None in verdicts else all(verdicts), **answer}
     if _needs_no_change(config, answer["training"], answer["scoring"]):
         return plan
-    return plan | _search(config, described, answer["machine"], say, watch, search_seconds)
+    return plan | _search(config, model, described, answer["machine"], say, watch, search_seconds)
 
 
 def _measure(
@@ -102,6 +102,7 @@ def _measure(
 
 def _search(
     config: RunConfig,
+    model: Any,
     topology: Topology,
     machine: dict[str, Any],
     say: Say,
@@ -114,6 +115,8 @@ def _search(
     by_arithmetic = machine["memory_by"] == "arithmetic"
     until = time.monotonic() + seconds
     for change in changes(config, machine["mesh"]):
+        if _is_hopeless(config, model, change, topology):
+            continue
         left = until - time.monotonic()
         try:
             if left <= 0:
@@ -126,6 +129,17 @@ def _search(
         if _needs_no_change(config, figures, figures["scoring"]):
             return found | {"change": change}
     return found
+
+
+def _is_hopeless(config: RunConfig, model: Any, change: dict[str, Any], topology: Topology) -> bool:
+    """Tell whether a run with a change needs far more memory by arithmetic; no if it is invalid."""
+    try:
+        candidate = apply_change(config, change)
+        sizes = sharding.mesh_shape(candidate.mesh, topology.devices)
+        total = estimate(candidate, model, sizes)["training"]["memory"]["total"]
+    except InputError:
+        return False
+    return topology.memory is not None and total > DOUBT * topology.memory
 
 
 def _say_estimate(config: RunConfig, model: Any, topology: Topology, say: Say) -> None:
@@ -178,36 +192,6 @@ def _try(
     except InputError as error:
         return {"fits": False, "refusal": {"message": error.message}, "scoring": None}
     return {**training, "scoring": scoring}
-
-
-def changes(config: RunConfig, mesh: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield changes that make a training step smaller, the cheapest in time first.
-
-    Each change includes the ones before it: activation checkpointing, then half as large
-    micro-batches again and again, then twice as many devices for `fsdp` again and again.
-    """
-    change: dict[str, Any] = {}
-    levels = ("none", "dots", "layer")
-    for remat in levels[levels.index(config.remat) + 1 :]:
-        change["remat"] = remat
-        yield dict(change)
-    data, shards = config.data, mesh["data"] * mesh["fsdp"]
-    accumulate = data.accumulate
-    while data.batch_size % (shards * accumulate * 2) == 0:
-        accumulate *= 2
-        yield {**change, "data.accumulate": accumulate}
-    fsdp, rest = mesh["fsdp"], mesh["data"]
-    while rest % 2 == 0:
-        fsdp, rest = fsdp * 2, rest // 2
-        yield {**change, "data.accumulate": accumulate, "mesh.fsdp": fsdp, "mesh.data": rest}
-
-
-def apply_change(config: RunConfig, change: dict[str, Any]) -> RunConfig:
-    """Return the configuration with other values of dotted keys."""
-    table = config.model_dump(mode="json")
-    for key, value in change.items():
-        override(table, f"{key}={json.dumps(value)}")
-    return parse_config(table)
 
 
 def _compile(
