@@ -164,7 +164,11 @@ def test_every_road_keeps_licence_attribution_and_training_data(road, source, tm
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:.*a choice among sports, money is asked as the classifier")
 @pytest.mark.parametrize(("first", "second"), OPEN)
 def test_every_pair_of_roads_keeps_them(first, second, source, tmp_path):
     middle = go(first, source, tmp_path / "first")
-    check(go(second, middle, tmp_path / "second"), ROADS[first] + ROADS[second])
+    runs = ROADS[first] + ROADS[second]
+    if second is with_new_adapter and first in ADAPTERS:
+        runs -= 1  # there is an adapter already
+    check(go(second, middle, tmp_path / "second"), runs)

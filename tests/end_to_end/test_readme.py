@@ -324,3 +324,13 @@ def test_the_two_commands_are_those_ci_runs():
     assert "'.[test]'" in ci
     assert re.search(r"^pytest$", ci, flags=re.MULTILINE)
     assert "mlmjax demo" in ci
+
+
+def test_every_extra_that_is_named_can_be_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "mlmjax").rglob("*.py")]
+    named = {name for file in files for name in re.findall(r"mlmjax\[(\w+)\]", file.read_text())}
+    clone = {name for file in files for name in re.findall(r"'\.\[(\w+)\]'", file.read_text())}
+    assert named | clone <= project["optional-dependencies"].keys()
+    table = dict(re.findall(r"^\| `pip install 'mlmjax\[(\w+)\]'` \| (.+) \|$", README, re.M))
+    assert table.keys() == named  # the commands that name them lead to README
