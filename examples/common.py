@@ -1,5 +1,7 @@
 """Shared by the examples: load the starting model, and print errors in one line."""
 
+import csv
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +27,14 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error}); expected a UTF-8 text file") from error
+
+
+def read_labelled(path: Path) -> list[dict[str, str]]:
+    """Read a CSV file of texts with labels."""
+    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    if not rows or not all(row.get("text") and row.get("label") for row in rows):
+        raise InputError(f"{path}: expected a CSV with text and label in every row")
+    return rows
 
 
 def run(main: Callable[[], None]) -> None:

@@ -7,19 +7,16 @@ cross-entropy over the label tokens only, with label smoothing.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import HERE, load, read_text, run
+from common import HERE, load, read_labelled, run
 from flax import nnx
 
 from mlmjax import (
     Batch,
-    InputError,
     Scorer,
     Template,
     Tokenizer,
@@ -82,9 +79,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--smoothing", type=float, default=0.1)
     arguments = parser.parse_args()
-    rows = list(csv.DictReader(io.StringIO(read_text(arguments.data))))
-    if not rows or not all(row.get("text") and row.get("label") for row in rows):
-        raise InputError(f"{arguments.data}: expected a CSV with text and label in every row")
+    rows = read_labelled(arguments.data)
     labels = sorted({row["label"] for row in rows})
 
     model, tokenizer = load(arguments.model)

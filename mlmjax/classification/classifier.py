@@ -24,6 +24,8 @@ from mlmjax.classification.labels import (
     label_numbers,
     list_answers,
     pair_targets,
+    read_validation,
+    read_weights,
     target_rows,
 )
 from mlmjax.classification.predictor import Predictor
@@ -36,7 +38,7 @@ from mlmjax.reporting.markdown import number
 from mlmjax.reporting.terminal import Progress, progress_bar
 from mlmjax.statistics.learning import label_frequencies
 from mlmjax.storage import CLASSIFIER, TRAINING
-from mlmjax.text.checks import check_list, check_texts, check_weight, for_each_row, name_rows
+from mlmjax.text.checks import check_list, check_texts
 from mlmjax.training.loss import LossKind
 from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
@@ -117,6 +119,13 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         The share of updates during which the learning rate rises.
     seed : int, default=0
         The seed of all that `fit` draws at random. Equal seeds give equal weights.
+    accumulate : int, default=1
+        The parts of an update of `fit` that are computed one after another, to save memory. The
+        result is that of the whole.
+    layer_decay : float, default=1.0
+        The factor on the learning rate of `fit` for each layer above a parameter. 1: none.
+    ema : float, default=0.0
+        The decay of averaged parameters, which `fit` then measures and keeps. 0: no average.
     validation_share : float, default=0.0
         The share of the training texts that `fit` holds out, label by label, to measure accuracy
         and loss.
@@ -199,11 +208,13 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         """Fine-tune on labelled texts, always from the source's weights.
 
         A label is a name, a table `{name: probability}`, or a list of probabilities in the order of
-        `classes_`. `sample_weight` weighs the texts; their losses are averaged by it.
+        `classes_`. `sample_weight` weighs the texts, in the loss and in all figures; a text of
+        weight 0 is left out.
 
         `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
-        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`,
-        `restarts`, `label_smoothing` and `normalize`. `validation` is a pair of texts and labels;
+        `train_batch_size`), `weight_decay`, `warmup`, `seed`, `accumulate`, `layer_decay`, `ema`,
+        `validation_share`, `patience`, `restarts`, `label_smoothing`, `normalize`, `adapter` and
+        `train`. `validation` is a pair of texts and labels;
         without it `validation_share` of the rows is held out. `history_` has their accuracy and
         loss after each epoch, `fit_summary_` what was learned in the end. `progress` is called with
         the number of updates done and their total. Warns with `LearnedNothingWarning` if the fit
@@ -227,11 +238,12 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
                     f"give validation or validation_share, or leave {name} out"
                 )
         truth = pair_targets(texts, labels, list(settings.labels), settings.multi_label)
-        weights = None if sample_weight is None else _weights(sample_weight, texts)
-        if len({str(one) for one in truth}) < 2:
-            found = ", ".join(sorted({repr(one) for one in labels})) or "none"
-            raise InputError(f"fit: the distinct labels are {found}; expected at least two")
         check_texts(texts)
+        weights = None if sample_weight is None else read_weights(sample_weight, texts)
+        used = [i for i in range(len(texts)) if weights is None or weights[i]]
+        if len({str(truth[i]) for i in used}) < 2:
+            found = ", ".join(sorted({repr(labels[i]) for i in used})) or "none"
+            raise InputError(f"fit: the distinct labels are {found}; expected at least two")
         manifest = model.config.provenance.files.get(TRAINING)
         if manifest is not None:  # a broken one is an error before the training
             manifest = add_run(manifest, "the texts given to Classifier.fit")
@@ -242,7 +254,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         fresh = {"calibration": None, "conformal": None, "abstain_below": self.abstain_below}
         settings = settings.model_copy(update=fresh)
         prompter = Prompter(settings, model, tokenizer, self.batch_size)
-        data = _prepare(prompter, texts, truth, weights, chosen, validation=validation)
+        data = _prepare(prompter, texts, truth, weights, used, chosen, validation=validation)
         with progress_bar("fine-tuning", self.progress, "testing") as show:
             summary = learn(prompter, data, chosen, progress=progress or show)
         self._keep(settings, prompter)
@@ -274,30 +286,51 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         save(*saved, dtype=dtype, card=card, more_files=files)
 
 
+LEAST_MEASURED = 32
+"""The fewest training texts that a fit is measured on, if there are as many."""
+
+
 def _prepare(
     prompter: Prompter,
     texts: Sequence[str],
     truth: Sequence[Any],
     weights: np.ndarray | None,
+    used: Sequence[int],
     recipe: FitRecipe,
     *,
     validation: Any,
 ) -> FitData:
-    """Return what a fit learns from, and the texts that it is measured on."""
-    multi_label = prompter.settings.multi_label
-    columns, labels = len(prompter.names), len(prompter.settings.labels)
+    """Return what a fit learns from, and the texts that it is measured on.
 
-    def measured(texts: Sequence[str], truth: Sequence[Any]) -> Texts:
-        return Texts(texts, target_rows(truth, columns, multi_label))
+    `used` are the numbers of the texts that count.
+    """
+    settings = prompter.settings
+    groups = len(settings.labels) if settings.multi_label else 1
 
-    numbers, held_out = _hold_out(texts, truth, prompter.settings, recipe, validation=validation)
-    groups = labels if multi_label else 1
-    shares = target_rows([truth[i] for i in numbers], columns, multi_label)
+    def measured(texts: Sequence[str], truth: Sequence[Any], own: np.ndarray | None) -> Texts:
+        targets = target_rows(truth, len(prompter.names), settings.multi_label)
+        return Texts(texts, targets, None if own is None else np.repeat(own, groups))
+
+    def at(rows: Sequence[int]) -> Texts:
+        own = None if weights is None else weights[rows]
+        return measured([texts[i] for i in rows], [truth[i] for i in rows], own)
+
+    train, held_out = used, None
+    if validation is not None:
+        held_out = measured(
+            *read_validation(validation, settings.labels, settings.multi_label), None
+        )
+    elif recipe.validation_share:
+        train, out = _split(used, truth, recipe)
+        held_out = at(out)
+    if held_out is not None and not held_out.texts:
+        raise InputError("validation: there is no text to hold out; give more rows")
+    trained = at(train)
     each = max(1, len(prompter.rows(prompter.queries(texts[0])[0]))) * groups
-    count = min(len(numbers), max(LEAST_MEASURED, MEASURED_PROMPTS // each))
-    sample = np.random.default_rng([recipe.seed, 2]).permutation(numbers)[:count]
-    examples = prompter.examples(numbers, texts, truth, recipe.seed)
-    kind: LossKind = "ranked" if prompter.settings.ordered else recipe.normalize
+    count = min(len(train), max(LEAST_MEASURED, MEASURED_PROMPTS // each))
+    sample = np.random.default_rng([recipe.seed, 2]).permutation(train)[:count].tolist()
+    examples = prompter.examples(train, texts, truth, recipe.seed)
+    kind: LossKind = "ranked" if settings.ordered else recipe.normalize
     answers = prompter.answers(
         examples, spread=kind != "vocabulary", smoothing=recipe.label_smoothing, weights=weights
     )
@@ -305,55 +338,19 @@ def _prepare(
         examples.prompts,
         answers,
         kind,
-        measured([texts[i] for i in sample], [truth[i] for i in sample]),
-        None if held_out is None else measured(*held_out),
-        label_frequencies(shares, groups),
+        at(sample),
+        held_out,
+        label_frequencies(trained.targets, groups, trained.weights),
     )
 
 
-def _weights(given: Iterable[float], texts: Sequence[str]) -> np.ndarray:
-    """Return the weights of texts; raise `InputError` that names each that is none."""
-    listed = list(check_list(given, "sample_weight", "numbers"))
-    if len(listed) != len(texts):
-        raise InputError(
-            f"sample_weight: there are {len(texts)} texts and {len(listed)} weights; give one each"
-        )
-    weights = np.array(for_each_row(check_weight, name_rows(listed)), np.float32)
-    if not weights.any():
-        raise InputError("sample_weight: all weights are 0; give the texts to learn from more")
-    return weights
-
-
-def _hold_out(
-    texts: Sequence[str],
-    truth: Sequence[Any],
-    settings: Settings,
-    recipe: Recipe,
-    *,
-    validation: Any,
-) -> tuple[Sequence[int], tuple[Sequence[str], Sequence[Any]] | None]:
-    """Return the numbers of the training texts, and the held-out texts with their answers."""
-    train: Sequence[int] = range(len(texts))
-    if validation is not None:
-        if not isinstance(validation, Sequence) or len(validation) != 2:
-            raise InputError("validation: expected a pair of texts and their labels")
-        texts = list(check_list(validation[0], "validation texts"))
-        answers = list_answers(validation[1], "validation labels")
-        truth = pair_targets(texts, answers, list(settings.labels), settings.multi_label)
-        check_texts(texts)
-    elif recipe.validation_share:
-        best = [int(np.argmax(one)) if isinstance(one, list) else one for one in truth]
-        train, rows = split_rows(list(map(str, best)), recipe.validation_share, recipe.seed)
-        texts, truth = [texts[i] for i in rows], [truth[i] for i in rows]
-    else:
-        return train, None
-    if not texts:
-        raise InputError("validation: there is no text to hold out; give more rows")
-    return train, (texts, truth)
-
-
-LEAST_MEASURED = 32
-"""The fewest training texts that a fit is measured on, if there are as many."""
+def _split(
+    used: Sequence[int], truth: Sequence[Any], recipe: Recipe
+) -> tuple[Sequence[int], Sequence[int]]:
+    """Divide the numbers of texts into training and held-out ones, label by label."""
+    best = [int(np.argmax(truth[i])) if isinstance(truth[i], list) else truth[i] for i in used]
+    train, out = split_rows(list(map(str, best)), recipe.validation_share, recipe.seed)
+    return [used[i] for i in train], [used[i] for i in out]
 
 
 def _base_of(model: Model) -> str | None:

@@ -33,8 +33,11 @@ from mlmjax.training.rate_finder import find_rate
 MEASURED_PROMPTS = 256
 """About this many prompts about training texts measure what a fit has learned."""
 
-TRAINED = {"epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "seed", "train"}
-"""The numbers of a recipe that `fine_tune` takes."""
+SHARED = {"epochs", "batch_size", "weight_decay", "seed", "accumulate", "layer_decay", "train"}
+"""What `fine_tune` and `find_rate` take from a recipe."""
+
+TRAINED = SHARED | {"learning_rate", "warmup", "ema"}
+"""What `fine_tune` takes from a recipe."""
 
 SHORT_WARMUP, LONGEST_WARMUP = 0.05, 0.5
 """Shares of the updates: what restarts double at least, and where doubling ends."""
@@ -50,6 +53,7 @@ class LearnedNothingWarning(UserWarning):
 class Recipe(StrictTable):
     """Hold the numbers of a fine-tuning; defaults are from the middle of the paper's sweep.
 
+    `accumulate`, `layer_decay` and `ema` are those of run files (`config.run`).
     With held-out texts, `patience` ends the training after that many epochs in a row without
     improvement, and the best epoch's weights are kept. None runs all epochs and keeps the last.
     `restarts` is the number of further trainings, each with another seed and a longer warm-up, that
@@ -63,6 +67,9 @@ class Recipe(StrictTable):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    accumulate: Annotated[int, Field(ge=1, le=MOST_ROWS)] = 1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     validation_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     patience: Annotated[int, Field(ge=1)] | None = None
     restarts: Annotated[int, Field(ge=0, le=100)] = 0
@@ -75,9 +82,14 @@ class Recipe(StrictTable):
         return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _one_choice(self) -> "Recipe":
+    def _fits_together(self) -> "Recipe":
         if self.adapter is not None and self.train is not None:
             raise ValueError("adapter trains its own parameters; leave out either it or train")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"accumulate is {self.accumulate}, and a batch has only {self.batch_size} prompts "
+                "to divide; make it smaller"
+            )
         return self
 
 
@@ -93,10 +105,11 @@ class FitRecipe(Recipe):
 
 
 class Texts(NamedTuple):
-    """Texts to measure a fit on, and the right distribution of each row of their scores."""
+    """Texts to measure a fit on, and the right distribution and weight of each row of scores."""
 
     texts: Sequence[str]
     targets: np.ndarray
+    weights: np.ndarray | None = None
 
 
 class FitData(NamedTuple):
@@ -176,12 +189,8 @@ def _rate(prompter: Prompter, data: FitData, recipe: Recipe) -> float:
         data.answers,
         kind=data.kind,
         around=usual,
-        epochs=recipe.epochs,
-        batch_size=recipe.batch_size,
-        weight_decay=recipe.weight_decay,
-        seed=recipe.seed,
-        train=recipe.train,
         pad_id=prompter.scorer.tokenizer.pad_id,
+        **recipe.model_dump(include=SHARED),
     )
 
 
@@ -224,9 +233,8 @@ def _attempt(
 
 def _measured(prompter: Prompter, given: Texts, frequencies: np.ndarray) -> Measured:
     scores = np.concatenate(list(prompter.stream(given.texts)))
-    return measure(
-        scores, given.targets, np.tile(frequencies, (len(scores) // len(frequencies), 1))
-    )
+    usual = np.tile(frequencies, (len(scores) // len(frequencies), 1))
+    return measure(scores, given.targets, usual, given.weights)
 
 
 def _train(

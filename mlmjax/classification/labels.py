@@ -10,6 +10,8 @@ from mlmjax.errors import InputError, suggest_name
 from mlmjax.text.checks import (
     check_list,
     check_text,
+    check_texts,
+    check_weight,
     describe_twins,
     find_twins,
     for_each_row,
@@ -216,3 +218,29 @@ def right_columns(truth: Sequence[Any], multi_label: bool) -> np.ndarray:
     [1, 0, 0, 0]
     """
     return 1 - np.array(truth, int).reshape(-1) if multi_label else np.array(truth)
+
+
+def read_weights(given: Iterable[float], texts: Sequence[str]) -> np.ndarray:
+    """Return the weights of texts; raise `InputError` that names each that is none."""
+    listed = list(check_list(given, "sample_weight", "numbers"))
+    if len(listed) != len(texts):
+        raise InputError(
+            f"sample_weight: there are {len(texts)} texts and {len(listed)} weights; give one each"
+        )
+    weights = np.array(for_each_row(check_weight, name_rows(listed)), np.float32)
+    if not weights.any():
+        raise InputError("sample_weight: all weights are 0; give the texts to learn from more")
+    return weights
+
+
+def read_validation(
+    validation: Any, names: Iterable[str], multi_label: bool
+) -> tuple[Sequence[str], Sequence[Any]]:
+    """Return the held-out texts that are given, with their right answers."""
+    if not isinstance(validation, Sequence) or len(validation) != 2:
+        raise InputError("validation: expected a pair of texts and their labels")
+    texts = list(check_list(validation[0], "validation texts"))
+    answers = list_answers(validation[1], "validation labels")
+    truth = pair_targets(texts, answers, list(names), multi_label)
+    check_texts(texts)
+    return texts, truth

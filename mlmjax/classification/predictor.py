@@ -82,6 +82,9 @@ class Predictor:
     weight_decay: float = 0.01
     warmup: float = 0.05
     seed: int = 0
+    accumulate: int = 1
+    layer_decay: float = 1.0
+    ema: float = 0.0
     validation_share: float = 0.0
     patience: int | None = None
     restarts: int = 0

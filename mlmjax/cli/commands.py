@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve
-from mlmjax.cli.options import FiniteRange, Group
+from mlmjax.cli.options import FiniteRange, Group, LearningRate
 from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
@@ -441,10 +441,33 @@ def compare(a: str, b: str, as_json: bool) -> None:
 )
 @click.option(
     "--learning-rate",
-    type=FiniteRange(min=0, min_open=True),
-    help="Highest learning rate (default: by size of the model).",
+    type=LearningRate(),
+    help='Highest learning rate, or "auto" to find one (default: by the parameters trained).',
 )
 @click.option("--epochs", type=_positive, help="Passes over the rows (default: by their number).")
+@click.option(
+    "--adapter",
+    type=click.Choice(["lora"]),
+    help="Freeze the model and train an adapter, which is saved with a pointer to the model.",
+)
+@click.option("--rank", type=click.IntRange(1, 1024), help="Rank of the adapter (default: 8).")
+@click.option(
+    "--alpha",
+    type=FiniteRange(min=0, min_open=True),
+    help="Alpha of the adapter, which is scaled by alpha / rank (default: 16).",
+)
+@click.option(
+    "--train",
+    multiple=True,
+    metavar="PATTERN",
+    help="Train only parameters such as '*bias'; repeat it for more.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(0, 100),
+    default=0,
+    help="Further trainings if nothing was learned; 20 % of the training rows choose.",
+)
 @click.option(
     "--test-share",
     type=FiniteRange(min=0, max=1, min_open=True, max_open=True),
@@ -471,7 +494,15 @@ def compare(a: str, b: str, as_json: bool) -> None:
 @_revision
 @_dtype
 @_json
-def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
+def fit(
+    table: str,
+    model: str | None,
+    as_json: bool,
+    adapter: str | None,
+    rank: int | None,
+    alpha: float | None,
+    **options: Any,
+) -> None:
     """Make a classifier from a labelled TABLE.
 
     TABLE is CSV, TSV, JSON lines or parquet (.gz and .zst too). A share of the rows is held out to
@@ -481,8 +512,13 @@ def fit(table: str, model: str | None, as_json: bool, **options: Any) -> None:
     from mlmjax.cli.tables.lines import result_lines
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
+    given = {"kind": adapter, "rank": rank, "alpha": alpha}
+    settings = {name: value for name, value in given.items() if value is not None} or None
+    if settings and adapter is None:
+        raise click.UsageError(f"--{next(iter(settings))} belongs to --adapter lora.")
     report_packaged(model is None)
-    found = fit_table(table, model=PACKAGED if model is None else model, **options)
+    source = PACKAGED if model is None else model
+    found = fit_table(table, model=source, adapter=settings, **options)
     shown = [json.dumps(found, indent=2, ensure_ascii=False)] if as_json else result_lines(found)
     for line in shown:
         click.echo(line)

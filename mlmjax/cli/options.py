@@ -85,6 +85,19 @@ class FiniteRange(click.FloatRange):
         return number
 
 
+class LearningRate(FiniteRange):
+    """A number above 0, or "auto"."""
+
+    name = "number or auto"
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number or "auto"; fail for anything else."""
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
 class _Shared(click.Command):
     """A command with the shared options, `-h`, and examples at the end of its help."""
 

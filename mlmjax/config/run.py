@@ -184,9 +184,14 @@ class CheckpointConfig(StrictTable):
 
 
 class EvaluationConfig(StrictTable):
-    """Say how often to validate; 0 means only at the end."""
+    """Say how often to validate; 0 means only at the end.
+
+    The run stops early after `patience` validations in a row without a lower loss (None: it runs
+    to its end), and the parameters of the lowest loss are exported.
+    """
 
     every: Annotated[int, Field(ge=0, lt=2**31)] = 500
+    patience: Count | None = None
 
 
 class LogConfig(StrictTable):
@@ -284,11 +289,22 @@ class RunConfig(StrictTable):
             raise ValueError(
                 "[adapter] trains its own parameters; leave out either it or optimizer.train"
             )
+        if self.evaluation.patience is not None:
+            self._check_patience()
         if self.head == "classification":
             self._check_classification()
         if self.objective.needs_labels:
             self._check_labels()
         return self
+
+    def _check_patience(self) -> None:
+        if not self.evaluation.every:
+            raise ValueError("evaluation.patience counts validations; set evaluation.every above 0")
+        if not self.data.validation_rows and not self.data.validation_sources:
+            raise ValueError(
+                "evaluation.patience needs held-out rows; set data.validation_rows or "
+                "data.validation_sources"
+            )
 
     def _check_labels(self) -> None:
         objective = self.objective

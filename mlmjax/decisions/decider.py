@@ -302,11 +302,11 @@ class Decider:
         `answers` has a table for each state, from ids to right answers: the name of an option, a
         bool, the number of a level or its text, or a distribution `{name: p}` or `[p, ...]`. An
         absent one or None is left out. All questions are then asked in the decider's prompt, also
-        that of a classifier. `recipe` are `epochs`, `learning_rate`, `batch_size`,
-        `weight_decay`, `warmup`, `seed`, `validation_share`, `patience`, `adapter`, `train`,
-        `normalize` and `ordered` of `Classifier`; `ordered` is a loss for levels, and rejects
-        choices. `history_` then has the loss of each epoch, and with held-out states accuracy
-        and loss on them. Calibrations are dropped.
+        that of a classifier. `recipe` are `epochs`, `learning_rate`, `batch_size`, `weight_decay`,
+        `warmup`, `seed`, `accumulate`, `layer_decay`, `ema`, `validation_share`, `patience`,
+        `adapter`, `train`, `normalize` and `ordered` of `Classifier`; `ordered` is a loss for
+        levels, and rejects choices. `history_` then has the loss of each epoch, and with held-out
+        states accuracy and loss on them. Calibrations are dropped.
 
         Warns with `LearnedNothingWarning` if the answers end no better than their frequencies.
         Raises `InputError` for wrong answers, `RunError` if the loss is no longer finite.

@@ -11,6 +11,7 @@ from flax import nnx
 
 from mlmjax.classification.fitting import (
     MEASURED_PROMPTS,
+    SHARED,
     LearnedNothingWarning,
     Recipe,
     split_rows,
@@ -200,8 +201,7 @@ def _trained(
     model, pad_id = asker.scorer.model, asker.scorer.tokenizer.pad_id
     rate = recipe.learning_rate
     usual = usual_rate(trained_size(model, recipe))
-    own = recipe.model_dump(include={"epochs", "batch_size", "weight_decay", "seed", "train"})
-    own |= {"kind": recipe.kind}
+    own = recipe.model_dump(include=SHARED) | {"kind": recipe.kind}
     if rate == "auto":
         rate = find_rate(model, prompts, targets, around=usual, pad_id=pad_id, **own)
     return fine_tune(
@@ -210,6 +210,7 @@ def _trained(
         targets,
         learning_rate=usual if rate is None else rate,
         warmup=recipe.warmup,
+        ema=recipe.ema,
         pad_id=pad_id,
         after_epoch=after_epoch,
         progress=progress,

@@ -8,6 +8,9 @@ import numpy as np
 
 from mlmjax.statistics.metrics import wilson_interval
 
+Weights = np.ndarray | None
+"""How much each row counts; None: all alike."""
+
 NEARLY_ALL = 0.95
 """A classifier that gives one answer to this share of texts does not tell them apart."""
 
@@ -18,6 +21,8 @@ _NORMAL = 1.96  # two-sided 95 % of a normal distribution
 class Measured:
     """How `n` texts are answered, next to two baselines that read no text.
 
+    Means and shares are weighted if the texts have weights, and `effective_n` is the number of
+    equal texts that they are worth (Kish 1965).
     `loss` is the mean cross-entropy of the right labels or distributions, in nats.
     `baseline_loss` is that of always giving the label frequencies of the training texts, and
     `gain_ci95` the 95 % interval of the mean of their difference over texts. `majority` is the
@@ -26,6 +31,7 @@ class Measured:
     """
 
     n: int
+    effective_n: float
     loss: float
     baseline_loss: float
     gain_ci95: tuple[float, float]
@@ -41,11 +47,14 @@ class Measured:
         return self.gain_ci95[0] > 0
 
 
-def measure(log_probs: np.ndarray, targets: np.ndarray, frequencies: np.ndarray) -> Measured:
+def measure(
+    log_probs: np.ndarray, targets: np.ndarray, frequencies: np.ndarray, weights: Weights = None
+) -> Measured:
     """Compare answers with the right ones.
 
     `log_probs` and `targets` are `[rows, columns]`; a row of targets sums to 1. `frequencies` are
-    those of the columns in training, `[columns]` or `[rows, columns]`, all above 0.
+    those of the columns in training, `[columns]` or `[rows, columns]`, all above 0. `weights`
+    `[rows]` are above 0.
 
     >>> found = measure(np.log([[0.9, 0.1], [0.2, 0.8]]), np.eye(2), np.array([0.5, 0.5]))
     >>> round(found.loss, 3), round(found.baseline_loss, 3), found.accuracy, found.majority
@@ -53,36 +62,46 @@ def measure(log_probs: np.ndarray, targets: np.ndarray, frequencies: np.ndarray)
     """
     targets = targets.astype(np.float64)
     frequencies = np.broadcast_to(frequencies, targets.shape)
+    own = _row_weights(weights, len(targets))
+    total, worth = own.sum(), own.sum() ** 2 / (own**2).sum()
     losses = -(targets * log_probs).sum(axis=1)
     baseline = -(targets * np.log(frequencies)).sum(axis=1)
-    gains, n = baseline - losses, len(targets)
-    half = _NORMAL * gains.std(ddof=1) / np.sqrt(n) if n > 1 else np.inf
+    gain = own @ (baseline - losses) / total
+    variance = own @ (baseline - losses - gain) ** 2 / total
+    half = _NORMAL * np.sqrt(variance / (worth - 1)) if worth > 1 else np.inf
     answers, right = log_probs.argmax(axis=1), targets.argmax(axis=1)
-    correct = int((answers == right).sum())
-    counts = np.bincount(answers, minlength=targets.shape[1])
+    correct = own @ (answers == right)
+    counts = np.bincount(answers, own, targets.shape[1])
     return Measured(
-        n=n,
-        loss=float(losses.mean()),
-        baseline_loss=float(baseline.mean()),
-        gain_ci95=(float(gains.mean() - half), float(gains.mean() + half)),
-        accuracy=correct / n,
-        accuracy_ci95=wilson_interval(correct, n),
-        majority=float((frequencies.argmax(axis=1) == right).mean()),
+        n=len(targets),
+        effective_n=float(worth),
+        loss=float(own @ losses / total),
+        baseline_loss=float(own @ baseline / total),
+        gain_ci95=(float(gain - half), float(gain + half)),
+        accuracy=float(correct / total),
+        accuracy_ci95=wilson_interval(float(correct * worth / total), float(worth)),
+        majority=float(own @ (frequencies.argmax(axis=1) == right) / total),
         answer=int(counts.argmax()),
-        answer_share=int(counts.max()) / n,
+        answer_share=float(counts.max() / total),
     )
 
 
-def label_frequencies(targets: np.ndarray, groups: int = 1) -> np.ndarray:
+def _row_weights(weights: Weights, rows: int) -> np.ndarray:
+    return np.ones(rows) if weights is None else weights.astype(np.float64)
+
+
+def label_frequencies(targets: np.ndarray, groups: int = 1, weights: Weights = None) -> np.ndarray:
     """Return the frequency of each column in targets `[rows, columns]`, `[groups, columns]`.
 
-    Row r belongs to group `r % groups`. Half a row is added to each column, so that no frequency
-    is 0.
+    Row r belongs to group `r % groups`. Half a row of mean weight is added to each column, so that
+    no frequency is 0.
 
     >>> label_frequencies(np.array([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])).round(2).tolist()
     [[0.62, 0.38]]
     """
-    sums = targets.reshape(-1, groups, targets.shape[1]).sum(axis=0, dtype=np.float64) + 0.5
+    own = _row_weights(weights, len(targets))
+    counted = targets * (own / own.mean())[:, None]
+    sums = counted.reshape(-1, groups, targets.shape[1]).sum(axis=0, dtype=np.float64) + 0.5
     shares: np.ndarray = sums / sums.sum(axis=1, keepdims=True)
     return shares
 
@@ -167,8 +186,9 @@ def _no_gain(kind: str, measured: Measured) -> str:
 
 def _is_apart(measured: Measured) -> bool:
     """Tell whether one answer is more frequent than the commonest label can be by chance."""
-    counts = (round(share * measured.n) for share in (measured.answer_share, measured.majority))
-    answers, labels = (wilson_interval(count, measured.n) for count in counts)
+    n = measured.effective_n
+    shares = measured.answer_share, measured.majority
+    answers, labels = (wilson_interval(share * n, n) for share in shares)
     return answers[0] > labels[1]
 
 

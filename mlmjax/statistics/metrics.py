@@ -16,7 +16,7 @@ Statistic = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """A function of margins that returns a figure `[...]`."""
 
 
-def wilson_interval(correct: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: float, n: float, z: float = 1.959964) -> tuple[float, float]:
     """Return the Wilson score interval of a share, 95 % by default (Wilson 1927).
 
     >>> [round(bound, 3) for bound in wilson_interval(43, 100)]

@@ -23,7 +23,12 @@ from mlmjax.text.prompts import Prompt
 from mlmjax.training.adapters import joined, trained_patterns
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.loss import LossKind
-from mlmjax.training.optimizer import make_schedule, make_update, rates_at
+from mlmjax.training.optimizer import (
+    averaged_parameters,
+    make_schedule,
+    make_update,
+    rates_at,
+)
 from mlmjax.training.step import TrainState, create_frozen_state, head_of, shared_train_step
 
 ROWS = (256, 512, 1024)
@@ -62,6 +67,9 @@ def fine_tune(
     warmup: float,
     seed: int,
     pad_id: int,
+    accumulate: int = 1,
+    layer_decay: float = 1.0,
+    ema: float = 0.0,
     kind: LossKind = "vocabulary",
     rates: Sequence[float] | None = None,
     train: Sequence[str] | None = None,
@@ -75,24 +83,28 @@ def fine_tune(
     (`loss.target_losses`). The prompts of a batch are packed into rows, which are sharded over the
     local devices; all batches have one shape. AdamW runs under a linear schedule, or with `rates`,
     one for each update until they end. The order of epoch e is that of `default_rng([seed, e])`.
-    `train` are patterns of the parameters to train; a model with an
-    adapter trains that (`adapters.trained_patterns`). `after_epoch` gets the model, which is valid
-    until it returns, and the epoch's figures; it ends the training by returning True. Raises
-    `RunError` if the loss is not finite, unless `rates` are given.
+    `accumulate` divides the rows of a batch as in `make_train_step`; `layer_decay` and `ema` are
+    those of `make_update`, and an average of the parameters is returned in their place. `train` are
+    patterns of the parameters to train; a model with an adapter trains that
+    (`adapters.trained_patterns`). `after_epoch` gets the model, which is valid until it returns,
+    and the epoch's figures; it ends the training by returning True. Raises `RunError` if the loss
+    is not finite, unless `rates` are given.
     """
     has_head = isinstance(model, ModernBertForSequenceClassification)
     updates = epochs * -(-len(prompts) // batch_size) if rates is None else len(rates)
-    given = _checked({"learning_rate": learning_rate, "weight_decay": weight_decay})
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay}
+    more = {"layer_decay": layer_decay, "ema": ema}
+    decode(OptimizerConfig, {**given, **more, "train": train}, "fit")  # rejects other values
     rate: Any = rates.__getitem__ if rates else _linear(learning_rate, warmup, updates)
-    update = _update()
+    update = _update(layer_decay, ema)
     mesh = local_mesh(batch_size)
     graphdef, state, frozen = create_frozen_state(
         model, update, trained_patterns(model, train), mesh=mesh if mesh.size > 1 else None
     )
     loss = head_of("classification" if has_head else "mlm", kind).loss
-    step = shared_train_step(graphdef, update, loss=loss)
+    step = shared_train_step(graphdef, update, accumulate=accumulate, loss=loss)
     batches = _batches(len(prompts), epochs, batch_size, seed)
-    batch_of = _batch_maker(model, prompts, answers, batches, mesh.size, pad_id)
+    batch_of = _batch_maker(model, prompts, answers, batches, mesh.size * accumulate, pad_id)
     done = 0
     for epoch, members_of_epoch in enumerate(batches, 1):
         sums = []
@@ -106,15 +118,11 @@ def fine_tune(
         figures = _figures(np.array(jax.device_get(sums), np.float64))
         if rates is None:
             _check_finite(figures, epoch)
-        trained: Model = nnx.merge(graphdef, joined(state.params, frozen))
+        found = averaged_parameters(state.params, state.opt_state)
+        trained: Model = nnx.merge(graphdef, joined(found, frozen))
         if after_epoch and after_epoch(trained, figures):
             break
     return trained
-
-
-def _checked(rates: dict[str, Any]) -> dict[str, Any]:
-    decode(OptimizerConfig, rates, "fit")  # rejects other values
-    return rates
 
 
 def _linear(learning_rate: float, warmup: float, updates: int) -> optax.Schedule:
@@ -175,9 +183,10 @@ def _figures(sums: np.ndarray) -> Epoch:
 
 
 @cache
-def _update() -> optax.GradientTransformation:
+def _update(layer_decay: float, ema: float) -> optax.GradientTransformation:
     """Return the optimizer with its rates in its state, so that other rates share its program."""
-    make = optax.inject_hyperparams(partial(make_update, OptimizerConfig()))
+    config = OptimizerConfig(layer_decay=layer_decay, ema=ema)
+    make = optax.inject_hyperparams(partial(make_update, config))
     made = make(learning_rate=0.0, weight_decay=0.0)
     assert isinstance(made, optax.GradientTransformation)
     return made

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mlmjax.config.run import OptimizerConfig, ScheduleConfig, updates_of
+from mlmjax.config.run import OptimizerConfig, RunConfig, ScheduleConfig, updates_of
 from mlmjax.errors import InputError
 from mlmjax.parallel.sharding import leaf_path, named_leaves
 
@@ -67,6 +67,17 @@ def make_optimizer(
     """Return the optimizer of a run: `make_update` at the rate of `make_schedule`."""
     rate = make_schedule(schedule, optimizer.learning_rate, steps)
     return make_update(optimizer, rate, optimizer.weight_decay)
+
+
+def optimizer_of(config: RunConfig) -> optax.GradientTransformation:
+    """Return the optimizer of a run, which keeps the best parameters if it may stop early."""
+    make = make_optimizer if config.evaluation.patience is None else _make_keeping_optimizer
+    return make(config.optimizer, config.schedule, config.steps)
+
+
+@lru_cache(maxsize=8)
+def _make_keeping_optimizer(*parts: Any) -> optax.GradientTransformation:
+    return keep_best(make_optimizer(*parts))
 
 
 def make_update(
@@ -165,9 +176,62 @@ def with_average(
 
 def averaged_parameters(params: Any, opt_state: Any) -> Any:
     """Return the averaged parameters if the optimizer keeps them, else the parameters."""
-    if isinstance(opt_state, SpikeState):
-        opt_state = opt_state.inner
-    return opt_state.average if isinstance(opt_state, AverageState) else params
+    found = _within(opt_state, AverageState)
+    return params if found is None else found.average
+
+
+class BestState(NamedTuple):
+    """The parameters of the lowest validation loss, and the state inside.
+
+    `loss` is that loss and `step` the updates before it. `since` counts the validations after it,
+    and `validated` is the step of the last one.
+    """
+
+    params: Any
+    loss: jax.Array
+    step: jax.Array
+    since: jax.Array
+    validated: jax.Array
+    inner: Any
+
+
+def keep_best(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Add `BestState` to an optimizer, which its updates do not change.
+
+    So it is sharded, saved and restored with the state of the run.
+    """
+
+    def init(params: Any) -> BestState:
+        zero = jnp.zeros([], jnp.int32)
+        return BestState(
+            params=jax.tree.map(jnp.copy, params),
+            loss=jnp.full([], jnp.inf, jnp.float32),
+            step=zero,
+            since=jnp.copy(zero),
+            validated=jnp.copy(zero),
+            inner=optimizer.init(params),
+        )
+
+    def update(grads: Any, state: BestState, params: Any = None) -> Any:
+        updates, inner = optimizer.update(grads, state.inner, params)
+        return updates, state._replace(inner=inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def best_parameters(params: Any, opt_state: Any) -> Any:
+    """Return the parameters of the lowest validation loss, or else `averaged_parameters`."""
+    if isinstance(opt_state, BestState):
+        return opt_state.params
+    return averaged_parameters(params, opt_state)
+
+
+def _within(opt_state: Any, kind: type) -> Any:
+    """Return the state of this kind, which others may be around; None if there is none."""
+    while opt_state is not None and not isinstance(opt_state, kind):
+        inner = getattr(opt_state, "inner_state", None)  # of `optax.inject_hyperparams`
+        opt_state = getattr(opt_state, "inner", inner)
+    return opt_state
 
 
 class SpikeState(NamedTuple):
@@ -213,7 +277,8 @@ def skip_spikes(
 
 def skipped_updates(opt_state: Any) -> jax.Array:
     """Return how many updates were skipped as spikes, int32 `[]`."""
-    return opt_state.skipped if isinstance(opt_state, SpikeState) else jnp.zeros([], jnp.int32)
+    found = _within(opt_state, SpikeState)
+    return jnp.zeros([], jnp.int32) if found is None else found.skipped
 
 
 class StableAdamWState(NamedTuple):

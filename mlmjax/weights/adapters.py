@@ -30,6 +30,7 @@ from mlmjax.model.modernbert import (
 from mlmjax.storage import (
     ADAPTER_BASE,
     CARD,
+    expand_home,
     hash_file,
     hash_value,
     plain_file,
@@ -78,7 +79,7 @@ def save_adapter(
     further files by their names; without them, what is known about the base is written.
 
     Raises `InputError` for a model without an adapter, one that was not loaded, values that are not
-    finite, and for another folder there.
+    finite, for the base's folder and for another folder there.
     """
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"dtype: found {dtype!r}; expected 'float32' or 'bfloat16'")
@@ -90,6 +91,7 @@ def save_adapter(
             "the model was not loaded from a folder or hub id that an adapter could point to; use "
             "save_pretrained, which saves it merged"
         )
+    check_apart(path, Path(origin.folder))
     tensors = _tensors_of(model, dtype)
     values, base = _describe(model, adapter, origin)
     anchor = None if tokenizer is None else tokenizer.named_anchor
@@ -105,6 +107,12 @@ def save_adapter(
             tokenizer.save(folder)
         for name, content in files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_apart(path: str | Path, base: Path) -> None:
+    """Raise `InputError` if an adapter saved here would replace its base."""
+    if expand_home(path).resolve() == base.resolve():
+        raise InputError(f"{path}: is the base of the adapter; name another folder for the adapter")
 
 
 def _tensors_of(model: Model, dtype: str) -> dict[str, np.ndarray]:

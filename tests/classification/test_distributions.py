@@ -159,6 +159,35 @@ def test_weights_decide_between_contradictions(pair):
     assert classifier.score(texts, labels) > 0.95
 
 
+def test_figures_are_weighted_and_a_text_without_weight_is_left_out(pair):
+    texts, labels = examples(48)
+    swapped = [NAMES[1 - NAMES.index(label)] for label in labels]
+    options = {**FAST, "epochs": 1, "validation_share": 0.25}
+    more, others = texts + texts[:8], labels + swapped[:8]
+    fits = [
+        Classifier(pair, NAMES, template=SHORT).fit(*given, sample_weight=weights, **options)
+        for *given, weights in (
+            (texts, labels, [1.0] * 48),
+            (more, others, [1.0] * 48 + [0.0] * 8),
+            (more, others, [1.0] * 56),
+        )
+    ]
+    assert equal(*fits[:2])
+    assert not equal(*fits[1:])
+    assert fits[0].fit_summary_ == fits[1].fit_summary_
+    # Money weighs three times as much, so that it has three quarters of the weight.
+    heavy = Classifier(pair, NAMES, template=SHORT)
+    heavy.fit(
+        texts, labels, sample_weight=[1.0 + 2 * (one == "money") for one in labels], **options
+    )
+    for measured in (heavy.fit_summary_.training, heavy.fit_summary_.validation):
+        assert measured.majority == pytest.approx(0.75, abs=0.04)
+        assert measured.effective_n < measured.n
+    shares = np.array([0.25, 0.75])
+    expected = -(shares * np.log(shares)).sum()
+    assert heavy.history_[0]["baseline_loss"] == pytest.approx(expected, abs=0.02)
+
+
 def test_smoothing_keeps_answers_less_sure(pair):
     texts, labels = examples(96)
     classifier = Classifier(pair, NAMES, template=SHORT, label_smoothing=0.4)

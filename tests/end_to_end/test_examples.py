@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_models import small_model
 
-from mlmjax import load_pretrained, save_pretrained
+from mlmjax import Classifier, load_pretrained, save_pretrained
 from mlmjax.model.modernbert import parameters
 from mlmjax.weights.pretrained import EMBEDDING
 
@@ -77,6 +77,17 @@ def test_the_objective_is_learned_and_its_export_scores(run, tmp_path, model):
     np.testing.assert_allclose(negative + positive, 1, atol=2e-4)
 
 
+def test_a_student_learns_the_probabilities_of_its_teacher(run, tmp_path, model):
+    rate = ("--learning-rate", 1e-2) if model else ()
+    lines = run("distill.py", *model, *rate, "--epochs", 40)
+    before, after, least = map(float, re.findall(r"\d\.\d{3}", lines[0]))
+    assert least < after < least + 0.5 * (before - least)
+    assert lines[1] == "student: answers 100% of the texts as its teacher does"
+    student = Classifier.from_pretrained(tmp_path / "student")
+    sure = student.predict_proba(["Warm, funny and beautifully played."])
+    assert sure.argmax() == list(student.classes_).index("positive")
+
+
 def test_the_export_is_the_same_model(run, model):
     lines = run("export.py", *model, "--dtype", "source")
     assert lines[-1] == "largest difference of a logit: 0"
@@ -102,6 +113,7 @@ def test_pretraining_continues_with_the_new_words(run, tmp_path, model):
     [
         ("continue_pretraining.py", "--words", "the\n", "new word 'the': is one token already"),
         ("continue_pretraining.py", "--words", None, "cannot be read"),
+        ("distill.py", "--data", "text\na\n", "expected a CSV with text and label"),
         ("own_objective.py", "--data", "text,lable\na,b\n", "expected a CSV with text and label"),
         ("score.py", "--prompt", "{text", "template: single '{'"),
         ("export.py", "--model", "", "bad/config.json: is missing"),
@@ -121,4 +133,4 @@ def test_bad_input_ends_in_one_line(run, tmp_path, capsys, script, option, text,
 def test_every_script_is_named_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
     assert [name for name in SCRIPTS if f"({name})" not in text] == []
-    assert len(SCRIPTS) == 4
+    assert len(SCRIPTS) == 5

@@ -78,3 +78,24 @@ def test_groups_have_frequencies_of_their_own():
     targets = np.array([[1, 0], [0, 1]] * 10)
     expected = [[10.5 / 11, 0.5 / 11], [0.5 / 11, 10.5 / 11]]
     np.testing.assert_allclose(label_frequencies(targets, 2), expected)
+
+
+def test_weights_are_so_many_equal_rows():
+    targets = RNG.dirichlet([1, 1], 40)
+    found = answers(0.8, np.eye(2)[RNG.integers(0, 2, 40)])
+    weights = RNG.integers(1, 4, 40)
+    often = np.repeat(np.arange(40), weights)
+    shares = label_frequencies(targets, weights=weights)
+    weighted = measure(found, targets, shares, weights)
+    repeated = measure(found[often], targets[often], shares)
+    for name in ("loss", "baseline_loss", "accuracy", "majority", "answer", "answer_share"):
+        assert getattr(weighted, name) == pytest.approx(getattr(repeated, name)), name
+    assert weighted.n == 40
+    assert 20 < weighted.effective_n < 40
+    low, high = weighted.gain_ci95
+    assert high - low > repeated.gain_ci95[1] - repeated.gain_ci95[0]
+    # Half a row is added whatever the weights add up to.
+    np.testing.assert_allclose(label_frequencies(targets, weights=9.0 * weights), shares)
+    alike = measure(found, targets, shares, np.full(40, 0.25))
+    assert alike.effective_n == 40
+    assert alike.accuracy_ci95 == pytest.approx(measure(found, targets, shares).accuracy_ci95)

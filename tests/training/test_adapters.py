@@ -1,5 +1,7 @@
 """Adapters and chosen parameters: what is frozen has no gradient, no optimizer state, no change."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import optax
@@ -7,12 +9,14 @@ import pytest
 from batches import UNEVEN, make_batch, make_model
 from flax import nnx
 
-from mlmjax.config.run import AdapterConfig
+from mlmjax.config.run import AdapterConfig, OptimizerConfig, ScheduleConfig
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import parameters, with_adapter, with_classifier
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import abstract_model, parameters, with_adapter, with_classifier
 from mlmjax.parallel.sharding import make_mesh, named_leaves
 from mlmjax.training.adapters import joined, split_trained, trained_patterns
-from mlmjax.training.optimizer import decay_mask
+from mlmjax.training.optimizer import decay_mask, make_optimizer
+from mlmjax.training.run.initial_model import PUBLISHED
 from mlmjax.training.step import (
     create_frozen_state,
     create_train_state,
@@ -99,6 +103,29 @@ def test_a_new_adapter_changes_no_answer_and_is_drawn_by_its_seed():
     assert not np.array_equal(parameters(other)[name], parameters(ADAPTED)[name])
     drawn = np.abs(parameters(ADAPTED)[name])
     assert 0.5 * 32**-0.5 < drawn.max() <= 32**-0.5
+
+
+@pytest.mark.parametrize(
+    ("adapter", "train", "most"),
+    [(AdapterConfig(), None, 0.02), (AdapterConfig(rank=32), None, 0.05), (None, ["*bias"], 1e-3)],
+)
+def test_optimizer_state_and_gradients_of_a_base_model_are_small(adapter, train, most):
+    """Counted from shapes, as a share of those of a whole training."""
+    config = ModelConfig.from_hf(PUBLISHED["answerdotai/ModernBERT-base"])
+    optimizer = make_optimizer(OptimizerConfig(), ScheduleConfig(), 100)
+
+    def bytes_of(tree):
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    def changing(config, train):
+        model = abstract_model("ModernBertForMaskedLM", config)
+        params = nnx.state(model, nnx.Param)
+        trained, _ = split_trained(params, trained_patterns(model, train))
+        return bytes_of(trained) + bytes_of(jax.eval_shape(optimizer.init, trained))
+
+    whole = changing(config, None)
+    assert whole > 1.7e9  # a gradient and two moments, each of 149 M numbers
+    assert changing(replace(config, adapter=adapter), train) < most * whole
 
 
 def test_layers_in_a_loop_have_adapters_too(adapter_steps):

@@ -15,7 +15,11 @@ from small_models import small_model
 from mlmjax.data.batch import ATP, UNUSED, Batch, LabelBatch
 from mlmjax.data.packing import pack
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.modernbert import ModernBertForSequenceClassification, labelled_config
+from mlmjax.model.modernbert import (
+    ModernBertForSequenceClassification,
+    labelled_config,
+    parameters,
+)
 from mlmjax.text.prompts import Prompt
 from mlmjax.training import finetune
 from mlmjax.training.finetune import Shape, answer_batch, common_shape, fine_tune, label_batch
@@ -146,6 +150,46 @@ def test_training_packed_is_training_on_single_rows(model, monkeypatch):
         moved = np.abs(np.asarray(known) - np.asarray(start)).max()
         # AdamW divides by the size of a gradient, so rounding is no small thing where it is near 0.
         assert np.abs(np.asarray(found) - np.asarray(known)).mean() <= 0.01 * moved
+
+
+def one_update(model, **more):
+    """Return the parameters before and after an update of eight prompts, in order."""
+    prompts, answers = drawn([*SEVEN, 12], vocabulary=model.config.vocab_size), np.arange(8) + 11
+    settings = {"epochs": 1, "learning_rate": 1e-2, "batch_size": 8, "weight_decay": 0.0}
+    settings |= {"warmup": 0.0, "seed": 0, "pad_id": PAD, **more}
+    trained = fine_tune(model, prompts, answers, **settings)
+    return [{n: np.asarray(v) for n, v in parameters(one).items()} for one in (model, trained)]
+
+
+def test_an_average_of_the_parameters_is_returned(model):
+    """After the first update it has (1 + 1) / (10 + 1) of the start."""
+    start, plain = one_update(model)
+    seen = []
+    _, averaged = one_update(
+        model, ema=0.9, after_epoch=lambda one, _: seen.append({**parameters(one)})
+    )
+    for name, value in averaged.items():
+        expected = (2 * start[name] + 9 * plain[name]) / 11
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_array_equal(seen[0][name], value)
+
+
+def test_layers_learn_at_lower_rates_the_deeper_they_are(model):
+    start, plain = one_update(model)
+    _, decayed = one_update(model, layer_decay=0.5)
+    shares = {"head.dense": 1, "layers.1.": 0.5, "layers.0.": 0.25, "tok_embeddings": 0.125}
+    for name, value in plain.items():
+        for part, share in shares.items():
+            if part in name:
+                moved = share * (value - start[name])
+                np.testing.assert_allclose(decayed[name] - start[name], moved, atol=1e-6)
+
+
+def test_parts_of_a_batch_have_the_update_of_the_whole(model):
+    (start, whole), (_, parts) = one_update(model), one_update(model, accumulate=2)
+    for name, value in parts.items():
+        moved = np.abs(whole[name] - start[name]).max()
+        assert np.abs(value - whole[name]).mean() <= 0.01 * moved, name
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,20 @@
+from dataclasses import replace
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
+from batches import SIZES
 from flax import nnx
 
+from mlmjax.config.run import AdapterConfig
 from mlmjax.data.batch import UNUSED, Batch, LabelBatch
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.blockwise import visible
 from mlmjax.model.modernbert import ModernBertForMaskedLM
 from mlmjax.parallel.sharding import named_leaves
-from mlmjax.training.flops import forward_flops, peak_flops, training_flops
+from mlmjax.training.adapters import joined, split_trained
+from mlmjax.training.flops import forward_flops, peak_flops, training_flops, update_flops
 
 CONFIG = ModelConfig.from_hf({"num_hidden_layers": 4, "local_attention": 10})
 
@@ -53,3 +58,62 @@ def test_peaks_are_known_by_kind_and_only_for_bfloat16():
     kinds = ("NVIDIA H100 80GB HBM3", "TPU v5 lite", "TPU v5p", "TPU v6 lite")
     assert [peak_flops(kind, "bfloat16") for kind in kinds] == [989e12, 197e12, 459e12, 918e12]
     assert peak_flops("NVIDIA H200", "float32") is None
+
+
+def products_of(jaxpr):
+    """Add up the FLOPs of the products in a program that its results need."""
+    total, needed = 0, {id(variable) for variable in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if not needed & {id(variable) for variable in equation.outvars}:
+            continue
+        needed |= {id(variable) for variable in equation.invars}
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            size = equation.invars[0].aval.shape
+            inner = np.prod([size[axis] for axis in contracted])
+            total += 2 * np.prod(equation.outvars[0].aval.shape) * inner
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(value):
+                total += products_of(getattr(value, "jaxpr", value))
+    return total
+
+
+def is_program(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "adapter"),
+    [
+        (None, None),
+        (["*norm*"], None),
+        (["model.layers.1.*"], None),
+        (["model.layers.1.mlp.Wo.weight"], None),
+        (["head.*"], None),
+        (["*lora_*"], AdapterConfig(rank=4)),
+        (["*lora_*"], AdapterConfig(rank=4, targets=("mlp.Wo",))),
+    ],
+)
+def test_an_update_has_the_products_of_its_gradient(patterns, adapter):
+    """Counted in the program of the gradient, with one text of global attention in each row."""
+    sizes = {**SIZES, "global_attn_every_n_layers": 1, "tie_word_embeddings": False}
+    sizes["decoder_bias"] = False  # It is spread over the rows by a product, which is cheap.
+    config = replace(ModelConfig.from_hf(sizes), adapter=adapter)
+    model = nnx.eval_shape(
+        lambda: ModernBertForMaskedLM(config, rngs=nnx.Rngs(0), attention="dense")
+    )
+    graphdef, params = nnx.split(model, nnx.Param)
+    trained, frozen = split_trained(params, patterns)
+    ids = jax.ShapeDtypeStruct((3, 16), np.int32)
+
+    def loss(trained, frozen, ids):
+        model = nnx.merge(graphdef, joined(trained, frozen))
+        return (model.mlm_logits(model.encode(ids)[:, 4]) ** 2).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(trained, frozen, ids)
+    names = named_leaves(trained)
+    expected = products_of(program.jaxpr)
+    assert update_flops(config, [16] * 3, 3, config.vocab_size, names) == expected
+    if patterns is None:
+        assert expected == 3 * forward_flops(config, [16] * 3, 3, config.vocab_size)
+        assert update_flops(config, [16] * 3, 3, config.vocab_size) == expected

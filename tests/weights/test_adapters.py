@@ -272,6 +272,9 @@ def test_an_adapter_of_large_takes_eight_megabytes(tmp_path):
 
 def test_what_cannot_be_saved_as_an_adapter(adapter, tmp_path):
     model, _ = load_pretrained(adapter)
+    with pytest.raises(InputError, match="is the base of the adapter; name another folder"):
+        save_adapter(model, None, tmp_path / "x" / ".." / "base")
+    assert (tmp_path / "base" / "model.safetensors").exists()
     with pytest.raises(InputError, match="the model has one already"):
         with_adapter(model, AdapterConfig())
     assert with_adapter(model, AdapterConfig(rank=3, alpha=5.0)) is model

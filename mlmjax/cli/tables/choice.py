@@ -1,19 +1,28 @@
 """Choose how a new classifier answers and learns, from its labels and the size of its model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlmjax.classification.fitting import usual_rate
+from mlmjax.classification.fitting import Recipe, start_of, trained_size, usual_rate
 from mlmjax.classification.settings import suitable_answer
+from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
-from mlmjax.model.modernbert import abstract_model, parameters
+from mlmjax.model.architecture import ModelConfig
+from mlmjax.model.modernbert import (
+    ModernBertForMaskedLM,
+    ModernBertForSequenceClassification,
+    abstract_model,
+    labelled_config,
+    parameters,
+)
 from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.storage import CLASSIFIER, CONFIG, read_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.weights import hub
+from mlmjax.weights.adapters import is_adapter, read_base
 from mlmjax.weights.pretrained import read_config, read_tokenizer
 
 Way = Literal["words", "letters", "head"]
@@ -28,16 +37,24 @@ PART = 1000
 """Texts that are tokenised together."""
 
 UPDATES, FEWEST_EPOCHS, MOST_EPOCHS = 150, 3, 10
+RESTART_SHARE = 0.2
+"""The share of the training rows by which restarts choose."""
 
 
 class Choice(NamedTuple):
-    """Say how a classifier answers and learns; `why` tells a person."""
+    """Say how a classifier answers and learns; `why` tells a person.
+
+    `recipe` are further arguments of `Classifier`, and `trained` is the share of the parameters
+    that learn.
+    """
 
     way: Way
-    learning_rate: float
+    learning_rate: float | Literal["auto"]
     epochs: int
     batch_size: int
     why: str
+    recipe: Mapping[str, Any]
+    trained: float
 
     def updates(self, rows: int) -> int:
         """Return the number of updates of a training on so many rows."""
@@ -51,6 +68,7 @@ class Choice(NamedTuple):
             "learning_rate": self.learning_rate,
             "epochs": self.epochs,
             "train_batch_size": self.batch_size,
+            **self.recipe,
         }
 
 
@@ -61,22 +79,34 @@ def choose(
     *,
     revision: str | None = None,
     way: Way | None = None,
-    learning_rate: float | None = None,
+    learning_rate: float | Literal["auto"] | None = None,
     epochs: int | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    train: Sequence[str] = (),
+    restarts: int = 0,
 ) -> Choice:
     """Return how to fit a model to so many rows; what is given is kept.
+
+    `adapter`, `train` and `restarts` are those of `Classifier`; restarts hold `RESTART_SHARE` of
+    the rows out.
 
     Labels that are one distinct token each answer as words. Others are letters of options, or a
     head where there are many.
     """
     folder = hub.fetch(source, revision=revision)
-    values = read_json(folder, CONFIG)
-    has_head = values.get("architectures") == ["ModernBertForSequenceClassification"]
-    if (folder / CLASSIFIER).exists():
+    is_classifier = (folder / CLASSIFIER).exists()
+    if is_adapter(folder) and not is_classifier:
+        raise InputError(
+            f"{source}: is an adapter; give its base ({read_base(folder).name}), or fit it on in "
+            "Python with Classifier(source).fit"
+        )
+    if is_classifier:
         raise InputError(
             f"{source}: is already a classifier, and {CLASSIFIER} says how it answers; give the "
             "model that it was made from, or fit it on in Python with Classifier(source).fit"
         )
+    values = read_json(folder, CONFIG)
+    has_head = values.get("architectures") == ["ModernBertForSequenceClassification"]
     if has_head and way not in (None, "head"):
         raise InputError(
             f"--answer {way}: {source} has a classification head and no masked-language-model "
@@ -88,18 +118,31 @@ def choose(
         way, why = _way(read_tokenizer(folder), labels)
     else:
         why = "as --answer asks"
-    name = "ModernBertFor" + ("SequenceClassification" if has_head else "MaskedLM")
-    shapes = parameters(abstract_model(name, read_config(folder, values)))
-    size = sum(leaf.size for leaf in shapes.values())
+    recipe: dict[str, Any] = {"adapter": adapter, "train": tuple(train) or None}
+    config = read_config(folder, values)
+    own = decode(Recipe, recipe | {"restarts": restarts}, "fit")
+    size, trained = _sizes(labelled_config(config, labels) if way == "head" else config, own)
     batch_size = 16 if rows < 1000 else 32
     enough = -(-UPDATES * batch_size // rows)
+    held_out = {"restarts": restarts, "validation_share": RESTART_SHARE if restarts else 0.0}
     return Choice(
         way,
-        learning_rate or usual_rate(size),
+        learning_rate or usual_rate(trained),
         epochs or min(MOST_EPOCHS, max(FEWEST_EPOCHS, enough)),
         batch_size,
         why,
+        recipe | held_out,
+        trained / size,
     )
+
+
+def _sizes(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
+    """Return the number of parameters of a model, and of those that a recipe trains."""
+    has_head = config.architectures == (ModernBertForSequenceClassification.__name__,)
+    kind = ModernBertForSequenceClassification if has_head else ModernBertForMaskedLM
+    model = start_of(abstract_model(kind.__name__, config), recipe)
+    whole = sum(leaf.size for leaf in parameters(model).values())
+    return whole, trained_size(model, recipe)
 
 
 def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:

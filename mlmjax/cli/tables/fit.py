@@ -4,10 +4,10 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.metrics import confusion_matrix
@@ -31,7 +31,8 @@ from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
 from mlmjax.storage import check_replaceable, replace_folder, write_json, write_whole
-from mlmjax.weights.hub import EXPORT_FILES, PACKAGED
+from mlmjax.weights.adapters import check_apart
+from mlmjax.weights.hub import EXPORT_FILES, PACKAGED, fetch
 
 FILES = EXPORT_FILES | {REPORT}
 
@@ -47,8 +48,11 @@ def fit_table(
     dtype: str = "float32",
     answer: Way | None = None,
     anchor: str | None = None,
-    learning_rate: float | None = None,
+    learning_rate: float | Literal["auto"] | None = None,
     epochs: int | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    train: Sequence[str] = (),
+    restarts: int = 0,
     test_share: float = 0.2,
     calibration_share: float = 0.1,
     seed: int = 0,
@@ -92,7 +96,12 @@ def fit_table(
         way=answer,
         learning_rate=learning_rate,
         epochs=epochs,
+        adapter=adapter,
+        train=train,
+        restarts=restarts,
     )
+    if adapter is not None:
+        check_apart(folder, fetch(model, revision=revision))
     with working("measuring the texts"):
         lengths = text_lengths(model, table.texts, revision=revision)
     for line in (
@@ -121,7 +130,8 @@ def fit_table(
     figures: dict[str, Any] = {"table": str(path), "encoding": encoding, "csv": dialect}
     figures |= {"model": model, "out": str(folder)}
     figures |= describe(choice, table, split, labels) | found
-    figures |= {"fit": learned, "serves": is_one_prompt(classifier.asking_)}
+    figures |= {"fit": learned, "learning_rate": learned["learning_rate"]}
+    figures["serves"] = is_one_prompt(classifier.asking_)
     rows = [(table.where[i], table.texts[i], table.labels[i]) for i in split.test]
     with working("writing the model and the report"):
         _save(folder, classifier, figures, methods, rows, probabilities)
@@ -236,8 +246,8 @@ def describe(
         "text": table.columns.text,
         "label": table.columns.label,
         "answer": choice.way,
-        "learning_rate": choice.learning_rate,
         "epochs": choice.epochs,
+        "trained_share": choice.trained,
         "batch_size": choice.batch_size,
         "rows_trained": len(split.train),
         "rows_calibrated": len(split.calibration),
@@ -252,9 +262,12 @@ def describe_learning(classifier: Classifier) -> dict[str, Any]:
     summary = classifier.fit_summary_
     measured = asdict(summary.training)
     answer = str(classifier.classes_[measured.pop("answer")])
+    kept = summary.attempts[summary.kept]
     return {
         "training": measured | {"answer": answer},
         "epochs": classifier.history_,
+        "learning_rate": kept.learning_rate,
+        "attempts": len(summary.attempts),
         "warning": summary.warning,
     }
 

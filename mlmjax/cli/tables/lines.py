@@ -11,6 +11,7 @@ from mlmjax.cli.tables.choice import Choice
 from mlmjax.cli.tables.split import WIDTH, Split
 from mlmjax.config.data import CsvOptions
 from mlmjax.data.reading.labelled import LabelledTable
+from mlmjax.errors import counted
 from mlmjax.reporting.accuracy import top_confusions
 from mlmjax.reporting.markdown import shortened, visible
 
@@ -41,10 +42,20 @@ def start_lines(model: str, choice: Choice, split: Split, labels: Sequence[str])
         f"fitting {model} on {len(split.train):,} rows with {len(labels)} labels, testing on "
         f"{len(split.test):,}"
     )
+    rate = choice.learning_rate
+    shown = "found by a short training" if rate == "auto" else f"{rate:g}"
     yield (
-        f"answers: {choice.way} ({choice.why}); learning rate {choice.learning_rate:g}, epochs "
-        f"{choice.epochs}, updates {choice.updates(len(split.train)):,}"
+        f"answers: {choice.way} ({choice.why}); learning rate {shown}, epochs {choice.epochs}, "
+        f"updates {choice.updates(len(split.train)):,}"
     )
+    if choice.trained < 1:
+        yield f"trains {choice.trained:.2%} of the parameters; the others are frozen"
+    if restarts := choice.recipe["restarts"]:
+        yield (
+            f"trains up to {counted(restarts, 'time')} more if nothing was learned, and keeps the "
+            f"best on {choice.recipe['validation_share']:.0%} of the training rows, which are held "
+            "out"
+        )
 
 
 def classify_line(figures: dict[str, Any]) -> str:
@@ -87,6 +98,8 @@ def _training_lines(fit: dict[str, Any]) -> Iterator[str]:
     yield f"{head:26}  this classifier  reading no text"
     yield f"{'loss':26}  {learned['loss']:15.3f}  {learned['baseline_loss']:15.3f}"
     yield f"{'accuracy':26}  {learned['accuracy']:15.1%}  {learned['majority']:15.1%}"
+    if fit["attempts"] > 1:
+        yield f"{fit['attempts']} trainings, of which the best on held-out training rows was kept"
     if fit["warning"]:
         yield f"warning: {fit['warning']}"
 

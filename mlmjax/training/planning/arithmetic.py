@@ -31,9 +31,9 @@ from mlmjax.model.attention import choose_implementation, splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import rows_per_device
 from mlmjax.training.adapters import split_trained, trained_patterns
-from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
+from mlmjax.training.flops import peak_flops, update_flops
 from mlmjax.training.loss import CHUNK_ACCELERATOR
-from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.planning.compilation import PROGRAMS, bound_targets, count_answers
 from mlmjax.training.planning.topology import FRACTION, GIB, Topology
 from mlmjax.training.step import split_parameters
@@ -126,7 +126,7 @@ def _estimate_training(
     data, devices = config.data, math.prod(sizes.values())
     own, whole = _bytes_held(params, sizes), _bytes_held(params, {})
     changed = _bytes_held(trained, sizes)
-    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    optimizer = optimizer_of(config)
     share = changed / _bytes_held(trained, {})
     moments = _total_bytes(jax.eval_shape(optimizer.init, trained)) * share
     rows = data.batch_size // data.accumulate / (sizes["data"] * sizes["fsdp"])
@@ -147,11 +147,12 @@ def _estimate_training(
         "head": head,
         "workspace": WORKSPACE,
     }
-    flops = BACKWARD * forward_flops(
+    flops = update_flops(
         model,
         np.full(data.batch_size, data.seq_length),
         count_answers(config),
         model.num_labels if config.head == "classification" else model.vocab_size,
+        sharding.named_leaves(trained),
     )
     return {
         "rows": data.batch_size,

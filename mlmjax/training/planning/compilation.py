@@ -36,8 +36,8 @@ from mlmjax.text.prompts import Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
 from mlmjax.training.adapters import split_trained, trained_patterns
-from mlmjax.training.flops import BACKWARD, forward_flops, peak_flops
-from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.flops import peak_flops, update_flops
+from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.planning.topology import Topology, devices_of, parse_topology
 from mlmjax.training.run.initial_model import PUBLISHED, describe_start, load_tokenizer
 from mlmjax.training.run.resume import check_batches
@@ -114,18 +114,19 @@ def _compile_training(
     data, architecture = config.data, model.config
     graphdef, params = split_parameters(model)
     loss = HEADS[config.head].loss
-    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    optimizer = optimizer_of(config)
     trained, frozen = split_trained(params, trained_patterns(model, config.optimizer.train))
     state = abstract_train_state(trained, optimizer, mesh)
     if frozen is not None:
         frozen = sharding.abstract_arrays(frozen, sharding.parameter_sharding(mesh, frozen))
     step = make_train_step(graphdef, optimizer, accumulate=data.accumulate, loss=loss)
     batch = _abstract_batch(config, mesh, data.batch_size, assumptions)
-    flops = BACKWARD * forward_flops(
+    flops = update_flops(
         architecture,
         np.full(data.batch_size, data.seq_length),
         count_answers(config),
         architecture.num_labels if config.head == "classification" else architecture.vocab_size,
+        sharding.named_leaves(trained),
     )
     assumptions.append("model FLOPs: every row is full and holds one text")
     peak = peak_flops(mesh.devices.flat[0].device_kind, config.dtype)

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -18,9 +18,15 @@ from mlmjax.config.run import RunConfig
 from mlmjax.errors import RunError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.parallel import failures, processes
+from mlmjax.parallel.sharding import named_leaves
 from mlmjax.training.adapters import joined
 from mlmjax.training.flops import peak_flops, training_flops
-from mlmjax.training.optimizer import averaged_parameters, make_schedule, rates_at
+from mlmjax.training.optimizer import (
+    averaged_parameters,
+    best_parameters,
+    make_schedule,
+    rates_at,
+)
 from mlmjax.training.run.inputs import Loaders, feed
 from mlmjax.training.run.log import (
     Figures,
@@ -33,7 +39,13 @@ from mlmjax.training.run.log import (
     summarize,
 )
 from mlmjax.training.run.timing import Clock
-from mlmjax.training.run.validation import EvalStep, validate
+from mlmjax.training.run.validation import (
+    EvalStep,
+    describe_best,
+    is_over,
+    record_validation,
+    validate,
+)
 from mlmjax.training.step import AnyBatch, TrainState, TrainStep
 from mlmjax.weights.checkpoints import Checkpoints
 
@@ -140,6 +152,7 @@ class Loop:
         config = self.config
         self._counts: Totals = defaultdict(float)  # Those of this process since the last pause.
         self._skipped_in_a_row = self._programs = 0
+        self._trained: Mapping[str, Any] = {}
         peak = peak_flops(self.mesh.devices.flat[0].device_kind, config.dtype)
         self._peak = None if peak is None else peak * self.mesh.size  # of all devices
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
@@ -151,7 +164,10 @@ class Loop:
         """
         config, clock, train = self.config, self.clock, self.loaders.train
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
-        self._make_up_evaluation(start, state)
+        self._trained = named_leaves(state.params)
+        state = self._make_up_evaluation(start, state)
+        if is_over(state, config.evaluation.patience):
+            return state
         batches = feed(train, self.mesh, start, config.steps)
         trace(start, None)
         with clock("step"):
@@ -174,12 +190,18 @@ class Loop:
                     stops |= self._settle(*pending.popleft())
                 self.display.advance(step)
                 if pauses or stops:
-                    self._pause(step, state)
+                    state = self._pause(step, state)
+                    if is_over(state, config.evaluation.patience):
+                        break
         return state
 
     def parameters(self, state: TrainState) -> Any:
-        """Return the parameters to validate and to export: averaged ones, and the frozen ones."""
+        """Return the parameters to validate: averaged ones, and the frozen ones."""
         return joined(averaged_parameters(state.params, state.opt_state), self.frozen)
+
+    def best_parameters(self, state: TrainState) -> Any:
+        """Return the parameters to export, the best ones of a run that may stop early."""
+        return joined(best_parameters(state.params, state.opt_state), self.frozen)
 
     @contextmanager
     def _compiling(self, rows: int) -> Iterator[None]:
@@ -194,7 +216,7 @@ class Loop:
     def _count(self, batch: AnyBatch, *, is_timed: bool) -> None:
         counts = count_tokens(batch)
         tokens = counts["tokens"] if is_timed else 0.0
-        flops = training_flops(self.architecture, batch) if is_timed else 0.0
+        flops = training_flops(self.architecture, batch, self._trained) if is_timed else 0.0
         add(self._counts, counts, {"timed_tokens": tokens, "timed_flops": flops})
 
     def _settle(self, step: int, metrics: Any, stops: Callable[[], bool]) -> bool:
@@ -226,35 +248,57 @@ class Loop:
         more = f" and {len(examples) - EXAMPLES_NAMED} more" * (len(examples) > EXAMPLES_NAMED)
         return self._diverged(step, f"{what}; its batch holds the training examples {named}{more}")
 
-    def _pause(self, step: int, state: TrainState) -> None:
+    def _pause(self, step: int, state: TrainState) -> TrainState:
         """Log, validate, save and stop, each if it is due; no update is in flight."""
         config, stop = self.config, self.stop
         add(self.totals, self.clock.take_seconds(), processes.sum_over_processes(self._counts))
         self._counts.clear()
         saves = self._is_due(step, config.checkpoint.every) or stop.is_anywhere()
-        if self._is_due(step, config.log.every):
-            figures = summarize(self.totals, self._peak, self.mesh.size)
-            self._report(
-                step, "train", figures | {"learning_rate": float(rates_at(self._rate, step - 1))}
-            )
-            self.totals.clear()
+        if logs := self._is_due(step, config.log.every):
+            self._log(step)
         held_out = None
         if self._is_due(step, config.evaluation.every):
             held_out = self._evaluate(step, state)
-        if saves or stop.is_anywhere():
+            state = self._record(state, held_out)
+        ends = is_over(state, config.evaluation.patience)
+        if ends:
+            self.display.say(f"step {step}: stops early; {describe_best(state)}")
+            if not logs:
+                self._log(step)
+        if saves or ends or stop.is_anywhere():
             with self.clock("checkpoint"), self.display.doing("saving a checkpoint"):
                 self._save(step, state, held_out)
         if stop.is_anywhere() and step < config.steps:
             self._leave(step)
+        return state
 
-    def _make_up_evaluation(self, step: int, state: TrainState) -> None:
+    def _log(self, step: int) -> None:
+        """Write the figures of the updates since the last line."""
+        figures = summarize(self.totals, self._peak, self.mesh.size)
+        rate = float(rates_at(self._rate, step - 1))
+        self._report(step, "train", figures | {"learning_rate": rate})
+        self.totals.clear()
+
+    def _make_up_evaluation(self, step: int, state: TrainState) -> TrainState:
         """Validate the state that a run resumes from, if a signal stopped that before."""
         log = self.log
-        if step and not processes.broadcast_from_first(lambda: log and log.has(step, "validation")):
+        if self.config.evaluation.patience is not None:
+            is_done = step == int(jax.device_get(state.opt_state.validated))
+        else:
+            is_done = processes.broadcast_from_first(lambda: log and log.has(step, "validation"))
+        if step and not is_done:
             if self._is_due(step, self.config.evaluation.every):
-                self._evaluate(step, state)
+                state = self._record(state, self._evaluate(step, state))
             if self.stop.is_anywhere():
                 self._leave(step)
+        return state
+
+    def _record(self, state: TrainState, held_out: Figures | None) -> TrainState:
+        """Return the state that knows of a validation, if the run may stop early."""
+        loss = None if held_out is None else held_out["loss"]
+        if self.config.evaluation.patience is None or loss is None:
+            return state
+        return record_validation(state, loss)
 
     def _evaluate(self, step: int, state: TrainState) -> Figures | None:
         """Validate the state, and report on it; None without held-out rows, or if stopped."""
@@ -272,7 +316,7 @@ class Loop:
         return figures
 
     def _report(self, step: int, split: str, figures: Figures) -> None:
-        if self.log:
+        if self.log and not self.log.has(step, split):
             self.log.write(step, split, figures)
         self.display.show(step, split, figures)
 

@@ -120,6 +120,13 @@ def check_folders(config: RunConfig) -> None:
                 f"{key} = {place}: has to be a folder of this machine or of a mounted file system; "
                 "only checkpoint.path can be remote"
             )
+    for name in ("export", "adapter"):
+        own = Path(config.out, name)
+        if config.init_from and os.path.realpath(config.init_from) == os.path.realpath(own):
+            raise InputError(
+                f"init_from: {config.init_from} is in out = {config.out}, where the run would "
+                "replace it; name another out"
+            )
     rows, path, out = config.data.rows, config.checkpoint.path, f"out = {config.out}"
     apart = [("data.rows", rows, out, Path(config.out, name)) for name in OWN_FOLDERS]
     if path is not None and not is_remote(path):
@@ -218,12 +225,14 @@ def identity_of(
     long as the updates already done keep their learning rates, rows and mask rates.
     """
     data, optimizer = config.data, config.optimizer.model_dump(mode="json")
-    # Runs of earlier versions have neither of these keys.
+    # Runs of earlier versions have none of these keys.
     later: dict[str, Any] = {}
     if frozen is not None:
         later["frozen_parameters"] = zlib.crc32(json.dumps(fingerprints(frozen)).encode())
     if config.adapter is not None:
         later["adapter"] = config.adapter.model_dump(mode="json")
+    if config.evaluation.patience is not None:
+        later["evaluation"] = {"patience": config.evaluation.patience}
     left_out = {"learning_rate"} | ({"train"} if config.optimizer.train is None else set())
     table = {
         **later,

@@ -14,7 +14,7 @@ from mlmjax.data.contamination import TrainingManifest, training_manifest
 from mlmjax.data.manifest import Manifest, read_manifest
 from mlmjax.data.preparing.prepare import prepare, summary
 from mlmjax.data.schedule import micro_batches
-from mlmjax.errors import counted, suggest_keywords
+from mlmjax.errors import InputError, counted, suggest_keywords
 from mlmjax.model.modernbert import merged
 from mlmjax.parallel.environment import check_devices
 from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
@@ -24,7 +24,7 @@ from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.loss import Metrics
-from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
 from mlmjax.training.run.inputs import Loaders, open_loaders
 from mlmjax.training.run.log import MetricsLog, RunDisplay, Totals
@@ -89,7 +89,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     with lock, catch_signals() as stop:
         model, tokenizer, history = load_start(config)
         architecture, graphdef = model.config, split_parameters(model)[0]
-        optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+        optimizer = optimizer_of(config)
         loaders = _open_rows(config, tokenizer)
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
             step = broadcast_from_first(checkpoints.resumable) or 0
@@ -208,6 +208,11 @@ def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     check_rows_shared(rows)
     loaders = open_loaders(config, tokenizer)
     say(_describe_rows(rows, loaders.manifest))
+    if config.evaluation.patience is not None and loaders.validation is None:
+        raise InputError(
+            f"evaluation.patience: {rows} has no held-out rows to measure improvement; hold out "
+            "more (data.validation_rows), or leave patience out"
+        )
     return loaders
 
 
@@ -220,11 +225,12 @@ def _finish(
 ) -> dict[str, Any]:
     """Report on the held-out answers and export, unless a run before did; return the report."""
     config, loaders, out = loop.config, loop.loaders, Path(loop.config.out)
-    written = broadcast_from_first(lambda: read_finished(out, config.steps))
+    step = int(state.step)
+    written = broadcast_from_first(lambda: read_finished(out, step))
     if written is not None:
-        say(f"{out}: is complete at step {config.steps}; nothing to do")
+        say(f"{out}: is complete at step {step}; nothing to do")
         return written
-    params = loop.parameters(state)
+    params = loop.best_parameters(state)
     with loop.clock("evaluation"), working("evaluating the held-out answers"):
         held_out = report_held_out(
             loop.eval_step,
@@ -234,7 +240,9 @@ def _finish(
             tokenizer=tokenizer,
             check=loop.stop.check,
         )
-    report = {"step": config.steps, **held_out}
+    report = {"step": step, **held_out}
+    if config.evaluation.patience is not None:
+        report["best_step"] = int(state.opt_state.step)
     whole = gather_on_first(params)  # All processes take part, and the first writes.
     if is_first():
         model = nnx.merge(graphdef, whole)

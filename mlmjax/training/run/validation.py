@@ -8,21 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from mlmjax import errors
 from mlmjax.config.run import RunConfig
 from mlmjax.data.batch import ATP, UNUSED, Options
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.preparing.prepare import summary
 from mlmjax.parallel.processes import sum_over_processes
-from mlmjax.parallel.sharding import mesh_of
+from mlmjax.parallel.sharding import mesh_of, place
 from mlmjax.reporting import pages
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.storage import CONFIG
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.optimizer import averaged_parameters
 from mlmjax.training.run.inputs import AnyLoader, Loaders, feed
 from mlmjax.training.run.log import Totals, add, count_tokens, summarize
+from mlmjax.training.step import TrainState
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS
 
 EvalStep = Callable[[Any, Any], Mapping[str, jax.Array]]
@@ -237,4 +241,36 @@ def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, An
         config=config,
         rows=summary(manifest),
         held_out=report_lines(report),
+    )
+
+
+def record_validation(state: TrainState, loss: float) -> TrainState:
+    """Return the state with the validation loss of its step, and its parameters if it is lowest.
+
+    The optimizer is one of `optimizer.keep_best`.
+    """
+    best = state.opt_state
+    step, lowest, since = jax.device_get((state.step, best.loss, best.since))
+    values: dict[str, Any] = {"validated": np.int32(step), "since": np.int32(since + 1)}
+    if loss < lowest:
+        values |= {"loss": np.float32(loss), "step": np.int32(step), "since": np.int32(0)}
+    placed = {name: place(value, getattr(best, name).sharding) for name, value in values.items()}
+    if loss < lowest:
+        found = averaged_parameters(state.params, best)
+        placed["params"] = jax.tree.map(jnp.copy, found)  # an update donates the others
+    return state._replace(opt_state=best._replace(**placed))
+
+
+def is_over(state: TrainState, patience: int | None) -> bool:
+    """Tell whether `patience` validations in a row have not lowered the loss."""
+    return patience is not None and int(jax.device_get(state.opt_state.since)) >= patience
+
+
+def describe_best(state: TrainState) -> str:
+    """Say which step was the best, and how many validations there were after it."""
+    best = state.opt_state
+    loss, step, since = jax.device_get((best.loss, best.step, best.since))
+    return (
+        f"the lowest validation loss is {loss:.4f} at step {step}, and "
+        f"{errors.counted(int(since), 'validation')} after it did not improve"
     )

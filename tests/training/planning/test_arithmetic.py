@@ -10,7 +10,7 @@ from plans import CLASSIFIER, config_of
 from mlmjax.cli.main import run
 from mlmjax.config.run import load_config
 from mlmjax.parallel import sharding
-from mlmjax.training.optimizer import make_optimizer
+from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.planning import plan
 from mlmjax.training.planning.arithmetic import estimate, layer_bytes
 from mlmjax.training.planning.compilation import _bytes_per_device, compile_run
@@ -27,15 +27,18 @@ def training_of(sizes=ONE, **changes):
 
 
 @pytest.mark.parametrize("sizes", [ONE, {"data": 1, "fsdp": 2, "tensor": 1}])
-def test_parameters_and_optimizer_state_are_those_of_the_run(sizes):
-    config = config_of()
+@pytest.mark.parametrize("patience", [None, 2])
+def test_parameters_and_optimizer_state_are_those_of_the_run(sizes, patience):
+    config = config_of(data={"validation_rows": 4}, evaluation={"patience": patience})
     model = describe_start(config)
     mesh = sharding.make_mesh(config.mesh.model_copy(update=sizes), jax.devices())
-    optimizer = make_optimizer(config.optimizer, config.schedule, config.steps)
+    optimizer = optimizer_of(config)
     state = abstract_train_state(split_parameters(model)[1], optimizer, mesh)
     found = estimate(config, model, sizes)["training"]
     assert found["parameters"] == _bytes_per_device(state.params)
     assert found["optimizer_state"] == pytest.approx(_bytes_per_device(state.opt_state), rel=1e-3)
+    copies = found["optimizer_state"] / found["parameters"]
+    assert copies == pytest.approx(2 if patience is None else 3, rel=1e-2)
 
 
 def test_parts_follow_the_settings():

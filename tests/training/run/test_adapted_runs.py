@@ -48,6 +48,11 @@ def test_a_stopped_run_resumes_bit_by_bit(folder, straight, stop_after, tmp_path
         assert saved["base_model_name_or_path"] == str(folder / "out" / "export")
 
 
+def test_a_run_does_not_replace_its_base(folder, straight):
+    with pytest.raises(InputError, match=r"init_from: .*export is in out = .*would replace it"):
+        run_training(config_of(folder, folder / "out", **WAYS["adapter"]))
+
+
 def test_a_run_with_another_base_or_adapter_is_another_run(folder, straight, tmp_path):
     first = config_of(folder, tmp_path / "run", **WAYS["adapter"])
     run_training(first)

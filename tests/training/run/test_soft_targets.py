@@ -116,6 +116,17 @@ def test_a_run_resumes_bit_by_bit_and_eight_devices_are_one(folder, stop_after, 
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
 
 
+def test_smoothing_reaches_the_batches_of_a_classification_head(folder):
+    changes = {"head": "classification", "data__pack": False}
+    changes |= {"objective": {"label_smoothing": 0.3}, "source": {"prompt": "{text}"}}
+    for kinds in ([HARD], [TABLE]):
+        found, _ = batches(config_of(folder, f"head-{kinds[0]}", kinds=kinds, **changes))
+        probs = np.concatenate([one.probs[~np.isnan(one.labels)] for one in found])
+        best = 0.7 * (1.0 if kinds == [HARD] else 0.8) + 0.1
+        expected = np.sort([best, (1 - best) / 2, (1 - best) / 2])
+        np.testing.assert_allclose(np.sort(probs, axis=1), [expected] * len(probs), rtol=1e-5)
+
+
 def test_weights_and_smoothing_reach_the_batches(folder):
     objective = {"objective": {"label_smoothing": 0.3}}
     config = config_of(folder, "weighted", kinds=[HARD], source={"weight": "sure"}, **objective)
@@ -145,6 +156,7 @@ def test_hard_labels_learn_from_losses_over_the_labels(folder, objective):
         ([1.5, -0.5, 0.0], "gives 'blue' the probability -0.5; expected a number from 0 to 1"),
         ({"red": 0.5, "pink": 0.5}, "gives a probability to 'pink', which is not a label"),
         ({"red": "much"}, "gives 'red' the probability 'much'"),
+        ([float("nan"), 0.5, 0.5], "gives 'red' the probability nan"),
     ],
 )
 def test_a_column_that_is_no_distribution_is_rejected_by_row(folder, answer, says):
