@@ -13,6 +13,7 @@ from mlmjax.errors import RunError as RunError
 if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax import data as data
     from mlmjax.classification.classifier import Classifier as Classifier
+    from mlmjax.classification.programs.program import export_program as export_program
     from mlmjax.config.run import RunConfig as RunConfig
     from mlmjax.config.run import load_config as load_config
     from mlmjax.data.batch import Batch as Batch
@@ -28,6 +29,8 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     )
     from mlmjax.model.modernbert import ModernBertModel as ModernBertModel
     from mlmjax.model.vocabulary import resize_token_embeddings as resize_token_embeddings
+    from mlmjax.scoring.embedding import Embedder as Embedder
+    from mlmjax.scoring.embedding import embed as embed
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
     from mlmjax.scoring.scorers import Scorer as Scorer
@@ -44,6 +47,7 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
 
 _NAMES = {
     "classification.classifier": ["Classifier"],
+    "classification.programs.program": ["export_program"],
     "config.run": ["RunConfig", "load_config"],
     "data.batch": ["Batch"],
     "decisions.decider": ["Decider"],
@@ -56,6 +60,7 @@ _NAMES = {
         "ModernBertModel",
     ],
     "model.vocabulary": ["resize_token_embeddings"],
+    "scoring.embedding": ["Embedder", "embed"],
     "scoring.fill_mask": ["fill_mask"],
     "scoring.likelihood": ["pseudo_log_likelihood"],
     "scoring.scorers": ["Scorer"],

@@ -31,6 +31,12 @@ PROVENANCE = (
     *("ATTRIBUTION.md", "CITATION.cff"),
 )
 """Files of a model folder that say where its weights come from."""
+EMBEDDING_MODULES = "modules.json"
+EMBEDDING_POOLING = "1_Pooling/config.json"
+EMBEDDING_LENGTH = "sentence_bert_config.json"
+EMBEDDING_PROMPTS = "config_sentence_transformers.json"
+EMBEDDING_FILES = (EMBEDDING_MODULES, EMBEDDING_POOLING, EMBEDDING_LENGTH, EMBEDDING_PROMPTS)
+"""Files of sentence_transformers beside a model."""
 LOCK = ".lock"
 PARTIAL = ".partial"
 """Ending of the name of an unfinished file or folder."""

@@ -84,6 +84,11 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         The number of cyclic orders of the options to average over, at one forward pass each.
         There are as many as labels; a higher number and "all" use each once. `fit` trains on these
         orders, so use the same ones afterwards. None: 1.
+    shortlist : int, default=None
+        With letters: a prompt lists only this many labels, those whose vectors are nearest to that
+        of the text. The other labels share a probability of 1e-6. None: all labels are asked.
+    shortlist_model : str, default=None
+        The folder or hub id of the embedding model for the shortlist. None: the model that answers.
     long_text : {"shorten", "mean", "max"}, default=None
         "shorten" truncates a text that is too long at its end. "mean" and "max" score overlapping
         windows of it, and take the mean or the maximum of each probability. None: "shorten".

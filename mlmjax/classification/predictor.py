@@ -67,6 +67,8 @@ class Predictor:
     anchor: str | None = None
     examples: Sequence[tuple[str, Any]] | None = None
     orders: int | Literal["all"] | None = None
+    shortlist: int | None = None
+    shortlist_model: str | None = None
     long_text: LongText | None = None
     multi_label: bool | None = None
     ordered: bool | None = None

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlmjax.classification.context import JOINT, Shot, Shots, windows_of
-from mlmjax.classification.rounds import group_size, in_rounds
+from mlmjax.classification.rounds import Shortlist, group_size, in_rounds, over_all
 from mlmjax.classification.settings import LongText, Settings
 from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.errors import InputError
@@ -92,6 +92,11 @@ class Prompter:
                 f"orders is {settings.orders!r}, but these answers are not letters of options, "
                 "so they have no order to change; leave orders out"
             )
+        if settings.shortlist is not None and (self.own_names or settings.multi_label):
+            raise InputError(
+                f"shortlist is {settings.shortlist}, but a prompt here does not list the labels; "
+                "give answer='letters', or leave shortlist out"
+            )
         self.shifts = None if settings.orders == "all" else settings.orders
         self.shots = Shots(settings.examples, tokenizer) if settings.examples else None
 
@@ -104,7 +109,7 @@ class Prompter:
         settings, scorer = self.settings, self.scorer
         is_plain = not (settings.multi_label or settings.examples) and settings.orders == 1
         if not is_plain or settings.answer == "continuation" or self.size < len(self.names):
-            return None
+            return None  # A shortlist makes the size smaller, too.
         row = {"options": list(self.shown), "examples": "", "text": PROBE}
         parts = scorer.template.around("text", row, scorer.tokenizer)
         read = scorer.tokenizer.backend.encode(PROBE.join(parts)).ids
@@ -119,7 +124,18 @@ class Prompter:
         template, scorer = self.scorer.template, self.scorer
         if self.settings.multi_label or self.own_names or "options" not in template.fields:
             return len(self.names)
-        return group_size(template, scorer.tokenizer, self.shown, scorer.max_length)
+        most = self.settings.shortlist
+        return group_size(template, scorer.tokenizer, self.shown, scorer.max_length, most=most)
+
+    @cached_property
+    def shortlist(self) -> Shortlist | None:
+        """Return what finds the nearest labels; None if all labels are asked."""
+        count, source = self.settings.shortlist, self.settings.shortlist_model
+        if count is None or count >= len(self.names):
+            return None
+        batch_size = self.scorer.engine.batch_size
+        tokenizer = self.scorer.tokenizer
+        return Shortlist(self.shown, count, tokenizer, source=source, batch_size=batch_size)
 
     def stream(self, texts: Iterable[str], part: int = CHUNK_PROMPTS) -> Iterator[np.ndarray]:
         """Yield the log probabilities of at most `part` texts at a time, as `log_probs` does."""
@@ -143,7 +159,11 @@ class Prompter:
             asked = [queries[n]._replace(choice=c) for n, c in zip(numbers, choices, strict=True)]
             return self.ask(asked, [where[number] for number in numbers])
 
-        return np.array(in_rounds(ask, [query.choice for query in queries], self.size))
+        if self.shortlist is None:
+            return np.array(in_rounds(ask, [query.choice for query in queries], self.size))
+        choices = self.shortlist.nearest(self.scorer.model, [query.text for query in queries])
+        found = zip(in_rounds(ask, choices, self.size), choices, strict=True)
+        return np.array([over_all(scores, choice, len(self.names)) for scores, choice in found])
 
     def log_probs_by_name(self, texts: Sequence[str]) -> np.ndarray:
         """Return log probabilities under cyclic orders, `[queries, orders, option names]`.

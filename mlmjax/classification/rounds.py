@@ -1,4 +1,4 @@
-"""Score more labels than one prompt holds: groups compete in rounds."""
+"""Score more labels than one prompt holds: groups compete in rounds, or the nearest are asked."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 
 from mlmjax.errors import InputError
+from mlmjax.model.modernbert import Model
+from mlmjax.scoring.embedding import Embedder
 from mlmjax.text.prompts import Template, option_lines
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import usable_option_names
 
 TEXT_SHARE = 8
 """One in this many tokens of a prompt is kept for the text when labels are split into groups."""
+
+OTHERS = 1e-6
+"""The probability that the labels off a shortlist share, so that none gets 0."""
 
 Ask = Callable[[Sequence[int], Sequence[tuple[int, ...]]], list[np.ndarray]]
 """From the numbers of queries and the options of each to the options' log probabilities."""
@@ -23,17 +28,18 @@ def group_size(
     shown: Sequence[str],
     max_length: int,
     fields: Mapping[str, str] | None = None,
+    most: int | None = None,
 ) -> int:
-    """Return the number of options in one prompt: all of them if they fit.
+    """Return the number of options in one prompt: all of them, or the longest `most`, if they fit.
 
     Otherwise they form groups of equal size, as few as leave an eighth of the prompt for the text
     and have an option name for each label. `fields` are the texts of the prompt that do not depend
     on the options. Raises `InputError` if not even two labels fit.
     """
-    labels = len(shown)
-    names = len(usable_option_names(template.names, tokenizer, labels))
     lines = [option_lines([text], template.names, tokenizer) for text in shown]
     tokens = np.array([len(ids) + 1 for ids in tokenizer.encode_plain_batch(lines)])
+    labels = min(len(shown), most or len(shown))
+    names = len(usable_option_names(template.names, tokenizer, labels))
     empty: dict[str, Any] = (
         dict.fromkeys(template.fields, "") | {"options": []} | dict(fields or {})
     )
@@ -75,6 +81,51 @@ def in_rounds(ask: Ask, choices: Sequence[tuple[int, ...]], size: int) -> list[n
     ]
     final = in_rounds(ask, narrowed, size)
     return [_join(*parts) for parts in zip(rounds, kept, final, strict=True)]
+
+
+class Shortlist:
+    """Find the labels whose vectors have the largest cosine with the vector of a text.
+
+    `shown` are the texts of the labels. A vector is the mean over the tokens, by the model that
+    answers, or by the embedding model of `source` in the way that its folder says.
+    """
+
+    def __init__(
+        self,
+        shown: Sequence[str],
+        count: int,
+        tokenizer: Tokenizer,
+        *,
+        source: str | None,
+        batch_size: int | None,
+    ):
+        self.shown, self.count, self.tokenizer = list(shown), count, tokenizer
+        self.options: dict[str, Any] = {"truncate": True, "batch_size": batch_size}
+        self.own = None if source is None else Embedder.from_pretrained(source, **self.options)
+        self._known: tuple[Model, Embedder, np.ndarray] | None = None
+
+    def nearest(self, model: Model, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the numbers of the nearest labels of each text, ascending."""
+        if self._known is None or (self.own is None and self._known[0] is not model):
+            embedder = self.own or Embedder(model, self.tokenizer, **self.options)
+            vectors = embedder.embed(self.shown)
+            vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+            self._known = model, embedder, vectors
+        _, embedder, vectors = self._known
+        near = embedder.embed(texts) @ vectors.T
+        best = np.argsort(-near, axis=1, kind="stable")[:, : self.count]
+        return [tuple(sorted(row.tolist())) for row in best]
+
+
+def over_all(log_probs: np.ndarray, choice: Sequence[int], labels: int) -> np.ndarray:
+    """Return the log probabilities of all labels, given those of a shortlist.
+
+    >>> np.exp(over_all(np.log([0.5, 0.5]), [0, 2], 4)).round(7).tolist()
+    [0.4999995, 5e-07, 0.4999995, 5e-07]
+    """
+    result = np.full(labels, np.log(OTHERS / (labels - len(choice))))
+    result[list(choice)] = log_probs + np.log1p(-OTHERS)
+    return result
 
 
 def _cut(choice: tuple[int, ...], size: int) -> list[tuple[int, ...]]:

@@ -70,6 +70,8 @@ class Settings(StrictTable):
     multi_label: bool = False
     ordered: bool = False
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
+    shortlist: Annotated[int, Field(ge=2)] | None = None
+    shortlist_model: str | None = None
     long_text: LongText = "shorten"
     instruction: str | None = None
     examples: tuple[Shot, ...] = ()
@@ -117,7 +119,7 @@ LEARNED = ("calibration", "conformal", "abstain_below")
 
 PLAIN = (
     *("head", "answer", "multi_label", "ordered", "orders"),
-    *("long_text", "max_length", "instruction"),
+    *("long_text", "max_length", "instruction", "shortlist", "shortlist_model"),
 )
 """Settings that are arguments of the constructor as they are."""
 
@@ -220,6 +222,8 @@ def _answer(
         return {"answer": None, "reason": None}
     if values["orders"] != 1:
         return {"answer": "letters", "reason": "only options in a list have orders"}
+    if values["shortlist"] is not None:
+        return {"answer": "letters", "reason": "only options in a list have a shortlist"}
     answer, reason = suitable_answer(values["labels"], tokenizer)
     return {"answer": answer, "reason": reason}
 

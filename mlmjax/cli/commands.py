@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from mlmjax.cli import options
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve
+from mlmjax.cli.deploy import embed, export_program
 from mlmjax.cli.options import FiniteRange, Group, LearningRate
 from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
-    from mlmjax.config.data import CsvOptions
     from mlmjax.config.decisions import DecisionTask
     from mlmjax.config.run import RunConfig
 
@@ -24,62 +25,6 @@ if TYPE_CHECKING:
 _config = click.argument("config")
 _overrides = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 _positive = click.IntRange(min=1)
-_revision = click.option("--revision", help="Revision of a Hub model.")
-_dtype = click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Precision that the model computes in.",
-)
-_anchor = click.option(
-    "--anchor",
-    metavar="TOKEN",
-    help='Token before the mask of a prompt, or "none" (default: the tokenizer\'s own).',
-)
-_batch_size = click.option("--batch-size", type=_positive, help="Rows of one forward pass.")
-
-
-def _check_encoding(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> str | None:
-    """Return the name of an encoding; raise `BadParameter` for an unknown one."""
-    from mlmjax.config.data import check_encoding
-
-    try:
-        return None if value is None else check_encoding(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{error}.") from error
-
-
-_encoding = click.option(
-    "--encoding",
-    metavar="NAME",
-    callback=_check_encoding,
-    help="Encoding of the texts, such as latin-1 (default: UTF-8, or by the first bytes).",
-)
-
-
-def _read_csv_options(
-    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
-) -> "CsvOptions":
-    from mlmjax.config.data import CsvOptions
-
-    return CsvOptions.parse(value)
-
-
-_csv = click.option(
-    "--csv",
-    multiple=True,
-    metavar="KEY=VALUE",
-    callback=_read_csv_options,
-    help="How a CSV file is written: separator, quote, escape or merged_lines (default: detected).",
-)
-_max_length = click.option(
-    "--max-length",
-    type=_positive,
-    help="Most tokens of a prompt; longer texts are truncated (default: what the model reads).",
-)
 _json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 
 
@@ -90,6 +35,8 @@ def cli() -> None:
 
 cli.add_command(convert)
 cli.add_command(decide)
+cli.add_command(embed)
+cli.add_command(export_program)
 cli.add_command(serve)
 
 
@@ -245,7 +192,7 @@ def plan(
 @click.option("--task", help="Name of a shipped task, or a task file (TOML).")
 @click.option("--suite", help="Instead of a task: paper, or a suite file (TOML).")
 @click.option("--data", help="File with the task's rows; for a suite, a folder of files.")
-@_encoding
+@options.encoding
 @click.option(
     "--baseline",
     "baselines",
@@ -262,9 +209,9 @@ def plan(
 )
 @click.option("--limit", type=_positive, help="Only the first N rows; for a suite, N drawn rows.")
 @click.option("--out", help="Folder for the results; a suite resumes from it.")
-@_revision
-@_dtype
-@_batch_size
+@options.revision
+@options.dtype
+@options.batch_size
 @click.option(
     "--order-rows",
     type=click.IntRange(min=0),
@@ -273,7 +220,7 @@ def plan(
     help="Measure order sensitivity on N rows (asks each again with up to 3 other orders of its "
     "options); 0 turns it off.",
 )
-@_anchor
+@options.anchor
 @_json
 @click.pass_context
 def evaluate(context: click.Context, /, **given: Any) -> None:
@@ -483,16 +430,16 @@ def compare(a: str, b: str, as_json: bool) -> None:
     help="Share of the rows to fit a temperature to; 0 leaves the probabilities as they are.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of split and training.")
-@_encoding
-@_csv
-@_max_length
+@options.encoding
+@options.csv
+@options.max_length
 @click.option("--skip-blank", is_flag=True, help="Leave out rows without a text or a label.")
 @click.option(
     "--drop-label", "drop_labels", multiple=True, metavar="LABEL", help="Leave out its rows."
 )
-@_anchor
-@_revision
-@_dtype
+@options.anchor
+@options.revision
+@options.dtype
 @_json
 def fit(
     table: str,
@@ -536,16 +483,16 @@ def fit(
     help='Labels as "a,b,c", or a file with one label or label<TAB>description per line; '
     "a saved classifier has its own.",
 )
-@_revision
-@_dtype
-@_batch_size
-@_anchor
+@options.revision
+@options.dtype
+@options.batch_size
+@options.anchor
 @click.option("--text", metavar="COLUMN", help="FILE is a table; the column of its texts.")
 @click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
 @click.option("--out", metavar="FILE", help="Write a .jsonl, .csv or .parquet file.")
-@_encoding
-@_csv
-@_max_length
+@options.encoding
+@options.csv
+@options.max_length
 @click.option("--echo", is_flag=True, help="Repeat each text in its answer.")
 @click.option("--full", is_flag=True, help="Print all digits of the probabilities, not six.")
 @click.argument("file", default="-")

@@ -1,17 +1,20 @@
-"""Define what all commands share: how much they print, the version, and examples in the help."""
+"""Define what commands share: options, how much they print, and examples in the help."""
 
 import math
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlmjax._version import __version__
 from mlmjax.parallel.environment import check_flags
 from mlmjax.reporting.verbosity import is_verbose, set_verbosity
+
+if TYPE_CHECKING:
+    from mlmjax.config.data import CsvOptions
 
 
 class Talk:
@@ -126,3 +129,64 @@ class Group(_Shared, click.Group):
     """A group of commands of `mlmjax`."""
 
     command_class = Command
+
+
+# Options that several commands share.
+revision = click.option("--revision", help="Revision of a Hub model.")
+dtype = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Precision that the model computes in.",
+)
+anchor = click.option(
+    "--anchor",
+    metavar="TOKEN",
+    help='Token before the mask of a prompt, or "none" (default: the tokenizer\'s own).',
+)
+batch_size = click.option(
+    "--batch-size", type=click.IntRange(min=1), help="Rows of one forward pass."
+)
+
+
+def _check_encoding(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """Return the name of an encoding; raise `BadParameter` for an unknown one."""
+    from mlmjax.config.data import check_encoding
+
+    try:
+        return None if value is None else check_encoding(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}.") from error
+
+
+encoding = click.option(
+    "--encoding",
+    metavar="NAME",
+    callback=_check_encoding,
+    help="Encoding of the texts, such as latin-1 (default: UTF-8, or by the first bytes).",
+)
+
+
+def _read_csv_options(
+    context: click.Context, parameter: click.Parameter, value: tuple[str, ...]
+) -> "CsvOptions":
+    from mlmjax.config.data import CsvOptions
+
+    return CsvOptions.parse(value)
+
+
+csv = click.option(
+    "--csv",
+    multiple=True,
+    metavar="KEY=VALUE",
+    callback=_read_csv_options,
+    help="How a CSV file is written: separator, quote, escape or merged_lines (default: detected).",
+)
+max_length = click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Most tokens of a prompt; longer texts are truncated (default: what the model reads).",
+)

@@ -209,6 +209,14 @@ def with_parameters(abstract: Any, values: Mapping[str, Any]) -> Any:
     return nnx.merge(graphdef, filled)
 
 
+def encoder_of(model: Model) -> ModernBertModel:
+    """Return the encoder of a model, which shares its arrays."""
+    config = replace(model.config, architectures=(ModernBertModel.__name__,))
+    abstract = abstract_model(ModernBertModel.__name__, config, model.options)
+    encoder: ModernBertModel = with_parameters(abstract, parameters(model))
+    return encoder
+
+
 def labelled_config(config: ModelConfig, labels: Sequence[str]) -> ModelConfig:
     """Return the configuration of a classification model; without labels, of a regression."""
     names = list(labels) or ["LABEL_0"]

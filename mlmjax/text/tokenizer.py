@@ -38,7 +38,8 @@ class Tokenizer:
     such token), `anchor_id` and `anchor` (the token before the slot of a prompt and its text: the
     one that `tokenizer_config.json` names as `anchor`, else `[unused0]`; None if there is none),
     `names` (the text of the token of each role, such as "mask"), `special_ids` (every special
-    token and every `[unused*]`: never masked, never a target), `lstrip_ids` (tokens that include
+    token and every `[unused*]`: never masked, never a target), `forbidden_ids` (those that no text
+    becomes: all but the unknown token), `lstrip_ids` (tokens that include
     the white space before them), `files` (name -> bytes, written by `save`) and `sha256` of
     `files["tokenizer.json"]` and a named anchor.
     """
@@ -77,7 +78,7 @@ class Tokenizer:
         }
         self._plain, self._secrets = plain_copy(found, taken, path)
         # A word-level vocabulary may not know a text; any other special id would be a breach.
-        self._forbidden = self.special_ids - found.unknown
+        self.forbidden_ids = self.special_ids - found.unknown
         for name in sorted(taken):
             self.encode_plain(name)
 
@@ -220,6 +221,16 @@ class Tokenizer:
         ]
         return self._encode(strings, [[i for i in row if isinstance(i, int)] for row in rows])
 
+    def plain_json(self) -> str:
+        """Return the `tokenizer.json` of a tokenizer that knows special tokens by secret names."""
+        return self._plain.to_str()
+
+    def hide_names(self, text: str) -> str:
+        """Return a text with the secret names of `plain_json` in place of special tokens' names."""
+        secrets = {self.backend.id_to_token(i) or "": own for i, own in self._secrets.items()}
+        pattern = "|".join(map(re.escape, sorted(secrets, key=len, reverse=True)))
+        return re.sub(pattern, lambda match: secrets[match[0]], text)
+
     def plain_offsets(self, text: str) -> list[tuple[int, int]]:
         """Return the span of each token of `encode_plain(text)`, `[start, end)` in characters."""
         check_text(text, "text")
@@ -283,7 +294,7 @@ class Tokenizer:
             ) from error
         encoded = [encoding.ids for encoding in encodings]
         for own, ids in zip(given, encoded, strict=True):
-            found = [i for i in ids if i in self._forbidden]
+            found = [i for i in ids if i in self.forbidden_ids]
             if found != [*own]:
                 raise self._misread(found, own)
         return encoded

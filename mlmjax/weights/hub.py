@@ -17,6 +17,7 @@ from mlmjax.storage import (
     CLASSIFIER,
     CONFIG,
     DECIDER,
+    EMBEDDING_FILES,
     PROVENANCE,
     TOKENIZER_FILES,
     expand_home,
@@ -30,7 +31,8 @@ OTHER_TOKENIZER_FILES = ("added_tokens.json", "vocab.json", "merges.txt", "chat_
 EXPORT_FILES = frozenset(
     {CONFIG, INDEX, ADAPTER_CONFIG, ADAPTER_BASE, CLASSIFIER, DECIDER, *PROVENANCE}
     | {"generation_config.json", ".gitattributes"}
-    | {"*.safetensors"}
+    | {"*.safetensors", "2_Normalize"}
+    | {name.partition("/")[0] for name in EMBEDDING_FILES}
     | set(TOKENIZER_FILES + OTHER_TOKENIZER_FILES)
 )
 """Files of a model or an adapter, which another export may replace."""
@@ -100,6 +102,7 @@ def fetch(
         INDEX,
         CLASSIFIER,
         DECIDER,
+        *EMBEDDING_FILES,
         *PROVENANCE,
         *TOKENIZER_FILES,
     ]

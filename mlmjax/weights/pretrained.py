@@ -391,6 +391,7 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save(folder)
         for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 

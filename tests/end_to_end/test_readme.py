@@ -291,7 +291,15 @@ def anchors(page):
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/pods.md", "docs/machines.md", "docs/classifier.md", "docs/preparing.md"]
+    [
+        "README.md",
+        "docs/embedding.md",
+        "docs/deploying.md",
+        "docs/pods.md",
+        "docs/machines.md",
+        "docs/classifier.md",
+        "docs/preparing.md",
+    ]
     + [f"docs/{name}.md" for name in PAGES],
 )
 def test_links_lead_somewhere(page):

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,10 +49,14 @@ def check_options(file: str, text: str | None, id_: str | None, out: str | None)
         )
     if is_table:
         check_regular(Path(file))
-    if out is None:
-        return
-    if Path(out).suffix.lower() not in ENDINGS:
-        raise InputError(f"--out {out}: expected a file that ends in {', '.join(ENDINGS)}")
+    if out is not None:
+        check_out(out, file)
+
+
+def check_out(out: str, file: str, endings: Sequence[str] = ENDINGS) -> None:
+    """Raise `InputError` unless `out` is a new file with one of these endings, or may be one."""
+    if Path(out).suffix.lower() not in endings:
+        raise InputError(f"--out {out}: expected a file that ends in {', '.join(endings)}")
     if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
         raise InputError(f"--out {out}: is a folder or in no folder; expected a file to write")
     if os.path.exists(out) and os.path.exists(file) and os.path.samefile(out, file):
@@ -142,13 +146,13 @@ def write_answers(answers: Iterable[Mapping[str, Any]], out: str | None) -> int:
         for answer in counted():
             click.echo(json.dumps(answer, ensure_ascii=False))
     else:
-        with _whole(Path(out)) as path:
+        with write_to(Path(out)) as path:
             _WRITERS[Path(out).suffix.lower()](counted(), path)
     return count
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def write_to(path: Path) -> Iterator[Path]:
     """Yield a path to write, which replaces `path` at the end."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:

@@ -1,0 +1,108 @@
+"""Define the commands whose results other programs read."""
+
+import gc
+from typing import Any
+
+import click
+
+from mlmjax.cli import options
+from mlmjax.cli.options import Command
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "mlmjax embed --model MODEL --out vectors.npy texts.txt",
+        "mlmjax embed --model MODEL --text body --out vectors.parquet tickets.csv",
+    ],
+)
+@click.option("--model", help="Folder or Hub id of the model (default: the packaged mlmjax-small).")
+@click.option("--out", metavar="FILE", required=True, help="Write a .npy or .parquet file.")
+@click.option("--text", metavar="COLUMN", help="FILE is a table; the column of its texts.")
+@click.option("--id", "id_", metavar="COLUMN", help="Put this column in place of line numbers.")
+@click.option(
+    "--pooling",
+    type=click.Choice(["mean", "cls", "max"]),
+    help="How a text's tokens become one vector (default: that of the model's folder, or mean).",
+)
+@click.option(
+    "--normalize/--no-normalize", default=None, help="Give vectors length 1 (default: as pooling)."
+)
+@click.option("--prompt", metavar="NAME", help="Put this prompt of the model before each text.")
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Most tokens of a text (default: that of the model's folder, or what the model reads).",
+)
+@click.option("--truncate", is_flag=True, help="Embed the beginning of longer texts.")
+@options.revision
+@options.dtype
+@options.batch_size
+@options.encoding
+@options.csv
+@click.argument("file", default="-")
+def embed(file: str, **given: Any) -> None:
+    """Embed the lines of FILE, or its rows.
+
+    FILE may be - for standard input, or a table with --text. A .npy file has one row for each text,
+    a .parquet file also the number of its line, or its --id.
+    """
+    gc.set_threshold(50_000, 10, 10)  # imports make many objects, and few of them are garbage
+    from mlmjax.cli.vectors.embed import embed_file
+
+    embed_file(file, **given)
+
+
+@click.command(
+    "export-program",
+    cls=Command,
+    examples=["mlmjax export-program tickets-classifier --out tickets-program --length 512"],
+)
+@click.argument("model")
+@click.option("--out", metavar="DIR", required=True, help="Folder to write.")
+@click.option("--labels", help="Labels of a model that is no saved classifier, as for classify.")
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=[512],
+    show_default=True,
+    help="Most tokens of a prompt. Repeat it for more programs, each for its length.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Rows of one forward pass.",
+)
+@options.revision
+@options.dtype
+@options.anchor
+def export_program(
+    model: str,
+    out: str,
+    labels: str | None,
+    lengths: tuple[int, ...],
+    batch_size: int,
+    **given: Any,
+) -> None:
+    """Write a classifier as a program.
+
+    MODEL is a saved classifier. The folder answers with jax, numpy and tokenizers alone, on the
+    kind of device that exported it: python DIR/run.py texts.txt
+    """
+    from mlmjax.classification.predictor import Predictor
+    from mlmjax.classification.programs.program import export_program as write
+    from mlmjax.cli.tables.inputs import read_labels
+    from mlmjax.parallel.environment import check_devices
+    from mlmjax.reporting.terminal import say, working
+
+    names = None if labels is None else read_labels(labels)
+    check_devices()
+    with working(f"loading {model}"):
+        predictor = Predictor.from_pretrained(model, names, progress=False, **given)
+    with working("exporting"):
+        write(predictor, out, lengths=lengths, batch_size=batch_size)
+    say(f"{out}: python {out}/run.py texts.txt answers the lines of a file")
