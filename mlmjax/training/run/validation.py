@@ -20,6 +20,7 @@ from mlmjax.data.preparing.prepare import summary
 from mlmjax.parallel.processes import sum_over_processes
 from mlmjax.parallel.sharding import mesh_of, place
 from mlmjax.reporting import pages
+from mlmjax.reporting.markdown import shortened
 from mlmjax.statistics.metrics import wilson_interval
 from mlmjax.storage import CONFIG
 from mlmjax.text.tokenizer import Tokenizer
@@ -30,6 +31,8 @@ from mlmjax.training.step import TrainState
 from mlmjax.weights.tensor_files import INDEX, WEIGHTS
 
 EvalStep = Callable[[Any, Any], Mapping[str, jax.Array]]
+NAME = 17
+"""Characters of a name or an answer with which a line of the report fits 80 columns."""
 SOURCE_FIGURES = ("loss_atp", "loss_mlm", "answer_accuracy")
 
 
@@ -189,9 +192,17 @@ def _majority(gold: np.ndarray, name: Callable[[int], str]) -> dict[str, Any]:
     return {"majority": int(counts[most]) / len(gold), "majority_answer": name(int(answers[most]))}
 
 
-def report_lines(report: Mapping[str, Any]) -> list[str]:
-    """Return the report on held-out answers as lines: by task, overall, by source."""
-    sources = _source_lines(report.get("per_source") or {})
+def report_lines(report: Mapping[str, Any], most: int | None = NAME) -> list[str]:
+    """Return the report on held-out answers as lines: by task, overall, by source.
+
+    Names and answers of more than `most` characters lose their middle, so that a line has at most
+    80 columns. None shows them whole.
+    """
+
+    def short(text: str) -> str:
+        return text if most is None else shortened(text, most)
+
+    sources = _source_lines(report.get("per_source") or {}, short)
     if not report["n"]:
         return ["there are no held-out answers", *sources]
     if "mse" in report:
@@ -199,25 +210,28 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             f"{report['n']} held-out values: mean squared error {report['mse']:.4g} (always giving "
             f"their mean: {report['mse_of_mean']:.4g}), mean absolute error {report['mae']:.4g}"
         ]
-    baseline = "majority baseline, per task"
-    width = max(map(len, [*report["per_task"], baseline]))
-    heads = f"accuracy  {'95 % interval':14}  majority  most common answer"
+    baseline = "majority, by task"
+    width = max(map(len, [*map(short, report["per_task"]), baseline]))
+    heads = f"accuracy  {'95 % interval':14}  majority  most common"
     lines = [f"{'task':{width}}  {'n':>6}  {heads}"]
     for name, row in (*report["per_task"].items(), ("all", report)):
         interval = "{:.3f} to {:.3f}".format(*row["accuracy_ci95"]) if row is report else ""
         figures = f"{row['accuracy']:8.3f}  {interval:14}  {row['majority']:8.3f}"
-        lines.append(f"{name:{width}}  {row['n']:6d}  {figures}  {row['majority_answer']!r}")
+        answer = short(repr(row["majority_answer"]))
+        lines.append(f"{short(name):{width}}  {row['n']:6d}  {figures}  {answer}")
     lines.append(f"{baseline:{width}}  {'':6}  {'':8}  {'':14}  {report['per_task_majority']:8.3f}")
     return lines + sources
 
 
-def _source_lines(per_source: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+def _source_lines(
+    per_source: Mapping[str, Mapping[str, float | None]], short: Callable[[str], str]
+) -> list[str]:
     """Return the losses of the sources as lines: a heading, then one for each."""
     losses = ("loss_atp", "loss_mlm")
     rows = [["source", *losses]] if per_source else []
     for name, figures in per_source.items():
         shown = ("" if figures[key] is None else f"{figures[key]:.3f}" for key in losses)
-        rows.append([name, *shown])
+        rows.append([short(name), *shown])
     width = max((len(name) for name, *_ in rows), default=0)
     return [f"{name:{width}}  {atp:>8}  {mlm:>8}" for name, atp, mlm in rows]
 
@@ -240,7 +254,7 @@ def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, An
         "assets/training_card.md",
         config=config,
         rows=summary(manifest),
-        held_out=report_lines(report),
+        held_out=report_lines(report, most=None),
     )
 
 
