@@ -14,7 +14,7 @@ from mlmjax.parallel import sharding
 from mlmjax.reporting.pages import render
 from mlmjax.storage import write_whole
 from mlmjax.training.planning.arithmetic import estimate
-from mlmjax.training.planning.plan import apply_change
+from mlmjax.training.planning.changes import apply_change
 from mlmjax.training.run.initial_model import describe_start
 from mlmjax.weights.hub import PACKAGED
 
