@@ -83,13 +83,14 @@ def check_regular(path: Path) -> None:
 def plain_file(folder: Path, name: str) -> Path:
     """Return the path of a regular file in `folder`; raise `InputError` for anything else.
 
-    A link may lead elsewhere in the folder, and, in a snapshot of the hub's cache, to the blobs
-    next to it, which is how that cache is made.
+    A link may lead elsewhere in the folder, and, in a snapshot of the hub's cache (or a folder in
+    it), to the blobs next to it, which is how that cache is made.
     """
     if name in {"", ".", ".."} or set(name) & set("/\\:\0"):
         raise InputError(f"{folder}: {name!r} is not a plain file name; nothing outside is read")
     home = folder.resolve()
-    roots = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    snapshots = [up.parent for up in (home, home.parent) if up.parent.name == "snapshots"]
+    roots = [home, *(one.parent / "blobs" for one in snapshots)]
     try:
         target = (folder / name).resolve()
         if not any(target.is_relative_to(root) for root in roots):

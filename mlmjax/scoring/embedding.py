@@ -135,9 +135,7 @@ class Embedder:
         Raises what `mlmjax.save_pretrained` raises.
         """
         config = self.model.config
-        files = settings_files(
-            self.settings, config.hidden_size, self.engine.buckets[-1], self.tokenizer
-        )
+        files = settings_files(self.settings, config.hidden_size, self.engine.buckets[-1])
         save_pretrained(self.model, self.tokenizer, path, dtype=dtype, more_files=files)
 
     def _encode(self, texts: Iterable[str], before: str) -> Iterator[list[list[int]]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mlmjax.errors import InputError, suggest_keywords, suggest_name
+from mlmjax.errors import InputError, named_place, suggest_keywords, suggest_name
 from mlmjax.storage import (
     EMBEDDING_LENGTH,
     EMBEDDING_MODULES,
@@ -26,6 +26,7 @@ _KEYS: dict[Pooling, str] = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
 }
+_POOLING = EMBEDDING_POOLING.partition("/")[0]
 _KINDS = ("Transformer", "Pooling", "Normalize")
 
 
@@ -50,6 +51,13 @@ class EmbeddingSettings:
             raise InputError(
                 f"pooling is {self.pooling!r:.60}; expected one of {', '.join(map(repr, known))}"
             )
+        is_number = isinstance(self.max_length, int) and not isinstance(self.max_length, bool)
+        if self.max_length is not None and not is_number:
+            raise InputError(f"max_length is {self.max_length!r:.60}; expected a number of tokens")
+        if not isinstance(self.prompts, Mapping) or not all(
+            isinstance(text, str) for pair in self.prompts.items() for text in pair
+        ):
+            raise InputError(f"prompts are {self.prompts!r:.200}; expected {{name: text}}")
         self.prompt(self.default_prompt)
 
     def prompt(self, name: str | None) -> str:
@@ -80,24 +88,23 @@ def read_settings(folder: Path, tokenizer: Tokenizer, longest: int) -> Embedding
     if not (folder / EMBEDDING_MODULES).exists():
         return EmbeddingSettings()
     kinds = _read_modules(folder)
-    pooling: Pooling = "mean"
-    if "Pooling" in kinds:
-        pooling = _read_pooling(folder, kinds["Pooling"])
+    pooling, length = _read_pooling(folder), _read_length(folder, tokenizer, longest)
     prompts = read_json(folder, EMBEDDING_PROMPTS) if _has(folder, EMBEDDING_PROMPTS) else {}
-    return EmbeddingSettings(
-        pooling,
-        "Normalize" in kinds,
-        _read_length(folder, tokenizer, longest),
-        prompts.get("prompts") or {},
-        prompts.get("default_prompt_name"),
-    )
+    with named_place(str(folder / EMBEDDING_PROMPTS)):
+        return EmbeddingSettings(
+            pooling,
+            "Normalize" in kinds,
+            length,
+            prompts.get("prompts") or {},
+            prompts.get("default_prompt_name"),
+        )
 
 
 def settings_files(
-    settings: EmbeddingSettings, hidden_size: int, max_length: int, tokenizer: Tokenizer
+    settings: EmbeddingSettings, hidden_size: int, max_length: int
 ) -> dict[str, str]:
     """Return the files that sentence_transformers reads, by their names in the model's folder."""
-    modules = [("", "Transformer"), (str(Path(EMBEDDING_POOLING).parent), "Pooling")]
+    modules = [("", "Transformer"), (_POOLING, "Pooling")]
     modules += [("2_Normalize", "Normalize")] if settings.normalize else []
     listed = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
@@ -143,32 +150,28 @@ def _read_modules(folder: Path) -> dict[str, str]:
             f"{where}: has the modules {found:.300}; expected {', '.join(_KINDS[:2])} and at most "
             f"{_KINDS[2]}; the others cannot be computed here"
         )
-    if kinds["Transformer"]:
+    if (paths := (kinds["Transformer"], kinds["Pooling"])) != ("", _POOLING):
         raise InputError(
-            f"{where}: the model is in the folder {kinds['Transformer']!r:.80}; expected it beside "
-            "this file; give that folder, and the pooling"
+            f"{where}: the model and its pooling are in the folders {paths!r:.120}; expected the "
+            f"model beside this file, and {_POOLING}"
         )
     return kinds
 
 
-def _read_pooling(folder: Path, path: str) -> Pooling:
-    where = folder / path / "config.json"
-    if not path or "/" in path:
-        raise InputError(f"{folder / EMBEDDING_MODULES}: the path {path!r:.80} is no plain folder")
-    if not (folder / path).is_dir():
-        raise InputError(f"{where}: is missing; {EMBEDDING_MODULES} names it")
-    values = read_json(folder / path, "config.json")
+def _read_pooling(folder: Path) -> Pooling:
+    where = folder / EMBEDDING_POOLING
+    values = read_json(where.parent, where.name)
     modes = values.get("pooling_mode")
     if modes is None:
         chosen = [key for key, value in values.items() if key.startswith("pooling_mode_") and value]
         names: dict[str, str] = {key: mode for mode, key in _KEYS.items()}
         modes = [names.get(key, key) for key in chosen] or ["mean"]
-    found = [modes] if isinstance(modes, str) else list(modes)
-    if len(found) != 1 or found[0] not in _KEYS:
+    (found,) = modes if isinstance(modes, list) and len(modes) == 1 else (modes,)
+    if not isinstance(found, str) or found not in _KEYS:
         raise InputError(f"{where}: pools by {found!r:.200}; expected one of {', '.join(_KEYS)}")
     if values.get("include_prompt") is False:
         raise InputError(f"{where}: include_prompt is false, which is not supported")
-    return found[0]
+    return found
 
 
 def _read_length(folder: Path, tokenizer: Tokenizer, longest: int) -> int:

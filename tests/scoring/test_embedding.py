@@ -15,7 +15,7 @@ from mlmjax.model.modernbert import (
     encoder_of,
 )
 from mlmjax.scoring.embedding import Embedder
-from mlmjax.storage import EMBEDDING_POOLING
+from mlmjax.storage import EMBEDDING_POOLING, EMBEDDING_PROMPTS
 from mlmjax.text.tokenizer import Tokenizer
 
 POOLINGS = ("mean", "cls", "max")
@@ -98,6 +98,7 @@ def test_long_texts_are_an_error_or_truncated(model, tokenizer):
     [
         ({"pooling": "sum"}, "pooling is 'sum'; expected one of 'mean', 'cls', 'max'"),
         ({"max_length": 2}, "max_length is 2; expected more than 2"),
+        ({"max_length": "long"}, "max_length is 'long'; expected a number"),
         ({"max_length": 65}, "max_length is 65; expected 1 to 64"),
         ({"poling": "cls"}, "did you mean 'pooling'"),
     ],
@@ -151,13 +152,17 @@ def rewrite(path, change):
             lambda modules: modules.append({"type": "models.Dense", "path": "2_Dense"}),
             "models.Dense; expected Transformer, Pooling and at most Normalize",
         ),
-        ("modules.json", lambda modules: modules[1].update(path="../1"), "is no plain folder"),
-        ("modules.json", lambda modules: modules[1].update(path="2"), "is missing; modules.json"),
-        ("modules.json", lambda modules: modules[0].update(path="0"), "the model is in the folder"),
+        ("modules.json", lambda modules: modules[1].update(path="../1"), "and 1_Pooling"),
+        ("modules.json", lambda modules: modules[0].update(path="0"), "expected the model beside"),
         ("modules.json", lambda modules: {"type": 1}, "expected a list of modules"),
-        (EMBEDDING_POOLING, lambda own: {"pooling_mode": "lasttoken"}, "pools by .'lasttoken'"),
+        (EMBEDDING_POOLING, lambda own: {"pooling_mode": "lasttoken"}, "pools by 'lasttoken'"),
         (EMBEDDING_POOLING, lambda own: {"pooling_mode": ["cls", "max"]}, "expected one of mean"),
+        (EMBEDDING_POOLING, lambda own: {"pooling_mode": 7}, "pools by 7"),
+        (EMBEDDING_POOLING, lambda own: {"pooling_mode": [{}]}, "pools by {}"),
         (EMBEDDING_POOLING, lambda own: own.update(include_prompt=False), "include_prompt"),
+        (EMBEDDING_PROMPTS, lambda own: {"prompts": [1]}, "expected {name: text}"),
+        (EMBEDDING_PROMPTS, lambda own: {"prompts": {"a": 1}}, "expected {name: text}"),
+        (EMBEDDING_PROMPTS, lambda own: {"default_prompt_name": "b"}, "no prompt of this name"),
         ("sentence_bert_config.json", lambda own: own.update(do_lower_case=True), "do_lower_case"),
         ("sentence_bert_config.json", lambda own: {"max_seq_length": "x"}, "expected a number"),
     ],
@@ -169,6 +174,20 @@ def test_a_folder_that_cannot_be_computed_is_an_error(
     rewrite(tmp_path / name, change)
     with pytest.raises(InputError, match=message):
         Embedder.from_pretrained(tmp_path)
+
+
+def test_a_snapshot_of_the_hub_is_links_to_blobs(model, tokenizer, tmp_path):
+    Embedder(model, tokenizer, pooling="cls").save_pretrained(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "0123"
+    for file in [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]:
+        link = snapshot / file.relative_to(tmp_path / "blobs")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    assert Embedder.from_pretrained(snapshot).settings.pooling == "cls"
+    (snapshot / EMBEDDING_POOLING).unlink()
+    (snapshot / EMBEDDING_POOLING).symlink_to(tmp_path / "outside.json")
+    with pytest.raises(InputError, match="outside its folder"):
+        Embedder.from_pretrained(snapshot)
 
 
 def test_both_ways_to_write_pooling_are_read(model, tokenizer, tmp_path):
