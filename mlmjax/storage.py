@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -182,6 +183,17 @@ def check_replaceable(path: Path, replaceable: Collection[str]) -> None:
             f"{path}: holds files that are not part of a model ({min(others)}); give a new or "
             "empty folder"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` unless a folder can be made at this place, before the work for it."""
+    path = expand_home(path).absolute()
+    place = next(parent for parent in path.parents if parent.exists())
+    try:
+        with TemporaryDirectory(prefix=f".{path.name}.", dir=place):
+            pass
+    except OSError as error:
+        raise _not_writable(path, error) from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from mlmjax.storage import (
     PARTIAL,
     alone_in,
     build_folder,
+    check_writable,
     describe_file,
     expand_home,
     find_moved_away,
@@ -144,6 +145,16 @@ def test_a_leading_tilde_means_home_unless_a_folder_is_called_so(tmp_path, monke
         expand_home("~nobody-here/model")
     (tmp_path / "~nobody-here").mkdir()
     assert expand_home("~nobody-here/model") == Path("~nobody-here/model")
+
+
+def test_a_place_is_tried_before_the_work_for_it(tmp_path):
+    check_writable(tmp_path / "new" / "model")
+    assert names(tmp_path) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        InputError, match=r"file/model: cannot be written .*; give a folder in a place"
+    ):
+        check_writable(tmp_path / "file" / "model")
 
 
 def test_a_pipe_is_not_read_twice(tmp_path):

@@ -300,17 +300,20 @@ def _entropy(data: FitData) -> float:
 def _warning(
     prompter: Prompter, recipe: Recipe, attempts: Sequence[Attempt], kept: int
 ) -> str | None:
-    """Return a line that says what was seen and what usually helps; None if all is well."""
+    """Return a line that says what was seen and what usually helps; None if all is well.
+
+    The commands show it too, so it names an argument of Python only where it says so.
+    """
     attempt, settings = attempts[kept], prompter.settings
     if not attempt.problems:
         return None
     rate = attempt.learning_rate
-    helps = [f"another learning_rate than {rate:g} ({rate / 3:.1g} or {rate * 3:.1g})"]
+    helps = [f"another learning rate than {rate:g} ({rate / 3:.1g} or {rate * 3:.1g})"]
     if settings.head == "mlm" and not prompter.own_names and not settings.multi_label:
-        helps.insert(0, "answer='words' if each label is one token")
+        helps.insert(0, "answering by words if each label is one token")
     helps.append(f"more epochs than {recipe.epochs}")
     if not recipe.restarts:
-        helps.append("restarts=3 with validation_share=0.2")
+        helps.append("in Python restarts=3 with validation_share=0.2")
     tried = f" in any of {len(attempts)} attempts" if len(attempts) > 1 else ""
     return (
         f"the fit may have learned nothing{tried}: {'; '.join(attempt.problems)}. What usually "

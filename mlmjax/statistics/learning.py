@@ -14,6 +14,9 @@ Weights = np.ndarray | None
 NEARLY_ALL = 0.95
 """A classifier that gives one answer to this share of texts does not tell them apart."""
 
+MOST_SHOWN = 40
+"""Characters of a label that a line shows."""
+
 _NORMAL = 1.96  # two-sided 95 % of a normal distribution
 
 
@@ -166,7 +169,9 @@ def find_problems(
         found.append(_no_gain("held-out", validation))
     if training.answer_share >= NEARLY_ALL and _is_apart(training):
         share = f"{training.answer_share:.0%} of {training.n} training texts"
-        found.append(f"it answers {names[training.answer]!r:.40} for {share}")
+        name = names[training.answer]
+        shown = name if len(name) <= MOST_SHOWN else f"{name[: MOST_SHOWN - 1]}…"
+        found.append(f"it answers {shown!r} for {share}")
     first, last = min(history, key=lambda epoch: epoch["loss"]), history[-1]
     error = np.hypot(first.get("loss_error", np.inf), last.get("loss_error", np.inf))
     if last["loss"] - first["loss"] > _NORMAL * error:

@@ -250,7 +250,8 @@ class Template:
             budget -= len(ids) - max_length
         raise InputError(
             f"the prompt has {fixed} tokens without {', '.join(spans)} and at most {max_length} "
-            "fit, so there is no room; shorten the rest of the prompt or allow more tokens"
+            "fit, so there is no room; shorten the rest of the prompt or allow more tokens "
+            "(max_length, --max-length)"
         )
 
 

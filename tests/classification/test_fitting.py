@@ -156,7 +156,10 @@ def test_a_fit_that_learns_reports_itself_without_a_warning(pair):
     ("options", "says"),
     [
         ({"learning_rate": 1e-7, "epochs": 1}, "training texts is .*always giving the label"),
-        ({"learning_rate": 1e-7, "epochs": 1}, "answer='words' if each label is one token, ano"),
+        (
+            {"learning_rate": 1e-7, "epochs": 1},
+            "answering by words if each label is one token, ano",
+        ),
         (
             {"learning_rate": 1e-7, "epochs": 1},
             r"than 1e-07 \(3e-08 or 3e-07\), more epochs than 1",

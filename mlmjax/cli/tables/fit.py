@@ -30,7 +30,13 @@ from mlmjax.reporting.markdown import shortened, visible
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
-from mlmjax.storage import check_replaceable, replace_folder, write_json, write_whole
+from mlmjax.storage import (
+    check_replaceable,
+    check_writable,
+    replace_folder,
+    write_json,
+    write_whole,
+)
 from mlmjax.weights.adapters import check_apart
 from mlmjax.weights.hub import EXPORT_FILES, PACKAGED, fetch
 
@@ -183,6 +189,7 @@ def _check_folder(folder: Path) -> None:
             "hide; give another --out"
         )
     check_replaceable(folder, FILES)
+    check_writable(folder)
 
 
 def measure(

@@ -105,6 +105,8 @@ def read_file(
     wanted = Wanted(columns, optional, csv, encoding, note, advise)
     kind, compression = _kind_of(path)
     read = _READERS.get(kind)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give a file")
     if read is None or (compression and kind == ".parquet"):
         raise InputError(
             f"{path}: unknown kind of file; expected a name that ends in {', '.join(_READERS)}, "

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from shlex import quote
@@ -59,6 +59,19 @@ class LabelledTable(NamedTuple):
         return [self.texts[i] for i in rows], [self.labels[i] for i in rows]
 
 
+def _names(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of columns; those inside an object with its name before a dot.
+
+    >>> list(_names({"id": 7, "data": {"text": "a", "meta": {}}}))
+    ['id', 'data.text', 'data.meta']
+    """
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from (f"{name}.{inner}" for inner in _names(value))
+        else:
+            yield name
+
+
 def find_columns(
     where: str, present: Sequence[str], text: str | None = None, label: str | None = None
 ) -> Columns:
@@ -71,6 +84,10 @@ def find_columns(
     ('Body', 'topic')
     """
     require_columns(where, [name for name in (text, label) if name is not None], present)
+    if len(present) < 2:
+        raise InputError(
+            f"{where}: has one column, {', '.join(present)}; expected one of texts and one of labels"
+        )
     said = []
     taken: set[str] = set()
     for name in (text, label):
@@ -92,15 +109,16 @@ def find_columns(
 def _obvious(
     where: str, left: Sequence[str], usual: Collection[str], what: str, option: str, is_last: bool
 ) -> str:
-    found = [name for name in left if name.strip().lower() in usual]
+    found = [name for name in left if name.strip().lower().rpartition(".")[2] in usual]
     if len(found) == 1:
         return found[0]
     if is_last and len(left) == 1:
         return left[0]
     why = f"{', '.join(map(repr, found))} may" if found else "no column has a usual name and may"
+    names = ", ".join(name or "one without a name" for name in left)
     raise InputError(
         f"{where}: which column holds the {what} is not clear: {why} hold them; columns: "
-        f"{', '.join(left) or 'none'}; give {option} COLUMN"
+        f"{names or 'none'}; give {option} COLUMN"
     )
 
 
@@ -126,7 +144,7 @@ def read_labelled(
     given = [name for name in (text, label) if name is not None] if is_csv(path) else None
     records = read_file(path, given, csv=csv, encoding=encoding, noted=noted)
     first = islice(records, FIRST_ROWS)
-    present = list(dict.fromkeys(name for record in first for name in record.fields))
+    present = list(dict.fromkeys(name for record in first for name in _names(record.fields)))
     if not present:
         raise InputError(f"{path}: has no rows; expected a text and a label in each")
     columns = find_columns(str(path), present, text, label)

@@ -42,6 +42,7 @@ def test_given_columns_are_used_and_not_spoken_of(tmp_path):
         (["words", "team"], {"text": "words"}, ("words", "team")),
         (["text", "body", "label"], {"text": "body"}, ("body", "label")),
         (["a", "text", "category"], {"label": "a"}, ("text", "a")),
+        (["id", "data.text", "data.meta.label"], {}, ("data.text", "data.meta.label")),
     ],
 )
 def test_obvious_columns_are_found(present, given, found):
@@ -51,6 +52,8 @@ def test_obvious_columns_are_found(present, given, found):
 @pytest.mark.parametrize(
     ("present", "given", "says"),
     [
+        (["text"], {}, "has one column, text; expected one of texts and one of labels"),
+        (["text", ""], {}, "columns: text, one without a name; give --label COLUMN"),
         (["a", "b"], {}, "which column holds the labels is not clear: no column has a usual"),
         (["text", "body", "label"], {}, "'text', 'body' may hold them; columns: text, body"),
         (["text", "label", "class"], {}, "'label', 'class' may hold them"),
@@ -85,6 +88,13 @@ def test_missing_numbers_and_nulls_are_blank(tmp_path):
     with pytest.raises(InputError, match="row 2: column 'label' is blank"):
         read_labelled(path)
     assert set(read_labelled(path, skip_blank=True).labels) == {"1", "2"}
+
+
+def test_columns_inside_an_object_are_found(tmp_path):
+    rows = [{"id": i, "data": {"text": f"text {i}", "label": "ab"[i % 2]}} for i in range(8)]
+    table = read_labelled(write_table(tmp_path / "a.jsonl", rows))
+    assert table.columns[:2] == ("data.text", "data.label")
+    assert table.texts[7] == "text 7"
 
 
 def test_semicolons_are_found(tmp_path):
@@ -195,3 +205,5 @@ def test_a_spreadsheet_and_a_table_without_rows_are_rejected(tmp_path):
     (tmp_path / "a.csv").write_text("text,label\n")
     with pytest.raises(InputError, match="has no rows"):
         read_labelled(tmp_path / "a.csv")
+    with pytest.raises(InputError, match="is a folder; give a file"):
+        read_labelled(tmp_path)
