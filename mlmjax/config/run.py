@@ -22,7 +22,7 @@ from mlmjax.config.data import (
     Share,
 )
 from mlmjax.config.tables import StrictTable, decode, override, read_toml
-from mlmjax.errors import suggest_keywords, suggest_name
+from mlmjax.errors import InputError, suggest_keywords, suggest_name
 
 # TPU kernels process a sequence in tiles of 128 tokens.
 Tiles = Annotated[int, Field(gt=0, le=8192, multiple_of=128)]
@@ -380,6 +380,11 @@ def load_config(
     nearest known key.
     """
     table = read_toml(path)
+    if {"prompt", "answer"} <= table.keys():
+        raise InputError(
+            f"{path}: is a task file, as `mlmjax evaluate --task` reads it; give a run file, such "
+            "as `mlmjax init` writes"
+        )
     changed = {change.partition("=")[0] for change in overrides}
     for key, other in (("steps", "epochs"), ("epochs", "steps")):
         if key in changed and other not in changed and other in table:

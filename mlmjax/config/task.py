@@ -318,7 +318,13 @@ def load_task(name_or_path: str | Path, others: Sequence[str] = ()) -> Task:
     nearest one, also of the `others` that would do), and for every wrong key and value of the file.
     """
     path = find_file("task", name_or_path, others)
-    task = decode(Task, read_toml(path), where=str(path))
+    values = read_toml(path)
+    if isinstance(values.get("data"), Mapping):
+        raise InputError(
+            f"{path}: is a run file, as `mlmjax train` reads it; give a task file, or the name of "
+            "a shipped task"
+        )
+    task = decode(Task, values, where=str(path))
     if task.data is not None:
         task = task.model_copy(update={"data": str(path.parent / task.data)})
     return task

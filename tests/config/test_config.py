@@ -10,6 +10,7 @@ from mlmjax.config.data import SelectConfig
 from mlmjax.config.run import RunConfig, load_config, parse_config
 from mlmjax.config.suite import Suite
 from mlmjax.config.tables import decode
+from mlmjax.config.task import load_task
 from mlmjax.errors import InputError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -47,6 +48,15 @@ def test_overrides_are_toml_values_and_reach_into_lists(minimal):
     assert (config.data.batch_size, config.out) == (64, "runs/b")
     assert config.optimizer.learning_rate == 1e-5
     assert config.data.sources[0].path == "y.jsonl"
+
+
+def test_a_run_file_and_a_task_file_are_not_taken_for_each_other(minimal, tmp_path):
+    with pytest.raises(InputError, match=r"run\.toml: is a run file, as `mlmjax train` reads it"):
+        load_task(minimal)
+    task = tmp_path / "task.toml"
+    task.write_text('name = "a"\ndata = "a.csv"\nprompt = "{text}"\nanswer = "label"\n')
+    with pytest.raises(InputError, match=r"task\.toml: is a task file, as `mlmjax evaluate"):
+        load_config(task)
 
 
 def test_an_empty_model_makes_way_for_a_start(minimal):

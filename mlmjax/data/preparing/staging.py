@@ -15,7 +15,7 @@ from mlmjax.data.manifest import FORMAT, SPLITS, SourceFile, SourceReport
 from mlmjax.data.preparing.selection import mix
 from mlmjax.data.preparing.shuffle import Chunk, read_stage, write_stage
 from mlmjax.data.preparing.workers import Job, Workers
-from mlmjax.data.reading.examples import Counts, Encoded, read_examples
+from mlmjax.data.reading.examples import TOO_LONG, Counts, Encoded, read_examples
 from mlmjax.data.reading.exclusion import Exclusion
 from mlmjax.data.reading.files import BROKEN_FILE
 from mlmjax.data.reading.sources import first_columns, source_files
@@ -252,7 +252,11 @@ def report_sources(staged: Staged, config: DataConfig, split: str) -> list[Sourc
             found["columns"] = first_columns(source)
         report = SourceReport(name=source.title, files=files, **found)
         if not report.examples:
-            raise InputError(f"no example is left to train on: {describe_source(report)}")
+            hint = f"; raise data.seq_length, which is {config.seq_length}"
+            raise InputError(
+                f"no example is left to train on: {describe_source(report)}"
+                + hint * (TOO_LONG in report.dropped)
+            )
         reports.append(report)
     return reports
 

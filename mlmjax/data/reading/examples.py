@@ -41,6 +41,9 @@ _NUMBER = re.compile(r"\s*[-+]?\d+([.,]\d+)?\s*")
 CHUNK_RECORDS, CHUNK_CHARACTERS = 1024, 2**22
 """At most so much is tokenised together: enough for all threads, little memory."""
 
+TOO_LONG = "prompt too long"
+"""Why an example is dropped whose prompt does not fit, however short its text is made."""
+
 _ANY_LENGTH = 2**31
 
 MOST_NAMED = 20
@@ -372,7 +375,7 @@ class _Prompts(_Reader):
                 try:
                     prompt = self.template.render(self.tokenizer, row, self.seq_length)
                 except InputError:
-                    counts.dropped["prompt too long"] += 1
+                    counts.dropped[TOO_LONG] += 1
                     continue
                 counts.shortened.update(prompt.shortened.keys())
             ids = np.array(prompt.ids, np.uint32)

@@ -86,7 +86,8 @@ def find_columns(
     require_columns(where, [name for name in (text, label) if name is not None], present)
     if len(present) < 2:
         raise InputError(
-            f"{where}: has one column, {', '.join(present)}; expected one of texts and one of labels"
+            f"{where}: has one column, {', '.join(present)}; expected one of texts and one of "
+            "labels"
         )
     said = []
     taken: set[str] = set()

@@ -32,7 +32,7 @@ OVERRIDES = {
     "with a batch that does not accumulate": (["data.accumulate=3"], "4 is not a multiple of accu"),
     "with a warm-up too long": (["schedule.warmup=100"], "schedule: warmup 100"),
     "with rows too long": (["data.seq_length=9000"], "data.seq_length: found 9000"),
-    "with rows too short": (["data.seq_length=3"], "no example is left"),
+    "with rows too short": (["data.seq_length=3"], "raise data.seq_length, which is 3"),
     "with rows of 10^12": (["data.seq_length=1000000000000"], "data.seq_length: found 10000"),
     "with all rows held out": (["data.validation_rows=1000"], "data.validation_rows = 1000"),
     "with two kinds of validation": (
