@@ -302,7 +302,7 @@ def _warning(
 ) -> str | None:
     """Return a line that says what was seen and what usually helps; None if all is well.
 
-    The commands show it too, so it names an argument of Python only where it says so.
+    The commands show it too, so it names no arguments of Python.
     """
     attempt, settings = attempts[kept], prompter.settings
     if not attempt.problems:
@@ -313,7 +313,7 @@ def _warning(
         helps.insert(0, "answering by words if each label is one token")
     helps.append(f"more epochs than {recipe.epochs}")
     if not recipe.restarts:
-        helps.append("in Python restarts=3 with validation_share=0.2")
+        helps.append("3 restarts that held-out texts choose from")
     tried = f" in any of {len(attempts)} attempts" if len(attempts) > 1 else ""
     return (
         f"the fit may have learned nothing{tried}: {'; '.join(attempt.problems)}. What usually "
