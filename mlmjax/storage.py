@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import stat
+import sys
 import uuid
 import zlib
 from collections.abc import Callable, Collection, Iterator
@@ -348,6 +349,8 @@ def _abandoned(path: Path, kind: str) -> list[Path]:
 
 
 def _is_alive(process: int) -> bool:
+    if sys.platform == "win32":
+        return True  # not known: there os.kill sends Ctrl-C, or ends the process
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -1,5 +1,6 @@
 """Start `mlmjax`: environment, compile cache, and errors turned into exit codes."""
 
+import _thread
 import atexit
 import codecs
 import gc
@@ -16,6 +17,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -223,7 +225,10 @@ def listen_to_interrupts() -> None:
     def send_again(found: Any) -> None:
         number = _SIGNAL_OF.get(found.exc_type)
         if callable(number and signal.getsignal(number)):
-            threading.Timer(0.05, signal.pthread_kill, (thread, number)).start()
+            # Windows has no pthread_kill; the other does not end a wait.
+            has_kill = hasattr(signal, "pthread_kill")
+            send = partial(signal.pthread_kill, thread) if has_kill else _thread.interrupt_main
+            threading.Timer(0.05, send, (number,)).start()
         else:
             report(found)
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from mlmjax.config.run import AttentionName
 from mlmjax.errors import InputError
 from mlmjax.model.blockwise import attend_at_once, attend_by_blocks, visible
+from mlmjax.parallel.jax_internals import splash_kernels
 from mlmjax.parallel.sharding import BATCH_AXES, mesh_sizes, platform
 
 IMPLEMENTATIONS = get_args(AttentionName)
@@ -71,8 +72,13 @@ def _resolve(implementation: str, query: jax.Array) -> str:
 
 
 def choose_implementation(where: str) -> str:
-    """Return what `"auto"` means on a platform; a GPU uses cuDNN for arrays that cuDNN takes."""
-    return "splash" if where == "tpu" else "cudnn" if where in _GPUS else "banded"
+    """Return what `"auto"` means on a platform; a GPU uses cuDNN for arrays that cuDNN takes.
+
+    On a TPU it is `"banded"`, with a warning, if this JAX lacks the kernels.
+    """
+    if where == "tpu" and splash_kernels() is not None:
+        return "splash"
+    return "cudnn" if where in _GPUS else "banded"
 
 
 def check_platform(implementation: str, where: str) -> None:
@@ -133,35 +139,32 @@ def splash(
     kernel on its own rows and heads, because the compiler cannot shard a kernel. `interpret` runs
     it without a TPU.
     """
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
+    if (found := splash_kernels()) is None:
+        raise InputError(
+            f"attention 'splash': jax {jax.__version__} has no such kernels; set attention to "
+            "'banded'"
+        )
+    kernels, masks = found
     batch, _, length, head_dim = query.shape
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
     missing = -length % SPLASH_TILE
     shape = (length + missing, length + missing)
     size = splash_block(length, block)
-    kernels = ("", "_dkv", "_dq")  # forward, gradient of keys and values, gradient of queries
-    blocks: dict[str, Any] = {f"block_{x}{of}": size for x in ("q", "kv") for of in kernels}
-    sizes = splash_attention_kernel.BlockSizes(**blocks)
-    mask = (
-        splash_attention_mask.FullMask(shape)
-        if window is None
-        else splash_attention_mask.LocalMask(shape, (window, window), 0)
-    )
+    passes = ("", "_dkv", "_dq")  # forward, gradient of keys and values, gradient of queries
+    blocks: dict[str, Any] = {f"block_{x}{of}": size for x in ("q", "kv") for of in passes}
+    sizes = kernels.BlockSizes(**blocks)
+    mask = masks.FullMask(shape) if window is None else masks.LocalMask(shape, (window, window), 0)
 
     def on_one_device(q: jax.Array, k: jax.Array, v: jax.Array, s: jax.Array) -> jax.Array:
-        kernel = splash_attention_kernel.make_splash_mha(
-            splash_attention_mask.MultiHeadMask([mask] * q.shape[1]),
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([mask] * q.shape[1]),
             block_sizes=sizes,
             head_shards=1,
             q_seq_shards=1,
             interpret=interpret,
         )
-        segments = splash_attention_kernel.SegmentIds(q=s, kv=s)
+        segments = kernels.SegmentIds(q=s, kv=s)
         return jax.vmap(kernel)(q, k, v, segments)
 
     rows = [(0, 0), (0, 0), (0, missing), (0, 0)]

@@ -13,7 +13,8 @@ import jax
 
 from mlmjax.errors import EXIT_FAILED, InputError, RunError, first_line
 from mlmjax.parallel import failures
-from mlmjax.parallel.processes import coordinator_address, is_tpu_machine, process_count
+from mlmjax.parallel.jax_internals import is_tpu_machine
+from mlmjax.parallel.processes import coordinator_address, process_count
 
 JOIN_SECONDS = 300
 """How long processes wait for each other to start."""

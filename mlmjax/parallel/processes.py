@@ -1,27 +1,20 @@
-"""Exchange values between the processes of a run: broadcasts, sums and votes.
-
-The only file that imports from `jax._src`: JAX has no public name for the client of the
-coordinator, nor for process numbers and TPU chips without starting a backend.
-"""
+"""Exchange values between the processes of a run: broadcasts, sums and votes."""
 
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import cloud_tpu_init, distributed, hardware_utils, xla_bridge
-from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mlmjax.errors import InputError
+from mlmjax.parallel import jax_internals
 
 BROADCAST, BARRIER = "mlmjax/broadcast/", "mlmjax/barrier/"
 
@@ -30,12 +23,12 @@ _broadcasts = 0
 
 def process_index() -> int:
     """Return the number of this process in its run, without starting a backend."""
-    return int(distributed.global_state.process_id or 0)
+    return int(jax_internals.process_state().process_id or 0)
 
 
 def process_count() -> int:
     """Return the number of processes of this run, without starting a backend."""
-    return int(distributed.global_state.num_processes or 1)
+    return int(jax_internals.process_state().num_processes or 1)
 
 
 def is_first() -> bool:
@@ -45,51 +38,8 @@ def is_first() -> bool:
 
 def coordinator_address() -> str | None:
     """Return where the first process listens; None until this process tries to join."""
-    return distributed.global_state.coordinator_address
-
-
-def is_tpu_machine() -> bool:
-    """Tell whether JAX found TPU chips on this machine."""
-    return cloud_tpu_init.running_in_cloud_tpu_vm
-
-
-def skip_absent_tpu() -> None:
-    """Keep JAX from searching for a TPU, unless there may be one or a variable requests it.
-
-    The compiler for TPUs comes with its runtime, which prints many lines when it finds no TPU. If
-    `JAX_PLATFORMS` requests one, these lines are shown only if the runtime starts.
-    """
-    requested = (jax.config.jax_platforms or "").split(",")  # type: ignore[attr-defined]
-    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
-    if chips or cloud_tpu_init.jax_force_tpu_init():
-        return
-    factories = xla_bridge._backend_factories
-    if (found := factories.get("tpu")) is not None:
-        # The name stays, because JAX registers how to lower operations for the platforms it knows.
-        start = partial(_start_quietly, found.factory) if "tpu" in requested else _start_absent
-        factories["tpu"] = replace(found, factory=start)
-
-
-def _start_absent() -> Any:
-    raise RuntimeError("this machine has no TPU chips, and JAX_PLATFORMS does not request one")
-
-
-def _start_quietly(start: Callable[[], Any]) -> Any:
-    """Call `start`; show what its library printed to stderr only if that succeeds."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as printed:
-        os.dup2(printed.fileno(), 2)
-        try:
-            started = start()
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        printed.seek(0)
-        os.write(2, printed.read())
-    return started
-
-
-skip_absent_tpu()  # on import, because it has to come before the first array
+    address: str | None = jax_internals.process_state().coordinator_address
+    return address
 
 
 _is_forked = False
@@ -97,7 +47,7 @@ _is_forked = False
 
 def _note_fork() -> None:
     global _is_forked
-    _is_forked = _is_forked or xla_bridge.backends_are_initialized()
+    _is_forked = _is_forked or jax_internals.has_started()
 
 
 if hasattr(os, "register_at_fork"):
@@ -120,7 +70,7 @@ def check_not_forked() -> None:
 
 def client() -> Any:
     """Return the client of the coordinator, which stores texts by key."""
-    return distributed.global_state.client
+    return jax_internals.process_state().client
 
 
 def read_all(prefix: str) -> dict[int, str]:
@@ -169,7 +119,7 @@ def sum_over_processes(values: Mapping[str, float]) -> dict[str, float]:
     names = sorted(values)
     # As bits, because arrays of jax have no float64.
     bits = np.array([values[name] for name in names], np.float64).view(np.uint32)
-    gathered = np.ascontiguousarray(multihost_utils.process_allgather(bits))
+    gathered = np.ascontiguousarray(jax_internals.gather(bits))
     return dict(zip(names, gathered.view(np.float64).sum(axis=0).tolist(), strict=True))
 
 

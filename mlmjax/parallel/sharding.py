@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from mlmjax.config.run import MeshConfig
 from mlmjax.errors import InputError, counted
+from mlmjax.parallel.jax_internals import lay_out_hybrid
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -104,7 +104,7 @@ def lay_out_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray
     data, *inner = sizes
     if slices > 1 and data % slices == 0:
         within, across = (data // slices, *inner), (slices, 1, 1)
-        return mesh_utils.create_hybrid_device_mesh(within, across, devices)
+        return lay_out_hybrid(within, across, devices)
     if slices > 1 and devices[0].platform == "tpu":
         raise InputError(
             f"mesh: data {data} cannot be divided over {slices} slices, and only data parallelism "

@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 
 from mlmjax.config.run import CheckpointConfig
 from mlmjax.errors import InputError, RunError, first_line, full_disk, write_advice
 from mlmjax.parallel import processes
+from mlmjax.parallel.jax_internals import gather
 from mlmjax.parallel.sharding import named_leaves
 from mlmjax.storage import check_name, expand_home, is_remote
 
@@ -275,7 +275,7 @@ def fingerprints(state: Any) -> dict[str, int]:
     sums = np.array([sum(map(int, some)) for some in jax.device_get(pieces)], np.uint64)
     if jax.process_count() > 1:
         low = (sums % 2**32).astype(np.uint32)
-        sums = multihost_utils.process_allgather(low).astype(np.uint64).sum(axis=0)
+        sums = gather(low).astype(np.uint64).sum(axis=0)
     return {name: int(n % 2**32) for name, n in zip(leaves, sums, strict=True)}
 
 

@@ -166,7 +166,7 @@ def write_to(path: Path) -> Iterator[Path]:
 
 
 def _write_jsonl(answers: Iterable[Mapping[str, Any]], path: Path) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         for answer in answers:
             file.write(json.dumps(answer, ensure_ascii=False) + "\n")
 

@@ -326,7 +326,7 @@ def devices_of(topology: Topology) -> list[Any]:
         raise InputError(f"--topology {topology.name}: JAX finds no such GPUs in this machine")
     if topology.kind == "cpu":
         return jax.devices("cpu")[: topology.shape[0]]
-    from jax.experimental import topologies
+    from mlmjax.parallel.jax_internals import describe_tpu
 
     chip = CHIPS[topology.kind]
     options = dict(chip.options)
@@ -334,7 +334,7 @@ def devices_of(topology: Topology) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     name = f"{chip.name}:{'x'.join(map(str, topology.shape))}"
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        return describe_tpu(name, **options)
     except Exception as error:  # JAX and libtpu raise only general types here.
         if not has_tpu_compiler() or "libtpu" in str(error):
             raise InputError(
@@ -347,4 +347,3 @@ def devices_of(topology: Topology) -> list[Any]:
             f"the TPU compiler does not know a {topology.kind} slice of this shape "
             f"({first_line(error)})",
         ) from error
-    return list(described.devices)

@@ -55,7 +55,7 @@ class MetricsLog:
         with self._writing():
             lines = _kept_lines(self.path, step)
             write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
-            self._file = self.path.open("a", encoding="utf-8")
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
             with suppress(ImportError):
                 self._events = _Events(folder, step)
         self._written = {(line["step"], line["split"]) for line in lines}
