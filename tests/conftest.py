@@ -4,7 +4,6 @@ import gc
 import importlib.metadata
 import importlib.util
 import os
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ os.environ.setdefault(
 
 import jax
 import pytest
+from systems import files_that_need_posix
 
 from mlmjax.parallel import sharding
 
@@ -49,6 +49,14 @@ sharding.local_devices = lambda: jax.local_devices()[:1]
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
+if sys.platform == "win32":
+    collect_ignore = [str(path) for path in files_that_need_posix()]
+
+
+def pytest_report_header():
+    """Say how many files are left out where there is no POSIX."""
+    left_out = len(globals().get("collect_ignore", ()))
+    return f"files that need POSIX, left out: {left_out}" if left_out else None
 
 
 def wants(config, mark):
@@ -89,7 +97,7 @@ def pytest_runtest_teardown(item, nextitem):
 def resident_bytes():
     """Return the memory this process holds, as Linux counts it, or 0."""
     path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * resource.getpagesize() if path.exists() else 0
+    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0
 
 
 @pytest.fixture(scope="session")
