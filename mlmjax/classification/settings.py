@@ -28,7 +28,7 @@ from mlmjax.text.checks import (
     is_listing,
 )
 from mlmjax.text.prompts import Template
-from mlmjax.text.tokenizer import ANCHOR, NO_ANCHOR, Tokenizer
+from mlmjax.text.tokenizer import ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import OptionNames, Verbalizer, usable_option_names
 
 LongText = Literal["shorten", "mean", "max"]
@@ -167,7 +167,7 @@ def settle(
         )
     values["anchor"] = None
     if values["head"] == "mlm" and tokenizer.anchor != ANCHOR:
-        values["anchor"] = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
+        values["anchor"] = tokenizer.anchor_name()
     values["labels"] = label_table(labels)
     values["examples"] = _examples(given["examples"], saved, values)
     values |= _answer(given, saved, values, tokenizer)

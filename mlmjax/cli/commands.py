@@ -232,7 +232,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
-        _reject(context, "a task", "protocol", "order_rows", "anchor", "as_json", "encoding")
+        _reject(context, "a task", "protocol", "order_rows", "as_json", "encoding")
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
@@ -268,11 +268,12 @@ def _evaluate_suite(given: Mapping[str, Any]) -> None:
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
     check_devices()
-    limit = [f"limit={given['limit']}"] if given["limit"] else []
+    more = [f"limit={given['limit']}"] if given["limit"] else []
+    more += [f"anchor={json.dumps(given['anchor'])}"] if given["anchor"] else []
     options = ("data", "out", "baselines", "revision", "dtype", "batch_size")
     try:
         run_suite(
-            *load_suite(given["suite"], [*given["overrides"], *limit]),
+            *load_suite(given["suite"], [*given["overrides"], *more]),
             given["models"] or [PACKAGED],
             **{name: given[name] for name in options},
         )
@@ -295,7 +296,7 @@ def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
 
     (model,) = given["models"] or [PACKAGED]
     check_devices()
-    options = {name: given[name] for name in ("revision", "dtype", "batch_size")}
+    options = {name: given[name] for name in ("revision", "dtype", "batch_size", "anchor")}
     decider = Decider(model, progress=False, **options)
     report_packaged(not given["models"])
     folder = fetch(model, revision=given["revision"], local_files_only=True)
@@ -329,11 +330,11 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
     task = load_task(given["task"], shipped_names("decision"))
     if given["encoding"] is not None:
         task = task.model_copy(update={"encoding": given["encoding"]})
+    if given["anchor"] is not None:
+        task = task.model_copy(update={"anchor": given["anchor"]})
     task.under(given["protocol"])  # an unknown name raises an error before anything is loaded
     check_devices()
     loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
-    if given["anchor"] is not None:
-        loaded = loaded[0], loaded[1].with_anchor(given["anchor"])
     report_packaged(not given["models"])
     folder = fetch(model, revision=given["revision"], local_files_only=True)
     known = contamination(task, given["data"], read_training_manifest(folder))

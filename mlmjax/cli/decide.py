@@ -36,6 +36,11 @@ _common = [
         type=click.IntRange(min=64),
         help="Most tokens of a prompt (default: all that the model reads).",
     ),
+    click.option(
+        "--anchor",
+        metavar="TOKEN",
+        help='Token before the mask of a prompt, or "none" (default: that of a saved decider).',
+    ),
 ]
 
 

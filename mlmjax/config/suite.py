@@ -104,6 +104,7 @@ class Suite(StrictTable):
     """Hold what to evaluate: entries, the sweep, and the number of seeds.
 
     `limit` draws that many rows of every part; `tasks` keeps only the entries of these tasks.
+    `anchor` names the token before `[MASK]` in the prompts of all tasks, in place of their own.
     `order_rows` of the test rows answered by letters are prompted again in other orders (0: none).
     """
 
@@ -114,6 +115,7 @@ class Suite(StrictTable):
     tasks: tuple[Name, ...] = ()
     heads: Annotated[tuple[Head, ...], Field(min_length=1)] = HEADS
     order_rows: Annotated[int, Field(ge=0)] = ORDER_ROWS
+    anchor: Name | None = None
     sweep: Sweep = Sweep()
     entries: Annotated[tuple[Entry, ...], Field(min_length=1)]
     missing: tuple[Missing, ...] = ()
@@ -164,7 +166,9 @@ def load_suite(
         override(table, change)
     suite = decode(Suite, table, where=str(path))
     wanted = [entry for entry in suite.entries if suite.is_wanted(entry.task)]
-    return suite, [Planned(entry, _task_of(entry, path)) for entry in wanted]
+    anchor = {} if suite.anchor is None else {"anchor": suite.anchor}
+    tasks = [_task_of(entry, path).model_copy(update=anchor) for entry in wanted]
+    return suite, [Planned(*pair) for pair in zip(wanted, tasks, strict=True)]
 
 
 def _task_of(entry: Entry, suite: Path) -> Task:

@@ -20,7 +20,7 @@ from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.options import TOKENS, OptionScorer
 from mlmjax.statistics import option_orders
 from mlmjax.text.prompts import Prompt, Template, option_lines
-from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import surface, usable_option_names
 
 Way = Literal["letters", "words"]
@@ -53,8 +53,8 @@ class Layout(NamedTuple):
 
 def make_template(tokenizer: Tokenizer) -> Template:
     """Return the prompt of all questions, for a tokenizer."""
-    anchor = NO_ANCHOR if tokenizer.find_anchor() is None else tokenizer.anchor
-    return Template(PROMPT + ask_for(tokenizer), shorten={"text": "tail"}, anchor=anchor)
+    prompt = PROMPT + ask_for(tokenizer)
+    return Template(prompt, shorten={"text": "tail"}, anchor=tokenizer.anchor_name())
 
 
 class Wording:

@@ -31,6 +31,7 @@ from mlmjax.statistics.calibration import (
 )
 from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING
 from mlmjax.text.checks import check_list, check_share, for_each_row
+from mlmjax.text.tokenizer import ANCHOR
 from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import save_pretrained
@@ -48,7 +49,8 @@ class Decider:
     (model, tokenizer). `answer` is "letters" or "words": options that are one token each are then
     answered by themselves. `orders`, `long_text` and `max_length` are those of `Classifier`.
     `abstain_below` marks answers whose best probability is lower. Options left out are those of a
-    saved decider or classifier. A choice among exactly the labels of a saved classifier is asked in
+    saved decider or classifier. `anchor` names the token before the mask, or "none" for no token. A
+    choice among exactly the labels of a saved classifier is asked in
     the classifier's own prompt, whatever its instructions. Raises `InputError` for a source that
     cannot be loaded or has no masked-language-model head.
     """
@@ -62,6 +64,7 @@ class Decider:
         long_text: LongText | None = None,
         abstain_below: float | None = None,
         max_length: int | None = None,
+        anchor: str | None = None,
         dtype: str = "float32",
         batch_size: int | None = None,
         revision: str | None = None,
@@ -76,9 +79,11 @@ class Decider:
             long_text=long_text,
             max_length=max_length,
             batch_size=batch_size,
-        )
+        ).with_anchor(anchor)
         self.name, self._manifest = loaded.name, loaded.manifest
+        before_mask = loaded.tokenizer.anchor_name()
         given = {
+            "anchor": None if before_mask == ANCHOR else before_mask,
             "answer": answer,
             "orders": orders,
             "long_text": long_text,

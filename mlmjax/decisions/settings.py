@@ -27,7 +27,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class DeciderSettings(StrictTable):
     """How questions are asked, and what was learned about the probabilities of their answers.
 
-    `calibrations` and `conformals` are by type and number of options, such as `choice/3`.
+    `calibrations` and `conformals` are by type and number of options, such as `choice/3`. `anchor`
+    is the token before the mask ("none": no token) if it is not `[unused0]`.
     """
 
     format: Annotated[int, Field(ge=1, le=1)] = 1
@@ -35,6 +36,7 @@ class DeciderSettings(StrictTable):
     orders: Annotated[int, Field(ge=1)] | Literal["all"] = 1
     long_text: LongText = "shorten"
     max_length: Annotated[int, Field(gt=0)] | None = None
+    anchor: str | None = None
     abstain_below: Share | None = None
     calibrations: Mapping[str, Calibration] = {}
     conformals: Mapping[str, Conformal] = {}
@@ -90,6 +92,27 @@ class Loaded(NamedTuple):
     settings: DeciderSettings | None = None
     manifest: bytes | None = None
     own: OwnQuestion | None = None
+
+    def with_anchor(self, name: str | None) -> "Loaded":
+        """Return it with the anchor of this name, or else the saved one.
+
+        Calibrations are left out if it is another one than theirs. Raises `InputError` if it is
+        another one than that of a classifier, whose question is asked with its own.
+        """
+        tokenizer, settings = self.tokenizer, self.settings
+        if settings is not None and settings.anchor is not None:
+            tokenizer = tokenizer.with_anchor(settings.anchor)
+        chosen = tokenizer if name is None else tokenizer.with_anchor(name)
+        if chosen is tokenizer or settings is None:
+            return self._replace(tokenizer=chosen)
+        if chosen.anchor_name() != tokenizer.anchor_name():
+            if self.own is not None:
+                raise InputError(
+                    f"anchor is {name!r:.60}, but a decider of a classifier uses its anchor, "
+                    f"{tokenizer.anchor_name()}; leave anchor out"
+                )
+            settings = settings.model_copy(update={"calibrations": {}, "conformals": {}})
+        return self._replace(tokenizer=chosen, settings=settings)
 
 
 def load(

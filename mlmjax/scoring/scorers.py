@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -176,7 +176,8 @@ class Scorer(RowScorer):
     `normalize="labels"` is the softmax over the verbalizer's labels (over the first
     `len(row["options"])` of them if the row has options); the probabilities of a label's surface
     forms are summed. `normalize="vocabulary"` is that sum under the softmax over the whole
-    vocabulary, as in the published MMLU figures.
+    vocabulary, as in the published MMLU figures. `anchor` names the token before the mask, or
+    "none" for no token; it replaces that of the template.
     """
 
     def __init__(
@@ -190,8 +191,11 @@ class Scorer(RowScorer):
         normalize: Literal["labels", "vocabulary"] = "labels",
         max_length: int | None = None,
         optional: Sequence[str] = (),
+        anchor: str | None = None,
     ):
         check_masked_lm(model)
+        if anchor is not None:
+            template = replace(template, anchor=anchor)
         if normalize not in ("labels", "vocabulary"):
             raise InputError(f"normalize is {normalize!r}; expected 'labels' or 'vocabulary'")
         self.verbalizer, self.normalize = verbalizer, normalize

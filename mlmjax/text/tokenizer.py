@@ -153,6 +153,14 @@ class Tokenizer:
         """Return the anchor that the files name, if they name a token."""
         return None if self._named is None else self.anchor
 
+    def anchor_name(self) -> str:
+        """Return the anchor of prompts by its name, or "none"; says and raises as `find_anchor`.
+
+        >>> Tokenizer.from_pretrained().anchor_name()
+        '[unused0]'
+        """
+        return NO_ANCHOR if self.find_anchor() is None else str(self.anchor)
+
     def find_anchor(self) -> int | None:
         """Return the id of the anchor of prompts, or None for no anchor; say which, once.
 

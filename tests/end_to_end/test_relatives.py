@@ -24,8 +24,19 @@ from other_tokenizers import (
 )
 from tiny_models import torch, transformers
 
-from mlmjax import Classifier, Template, load_pretrained, save_pretrained
+from mlmjax import (
+    Choice,
+    Classifier,
+    Decider,
+    Scorer,
+    Template,
+    Verbalizer,
+    YesNo,
+    load_pretrained,
+    save_pretrained,
+)
 from mlmjax.cli import main
+from mlmjax.config.suite import load_suite
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
@@ -237,6 +248,93 @@ def test_an_anchor_that_is_named_is_kept_with_the_classifier(tmp_path, caplog):
     without = Classifier(tmp_path / "out", anchor="none").predict_proba(texts)
     np.testing.assert_allclose(without, usual, atol=1e-6)
 
+
+def test_a_decider_and_a_scorer_take_an_anchor_and_keep_it(tmp_path, caplog, capfd):
+    folder = write_relative(tmp_path / "model", "mmBERT-small")
+    states = ["the red house", "a <unused1> sun"]
+    asked = {"c": Choice("Which?", {"red": None, "blue": None}), "y": YesNo("Is it good?")}
+
+    def found(decider):
+        answers = decider.decide_many(states, asked)
+        return [(one["c"].probabilities, one["y"].probability) for one in answers]
+
+    usual = found(Decider(folder))
+    assert "name a token with anchor, such as <unused0>" in caplog.text
+    decider = Decider(folder, anchor="<unused1>")
+    expected = found(decider)
+    assert expected != usual
+    right = [{"y": probability > 0.5} for _, probability in expected]
+    wrong = [{"y": not one["y"]} for one in right]
+    decider.calibrate(states * 4, asked, [*right * 3, *wrong])
+    assert list(decider.calibrations) == ["noul/2"]
+    decider.save_pretrained(tmp_path / "out")
+    again = Decider(tmp_path / "out")
+    assert found(again) == found(decider)
+    assert again.settings.anchor == "<unused1>"
+    assert "<unused1>" in (tmp_path / "out" / "README.md").read_text()
+    without = Decider(tmp_path / "out", anchor="none")
+    assert (without.settings.anchor, dict(without.calibrations)) == ("none", {})
+    assert found(without) == usual
+    assert Decider(tmp_path / "out", anchor="<unused1>").calibrations == decider.calibrations
+    (tmp_path / "asked.json").write_text('{"y": {"type": "noul", "instructions": "Is it good?"}}')
+    (tmp_path / "states.jsonl").write_text('"the red house"\n')
+    command = ["decide", "--model", str(folder), "--questions", str(tmp_path / "asked.json")]
+    command += ["--anchor", "<unused1>", str(tmp_path / "states.jsonl")]
+    capfd.readouterr()
+    assert main.run(command) == 0
+    assert json.loads(capfd.readouterr().out)["y"]["noul"] == expected[0][1]
+
+    model, tokenizer = load_pretrained(folder)
+    words = Template("{text} is"), Verbalizer({"red": [" red"], "blue": [" blue"]})
+    rows = [{"text": text} for text in states]
+    scores = Scorer(model, tokenizer, *words, anchor="<unused1>").log_probs(rows)
+    named = Template("{text} is", anchor="<unused1>")
+    same = Scorer(model, tokenizer, named, words[1]).log_probs(rows)
+    np.testing.assert_array_equal(scores, same)
+    assert np.abs(scores - Scorer(model, tokenizer, *words).log_probs(rows)).max() > 1e-4
+
+
+def test_a_decider_of_a_classifier_has_the_anchor_of_the_classifier(tmp_path):
+    folder = write_relative(tmp_path / "model", "mmBERT-small")
+    classifier = Classifier(folder, ["red", "blue"], anchor="<unused1>")
+    classifier.predict(["a sun"])
+    classifier.save_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="is asked as the classifier was fitted"):
+        decider = Decider(tmp_path / "out")
+    assert decider.settings.anchor == "<unused1>"
+    with (
+        pytest.warns(UserWarning, match="is asked as the classifier was fitted"),
+        pytest.raises(InputError, match="uses its anchor, <unused1>; leave anchor out"),
+    ):
+        Decider(tmp_path / "out", anchor="none")
+
+
+def test_the_command_line_and_a_suite_name_the_anchor_of_all_tasks(tmp_path, capfd):
+    _, planned = load_suite("paper", ['anchor="<unused1>"', 'tasks=["sst2"]'])
+    assert [task.anchor for _, task in planned] == ["<unused1>"]
+    assert [task.anchor for _, task in load_suite("paper", ['tasks=["sst2"]'])[1]] == [None]
+    folder = write_relative(tmp_path / "model", "mmBERT-small")
+    rows = [{"text": f"the cat {word}", "label": word} for word in ("red", "blue")] * 16
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "task.toml").write_text(TASK)
+    command = ["evaluate", "--model", str(folder), "--task", str(tmp_path / "task.toml"), "--json"]
+    command += ["--order-rows", "0", "--data", str(tmp_path / "rows.jsonl")]
+    found = []
+    for more in ([], ["--anchor", "none"], ["--anchor", "<unused0>"]):
+        capfd.readouterr()
+        assert main.run([*command, *more]) == 0
+        found.append(json.loads(capfd.readouterr().out)["calibration"]["ece"])
+    assert found[0] == found[2] != found[1]
+
+
+TASK = """
+name = "colours"
+prompt = "{text} is"
+verbalizer = "words"
+answer = "label"
+labels = ["red", "blue"]
+anchor = "<unused0>"
+"""
 
 RUN = """
 out = "run"
