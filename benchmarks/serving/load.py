@@ -1,12 +1,15 @@
-"""Load `mlmjax serve`: many clients, every answer compared with that of `Decider.decide`.
+"""Load `mlmjax serve`: rates, latencies, wrong or lost answers, and memory.
 
-    python benchmarks/serving/load.py --requests 5000 --clients 32
+    python benchmarks/serving/load.py clients --requests 5000
+    python benchmarks/serving/load.py memory --requests 20000
+    python benchmarks/serving/load.py plain --requests 200
 
-starts a server of `mlmjax-small` in a process of its own, and prints requests per second one at a
-time and with all clients, their latencies, wrong and lost answers, and the server's memory. With
-`--plain` the same requests go to a server that answers one at a time with transformers and torch,
-over a model of the same sizes with random weights; both then have the model that `--layers`,
-`--hidden` and `--heads` describe.
+`clients` sends requests of 1 to 5 questions to a server of `mlmjax-small`, first one at a time and
+then by 32 clients at once, and compares all answers with those of `Decider.decide`. It prints
+requests per second, latencies, the questions of a batch, and the CPU time of a request, which
+bounds the rate. `memory` sends short requests and prints the memory of the server on the way.
+`plain` sends the same requests to our server and to one that answers one question after the other
+with transformers and torch, over a model of base size with random weights. The cores must be idle.
 """
 
 import argparse
@@ -22,7 +25,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,14 +64,66 @@ def ask(connection, request):
     return response.status, json.loads(content)
 
 
-def load(port, requests, clients):
+class Server(NamedTuple):
+    """A server in a process of its own."""
+
+    process: subprocess.Popen
+    port: int
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU time that it has taken."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> float:
+        """Return its resident memory in MiB."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def figure(self, name: str) -> float:
+        """Return a figure of `/metrics`."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", "/metrics")
+        text = connection.getresponse().read().decode()
+        connection.close()
+        return float(re.search(rf"^{name} (.*)$", text, flags=re.MULTILINE)[1])
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[Server]:
+    """Start a server, wait until it is ready, and end it with SIGTERM."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    port = None
+    try:
+        for line in process.stderr:
+            if found := re.search(r"127\.0\.0\.1:(\d+)", line):
+                port = int(found[1])
+            if line.startswith("ready"):
+                break
+        else:
+            raise SystemExit("the server has not started")
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        yield Server(process, port)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        print(f"exit code {process.wait()}")
+
+
+def ours(model: str, given: argparse.Namespace) -> list[str]:
+    """Return the command of our server."""
+    options = ["--model", model, "--max-length", str(given.max_length), "--port", "0"]
+    return [sys.executable, "-m", "mlmjax", "serve", *options]
+
+
+def send(port: int, requests: list, clients: int) -> tuple[list, list[float], float]:
     """Send the requests by so many clients; return answers, latencies and seconds."""
-    found, seconds = [None] * len(requests), [0.0] * len(requests)
-    waiting = queue.SimpleQueue()
+    found: list[Any] = [None] * len(requests)
+    seconds = [0.0] * len(requests)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for at in range(len(requests)):
         waiting.put(at)
 
-    def run():
+    def run() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1800)
         while True:
             try:
@@ -86,34 +144,24 @@ def load(port, requests, clients):
     return found, seconds, time.perf_counter() - started
 
 
-def memory(process):
-    """Return the resident memory of a process in MiB."""
-    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def start(command, ready):
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    port = None
-    for line in process.stderr:
-        if found := re.search(r"127\.0\.0\.1:(\d+)", line):
-            port = int(found[1])
-        if line.startswith(ready):
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            return process, port
-    raise SystemExit("the server has not started")
-
-
-def report(name, seconds, total):
-    """Print and return the requests per second."""
+def measured(name: str, server: Server, requests: list, clients: int) -> tuple[list, float]:
+    """Send requests and print figures; return the answers and the requests per second."""
+    before = server.cpu_seconds()
+    found, seconds, total = send(server.port, requests, clients)
+    each = (server.cpu_seconds() - before) / len(requests)
     rate = len(seconds) / total
     p50, p99 = statistics.median(seconds), float(np.quantile(seconds, 0.99))
-    print(f"{name}: {rate:.1f} requests/s, median {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms")
-    return rate
+    print(
+        f"{name}: {rate:.1f} requests/s, median {1000 * p50:.0f} ms, p99 {1000 * p99:.0f} ms, "
+        f"CPU {1000 * each:.0f} ms/request ({os.cpu_count()} cores allow "
+        f"{os.cpu_count() / each:.1f} requests/s)",
+        flush=True,
+    )
+    return found, rate
 
 
-def wrong_answers(decider, requests, found):
-    """Return the number of answers that are lost or differ from those of `decide`."""
+def wrong_answers(decider: Any, requests: list, found: list) -> int:
+    """Return the number of answers that differ from those of `decide`."""
     from mlmjax.decisions.answers import answer_json
 
     wrong = 0
@@ -124,7 +172,7 @@ def wrong_answers(decider, requests, found):
     return wrong
 
 
-def random_model(folder, given):
+def random_model(folder: Path, given: argparse.Namespace) -> str:
     """Write a model of random weights with the packaged tokenizer."""
     from flax import nnx
 
@@ -142,52 +190,86 @@ def random_model(folder, given):
     return str(folder)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=5000)
-    parser.add_argument("--alone", type=int, default=300, help="requests one at a time")
+def by_clients(given: argparse.Namespace) -> None:
+    """Measure one client and many, and compare all answers with `decide`."""
+    requests = list(make_requests(given.requests))
+    with running(ours("mlmjax-small", given)) as server:
+        name = "mlmjax_batch_questions"
+        _, alone = measured("one at a time", server, requests[: given.alone], 1)
+        batches, asked = (server.figure(f"{name}_{one}") for one in ("count", "sum"))
+        before = server.memory()
+        found, rate = measured(f"{given.clients} clients", server, requests, given.clients)
+        batches, asked = (
+            server.figure(f"{name}_count") - batches,
+            server.figure(f"{name}_sum") - asked,
+        )
+        print(f"ratio {rate / alone:.2f}; {asked / batches:.1f} questions in a batch")
+        print(f"memory {before:.0f} MiB before, {server.memory():.0f} MiB after")
+    from mlmjax import Decider
+
+    compared = slice(None, given.compare)
+    decider = Decider("mlmjax-small", max_length=given.max_length, progress=False)
+    wrong = wrong_answers(decider, requests[compared], found[compared])
+    lost = sum(one is None or one[0] != 200 for one in found)
+    print(f"lost {lost} of {len(found)}, wrong {wrong} of {len(found[compared])} compared")
+
+
+def memory(given: argparse.Namespace) -> None:
+    """Print the memory of a server on the way through many requests of one question."""
+    question = {"type": "noul", "instructions": "Is it urgent?"}
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, rng.integers(1, 8))) for _ in range(given.requests)]
+    requests = [
+        {"model": "jev-latest", "state": text, "questions": {f"q{n}": question}}
+        for n, text in enumerate(texts)
+    ]
+    step = max(1, len(requests) // 10)
+    with running(ours("mlmjax-small", given)) as server:
+        print(f"memory {server.memory():.0f} MiB at the start")
+        for start in range(0, len(requests), step):
+            part = requests[start : start + step]
+            measured(f"requests {start + 1} to {start + len(part)}", server, part, given.clients)
+            print(f"memory {server.memory():.0f} MiB", flush=True)
+
+
+def plain(given: argparse.Namespace) -> None:
+    """Compare with a server of transformers and torch that answers one question at a time."""
+    requests = list(make_requests(given.requests))
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(Path(folder) / "model", given)
+        other = [sys.executable, str(Path(__file__).with_name("plain_server.py")), model]
+        for name, command in (("mlmjax", ours(model, given)), ("transformers and torch", other)):
+            with running(command) as server:
+                few = requests[: given.alone]
+                measured(f"{name}, one at a time", server, few, 1)
+                _, rates[name] = measured(
+                    f"{name}, {given.clients} clients", server, requests, given.clients
+                )
+    ours_rate, other_rate = rates.values()
+    print(f"ratio {ours_rate / other_rate:.2f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=["clients", "memory", "plain"])
+    parser.add_argument(
+        "--requests", type=int, help="default: 5000, for plain 200, for memory 20000"
+    )
+    parser.add_argument("--alone", type=int, default=100, help="requests one at a time")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--compare", type=int, default=500, help="answers to compare with decide")
+    parser.add_argument("--compare", type=int, help="compare only the first answers with decide")
     parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
     given = parser.parse_args()
-    requests = list(make_requests(given.requests))
-    with tempfile.TemporaryDirectory() as folder:
-        model = random_model(Path(folder) / "model", given) if given.plain else "mlmjax-small"
-        options = ["--model", model, "--max-length", str(given.max_length), "--port", "0"]
-        process, port = start([sys.executable, "-m", "mlmjax", "serve", *options], "ready")
-        try:
-            _, seconds, total = load(port, requests[: given.alone], 1)
-            alone = report("one at a time", seconds, total)
-            before = memory(process)
-            found, seconds, total = load(port, requests, given.clients)
-            rate = report(f"{given.clients} clients", seconds, total)
-            print(
-                f"ratio {rate / alone:.2f}; memory {before:.0f} MiB before, "
-                f"{memory(process):.0f} MiB after {given.requests} requests"
-            )
-        finally:
-            process.send_signal(signal.SIGTERM)
-            print(f"exit code {process.wait()}")
-        from mlmjax import Decider
-
-        decider = Decider(model, max_length=given.max_length)
-        wrong = wrong_answers(decider, requests[: given.compare], found[: given.compare])
-        lost = sum(one is None or one[0] != 200 for one in found)
-        print(f"lost {lost} of {len(found)}, wrong {wrong} of {given.compare} compared")
-        if given.plain:
-            plain = Path(__file__).with_name("plain_server.py")
-            process, port = start([sys.executable, str(plain), model], "ready")
-            try:
-                _, seconds, total = load(port, requests, given.clients)
-                plain_rate = report("transformers and torch, one at a time", seconds, total)
-                print(f"ratio {rate / plain_rate:.2f}")
-            finally:
-                process.kill()
-                process.wait()
+    parts = {"clients": (by_clients, 5000), "memory": (memory, 20000), "plain": (plain, 200)}
+    run, usual = parts[given.part]
+    given.requests = given.requests or usual
+    run(given)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from mlmjax.classification.settings import ask_for
 from mlmjax.decisions.asking import PROMPT
 from mlmjax.decisions.questions import read_question, show_text
 from mlmjax.text.prompts import option_lines
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import option_names
 
 
@@ -21,13 +23,14 @@ def main():
     folder = sys.argv[1]
     model = AutoModelForMaskedLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = PROMPT + ask_for(Tokenizer.from_pretrained(folder))
     lock = threading.Lock()
 
     def answer(state, value):
         question = read_question(value)
         choices = f"CHOICES:\n{option_lines(question.shown)}"
         text = show_text(question.instructions)
-        prompt = PROMPT.format(text=state, question=text, choices=choices)
+        prompt = whole.format(text=state, question=text, choices=choices)
         inputs = tokenizer(prompt, return_tensors="pt")
         slot = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[-1, 0]
         names = option_names(len(question.shown))

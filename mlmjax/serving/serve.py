@@ -14,7 +14,8 @@ from mlmjax.errors import InputError
 
 GRACE_SECONDS = 30
 """How long requests that have begun may take after a signal."""
-DRAIN_SECONDS = 0.3
+DRAIN_TICKS = 5
+"""Ticks of a tenth of a second, each at least one turn of the event loop, after a signal."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 BACKLOG = 2048
 
@@ -23,16 +24,20 @@ class QuietServer(uvicorn.Server):
     """A server that returns on SIGTERM and SIGINT, after it has answered what has begun."""
 
     has_signal = False
+    ticks = DRAIN_TICKS
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop a moment after the first signal, so that requests already sent are read."""
+        """Stop some ticks after the first signal, so that requests already sent are read."""
         if self.has_signal:
             super().handle_exit(sig, frame)
-            return
         self.has_signal = True
-        timer = threading.Timer(DRAIN_SECONDS, super().handle_exit, (sig, frame))
-        timer.daemon = True
-        timer.start()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Count the ticks after a signal; a busy machine delays them, and so the end."""
+        if self.has_signal:
+            self.ticks -= 1
+            self.should_exit |= self.ticks <= 0
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

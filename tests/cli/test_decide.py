@@ -1,20 +1,24 @@
 """`mlmjax decide` and `mlmjax serve` as a shell sees them."""
 
 import http.client
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
-from contextlib import closing
+import warnings
+from contextlib import closing, contextmanager
 
 import pytest
+from labelled_texts import examples, word_model, word_tokenizer
 from processes import ROOT
-from servers import REQUEST
+from servers import REQUEST, Client
 from small_models import small_model
 
-from mlmjax import Decider
+from mlmjax import Classifier, Decider
+from mlmjax.classification.fitting import LearnedNothingWarning
 from mlmjax.cli.main import run
 from mlmjax.decisions.answers import answer_json
 
@@ -69,9 +73,10 @@ def test_bad_input_is_rejected_in_words(folder, capsys, monkeypatch, arguments, 
     assert message in next(line for line in err.splitlines() if line.startswith("mlmjax: "))
 
 
-def test_a_server_ends_on_sigterm_after_it_has_answered(folder):
-    """32 requests under way get their answers, and the exit code is 0."""
-    command = [sys.executable, "-m", "mlmjax", "serve", "--model", str(folder / "model")]
+@contextmanager
+def serving(model):
+    """A server in a process of its own: the process, its port, and what it said before."""
+    command = [sys.executable, "-m", "mlmjax", "serve", "--model", str(model)]
     command += ["--port", "0", "--api-key-env", "MLMJAX_KEY"]
     process = subprocess.Popen(
         command,
@@ -81,9 +86,43 @@ def test_a_server_ends_on_sigterm_after_it_has_answered(folder):
         text=True,
     )
     try:
-        line = next(line for line in process.stderr if "http://" in line)
-        port = int(line.split("127.0.0.1:")[1].split("/")[0])
-        next(line for line in process.stderr if line.startswith("ready"))
+        said = list(itertools.takewhile(lambda line: not line.startswith("ready"), process.stderr))
+        (line,) = [line for line in said if "http://" in line]
+        yield process, int(line.split("127.0.0.1:")[1].split("/")[0]), "".join(said)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_server_of_a_classifier_answers_as_the_classifier(tmp_path):
+    tokenizer = word_tokenizer(tmp_path)
+    texts, labels = examples(40, seed=1)
+    classifier = Classifier((word_model(tokenizer), tokenizer), ["sports", "money"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LearnedNothingWarning)
+        classifier.fit(texts, labels, epochs=1).save_pretrained(tmp_path / "own")
+    asked = {
+        "topic": {"type": "choice", "instructions": "?", "criteria": {"money": None, "sports": ""}},
+        "new": {"type": "noul", "instructions": "new"},
+    }
+    with serving(tmp_path / "own") as (process, port, said):
+        assert "a choice among sports, money is asked as the classifier was fitted" in said
+        client = Client(port, None)
+        for text in texts[:4]:
+            request = {"model": "jev-latest", "state": text, "questions": asked}
+            status, _, found = client.ask(request, Authorization="Bearer abc")
+            assert status == 200
+            probabilities = classifier.predict_proba([text])[0]
+            expected = dict(zip(classifier.classes_, probabilities, strict=True))
+            assert found["answers"]["topic"]["probabilities"] == pytest.approx(expected, abs=1e-6)
+            assert found["answers"]["new"]["type"] == "noul"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+
+
+def test_a_server_ends_on_sigterm_after_it_has_answered(folder):
+    """32 requests under way get their answers, and the exit code is 0."""
+    with serving(folder / "model") as (process, port, _):
         statuses, begun = [], threading.Barrier(33)
 
         def ask():
@@ -103,6 +142,3 @@ def test_a_server_ends_on_sigterm_after_it_has_answered(folder):
             thread.join()
         assert statuses == [200] * 32
         assert process.wait(timeout=30) == 0
-    finally:
-        process.kill()
-        process.communicate()

@@ -7,10 +7,13 @@ import threading
 import time
 from contextlib import ExitStack, closing, suppress
 
+import jax
 import pytest
 from servers import REQUEST, serving
+from small_models import small_model
 
-from mlmjax import RunError
+from mlmjax import Decider, RunError
+from mlmjax.decisions.answers import answer_json
 from mlmjax.serving.protocol import Limits
 
 QUESTION = {"type": "noul", "instructions": "Is it?"}
@@ -18,6 +21,18 @@ CHOICE = {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "b
 SCORE = {"type": "score", "instructions": "How?", "criteria": ["low", "high"]}
 NOT_TEXT = [None, True, 7, 1.5]
 DEEP = 2000
+SCRIPTS = [
+    "Ünï",
+    "Ελλάδα",
+    "Россия",
+    "日本語",
+    "한국어",
+    "العربية",
+    "עברית",
+    "हिन्दी",
+    "ไทย",
+    "🙂 x",
+]
 
 
 def changed(**values):
@@ -179,6 +194,24 @@ def test_stalled_and_broken_clients_hold_nobody_up(client):
     assert client.ask()[0] == 200
 
 
+def test_a_slow_reader_holds_nobody_up(client):
+    """Answers of 4 MB, which nobody reads, wait in their own connections."""
+    many = {f"{n}" * 2**20: QUESTION for n in range(4)}
+    body = json.dumps(changed(questions=many)).encode()
+    with ExitStack() as stack:
+        for _ in range(8):
+            slow = stack.enter_context(socket.socket())
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", client.port))
+            slow.sendall("\r\n".join([*HEAD, f"Content-Length: {len(body)}", "", ""]).encode())
+            slow.sendall(body)
+            assert slow.recv(12) == b"HTTP/1.1 200"
+        started = time.monotonic()
+        assert client.ask()[0] == 200
+        assert time.monotonic() - started < 5
+    assert client.ask()[0] == 200
+
+
 def test_states_of_any_size_and_the_most_options_are_answered(client):
     for state in ("", "word " * 1_000_000, {"a": "é" * 1_000_000, "b": "short"}, [1] * 100_000):
         status, _, found = client.ask(changed(state=state))
@@ -188,6 +221,19 @@ def test_states_of_any_size_and_the_most_options_are_answered(client):
     status, _, found = client.ask(asking(CHOICE | {"criteria": many}))
     assert status == 200
     assert list(found["answers"]["q"]["probabilities"]) == list(many)
+
+
+def test_names_in_ten_scripts_and_ten_levels_come_back_byte_by_byte(client, decider):
+    asked = {name: {**CHOICE, "criteria": dict.fromkeys(SCRIPTS)} for name in SCRIPTS}
+    asked["levels"] = {**SCORE, "criteria": SCRIPTS}
+    status, _, found = client.ask(changed(questions=asked))
+    assert status == 200
+    assert list(found["answers"]) == list(asked)
+    for name in SCRIPTS:
+        assert list(found["answers"][name]["probabilities"]) == SCRIPTS
+    assert list(found["answers"]["levels"]["legend"].values()) == SCRIPTS
+    direct = decider.decide("text", asked)
+    assert found["answers"] == {key: answer_json(one) for key, one in direct.items()}
 
 
 def test_the_tokens_of_a_request_are_bounded(client):
@@ -225,6 +271,26 @@ class Failing:
         if "fail" in states:
             raise RunError("the devices' memory does not hold one text")
         return self.decider.decide_all(requests)
+
+
+def test_a_batch_that_is_too_large_for_the_memory_is_halved(tokenizer, caplog):
+    model = small_model(num_hidden_layers=1, max_position_embeddings=128)
+    small = Decider((model, tokenizer), batch_size=8)
+    engine = small._asker.scorer.engine
+    whole = engine.jitted
+
+    def jitted(state, ids, *more):
+        if len(ids) > 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return whole(state, ids, *more)
+
+    with serving(small) as client, caplog.at_level("INFO"):
+        engine.jitted = jitted
+        status, _, found = client.ask()
+        assert status == 200
+        assert "continuing with 2 rows" in caplog.text
+        direct = small.decide(REQUEST["state"], REQUEST["questions"])
+        assert found["answers"] == {key: answer_json(one) for key, one in direct.items()}
 
 
 def ask_all(client, states):
