@@ -91,7 +91,7 @@ class State:
         if len(self.parts) <= room:
             cuts = [_cut(tokenizer, part.value, room) for part in self.parts]
             lengths = [len(ids) for ids in tokenizer.encode_plain_batch([c.text for c in cuts])]
-            fixed = len(tokenizer.encode_plain("".join(part.before for part in self.parts)))
+            fixed = _count(tokenizer, "".join(part.before for part in self.parts))
             most = _level(lengths, room - fixed)
             while most > 0:
                 kept = [

@@ -5,6 +5,7 @@ import hmac
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
@@ -20,9 +21,9 @@ from mlmjax._version import __version__
 from mlmjax.decisions.answers import answer_json
 from mlmjax.decisions.decider import Decider
 from mlmjax.serving import schema
-from mlmjax.serving.batching import Batcher
+from mlmjax.serving.batching import Answers, Batcher
 from mlmjax.serving.metrics import Metrics
-from mlmjax.serving.protocol import Limits, RequestError, read_request
+from mlmjax.serving.protocol import Asked, Limits, RequestError, read_request
 
 log = logging.getLogger(__name__)
 RELEASED = "2026-11-30"
@@ -33,6 +34,8 @@ PROTECTED = ("/v1/", "/docs", "/openapi.json", "/metrics")
 """Beginnings of the paths that need the key, if there is one."""
 READ_TO_END = 4
 """A body up to this many times too large is read to its end, so that its client can read why."""
+LARGE_BYTES = 2**18
+"""Larger bodies are read by one thread, so that they leave the others to small ones."""
 PAGE = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
 PAGE += "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'"
 """What the pages may do: they have no outside host to ask."""
@@ -97,6 +100,7 @@ class _Server:
         self.batcher = Batcher(limits, lambda count: self.metrics.batches.observe(count))
         self.metrics = Metrics(lambda: self.batcher.waiting)
         self.open_bytes = 0
+        self.large = ThreadPoolExecutor(1, thread_name_prefix="large")
         self.failure: BaseException | None = None
         self.stopping = False
 
@@ -108,6 +112,7 @@ class _Server:
         self.stopping = True
         await loading
         await asyncio.to_thread(self.batcher.stop)
+        self.large.shutdown(wait=False, cancel_futures=True)
 
     def _load(self) -> None:
         started = time.perf_counter()
@@ -130,15 +135,17 @@ class _Server:
     async def decide(self, request: Request) -> Response:
         """Answer typed questions about a state: see the protocol in docs/decisions.md."""
         body = await self._body(request)
-        started = time.perf_counter()
-        asked = await asyncio.to_thread(read_request, body, self.limits)
-        if self.log_texts:
-            log.info("request: %s", body.decode())
-        del body
-        if self.batcher.decider is not None and asked.model not in (ALIAS, self._name()):
-            text = f"there is no model {asked.model!r:.100}; expected {ALIAS} or {self._name()}"
-            raise RequestError(404, "model_not_found", text)
-        answers = await self.batcher.answer(asked)
+        size, started = len(body), time.perf_counter()
+        pool = self.large if size > LARGE_BYTES else None
+        try:
+            loop = asyncio.get_running_loop()
+            asked = await loop.run_in_executor(pool, read_request, body, self.limits)
+            if self.log_texts:
+                log.info("request: %s", body.decode())
+            del body
+            answers = await self._answers(asked, pool)
+        finally:
+            self.open_bytes -= size
         self.metrics.seconds.observe(time.perf_counter() - started)
         tokens = sum(answer.tokens for answer in answers.values())
         self.metrics.tokens.inc(tokens)
@@ -148,6 +155,12 @@ class _Server:
             self.metrics.questions.labels(answer["type"]).inc()
         usage = {"input_tokens": tokens, "output_tokens": 0}
         return JSONResponse({"model": self._name(), "answers": shown, "usage": usage})
+
+    async def _answers(self, asked: Asked, pool: Executor | None) -> Answers:
+        if self.batcher.decider is not None and asked.model not in (ALIAS, self._name()):
+            text = f"there is no model {asked.model!r:.100}; expected {ALIAS} or {self._name()}"
+            raise RequestError(404, "model_not_found", text)
+        return await self.batcher.answer(asked, pool)
 
     async def models(self) -> Any:
         """List the model under its own name and under the alias of the protocol."""
@@ -193,7 +206,10 @@ class _Server:
         return ALIAS if decider is None else decider.name
 
     async def _body(self, request: Request) -> bytes:
-        """Return the body of a request; raise `RequestError` if it is too large or too slow."""
+        """Return the body of a request; raise `RequestError` if it is too large or too slow.
+
+        Its bytes count as open until the request is answered.
+        """
         limits, headers = self.limits, request.headers
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not kind.endswith("+json"):
@@ -206,7 +222,7 @@ class _Server:
         declared = headers.get("content-length", "0")
         if not declared.isdecimal() or int(declared) > READ_TO_END * limits.body_bytes:
             raise self._too_large()
-        body, size = bytearray(), 0
+        body, size, is_whole = bytearray(), 0, False
         try:
             async with asyncio.timeout(limits.body_seconds):
                 async for chunk in request.stream():
@@ -217,20 +233,22 @@ class _Server:
                     elif size > READ_TO_END * limits.body_bytes:
                         raise self._too_large()
                     self._check_open()
+            if size > limits.body_bytes:
+                raise self._too_large()
+            is_whole = True
         except TimeoutError as error:
             text = f"the body did not arrive in {limits.body_seconds:g} s"
             raise RequestError(408, "timeout", text, {"Connection": "close"}) from error
         except ClientDisconnect as error:
             raise RequestError(400, "client_gone", "the client closed the connection") from error
         finally:
-            self.open_bytes -= len(body)
-        if size > limits.body_bytes:
-            raise self._too_large()
+            if not is_whole:
+                self.open_bytes -= len(body)
         return bytes(body)
 
     def _check_open(self) -> None:
         if self.open_bytes > self.limits.open_bytes:
-            text = "too many large requests are being read; try again"
+            text = "too many large requests are under way; try again"
             raise RequestError(503, "overloaded", text, {"Retry-After": "1"})
 
     def _too_large(self) -> RequestError:

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,11 @@ class Batcher:
             self._jobs.put(None)
             self._thread.join()
 
-    async def answer(self, asked: Asked) -> Answers:
-        """Return the answers of a request; raise `RequestError` if it cannot be answered."""
+    async def answer(self, asked: Asked, pool: Executor | None = None) -> Answers:
+        """Return the answers of a request; raise `RequestError` if it cannot be answered.
+
+        It is prepared in a thread of `pool`, or in one of the loop's usual ones.
+        """
         count, limits = len(asked.questions), self.limits
         if self.decider is None:
             raise RequestError(
@@ -68,8 +72,8 @@ class Batcher:
         self.waiting += count
         try:
             async with asyncio.timeout(limits.answer_seconds):
-                await asyncio.to_thread(_prepare, self.decider, asked, limits.tokens)
                 loop = asyncio.get_running_loop()
+                await loop.run_in_executor(pool, _prepare, self.decider, asked, limits.tokens)
                 job = _Job(asked, loop.create_future(), loop)
                 self._jobs.put(job)
                 return await job.result

@@ -16,7 +16,7 @@ from mlmjax.text.checks import check_text
 class Limits:
     """Bound what one request may hold, and what may wait.
 
-    `body_bytes` of one body, `open_bytes` of all bodies that are being read, `questions` and
+    `body_bytes` of one body, `open_bytes` of all bodies under way, `questions` and
     `tokens` (of all prompts) of one request, `waiting` questions before a request is turned away,
     `together` questions of a batch, `gather_seconds` to wait for more requests, `body_seconds` to
     read a body, and `answer_seconds` until a request is given up.

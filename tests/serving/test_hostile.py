@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, closing, suppress
+from dataclasses import replace
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from small_models import small_model
 
 from mlmjax import Decider, RunError
 from mlmjax.decisions.answers import answer_json
-from mlmjax.serving.protocol import Limits
+from mlmjax.serving.protocol import Limits, read_request
 
 QUESTION = {"type": "noul", "instructions": "Is it?"}
 CHOICE = {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "b": "x"}}
@@ -210,6 +211,32 @@ def test_a_slow_reader_holds_nobody_up(client):
         assert client.ask()[0] == 200
         assert time.monotonic() - started < 5
     assert client.ask()[0] == 200
+
+
+def test_large_requests_leave_room_for_small_ones(decider, monkeypatch):
+    """However many large bodies there are, one thread reads them, and their bytes are bounded."""
+    going, large = threading.Event(), 2**19
+
+    def read(body, limits):
+        if len(body) > large:
+            assert going.wait(60)
+        return read_request(body, limits)
+
+    monkeypatch.setattr("mlmjax.serving.app.read_request", read)
+    with serving(decider, limits=Limits(open_bytes=40 * large)) as client:
+        threads, found = ask_all(client, ["x" * large] * 10)
+        small = client.ask()
+        assert small[0] == 200
+        assert found == [None] * 10
+        client.app.state.server.limits = replace(client.app.state.server.limits, open_bytes=large)
+        status, headers, refused = client.ask(changed(state="x" * large))
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert "too many large requests are under way" in refused["detail"]["message"]
+        going.set()
+        for thread in threads:
+            thread.join()
+        assert client.app.state.server.open_bytes == 0
+    assert [one[0] for one in found] == [200] * 10
 
 
 def test_states_of_any_size_and_the_most_options_are_answered(client):
