@@ -26,7 +26,7 @@ from mlmjax.statistics.learning import (
 )
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.adapters import split_trained, trained_patterns
-from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.finetune import BestEpoch, Epoch, fine_tune
 from mlmjax.training.loss import LossKind
 from mlmjax.training.rate_finder import find_rate
 
@@ -248,12 +248,9 @@ def _train(
     """
     scorer = prompter.scorer
     history: list[dict[str, float]] = []
-    best, since = (-1.0, 0.0), 0
-    kept: Any = None
-    baseline = _entropy(data)
+    best, baseline = BestEpoch(recipe.patience), _entropy(data)
 
     def after_epoch(model: Model, epoch: Epoch) -> bool:
-        nonlocal best, kept, since
         figures = {"loss": epoch.loss, "baseline_loss": baseline, "accuracy": epoch.accuracy}
         history.append({"epoch": len(history) + 1, **figures})
         if np.isfinite(epoch.error):
@@ -267,13 +264,7 @@ def _train(
             "validation_loss": found.loss,
             "validation_majority": found.majority,
         }
-        if recipe.patience is None:
-            return False
-        since += 1
-        if (found.accuracy, -found.loss) > best:
-            best, since = (found.accuracy, -found.loss), 0
-            kept = jax.tree.map(np.array, nnx.split(model)[1])
-        return since >= recipe.patience
+        return best.is_over(model, found.accuracy, found.loss)
 
     model = fine_tune(
         scorer.model,
@@ -285,9 +276,7 @@ def _train(
         after_epoch=after_epoch,
         progress=progress,
     )
-    if kept is not None:
-        model = nnx.merge(nnx.split(model)[0], jax.device_put(kept))
-    scorer.model = model
+    scorer.model = best.restored(model)
     return history
 
 

@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
 import numpy as np
-from flax import nnx
 
 from mlmjax.classification.fitting import (
     MEASURED_PROMPTS,
@@ -27,7 +25,7 @@ from mlmjax.errors import InputError, named_place
 from mlmjax.reporting.terminal import Progress
 from mlmjax.text.checks import check_list, for_each_row, name_rows
 from mlmjax.text.prompts import Prompt
-from mlmjax.training.finetune import Epoch, fine_tune
+from mlmjax.training.finetune import BestEpoch, Epoch, fine_tune
 from mlmjax.training.loss import LossKind
 from mlmjax.training.rate_finder import find_rate
 
@@ -160,32 +158,28 @@ def learn(
         ]
         train, out = split_rows(groups, recipe.validation_share, recipe.seed)
         rows, held_out = labelled.take(train), labelled.take(out)
+        if not held_out.pairs:
+            raise InputError(
+                f"fit: validation_share is {recipe.validation_share:g}, but no answer is there "
+                "twice to hold one out; give more rows, or leave validation_share out"
+            )
     history: list[dict[str, float]] = []
-    best, since, kept = (-1.0, 0.0), 0, None
+    best = BestEpoch(recipe.patience)
 
     def after_epoch(model: Any, epoch: Epoch) -> bool:
-        nonlocal best, since, kept
         history.append({"epoch": len(history) + 1, "loss": epoch.loss, "accuracy": epoch.accuracy})
-        if held_out is None or not held_out.pairs:
+        if held_out is None:
             return False
         asker.scorer.model = model
         accuracy, losses = _measured(asker, held_out)
         loss = float(losses.mean())
         history[-1] |= {"validation_accuracy": accuracy, "validation_loss": loss}
-        if recipe.patience is None:
-            return False
-        since += 1
-        if (accuracy, -loss) > best:
-            best, since = (accuracy, -loss), 0
-            kept = jax.tree.map(np.array, nnx.split(model)[1])
-        return since >= recipe.patience
+        return best.is_over(model, accuracy, loss)
 
     prompts, tokens, shares = asker.examples(rows.pairs, rows.targets, recipe.seed)
     targets = _answers(tokens, shares, spread=recipe.kind != "vocabulary")
-    asker.scorer.model = _trained(asker, prompts, targets, recipe, after_epoch, progress)
-    if kept is not None:
-        graphdef = nnx.split(asker.scorer.model)[0]
-        asker.scorer.model = nnx.merge(graphdef, jax.device_put(kept))
+    trained = _trained(asker, prompts, targets, recipe, after_epoch, progress)
+    asker.scorer.model = best.restored(trained)
     _warn(asker, rows, recipe.seed)
     return history
 

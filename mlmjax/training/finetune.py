@@ -125,6 +125,35 @@ def fine_tune(
     return trained
 
 
+class BestEpoch:
+    """The weights of the epoch that is best on held-out texts, kept on the host.
+
+    The best one has the highest accuracy, and of equals the lowest loss. Without `patience` nothing
+    is kept.
+    """
+
+    def __init__(self, patience: int | None):
+        self._patience, self._since = patience, 0
+        self._best, self._weights = (-1.0, 0.0), None
+
+    def is_over(self, model: Model, accuracy: float, loss: float) -> bool:
+        """Take an epoch; tell whether `patience` of them in a row have not improved."""
+        if self._patience is None:
+            return False
+        self._since += 1
+        if (accuracy, -loss) > self._best:
+            self._best, self._since = (accuracy, -loss), 0
+            self._weights = jax.tree.map(np.array, nnx.split(model)[1])
+        return self._since >= self._patience
+
+    def restored(self, model: Model) -> Model:
+        """Return the model with the weights that were kept; without any, the model itself."""
+        if self._weights is None:
+            return model
+        found: Model = nnx.merge(nnx.split(model)[0], jax.device_put(self._weights))
+        return found
+
+
 def _linear(learning_rate: float, warmup: float, updates: int) -> optax.Schedule:
     schedule = decode(ScheduleConfig, {"name": "linear", "warmup": warmup}, "fit")
     return make_schedule(schedule, learning_rate, updates)
@@ -177,7 +206,7 @@ def _check_finite(figures: Epoch, epoch: int) -> None:
 def _figures(sums: np.ndarray) -> Epoch:
     """Return the figures of an epoch from the `SUMS` of its updates."""
     loss, count, correct, moved = sums.sum(axis=0)
-    losses = sums[:, 0] / np.maximum(sums[:, 1], 1e-9)
+    losses = sums[:, 0] / np.where(sums[:, 1] > 0, sums[:, 1], 1.0)
     error = losses.std(ddof=1) / np.sqrt(len(losses)) if len(losses) > 1 else np.inf
     return Epoch(loss / count, correct / count, float(error), losses.tolist(), float(moved))
 

@@ -171,6 +171,13 @@ def test_one_model_learns_all_types_from_answers_with_gaps(word_pair, tmp_path, 
     assert again.decide(texts[0], asked) == decider.decide(texts[0], asked)
 
 
+def test_what_cannot_be_held_out_is_an_error(word_pair):
+    asked = {"topic": Choice("text", list(WORDS))}
+    right = [{"topic": name} for name in WORDS]
+    with pytest.raises(InputError, match="no answer is there twice to hold one out"):
+        Decider(word_pair).fit(["a goal", "a bank"], asked, right, validation_share=0.5, patience=1)
+
+
 @pytest.mark.parametrize("recipe", [{}, {"normalize": "labels"}, {"ordered": True}])
 def test_a_fit_learns_distributions(word_pair, recipe):
     """The answers to each question go to the distributions that were given."""

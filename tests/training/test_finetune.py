@@ -22,7 +22,14 @@ from mlmjax.model.modernbert import (
 )
 from mlmjax.text.prompts import Prompt
 from mlmjax.training import finetune
-from mlmjax.training.finetune import Shape, answer_batch, common_shape, fine_tune, label_batch
+from mlmjax.training.finetune import (
+    BestEpoch,
+    Shape,
+    answer_batch,
+    common_shape,
+    fine_tune,
+    label_batch,
+)
 from mlmjax.training.flops import forward_flops
 from mlmjax.training.loss import label_evaluation
 from mlmjax.training.step import masked_token_loss
@@ -190,6 +197,19 @@ def test_parts_of_a_batch_have_the_update_of_the_whole(model):
     for name, value in parts.items():
         moved = np.abs(whole[name] - start[name]).max()
         assert np.abs(value - whole[name]).mean() <= 0.01 * moved, name
+
+
+def test_the_weights_of_the_best_epoch_are_kept():
+    models = [small_model(scale=scale, vocab_size=32, **IDS) for scale in (0.1, 0.2, 0.3)]
+    best, plain = BestEpoch(2), BestEpoch(None)
+    figures = [(0.5, 1.0), (0.5, 0.9), (0.4, 0.1), (0.5, 0.9)]
+    given = [*models, models[2]]
+    found = [best.is_over(one, *own) for one, own in zip(given, figures, strict=True)]
+    assert found == [False, False, False, True]
+    kept, expected = parameters(best.restored(models[2])), parameters(models[1])
+    assert all(np.array_equal(kept[name], value) for name, value in expected.items())
+    assert not any(plain.is_over(models[0], 0.0, 9.0) for _ in range(9))
+    assert plain.restored(models[0]) is models[0]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -152,7 +152,7 @@ class Loop:
         config = self.config
         self._counts: Totals = defaultdict(float)  # Those of this process since the last pause.
         self._skipped_in_a_row = self._programs = 0
-        self._trained: Mapping[str, Any] = {}
+        self._trained: frozenset[str] = frozenset()
         peak = peak_flops(self.mesh.devices.flat[0].device_kind, config.dtype)
         self._peak = None if peak is None else peak * self.mesh.size  # of all devices
         self._rate = make_schedule(config.schedule, config.optimizer.learning_rate, config.steps)
@@ -164,7 +164,7 @@ class Loop:
         """
         config, clock, train = self.config, self.clock, self.loaders.train
         start, pending = int(state.step), deque[tuple[int, Any, Callable[[], bool]]]()
-        self._trained = named_leaves(state.params)
+        self._trained = frozenset(named_leaves(state.params))
         state = self._make_up_evaluation(start, state)
         if is_over(state, config.evaluation.patience):
             return state
