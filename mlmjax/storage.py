@@ -69,6 +69,16 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
         ) from error
 
 
+def without_folder(name: str) -> str:
+    """Return the last parts of absolute paths, which say nothing elsewhere; other names stay.
+
+    >>> without_folder("/home/ada/model"), without_folder("/data/a.csv, org/name")
+    ('model', 'a.csv, org/name')
+    """
+    parts = name.split(", ")
+    return ", ".join(Path(part).name if Path(part).is_absolute() else part for part in parts)
+
+
 def check_regular(path: Path) -> None:
     """Raise `InputError` for a pipe or a device, which cannot be read twice."""
     try:

@@ -47,6 +47,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 sharding.local_devices = lambda: jax.local_devices()[:1]
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+HAS_TRACKERS = all(map(importlib.util.find_spec, ("trackio", "wandb", "mlflow")))
 HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 if sys.platform == "win32":
@@ -79,6 +80,7 @@ def pytest_collection_modifyitems(config, items):
         unwanted = any(mark in marks and not wants(config, mark) for mark in ("hub", "long"))
         lacking = ("data" in marks and not TEST_DATA) or ("libtpu" in marks and not HAS_LIBTPU)
         lacking |= "browser" in marks and not HAS_BROWSER
+        lacking |= "track" in marks and not HAS_TRACKERS
         (dropped if unwanted or lacking else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

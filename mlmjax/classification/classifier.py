@@ -269,12 +269,19 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         return self
 
     def save_pretrained(
-        self, path: str | Path, *, dtype: str = "float32", merge: bool = False
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        merge: bool = False,
+        push_to: str | None = None,
+        private: bool = True,
     ) -> None:
         """Write the model as a Hugging Face folder, with the settings of the classifier.
 
         `Classifier.from_pretrained(path)` restores all of it. A model with an adapter is saved as
         the adapter, in PEFT's files, with a pointer to its base; with `merge` as a whole model.
+        `push_to` ("organisation/name") uploads the folder to the hub, too.
         Raises what `mlmjax.save_pretrained` and `mlmjax.save_adapter` raise.
         """
         scorer = self._load().scorer
@@ -288,7 +295,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         card = classifier_card(model, self.settings_, self._load().recipe(), way)
         saved = scorer.model, scorer.tokenizer, path
         save = save_adapter if is_adapter else save_pretrained
-        save(*saved, dtype=dtype, card=card, more_files=files)
+        options: Any = {"dtype": dtype, "push_to": push_to, "private": private}
+        save(*saved, card=card, more_files=files, **options)
 
 
 LEAST_MEASURED = 32

@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from mlmjax.cli import options
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve
-from mlmjax.cli.deploy import embed, export_program
+from mlmjax.cli.deploy import embed, export_program, push
 from mlmjax.cli.options import FiniteRange, Group, LearningRate
 from mlmjax.errors import EXIT_FAILED, counted
 
@@ -38,6 +38,7 @@ cli.add_command(decide)
 cli.add_command(embed)
 cli.add_command(export_program)
 cli.add_command(serve)
+cli.add_command(push)
 
 
 @cli.command(examples=["mlmjax demo --out my-demo"])

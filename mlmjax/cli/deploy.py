@@ -1,6 +1,7 @@
-"""Define the commands whose results other programs read."""
+"""Define the commands whose results other programs and people read."""
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import click
@@ -106,3 +107,51 @@ def export_program(
     with working("exporting"):
         write(predictor, out, lengths=lengths, batch_size=batch_size)
     say(f"{out}: python {out}/run.py texts.txt answers the lines of a file")
+
+
+@click.command(
+    cls=Command,
+    examples=[
+        "mlmjax push tickets-classifier my-team/tickets",
+        "mlmjax push runs/atp/export my-team/atp --public --results results",
+    ],
+)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("name", metavar="ORG/NAME")
+@click.option(
+    "--private/--public", default=True, show_default=True, help="Who may see a new repository."
+)
+@click.option("--revision", metavar="BRANCH", help="Branch to write to (default: main).")
+@click.option(
+    "--results",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder of `mlmjax evaluate --out`, whose figures the card will show. Repeat it.",
+)
+def push(
+    folder: Path, name: str, private: bool, revision: str | None, results: tuple[Path, ...]
+) -> None:
+    """Upload FOLDER to the Hugging Face Hub.
+
+    FOLDER holds a model, a classifier, a decider or an adapter. Only the files that loading needs,
+    the card and the licence files are uploaded, and no data. The login is that of `hf auth login`
+    or HF_TOKEN.
+    """
+    from mlmjax.weights.hub import push as upload
+
+    card = _card_with(folder, results) if results else None
+    address = upload(folder, name, private=private, revision=revision, card=card)
+    click.echo(f"{folder}: uploaded to {address}")
+
+
+def _card_with(folder: Path, results: tuple[Path, ...]) -> str:
+    """Return the card of a folder with the figures of these result folders."""
+    from mlmjax.evaluation.summary import read_measured
+    from mlmjax.storage import CARD, MAX_JSON_BYTES, plain_file, read_bounded
+    from mlmjax.weights.cards import with_results
+
+    found = [one for place in results for one in read_measured(place)]
+    text = ""
+    if (folder / CARD).exists():
+        text = read_bounded(plain_file(folder, CARD), MAX_JSON_BYTES).decode(errors="replace")
+    return with_results(text, found)

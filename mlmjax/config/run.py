@@ -30,6 +30,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Head = Literal["mlm", "classification"]
 # The model imports these names; it knows nothing else of a run.
 AttentionName = Literal["auto", "dense", "banded", "cudnn", "splash"]
+TrackerName = Literal["tensorboard", "trackio", "wandb", "mlflow"]
 Remat = Literal["none", "dots", "layer"]
 SPLASH_BLOCKS = (512, 256)
 
@@ -195,9 +196,11 @@ class EvaluationConfig(StrictTable):
 
 
 class LogConfig(StrictTable):
-    """Say how often to write a line of metrics."""
+    """Say how often to write a line of metrics, and which trackers get it under which project."""
 
     every: Count = 10
+    to: tuple[TrackerName, ...] = ("tensorboard",)
+    project: Name = "mlmjax"
 
 
 class MeshConfig(StrictTable):

@@ -14,7 +14,7 @@ from mlmjax.config.tables import StrictTable, check_values
 from mlmjax.config.task import TaskTable
 from mlmjax.data.manifest import Manifest
 from mlmjax.data.reading.sources import source_files
-from mlmjax.storage import TRAINING, hash_file, parse_object, read_json
+from mlmjax.storage import TRAINING, hash_file, parse_object, read_json, without_folder
 
 NAMED = 5
 """At most this many task names are listed in a finding."""
@@ -103,13 +103,13 @@ def training_manifest(
 ) -> TrainingManifest:
     """Return the manifest of a run; `before` is that of the model it started from.
 
-    Files are named without their folders, so that an export can be published.
+    Files and folders are named without the folders they are in, so that an export can be published.
     """
     data = rows.config["data"]
     exclude = data.get("exclude", {})
     sources = [
         TrainingSource(
-            name=report.name,
+            name=without_folder(report.name),
             records=report.records,
             unnamed=report.unnamed,
             files=[_named(file.path, file.sha256) for file in report.files],
@@ -127,7 +127,7 @@ def training_manifest(
         for one in rows.config.get("evaluation", [])
     ]
     run = TrainingRun(
-        init_from=init_from,
+        init_from=None if init_from is None else without_folder(init_from),
         tasks=sorted({task for file in rows.splits["train"] for task in file.examples_per_task}),
         sources=sources,
         excluded_tasks=list(exclude.get("tasks", [])),

@@ -330,13 +330,20 @@ class Decider:
         return self
 
     def save_pretrained(
-        self, path: str | Path, *, dtype: str = "float32", merge: bool = False
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "float32",
+        merge: bool = False,
+        push_to: str | None = None,
+        private: bool = True,
     ) -> None:
         """Write the model as a Hugging Face folder, with the settings of the decider.
 
         `Decider.from_pretrained(path)` restores all of it. The settings of a classifier whose
         question is asked as it was fitted are written, too. A model with an adapter is saved as the
-        adapter with a pointer to its base; with `merge` as a whole model. Raises what
+        adapter with a pointer to its base; with `merge` as a whole model. `push_to`
+        ("organisation/name") uploads the folder to the hub, too. Raises what
         `mlmjax.save_pretrained` and `mlmjax.save_adapter` raise.
         """
         files: dict[str, str | bytes] = {DECIDER: _as_json(self.settings)}
@@ -353,7 +360,8 @@ class Decider:
         )
         is_adapter = self.model.config.adapter is not None and not merge
         save = save_adapter if is_adapter else save_pretrained
-        save(self.model, self.tokenizer, path, dtype=dtype, card=card, more_files=files)
+        options: Any = {"dtype": dtype, "push_to": push_to, "private": private}
+        save(self.model, self.tokenizer, path, card=card, more_files=files, **options)
 
     def _make_asker(self, model: Any, tokenizer: Any, own: OwnQuestion | None = None) -> Asker:
         settings = self.settings

@@ -1,10 +1,15 @@
-"""Show the figures of an evaluation on a terminal."""
+"""Show the figures of an evaluation on a terminal, and hand them to a model card."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from mlmjax.errors import counted
+from mlmjax.errors import InputError, counted
 from mlmjax.reporting.markdown import METRIC_NAMES, score, visible
+from mlmjax.storage import read_json
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 LEVELS = {
     "rps": "ranked probability score; 0 is best",
@@ -70,3 +75,30 @@ def _sureness(results: Mapping[str, Any]) -> str:
         return "confidence equals accuracy"
     noun = "point" if points == "1" else "points"
     return f"confidence is {points} {noun} {'above' if gap > 0 else 'below'} accuracy"
+
+
+RESULTS = "results.json"
+
+
+def read_measured(folder: Path) -> "list[EvalResult]":
+    """Return what an evaluation wrote into its folder, as results for a model card.
+
+    Raises `InputError` if the folder holds no results of `mlmjax evaluate --out`.
+    """
+    from mlmjax.weights.cards import measured  # loads the model's code
+
+    results = read_json(folder, RESULTS)
+    try:
+        if "questions" in results:  # a task of several questions
+            return [
+                one
+                for key, figures in results["questions"].items()
+                for one in measured(figures, f"{results['task']}: {key}", contamination="unknown")
+            ]
+        found = measured(results, results["task"], contamination=results["contamination"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder / RESULTS}: is not the result of mlmjax evaluate --out ({error}); give its "
+            "folder"
+        ) from error
+    return found

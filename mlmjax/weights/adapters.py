@@ -39,7 +39,7 @@ from mlmjax.storage import (
 )
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights.cards import files_to_keep
-from mlmjax.weights.hub import EXPORT_FILES
+from mlmjax.weights.hub import EXPORT_FILES, push
 from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, Weights, weight_map
 
 PREFIX = "base_model.model."
@@ -69,6 +69,8 @@ def save_adapter(
     dtype: str = "float32",
     card: str | None = None,
     more_files: Mapping[str, str | bytes] | None = None,
+    push_to: str | None = None,
+    private: bool = True,
 ) -> None:
     """Write the adapter of a model as a folder that PEFT loads, with a pointer to its base.
 
@@ -76,7 +78,8 @@ def save_adapter(
     and the labels of a classification model. The pointer is the hub id with its commit, or the
     folder. `load_pretrained` reads all of it. A classification model's last layer is part of the
     adapter. `dtype` is "float32" or "bfloat16". `card` is the text of README.md, `more_files` are
-    further files by their names; without them, what is known about the base is written.
+    further files by their names; without them, what is known about the base is written. `push_to`
+    uploads the folder to the hub, see `hub.push`.
 
     Raises `InputError` for a model without an adapter, one that was not loaded, values that are not
     finite, for the base's folder and for another folder there.
@@ -107,6 +110,8 @@ def save_adapter(
             tokenizer.save(folder)
         for name, content in files.items():
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if push_to is not None:
+        push(path, push_to, private=private)
 
 
 def check_apart(path: str | Path, base: Path) -> None:

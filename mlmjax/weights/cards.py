@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 _KEPT = ("license", "license_name", "license_link", "language", "base_model", "datasets")
 """What the metadata of a derived model takes from the card of its source."""
 
+SOURCE_HEADING = "\n## Source of the weights\n"
+_RESULTS = re.compile(r"^## Measured results\n.*?(?=^## |\Z)", flags=re.MULTILINE | re.DOTALL)
 
 _KINDS = {
     "ModernBertForMaskedLM": ("fill-mask", "AutoModelForMaskedLM"),
@@ -105,11 +108,19 @@ def files_to_keep(
     is_trained = source.norms is not None and source.norms != fingerprint(model)
     written = model if written is None else written
     if CARD not in files or is_trained or source.kind != _kind(model) or written is not model:
-        files[CARD] = model_card(written, anchor=anchor).encode()
+        files[CARD] = _new_card(written, anchor).encode()
     if TRAINING in files and is_trained:
         unknown = "a training that mlmjax did not record"
         files[TRAINING] = _with_unknown_run(files[TRAINING], unknown)
     return files
+
+
+def _new_card(model: Model, anchor: str | None) -> str:
+    """Return the card of a model, or of its adapter if it is written as one."""
+    origin = model.config.provenance.origin
+    if model.config.adapter is None or origin is None:
+        return model_card(model, anchor=anchor)
+    return model_card(model, template="adapter_card.md", library="peft", base=origin.name)
 
 
 def _with_unknown_run(manifest: bytes, source: str) -> bytes:
@@ -172,8 +183,70 @@ def model_card(
     return str(huggingface_hub.ModelCard(body + sections + source))
 
 
+def measured(
+    figures: Mapping[str, Any], test: str, *, contamination: str = "held out"
+) -> "list[huggingface_hub.EvalResult]":
+    """Return the accuracy and macro-F1 of `figures` as results for the hub, with n and interval.
+
+    `test` names the rows. `contamination` says whether they were seen in training.
+
+    >>> [one] = measured({"n": 4, "accuracy": 0.5, "accuracy_ci95": [0.15, 0.85]}, "my test")
+    >>> one.dataset_type, one.metric_value, one.metric_args["interval_95"]
+    ('my-test', 0.5, [0.15, 0.85])
+    """
+    return [
+        huggingface_hub.EvalResult(
+            task_type="text-classification",
+            dataset_type=re.sub(r"\W+", "-", test).strip("-") or "test",
+            dataset_name=test,
+            metric_type=metric,
+            metric_name=name,
+            metric_value=figures[metric],
+            metric_args={
+                "n": figures["n"],
+                "interval_95": list(figures[f"{metric}_ci95"]),
+                "contamination": contamination,
+            },
+        )
+        for metric, name in (("accuracy", "accuracy"), ("macro_f1", "macro-F1"))
+        if figures.get(f"{metric}_ci95") is not None
+    ]
+
+
+def with_results(
+    text: str, results: "Sequence[huggingface_hub.EvalResult]", model_name: str = "this model"
+) -> str:
+    """Return a card with measured results, in its metadata and as a table.
+
+    A result replaces an older one of the same test and metric; others stay.
+    """
+    if not results:
+        return text
+    from mlmjax.reporting import pages
+
+    card = huggingface_hub.ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    tests = {(one.dataset_name, one.metric_type) for one in results}
+    before = data.eval_results or []
+    kept = [one for one in before if (one.dataset_name, one.metric_type) not in tests]
+    data.eval_results = [*kept, *results]
+    data.model_name = data.model_name or model_name
+    # A quoted card may have results, too.
+    body, source, rest = card.text.partition(SOURCE_HEADING)
+    body = _RESULTS.sub("", body).rstrip()
+    table = pages.render("assets/results_card.md", results=data.eval_results)
+    return f"---\n{data.to_yaml()}\n---\n{body}\n\n{table}{source}{rest}"
+
+
 def _inherited(source: Provenance) -> dict[str, Any]:
-    """Return the metadata that a derived model takes from the card of its source."""
+    """Return the metadata that a derived model takes from its source and the card of it."""
+    origin = source.origin
+    is_hub = origin is not None and origin.revision is not None
+    own = {"base_model": origin.name} if origin is not None and is_hub else {}
+    return {**_metadata_of_source(source), **own}
+
+
+def _metadata_of_source(source: Provenance) -> dict[str, Any]:
     from huggingface_hub.repocard import REGEX_YAML_BLOCK  # here, because loading needs no cards
 
     text = source.files.get(CARD, b"").decode(errors="replace")
@@ -194,4 +267,4 @@ def _source_section(source: Provenance) -> str:
     if CARD not in source.files:
         return ""
     text = source.files[CARD].decode(errors="replace")
-    return f"\n## Source of the weights\n\nTheir card:\n\n{fenced(text)}\n"
+    return f"{SOURCE_HEADING}\nTheir card:\n\n{fenced(text)}\n"

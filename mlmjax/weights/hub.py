@@ -1,10 +1,13 @@
-"""Find the folder of a model: a path, the packaged model, or a download from the hub."""
+"""Find the folder of a model: a path, the packaged model or the hub; push a folder to the hub."""
 
 import os
+import re
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
@@ -14,14 +17,19 @@ from mlmjax.reporting.terminal import say, working
 from mlmjax.reporting.verbosity import is_quiet
 from mlmjax.storage import (
     ADAPTER_BASE,
+    CARD,
     CLASSIFIER,
     CONFIG,
     DECIDER,
     EMBEDDING_FILES,
+    MAX_JSON_BYTES,
     PROVENANCE,
     TOKENIZER_FILES,
     expand_home,
     find_moved_away,
+    plain_file,
+    read_bounded,
+    read_json,
 )
 from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_map
 
@@ -36,6 +44,10 @@ EXPORT_FILES = frozenset(
     | set(TOKENIZER_FILES + OTHER_TOKENIZER_FILES)
 )
 """Files of a model or an adapter, which another export may replace."""
+_FOLDERS = frozenset(
+    {"2_Normalize", *(one.partition("/")[0] for one in EMBEDDING_FILES if "/" in one)}
+)
+_NOT_PUSHED = frozenset({".gitattributes"})  # the hub has its own
 
 # Reasons of the hub in words; the first class that matches counts.
 _HUB_REASONS: tuple[tuple[type[Exception], str], ...] = (
@@ -140,12 +152,8 @@ def report_packaged(is_used: bool) -> None:
 
 def download(name: str, revision: str | None, local: bool, files: list[str]) -> Path:
     """Download the files of these patterns; return the snapshot or raise `InputError`."""
-    if is_quiet():
-        huggingface_hub.utils.disable_progress_bars()
     try:
-        # On a terminal the hub's client draws bars of bytes; in a pipe it says nothing.
-        is_shown = local or sys.stderr.isatty()
-        with nullcontext() if is_shown else working(f"downloading {name} from the hub"):
+        with nullcontext() if local else _shown(f"downloading {name} from the hub"):
             return Path(
                 huggingface_hub.snapshot_download(
                     name, revision=revision, local_files_only=local, allow_patterns=files
@@ -159,3 +167,151 @@ def download(name: str, revision: str | None, local: bool, files: list[str]) -> 
             f"{what}: is not a local folder, {reason}; check the name or give a folder's path",
             [f"{type(error).__name__}: {first_line(error)}"],
         ) from error
+
+
+def _shown(what: str) -> AbstractContextManager[Any]:
+    """Show that the hub's client works; on a terminal it draws bars of bytes itself."""
+    if is_quiet():
+        huggingface_hub.utils.disable_progress_bars()
+    return nullcontext() if sys.stderr.isatty() else working(what)
+
+
+def push(
+    folder: str | os.PathLike[str],
+    name: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    card: str | None = None,
+) -> str:
+    """Upload the folder of a model, classifier, decider or adapter; return its address on the hub.
+
+    Only the files that loading needs, the card and the licence files are uploaded. Such files of an
+    earlier upload that the folder lacks are deleted there. The repository `name` is made if it is
+    missing. `revision` is a branch, which is made, too. `card` replaces the text of README.md. The
+    login is that of huggingface_hub.
+
+    Raises `InputError` for a folder that is no model, for files that name a token or the home
+    directory, for an adapter whose base is a folder, for a repository that is public if `private`,
+    and for what the hub rejects.
+    """
+    path = expand_home(folder)
+    if name.count("/") != 1:
+        raise InputError(f"{name}: is not a hub id; expected organisation/name")
+    files: dict[str, Path | bytes] = {**_files_to_push(path)}
+    if card is not None:
+        files[CARD] = card.encode()
+    _check_public(path, files)
+    left = sorted({entry.name for entry in path.iterdir()} - files.keys() - _NOT_PUSHED - _FOLDERS)
+    if left:
+        say(f"{path}: stays here: {', '.join(left)}")
+    api, branch = huggingface_hub.HfApi(library_name="mlmjax"), revision or "main"
+    with _reasons(name), _shown(f"uploading {path} to {name}"):
+        _make_repository(api, name, private)
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        there = {entry.rfilename for entry in api.model_info(name, revision=branch).siblings or ()}
+        ours = {one for one in there if one in EXPORT_FILES or one.endswith(".safetensors")}
+        gone = {one for one in ours if "/" not in one} - {*PROVENANCE, *_NOT_PUSHED, *files}
+        commit = api.create_commit(
+            name,
+            [
+                *(huggingface_hub.CommitOperationAdd(*file) for file in files.items()),
+                *(huggingface_hub.CommitOperationDelete(one) for one in sorted(gone)),
+            ],
+            commit_message="Upload with mlmjax",
+            revision=branch,
+        )
+    return f"{api.endpoint}/{name}/tree/{revision or commit.oid}"
+
+
+def _files_to_push(folder: Path) -> dict[str, Path]:
+    """Return the files of a model's folder by name; raise `InputError` if one is missing."""
+    if (folder / "export" / CONFIG).exists():
+        raise InputError(f"{folder}: is the folder of a run; push {folder / 'export'}")
+    if not any((folder / one).exists() for one in (CONFIG, ADAPTER_CONFIG)):
+        raise InputError(
+            f"{folder}: holds neither {CONFIG} nor {ADAPTER_CONFIG}; give the folder of a model, "
+            "such as one that save_pretrained wrote"
+        )
+    known = [*EXPORT_FILES - _NOT_PUSHED, *EMBEDDING_FILES]
+    names = [*_weight_files(folder), *(one for one in known if os.path.lexists(folder / one))]
+    places = {one: Path(one) for one in sorted(names) if one not in _FOLDERS}
+    return {one: plain_file(folder / path.parent, path.name) for one, path in places.items()}
+
+
+def _check_public(folder: Path, files: Mapping[str, Path | bytes]) -> None:
+    """Raise `InputError` if a file says something that is only for this machine."""
+    if ADAPTER_CONFIG in files:
+        base = read_json(folder, ADAPTER_CONFIG).get("base_model_name_or_path")
+        if isinstance(base, str) and (os.path.isabs(base) or expand_home(base).is_dir()):
+            raise InputError(
+                f"{folder}: is an adapter whose base is a folder of this machine ({base}), which "
+                "others cannot load; push the base first and fit from its hub id, or save the "
+                "whole model (merge=True)"
+            )
+    home, token = os.path.expanduser("~"), huggingface_hub.get_token()
+    hidden = {"your token of the hub": re.escape(token) if token else None}
+    hidden["what looks like a token of the hub"] = r"\bhf_[A-Za-z0-9]{30,}"
+    place = str(folder.absolute().parent)
+    hidden["the path of this folder"] = rf"{re.escape(place)}/" if place.count("/") > 1 else None
+    hidden["the path of your home directory"] = rf"{re.escape(home)}\b" if len(home) > 1 else None
+    for name, content in files.items():
+        if name.endswith(".safetensors") or name in TOKENIZER_FILES[:1]:
+            continue
+        content = read_bounded(content, MAX_JSON_BYTES) if isinstance(content, Path) else content
+        for what, pattern in hidden.items():
+            if pattern and re.search(pattern.encode(), content):
+                raise InputError(f"{folder / name}: holds {what}; remove it, then push again")
+
+
+def _make_repository(api: huggingface_hub.HfApi, name: str, private: bool) -> None:
+    """Make a repository; raise `InputError` if it is there and public against the wish."""
+    try:
+        is_private = api.model_info(name).private
+    except hub_errors.RepositoryNotFoundError:
+        api.create_repo(name, private=private)
+        return
+    if private and not is_private:
+        raise InputError(
+            f"{name}: exists on the hub and is public; give --public (private=False) to upload "
+            "there, or give another name"
+        )
+    if is_private and not private:
+        say(f"{name}: exists and stays private; its settings on the hub can make it public")
+
+
+@contextmanager
+def _reasons(name: str) -> Iterator[None]:
+    """Turn what the hub rejects into an `InputError` in plain words."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # errors of the transport differ between versions
+        cause: BaseException = error
+        while not hasattr(cause, "response") and cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(
+            f"{name}: was not uploaded: {_push_reason(cause)}",
+            [f"{type(cause).__name__}: {first_line(cause)}"],
+        ) from error
+
+
+def _push_reason(error: BaseException) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, hub_errors.HFValidationError):
+        return "this is not a valid hub id; expected organisation/name"
+    if isinstance(error, hub_errors.OfflineModeIsEnabled):
+        return "the hub is switched off; unset HF_HUB_OFFLINE"
+    if status in (401, 403, 404):
+        if huggingface_hub.get_token() is None:
+            return "nobody is logged in; run `hf auth login`, or set HF_TOKEN"
+        return "the token may not write there; give a name of your own, or log in with write access"
+    if status == 409:
+        return "it exists already, or somebody writes to it now; try again, or give another name"
+    if status == 400:
+        return "the hub rejects the content; see the next line"
+    if status is not None:
+        return f"the hub answers with status {status}; try again later"
+    return "the hub is unreachable; check the network and try again"

@@ -351,6 +351,8 @@ def save_pretrained(
     dtype: str = "float32",
     card: str | None = None,
     more_files: Mapping[str, str | bytes] | None = None,
+    push_to: str | None = None,
+    private: bool = True,
 ) -> None:
     """Write a folder that transformers loads unchanged: weights, config, tokenizer, model card.
 
@@ -361,7 +363,8 @@ def save_pretrained(
     are further or other files by their names. Like transformers, it leaves out a tied decoder; with
     "source" the decoder is written if the source had it. The folder appears whole or not at all,
     and replaces an older export. Raises `InputError` for another folder or file there and for
-    values the dtype cannot hold, `RunError` if writing fails.
+    values the dtype cannot hold, `RunError` if writing fails. `push_to` uploads the folder to the
+    hub, see `hub.push`.
     """
     path = Path(path)
     if dtype not in ("float32", "bfloat16", "source"):
@@ -393,6 +396,8 @@ def save_pretrained(
         for name, content in files.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    if push_to is not None:
+        hub.push(path, push_to, private=private)
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:

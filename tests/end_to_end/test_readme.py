@@ -28,7 +28,7 @@ from mlmjax.config.task import Task
 README = (ROOT / "README.md").read_text()
 PAGES = (
     *("guide", "data", "rows", "training", "runs", "evaluation", "suites"),
-    *("scoring", "calibration", "weights", "custom_loop"),
+    *("scoring", "calibration", "weights", "sharing", "custom_loop"),
 )
 """The pages of the guide, in its order."""
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}

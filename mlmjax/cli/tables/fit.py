@@ -31,6 +31,7 @@ from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
 from mlmjax.storage import (
+    CARD,
     check_replaceable,
     check_writable,
     replace_folder,
@@ -38,6 +39,7 @@ from mlmjax.storage import (
     write_whole,
 )
 from mlmjax.weights.adapters import check_apart
+from mlmjax.weights.cards import measured, with_results
 from mlmjax.weights.hub import EXPORT_FILES, PACKAGED, fetch
 
 FILES = EXPORT_FILES | {REPORT}
@@ -310,6 +312,9 @@ def _save(
     ]
     with replace_folder(folder, FILES) as new:
         classifier.save_pretrained(new)
+        tested = measured(figures, f"held-out rows of {Path(figures['table']).name}")
+        card = with_results((new / CARD).read_text(encoding="utf-8"), tested)
+        write_whole(new / CARD, card.encode())
         (new / REPORT).mkdir()
         write_json(new / REPORT / "results.json", figures)
         text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)

@@ -1,9 +1,8 @@
-"""Write metrics.jsonl, TensorBoard events and log lines, from sums over a stretch of updates."""
+"""Write metrics.jsonl and log lines, and send figures on, from sums over a stretch of updates."""
 
 import json
 import math
 import os
-import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -27,12 +26,11 @@ from mlmjax.reporting.terminal import (
     new_console,
     say,
 )
+from mlmjax.reporting.trackers import Trackers
 from mlmjax.storage import write_whole
 from mlmjax.training.run.timing import PHASES
 
 METRICS = "metrics.jsonl"
-EVENTS_SECONDS = 10.0
-"""How long events for TensorBoard may stay in memory."""
 
 Figures = Mapping[str, float | None]
 """The figures of one line of metrics.jsonl; None where there is nothing to measure."""
@@ -42,22 +40,20 @@ Totals = defaultdict[str, float]
 
 
 class MetricsLog:
-    """The `metrics.jsonl` of a run folder, one JSON object per (step, split), and its events.
+    """The `metrics.jsonl` of a run folder, one JSON object per (step, split).
 
     When a run resumes from `step`, the lines after that step are removed, and so is a last line
-    that a killed process left unfinished. Raises `InputError` for a file of other content,
-    `RunError` if writing fails.
+    that a killed process left unfinished. New lines also go to `trackers`. Raises `InputError` for
+    a file of other content, `RunError` if writing fails.
     """
 
     def __init__(self, folder: Path, step: int = 0):
         self.path = folder / METRICS
-        self._events: _Events | None = None
+        self.trackers: Trackers | None = None
         with self._writing():
             lines = _kept_lines(self.path, step)
             write_whole(self.path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
-            with suppress(ImportError):
-                self._events = _Events(folder, step)
         self._written = {(line["step"], line["split"]) for line in lines}
 
     @contextmanager
@@ -68,12 +64,12 @@ class MetricsLog:
             raise write_failed(self.path, error) from error
 
     def close(self) -> None:
-        """Close the files."""
+        """Close the file and end the trackers."""
         # After a failed write, closing fails in the same way; the first error is the one to show.
-        for file in (self._file, self._events):
-            with suppress(OSError):
-                if file:
-                    file.close()
+        with suppress(OSError):
+            self._file.close()
+        if self.trackers:
+            self.trackers.finish()
 
     def has(self, step: int, split: str) -> bool:
         """Tell whether there is a line of this step and split."""
@@ -85,8 +81,8 @@ class MetricsLog:
         with self._writing():
             self._file.write(f"{json.dumps(line, allow_nan=False)}\n")
             self._file.flush()
-            if self._events:
-                self._events.write(step, split, values)
+        if self.trackers:
+            self.trackers.log(step, split, values)
         self._written.add((step, split))
 
     def sync(self) -> None:
@@ -94,8 +90,6 @@ class MetricsLog:
         with self._writing():
             self._file.flush()
             os.fsync(self._file.fileno())
-            if self._events:
-                self._events.flush()
 
 
 def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
@@ -119,45 +113,6 @@ def _kept_lines(path: Path, step: int) -> list[dict[str, Any]]:
         if key[0] <= step:
             lines.setdefault(key, line)
     return list(lines.values())
-
-
-class _Events:
-    """The TensorBoard file of a run; it withdraws what older files say after `step`.
-
-    The writer of tensorboardX itself works in a thread, whose errors nobody sees.
-    """
-
-    def __init__(self, folder: Path, step: int):
-        # The import loads torch if that is installed, so it is only here.
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.record_writer import RecordWriter
-        from tensorboardX.summary import scalar
-
-        self._event, self._scalar = Event, scalar
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}"
-        self._file = RecordWriter(str(folder / name))
-        self._flushed = 0.0
-        self._add(0, file_version="brain.Event:2")
-        self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
-        self.flush()
-
-    def _add(self, step: int, **what: Any) -> None:
-        event = self._event(wall_time=time.time(), step=step, **what)
-        self._file.write(event.SerializeToString())
-
-    def write(self, step: int, split: str, values: Figures) -> None:
-        for name, value in values.items():
-            if value is not None:
-                self._add(step, summary=self._scalar(f"{split}/{name}", value))
-        if time.monotonic() - self._flushed > EVENTS_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._file.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def count_tokens(batch: Batch | LabelBatch) -> dict[str, float]:

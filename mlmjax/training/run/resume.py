@@ -25,6 +25,7 @@ from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.attention import check_platform
 from mlmjax.parallel import processes
 from mlmjax.parallel.sharding import check_rows, make_mesh
+from mlmjax.reporting.trackers import check_installed
 from mlmjax.storage import CONFIG, LOCK, check_name, is_remote
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import make_schedule, rates_at
@@ -73,6 +74,8 @@ def check_before_start(config: RunConfig, profile: str | None = None) -> Mesh:
     check_folders(config)
     check_name(Path(config.out))
     check_same_settings(config)
+    if "to" in config.log.model_fields_set:  # the first process has the trackers
+        processes.broadcast_from_first(lambda: check_installed(config.log.to))
     profiled_updates(profile, 0, config.steps)
     mesh = make_mesh(config.mesh)
     check_platform(config.attention, mesh.devices.flat[0].platform)

@@ -20,6 +20,7 @@ from mlmjax.parallel.environment import check_devices
 from mlmjax.parallel.processes import broadcast_from_first, check_not_forked, is_first
 from mlmjax.parallel.sharding import gather_on_first
 from mlmjax.reporting.terminal import count_progress, say, working
+from mlmjax.reporting.trackers import Trackers
 from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.adapters import split_trained, trained_patterns
@@ -60,7 +61,7 @@ from mlmjax.training.step import (
 )
 from mlmjax.weights import pretrained
 from mlmjax.weights.adapters import save_adapter
-from mlmjax.weights.cards import model_card
+from mlmjax.weights.cards import measured, model_card, with_results
 from mlmjax.weights.checkpoints import Checkpoints
 
 STEPS = {"pjit": shared_train_step, "pmap": shared_replicated_step}
@@ -138,9 +139,12 @@ def _print_report(config: RunConfig, report: dict[str, Any]) -> None:
 
 
 def _open_log(config: RunConfig, step: int) -> MetricsLog:
-    """Write the configuration of a run that goes on from a step, and open its metrics."""
-    log = MetricsLog(Path(config.out), step)
-    write_json(Path(config.out) / "config.json", config.model_dump(mode="json"))
+    """Write the configuration of a run that goes on from a step; open its metrics and trackers."""
+    out, settings = Path(config.out), config.model_dump(mode="json")
+    log = MetricsLog(out, step)
+    write_json(out / "config.json", settings)
+    options: Any = {"project": config.log.project, "settings": settings, "step": step}
+    log.trackers = Trackers(config.log.to, out, **options)
     return log
 
 
@@ -247,7 +251,8 @@ def _finish(
     if is_first():
         model = nnx.merge(graphdef, whole)
         sections = training_card(config, loaders.manifest, report)
-        card = model_card(merged(model), sections=sections)
+        results = measured(report, "held-out answers") if "accuracy" in report else ()
+        card = with_results(model_card(merged(model), sections=sections), results)
         manifest = training_manifest(config.init_from, loaders.manifest, history)
         files: Any = {"card": card, "more_files": {TRAINING: manifest.text()}}
         with working("exporting the model"):

@@ -22,7 +22,7 @@ from mlmjax.parallel.sharding import mesh_of, place
 from mlmjax.reporting import pages
 from mlmjax.reporting.markdown import shortened
 from mlmjax.statistics.metrics import wilson_interval
-from mlmjax.storage import CONFIG
+from mlmjax.storage import CONFIG, without_folder
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.optimizer import averaged_parameters
 from mlmjax.training.run.inputs import AnyLoader, Loaders, feed
@@ -250,10 +250,15 @@ def read_finished(out: Path, step: int) -> dict[str, Any] | None:
 
 def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, Any]) -> str:
     """Return the part of a model card on the training, its data, and the held-out answers."""
+    start = None if config.init_from is None else without_folder(config.init_from)
+    rows = summary(manifest)
+    for source in (*manifest.sources, *manifest.validation_sources):
+        rows = [line.replace(source.name, without_folder(source.name)) for line in rows]
     return pages.render(
         "assets/training_card.md",
         config=config,
-        rows=summary(manifest),
+        start=start,
+        rows=rows,
         held_out=report_lines(report, most=None),
     )
 

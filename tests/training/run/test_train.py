@@ -243,7 +243,7 @@ def test_starting_from_an_export(folder, straight):
     assert first["loss"] < lines_of(folder / "out")[0]["loss"] - 0.1
     one, two = (read_training_manifest(folder / name / "export") for name in ("out", "tuned"))
     assert one.runs == two.runs[:1]
-    assert [run.init_from for run in two.runs] == [None, start["init_from"]]
+    assert [run.init_from for run in two.runs] == [None, "export"]  # without its folder
     assert one.runs[0].tasks == ["animal", "color"]
     card = (folder / "tuned" / "export" / CARD).read_text()
     assert card.count("## Training") == 2  # its own, and that of its start
