@@ -177,7 +177,8 @@ class Decider:
         None where answers have no one order: by words, with several `orders`, a classifier's own
         question, and more options than one prompt holds.
         """
-        shown, asked = [as_state(state) for state in states], read_question(question)
+        shown = [as_state(state) for state in check_list(states, "states", "states")]
+        asked = read_question(question)
         names = [f"row {at + 1} (index {at})" for at in range(len(shown))]
         scores = self._asker.in_orders(shown, asked, names, orders)
         if scores is None:

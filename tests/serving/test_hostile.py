@@ -195,6 +195,16 @@ def test_stalled_and_broken_clients_hold_nobody_up(client):
     assert client.ask()[0] == 200
 
 
+def test_a_second_request_cannot_hide_in_a_body_of_two_lengths(client):
+    hidden = b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    lines = [*HEAD, "Transfer-Encoding: chunked", "Content-Length: 5"]
+    with closing(opened(client, *lines, body=hidden)) as connection:
+        found = b"".join(iter(lambda: connection.recv(4096), b""))  # until it is closed
+    assert found.startswith(b"HTTP/1.1 400")
+    assert found.count(b"HTTP/1.1") == 1
+    assert b"send one of them" in found
+
+
 def test_a_slow_reader_holds_nobody_up(client):
     """Answers of 4 MB, which nobody reads, wait in their own connections."""
     many = {f"{n}" * 2**20: QUESTION for n in range(4)}
