@@ -212,6 +212,13 @@ def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
     check_rows_shared(rows)
     loaders = open_loaders(config, tokenizer)
     say(_describe_rows(rows, loaders.manifest))
+    if (there := sum(file.rows for file in loaders.manifest.splits["train"])) < (
+        wanted := config.data.batch_size
+    ):
+        say(
+            f"warning: data.batch_size is {wanted:,}, and there are only {counted(there, 'row')}, "
+            "so every update reads rows more than once; lower it, or give more data"
+        )
     if config.evaluation.patience is not None and loaders.validation is None:
         raise InputError(
             f"evaluation.patience: {rows} has no held-out rows to measure improvement; hold out "

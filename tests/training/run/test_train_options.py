@@ -21,6 +21,8 @@ from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification, parameters
 from mlmjax.parallel import processes
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.run import train
+from mlmjax.training.run.initial_model import load_tokenizer
 from mlmjax.training.run.inputs import open_loaders
 from mlmjax.training.run.timing import profiled_updates
 from mlmjax.training.run.train import prepare_rows, run_training
@@ -139,6 +141,14 @@ def test_without_labels_a_number_is_predicted(folder, capsys):
 def test_what_a_classification_head_cannot_be_trained_on_is_rejected(folder, changes, message):
     with pytest.raises(InputError, match=message):
         run_training(labelled(folder, "refused", rows="rows-refused", **changes))
+
+
+def test_a_batch_of_more_rows_than_there_are_is_a_warning(folder, capsys):
+    for size, warns in ((16, False), (4096, True)):
+        config = labelled(folder, "batches", data__batch_size=size)
+        train._open_rows(config, load_tokenizer(config))
+        said = capsys.readouterr().err
+        assert ("warning: data.batch_size is 4,096, and there are only " in said) == warns
 
 
 def test_rows_are_for_one_head(folder):
