@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from labelled_texts import word_model, word_tokenizer
@@ -14,6 +15,7 @@ from mlmjax.model.modernbert import (
     ModernBertModel,
     encoder_of,
 )
+from mlmjax.parallel import sharding
 from mlmjax.scoring.embedding import Embedder
 from mlmjax.storage import EMBEDDING_POOLING, EMBEDDING_PROMPTS
 from mlmjax.text.tokenizer import Tokenizer
@@ -71,6 +73,14 @@ def test_a_vector_is_the_same_alone_batched_and_padded(model, tokenizer, by_hand
     np.testing.assert_allclose(
         unit, found / np.linalg.norm(found, axis=1, keepdims=True), **TOLERANCE
     )
+
+
+def test_all_devices_share_the_texts(model, tokenizer, monkeypatch):
+    expected = mlmjax.embed(model, tokenizer, TEXTS)
+    monkeypatch.setattr(sharding, "local_devices", jax.local_devices)
+    embedder = Embedder(model, tokenizer)
+    assert embedder.engine.mesh.size == len(jax.local_devices()) == 8
+    np.testing.assert_allclose(embedder.embed(TEXTS), expected, **TOLERANCE)
 
 
 def test_every_model_has_vectors_and_no_text_is_no_error(model, tokenizer):
