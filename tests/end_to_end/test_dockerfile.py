@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 
 import pytest
 from click.testing import CliRunner
@@ -27,10 +28,13 @@ def test_what_is_copied_exists_and_is_all_that_the_package_names():
             assert path.resolve().relative_to(ROOT.resolve()).parts[0] in COPIED
 
 
-def test_the_extra_that_it_installs_exists():
+def test_the_extras_that_it_installs_exist():
     (run,) = [line for line in LINES if line.startswith("RUN ")]
-    extra = re.search(r"\.\[(\w+)\]", run)[1]
-    assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    usual = dict(line.split()[1].split("=") for line in LINES if line.startswith("ARG "))
+    extras = re.sub(r"\$(\w+)", lambda found: usual[found[1]], re.search(r"\.\[(.+?)\]", run)[1])
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "serve" in extras.split(",")
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
 
 
 @pytest.mark.parametrize("more", [[], ["--model", "/model"]])
