@@ -22,6 +22,7 @@ from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.parallel.processes import check_not_forked, is_forked
 from mlmjax.reporting.terminal import progress_bar
+from mlmjax.scoring.engine import describe_forward_compiling
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import (
     Calibration,
@@ -388,7 +389,8 @@ class Predictor:
         prompter, done = self._load(), 0
         each = len(self.settings_.labels) if self.settings_.multi_label else 1
         total = len(texts) if isinstance(texts, Sized) else None
-        with progress_bar("texts", self.progress) as show:
+        compiling = describe_forward_compiling(prompter.scorer.model.config.num_hidden_layers)
+        with progress_bar("texts", self.progress, first=compiling) as show:
             for raw in prompter.stream(texts, part):
                 yield raw
                 done += len(raw) // each

@@ -239,16 +239,18 @@ def working(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(what: str, shown: bool | None, last: str = "") -> Iterator[Progress | None]:
+def progress_bar(
+    what: str, shown: bool | None, last: str = "", first: str = ""
+) -> Iterator[Progress | None]:
     """Yield a function of `(done, total)` for work that may take long, or None.
 
     If `shown` is True, progress is shown at once. If `shown` is None and stderr is a terminal,
-    a bar appears after two seconds. `last` is that of `count_progress`.
+    a bar appears after two seconds. `first` and `last` are those of `count_progress`.
     """
     if not (shown or (shown is None and sys.stderr.isatty())):
         yield None
         return
-    with count_progress(what, last=last, at_once=bool(shown)) as show:
+    with count_progress(what, first, last, at_once=bool(shown)) as show:
         yield show
 
 

@@ -23,6 +23,7 @@ from mlmjax.storage import (
     read_json,
 )
 from mlmjax.weights import hub, pretrained
+from mlmjax.weights.adapters import is_adapter
 from mlmjax.weights.model_checkpoint import (
     MODEL_RECORD,
     is_model,
@@ -55,6 +56,11 @@ def to_jax(source: str, target: Path) -> int:
     folder = hub.fetch(source)
     if is_model(folder):
         raise InputError(f"{folder}: is an Orbax checkpoint already; give a Hugging Face folder")
+    if is_adapter(folder):
+        raise InputError(
+            f"{folder}: is an adapter, which has no weights of its own; save it with its base as a "
+            "model first: mlmjax.save_pretrained(*mlmjax.load_pretrained(FOLDER), NEW_FOLDER)"
+        )
     model = pretrained.read_model(folder)
     save_model(target, model, _tokenizer(folder, model), more_files=_settings(folder))
     return len(parameters(model))

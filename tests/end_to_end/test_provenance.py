@@ -11,6 +11,7 @@ from mlmjax import Choice, Classifier, Decider, load_pretrained, resize_token_em
 from mlmjax.config.run import AdapterConfig, parse_config
 from mlmjax.config.task import load_task
 from mlmjax.data.contamination import contamination, read_training_manifest
+from mlmjax.errors import InputError
 from mlmjax.model.modernbert import with_adapter, with_classifier
 from mlmjax.storage import CARD, TRAINING
 from mlmjax.training.run.train import run_training
@@ -161,6 +162,13 @@ def go(road, source, folder):
 @pytest.mark.parametrize("road", ROADS)
 def test_every_road_keeps_licence_attribution_and_training_data(road, source, tmp_path):
     check(go(road, source, tmp_path / "first"), ROADS[road])
+
+
+def test_an_adapter_is_converted_only_with_its_base(source, tmp_path):
+    adapter = go(with_new_adapter, source, tmp_path / "first")
+    with pytest.raises(InputError, match="is an adapter, which has no weights of its own; save it"):
+        convert.to_jax(str(adapter), tmp_path / "orbax")
+    check(go(through_orbax, go(saved, adapter, tmp_path / "second"), tmp_path / "third"), 1)
 
 
 @pytest.mark.long

@@ -107,17 +107,18 @@ def _training_lines(fit: dict[str, Any]) -> Iterator[str]:
 def _calibration_lines(figures: dict[str, Any]) -> Iterator[str]:
     """Yield how far the probabilities of the held-out rows are from the share of right answers."""
     after, before = figures["calibration"], figures["uncalibrated"]
-    methods = {"probabilities as saved": after}
+    methods = {"as saved": after}
     if before is not None:
         rows = f"{figures['rows_calibrated']:,} other rows"
         methods = {
-            f"with temperature {figures['temperature']:.3g} (from {rows})": after,
+            f"with temperature {figures['temperature']:.3g} ({rows})": after,
             "without it": before,
         }
-    width = max(map(len, methods))
-    yield f"{'calibration':{width}}  mean confidence  expected error"
+    head = "probabilities"
+    width = max(map(len, [head, *methods]))
+    yield f"{head:{width}}  mean confidence  calibration error"
     for name, found in methods.items():
-        yield f"{name:{width}}  {found['confidence']:15.1%}  {found['ece']:14.3f}"
+        yield f"{name:{width}}  {found['confidence']:15.1%}  {found['ece']:17.3f}"
 
 
 def confusion_lines(labels: Sequence[str], confusion: np.ndarray) -> Iterator[str]:

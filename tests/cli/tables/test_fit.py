@@ -283,7 +283,7 @@ def test_a_temperature_is_fitted_to_rows_of_neither_training_nor_test(
     assert again.temperature == pytest.approx(results["temperature"], rel=1e-6)
 
     before, after = results["uncalibrated"], results["calibration"]
-    shown = re.search(r"with temperature (\S+) \(from 24 other rows\) +(\S+)% +(\S+)\n", printed)
+    shown = re.search(r"with temperature (\S+) \(24 other rows\) +(\S+)% +(\S+)\n", printed)
     assert float(shown[1]) == pytest.approx(results["temperature"], rel=1e-2)
     assert float(shown[3]) == pytest.approx(after["ece"], abs=1e-3)
     without = rf"without it +{before['confidence']:.1%} +{before['ece']:.3f}\n"
@@ -311,7 +311,7 @@ def test_probabilities_stay_as_they_are_where_no_temperature_fits(
     assert ("probabilities stay" in err) == bool(said)
     results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
     assert results["temperature"] is results["uncalibrated"] is None
-    assert re.search(r"\nprobabilities as saved +\d+\.\d% +0\.\d\d\d\n", printed)
+    assert re.search(r"\nas saved +\d+\.\d% +0\.\d\d\d\n", printed)
     assert Classifier.from_pretrained(tmp_path / "out").calibration_ is None
 
 
