@@ -225,6 +225,51 @@ def test_a_relative_is_fitted_and_exported(folder, tmp_path, caplog):
     np.testing.assert_allclose(found, expected[0], atol=1e-4)
 
 
+PRETRAIN = """
+out = "run"
+steps = 3
+init_from = "model"
+[data]
+rows = "rows"
+seq_length = 64
+batch_size = 8
+[[data.sources]]
+path = "texts.jsonl"
+text = "text"
+[objective]
+mlm_share = 1.0
+mlm_rate = 0.3
+"""
+
+
+@pytest.mark.long
+def test_a_relative_continues_pretraining(folder, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").symlink_to(folder)
+    rows = [{"text": f"{text}. " * 6} for text in TEXTS] * 16
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "texts.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "run.toml").write_text(PRETRAIN)
+    kind = json.loads((folder / "config.json").read_text())["architectures"]
+    if kind == ENCODER:
+        assert main.run(["train", "run.toml"]) == 2
+        message = "this training needs a ModernBertForMaskedLM, or head = 'classification'"
+        assert message in capfd.readouterr().err
+        return
+    assert main.run(["train", "run.toml", "--quiet"]) == 0
+    export = tmp_path / "run" / "export"
+    model, _ = load_pretrained(export)
+    theirs = transformers.AutoTokenizer.from_pretrained(export)
+    before = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs(TEXTS)["input_ids"] == before(TEXTS)["input_ids"]
+    shown = theirs(TEXTS[1], return_tensors="pt")
+    original = transformers.ModernBertForMaskedLM.from_pretrained(export).eval()
+    with torch.no_grad():
+        expected = original(**shown).logits.numpy()
+    ids, segments = shown["input_ids"].numpy(), shown["attention_mask"].numpy()
+    np.testing.assert_allclose(model.mlm_logits(model.encode(ids, segments)), expected, atol=1e-4)
+
+
 def test_an_anchor_that_is_named_is_kept_with_the_classifier(tmp_path, caplog):
     folder = write_relative(tmp_path / "model", "mmBERT-small")
     texts = ["the red house", "a <unused1> sun"]
