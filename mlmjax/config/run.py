@@ -347,9 +347,9 @@ class RunConfig(StrictTable):
         if any(source.label_names != self.label_names for source in sources):
             raise ValueError("every source needs the same labels, in the same order")
         names = self.label_names
-        if names and (len(set(names)) < max(len(names), 2) or not all(map(str.strip, names))):
+        if names and (len(names) < 2 or not all(map(str.strip, names))):
             raise ValueError(
-                f"labels are {', '.join(map(repr, names))}; expected two or more, distinct and not "
+                f"labels are {', '.join(map(repr, names))}; expected two or more that are not "
                 "blank (or leave labels out to predict a number)"
             )
 

@@ -12,7 +12,8 @@ import pytest
 
 TAKE_AWAY = """
 import asyncio, multiprocessing.pool, os, signal, subprocess, sys, tempfile, threading
-import click, filelock, flax.nnx, jax, joblib, matplotlib.pyplot, optax, sklearn.base
+import click, filelock, flax.nnx, huggingface_hub.hf_api, jax, joblib, matplotlib.pyplot
+import optax, sklearn.base
 for name in ("fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "syslog"):
     sys.modules[name] = None
 kept = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}

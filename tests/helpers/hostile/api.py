@@ -90,6 +90,7 @@ LABELS_REFUSED = {
     "empty": ["a", ""],
     "white space": ["a", "\u2003"],
     "twice": ["a", "b", "a"],
+    "twins": ["a", "b", "a "],
     "one": ["a"],
     "none": [],
     "a text": "abc",
@@ -112,7 +113,7 @@ LABELS = {
     "options": ["- A: no", "- B: yes\n- C: so", "A", "B"],
     "special": ["[MASK]", "[unused0] [MASK]", "[SEP]", "[PAD]"],
     "odd": ["a\x00b", "\u202e\u0301", "😀👩\u200d👩\u200d👧", "{text}", "1", "1.0", "NaN", "None"],
-    "twins": ["a", "a ", " a", "A", "é", "e\u0301"],
+    "twins": ["a", "A", "é", "e\u0301"],
     "of newlines": {"a\nb": "one\ntwo", "c\r\n": "", "\nd": "{options}"},
 }
 

@@ -122,7 +122,7 @@ def test_a_gpu_is_planned_without_compiling(capsys, monkeypatch, command):
     out = capsys.readouterr().out
     if not command:
         assert out.startswith("rtx4090-24g:1: DOES NOT FIT\n")
-        assert "nearest change that fits: remat=" in out
+        assert "nearest change that fits: data.accumulate=" in out
         assert "activations" in out
         assert "note: memory is an estimate by arithmetic" in out
         assert "the limit is 75% of 24.0 GiB" in out

@@ -181,4 +181,4 @@ def test_a_column_that_is_no_distribution_is_rejected_by_row(folder, answer, say
 )
 def test_settings_that_cannot_work_are_rejected(folder, source, changes, says):
     with pytest.raises(InputError, match=says):
-        batches(config_of(folder, "wrong", source=source, **changes))
+        batches(config_of(folder, "unfit", source=source, **changes))

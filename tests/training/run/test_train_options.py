@@ -129,7 +129,7 @@ def test_without_labels_a_number_is_predicted(folder, capsys):
         ({"data__pack": True}, r"set data.pack = false"),
         ({"objective": {"mlm_share": 0.1}}, "is for the MLM head"),
         ({"source": {"labels": ["red"]}}, "labels are 'red'; expected two or more"),
-        ({"source": {"labels": ["red", "red"]}}, "'red', 'red'; expected two or more, distinct"),
+        ({"source": {"labels": ["red", "red"]}}, "'red' appears twice; expected distinct names"),
         ({"source": {"answer": "text"}}, "line 1: column 'text' is .* expected a number"),
         ({"source": {"labels": COLORS[:2]}}, "column 'label' is 2; expected one of"),
         (
