@@ -168,7 +168,12 @@ def print_table(
     for row in rows:
         if key in row:
             found[row["set"], row["way"]].append(row[key])
-    names = [name for name in SETS if any(found[name, way] for way in ways)]
+    ways = [way for way in ways if any(found[name, way] for name in SETS)]
+    fitted = [way for way in ways if way in WAYS] or ways
+    names = [name for name in SETS if any(found[name, way] for way in fitted)]
+    if not names:
+        print("(not measured)")
+        return
     print("| set | labels |", " | ".join(ways), "|")
     print("|---|---|" + "---|" * len(ways))
     for name in names:
