@@ -1,18 +1,21 @@
-"""Write the answers of `classify` as JSON lines, CSV or parquet."""
+"""Read the texts of `classify` and `embed`, and write answers as JSON lines, CSV or parquet."""
 
 import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
+from mlmjax.cli.tables.inputs import is_read_once, read_lines
 from mlmjax.config.columns import as_written, is_missing, look_up
-from mlmjax.config.data import CsvDialect
+from mlmjax.config.data import CsvDialect, CsvOptions
 from mlmjax.errors import InputError, write_failed
+from mlmjax.reporting.terminal import count_progress
 from mlmjax.storage import PARTIAL, check_regular
 from mlmjax.text.checks import check_filled, for_each_row
 
@@ -67,6 +70,29 @@ def _has_columns(file: str) -> bool:
     from mlmjax.data.reading.files import has_columns  # here, because it loads pyarrow
 
     return has_columns(file)
+
+
+def open_items(
+    file: str, text: str | None, id_: str | None, encoding: str | None, csv: CsvOptions | None
+) -> tuple[Callable[[], Iterator[Item]], int]:
+    """Return what reads the lines of a text file or the rows of a table, and their number.
+
+    All texts are checked first: `InputError` lists bad ones. Of a file that can be read only once
+    nothing is checked here, and the number is 0.
+    """
+    noted: set[str] = set()
+
+    def read() -> Iterator[Item]:
+        if text is None:
+            return starmap(Item, enumerate(read_lines(file, encoding, noted), start=1))
+        return read_items(file, text, id_, encoding, noted, csv)
+
+    total = 0
+    if not is_read_once(file):
+        with count_progress("texts checked") as progress:
+            for _ in read():
+                progress(total := total + 1, 0)
+    return read, total
 
 
 def read_items(

@@ -6,14 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mlmjax.classification.predictor import Predictor
-from mlmjax.cli.tables.answers import (
-    Item,
-    check_options,
-    read_items,
-    shape_answer,
-    write_answers,
-)
-from mlmjax.cli.tables.inputs import check_csv, is_read_once, read_labels, read_lines
+from mlmjax.cli.tables.answers import check_options, open_items, shape_answer, write_answers
+from mlmjax.cli.tables.inputs import check_csv, read_labels
 from mlmjax.config.data import CsvOptions
 from mlmjax.errors import InputError
 from mlmjax.parallel.environment import check_devices
@@ -50,20 +44,8 @@ def classify_file(
     if out is None and sys.stdout is None:
         raise InputError("standard output: is closed; give --out FILE, or leave it open")
     check_devices()
-    noted: set[str] = set()
-
-    def read() -> Iterator[Item]:
-        if text is None:
-            lines = read_lines(file, encoding, noted)
-            return itertools.starmap(Item, enumerate(lines, start=1))
-        return read_items(file, text, id_, encoding, noted, csv)
-
     names = None if labels is None else read_labels(labels)
-    total = 0
-    if not is_read_once(file):
-        with count_progress("texts checked") as progress:
-            for _ in read():
-                progress(total := total + 1, 0)
+    read, total = open_items(file, text, id_, encoding, csv)
     source = PACKAGED if model is None else model
     with working(f"loading {source}"):
         predictor = Predictor.from_pretrained(source, names, progress=False, **options)

@@ -1,14 +1,14 @@
 """Embed the lines of a text file, or the rows of a table."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlmjax.cli.tables.answers import Item, check_options, check_out, read_items, write_to
-from mlmjax.cli.tables.inputs import check_csv, is_read_once, read_lines
+from mlmjax.cli.tables.answers import check_options, check_out, open_items, write_to
+from mlmjax.cli.tables.inputs import check_csv
 from mlmjax.config.columns import as_written
 from mlmjax.config.data import CsvOptions
 from mlmjax.errors import InputError
@@ -48,19 +48,7 @@ def embed_file(
         raise InputError(f"--out {out}: has no place for ids; give a .parquet file, or no --id")
     check_csv(file, csv)
     check_devices()
-    noted: set[str] = set()
-
-    def read() -> Iterator[Item]:
-        if text is None:
-            lines = read_lines(file, encoding, noted)
-            return itertools.starmap(Item, enumerate(lines, start=1))
-        return read_items(file, text, id_, encoding, noted, csv)
-
-    total = 0
-    if not is_read_once(file):
-        with count_progress("texts checked") as progress:
-            for _ in read():
-                progress(total := total + 1, 0)
+    read, total = open_items(file, text, id_, encoding, csv)
     source = PACKAGED if model is None else model
     given = {name: value for name, value in options.items() if value is not None}
     with working(f"loading {source}"):
