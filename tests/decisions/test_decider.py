@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from labelled_texts import WORDS, examples
 from small_models import noisy
+from texts import SCRIPTS
 
 from mlmjax import Choice, Classifier, Decider, InputError, Score, YesNo
 from mlmjax.classification.fitting import LearnedNothingWarning
@@ -23,18 +24,6 @@ QUESTIONS = {
     "urgency": Score("How urgent is it?", ["can wait", "this week", "today"]),
     "many": Choice("Which one?", [f"name {i}" for i in range(90)]),
 }
-SCRIPTS = [
-    "Ünïcode",
-    "Ελλάδα",
-    "Россия",
-    "日本語",
-    "한국어",
-    "العربية",
-    "עברית",
-    "हिन्दी",
-    "ไทย",
-    "🙂 x",
-]
 FAST = {"epochs": 8, "learning_rate": 1e-2, "batch_size": 16}
 
 

@@ -59,3 +59,18 @@ def small_table(**changes) -> dict:
         "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": []},
     }  # fmt: skip
     return table | changes
+
+
+SCRIPTS = [
+    "Ünïcode",
+    "Ελλάδα",
+    "Россия",
+    "日本語",
+    "한국어",
+    "العربية",
+    "עברית",
+    "हिन्दी",
+    "ไทย",
+    "🙂 x",
+]
+"""A name in each of ten scripts."""

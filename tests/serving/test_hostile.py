@@ -12,6 +12,7 @@ import jax
 import pytest
 from servers import REQUEST, serving
 from small_models import small_model
+from texts import SCRIPTS
 
 from mlmjax import Decider, RunError
 from mlmjax.decisions.answers import answer_json
@@ -22,18 +23,6 @@ CHOICE = {"type": "choice", "instructions": "Which?", "criteria": {"a": None, "b
 SCORE = {"type": "score", "instructions": "How?", "criteria": ["low", "high"]}
 NOT_TEXT = [None, True, 7, 1.5]
 DEEP = 2000
-SCRIPTS = [
-    "Ünï",
-    "Ελλάδα",
-    "Россия",
-    "日本語",
-    "한국어",
-    "العربية",
-    "עברית",
-    "हिन्दी",
-    "ไทย",
-    "🙂 x",
-]
 
 
 def changed(**values):
