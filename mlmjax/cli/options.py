@@ -188,5 +188,6 @@ csv = click.option(
 max_length = click.option(
     "--max-length",
     type=click.IntRange(min=1),
-    help="Most tokens of a prompt; longer texts are truncated (default: what the model reads).",
+    help="Most tokens of prompt and text together; longer texts are truncated (default: what the "
+    "model reads).",
 )

@@ -128,10 +128,20 @@ class Template:
 
     def length(self, tokenizer: Tokenizer, row: Mapping[str, Any]) -> int:
         """Return the number of tokens of a prompt before truncation; fields may be blank."""
-        texts = {name: row.get(name) or "" for name in self.fields}
-        if _OPTIONS in self.fields:
-            texts[_OPTIONS] = option_lines(row[_OPTIONS], self.names, tokenizer)
-        return len(self._assemble(tokenizer, [texts])[0])
+        return self.lengths(tokenizer, [row])[0]
+
+    def lengths(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return what `length` does of many rows, which are encoded together."""
+
+        def texts(row: Mapping[str, Any]) -> dict[str, str]:
+            return {
+                name: option_lines(row[name], self.names, tokenizer)
+                if name == _OPTIONS
+                else row.get(name) or ""
+                for name in self.fields
+            }
+
+        return [len(ids) for ids in self._assemble(tokenizer, [texts(row) for row in rows])]
 
     def encode(
         self, tokenizer: Tokenizer, row: Mapping[str, Any], max_length: int

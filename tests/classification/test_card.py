@@ -31,10 +31,15 @@ def saved(pair, folder, labels=("sports", "money"), **options):
 
 def printed(program, folder, capsys):
     """Run a program of a card on the text; return what it printed."""
-    program = program.replace("PATH_OF_THIS_FOLDER", str(folder)).replace('"a text"', repr(TEXT))
     capsys.readouterr()
-    exec(compile(program, "README.md", "exec"), {})
+    run(program, folder, TEXT)
     return eval(capsys.readouterr().out)
+
+
+def run(program, folder, text):
+    """Run a program of a card on a text."""
+    program = program.replace("PATH_OF_THIS_FOLDER", str(folder)).replace('"a text"', repr(text))
+    exec(compile(program, "README.md", "exec"), {})
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,46 @@ def test_a_head_is_a_pipeline(real_pair, tmp_path, capsys, options):
     _, program = blocks("python", card)
     (found,) = printed(program, tmp_path / "saved", capsys)
     assert {one["label"]: pytest.approx(one["score"], abs=1e-5) for one in found} == expected
+
+
+@pytest.mark.parametrize("options", [{"answer": "words"}, {"head": "classification"}])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("goal " * 90, "is too long: with its prompt it has more than 48 tokens"),
+        ("a [MASK] goal", "spells a special token"),
+        ("a goal[SEP]", "spells a special token"),
+        ("[unused0] goal", "spells a special token"),
+        ("<|endoftext|>", "spells a special token"),
+    ],
+)
+def test_a_text_that_the_program_would_read_otherwise_is_refused(
+    real_pair, tmp_path, options, text, says
+):
+    card, _ = saved(real_pair, tmp_path / "saved", max_length=48, **options)
+    assert "Prompt and text have at most 48 tokens together." in card
+    _, program = blocks("python", card)
+    with pytest.raises(SystemExit, match=says):
+        run(program, tmp_path / "saved", text)
+
+
+@pytest.mark.parametrize("options", [{"answer": "words"}, {"head": "classification"}])
+def test_the_program_answers_as_long_a_text_as_mlmjax_reads(real_pair, tmp_path, capsys, options):
+    saved(real_pair, tmp_path / "saved", max_length=48, **options)
+    classifier = Classifier.from_pretrained(tmp_path / "saved")
+    template, tokenizer = classifier.asking_.scorer.template, classifier.asking_.scorer.tokenizer
+    text = "goal" + " goal" * (48 - template.length(tokenizer, {"text": "goal"}))
+    (expected,) = classifier.predict_proba([text])
+    assert classifier.shortened == 0
+    _, program = blocks("python", (tmp_path / "saved" / "README.md").read_text())
+    run(program, tmp_path / "saved", text)
+    found = eval(capsys.readouterr().out)
+    if isinstance(found, list):
+        found = {one["label"]: one["score"] for one in found[0]}
+    scores = [found[name] for name in map(str, classifier.classes_)]
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+    with pytest.raises(SystemExit, match="is too long"):
+        run(program, tmp_path / "saved", text + " goal")
 
 
 @pytest.mark.parametrize(

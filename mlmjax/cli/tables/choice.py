@@ -1,16 +1,20 @@
-"""Choose how a new classifier answers and learns, from its labels and the size of its model."""
+"""Choose how a new classifier answers and learns, and measure the prompts that it will read."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
 from mlmjax.classification.fitting import Recipe, start_of, trained_size, usual_rate
-from mlmjax.classification.settings import suitable_answer
+from mlmjax.classification.predictor import Predictor
+from mlmjax.classification.prompter import make_template
+from mlmjax.classification.rounds import group_size
+from mlmjax.classification.settings import settle, suitable_answer
 from mlmjax.config.tables import decode
 from mlmjax.errors import InputError
 from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import (
+    Model,
     ModernBertForMaskedLM,
     ModernBertForSequenceClassification,
     abstract_model,
@@ -138,11 +142,16 @@ def choose(
 
 def _sizes(config: ModelConfig, recipe: Recipe) -> tuple[int, int]:
     """Return the number of parameters of a model, and of those that a recipe trains."""
-    has_head = config.architectures == (ModernBertForSequenceClassification.__name__,)
-    kind = ModernBertForSequenceClassification if has_head else ModernBertForMaskedLM
-    model = start_of(abstract_model(kind.__name__, config), recipe)
+    model = start_of(_shapes(config), recipe)
     whole = sum(leaf.size for leaf in parameters(model).values())
     return whole, trained_size(model, recipe)
+
+
+def _shapes(config: ModelConfig) -> Model:
+    """Return the model that a configuration describes, without numbers."""
+    has_head = config.architectures == (ModernBertForSequenceClassification.__name__,)
+    kind = ModernBertForSequenceClassification if has_head else ModernBertForMaskedLM
+    return cast(Model, abstract_model(kind.__name__, config))
 
 
 def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:
@@ -159,8 +168,44 @@ def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:
     return "letters", f"{why}; small models learn letters less well than words"
 
 
-def text_lengths(source: str, texts: Sequence[str], *, revision: str | None = None) -> np.ndarray:
-    """Return the number of tokens of each text, int `[texts]`, without any prompt."""
-    tokenizer = read_tokenizer(hub.fetch(source, revision=revision))
-    parts = (tokenizer.encode_plain_batch(texts[i : i + PART]) for i in range(0, len(texts), PART))
-    return np.array([len(ids) for part in parts for ids in part])
+class PromptLengths(NamedTuple):
+    """Hold the tokens of prompts, int `[texts]`; `own` of each are beside the text.
+
+    `limit` is the most that a prompt may have.
+    """
+
+    prompts: np.ndarray
+    own: int
+    limit: int
+
+    def over(self, limit: int) -> int:
+        """Return the number of prompts of more than `limit` tokens, whose texts are shortened.
+
+        >>> PromptLengths(np.array([9, 12, 20]), own=7, limit=12).over(12)
+        1
+        """
+        return int((self.prompts > limit).sum())
+
+
+def prompt_lengths(predictor: Predictor, texts: Sequence[str]) -> PromptLengths:
+    """Measure the prompts of texts for a model that is no classifier yet, without its weights.
+
+    The predictor has a folder or hub id, and labels of which one applies. Raises `InputError` for
+    a folder or settings that cannot be used.
+    """
+    assert not isinstance(predictor.source, tuple)
+    folder = hub.fetch(predictor.source, revision=predictor.revision)
+    config = read_config(folder, read_json(folder, CONFIG))
+    tokenizer = read_tokenizer(folder)
+    if predictor.anchor is not None:
+        tokenizer = tokenizer.with_anchor(predictor.anchor)
+    settings = settle(vars(predictor), None, _shapes(config), tokenizer, seen=None)
+    template = make_template(settings)
+    limit = settings.max_length or config.max_position_embeddings
+    shown = settings.shown
+    if "options" in template.fields:  # of many labels, a prompt lists as many as fit
+        shown = shown[: group_size(template, tokenizer, shown, limit)]
+    rows = [{"options": shown, "text": text} for text in ("", *texts)]
+    parts = (template.lengths(tokenizer, rows[i : i + PART]) for i in range(0, len(rows), PART))
+    own, *prompts = [length for part in parts for length in part]
+    return PromptLengths(np.array(prompts), own, limit)

@@ -67,4 +67,9 @@ def classify_file(
     if out is not None:
         say(f"{out}: {count:,} answers")
     if predictor.shortened:
-        say(f"warning: {predictor.shortened} of the texts did not fit the model and were truncated")
+        several = predictor.prompts > count
+        noun = f"{predictor.prompts:,} prompts" if several else "texts"
+        say(
+            f"warning: {predictor.shortened:,} of the {noun} did not fit and were truncated: "
+            f"prompt and text have at most {predictor.asking_.scorer.max_length:,} tokens together"
+        )

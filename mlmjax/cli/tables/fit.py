@@ -14,15 +14,15 @@ from sklearn.metrics import confusion_matrix
 
 from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.fitting import LearnedNothingWarning
-from mlmjax.cli.tables.choice import Choice, Way, choose, text_lengths
+from mlmjax.cli.tables.choice import Choice, Way, choose, prompt_lengths
 from mlmjax.cli.tables.inputs import check_csv
-from mlmjax.cli.tables.lines import REPORT, classify_line, describe_lengths, start_lines
+from mlmjax.cli.tables.lines import REPORT, classify_line, length_lines, start_lines
 from mlmjax.cli.tables.report import fit_page
 from mlmjax.cli.tables.split import Split, split_table
 from mlmjax.config.data import CsvOptions
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.decisions.classifiers import is_one_prompt
-from mlmjax.errors import InputError, counted
+from mlmjax.errors import InputError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method
@@ -110,13 +110,6 @@ def fit_table(
     )
     if adapter is not None:
         check_apart(folder, fetch(model, revision=revision))
-    with working("measuring the texts"):
-        lengths = text_lengths(model, table.texts, revision=revision)
-    for line in (
-        describe_lengths(table, lengths, max_length),
-        *start_lines(model, choice, split, labels),
-    ):
-        say(line)
     options = {
         **choice.options(),
         "anchor": anchor,
@@ -126,11 +119,16 @@ def fit_table(
         "seed": seed,
     }
     classifier = Classifier(model, labels, **options, progress=False)
+    with working("measuring the texts"):
+        lengths = prompt_lengths(classifier, table.texts)
+    for line in (
+        *length_lines(table.where, lengths, max_length),
+        *start_lines(model, choice, split, labels),
+    ):
+        say(line)
     learned = learn(classifier, trained)
     temperature = calibrate(classifier, spared)
     probabilities = answer_texts(classifier, tested[0])
-    if classifier.shortened:
-        say(f"warning: {counted(classifier.shortened, 'prompt')} did not fit: texts were truncated")
     with working("comparing with TF-IDF"):
         untested = trained[0] + spared[0], trained[1] + spared[1]
         found, methods = measure(untested, tested, labels, probabilities, temperature)

@@ -1,5 +1,6 @@
 """Say what a fit is about to do, and what came out, in lines for a terminal."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
@@ -7,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mlmjax.cli.tables.choice import Choice
+from mlmjax.cli.tables.choice import Choice, PromptLengths
 from mlmjax.cli.tables.split import WIDTH, Split
 from mlmjax.config.data import CsvOptions
-from mlmjax.data.reading.labelled import LabelledTable
 from mlmjax.errors import counted
 from mlmjax.reporting.accuracy import top_confusions
 from mlmjax.reporting.markdown import shortened, visible
@@ -22,18 +22,34 @@ FAR, LEAST = 4, 16
 """A text of more than `FAR` medians, of at least `LEAST` tokens each, slows the others down."""
 
 
-def describe_lengths(
-    table: LabelledTable, lengths: np.ndarray, max_length: int | None = None
-) -> str:
-    """Say how long the texts are in tokens, and what helps if one is far longer than the others."""
+USUAL = 0.95
+"""The share of the texts that a suggested `--max-length` leaves whole."""
+
+
+def length_lines(
+    where: Sequence[str], found: PromptLengths, max_length: int | None = None
+) -> Iterator[str]:
+    """Yield how long texts and prompt are in tokens, and how many of the texts do not fit.
+
+    `where` has the place of each text. If one is far longer than the others, a limit is suggested.
+    """
+    lengths = found.prompts - found.own
     longest, middle = int(lengths.max()), float(np.median(lengths))
-    text = (
+    yield (
         f"texts: {middle:,.0f} tokens in the median, {longest:,} in the longest "
-        f"({table.where[int(lengths.argmax())]})"
+        f"({where[int(lengths.argmax())]}); the prompt adds {found.own:,} to each"
     )
-    if max_length is None and longest > FAR * max(middle, LEAST):
-        text += "; it sets the length of all batches, and --max-length N shortens it"
-    return text
+    usual = found.own + math.ceil(np.quantile(lengths, USUAL))
+    if max_length is None and longest > FAR * max(middle, LEAST) and usual < found.limit:
+        yield (
+            f"the longest text sets the length of all batches; --max-length {usual}, which counts "
+            f"prompt and text, shortens {counted(found.over(usual), 'text')}"
+        )
+    if count := found.over(found.limit):
+        yield (
+            f"warning: {count:,} of the {len(lengths):,} texts ({count / len(lengths):.1%}) are "
+            f"shortened, because prompt and text have at most {found.limit:,} tokens together"
+        )
 
 
 def start_lines(model: str, choice: Choice, split: Split, labels: Sequence[str]) -> Iterator[str]:

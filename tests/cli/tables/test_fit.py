@@ -11,8 +11,8 @@ from tables import labelled_rows, write_table
 
 from mlmjax import Choice, Classifier, Decider
 from mlmjax.cli import main
-from mlmjax.cli.tables.choice import choose
-from mlmjax.cli.tables.lines import confusion_lines, describe_lengths, result_lines
+from mlmjax.cli.tables.choice import PromptLengths, choose, prompt_lengths
+from mlmjax.cli.tables.lines import confusion_lines, length_lines, result_lines
 from mlmjax.cli.tables.split import split_table
 from mlmjax.data.reading.labelled import read_labelled
 from mlmjax.errors import InputError
@@ -143,23 +143,64 @@ def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, 
         given = ["--out", str(tmp_path / f"out{length}"), "--max-length", "48"]
         assert main.run([*fit, *given]) == 0
         err = capsys.readouterr().err
-        assert "--max-length N" not in err
+        assert "sets the length of all batches" not in err
         assert re.search(
-            r"texts: \d+ tokens in the median, \d+ in the longest \(.*a\.csv line ", err
+            r"texts: \d+ tokens in the median, \d+ in the longest \(.*a\.csv line \d+\); "
+            r"the prompt adds \d+ to each\n",
+            err,
         )
-        assert ("did not fit: texts were truncated" in err) == says
+        warning = (
+            "warning: 1 of the 40 texts (2.5%) are shortened, because prompt and text have at most "
+            "48 tokens together\n"
+        )
+        assert (warning in err) == says
+        assert err.count("shortened") == says
         assert "epochs 2, updates 4\n" in err
     assert "(" + str(tmp_path / "a.csv") + " line 9)" in err
-    table = read_labelled(tmp_path / "a.csv")
-    for longest, given, says in ((20, None, False), (500, None, True), (500, 48, False)):
-        lengths = np.array([16] * 39 + [longest])
-        line = describe_lengths(table, lengths, given)
-        assert (
-            line.endswith("it sets the length of all batches, and --max-length N shortens it")
-            == says
-        )
     saved = json.loads((tmp_path / "out80" / "mlmjax_classifier.json").read_text())
     assert saved["max_length"] == 48
+
+
+@pytest.mark.parametrize(
+    ("longest", "given", "limit", "suggests"),
+    [
+        (20, None, 8192, False),
+        (500, None, 8192, True),
+        (500, 48, 48, False),
+        (500, None, 40, False),
+    ],
+)
+def test_a_suggested_limit_counts_the_prompt(longest, given, limit, suggests):
+    prompts = np.array([16] * 39 + [longest]) + 71
+    found = PromptLengths(prompts, own=71, limit=limit)
+    first, *others = length_lines([f"line {i}" for i in range(40)], found, given)
+    assert first == (
+        f"texts: 16 tokens in the median, {longest} in the longest (line 39); the prompt adds 71 "
+        "to each"
+    )
+    hint = (
+        "the longest text sets the length of all batches; --max-length 87, which counts prompt and "
+        "text, shortens 1 text"
+    )
+    assert (hint in others) == suggests
+    assert len(others) == suggests + (limit < 8192)
+
+
+@pytest.mark.parametrize(
+    "options", [{"answer": "words"}, {"answer": "letters"}, {"head": "classification"}]
+)
+def test_measured_prompts_are_those_that_are_read(word_folder, options):
+    texts = [row["text"] * times for row, times in zip(labelled_rows(6), range(1, 7), strict=True)]
+    classifier = Classifier(str(word_folder), ["sports", "money"], max_length=48, **options)
+    found = prompt_lengths(classifier, texts)
+    classifier.fit(texts, ["sports", "money"] * 3, epochs=1)
+    scorer = classifier.asking_.scorer
+    rows = [{"text": text, "options": ["sports", "money"]} for text in texts]
+    before = scorer.shortened
+    read = [len(prompt.ids) for prompt in scorer.prompts(rows)]
+    assert np.minimum(found.prompts, 48).tolist() == read
+    assert found.over(found.limit) == scorer.shortened - before
+    assert found.limit == 48
 
 
 MERGED = '"5 inch;sports\nbank;money\n7 inch";sports\n'

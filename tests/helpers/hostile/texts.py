@@ -120,7 +120,7 @@ def cases():
     spoil = update_json("model/config.json", architectures=[says])
     yield Case("texts for a classification head", command, 2, says, needs, spoil)
     odd = "\n".join([*ODD, "sun " * 50_000])
-    says = "warning: 1 of the texts did not fit the model"
+    says = "warning: 1 of the texts did not fit and were truncated"
     labels = ("--labels", "[MASK],[unused0],\U0001f600")
     yield Case("texts odd", (*HEAD, *labels), 0, says, needs, stdin=odd)
     spoil = change("texts.txt", lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n"))
