@@ -251,7 +251,7 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
             raise InputError(f"fit: the distinct labels are {found}; expected at least two")
         manifest = model.config.provenance.files.get(TRAINING)
         if manifest is not None:  # a broken one is an error before the training
-            manifest = add_run(manifest, "the texts given to Classifier.fit")
+            manifest = add_run(manifest, "the texts given to Classifier.fit", self.source)
         if settings.head == "classification":
             model = with_classifier(model, list(settings.labels), seed=chosen.seed)
         model = start_of(model, chosen)

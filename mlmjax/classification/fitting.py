@@ -10,6 +10,7 @@ from flax import nnx
 from pydantic import Field, field_validator, model_validator
 
 from mlmjax.classification.prompter import Prompter
+from mlmjax.classification.settings import suitable_answer
 from mlmjax.config.data import Name, PositiveFloat
 from mlmjax.config.run import AdapterConfig
 from mlmjax.config.tables import StrictTable
@@ -289,25 +290,32 @@ def _entropy(data: FitData) -> float:
 def _warning(
     prompter: Prompter, recipe: Recipe, attempts: Sequence[Attempt], kept: int
 ) -> str | None:
-    """Return a line that says what was seen and what usually helps; None if all is well.
-
-    The commands show it too, so it names no arguments of Python.
-    """
+    """Return a line that says what was seen and what usually helps; None if all is well."""
     attempt, settings = attempts[kept], prompter.settings
-    if not attempt.problems:
+    seen = found_problems(attempts, kept)
+    if seen is None:
         return None
     rate = attempt.learning_rate
     helps = [f"another learning rate than {rate:g} ({rate / 3:.1g} or {rate * 3:.1g})"]
-    if settings.head == "mlm" and not prompter.own_names and not settings.multi_label:
-        helps.insert(0, "answering by words if each label is one token")
+    names = dict.fromkeys(settings.labels, "")
+    if (
+        settings.head == "mlm"
+        and not (prompter.own_names or settings.multi_label)
+        and suitable_answer(names, prompter.scorer.tokenizer)[0] == "words"
+    ):
+        helps.insert(0, "answering by words")
     helps.append(f"more epochs than {recipe.epochs}")
     if not recipe.restarts:
         helps.append("3 restarts that held-out texts choose from")
+    return f"{seen}. What usually helps: {', '.join(helps)}"
+
+
+def found_problems(attempts: Sequence[Attempt], kept: int) -> str | None:
+    """Say what shows that the kept attempt may have learned nothing; None if all is well."""
+    if not attempts[kept].problems:
+        return None
     tried = f" in any of {len(attempts)} attempts" if len(attempts) > 1 else ""
-    return (
-        f"the fit may have learned nothing{tried}: {'; '.join(attempt.problems)}. What usually "
-        f"helps: {', '.join(helps)}"
-    )
+    return f"the fit may have learned nothing{tried}: {'; '.join(attempts[kept].problems)}"
 
 
 def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:

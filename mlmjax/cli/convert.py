@@ -62,7 +62,7 @@ def to_hf(source: Path, target: Path) -> None:
 def check(first: str, second: str | None, against_torch: bool) -> int:
     """Compare two models of either kind, tensor by tensor.
 
-    The exit code is 1 if they differ.
+    A and B are folders, Hub ids or mlmjax-small. The exit code is 1 if they differ.
     """
     from mlmjax.weights import convert as weights
 
@@ -72,7 +72,7 @@ def check(first: str, second: str | None, against_torch: bool) -> int:
     elif second is None:
         raise click.UsageError("Missing argument 'B'; only --against-torch takes one model.")
     else:
-        found = weights.check(Path(first), Path(second))
+        found = weights.check(first, second)
         done = f"identical: {found.tensors} tensors"
     for line in (*first_details(found.lines), found.largest):
         click.echo(line)

@@ -136,17 +136,29 @@ def training_manifest(
     return TrainingManifest(format=1, runs=[*(before.runs if before else []), run])
 
 
-def add_unknown_run(manifest: bytes, source: str) -> bytes:
+def add_unknown_run(manifest: bytes, source: str, init_from: str | None = None) -> bytes:
     """Add a run to a training manifest whose data is known by a name only; raises `InputError`."""
     before = check_values(TrainingManifest, parse_object(manifest, TRAINING), _BROKEN, _WAY_OUT)
-    run = TrainingRun(
-        init_from=None,
-        tasks=[],
-        sources=[TrainingSource(name=source)],
-        excluded_tasks=[],
-        excluded=[],
-    )
+    run = _run(init_from, TrainingSource(name=source))
     return TrainingManifest(format=1, runs=[*before.runs, run]).text().encode()
+
+
+def with_table_run(manifest: str | None, path: str, *, init_from: str, records: int) -> str:
+    """Return a training manifest whose last run names the table that was fitted to.
+
+    `manifest` is that of a classifier after `fit`, or None if its start had none. Labels name no
+    task, so `records` name none.
+    """
+    before = [] if manifest is None else TrainingManifest.model_validate_json(manifest).runs[:-1]
+    files = [_named(path, hash_file(Path(path)))]
+    name = Path(path).name
+    run = _run(init_from, TrainingSource(name=name, records=records, unnamed=records, files=files))
+    return TrainingManifest(format=1, runs=[*before, run]).text()
+
+
+def _run(init_from: str | None, source: TrainingSource) -> TrainingRun:
+    start = None if init_from is None else without_folder(init_from)
+    return TrainingRun(init_from=start, tasks=[], sources=[source], excluded_tasks=[], excluded=[])
 
 
 def _named(path: str, sha256: str) -> TrainingFile:

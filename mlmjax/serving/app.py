@@ -100,6 +100,7 @@ class _Server:
         self.batcher = Batcher(limits, lambda count: self.metrics.batches.observe(count))
         self.metrics = Metrics(lambda: self.batcher.waiting)
         self.open_bytes = 0
+        self.address: str | None = None
         self.large = ThreadPoolExecutor(1, thread_name_prefix="large")
         self.failure: BaseException | None = None
         self.stopping = False
@@ -125,8 +126,9 @@ class _Server:
             self.failure = error
             log.error("the model cannot be loaded: %s", error)
             return
-        log.info("ready after %.1f s", time.perf_counter() - started)
         self.batcher.start(decider)
+        where = "" if self.address is None else f": {self.address} is a page that asks"
+        log.info("ready after %.1f s%s", time.perf_counter() - started, where)
 
     def _warmed(self, done: int, total: int) -> None:
         if self.stopping:

@@ -88,7 +88,6 @@ def serve(app: FastAPI, host: str, port: int, say: Callable[[str], None]) -> Non
                 "can use this server; --api-key-env NAME asks for a key"
             )
         shown = f"[{host}]" if ":" in host else host
-        say(
-            f"http://{shown}:{opened.getsockname()[1]}/ is a page that asks; Ctrl-C ends the server"
-        )
+        app.state.server.address = f"http://{shown}:{opened.getsockname()[1]}/"
+        say("loading the model; Ctrl-C ends the server")
         make_server(app).run(sockets=[opened])

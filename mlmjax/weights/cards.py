@@ -135,11 +135,15 @@ def _kind(model: Model) -> tuple[str, int]:
     return type(model).__name__, model.config.vocab_size
 
 
-def add_run(manifest: bytes, source: str) -> bytes:
-    """Add a run of unknown data to a training manifest, and name it; raises `InputError`."""
+def add_run(manifest: bytes, source: str, start: object = None) -> bytes:
+    """Add a run of unknown data to a training manifest, and name it; raises `InputError`.
+
+    `start` is the model that it began with, if it has a name.
+    """
     from mlmjax.data.contamination import add_unknown_run  # here, because it loads pydantic tables
 
-    return add_unknown_run(manifest, source)
+    name = os.fspath(start) if isinstance(start, str | os.PathLike) else None
+    return add_unknown_run(manifest, source, name)
 
 
 def model_card(

@@ -82,13 +82,14 @@ def to_hf(source: Path, target: Path) -> int:
     return len(parameters(model))
 
 
-def check(first: Path, second: Path) -> Difference:
-    """Compare two models of either kind, tensor by tensor."""
+def check(first: str | Path, second: str | Path) -> Difference:
+    """Compare two models of either kind, tensor by tensor.
+
+    Either is a folder, the packaged model or a hub id. Raises `InputError` as `hub.fetch`.
+    """
+    folders = [hub.fetch(one) for one in (first, second)]
     with ExitStack() as stack:
-        for folder in (first, second):
-            if not folder.is_dir():
-                raise InputError(f"{folder}: there is no such folder")
-        a, b = _open_tensors(first, stack), _open_tensors(second, stack)
+        a, b = (_open_tensors(folder, stack) for folder in folders)
         tensors = len(a)
         for mine, other in ((a, b), (b, a)):
             # A tied decoder may be stored or left out; either way it is the embedding.

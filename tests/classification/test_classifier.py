@@ -188,6 +188,7 @@ def test_a_fitted_classifier_keeps_what_its_source_was_trained_on_and_adds_itsel
     assert (tmp_path / "plain" / TRAINING).read_text() == '{"format": 1, "runs": []}'
     classifier.fit(*examples(16), **{**FAST, "epochs": 1}).save_pretrained(tmp_path / "fitted")
     (run,) = json.loads((tmp_path / "fitted" / TRAINING).read_text())["runs"]
+    assert run["init_from"] == "source"
     assert run["sources"] == [{"name": "the texts given to Classifier.fit"}]
     for name in ("plain", "fitted"):
         metadata, text = (tmp_path / name / CARD).read_text().split("---\n")[1:3]

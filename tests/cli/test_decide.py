@@ -1,7 +1,6 @@
 """`mlmjax decide` and `mlmjax serve` as a shell sees them."""
 
 import http.client
-import itertools
 import json
 import os
 import signal
@@ -86,8 +85,12 @@ def serving(model):
         text=True,
     )
     try:
-        said = list(itertools.takewhile(lambda line: not line.startswith("ready"), process.stderr))
-        (line,) = [line for line in said if "http://" in line]
+        said, line = [], ""
+        while not line.startswith("ready"):
+            line = next(process.stderr)
+            said.append(line)
+        assert [one for one in said if "http://" in one] == [line]
+        assert any(one.startswith("loading the model") for one in said)
         yield process, int(line.split("127.0.0.1:")[1].split("/")[0]), "".join(said)
     finally:
         process.kill()

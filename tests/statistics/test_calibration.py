@@ -104,6 +104,20 @@ def test_rows_with_fewer_options_have_fewer_shifts():
         order_calibration(torn)
 
 
+def test_a_temperature_of_bad_answers_makes_no_loss_worse():
+    """Every row gets the first label, which a quarter of the rows has, and the rest helps a bit."""
+    logits = np.zeros((40, 4))
+    gold = np.arange(40) % 4
+    logits[np.arange(40), gold] = 1.0
+    logits[:, 0] = 2.0
+    assert (logits.argmax(axis=1) == gold).mean() == 0.25
+    before = log_softmax(logits, axis=1)
+    found = temperature_calibration(before, gold)
+    after = found.apply(before)
+    assert found.temperature > 1
+    assert log_loss(gold, np.exp(after)) < min(log_loss(gold, np.exp(before)), np.log(4))
+
+
 @pytest.mark.parametrize("truth", [0.3, 1.0, 4.0])
 def test_temperature_has_the_least_loss(truth):
     rng = np.random.default_rng(1)

@@ -276,9 +276,16 @@ def test_names_of_either_side_come_first(run, tmp_path):
     assert [line.partition(": only in ")[2] for line in out.splitlines()[:6]] == [*"AAABBB"]
 
 
+def test_check_takes_the_packaged_model_by_its_name(run, tmp_path):
+    assert run("to-jax", "mlmjax-small", tmp_path / "jax")[0] == 0
+    code, out, err = run("check", "mlmjax-small", tmp_path / "jax")
+    assert (code, out.startswith("largest difference 0")) == (0, True), err
+
+
 def test_the_command_itself(folders):
     command = [sys.executable, str(SCRIPT.relative_to(ROOT)), "check"]
     command += [folders["good"], folders["absent"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"convert_weights.py: {folders['absent']}: there is no such folder\n"
+    said = f"convert_weights.py: {folders['absent']}: there is no such folder; give an existing "
+    assert done.stderr == f"{said}folder or a hub id\n"

@@ -1,6 +1,6 @@
 """Choose how a new classifier answers and learns, and measure the prompts that it will read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -30,6 +30,7 @@ from mlmjax.weights.adapters import is_adapter, read_base
 from mlmjax.weights.pretrained import read_config, read_tokenizer
 
 Way = Literal["words", "letters", "head"]
+ASKED = "as --answer asks"
 WAYS: tuple[Way, ...] = ("words", "letters", "head")
 MANY_LABELS = 12
 """With more labels than this, their list in every prompt costs more than it helps."""
@@ -49,7 +50,7 @@ class Choice(NamedTuple):
     """Say how a classifier answers and learns; `why` tells a person.
 
     `recipe` are further arguments of `Classifier`, and `trained` is the share of the parameters
-    that learn.
+    that learn. `words_suit` says if each label is one token of its own, so that words may answer.
     """
 
     way: Way
@@ -59,10 +60,25 @@ class Choice(NamedTuple):
     why: str
     recipe: Mapping[str, Any]
     trained: float
+    words_suit: bool
+
+    @property
+    def reason(self) -> str | None:
+        """Return why this way to answer was chosen; None if --answer gave it."""
+        return None if self.why == ASKED else self.why
 
     def updates(self, rows: int) -> int:
         """Return the number of updates of a training on so many rows."""
         return self.epochs * -(-rows // self.batch_size)
+
+    def other_options(self, rate: float) -> Iterator[str]:
+        """Yield the options to try after a fit at this learning rate that learned nothing."""
+        if self.words_suit and self.way != "words":
+            yield "--answer words"
+        yield f"--learning-rate {rate / 3:.1g} or {rate * 3:.1g}"
+        yield f"--epochs {3 * self.epochs}"
+        if not self.recipe["restarts"]:
+            yield "--restarts 3"
 
     def options(self) -> dict[str, Any]:
         """Return the choice as arguments of `Classifier`."""
@@ -116,12 +132,10 @@ def choose(
             f"--answer {way}: {source} has a classification head and no masked-language-model "
             "head; leave --answer out, or give another model"
         )
-    if way is None and has_head:
-        way, why = "head", "the model has a classification head"
-    elif way is None:
-        way, why = _way(read_tokenizer(folder), labels)
-    else:
-        why = "as --answer asks"
+    suits: tuple[Way, str] = "head", "the model has a classification head"
+    if not has_head:
+        suits = _way(read_tokenizer(folder), labels)
+    way, why = suits if way is None else (way, ASKED)
     recipe: dict[str, Any] = {"adapter": adapter, "train": tuple(train) or None}
     config = read_config(folder, values)
     own = decode(Recipe, recipe | {"restarts": restarts}, "fit")
@@ -137,6 +151,7 @@ def choose(
         why,
         recipe | held_out,
         trained / size,
+        suits[0] == "words",
     )
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from sklearn.metrics import confusion_matrix
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.classification.fitting import LearnedNothingWarning
+from mlmjax.classification.fitting import LearnedNothingWarning, found_problems
 from mlmjax.cli.tables.choice import Choice, Way, choose, prompt_lengths
 from mlmjax.cli.tables.inputs import check_csv
 from mlmjax.cli.tables.lines import REPORT, classify_line, length_lines, start_lines
 from mlmjax.cli.tables.report import fit_page
 from mlmjax.cli.tables.split import Split, split_table
 from mlmjax.config.data import CsvOptions
+from mlmjax.data.contamination import with_table_run
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.decisions.classifiers import is_one_prompt
 from mlmjax.errors import InputError
@@ -126,7 +127,10 @@ def fit_table(
         *start_lines(model, choice, split, labels),
     ):
         say(line)
-    learned = learn(classifier, trained)
+    learned = learn(classifier, trained, choice)
+    classifier.manifest_ = with_table_run(
+        classifier.manifest_, path, init_from=model, records=len(table.texts)
+    )
     temperature = calibrate(classifier, spared)
     probabilities = answer_texts(classifier, tested[0])
     with working("comparing with TF-IDF"):
@@ -144,18 +148,20 @@ def fit_table(
     return figures | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-def learn(classifier: Classifier, trained: tuple[list[str], list[str]]) -> dict[str, Any]:
-    """Fit a classifier with progress; return what the fit says of itself, and say its warning."""
+def learn(
+    classifier: Classifier, trained: tuple[list[str], list[str]], choice: Choice
+) -> dict[str, Any]:
+    """Fit a classifier with progress; return what the fit says of itself."""
     with (
         count_progress("fine-tuning: updates", "loading and compiling", "testing") as progress,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore", LearnedNothingWarning)  # said below
+        warnings.simplefilter("ignore", LearnedNothingWarning)  # in the results
         classifier.fit(*trained, progress=progress)
-    learned = describe_learning(classifier)
-    if learned["warning"] is not None:
-        say(f"warning: {learned['warning']}")
-    return learned
+    # The choice was made before the classifier, which therefore takes it for an argument.
+    reason = {"reason": choice.reason}
+    classifier.settings_ = classifier.settings_.model_copy(update=reason)
+    return describe_learning(classifier, choice)
 
 
 def calibrate(classifier: Classifier, spared: tuple[list[str], list[str]]) -> float | None:
@@ -264,18 +270,20 @@ def describe(
     }
 
 
-def describe_learning(classifier: Classifier) -> dict[str, Any]:
+def describe_learning(classifier: Classifier, choice: Choice) -> dict[str, Any]:
     """Return what `results.json` says of the training itself."""
     summary = classifier.fit_summary_
     measured = asdict(summary.training)
     answer = str(classifier.classes_[measured.pop("answer")])
     kept = summary.attempts[summary.kept]
+    seen = found_problems(summary.attempts, summary.kept)
+    advice = ", ".join(choice.other_options(kept.learning_rate))
     return {
         "training": measured | {"answer": answer},
         "epochs": classifier.history_,
         "learning_rate": kept.learning_rate,
         "attempts": len(summary.attempts),
-        "warning": summary.warning,
+        "warning": None if seen is None else f"{seen}. What usually helps: {advice}",
     }
 
 

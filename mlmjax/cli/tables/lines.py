@@ -18,6 +18,9 @@ from mlmjax.reporting.markdown import shortened, visible
 REPORT = "report"
 """The folder of the report, in that of the classifier."""
 
+TOO_SURE = 0.1
+"""A mean confidence so far above the accuracy is named."""
+
 FAR, LEAST = 4, 16
 """A text of more than `FAR` medians, of at least `LEAST` tokens each, slows the others down."""
 
@@ -93,6 +96,7 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     for name, found in methods.items():
         low, high = found["accuracy_ci95"]
         yield f"{name:{width}}  {found['accuracy']:6.1%}   {low:.1%} to {high:.1%}"
+    yield from _verdict_lines(figures)
     yield ""
     yield from confusion_lines(figures["labels"], np.array(figures["confusion"]))
     yield ""
@@ -105,6 +109,25 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"next: {classify_line(figures)}"
     if figures["serves"]:
         yield f"or: mlmjax serve --model {quote(figures['out'])}"
+
+
+def _verdict_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """Yield what speaks against the use of this classifier, and what usually helps."""
+    ours, *others = figures["methods"].values()
+    *words, commonest = (one["accuracy"] for one in others)
+    is_shown = ours["accuracy_ci95"][0] > commonest
+    if not is_shown:
+        yield "verdict: it is not shown to be better than always giving the commonest label"
+    if any(other >= ours["accuracy"] for other in words):
+        yield "verdict: TF-IDF is at least as accurate, and cheaper"
+    if not is_shown or any(other >= ours["accuracy"] for other in words):
+        yield "what usually helps: more labelled rows, a larger --model, more --epochs"
+    gap = figures["calibration"]["confidence"] - ours["accuracy"]
+    if gap > TOO_SURE:
+        yield (
+            f"verdict: its mean confidence is {100 * gap:.0f} points above its accuracy; a larger "
+            "--calibration-share usually helps"
+        )
 
 
 def _training_lines(fit: dict[str, Any]) -> Iterator[str]:

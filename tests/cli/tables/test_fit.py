@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from mlmjax.cli import main
 from mlmjax.cli.tables.choice import PromptLengths, choose, prompt_lengths
 from mlmjax.cli.tables.lines import confusion_lines, length_lines, result_lines
 from mlmjax.cli.tables.split import split_table
+from mlmjax.data.contamination import read_training_manifest
 from mlmjax.data.reading.labelled import read_labelled
 from mlmjax.errors import InputError
 from mlmjax.statistics import reliability
+from mlmjax.storage import hash_file
 
 OPTIONS = ("--learning-rate", "1e-2", "--epochs", "25")
 
@@ -132,6 +135,61 @@ def test_the_way_to_answer_follows_from_the_labels(word_folder, names, way, rows
 )
 def test_a_label_that_prevents_words_is_named(word_folder, names, why):
     assert why in choose(str(word_folder), names, 100).why
+
+
+@pytest.mark.parametrize(
+    ("names", "way", "restarts", "helps"),
+    [
+        (["sports", "money"], "letters", 3, ["--answer words", "--learning-rate 0.003 or 0.03"]),
+        (["hot news", "money"], "letters", 3, ["--learning-rate 0.003 or 0.03"]),
+        (["sports", "money"], None, 0, ["--learning-rate 0.003 or 0.03", "--restarts 3"]),
+    ],
+)
+def test_only_options_that_are_possible_are_named(word_folder, names, way, restarts, helps):
+    choice = choose(str(word_folder), names, 100, way=way, restarts=restarts)
+    options = list(choice.other_options(0.01))
+    assert [one for one in options if not one.startswith("--epochs")] == helps
+
+
+def test_why_letters_answer_reaches_settings_card_and_manifest(word_folder, tmp_path):
+    named = {"sports": "hot sports", "money": "money"}
+    rows = [row | {"label": named[row["label"]]} for row in labelled_rows(40)]
+    table, model = write_table(tmp_path / "a.csv", rows), tmp_path / "model"
+    shutil.copytree(word_folder, model)
+    out = tmp_path / "out"
+    fit = ["fit", str(table), "--model", str(model), "--out", str(out), "--epochs", "1"]
+    assert main.run(fit) == 0
+    why = "the label 'hot sports' is not one token of its own; small models learn letters less"
+    assert Classifier.from_pretrained(out).answer_reason_.startswith(why)
+    assert f"The reason: {why}" in (out / "README.md").read_text()
+    (run,) = read_training_manifest(out).runs
+    assert run.init_from == "model"
+    (source,) = run.sources
+    assert (source.name, source.records, source.unnamed) == ("a.csv", 40, 40)
+    assert [(one.name, one.sha256) for one in source.files] == [("a.csv", hash_file(table))]
+    assert main.run([*fit, "--answer", "letters"]) == 0
+    assert "the arguments, the prompt" in Classifier.from_pretrained(out).answer_reason_
+
+
+@pytest.mark.parametrize(
+    ("interval", "words", "confidence", "says"),
+    [
+        ((0.7, 0.9), 0.5, 0.85, []),
+        ((0.5, 0.9), 0.5, 0.85, ["not shown to be better"]),
+        ((0.7, 0.9), 0.8, 0.85, ["TF-IDF is at least as accurate"]),
+        ((0.7, 0.9), 0.5, 0.95, ["15 points above its accuracy"]),
+    ],
+)
+def test_a_verdict_follows_the_accuracies(fitted, interval, words, confidence, says):
+    results = json.loads((fitted[0] / "report" / "results.json").read_text())
+    accuracies = {"this classifier": 0.8, "TF-IDF": words, "always 'a'": 0.5}
+    results["methods"] = {
+        name: {"accuracy": value, "accuracy_ci95": interval} for name, value in accuracies.items()
+    }
+    results["calibration"]["confidence"] = confidence
+    lines = [line for line in result_lines(results) if line.startswith("verdict: ")]
+    assert len(lines) == len(says)
+    assert all(part in line for part, line in zip(says, lines, strict=True))
 
 
 def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, capsys):
@@ -420,8 +478,11 @@ def test_a_fit_that_learned_nothing_says_so_everywhere(word_folder, tmp_path, ca
     printed, said = capsys.readouterr()
     warning = json.loads((out / "report" / "results.json").read_text())["fit"]["warning"]
     assert warning.startswith("the fit may have learned nothing: its loss on 48 training texts is ")
-    assert f"warning: {warning}" in said.splitlines()
-    assert f"warning: {warning}" in printed.splitlines()
+    assert "learned nothing" not in said
+    assert printed.splitlines().count(f"warning: {warning}") == 1
+    assert warning.endswith(
+        "What usually helps: --learning-rate 3e-08 or 3e-07, --epochs 3, --restarts 3"
+    )
     assert "on 48 training rows " in printed
     page = (out / "report" / "report.html").read_text()
     assert "<strong>Warning:</strong> the fit may have learned nothing" in page
