@@ -146,7 +146,7 @@ CONVERSIONS = {
     "of no arrays": (TO_HF, remove("checkpoint/params"), "is damaged"),
     "of another configuration": (TO_HF, update_json(CONFIG, hidden_size=32), OTHER),
     "of an unknown class": (TO_HF, update_json(CONFIG, architectures=["X"]), "architectures"),
-    "and a comparison with nothing": ("check model absent", remove(), NO_FOLDER),
+    "and a comparison with nothing": ("check model ./absent", remove(), NO_FOLDER),
     "and a comparison with an index of pickles": (CHECK, PICKLED, "no plain *.s"),
     "and a comparison with flipped bits": (CHECK, arrays(flip, "checkpoint/params"), "is damaged"),
 }
