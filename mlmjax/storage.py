@@ -72,7 +72,7 @@ def expand_home(path: str | os.PathLike[str]) -> Path:
 def without_folder(name: str) -> str:
     """Return the last parts of absolute paths, which say nothing elsewhere; other names stay.
 
-    >>> without_folder("/home/ada/model"), without_folder("/data/a.csv, org/name")
+    >>> without_folder("/models/model"), without_folder("/data/a.csv, org/name")
     ('model', 'a.csv, org/name')
     """
     parts = name.split(", ")

@@ -241,7 +241,7 @@ def _read_ids(path: Path) -> dict[str, str]:
 def flat_settings(table: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of nested tables by dotted keys, and absolute paths without their folders.
 
-    >>> dict(flat_settings({"out": "/home/ada/runs/a", "data": {"sources": [{"weight": 2}]}}))
+    >>> dict(flat_settings({"out": "/runs/a", "data": {"sources": [{"weight": 2}]}}))
     {'out': 'a', 'data.sources.0.weight': 2}
     """
     for key, value in table.items():
