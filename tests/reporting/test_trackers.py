@@ -12,7 +12,7 @@ from mlmjax.errors import InputError
 from mlmjax.reporting import trackers
 from mlmjax.reporting.trackers import KEPT, Trackers, check_installed
 
-SETTINGS = {"out": "/runs/a", "optimizer": {"learning_rate": 1e-3}}
+SETTINGS = {"out": "/runs/run", "optimizer": {"learning_rate": 1e-3}}
 
 
 def record(folder, names, step=0):
