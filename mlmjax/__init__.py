@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.scoring.embedding import embed as embed
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
+    from mlmjax.scoring.masks.generation import generate as generate
     from mlmjax.scoring.scorers import Scorer as Scorer
     from mlmjax.text.prompts import Template as Template
     from mlmjax.text.tokenizer import Tokenizer as Tokenizer
@@ -63,6 +64,7 @@ _NAMES = {
     "scoring.embedding": ["Embedder", "embed"],
     "scoring.fill_mask": ["fill_mask"],
     "scoring.likelihood": ["pseudo_log_likelihood"],
+    "scoring.masks.generation": ["generate"],
     "scoring.scorers": ["Scorer"],
     "text.prompts": ["Template"],
     "text.tokenizer": ["Tokenizer"],

@@ -23,16 +23,22 @@ def windows_of(tokenizer: Tokenizer, text: str, room: int) -> list[str]:
     >>> windows_of(Tokenizer.from_pretrained(), "one two three four five", 3)
     ['one two three', ' three four five']
     """
-    spans = tokenizer.plain_offsets(text)
-    if len(spans) <= room:
-        return [text]
+    return [text[start:stop] for start, stop in window_spans(tokenizer, text, room)]
+
+
+def window_spans(tokenizer: Tokenizer, text: str, room: int) -> list[tuple[int, int]]:
+    """Return where each window of `windows_of` starts and stops in the text."""
+    offsets = tokenizer.plain_offsets(text)
+    if len(offsets) <= room:
+        return [(0, len(text))]
     width = room
     while True:
-        windows = [text[start:stop] for start, stop in _cuts(spans, width)]
+        spans = _cuts(offsets, width)
         # A piece cut out of its text can be other tokens than it was there, and more of them.
-        longest = max(map(len, tokenizer.encode_plain_batch(windows)))
+        pieces = tokenizer.encode_plain_batch([text[start:stop] for start, stop in spans])
+        longest = max(map(len, pieces))
         if longest <= room or width == 1:
-            return [window for window in windows if window.strip()] or windows
+            return [(start, stop) for start, stop in spans if text[start:stop].strip()] or spans
         width = max(1, min(width - 1, width * room // longest))
 
 

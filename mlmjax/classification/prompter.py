@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mlmjax.classification.context import JOINT, Shot, Shots, windows_of
+from mlmjax.classification.context import JOINT, Shot, Shots, window_spans
 from mlmjax.classification.rounds import Shortlist, group_size, in_rounds, over_all
 from mlmjax.classification.settings import LongText, Settings
 from mlmjax.data.batch import UNUSED, Answers, Options
@@ -18,9 +18,11 @@ from mlmjax.scoring.continuation import ContinuationScorer
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics import option_orders
 from mlmjax.text.checks import check_list, check_texts
-from mlmjax.text.prompts import Prompt, Template
+from mlmjax.text.prompts import MASKED, Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.truncation import Span
 from mlmjax.text.verbalizer import Verbalizer, option_names, surface, usable_option_names
+from mlmjax.text.words import word_spans
 
 YES_NO = ("yes", "no")
 OPTIONAL = ("examples",)
@@ -36,13 +38,15 @@ CHUNK_PROMPTS = 4096
 class Query(NamedTuple):
     """A text, the numbers of its options, and the label it is about or None.
 
-    `fields` holds what the prompt says of that label.
+    `fields` holds what the prompt says of that label, `masked` the spans of the text that are
+    masked.
     """
 
     text: str
     choice: tuple[int, ...]
     label: str | None = None
     fields: Mapping[str, str] = {}
+    masked: Sequence[Span] = ()
 
     def moved(self, shift: int) -> "Query":
         """Return the query with its options in another cyclic order."""
@@ -147,13 +151,20 @@ class Prompter:
             yield self.log_probs(chunk, first)
             first += len(chunk)
 
-    def log_probs(self, texts: Sequence[str], first: int = 0) -> np.ndarray:
+    def log_probs(
+        self,
+        texts: Sequence[str],
+        first: int = 0,
+        *,
+        masked: Sequence[Sequence[Span]] | None = None,
+    ) -> np.ndarray:
         """Return log probabilities before calibration, `[texts, labels]`.
 
         With several labels per text they are those of yes and no, `[texts * labels, 2]`. `first` is
-        the index of the first text in messages.
+        the index of the first text in messages. `masked` has the spans of each text that are
+        masked, in characters.
         """
-        queries, where = self._queries_of(texts, first)
+        queries, where = self._queries_of(texts, first, masked)
 
         def ask(numbers: Sequence[int], choices: Sequence[tuple[int, ...]]) -> list[np.ndarray]:
             asked = [queries[n]._replace(choice=c) for n, c in zip(numbers, choices, strict=True)]
@@ -192,12 +203,17 @@ class Prompter:
             return [Query(text, tuple(self.scorer.labels.index(name) for name in self.names))]
         return [Query(text, tuple(range(len(self.names))))]
 
-    def _queries_of(self, texts: Sequence[str], first: int) -> tuple[list[Query], list[str]]:
+    def _queries_of(
+        self, texts: Sequence[str], first: int, masked: Sequence[Sequence[Span]] | None = None
+    ) -> tuple[list[Query], list[str]]:
         """Check texts, and return their queries with the name of each in messages."""
         names = check_texts(texts, first)
-        queries = [self.queries(text) for text in texts]
-        where = [name for name, own in zip(names, queries, strict=True) for _ in own]
-        return [query for own in queries for query in own], where
+        queries, where = [], []
+        for text, name, spans in zip(texts, names, masked or [()] * len(texts), strict=True):
+            own = [query._replace(masked=spans) for query in self.queries(text)]
+            queries += own
+            where += [name] * len(own)
+        return queries, where
 
     def ask(self, queries: Sequence[Query], where: Sequence[str]) -> list[np.ndarray]:
         """Return the log probabilities of each query's options, in the order of its choice.
@@ -220,18 +236,29 @@ class Prompter:
             order = option_orders.shifted(query.choice, shift)
             row = {**query.fields, "options": [self.shown[i] for i in order]}
             windows, examples = self._fitted(query, row, order)
-            rows += [(shift, row | {"text": text, "examples": examples}) for text in windows]
+            for start, stop in windows:
+                own: dict[str, Any] = {"text": query.text[start:stop], "examples": examples}
+                if query.masked:
+                    spans = [(max(0, a - start), max(0, b - start)) for a, b in query.masked]
+                    own[MASKED] = {"text": spans}
+                rows.append((shift, row | own))
         return rows
 
     def examples(
-        self, numbers: Sequence[int], texts: Sequence[str], truth: Sequence[Any], seed: int
+        self,
+        numbers: Sequence[int],
+        texts: Sequence[str],
+        truth: Sequence[Any],
+        seed: int,
+        mask_share: float = 0.0,
     ) -> "Examples":
         """Return prompts to train on, with the right answers to each.
 
         `numbers` are the texts to use. Each query is shown in one of its orders, drawn at random:
         in turns they could follow the order of the labels, and the answer would always be the same
         letter. Of more labels than one prompt holds, a query shows its own and others drawn at
-        random. Every window of a text is an example.
+        random. Every window of a text is an example. Each word of a text is masked with probability
+        `mask_share`.
         """
         names = check_texts(texts)
         found = Examples([], [], [], [], [])
@@ -239,6 +266,9 @@ class Prompter:
         drawn = 0
         for number in numbers:
             queries = self.queries(texts[number])
+            if mask_share:
+                masked = self._draw_words(texts[number], mask_share, [seed, number, 1])
+                queries = [query._replace(masked=masked) for query in queries]
             if self.settings.multi_label:
                 answers = [YES_NO.index("yes" if applies else "no") for applies in truth[number]]
             else:
@@ -264,6 +294,14 @@ class Prompter:
                 drawn += 1
         found.prompts.extend(self.scorer.prompts(rows, where=where))
         return found
+
+    def _draw_words(self, text: str, share: float, seed: Sequence[int]) -> list[Span]:
+        """Return the spans of words drawn with a probability, not of all words."""
+        spans = word_spans(self.scorer.tokenizer, text)
+        is_drawn = np.random.default_rng(seed).random(len(spans)) < share
+        if is_drawn.all():
+            return []  # no text would be left to learn from
+        return [span for span, drawn in zip(spans, is_drawn, strict=True) if drawn]
 
     def answers(
         self, examples: "Examples", *, spread: bool, smoothing: float, weights: np.ndarray | None
@@ -306,18 +344,19 @@ class Prompter:
 
     def _fitted(
         self, query: Query, row: Mapping[str, Any], order: Sequence[int]
-    ) -> tuple[list[str], str]:
+    ) -> tuple[list[Span], str]:
         """Return the windows of a query's text, and the few-shot examples that fit."""
         long_text, template = self.settings.long_text, self.scorer.template
+        whole = [(0, len(query.text))]
         if long_text == "shorten" and self.shots is None:
-            return [query.text], ""
+            return whole, ""
         tokenizer, uses = self.scorer.tokenizer, template.uses("text")
         fixed = template.length(tokenizer, {**row, "text": "", "examples": ""})
         room = self.scorer.max_length - fixed - JOINT * uses
         if long_text == "shorten" or room < uses:
-            windows = [query.text]
+            windows = whole
         else:
-            windows = windows_of(tokenizer, query.text, room // uses)
+            windows = window_spans(tokenizer, query.text, room // uses)
         if self.shots is None or len(windows) > 1:
             return windows, ""
         left = room - uses * len(tokenizer.encode_plain(query.text))

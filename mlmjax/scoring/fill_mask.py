@@ -50,7 +50,7 @@ def fill_mask(
 class MaskFiller:
     """Predict the likeliest tokens for every `[MASK]` of a text.
 
-    Only here does `[MASK]`, or the tokenizer's own name for it, in a text mean the mask; names of
+    Here `[MASK]`, or the tokenizer's own name for it, in a text means the mask; names of
     other special tokens stay text. White space before a mask belongs to the answer if the tokenizer
     says so. The masks of a text are
     predicted in one pass, each without knowing the answers to the others.
@@ -113,17 +113,28 @@ class MaskFiller:
         return results
 
     def _ids(self, text: str) -> list[int]:
-        text = text.replace(self.tokenizer.names["mask"], MASK)
-        if MASK not in text:
-            raise InputError(f"has no {MASK}; write {MASK} where the model is to fill in")
-        first, *rest = text.split(MASK)
-        parts: list[str | int] = [first]
-        for stretch in rest:
-            parts += [self.tokenizer.mask_id, stretch]
-        return self.tokenizer.encode_parts_batch([parts])[0]
+        return ids_with_masks(self.tokenizer, text)
 
     def _filled(self, scored: tuple[list[float], list[int]]) -> list[Filled]:
         return [Filled(self.tokenizer.decode([i]), i, p) for p, i in zip(*scored, strict=True)]
+
+
+def ids_with_masks(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the ids of a text whose `[MASK]`s are masks, without the outer tokens.
+
+    Raises `InputError` for a text without any.
+
+    >>> ids_with_masks(Tokenizer.from_pretrained(), "a [MASK]")
+    [66, 50284]
+    """
+    text = text.replace(tokenizer.names["mask"], MASK)
+    if MASK not in text:
+        raise InputError(f"has no {MASK}; write {MASK} where the model is to fill in")
+    first, *rest = text.split(MASK)
+    parts: list[str | int] = [first]
+    for stretch in rest:
+        parts += [tokenizer.mask_id, stretch]
+    return tokenizer.encode_parts_batch([parts])[0]
 
 
 def _likeliest(

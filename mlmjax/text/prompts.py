@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeAlias
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.text.checks import check_fields, check_text, for_each_row, name_rows
 from mlmjax.text.tokenizer import ANCHOR, NO_ANCHOR, Tokenizer
+from mlmjax.text.truncation import Span, cut, kept_flags, level, masked_tokens
 from mlmjax.text.verbalizer import OptionNames, option_names
 
 # Unicode's White_Space, which a token with lstrip or rstrip includes (str.isspace differs).
@@ -19,6 +20,8 @@ _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SPECIAL = re.compile("(" + "|".join(re.escape(name) for name in _TOKENS) + ")")
 _SIDES = ("head", "tail", "middle")
 _OPTIONS = "options"
+MASKED = "masked_spans"
+"""The key of a row under which spans of its fields are masked: {field: [(start, end), ...]}."""
 
 
 class Prompt(NamedTuple):
@@ -38,6 +41,8 @@ class _Token(NamedTuple):
 
 
 _Part: TypeAlias = str | _Field | _Token
+Spans: TypeAlias = Mapping[str, Sequence[Span]]
+"""Spans `[start, end)` of the characters of fields, by the name of the field."""
 
 
 @suggest_keywords
@@ -61,6 +66,9 @@ class Template:
     `[unused0]` stands for the anchor of the tokenizer, whatever its name is. If the tokenizer has
     none, it is left out with the white space after it. `anchor` names another token, which the
     template may write by that name, or "none": then `[MASK]` may follow anything.
+
+    A row may name spans of its fields under the key `MASKED`, in characters. Every token that has
+    one of them is replaced by the mask in the finished prompt; the slot stays where it is.
 
     With `slot=False`, for the classification head, a prompt has no `[MASK]` and no anchor, and its
     slot is -1.
@@ -157,7 +165,8 @@ class Template:
         are all blank, and for a prompt that does not fit even after truncation.
         """
         texts = self._texts(row, tokenizer)
-        return self._fit(tokenizer, texts, self._assemble(tokenizer, [texts])[0], max_length)
+        ids = self._assemble(tokenizer, [texts])[0]
+        return self._fit(tokenizer, texts, ids, max_length, row.get(MASKED))
 
     def render_batch(
         self,
@@ -172,9 +181,10 @@ class Template:
         """
         names = [name for name, _ in name_rows(rows)] if names is None else list(names)
         texts = for_each_row(lambda row: self._texts(row, tokenizer), zip(names, rows, strict=True))
-        encoded = zip(texts, self._assemble(tokenizer, texts), strict=True)
+        masked = [row.get(MASKED) for row in rows]
+        encoded = zip(texts, self._assemble(tokenizer, texts), masked, strict=True)
         return for_each_row(
-            lambda one: self._fit(tokenizer, one[0], one[1], max_length),
+            lambda one: self._fit(tokenizer, one[0], one[1], max_length, one[2]),
             zip(names, encoded, strict=True),
         )
 
@@ -192,12 +202,20 @@ class Template:
     def _assemble(self, tokenizer: Tokenizer, rows: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Return the ids of many rows before truncation, outer tokens included."""
         tokenizer = self._own(tokenizer)
-        parts = [
-            _id_of(part, tokenizer) if isinstance(part, _Token) else part
+        filled = [self._filled(tokenizer, row) for row in rows]
+        return [tokenizer.wrap(ids) for ids in tokenizer.encode_parts_batch(filled)]
+
+    def _filled(self, tokenizer: Tokenizer, row: Mapping[str, str]) -> list[str | int]:
+        """Return the parts of a prompt as texts and ids of special tokens."""
+        tokenizer = self._own(tokenizer)
+        return [
+            _id_of(part, tokenizer)
+            if isinstance(part, _Token)
+            else row[part.name]
+            if isinstance(part, _Field)
+            else part
             for part in self._parts_for(tokenizer)
         ]
-        filled = [[row[p.name] if isinstance(p, _Field) else p for p in parts] for row in rows]
-        return [tokenizer.wrap(ids) for ids in tokenizer.encode_parts_batch(filled)]
 
     def _own(self, tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer if self.anchor is None else tokenizer.with_anchor(self.anchor)
@@ -218,23 +236,58 @@ class Template:
         return parts
 
     def _fit(
-        self, tokenizer: Tokenizer, texts: dict[str, str], ids: list[int], max_length: int
+        self,
+        tokenizer: Tokenizer,
+        texts: dict[str, str],
+        ids: list[int],
+        max_length: int,
+        masked: Spans | None,
     ) -> Prompt:
-        """Truncate fields until the prompt fits, and check the prompt."""
+        """Truncate fields until the prompt fits, check the prompt, and mask spans of fields."""
         shortened: dict[str, int] = {}
+        kept: Spans = {}
         if len(ids) > max_length:
-            ids, shortened = self._shortened(tokenizer, texts, len(ids), max_length)
+            ids, shortened, kept = self._shortened(tokenizer, texts, len(ids), max_length)
         slot = ids.index(tokenizer.mask_id) if self.slot else -1
         assert ids.count(tokenizer.mask_id) == self.slot
         assert len(ids) <= max_length
+        if masked:
+            ids = self._masked(tokenizer, texts, ids, kept, masked)
         return Prompt(ids, slot, shortened)
+
+    def _masked(
+        self,
+        tokenizer: Tokenizer,
+        texts: dict[str, str],
+        ids: list[int],
+        pieces: Spans,
+        masked: Spans,
+    ) -> list[int]:
+        """Return the ids of a prompt with the tokens masked that have characters of spans.
+
+        `pieces` has what is kept of each field that was truncated.
+        """
+        left, flags = {}, {}
+        for name, text in texts.items():
+            kept = pieces.get(name, [(0, len(text))])
+            left[name] = "".join(text[start:end] for start, end in kept)
+            flags[name] = kept_flags(len(text), masked.get(name, ()), kept)
+        tokenizer = self._own(tokenizer)
+        offsets, spans = tokenizer.parts_offsets(self._filled(tokenizer, left))
+        parts = zip(self._parts_for(tokenizer), spans, strict=True)
+        places = {start: flags[p.name] for p, (start, _) in parts if isinstance(p, _Field)}
+        ids, first = list(ids), len(tokenizer.prefix_ids)
+        for token in masked_tokens(offsets, places):
+            ids[first + token] = tokenizer.mask_id
+        return ids
 
     def _shortened(
         self, tokenizer: Tokenizer, texts: dict[str, str], length: int, max_length: int
-    ) -> tuple[list[int], dict[str, int]]:
+    ) -> tuple[list[int], dict[str, int], Spans]:
         """Truncate the fields of `shorten`, the longest first, until the prompt fits.
 
-        Each field is encoded once for its offsets; then only the kept text is encoded again.
+        Return the ids, and for each field the number of tokens removed and the pieces kept. Each
+        field is encoded once for its offsets; then only the kept text is encoded again.
         """
         if not self.shorten:
             raise InputError(
@@ -246,17 +299,21 @@ class Template:
         fixed = len(self._assemble(tokenizer, [texts | dict.fromkeys(spans, "")])[0])
         budget = max_length - fixed
         while budget > 0:
-            kept = _level({name: len(span) for name, span in spans.items()}, uses, budget)
-            cuts = {
-                name: _cut(texts[name], span, kept[name], self.shorten[name])
-                for name, span in spans.items()
+            kept = level({name: len(span) for name, span in spans.items()}, uses, budget)
+            pieces, lost = {}, {}
+            for name, span in spans.items():
+                pieces[name], lost[name] = cut(
+                    len(texts[name]), span, kept[name], self.shorten[name]
+                )
+            left = {
+                name: "".join(texts[name][start:end] for start, end in own)
+                for name, own in pieces.items()
             }
-            left = {name: text for name, (text, _) in cuts.items()}
             if not any(left.values()):
                 break
             ids = self._assemble(tokenizer, [texts | left])[0]
             if len(ids) <= max_length:
-                return ids, {name: lost for name, (_, lost) in cuts.items() if lost}
+                return ids, {name: count for name, count in lost.items() if count}, pieces
             budget -= len(ids) - max_length
         raise InputError(
             f"the prompt has {fixed} tokens without {', '.join(spans)} and at most {max_length} "
@@ -369,37 +426,3 @@ def option_lines(
     """
     chosen = option_names(len(options), names, tokenizer)
     return "".join(f"- {name}: {text}\n" for name, text in zip(chosen, options, strict=True))
-
-
-def _level(lengths: Mapping[str, int], uses: Mapping[str, int], budget: int) -> dict[str, int]:
-    """Return the tokens each field keeps: short fields whole, long ones one common length.
-
-    >>> _level({"a": 10, "b": 900, "c": 500}, {"a": 1, "b": 1, "c": 1}, 210)
-    {'a': 10, 'b': 100, 'c': 100}
-    """
-    kept = {}
-    ascending = sorted(lengths, key=lambda name: lengths[name])
-    for at, name in enumerate(ascending):
-        share = budget // sum(uses[other] for other in ascending[at:])
-        kept[name] = min(lengths[name], share)
-        budget -= kept[name] * uses[name]
-    return {name: kept[name] for name in lengths}
-
-
-def _cut(text: str, spans: Sequence[tuple[int, int]], kept: int, side: str) -> tuple[str, int]:
-    """Return at most `kept` tokens of a text, and the number of tokens removed.
-
-    `spans` has the characters of each token. Tokens that share a character are kept or removed
-    together.
-    """
-    if kept >= len(spans):
-        return text, 0
-    stop = {"head": 0, "tail": kept, "middle": (kept + 1) // 2}[side]
-    start = len(spans) - (kept - stop)
-    while stop > 0 and spans[stop - 1][1] > spans[stop][0]:
-        stop -= 1
-    while start < len(spans) and spans[start - 1][1] > spans[start][0]:
-        start += 1
-    first = text[: spans[stop][0]] if stop else ""
-    last = text[spans[start][0] :] if start < len(spans) else ""
-    return first + last, start - stop

@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
-from itertools import groupby, zip_longest
+from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +243,23 @@ class Tokenizer:
         """Return the span of each token of `encode_plain(text)`, `[start, end)` in characters."""
         check_text(text, "text")
         return self._plain.encode(text, add_special_tokens=False).offsets
+
+    def parts_offsets(
+        self, parts: Sequence[str | int]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return the spans of the tokens of `encode_parts_batch([parts])[0]`, and of the parts.
+
+        Both are `[start, end)` in the characters of one string, in which a special token takes
+        some characters, too.
+
+        >>> tokenizer = Tokenizer.from_pretrained()
+        >>> tokenizer.parts_offsets(["A", " cat"])
+        ([(0, 1), (1, 5)], [(0, 1), (1, 5)])
+        """
+        strings = [part if isinstance(part, str) else self._secrets[part] for part in parts]
+        ends = [*accumulate(map(len, strings))]
+        encoding = self._plain.encode("".join(strings), add_special_tokens=False)
+        return encoding.offsets, [*zip([0, *ends], ends, strict=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, special tokens written out.

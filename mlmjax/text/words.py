@@ -4,6 +4,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -137,6 +138,24 @@ def word_starts(tokenizer: Tokenizer) -> Callable[[np.ndarray], np.ndarray]:
         return begins
 
     return starts
+
+
+def word_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+    """Return the span `[start, end)` of each word of a text; together they are the whole text.
+
+    Words are those of `word_starts`, in the tokens of the text by itself. The white space between
+    two words belongs to one of them.
+
+    >>> text = "An untokenizable (sub)word"
+    >>> [text[start:end] for start, end in word_spans(Tokenizer.from_pretrained(), text)]
+    ['An', ' untokenizable', ' (', 'sub', ')', 'word']
+    """
+    offsets, ids = tokenizer.plain_offsets(text), tokenizer.encode_plain(text)
+    begins = word_starts(tokenizer)(np.array(ids, np.int64))
+    # Tokens that share a character cannot be in two words.
+    starts = [start for (start, _), begin in zip(offsets, begins, strict=True) if begin and start]
+    edges = [0, *sorted(set(starts)), len(text)]
+    return [(start, end) for start, end in pairwise(edges) if start < end]
 
 
 def _texts(tokenizer: Tokenizer) -> list[str]:

@@ -1,5 +1,6 @@
 """The examples run unchanged, and do what they say."""
 
+import csv
 import re
 import runpy
 import subprocess
@@ -108,6 +109,20 @@ def test_pretraining_continues_with_the_new_words(run, tmp_path, model):
     assert not np.allclose(before[token], after[token])
 
 
+def test_copies_differ_from_their_texts_in_the_masked_words(run, tmp_path, model):
+    lines = run("augment.py", *model, "--copies", 1)
+    with (tmp_path / "augmented.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    texts, copies = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert lines[-1] == f"augmented.csv: {len(texts)} texts and {len(texts)} filled copies"
+    for text, copy in zip(texts, copies, strict=True):
+        assert copy["label"] == text["label"]
+        assert "[MASK]" not in copy["text"]
+        kept = [word for word in text["text"].split() if word in copy["text"]]
+        assert len(kept) >= 0.6 * len(text["text"].split())
+    assert sum(copy["text"] != text["text"] for text, copy in zip(texts, copies, strict=True)) > 3
+
+
 @pytest.mark.parametrize(
     ("script", "option", "text", "message"),
     [
@@ -133,4 +148,4 @@ def test_bad_input_ends_in_one_line(run, tmp_path, capsys, script, option, text,
 def test_every_script_is_named_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
     assert [name for name in SCRIPTS if f"({name})" not in text] == []
-    assert len(SCRIPTS) == 5
+    assert len(SCRIPTS) == 6

@@ -28,7 +28,7 @@ from mlmjax.config.task import Task
 README = (ROOT / "README.md").read_text()
 PAGES = (
     *("guide", "data", "rows", "training", "runs", "evaluation", "suites"),
-    *("scoring", "calibration", "weights", "sharing", "custom_loop"),
+    *("scoring", "texts", "calibration", "weights", "sharing", "custom_loop"),
 )
 """The pages of the guide, in its order."""
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
@@ -133,11 +133,12 @@ def test_the_first_program_on_classifiers_runs_as_written(folder):
 
 
 def test_texts_of_the_guide_are_scored_and_filled(capsys):
-    (block,) = blocks("python", TEXTS["scoring"])
+    (block,) = blocks("python", TEXTS["texts"])
     names = {}
-    exec(compile(block, "scoring.md", "exec"), names)
+    exec(compile(block, "texts.md", "exec"), names)
     assert [len(answers) for answers in names["masks"]] == [3, 3]
     assert capsys.readouterr().out.count("(' cat', ") == 2
+    assert sorted(token.step for token in names["text"].tokens) == [0, 1, 2]
 
 
 def test_loop_of_the_guide_runs(tmp_path, monkeypatch, capsys):

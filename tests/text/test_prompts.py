@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from texts import SAFE, nasty, ordinary, small_table
 
 from mlmjax.errors import InputError
-from mlmjax.text.prompts import WHITE_SPACE, Template
+from mlmjax.text.prompts import MASKED, WHITE_SPACE, Template
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import Verbalizer
 
@@ -432,3 +432,37 @@ def test_a_long_text_is_read_twice_and_no_more(tokenizer, monkeypatch, piece):
         prompt = Template("{x}\nAnswer:", shorten={"x": side}).render(tokenizer, {"x": text}, 512)
         assert 500 <= len(prompt.ids) <= 512
         assert sum(read) < 2.4 * len(text)
+
+
+@pytest.mark.parametrize("side", ["head", "tail", "middle"])
+def test_masked_spans_are_masked_wherever_the_text_is_truncated(side, tokenizer):
+    template = Template("REVIEW: {text}\nEND", shorten={"text": side})
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    text = " ".join(words)
+    mask = tokenizer.mask_id
+    for room in (60, 13):
+        plain = template.render(tokenizer, {"text": text}, room)
+        assert bool(plain.shortened) == (room == 13)
+        seen = 0
+        for word in words:
+            start = text.index(word)
+            row = {"text": text, MASKED: {"text": [(start, start + len(word))]}}
+            (found,) = template.render_batch(tokenizer, [row], room)
+            assert found == template.render(tokenizer, row, room)
+            assert (found.slot, found.shortened) == (plain.slot, plain.shortened)
+            changed = [at for at, one in enumerate(found.ids) if one != plain.ids[at]]
+            assert [found.ids[at] for at in changed] == [mask] * len(changed)
+            assert [tokenizer.decode([plain.ids[at]]).strip() for at in changed] in ([], [word])
+            seen += len(changed)
+        assert seen == (10 if room == 60 else 10 - plain.shortened["text"])
+    both = {"text": text, MASKED: {"text": [(0, 3), (4, 7)]}}
+    assert template.render(tokenizer, both, 60).ids.count(mask) == 3
+
+
+def test_masked_spans_of_one_field_leave_the_others(tokenizer):
+    template = Template("{a} {b}{a} {options}")
+    row = {"a": "x y", "b": "", "options": ["x y", "x"]}
+    plain = template.render(tokenizer, row, 60)
+    found = template.render(tokenizer, row | {MASKED: {"a": [(0, 1)]}}, 60)
+    changed = [at for at, one in enumerate(found.ids) if one != plain.ids[at]]
+    assert [tokenizer.decode([plain.ids[at]]).strip() for at in changed] == ["x", "x"]
