@@ -82,11 +82,18 @@ def prepare(config: str, overrides: tuple[str, ...]) -> None:
     examples=[
         "mlmjax train configs/atp_tiny.toml",
         "mlmjax train configs/atp_tiny.toml steps=200 out=runs/short",
+        "mlmjax train configs/atp_tiny.toml objective.masking=my_masks:nouns --code my_masks",
     ]
 )
 @_config
 @_overrides
 @click.option("--profile", metavar="FIRST:LAST", help="Trace these updates.")
+@click.option(
+    "--code",
+    multiple=True,
+    metavar="MODULE",
+    help="Run code of this module, which CONFIG names. Repeat it for others.",
+)
 @click.option("--coordinator", metavar="HOST:PORT", help="Address of process 0.")
 @click.option("--processes", type=_positive, help="Number of processes.")
 @click.option("--process", type=click.IntRange(min=0), help="Number of this one.")
@@ -94,6 +101,7 @@ def train(
     config: str,
     overrides: tuple[str, ...],
     profile: str | None,
+    code: tuple[str, ...],
     coordinator: str | None,
     processes: int | None,
     process: int | None,
@@ -111,7 +119,7 @@ def train(
     with joined(coordinator, processes, process):
         from mlmjax.training.run.train import run_training
 
-        run_training(run_config, profile=profile)
+        run_training(run_config, profile=profile, code=code)
 
 
 @cli.command(examples=["mlmjax init fit tickets"])

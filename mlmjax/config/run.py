@@ -1,11 +1,13 @@
 """Read run files: one type for each table."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
     model_serializer,
@@ -35,11 +37,76 @@ Remat = Literal["none", "dots", "layer"]
 SPLASH_BLOCKS = (512, 256)
 
 
+MASKINGS = ("token", "whole_word", "span", "weights", "phrases")
+LOSSES = ("cross_entropy", "replaced_tokens")
+_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+def is_code(name: str) -> bool:
+    """Tell whether a name is that of code, as in `package.module:function`."""
+    return _CODE.fullmatch(name) is not None
+
+
+def _one_of_or_code(known: tuple[str, ...]) -> Callable[[str], str]:
+    def check(name: str) -> str:
+        if name in known or is_code(name):
+            return name
+        raise ValueError(
+            f"is {name!r:.60}; {suggest_name(name, known)}expected {', '.join(known)}, or code of "
+            "your own as package.module:function"
+        )
+
+    return check
+
+
+class DrawnRate(StrictTable):
+    """Draw the mask rate of each example, from one of two distributions.
+
+    `beta` are the two parameters of a beta distribution. `uniform` are the lowest and the highest
+    rate.
+    """
+
+    beta: tuple[PositiveFloat, PositiveFloat] | None = None
+    uniform: tuple[Share, Share] | None = None
+
+    @model_validator(mode="after")
+    def _one_distribution(self) -> "DrawnRate":
+        if (self.beta is None) == (self.uniform is None):
+            raise ValueError("give exactly one of beta = [a, b] and uniform = [lowest, highest]")
+        if self.uniform is not None and self.uniform[0] >= self.uniform[1]:
+            raise ValueError(f"uniform is {list(self.uniform)}; expected the lowest rate first")
+        return self
+
+    def draw(self, rng: Any) -> float:
+        """Draw one rate; `rng` is a generator of numpy."""
+        draw, values = (rng.beta, self.beta) if self.beta else (rng.uniform, self.uniform or ())
+        return float(draw(*values))
+
+    @property
+    def mean(self) -> float:
+        """Return the mean of the distribution."""
+        return self.beta[0] / sum(self.beta) if self.beta else sum(self.uniform or ()) / 2
+
+    @property
+    def highest(self) -> float:
+        """Return the highest rate."""
+        return 1.0 if self.uniform is None else self.uniform[1]
+
+    def __str__(self) -> str:
+        return f"drawn from beta{self.beta}" if self.beta else f"drawn from uniform{self.uniform}"
+
+
 class ObjectiveConfig(StrictTable):
     """Set the shares of the objectives, drawn per example; the rest is answer token prediction.
 
     The share of tokens masked at random is `mlm_rate`, or goes from it at the first update to
-    `mlm_rate_end` at the last. `masking` is the unit that is drawn until that share is reached.
+    `mlm_rate_end` at the last, or is drawn for each example. `masking` is the unit that is drawn
+    until that share is reached; the table `mask_table` has its weights or phrases. MLM replaces
+    the shares `random_tokens` and `kept_tokens` of the masked tokens by random tokens and by
+    themselves. `target_weight` says what a target that is masked at random weighs in the loss:
+    1, or the inverse of the rate of its example.
+
+    `loss` is the loss of the targets. It and `masking` may name code, as `package.module:function`.
 
     `normalize` says over what the probabilities of the loss of a label sum to 1: all tokens, or the
     labels of its source. With `ordered` the labels are levels from low to high, and the loss is the
@@ -49,9 +116,14 @@ class ObjectiveConfig(StrictTable):
 
     dummy_mlm_share: Share = 0.0
     mlm_share: Share = 0.0
-    masking: Literal["token", "whole_word", "span"] = "token"
-    mlm_rate: OpenShare = 0.3
+    masking: Annotated[str, AfterValidator(_one_of_or_code(MASKINGS))] = "token"
+    mask_table: Place | None = None
+    mlm_rate: OpenShare | DrawnRate = 0.3
     mlm_rate_end: OpenShare | None = None
+    random_tokens: Share = 0.0
+    kept_tokens: Share = 0.0
+    target_weight: Literal["one", "inverse_rate"] = "one"
+    loss: Annotated[str, AfterValidator(_one_of_or_code(LOSSES))] = "cross_entropy"
     normalize: Literal["vocabulary", "labels"] = "vocabulary"
     ordered: bool = False
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -60,6 +132,23 @@ class ObjectiveConfig(StrictTable):
     def kind(self) -> Literal["vocabulary", "labels", "ranked"]:
         """Return the loss of an answer with options."""
         return "ranked" if self.ordered else self.normalize
+
+    @property
+    def mean_rate(self) -> float:
+        """Return the mean mask rate of an example at the first update."""
+        return self.mlm_rate.mean if isinstance(self.mlm_rate, DrawnRate) else self.mlm_rate
+
+    @property
+    def highest_rate(self) -> float:
+        """Return the highest mask rate of any example."""
+        if isinstance(self.mlm_rate, DrawnRate):
+            return self.mlm_rate.highest
+        return max(self.mlm_rate, self.mlm_rate_end or 0.0)
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Return the names of code in it, each as `package.module:function`."""
+        return tuple(filter(is_code, (self.masking, self.loss)))
 
     @property
     def needs_labels(self) -> bool:
@@ -72,6 +161,37 @@ class ObjectiveConfig(StrictTable):
             raise ValueError(
                 f"dummy_mlm_share {self.dummy_mlm_share} + mlm_share {self.mlm_share} is above 1; "
                 "lower one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _masks(self) -> "ObjectiveConfig":
+        has_table = self.masking in ("weights", "phrases")
+        if has_table != (self.mask_table is not None):
+            found = "no mask_table" if has_table else f"mask_table = {self.mask_table!r}"
+            raise ValueError(
+                f"masking is {self.masking!r}, and there is {found}; a table (mlmjax mask-table "
+                "writes one) belongs to masking = 'weights' and 'phrases'"
+            )
+        if isinstance(self.mlm_rate, DrawnRate) and self.mlm_rate_end is not None:
+            raise ValueError("mlm_rate is drawn for each example; leave mlm_rate_end out")
+        if self.random_tokens + self.kept_tokens > 1.0:
+            raise ValueError(
+                f"random_tokens {self.random_tokens} + kept_tokens {self.kept_tokens} is above 1; "
+                "lower one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _own_loss(self) -> "ObjectiveConfig":
+        if self.loss != "cross_entropy" and self.needs_labels:
+            raise ValueError(
+                f"loss is {self.loss!r}; leave normalize, ordered and label_smoothing out"
+            )
+        if self.loss == "replaced_tokens" and (self.mlm_share, self.random_tokens) != (1.0, 1.0):
+            raise ValueError(
+                "loss = 'replaced_tokens' finds random tokens; set mlm_share = 1.0 and "
+                "random_tokens = 1.0"
             )
         return self
 

@@ -4,19 +4,19 @@ import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, groupby
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from mlmjax.config.run import ObjectiveConfig
+from mlmjax.config.run import DrawnRate, ObjectiveConfig
 from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED, Batch, LabelBatch, Options
-from mlmjax.data.masking import draw_positions, draw_words
+from mlmjax.data.masking.draws import count_masked, replace_tokens
+from mlmjax.data.masking.maskers import Masker, make_masker
 from mlmjax.data.packing import lay_out
 from mlmjax.data.rows import RowColumns, RowSource
 from mlmjax.data.schedule import RowSchedule, target_width
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.words import word_starts
 
 AnyBatch = TypeVar("AnyBatch")
 RowNumbers = slice | Sequence[int] | np.ndarray | None
@@ -183,8 +183,9 @@ class Loader(_Loader[Batch]):
     The objective of an example and its masked positions are drawn by
     `default_rng([seed, epoch, example])`. Plain text is always trained by MLM. An example with an
     answer is trained by dummy MLM with `dummy_mlm_share`, by MLM with `mlm_share`, otherwise by
-    ATP. `mask_rate` gives the share to mask at a step, by default `objective.mlm_rate`.
-    `objective.masking` says whether tokens, whole words or spans are masked.
+    ATP. `mask_rate` gives the share to mask at a step, by default `objective.mlm_rate`; one that is
+    drawn is drawn for each example. `masker` chooses the positions, by default that of
+    `objective.masking`.
 
     `target_width` bounds the targets of a row (`schedule.target_width`).
     """
@@ -195,7 +196,8 @@ class Loader(_Loader[Batch]):
         *,
         objective: ObjectiveConfig,
         tokenizer: Tokenizer,
-        mask_rate: Callable[[int], float] | None = None,
+        mask_rate: Callable[[int], float | DrawnRate] | None = None,
+        masker: Masker | None = None,
         **order: Any,
     ):
         super().__init__(row_sources, tokenizer=tokenizer, **order)
@@ -204,12 +206,14 @@ class Loader(_Loader[Batch]):
         self._mask_id = tokenizer.mask_id
         self._is_maskable = np.ones(tokenizer.vocab_size, bool)
         self._is_maskable[list(tokenizer.special_ids)] = False
+        self._vocabulary = np.flatnonzero(self._is_maskable)
         self._weighs = any(source.soft for source in row_sources)
+        self._weighs |= objective.target_weight != "one"
         spreads = objective.needs_labels or any(source.soft for source in row_sources)
         self._most_options = (
             max(1, *(len(source.options) for source in row_sources)) if spreads else 0
         )
-        self._word_starts = None if objective.masking == "token" else word_starts(tokenizer)
+        self._masker = masker or make_masker(objective.masking, tokenizer)
         self.target_width = target_width(
             objective,
             self._seq_length,
@@ -235,22 +239,24 @@ class Loader(_Loader[Batch]):
             tokens, lengths, answers, tasks, indices, *_ = columns
             starts = np.cumsum(lengths) - lengths
             facts = (starts.tolist(), lengths.tolist(), answers.tolist(), indices.tolist())
-            objectives, masked = [], []
-            for start, length, answer, index in zip(*facts, strict=True):
-                example = tokens[start : start + length]
-                objective, positions = self._draw(example, answer, (epoch, index), rate)
-                objectives.append(objective)
-                masked.append(positions + start)
-            counts = [len(positions) for positions in masked]
-            positions = np.concatenate(masked)
+            drawn_of = [
+                self._draw(tokens[start : start + length], answer, (epoch, index), rate)
+                for start, length, answer, index in zip(*facts, strict=True)
+            ]
+            objectives = [one.objective for one in drawn_of]
+            counts = [len(one.positions) for one in drawn_of]
+            positions = np.concatenate(
+                [one.positions + start for one, start in zip(drawn_of, starts, strict=True)]
+            )
             of_targets = np.repeat(objectives, counts)
             originals = np.where(of_targets == DUMMY_MLM, self._mask_id, input_ids[row, positions])
             found = (positions, originals, of_targets, np.repeat(tasks, counts))
             targets[:, row, : len(positions)] = found
-            input_ids[row, positions] = self._mask_id
+            input_ids[row, positions] = np.concatenate([one.inputs for one in drawn_of])
             count = len(positions)
             if weights is not None:
-                own = np.ones(len(counts)) if columns.weights is None else columns.weights
+                own = np.array([one.weight for one in drawn_of])
+                own *= 1.0 if columns.weights is None else columns.weights
                 weights[row, :count] = np.repeat(own, counts)
             if options is not None:
                 examples = np.repeat(np.arange(len(counts)), counts)
@@ -285,25 +291,47 @@ class Loader(_Loader[Batch]):
         return found
 
     def _draw(
-        self, tokens: np.ndarray, answer: int, key: tuple[int, int], rate: float
-    ) -> tuple[int, np.ndarray]:
+        self, tokens: np.ndarray, answer: int, key: tuple[int, int], rate: float | DrawnRate
+    ) -> "_Drawn":
         """Draw the objective of one example, and the positions in it to mask."""
         config = self._objective
         masked_share = config.dummy_mlm_share + config.mlm_share
+        only_answer = _Drawn(ATP, np.array([answer]), np.array([self._mask_id]))
         if answer >= 0 and masked_share == 0:
-            return ATP, np.array([answer])
+            return only_answer
         rng = np.random.default_rng([self._seed, *key])
         objective = MLM
         if answer >= 0:
             draw = rng.random()
             if draw >= masked_share:
-                return ATP, np.array([answer])
+                return only_answer
             objective = DUMMY_MLM if draw < config.dummy_mlm_share else MLM
+        if isinstance(rate, DrawnRate):
+            rate = rate.draw(rng)
         maskable = np.flatnonzero(self._is_maskable[tokens])
-        if self._word_starts is None:
-            return objective, draw_positions(maskable, rate, rng)
-        spans = config.masking == "span"
-        return objective, draw_words(maskable, self._word_starts(tokens), rate, rng, spans=spans)
+        count = count_masked(maskable, rate)
+        positions = self._masker(tokens, maskable, count, rng)
+        inputs = np.full(count, self._mask_id)
+        if objective == MLM and config.random_tokens + config.kept_tokens > 0:
+            inputs = replace_tokens(
+                tokens[positions],
+                self._mask_id,
+                rng,
+                random_share=config.random_tokens,
+                kept_share=config.kept_tokens,
+                vocabulary=self._vocabulary,
+            )
+        weight = len(maskable) / count if config.target_weight == "inverse_rate" else 1.0
+        return _Drawn(objective, positions, inputs, weight)
+
+
+class _Drawn(NamedTuple):
+    """What was drawn for an example; `inputs` stand at its masked positions."""
+
+    objective: int
+    positions: np.ndarray
+    inputs: np.ndarray
+    weight: float = 1.0
 
 
 class LabelLoader(_Loader[LabelBatch]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mlmjax.config.data import DataConfig
-from mlmjax.config.run import ObjectiveConfig, updates_of
+from mlmjax.config.run import DrawnRate, ObjectiveConfig, updates_of
 from mlmjax.errors import InputError
 
 
@@ -71,18 +71,19 @@ def micro_batches(data: DataConfig, rows: int) -> int:
     return max(1, rows * data.accumulate // data.batch_size)
 
 
-def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float]:
+def mask_rate(objective: ObjectiveConfig, steps: int) -> Callable[[int], float | DrawnRate]:
     """Return the share of tokens MLM masks, as a function of the update from 0.
 
     It is linear from `mlm_rate` at the first update to `mlm_rate_end` at the last, which Ankner et
-    al. 2023 (arXiv 2305.15096) found best, or constant without `mlm_rate_end`.
+    al. 2023 (arXiv 2305.15096) found best, or constant without `mlm_rate_end`. A rate that is drawn
+    for each example is the same at every update.
 
     >>> rate = mask_rate(ObjectiveConfig(mlm_rate=0.3, mlm_rate_end=0.1), 5)
     >>> [round(rate(step), 3) for step in range(5)]
     [0.3, 0.25, 0.2, 0.15, 0.1]
     """
     first, last = objective.mlm_rate, objective.mlm_rate_end
-    if last is None:
+    if last is None or isinstance(first, DrawnRate):
         return lambda step: first
     return lambda step: first + (last - first) * min(1.0, step / max(steps - 1, 1))
 
@@ -99,5 +100,4 @@ def target_width(objective: ObjectiveConfig, seq_length: int, examples: int, tex
     """
     if not text and objective.dummy_mlm_share + objective.mlm_share == 0:
         return examples
-    rate = max(objective.mlm_rate, objective.mlm_rate_end or 0.0)
-    return examples + math.ceil(rate * seq_length)
+    return examples + math.ceil(objective.highest_rate * seq_length)

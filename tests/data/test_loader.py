@@ -1,27 +1,33 @@
 """The loader: a batch follows from seed and step alone, and masks as the recipe says."""
 
+import hashlib
 import itertools
+import json
 import math
 import threading
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from row_files import change, two_sources
+from scipy.stats import chisquare
 
 from mlmjax import InputError
 from mlmjax.config.run import ObjectiveConfig
 from mlmjax.data.batch import ATP, DUMMY_MLM, MLM, UNUSED
 from mlmjax.data.loader import Loader
 from mlmjax.data.manifest import read_manifest
-from mlmjax.data.masking import mask_answer, mask_dummy, mask_random
+from mlmjax.data.masking.draws import mask_answer, mask_dummy, mask_random
+from mlmjax.data.masking.maskers import MaskTable, make_masker
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.data.rows import open_rows
 from mlmjax.data.schedule import RowSchedule, mask_rate
 from mlmjax.text.words import word_starts
 
+GOLDEN = json.loads((Path(__file__).parent / "golden_masks.json").read_text())
 SEQ = 64
 MIXED = ObjectiveConfig(dummy_mlm_share=0.3, mlm_share=0.2, mlm_rate=0.3)
 ATP_ONLY = ObjectiveConfig()
@@ -101,6 +107,19 @@ def test_a_batch_is_its_examples_masked_by_their_own_draws(make, folder, tokeniz
     assert {array.dtype for array in (*batch[:6], tasks)} == {np.dtype(np.int32)}
 
 
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
+def test_the_draws_of_version_0_1_never_change(make, case):
+    """Published recipes name a seed: the same seed masks the same tokens in every later version."""
+    objective = ObjectiveConfig.model_validate(case["objective"])
+    loader = make(case["split"], objective, mask_rate=mask_rate(objective, 10))
+    for step, expected in case["steps"].items():
+        batch = loader.batch(int(step))
+        first = batch.target_positions[0]
+        assert first[first >= 0].tolist() == expected["first_row"]
+        drawn = b"".join(array.astype("<i4").tobytes() for array in batch[:6])
+        assert hashlib.sha256(drawn).hexdigest() == expected["sha256"]
+
+
 def test_the_same_seed_and_step_give_the_same_batch(make):
     for step in (0, 7, 1000):
         assert_equal(make().batch(step), make().batch(step))
@@ -110,11 +129,32 @@ def test_the_same_seed_and_step_give_the_same_batch(make):
     assert len({np.concatenate(order).tobytes() for order in orders}) == 3
 
 
-def test_the_global_batch_does_not_depend_on_who_reads_it(make):
-    loader = make()
+WORDS = MaskTable("word", {"Question": 5.0, "words": 1.0, "Document": 2.0}, others=0.1)
+RESEARCH = {
+    "the usual": MIXED,
+    "weights": MIXED.model_copy(update={"masking": "weights"}),
+    "drawn rates": ObjectiveConfig.model_validate(
+        {
+            "mlm_share": 0.7,
+            "mlm_rate": {"beta": (2.0, 5.0)},
+            "target_weight": "inverse_rate",
+            "random_tokens": 0.2,
+            "kept_tokens": 0.2,
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESEARCH)
+def test_the_global_batch_does_not_depend_on_who_reads_it(make, tokenizer, name):
+    def again():
+        weights = make_masker("weights", tokenizer, WORDS) if name == "weights" else None
+        return make(objective=RESEARCH[name], masker=weights)
+
+    loader = again()
     whole = loader.batch(11)
     for size in (8, 4, 1):
-        parts = [make().batch(11, slice(first, first + size)) for first in range(0, 8, size)]
+        parts = [again().batch(11, slice(first, first + size)) for first in range(0, 8, size)]
         joined = [
             np.concatenate(arrays) for arrays in zip(*map(jax.tree.leaves, parts), strict=True)
         ]
@@ -282,3 +322,56 @@ def test_the_mask_rate_follows_the_step(make, folder):
     for step, low, high in ((0, 0, 0.15), (5, 0.25, 0.45), (10, 0.45, 0.65)):
         batch = loader.batch(step)
         assert low < (batch.target_ids >= 0).sum() / (batch.segment_ids > 0).sum() < high
+
+
+def examples_of(batch):
+    """Yield for each masked example its tokens (by the ids at their places) and its targets."""
+    for row, positions in enumerate(batch.target_positions):
+        places = positions[positions >= 0]
+        of_targets = batch.segment_ids[row, places]
+        for segment in np.unique(of_targets):
+            mine = np.flatnonzero(of_targets == segment)
+            yield row, np.flatnonzero(batch.segment_ids[row] == segment), places[mine], mine
+
+
+def test_drawn_rates_differ_by_example_and_weights_undo_them(make, tokenizer):
+    """With the inverse rate as weight, the weights of an example sum to its maskable tokens."""
+    settings = {"mlm_share": 1.0, "mlm_rate": {"uniform": (0.0, 1.0)}}
+    settings["target_weight"] = "inverse_rate"
+    loader = make(objective=ObjectiveConfig.model_validate(settings), batch_size=64)
+    batch, rates = loader.batch(3), []
+    assert batch.weights.dtype == np.float32
+    for row, tokens, places, mine in examples_of(batch):
+        ids = batch.input_ids[row].copy()
+        ids[places] = batch.target_ids[row, mine]
+        maskable = (~np.isin(ids[tokens], list(tokenizer.special_ids))).sum()
+        assert batch.weights[row, mine].sum() == pytest.approx(maskable)
+        rates.append(len(places) / maskable)
+    assert min(rates) < 0.15
+    assert max(rates) == 1
+    assert abs(np.mean(rates) - 0.5) < 0.1
+    assert (batch.target_ids >= 0).sum(axis=1).max() <= loader.target_width
+    assert not batch.weights[batch.target_ids < 0].any()
+
+
+def test_answers_weigh_one_beside_masked_tokens(make):
+    batch = make(objective=RESEARCH["drawn rates"], batch_size=64).batch(0)
+    assert (batch.weights[batch.target_objective == ATP] == 1).all()
+    assert (batch.weights[batch.target_objective == MLM] >= 1).all()
+
+
+def test_mlm_replaces_tokens_by_shares_and_no_other_objective_does(make, tokenizer):
+    shares = {"random_tokens": 0.3, "kept_tokens": 0.2}
+    plain = make(objective=MIXED, batch_size=64).batch(5)
+    batch = make(objective=MIXED.model_copy(update=shares), batch_size=64).batch(5)
+    np.testing.assert_array_equal(plain.target_positions, batch.target_positions)
+    np.testing.assert_array_equal(plain.target_ids, batch.target_ids)
+    rows, columns = np.nonzero(batch.target_ids >= 0)
+    inputs = batch.input_ids[rows, batch.target_positions[rows, columns]]
+    targets, is_mlm = batch.target_ids[rows, columns], batch.target_objective[rows, columns] == MLM
+    assert (inputs[~is_mlm] == tokenizer.mask_id).all()
+    inputs, targets = inputs[is_mlm], targets[is_mlm]
+    counts = [(inputs == tokenizer.mask_id).sum(), (inputs == targets).sum()]
+    counts.append(len(inputs) - sum(counts))
+    assert chisquare(counts, np.array([0.5, 0.2, 0.3]) * len(inputs)).pvalue > 0.001
+    assert not np.isin(inputs[inputs != tokenizer.mask_id], list(tokenizer.special_ids)).any()

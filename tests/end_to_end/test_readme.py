@@ -28,7 +28,7 @@ from mlmjax.config.task import Task
 README = (ROOT / "README.md").read_text()
 PAGES = (
     *("guide", "data", "rows", "training", "runs", "evaluation", "suites"),
-    *("scoring", "texts", "calibration", "weights", "sharing", "custom_loop"),
+    *("scoring", "texts", "calibration", "weights", "sharing", "custom_loop", "research"),
 )
 """The pages of the guide, in its order."""
 TEXTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in PAGES}
@@ -144,7 +144,7 @@ def test_texts_of_the_guide_are_scored_and_filled(capsys):
 def test_loop_of_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     parts = blocks("python", TEXTS["custom_loop"])
-    assert len(parts) + 1 == len(blocks("python", GUIDE))  # no other page has a program
+    assert len(parts) + 2 == len(blocks("python", GUIDE))  # the other one is in research.md
     names = {}
     exec(compile("\n".join(parts), "custom_loop.md", "exec"), names)
     assert names["loss"] < 0.3  # 10 before

@@ -114,6 +114,8 @@ def _compile_training(
     data, architecture = config.data, model.config
     graphdef, params = split_parameters(model)
     loss = HEADS[config.head].loss
+    if config.objective.loss != "cross_entropy":
+        assumptions.append(f"loss: cross-entropy, in place of {config.objective.loss}")
     optimizer = optimizer_of(config)
     trained, frozen = split_trained(params, trained_patterns(model, config.optimizer.train))
     state = abstract_train_state(trained, optimizer, mesh)
@@ -278,7 +280,7 @@ def count_answers(config: RunConfig) -> int:
         return data.batch_size
     is_plain = bool(data.sources) and all(source.text for source in data.sources)
     share = 1.0 if is_plain else objective.dummy_mlm_share + objective.mlm_share
-    masked = share * objective.mlm_rate * data.batch_size * data.seq_length
+    masked = share * objective.mean_rate * data.batch_size * data.seq_length
     return round(masked + (1 - share) * data.batch_size)
 
 

@@ -17,6 +17,7 @@ from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.parallel.sharding import batch_sharding
 from mlmjax.storage import hash_file
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.objectives import masker_of
 from mlmjax.training.step import AnyBatch
 
 AnyLoader = Loader | LabelLoader
@@ -40,7 +41,10 @@ class Loaders(NamedTuple):
 
 
 def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
-    """Open the prepared rows of a run; raises `InputError` as `rows.open_rows` and `Loader`."""
+    """Open the prepared rows of a run.
+
+    Raises `InputError` as `rows.open_rows`, `Loader` and `objectives.masker_of`.
+    """
     data, folder, objective = config.data, Path(config.data.rows), config.objective
     manifest = read_manifest(folder)
     weights = {source.title: source.share for source in data.sources}
@@ -50,10 +54,12 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
         for split in manifest.splits
     }
 
+    masker = masker_of(objective, tokenizer)
+
     def make(
         sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any
     ) -> AnyLoader:
-        kind: Any = partial(Loader, **masking)
+        kind: Any = partial(Loader, masker=masker, **masking)
         if config.head == "classification":
             kind = partial(LabelLoader, smoothing=objective.label_smoothing)
         return kind(

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mlmjax.config.data import DataConfig
-from mlmjax.config.run import MeshConfig, ObjectiveConfig, RunConfig, ScheduleConfig
+from mlmjax.config.run import DrawnRate, MeshConfig, ObjectiveConfig, RunConfig, ScheduleConfig
 from mlmjax.config.tables import list_differences
 from mlmjax.data.manifest import MANIFEST
 from mlmjax.data.schedule import mask_rate, micro_batches, row_schedule
@@ -28,6 +28,7 @@ from mlmjax.parallel.sharding import check_rows, make_mesh
 from mlmjax.reporting.trackers import check_installed
 from mlmjax.storage import CONFIG, LOCK, check_name, is_remote
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.training.objectives import hash_files
 from mlmjax.training.optimizer import make_schedule, rates_at
 from mlmjax.training.run.inputs import Loaders
 from mlmjax.training.run.timing import profiled_updates
@@ -44,7 +45,10 @@ _MAY_DIFFER: Any = {"out": True, "data": {"rows", "workers"}, "checkpoint": {"pa
 
 _SAME = {"init_from", "revision", "dtype", "seed", "head"}
 _OBJECTIVE = {"dummy_mlm_share", "mlm_share", "masking"}
-_LOSS = {"normalize", "ordered", "label_smoothing"}
+_LATER = {
+    *("normalize", "ordered", "label_smoothing"),
+    *("random_tokens", "kept_tokens", "target_weight", "loss"),
+}
 _BATCH = {"batch_size", "batch_start", "batch_warmup"}
 _CHOSEN_BY = {
     "learning rate": "learning_rate, schedule and steps",
@@ -154,7 +158,8 @@ def check_batches(config: RunConfig, sizes: Mapping[str, int]) -> None:
 def check_same_settings(config: RunConfig) -> None:
     """Raise `InputError`, on all processes together, if one has other settings than the first."""
     settings = config.model_dump(mode="json", exclude=_MAY_DIFFER)
-    mine = {"--processes": processes.process_count(), **settings}
+    files = hash_files(config.objective)
+    mine = {"--processes": processes.process_count(), **settings, "objective_files": files}
     first = processes.broadcast_from_first(lambda: mine)
     if differences := list_differences(mine, first, "process 0 has"):
         raise InputError(
@@ -236,6 +241,10 @@ def identity_of(
         later["adapter"] = config.adapter.model_dump(mode="json")
     if config.evaluation.patience is not None:
         later["evaluation"] = {"patience": config.evaluation.patience}
+    if files := hash_files(config.objective):
+        later["objective_files"] = files
+    if isinstance(config.objective.mlm_rate, DrawnRate):
+        later["mlm_rate"] = config.objective.mlm_rate.model_dump(mode="json")
     left_out = {"learning_rate"} | ({"train"} if config.optimizer.train is None else set())
     table = {
         **later,
@@ -249,7 +258,7 @@ def identity_of(
         },
         "objective": config.objective.model_dump(mode="json", include=_OBJECTIVE)
         # Left out if not given, so that runs of earlier versions resume.
-        | config.objective.model_dump(mode="json", include=_LOSS, exclude_defaults=True),
+        | config.objective.model_dump(mode="json", include=_LATER, exclude_defaults=True),
         "optimizer": {key: value for key, value in optimizer.items() if key not in left_out},
         "rates": {
             "learning_rate": config.optimizer.learning_rate,
@@ -303,10 +312,12 @@ def _rates(table: Mapping[str, Any], step: int) -> dict[str, np.ndarray]:
     steps, updates = table["steps"], np.arange(step)
     schedule = ScheduleConfig.model_validate(table["schedule"])
     learning_rate = make_schedule(schedule, table["learning_rate"], steps)
-    rate = mask_rate(ObjectiveConfig.model_validate(table["objective"]), steps)
+    # JSON has lists where a table has tuples.
+    objective = ObjectiveConfig.model_validate_json(json.dumps(table["objective"]))
+    rates = map(mask_rate(objective, steps), range(step))
     rows = row_schedule(DataConfig.model_validate({"rows": "-", **table["batch"]}), steps)
     return {
         "learning rate": rates_at(learning_rate, updates),
-        "mask rate": np.array([*map(rate, range(step))]),
+        "mask rate": np.array([one.mean if isinstance(one, DrawnRate) else one for one in rates]),
         "number of rows": np.array([*map(rows.rows, range(step))]),
     }

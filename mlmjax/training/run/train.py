@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mlmjax.storage import TRAINING, alone_in, write_json
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.loss import Metrics
+from mlmjax.training.objectives import check_code, head_of_run
 from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.run.initial_model import initial_parameters, load_start, load_tokenizer
 from mlmjax.training.run.inputs import Loaders, open_loaders
@@ -48,11 +50,10 @@ from mlmjax.training.run.validation import (
 )
 from mlmjax.training.step import (
     AnyBatch,
-    Head,
+    Loss,
     TrainState,
     TrainStep,
     abstract_train_state,
-    head_of,
     shared_eval_step,
     shared_replicated_step,
     shared_train_step,
@@ -68,13 +69,16 @@ STEPS = {"pjit": shared_train_step, "pmap": shared_replicated_step}
 
 
 @suggest_keywords
-def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState:
+def run_training(
+    config: RunConfig, *, profile: str | None = None, code: Collection[str] = ()
+) -> TrainState:
     """Train, validate, checkpoint and export as the configuration says; return the final state.
 
     The run folder `config.out` gets `config.json`, `metrics.jsonl`, TensorBoard events,
     `checkpoints/`, `export/` and `validation.json`. The same configuration again resumes from the
     newest checkpoint, bit for bit as if the run had never stopped; a finished run is only reported.
-    `profile` names updates, as in `"10:15"`, that are traced into `profile/`.
+    `profile` names updates, as in `"10:15"`, that are traced into `profile/`. `code` names the
+    modules whose code the configuration may run, such as `my_package.masks`.
 
     Raises `InputError` for what is wrong in the configuration, the data or the model folder, and
     for the folder of another run. Raises `RunError` for a loss that is not finite and for failed
@@ -83,6 +87,7 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     """
     check_not_forked()
     check_devices()
+    check_code(config.objective, code)
     clock, out = Clock(), Path(config.out)
     config = count_steps(config)
     mesh = check_before_start(config, profile)
@@ -90,7 +95,10 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
     with lock, catch_signals() as stop:
         model, tokenizer, history = load_start(config)
         architecture, graphdef = model.config, split_parameters(model)[0]
-        optimizer = optimizer_of(config)
+        optimizer, head = (
+            optimizer_of(config),
+            head_of_run(config.head, config.objective, tokenizer),
+        )
         loaders = _open_rows(config, tokenizer)
         with Checkpoints(checkpoint_folder(config), config.checkpoint) as checkpoints:
             step = broadcast_from_first(checkpoints.resumable) or 0
@@ -112,8 +120,8 @@ def run_training(config: RunConfig, *, profile: str | None = None) -> TrainState
                     architecture=architecture,
                     mesh=mesh,
                     frozen=frozen,
-                    train_step=_train_step(config, graphdef, optimizer),
-                    eval_step=shared_eval_step(graphdef, _head(config).evaluate),
+                    train_step=_train_step(config, graphdef, optimizer, head.loss),
+                    eval_step=shared_eval_step(graphdef, head.evaluate),
                     checkpoints=checkpoints,
                     identity=identity,
                     totals=totals,
@@ -271,14 +279,9 @@ def _finish(
     return report
 
 
-def _head(config: RunConfig) -> Head:
-    """Return the loss that a run trains, and its validation."""
-    return head_of(config.head, config.objective.kind)
-
-
-def _train_step(config: RunConfig, graphdef: Any, optimizer: Any) -> TrainStep:
+def _train_step(config: RunConfig, graphdef: Any, optimizer: Any, loss: Loss) -> TrainStep:
     """Return the update of a run, for any number of micro-batches that its batch grows to."""
-    make, loss = STEPS[config.parallel], _head(config).loss
+    make = STEPS[config.parallel]
 
     def step(state: TrainState, batch: AnyBatch, frozen: Any) -> tuple[TrainState, Metrics]:
         parts = micro_batches(config.data, len(batch.input_ids))

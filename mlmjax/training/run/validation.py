@@ -250,6 +250,7 @@ def read_finished(out: Path, step: int) -> dict[str, Any] | None:
 
 def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, Any]) -> str:
     """Return the part of a model card on the training, its data, and the held-out answers."""
+    path = config.objective.mask_table
     start = None if config.init_from is None else without_folder(config.init_from)
     rows = summary(manifest)
     for source in (*manifest.sources, *manifest.validation_sources):
@@ -258,6 +259,7 @@ def training_card(config: RunConfig, manifest: Manifest, report: Mapping[str, An
         "assets/training_card.md",
         config=config,
         start=start,
+        table=None if path is None else without_folder(path),
         rows=rows,
         held_out=report_lines(report, most=None),
     )

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
 from mlmjax import InputError
-from mlmjax.data import mask_answer, mask_dummy, mask_random, masking
-from mlmjax.data.masking import draw_words
+from mlmjax.data import mask_answer, mask_dummy, mask_random
+from mlmjax.data.masking.draws import (
+    SPAN_LENGTHS,
+    SPAN_SHARES,
+    count_masked,
+    draw_words,
+    replace_tokens,
+    weighted_order,
+)
 
 SPECIAL, MASK = {0, 1, 2, 3}, 99
 TOKENS = st.lists(st.tuples(st.integers(0, 50), st.booleans()), min_size=1, max_size=60)
@@ -129,7 +137,7 @@ def test_spans_are_as_long_as_in_spanbert():
     assert abs(np.mean(lengths) - 3.8) < 0.3
     assert np.mean(lengths > 10) < 0.03
     assert abs(np.mean(lengths == 1) - 0.2 / (1 - 0.8**10)) < 0.05
-    assert pytest.approx(3.8, abs=0.005) == masking.SPAN_LENGTHS @ masking.SPAN_SHARES
+    assert pytest.approx(3.8, abs=0.005) == SPAN_LENGTHS @ SPAN_SHARES
 
 
 def test_spans_begin_at_words():
@@ -149,3 +157,28 @@ def test_spans_end_at_specials(apart, expected):
     starts = np.ones(3000 * apart, bool)
     positions = draw_words(maskable, starts, 0.1, np.random.default_rng(0), spans=True)
     assert np.mean(np.diff(positions) == apart) == pytest.approx(expected, abs=0.07)
+
+
+def test_weighted_order_puts_what_weighs_nothing_last_and_at_random():
+    rng, last = np.random.default_rng(0), set()
+    for _ in range(50):
+        order = weighted_order(np.array([0.0, 1e-300, 0.0, 1e30]), rng).tolist()
+        assert sorted(order[:2]) == [1, 3]
+        last.add(tuple(order[2:]))
+    assert last == {(0, 2), (2, 0)}
+
+
+def test_masked_tokens_are_replaced_by_their_shares():
+    rng, ids = np.random.default_rng(0), np.full(20_000, 5)
+    shares = {"random_share": 0.1, "kept_share": 0.3}
+    found = replace_tokens(ids, MASK, rng, **shares, vocabulary=np.arange(10, 20))
+    drawn = found[(found >= 10) & (found < 20)]
+    counts = [(found == MASK).sum(), len(drawn), (found == 5).sum()]
+    assert chisquare(counts, [12_000, 2_000, 6_000]).pvalue > 0.001
+    assert chisquare(np.bincount(drawn - 10, minlength=10)).pvalue > 0.001
+    assert (ids == 5).all()
+
+
+@pytest.mark.parametrize(("rate", "count"), [(1.0, 7), (0.999, 7), (0.5, 4), (1e-9, 1), (0.0, 1)])
+def test_a_drawn_rate_masks_at_least_one_and_at_most_all(rate, count):
+    assert count_masked(np.arange(7), rate) == count

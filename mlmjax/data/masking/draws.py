@@ -1,13 +1,13 @@
 """Mask one example for each of the three training objectives, in numpy.
 
 Every function returns `(input_ids, target_positions, target_ids)`, int32, with sorted positions,
-and never changes its inputs. A selected token always becomes `[MASK]`, without random or unchanged
-tokens (ModernBERT-Large-Instruct, arXiv 2502.03793). As many positions are masked as tokens, whole
-words, or spans of words (SpanBERT, arXiv 1907.10529, section 3.1).
+and never changes its inputs. A selected token becomes `[MASK]` (ModernBERT-Large-Instruct, arXiv
+2502.03793); a run may replace some by `replace_tokens`. As many positions are masked as tokens,
+whole words, or spans of words (SpanBERT, arXiv 1907.10529, section 3.1).
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -105,7 +105,12 @@ def draw_positions(maskable: np.ndarray, rate: float, rng: np.random.Generator) 
 
     Raises `InputError` for a rate outside (0, 1) and if there are no positions.
     """
-    count = _budget(maskable, rate)
+    _check_rate(rate)
+    return choose_positions(maskable, count_masked(maskable, rate), rng)
+
+
+def choose_positions(maskable: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw `count` of the positions; int32, sorted."""
     return np.sort(rng.choice(maskable, count, replace=False)).astype(np.int32)
 
 
@@ -119,13 +124,9 @@ def draw_words(
 ) -> np.ndarray:
     """Draw whole words, or spans of them, with as many positions as `draw_positions`; sorted.
 
-    Words are taken in random order until the number is reached; a word that is too long for the
-    rest is skipped. If all words left are too long, the first of them is masked in part: adjacent
-    tokens, as many as are missing. So the number is exact, and at most one word is masked in part.
-    A special token ends a word.
-
-    With `spans`, the order is that of spans of 1 to 10 words (`SPAN_SHARES`), which begin at words
-    in random order that are not in a span yet. A special token ends a span.
+    Words are taken in random order as `choose_words` says. With `spans`, the order is that of spans
+    of 1 to 10 words (`SPAN_SHARES`), which begin at words in random order that are not in a span
+    yet. A special token ends a word and a span.
 
     >>> starts = np.array([1, 1, 0, 0, 1, 0, 1, 1], bool)  # words of 1, 3, 2, 1 and 1 tokens
     >>> rng = np.random.default_rng(1)
@@ -136,31 +137,106 @@ def draw_words(
 
     Raises `InputError` as `draw_positions`.
     """
-    budget = _budget(maskable, rate)
+    _check_rate(rate)
+    words, count = find_words(maskable, word_starts), count_masked(maskable, rate)
+    order = span_order(words, count, rng) if spans else rng.permutation(len(words.sizes))
+    return choose_words(words, order, count, rng)
+
+
+class Words(NamedTuple):
+    """The words of one example, each a run of adjacent maskable positions.
+
+    `positions` are those that may be masked, `first` the place in it where each word begins, and
+    `sizes` the tokens of each word. `is_apart` is True for a word after a special token.
+    """
+
+    positions: np.ndarray
+    first: np.ndarray
+    sizes: np.ndarray
+    is_apart: np.ndarray
+
+
+def find_words(maskable: np.ndarray, word_starts: np.ndarray) -> Words:
+    """Divide the maskable positions into words; `word_starts` is bool `[tokens]`."""
     is_apart = np.diff(maskable, prepend=-2) != 1
-    begins = word_starts[maskable] | is_apart
-    first = np.flatnonzero(begins)
-    sizes = np.diff(first, append=len(maskable))
-    order = rng.permutation(len(sizes))
-    if spans:
-        order = _span_order(order, sizes, is_apart[first], budget, rng)
-    taken, missing = _take(sizes[order], budget)
-    is_masked = np.zeros(len(sizes), bool)
+    first = np.flatnonzero(word_starts[maskable] | is_apart)
+    return Words(maskable, first, np.diff(first, append=len(maskable)), is_apart[first])
+
+
+def choose_words(
+    words: Words, order: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Mask whole words in this order until `count` positions are masked; int32, sorted.
+
+    A word that is too long for the rest is skipped. If all words left are too long, the first of
+    them is masked in part: adjacent tokens, as many as are missing. So the number is exact, and at
+    most one word is masked in part.
+    """
+    taken, missing = _take(words.sizes[order], count)
+    is_masked = np.zeros(len(words.sizes), bool)
     is_masked[order[taken]] = True
-    chosen = is_masked[np.cumsum(begins) - 1]
+    chosen = np.repeat(is_masked, words.sizes)
     if missing:
         cut = order[np.argmin(taken)]
-        start = first[cut] + rng.integers(sizes[cut] - missing + 1)
+        start = words.first[cut] + rng.integers(words.sizes[cut] - missing + 1)
         chosen[start : start + missing] = True
-    return maskable[chosen].astype(np.int32)
+    return words.positions[chosen].astype(np.int32)
 
 
-def _budget(maskable: np.ndarray, rate: float) -> int:
-    if not 0.0 < rate < 1.0:
-        raise InputError(f"mask rate {rate} is not between 0 and 1 (both excluded)")
+def weighted_order(weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Order items by successive draws without replacement, each in proportion to the weights.
+
+    The order is that of the logarithms of the weights with Gumbel noise (Gumbel top-k, Kool et al.
+    2019, arXiv 1903.06059). Items of weight 0 come last, in random order.
+
+    >>> weighted_order(np.array([0.0, 5.0, 0.0]), np.random.default_rng(0)).tolist()
+    [1, 2, 0]
+    """
+    is_last = weights <= 0
+    noise = rng.gumbel(size=len(weights))
+    return np.lexsort((-noise - np.log(np.where(is_last, 1.0, weights)), is_last))
+
+
+def replace_tokens(
+    ids: np.ndarray,
+    mask_id: int,
+    rng: np.random.Generator,
+    *,
+    random_share: float,
+    kept_share: float,
+    vocabulary: np.ndarray,
+) -> np.ndarray:
+    """Return what stands in place of masked tokens: `[MASK]`, a random token, or the token itself.
+
+    The shares are drawn for each token; 0.1 and 0.1 are those of BERT (arXiv 1810.04805). Random
+    tokens come from `vocabulary`, each as likely as any other.
+
+    >>> rng, ids = np.random.default_rng(1), np.array([5, 6, 7, 8])
+    >>> shares = {"random_share": 0.5, "kept_share": 0.25}
+    >>> replace_tokens(ids, 9, rng, **shares, vocabulary=np.arange(20, 30)).tolist()
+    [5, 9, 22, 9]
+    """
+    draw, found = rng.random(len(ids)), np.full_like(ids, mask_id)
+    is_random = draw < random_share
+    is_kept = ~is_random & (draw < random_share + kept_share)
+    found[is_random] = rng.choice(vocabulary, int(is_random.sum()))
+    found[is_kept] = ids[is_kept]
+    return found
+
+
+def count_masked(maskable: np.ndarray, rate: float) -> int:
+    """Return how many of the maskable positions a rate masks: at least one, at most all.
+
+    Raises `InputError` if there are no positions.
+    """
     if len(maskable) == 0:
         raise InputError("nothing to mask: the example holds only special tokens")
-    return max(1, round(rate * len(maskable)))
+    return min(len(maskable), max(1, round(rate * len(maskable))))
+
+
+def _check_rate(rate: float) -> None:
+    if not 0.0 < rate < 1.0:
+        raise InputError(f"mask rate {rate} is not between 0 and 1 (both excluded)")
 
 
 def _take(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
@@ -180,21 +256,16 @@ def _take(sizes: np.ndarray, budget: int) -> tuple[np.ndarray, int]:
     return taken, left
 
 
-def _span_order(
-    words: np.ndarray,
-    sizes: np.ndarray,
-    is_apart: np.ndarray,
-    budget: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Order words by random spans until these fill the budget; the other words follow."""
-    lengths = rng.choice(SPAN_LENGTHS, len(words), p=SPAN_SHARES)
-    stretches = np.append(np.flatnonzero(is_apart), len(words))
-    stop = stretches[np.cumsum(is_apart)]
-    is_taken, left = [False] * len(words), budget
+def span_order(words: Words, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Order words by random spans until these fill `count` positions; the other words follow."""
+    order_of_starts, sizes = rng.permutation(len(words.sizes)), words.sizes
+    lengths = rng.choice(SPAN_LENGTHS, len(sizes), p=SPAN_SHARES)
+    stretches = np.append(np.flatnonzero(words.is_apart), len(sizes))
+    stop = stretches[np.cumsum(words.is_apart)]
+    is_taken, left = [False] * len(sizes), count
     order: list[int] = []
-    ends = np.minimum(words + lengths, stop[words])
-    for word, end in zip(words.tolist(), ends.tolist(), strict=True):
+    ends = np.minimum(order_of_starts + lengths, stop[order_of_starts])
+    for word, end in zip(order_of_starts.tolist(), ends.tolist(), strict=True):
         if left <= 0:
             break
         inside = [] if is_taken[word] else [w for w in range(word, end) if not is_taken[w]]
@@ -202,8 +273,8 @@ def _span_order(
             is_taken[one] = True
             left -= int(sizes[one])
         order += inside
-    rest = words[~np.array(is_taken)[words]]
-    return np.concatenate([np.array(order, words.dtype), rest])
+    rest = order_of_starts[~np.array(is_taken)[order_of_starts]]
+    return np.concatenate([np.array(order, order_of_starts.dtype), rest])
 
 
 def _as_ids(ids: Ids) -> np.ndarray:
