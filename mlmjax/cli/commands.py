@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from mlmjax.cli import options
 from mlmjax.cli.convert import convert
-from mlmjax.cli.decide import decide, serve
+from mlmjax.cli.decide import decide, serve, warn_of_shortened
 from mlmjax.cli.deploy import embed, export_program, push
 from mlmjax.cli.options import FiniteRange, Group, LearningRate
 from mlmjax.errors import EXIT_FAILED, counted
@@ -318,6 +318,7 @@ def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
         results = evaluate_decisions(decider, task, **own, progress=progress, known=known)
     as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
     click.echo("\n".join(as_json if given["as_json"] else decision_lines(results)))
+    warn_of_shortened(decider)
     for line in warn_of_few(results["n"]):
         say(line)
 

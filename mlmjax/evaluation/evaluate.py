@@ -61,13 +61,13 @@ def run_evaluation(
 
     The result holds `task, protocol, metric` (the headline's name), `n`, `accuracy, macro_f1, mcc`
     with `_ci95` (Wilson's for accuracy, else bootstrap), `macro_accuracy` (mean over groups),
-    `per_group, majority, chance`, counts of rows `shortened` (truncated), `dropped` (by the task's
-    `drop_labels`) and `blank` (after cleaning), of fields that were `blanked` (null or
-    absent, as `Task.blank` allows), `padding_share, seconds, calibration`, `levels` (those of
-    `level_metrics` for an ordered task, else None), `order_sensitivity` (of at most `order_rows`
-    rows; None unless answers are letters of `{options}`), and `contamination` and `trained_on`
-    (from `known`). `out` gets the same as `results.json`, `list_predictions` as
-    `predictions.jsonl`, and a report for people.
+    `per_group, majority, chance`, counts of rows `shortened` (truncated, because a prompt has at
+    most `max_length` tokens), `dropped` (by the task's `drop_labels`) and `blank` (after cleaning),
+    of fields that were `blanked` (null or absent, as `Task.blank` allows), `padding_share, seconds,
+    calibration`, `levels` (those of `level_metrics` for an ordered task, else None),
+    `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
+    `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
+    `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
@@ -88,6 +88,7 @@ def run_evaluation(
         "metric": task.metric,
         **_metrics(task, questions, labels, log_probs),
         "shortened": scorer.shortened,
+        "max_length": scorer.max_length,
         **left_out,
         "padding_share": scorer.padding_share,
         "seconds": seconds,

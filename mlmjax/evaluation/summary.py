@@ -59,7 +59,7 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
 def _rows(results: Mapping[str, Any]) -> str:
     """Describe the rows scored, and what was done to some of them."""
     reasons = {
-        "shortened": "truncated",
+        "shortened": f"truncated to the {results['max_length']:,} tokens that the model reads",
         "dropped": "left out by their label",
         "blank": "blank after cleaning",
     }

@@ -13,7 +13,7 @@ import numpy as np
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import Model, ModernBertModel, encoder_of
 from mlmjax.scoring.embedding_files import EmbeddingSettings, Pooling, read_settings, settings_files
-from mlmjax.scoring.engine import Advance, Engine
+from mlmjax.scoring.engine import Advance, Engine, describe_limit
 from mlmjax.scoring.scorers import check_finite
 from mlmjax.text.checks import check_list, check_text, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
@@ -129,6 +129,12 @@ class Embedder:
         check_finite(vectors)
         return vectors
 
+    @property
+    def limit(self) -> str:
+        """Say the most tokens of a text with those around it, and what sets this number."""
+        longest = self.model.config.max_position_embeddings
+        return describe_limit(self.engine.buckets[-1], longest, "the embedder")
+
     def save_pretrained(self, path: str | os.PathLike[str], *, dtype: str = "float32") -> None:
         """Write the encoder as a folder that sentence_transformers and transformers load unchanged.
 
@@ -152,8 +158,9 @@ class Embedder:
         if len(ids) > self._room:
             if not self.truncate:
                 raise InputError(
-                    f"has {len(ids)} tokens and at most {self._room} fit; cut it into parts, or "
-                    "give truncate=True to embed the beginning"
+                    f"has {len(ids) + self.tokenizer.outer} tokens with those around it, and at "
+                    f"most {self.limit}, fit; cut it into parts, or give truncate=True (--truncate "
+                    "of mlmjax embed) to embed the beginning"
                 )
             self.truncated += 1
         wrapped = self.tokenizer.wrap(ids[: self._room])

@@ -62,6 +62,16 @@ def bucket_lengths(max_length: int) -> tuple[int, ...]:
     return (*(length for length in lengths if length < max_length), max_length)
 
 
+def describe_limit(most: int, longest: int, owner: str) -> str:
+    """Say how many tokens fit, and whether that is what the model reads or what `owner` sets.
+
+    >>> describe_limit(512, 512, "the classifier"), describe_limit(96, 8192, "the classifier")
+    ('512 tokens, all that the model reads', '96 tokens, the max_length of the classifier')
+    """
+    whose = "all that the model reads" if most == longest else f"the max_length of {owner}"
+    return f"{most:,} tokens, {whose}"
+
+
 class Engine:
     """Run `forward`, jitted, over token sequences of any length.
 

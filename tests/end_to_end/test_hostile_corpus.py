@@ -177,10 +177,10 @@ def test_odd_texts_are_answered_one_line_each(perform):
     answers = [json.loads(line) for line in out.splitlines()]
     assert len(answers) == len(texts.ODD) + 1
     assert all(sum(a["probabilities"].values()) == pytest.approx(1.0, abs=1e-5) for a in answers)
-    assert re.fullmatch(
-        r"warning: 1 of the texts did not fit and were truncated: prompt and text have at most "
-        r"[\d,]+ tokens together\n",
-        err,
+    assert re.fullmatch(  # the last line, after those of the progress on a slow machine
+        r"warning: 1 of the texts did not fit and were truncated: prompt and text together "
+        r"have at most [\d,]+ tokens, all that the model reads",
+        err.splitlines()[-1],
     )
 
 

@@ -9,7 +9,8 @@ from mlmjax.weights.pretrained import save_pretrained
 
 RESULTS = {
     "task": "reviews\x1b", "protocol": "default", "metric": "mcc", "n": 1200, "shortened": 3,
-    "dropped": 0, "blank": 0, "accuracy": 0.8, "accuracy_ci95": [0.77, 0.82], "majority": 0.5,
+    "max_length": 8192, "dropped": 0, "blank": 0, "accuracy": 0.8, "accuracy_ci95": [0.77, 0.82],
+    "majority": 0.5,
     "macro_f1": 0.79, "macro_f1_ci95": [0.76, 0.81], "mcc": -0.1, "mcc_ci95": [-0.2, 0.05],
     "calibration": {"ece": 0.0432, "confidence": 0.85}, "contamination": "found",
     "trained_on": ["trained on the file of this evaluation, a.csv"],
@@ -18,7 +19,8 @@ RESULTS = {
 
 def test_the_table_has_the_figures_that_a_reader_needs_first():
     assert list(summary_lines(RESULTS)) == [
-        "reviews⟨U+001B⟩, protocol default: 1200 rows (3 truncated)",
+        "reviews⟨U+001B⟩, protocol default: 1200 rows (3 truncated to the 8,192 tokens that the "
+        "model reads)",
         "                     value  95 % interval",
         "accuracy            0.8000  0.7700 to 0.8200",
         "majority            0.5000  always the most common answer",

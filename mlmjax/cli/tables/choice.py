@@ -186,17 +186,18 @@ def _way(tokenizer: Tokenizer, labels: Sequence[str]) -> tuple[Way, str]:
 class PromptLengths(NamedTuple):
     """Hold the tokens of prompts, int `[texts]`; `own` of each are beside the text.
 
-    `limit` is the most that a prompt may have.
+    `limit` is the most that a prompt may have, and `longest` the most that the model reads.
     """
 
     prompts: np.ndarray
     own: int
     limit: int
+    longest: int
 
     def over(self, limit: int) -> int:
         """Return the number of prompts of more than `limit` tokens, whose texts are shortened.
 
-        >>> PromptLengths(np.array([9, 12, 20]), own=7, limit=12).over(12)
+        >>> PromptLengths(np.array([9, 12, 20]), own=7, limit=12, longest=64).over(12)
         1
         """
         return int((self.prompts > limit).sum())
@@ -223,4 +224,4 @@ def prompt_lengths(predictor: Predictor, texts: Sequence[str]) -> PromptLengths:
     rows = [{"options": shown, "text": text} for text in ("", *texts)]
     parts = (template.lengths(tokenizer, rows[i : i + PART]) for i in range(0, len(rows), PART))
     own, *prompts = [length for part in parts for length in part]
-    return PromptLengths(np.array(prompts), own, limit)
+    return PromptLengths(np.array(prompts), own, limit, config.max_position_embeddings)

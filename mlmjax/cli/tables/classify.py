@@ -12,7 +12,7 @@ from mlmjax.config.data import CsvOptions
 from mlmjax.errors import InputError
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
-from mlmjax.scoring.engine import describe_forward_compiling
+from mlmjax.scoring.engine import describe_forward_compiling, describe_limit
 from mlmjax.weights.hub import PACKAGED, report_packaged
 
 CHUNK = 256
@@ -67,9 +67,12 @@ def classify_file(
     if out is not None:
         say(f"{out}: {count:,} answers")
     if predictor.shortened:
+        scorer = predictor.asking_.scorer
+        longest = scorer.model.config.max_position_embeddings
         several = predictor.prompts > count
         noun = f"{predictor.prompts:,} prompts" if several else "texts"
         say(
             f"warning: {predictor.shortened:,} of the {noun} did not fit and were truncated: "
-            f"prompt and text have at most {predictor.asking_.scorer.max_length:,} tokens together"
+            "prompt and text together have at most "
+            f"{describe_limit(scorer.max_length, longest, 'the classifier')}"
         )

@@ -14,6 +14,7 @@ from mlmjax.config.data import CsvOptions
 from mlmjax.errors import counted
 from mlmjax.reporting.accuracy import top_confusions
 from mlmjax.reporting.markdown import shortened, visible
+from mlmjax.scoring.engine import describe_limit
 
 REPORT = "report"
 """The folder of the report, in that of the classifier."""
@@ -51,7 +52,8 @@ def length_lines(
     if count := found.over(found.limit):
         yield (
             f"warning: {count:,} of the {len(lengths):,} texts ({count / len(lengths):.1%}) are "
-            f"shortened, because prompt and text have at most {found.limit:,} tokens together"
+            "shortened, because prompt and text together have at most "
+            f"{describe_limit(found.limit, found.longest, 'this fit (--max-length)')}"
         )
 
 

@@ -69,7 +69,10 @@ def embed_file(
     size = embedder.model.config.hidden_size
     say(f"{out}: {len(keys):,} vectors of {size} numbers (pooling {settings.pooling}{unit})")
     if embedder.truncated:
-        say(f"warning: {embedder.truncated} of the texts did not fit the model and were truncated")
+        say(
+            f"warning: {embedder.truncated:,} of the texts did not fit and were truncated: a text "
+            f"has at most {embedder.limit}"
+        )
 
 
 def _write(out: Path, key: str, keys: Sequence[Any], vectors: np.ndarray) -> None:

@@ -208,8 +208,8 @@ def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, 
             err,
         )
         warning = (
-            "warning: 1 of the 40 texts (2.5%) are shortened, because prompt and text have at most "
-            "48 tokens together\n"
+            "warning: 1 of the 40 texts (2.5%) are shortened, because prompt and text together "
+            "have at most 48 tokens, the max_length of this fit (--max-length)\n"
         )
         assert (warning in err) == says
         assert err.count("shortened") == says
@@ -230,7 +230,7 @@ def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, 
 )
 def test_a_suggested_limit_counts_the_prompt(longest, given, limit, suggests):
     prompts = np.array([16] * 39 + [longest]) + 71
-    found = PromptLengths(prompts, own=71, limit=limit)
+    found = PromptLengths(prompts, own=71, limit=limit, longest=8192)
     first, *others = length_lines([f"line {i}" for i in range(40)], found, given)
     assert first == (
         f"texts: 16 tokens in the median, {longest} in the longest (line 39); the prompt adds 71 "

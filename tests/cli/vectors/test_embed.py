@@ -42,7 +42,8 @@ def test_lines_become_an_array(folder, lines, tmp_path, capsys):
     np.testing.assert_array_equal(np.load(out), changed.embed(TEXTS, prompt="query"))
     found = capsys.readouterr().err
     assert "pooling cls, of length 1" in found
-    assert "1 of the texts did not fit the model and were truncated" in found
+    warning = "1 of the texts did not fit and were truncated: a text has at most 8 tokens, the "
+    assert f"{warning}max_length of the embedder\n" in found
 
 
 def test_a_table_becomes_a_table(folder, tmp_path):
@@ -64,7 +65,10 @@ def test_a_table_becomes_a_table(folder, tmp_path):
     [
         (["--out", "v.csv"], "expected a file that ends in .npy, .parquet"),
         (["--out", "v.npy", "--id", "key"], "give --text COLUMN too"),
-        (["--out", "v.npy", "--max-length", "9"], "row 3 (index 2): has 40 tokens"),
+        (
+            ["--out", "v.npy", "--max-length", "9"],
+            "at most 9 tokens, the max_length of the embedder, fit",
+        ),
         (["--out", "v.npy", "--prompt", "quer"], "did you mean 'query'"),
     ],
 )
