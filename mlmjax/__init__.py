@@ -13,6 +13,7 @@ from mlmjax.errors import RunError as RunError
 if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax import data as data
     from mlmjax.classification.classifier import Classifier as Classifier
+    from mlmjax.classification.explanations.explain import explain as explain
     from mlmjax.classification.programs.program import export_program as export_program
     from mlmjax.config.run import RunConfig as RunConfig
     from mlmjax.config.run import load_config as load_config
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
 
 _NAMES = {
     "classification.classifier": ["Classifier"],
+    "classification.explanations.explain": ["explain"],
     "classification.programs.program": ["export_program"],
     "config.run": ["RunConfig", "load_config"],
     "data.batch": ["Batch"],

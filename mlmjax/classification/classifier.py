@@ -142,6 +142,9 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
         are tried until one has learned something. It needs held-out texts, which choose.
     label_smoothing : float, default=0.0
         The share of the right probability that `fit` divides equally over all labels.
+    mask_share : float, default=0.0
+        The probability with which `fit` masks each word of a training text. It draws the masks
+        once. Masked words are then nothing new to the classifier, as `mlmjax.explain` needs.
     normalize : {"vocabulary", "labels"}, default="vocabulary"
         Over what the probabilities of the loss of `fit` sum to 1: all tokens, or the labels.
     adapter : "lora", dict or AdapterConfig, default=None
@@ -218,8 +221,8 @@ class Classifier(Predictor, ClassifierMixin, BaseEstimator):
 
         `recipe` replaces the constructor's `epochs`, `learning_rate`, `batch_size` (there
         `train_batch_size`), `weight_decay`, `warmup`, `seed`, `accumulate`, `layer_decay`, `ema`,
-        `validation_share`, `patience`, `restarts`, `label_smoothing`, `normalize`, `adapter` and
-        `train`. `validation` is a pair of texts and labels;
+        `validation_share`, `patience`, `restarts`, `label_smoothing`, `mask_share`, `normalize`,
+        `adapter` and `train`. `validation` is a pair of texts and labels;
         without it `validation_share` of the rows is held out. `history_` has their accuracy and
         loss after each epoch, `fit_summary_` what was learned in the end. `progress` is called with
         the number of updates done and their total. Warns with `LearnedNothingWarning` if the fit
@@ -342,7 +345,7 @@ def _prepare(
     each = max(1, len(prompter.rows(prompter.queries(texts[0])[0]))) * groups
     count = min(len(train), max(LEAST_MEASURED, MEASURED_PROMPTS // each))
     sample = np.random.default_rng([recipe.seed, 2]).permutation(train)[:count].tolist()
-    examples = prompter.examples(train, texts, truth, recipe.seed)
+    examples = prompter.examples(train, texts, truth, recipe.seed, recipe.mask_share)
     kind: LossKind = "ranked" if settings.ordered else recipe.normalize
     answers = prompter.answers(
         examples, spread=kind != "vocabulary", smoothing=recipe.label_smoothing, weights=weights

@@ -98,10 +98,12 @@ class FitRecipe(Recipe):
     """Hold the numbers of the fine-tuning of a classifier.
 
     `label_smoothing` is the share of the probability that all labels divide equally. `normalize`
-    says over what the probabilities of the loss sum to 1.
+    says over what the probabilities of the loss sum to 1. `mask_share` is the probability with
+    which a word of a text is masked.
     """
 
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mask_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     normalize: Literal["vocabulary", "labels"] = "vocabulary"
 
 

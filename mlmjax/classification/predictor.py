@@ -92,6 +92,7 @@ class Predictor:
     patience: int | None = None
     restarts: int = 0
     label_smoothing: float = 0.0
+    mask_share: float = 0.0
     normalize: Literal["vocabulary", "labels"] = "vocabulary"
     adapter: AdapterConfig | Mapping[str, Any] | str | None = None
     train: Sequence[str] | None = None

@@ -229,6 +229,14 @@ def plan(
     help="Measure order sensitivity on N rows (asks each again with up to 3 other orders of its "
     "options); 0 turns it off.",
 )
+@click.option(
+    "--explain",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Write words.html into --out: the N surest wrong answers with the words behind them.",
+)
 @options.anchor
 @_json
 @click.pass_context
@@ -241,7 +249,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
     if (given["task"] is None) == (given["suite"] is None):
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
-        _reject(context, "a task", "protocol", "order_rows", "as_json", "encoding")
+        _reject(context, "a task", "protocol", "order_rows", "explain", "as_json", "encoding")
         _evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
@@ -253,7 +261,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
         if decisions is None:
             _evaluate_task(given)
         else:
-            _reject(context, "a task of one question", "protocol", "anchor", "encoding")
+            _reject(context, "a task of one question", "protocol", "explain", "anchor", "encoding")
             _evaluate_decisions(decisions, given)
 
 
@@ -352,7 +360,7 @@ def _evaluate_task(given: Mapping[str, Any]) -> None:
         say(line)
     if (folder / CLASSIFIER).exists():
         say("the model is a classifier with its own prompt; the task's prompt is used instead")
-    options = ("data", "protocol", "limit", "out", "batch_size", "order_rows")
+    options = ("data", "protocol", "limit", "out", "batch_size", "order_rows", "explain")
     compiling = describe_forward_compiling(loaded[0].config.num_hidden_layers)
     with count_progress("rows scored", compiling) as progress:
         results = run_evaluation(

@@ -15,6 +15,7 @@ from mlmjax.config.task import Task, load_task
 from mlmjax.data.contamination import NOTHING_KNOWN, Contamination
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.evaluation.questions import Question, read_questions
+from mlmjax.evaluation.words import Explained, explain_mistakes, write_words
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
@@ -52,6 +53,7 @@ def run_evaluation(
     progress: Progress | None = None,
     known: Contamination = NOTHING_KNOWN,
     order_rows: int = ORDER_ROWS,
+    explain: int = 0,
 ) -> dict[str, Any]:
     """Answer the rows of a task and return the results.
 
@@ -67,11 +69,16 @@ def run_evaluation(
     calibration`, `levels` (those of `level_metrics` for an ordered task, else None),
     `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
     `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
-    `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people.
+    `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people. `explain`
+    adds `words.html` to it, with the words behind so many wrong answers, the surest ones.
     """
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
         raise InputError(f"order_rows is {order_rows}; expected 0 or more")
+    if explain < 0 or (explain and out is None):
+        raise InputError(
+            f"explain is {explain}; expected 0 or more, and out for the folder of the page"
+        )
     if isinstance(model, ModernBertForSequenceClassification):
         task = task.for_head()
     questions, left_out = read_questions(task, data, limit)
@@ -99,7 +106,8 @@ def run_evaluation(
         "trained_on": known.trained_on,
     }
     if folder is not None:
-        _write_results(folder, task, results, questions, labels, log_probs, known)
+        mistakes = explain_mistakes(scorer, questions, labels, log_probs, explain)
+        _write_results(folder, task, results, questions, labels, log_probs, known, mistakes)
     return results
 
 
@@ -111,6 +119,7 @@ def _write_results(
     labels: Sequence[str],
     log_probs: np.ndarray,
     known: Contamination,
+    mistakes: Sequence[Explained],
 ) -> None:
     """Write `out` of `run_evaluation`."""
     from mlmjax.evaluation.report import write_evaluation_report  # loads matplotlib
@@ -120,7 +129,9 @@ def _write_results(
     write_whole(folder / "predictions.jsonl", "".join(lines).encode())
     write_json(folder / "results.json", results)
     gold = [question.gold for question in questions]
-    write_evaluation_report(folder, task, results, log_probs, gold, known)
+    if mistakes:
+        write_words(folder, task, mistakes)
+    write_evaluation_report(folder, task, results, log_probs, gold, known, has_words=bool(mistakes))
 
 
 def make_scorer(

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from mlmjax.config.task import Task
 from mlmjax.data.contamination import Contamination
 from mlmjax.evaluation.summary import LEVELS
+from mlmjax.evaluation.words import PAGE
 from mlmjax.reporting import charts
 from mlmjax.reporting.charts import ACCENT, FAINT, INK, OTHER, WARN
 from mlmjax.reporting.markdown import score
@@ -29,10 +30,13 @@ def write_evaluation_report(
     log_probs: np.ndarray,
     gold: Sequence[int] | np.ndarray,
     known: Contamination,
+    *,
+    has_words: bool = False,
 ) -> None:
     """Write `report.md` and `reliability.svg` of an evaluation into its folder.
 
     `results` were computed from `log_probs` `[rows, labels]` and `gold`, an index per row.
+    `has_words` adds a link to `words.html`.
     """
     sure, right = confidence(log_probs, gold)
     charts.save(diagram(sure, right), folder / PICTURE, DIAGRAM)
@@ -50,6 +54,7 @@ def write_evaluation_report(
         interval=interval,
         picture=PICTURE,
         picture_shows=DIAGRAM,
+        words=PAGE if has_words else None,
     )
     write_whole(folder / REPORT, page.encode())
 

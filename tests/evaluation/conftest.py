@@ -18,7 +18,7 @@ def model():
 @pytest.fixture
 def no_report(monkeypatch):
     """Leave out the page of an evaluation and its picture."""
-    monkeypatch.setattr(report, "write_evaluation_report", lambda *arguments: None)
+    monkeypatch.setattr(report, "write_evaluation_report", lambda *arguments, **options: None)
 
 
 @pytest.fixture
