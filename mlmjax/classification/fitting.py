@@ -298,17 +298,17 @@ def _warning(
     if seen is None:
         return None
     rate = attempt.learning_rate
-    helps = [f"another learning rate than {rate:g} ({rate / 3:.1g} or {rate * 3:.1g})"]
+    helps = [f"learning_rate={rate / 3:.1g} or {rate * 3:.1g} in place of {rate:g}"]
     names = dict.fromkeys(settings.labels, "")
     if (
         settings.head == "mlm"
         and not (prompter.own_names or settings.multi_label)
         and suitable_answer(names, prompter.scorer.tokenizer)[0] == "words"
     ):
-        helps.insert(0, "answering by words")
-    helps.append(f"more epochs than {recipe.epochs}")
+        helps.insert(0, "answer='words'")
+    helps.append(f"epochs={3 * recipe.epochs}")
     if not recipe.restarts:
-        helps.append("3 restarts that held-out texts choose from")
+        helps.append("restarts=3 with validation_share=0.2")
     return f"{seen}. What usually helps: {', '.join(helps)}"
 
 

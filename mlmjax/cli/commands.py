@@ -14,7 +14,7 @@ from mlmjax.cli import options
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve, warn_of_shortened
 from mlmjax.cli.deploy import embed, export_program, push
-from mlmjax.cli.options import FiniteRange, Group, LearningRate
+from mlmjax.cli.options import FiniteRange, Group, LearningRate, given_words
 from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
@@ -484,7 +484,8 @@ def fit(
         raise click.UsageError(f"--{next(iter(settings))} belongs to --adapter lora.")
     report_packaged(model is None)
     source = PACKAGED if model is None else model
-    found = fit_table(table, model=source, adapter=settings, **options)
+    words = given_words(click.get_current_context())
+    found = fit_table(table, model=source, adapter=settings, words=words, **options)
     shown = [json.dumps(found, indent=2, ensure_ascii=False)] if as_json else result_lines(found)
     for line in shown:
         click.echo(line)

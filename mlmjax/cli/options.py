@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from mlmjax.config.data import CsvOptions
 
 
+_WORDS = "mlmjax.words"
+
+
 class Talk:
     """Hold what the options of one call say about its output."""
 
@@ -101,6 +104,12 @@ class LearningRate(FiniteRange):
         return value if value == "auto" else super().convert(value, param, ctx)
 
 
+def given_words(context: click.Context) -> tuple[str, ...]:
+    """Return the words after the name of a command, as they were given."""
+    words: tuple[str, ...] = context.meta[_WORDS]
+    return words
+
+
 class _Shared(click.Command):
     """A command with the shared options, `-h`, and examples at the end of its help."""
 
@@ -114,6 +123,11 @@ class _Shared(click.Command):
         super().__init__(*parts, **options)
         self.params = [*self.params, *_shared_options()]
         click.version_option(__version__, "-V", "--version", prog_name="mlmjax")(self)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Keep the words for `given_words`, and parse them."""
+        ctx.meta[_WORDS] = tuple(args)
+        return super().parse_args(ctx, args)
 
 
 class Command(_Shared):

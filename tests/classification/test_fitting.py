@@ -158,11 +158,11 @@ def test_a_fit_that_learns_reports_itself_without_a_warning(pair):
         ({"learning_rate": 1e-7, "epochs": 1}, "training texts is .*always giving the label"),
         (
             {"learning_rate": 1e-7, "epochs": 1},
-            "What usually helps: answering by words, another",
+            "What usually helps: answer='words', learning_rate=3e-08 or",
         ),
         (
             {"learning_rate": 1e-7, "epochs": 1},
-            r"than 1e-07 \(3e-08 or 3e-07\), more epochs than 1",
+            r"3e-07 in place of 1e-07, epochs=3, restarts=3 with validation_share=0.2",
         ),
         ({"learning_rate": 3.0, "epochs": 3, "warmup": 0}, "the fit may have learned nothing: "),
     ],

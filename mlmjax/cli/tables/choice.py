@@ -80,6 +80,13 @@ class Choice(NamedTuple):
         if not self.recipe["restarts"]:
             yield "--restarts 3"
 
+    def first_options(self) -> dict[str, str]:
+        """Return the options of `other_options` to try first, with their values."""
+        if self.words_suit and self.way != "words":
+            return {"--answer": "words"}
+        restarts = {} if self.recipe["restarts"] else {"--restarts": "3"}
+        return {"--epochs": str(3 * self.epochs), **restarts}
+
     def options(self) -> dict[str, Any]:
         """Return the choice as arguments of `Classifier`."""
         kind = {"head": "classification"} if self.way == "head" else {"answer": self.way}

@@ -16,7 +16,14 @@ from mlmjax.classification.classifier import Classifier
 from mlmjax.classification.fitting import LearnedNothingWarning, found_problems
 from mlmjax.cli.tables.choice import Choice, Way, choose, prompt_lengths
 from mlmjax.cli.tables.inputs import check_csv
-from mlmjax.cli.tables.lines import REPORT, classify_line, length_lines, start_lines
+from mlmjax.cli.tables.lines import (
+    REPORT,
+    classify_line,
+    length_lines,
+    start_lines,
+    try_line,
+    verdict_lines,
+)
 from mlmjax.cli.tables.report import fit_page
 from mlmjax.cli.tables.split import Split, split_table
 from mlmjax.config.data import CsvOptions
@@ -70,12 +77,14 @@ def fit_table(
     encoding: str | None = None,
     csv: CsvOptions | None = None,
     max_length: int | None = None,
+    words: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fit, test and save a classifier; return its figures, as `report/results.json` has them.
 
     `out` (by default the table's name with `-classifier`) becomes a folder that `classify`,
-    `Classifier.from_pretrained` and transformers load. Raises `InputError` for a table, columns or
-    a folder that cannot be used, before any training.
+    `Classifier.from_pretrained` and transformers load. `words` are those of the command, which
+    advice repeats. Raises `InputError` for a table, columns or a folder that cannot be used, before
+    any training.
     """
     started = time.perf_counter()
     folder = Path(out if out is not None else f"{Path(path).name.split('.')[0]}-classifier")
@@ -138,7 +147,7 @@ def fit_table(
         found, methods = measure(untested, tested, labels, probabilities, temperature)
     dialect = {} if csv is None else csv.model_dump(exclude_unset=True)
     figures: dict[str, Any] = {"table": str(path), "encoding": encoding, "csv": dialect}
-    figures |= {"model": model, "out": str(folder)}
+    figures |= {"model": model, "out": str(folder), "words": list(words)}
     figures |= describe(choice, table, split, labels) | found
     figures |= {"fit": learned, "learning_rate": learned["learning_rate"]}
     figures["serves"] = is_one_prompt(classifier.asking_)
@@ -284,6 +293,7 @@ def describe_learning(classifier: Classifier, choice: Choice) -> dict[str, Any]:
         "learning_rate": kept.learning_rate,
         "attempts": len(summary.attempts),
         "warning": None if seen is None else f"{seen}. What usually helps: {advice}",
+        "try": choice.first_options(),
     }
 
 
@@ -304,6 +314,8 @@ def _save(
         methods=methods,
         rows=rows,
         probabilities=probabilities,
+        verdicts=list(verdict_lines(figures)),
+        again=try_line(figures),
         classify=classify_line(figures),
     )
     labels = figures["labels"]

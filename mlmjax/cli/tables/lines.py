@@ -1,15 +1,15 @@
 """Say what a fit is about to do, and what came out, in lines for a terminal."""
 
 import math
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import numpy as np
 
 from mlmjax.cli.tables.choice import Choice, PromptLengths
-from mlmjax.cli.tables.split import WIDTH, Split
+from mlmjax.cli.tables.split import LEAST_CALIBRATION, WIDTH, Split
 from mlmjax.config.data import CsvOptions
 from mlmjax.errors import counted
 from mlmjax.reporting.accuracy import top_confusions
@@ -21,6 +21,9 @@ REPORT = "report"
 
 TOO_SURE = 0.1
 """A mean confidence so far above the accuracy is named."""
+
+MOST_SPARED = 0.4
+"""The largest share of the rows that advice spares for calibration."""
 
 FAR, LEAST = 4, 16
 """A text of more than `FAR` medians, of at least `LEAST` tokens each, slows the others down."""
@@ -81,12 +84,45 @@ def start_lines(model: str, choice: Choice, split: Split, labels: Sequence[str])
 
 def classify_line(figures: dict[str, Any]) -> str:
     """Return the command that classifies another table of the same columns."""
-    options = f"--model {quote(figures['out'])} --text {quote(figures['text'])}"
+    options = f"--model {shlex.quote(figures['out'])} --text {shlex.quote(figures['text'])}"
     if figures["encoding"] is not None:
         options += f" --encoding {figures['encoding']}"
     for name, value in figures["csv"].items():
         options += f" {CsvOptions().setting(name, value)}"
-    return f"mlmjax classify {options} --out answers.csv TABLE"
+    return f"mlmjax classify {options} --out answers.csv {shlex.quote(figures['table'])}"
+
+
+def try_line(figures: dict[str, Any]) -> str | None:
+    """Return the whole command that may do better; None if nothing speaks against this fit."""
+    changes: dict[str, str] = {}
+    if _doubts(figures) or figures["fit"]["warning"]:
+        changes = figures["fit"]["try"]
+    elif _excess(figures) > TOO_SURE:
+        spared = figures["rows_calibrated"]
+        share = max(2 * spared, LEAST_CALIBRATION) / (
+            figures["rows_trained"] + spared + figures["n"]
+        )
+        if share <= MOST_SPARED:
+            changes = {"--calibration-share": f"{math.ceil(100 * share) / 100:g}"}
+    if not changes or not figures["words"]:
+        return None
+    return shlex.join(["mlmjax", "fit", *with_options(figures["words"], changes)])
+
+
+def with_options(words: Sequence[str], options: Mapping[str, str]) -> list[str]:
+    """Return the words of a command with other values of options.
+
+    >>> with_options(["a.csv", "--epochs", "3", "--seed=1", "--json"], {"--epochs": "9"})
+    ['--epochs', '9', 'a.csv', '--seed=1', '--json']
+    """
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, separator, _ = word.partition("=")
+        if name not in options:
+            kept.append(word)
+        elif not separator:
+            next(rest, None)
+    return [*(word for option in options.items() for word in option), *kept]
 
 
 def result_lines(figures: dict[str, Any]) -> Iterator[str]:
@@ -98,7 +134,7 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     for name, found in methods.items():
         low, high = found["accuracy_ci95"]
         yield f"{name:{width}}  {found['accuracy']:6.1%}   {low:.1%} to {high:.1%}"
-    yield from _verdict_lines(figures)
+    yield from verdict_lines(figures)
     yield ""
     yield from confusion_lines(figures["labels"], np.array(figures["confusion"]))
     yield ""
@@ -108,28 +144,42 @@ def result_lines(figures: dict[str, Any]) -> Iterator[str]:
     folder = Path(figures["out"])
     yield f"classifier: {folder}"
     yield f"report: {folder / REPORT / 'report.html'}"
+    if again := try_line(figures):
+        yield f"to try: {again}"
     yield f"next: {classify_line(figures)}"
     if figures["serves"]:
-        yield f"or: mlmjax serve --model {quote(figures['out'])}"
+        yield f"or: mlmjax serve --model {shlex.quote(figures['out'])}"
 
 
-def _verdict_lines(figures: dict[str, Any]) -> Iterator[str]:
+def verdict_lines(figures: dict[str, Any]) -> Iterator[str]:
     """Yield what speaks against the use of this classifier, and what usually helps."""
+    doubts = _doubts(figures)
+    yield from (f"verdict: {doubt}" for doubt in doubts)
+    if doubts:
+        yield "what usually helps: more labelled rows, a larger --model, more --epochs"
+    if (excess := _excess(figures)) > TOO_SURE:
+        yield (
+            f"verdict: its mean confidence is {100 * excess:.0f} points above its accuracy; a "
+            "larger --calibration-share usually helps"
+        )
+
+
+def _doubts(figures: dict[str, Any]) -> list[str]:
+    """Say why something simpler may do as well."""
     ours, *others = figures["methods"].values()
     *words, commonest = (one["accuracy"] for one in others)
-    is_shown = ours["accuracy_ci95"][0] > commonest
-    if not is_shown:
-        yield "verdict: it is not shown to be better than always giving the commonest label"
+    found = []
+    if ours["accuracy_ci95"][0] <= commonest:
+        found.append("it is not shown to be better than always giving the commonest label")
     if any(other >= ours["accuracy"] for other in words):
-        yield "verdict: TF-IDF is at least as accurate, and cheaper"
-    if not is_shown or any(other >= ours["accuracy"] for other in words):
-        yield "what usually helps: more labelled rows, a larger --model, more --epochs"
-    gap = figures["calibration"]["confidence"] - ours["accuracy"]
-    if gap > TOO_SURE:
-        yield (
-            f"verdict: its mean confidence is {100 * gap:.0f} points above its accuracy; a larger "
-            "--calibration-share usually helps"
-        )
+        found.append("TF-IDF is at least as accurate, and cheaper")
+    return found
+
+
+def _excess(figures: dict[str, Any]) -> float:
+    """Return by how much the mean confidence is above the accuracy."""
+    ours = next(iter(figures["methods"].values()))
+    return float(figures["calibration"]["confidence"] - ours["accuracy"])
 
 
 def _training_lines(fit: dict[str, Any]) -> Iterator[str]:

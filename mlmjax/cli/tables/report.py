@@ -38,12 +38,14 @@ def fit_page(
     methods: Sequence[Method],
     rows: Sequence[tuple[str, str, str]],
     probabilities: np.ndarray,
+    verdicts: Sequence[str],
+    again: str | None,
     classify: str,
 ) -> str:
     """Return the page as HTML; every text in it is escaped.
 
     `rows` has the place, the text and the label of each test row; `probabilities` are
-    `[rows, labels]`.
+    `[rows, labels]`. `verdicts` speak against the classifier, `again` is a command to try then.
     """
     labels = figures["labels"]
     where, texts, gold = zip(*rows, strict=True)
@@ -59,6 +61,8 @@ def fit_page(
         "cli/tables/report.html.j2",
         style=stylesheet(),
         figures=figures,
+        verdicts=verdicts,
+        again=again,
         methods=methods,
         accuracy=embedded_picture(
             accuracy_figure(methods), "accuracy of each method on the test rows"

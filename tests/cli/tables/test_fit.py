@@ -1,5 +1,6 @@
 """`fit`: from a table to a saved classifier, its figures and its page."""
 
+import html
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from tables import labelled_rows, write_table
 
 from mlmjax import Choice, Classifier, Decider
 from mlmjax.cli import main
+from mlmjax.cli.commands import cli
 from mlmjax.cli.tables.choice import PromptLengths, choose, prompt_lengths
 from mlmjax.cli.tables.lines import confusion_lines, length_lines, result_lines
 from mlmjax.cli.tables.split import split_table
@@ -67,14 +69,14 @@ def test_the_saved_folder_gives_the_answers_that_were_measured(fitted):
 
 
 def test_the_line_to_go_on_with_works(fitted, tmp_path, monkeypatch):
-    _, printed = fitted
+    out, printed = fitted
     (line,) = [text for text in printed if text.startswith("next: ")]
     monkeypatch.chdir(tmp_path)
-    write_table(tmp_path / "TABLE.csv", labelled_rows(4))
-    program, *arguments = line.removeprefix("next: ").replace("TABLE", "TABLE.csv").split()
+    program, *arguments = shlex.split(line.removeprefix("next: "))
     assert program == "mlmjax"
     assert main.run(arguments) == 0
-    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "answers.csv").read_text().splitlines()) == 61
+    assert line.removeprefix("next: ") in html.unescape((out / "report/report.html").read_text())
 
 
 def test_what_a_decider_takes_can_be_served(fitted):
@@ -190,6 +192,15 @@ def test_a_verdict_follows_the_accuracies(fitted, interval, words, confidence, s
     lines = [line for line in result_lines(results) if line.startswith("verdict: ")]
     assert len(lines) == len(says)
     assert all(part in line for part, line in zip(says, lines, strict=True))
+    tries = [line for line in result_lines(results) if line.startswith("to try: mlmjax fit ")]
+    assert len(tries) == bool(says)
+    if says:
+        option = "--calibration-share 0.34" if confidence > 0.9 else "--epochs 75 --restarts 3"
+        (line,) = tries
+        assert option in line
+        words = shlex.split(line.removeprefix("to try: mlmjax fit "))
+        given = cli.commands["fit"].make_context("fit", words).params
+        assert (given["table"], given["out"]) == (results["table"], results["out"])
 
 
 def test_a_far_longer_text_is_named_and_can_be_shortened(word_folder, tmp_path, capsys):
@@ -464,7 +475,7 @@ def test_a_table_in_another_encoding_is_fitted_and_the_next_line_says_so(
     out = capsys.readouterr().out
     assert "größe" in out
     (line,) = [text for text in out.splitlines() if text.startswith("next: ")]
-    arguments = line.removeprefix("next: mlmjax ").replace("TABLE", "a.csv").split()
+    arguments = line.removeprefix("next: mlmjax ").split()
     assert main.run(arguments) == 0
     assert (tmp_path / "answers.csv").read_text(encoding="utf-8").count("\n") == 41
 
@@ -484,5 +495,12 @@ def test_a_fit_that_learned_nothing_says_so_everywhere(word_folder, tmp_path, ca
         "What usually helps: --learning-rate 3e-08 or 3e-07, --epochs 3, --restarts 3"
     )
     assert "on 48 training rows " in printed
-    page = (out / "report" / "report.html").read_text()
+    page = html.unescape((out / "report" / "report.html").read_text())
     assert "<strong>Warning:</strong> the fit may have learned nothing" in page
+    verdict = "verdict: it is not shown to be better than always giving the commonest label"
+    assert verdict in printed.splitlines()
+    assert f">{verdict}.<" in page
+    again = f"mlmjax fit --epochs 3 --restarts 3 {table} --out {out} --model {word_folder}"
+    (line,) = [line for line in printed.splitlines() if line.startswith("to try: ")]
+    assert line == f"to try: {again} --learning-rate 1e-7"
+    assert f"<pre>{again} --learning-rate 1e-7</pre>" in page
