@@ -59,7 +59,9 @@ def seconds(act: Callable[[], Any], repeats: int = 10) -> float:
 
 def attention(config: ModelConfig, tokens: int) -> Iterator[Row]:
     """Measure every attention implementation that runs here, without and with gradients."""
-    ways = dict.fromkeys(("dense", "banded", choose_implementation(platform())))
+    ways = dict.fromkeys(
+        ("dense", "banded", choose_implementation("auto", platform(), "bfloat16", config.head_dim))
+    )
     for length, window, way in itertools.product(LENGTHS, (config.window, None), ways):
         if way == "dense" and length > 2048:
             continue

@@ -60,25 +60,29 @@ def attend(
 
 def _resolve(implementation: str, query: jax.Array) -> str:
     """Return the implementation for these arrays; raises `InputError` if it cannot run."""
-    where = platform()
-    refusal = _cudnn_refusal(query)
-    if implementation == "auto":
-        chosen = choose_implementation(where)
-        return "banded" if chosen == "cudnn" and refusal else chosen
-    check_platform(implementation, where)
-    if implementation == "cudnn" and refusal:
-        raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
-    return implementation
+    return choose_implementation(implementation, platform(), query.dtype, query.shape[3])
 
 
-def choose_implementation(where: str) -> str:
-    """Return what `"auto"` means on a platform; a GPU uses cuDNN for arrays that cuDNN takes.
+def choose_implementation(name: str, where: str, dtype: Any, head_dim: int) -> str:
+    """Return the implementation of this name, or what `"auto"` means, for arrays on a platform.
 
-    On a TPU it is `"banded"`, with a warning, if this JAX lacks the kernels.
+    A GPU uses cuDNN for arrays that cuDNN takes. On a TPU `"auto"` is `"banded"`, with a warning,
+    if this JAX lacks the kernels. Raises `InputError` if the implementation cannot run.
+
+    >>> choose_implementation("auto", "gpu", "bfloat16", 64)
+    'cudnn'
+    >>> choose_implementation("auto", "gpu", "float32", 64)
+    'banded'
     """
-    if where == "tpu" and splash_kernels() is not None:
-        return "splash"
-    return "cudnn" if where in _GPUS else "banded"
+    refusal = _cudnn_refusal(jnp.dtype(dtype), head_dim)
+    if name == "auto":
+        if where == "tpu" and splash_kernels() is not None:
+            return "splash"
+        return "cudnn" if where in _GPUS and refusal is None else "banded"
+    check_platform(name, where)
+    if name == "cudnn" and refusal:
+        raise InputError(f"attention 'cudnn' {refusal}; set attention to 'auto'")
+    return name
 
 
 def check_platform(implementation: str, where: str) -> None:
@@ -96,10 +100,9 @@ def check_platform(implementation: str, where: str) -> None:
         )
 
 
-def _cudnn_refusal(query: jax.Array) -> str | None:
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"computes in bfloat16 or float16, not {query.dtype}"
-    head_dim = query.shape[3]
+def _cudnn_refusal(dtype: Any, head_dim: int) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"computes in bfloat16 or float16, not {dtype}"
     if head_dim % 8 or head_dim > 128:
         return f"takes a head_dim that is a multiple of 8 up to 128, not {head_dim}"
     return None

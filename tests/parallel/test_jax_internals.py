@@ -94,7 +94,7 @@ def test_without_the_kernels_attention_is_banded_and_says_so(without_splash, mon
         found = [attention.attend(*arrays, None, window=None) for _ in range(2)][1]
     assert (found == 1).all()
     assert caplog.text.count("has no splash attention kernels") == 1
-    assert attention.choose_implementation("tpu") == "banded"
+    assert attention.choose_implementation("auto", "tpu", "float32", 64) == "banded"
     with pytest.raises(InputError, match="has no such kernels; set attention to 'banded'"):
         attention.attend(*arrays, None, window=None, implementation="splash")
 

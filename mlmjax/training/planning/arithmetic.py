@@ -27,14 +27,19 @@ import numpy as np
 
 from mlmjax.config.run import RunConfig
 from mlmjax.model.architecture import ModelConfig
-from mlmjax.model.attention import choose_implementation, splash_block
+from mlmjax.model.attention import splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import rows_per_device
 from mlmjax.training.adapters import split_trained, trained_patterns
 from mlmjax.training.flops import peak_flops, update_flops
 from mlmjax.training.loss import CHUNK_ACCELERATOR
 from mlmjax.training.optimizer import optimizer_of
-from mlmjax.training.planning.compilation import PROGRAMS, bound_targets, count_answers
+from mlmjax.training.planning.compilation import (
+    PROGRAMS,
+    bound_targets,
+    chosen_attention,
+    count_answers,
+)
 from mlmjax.training.planning.topology import FRACTION, GIB, Topology
 from mlmjax.training.step import split_parameters
 
@@ -95,7 +100,7 @@ def estimate_plan(config: RunConfig, model: Any, topology: Topology) -> dict[str
             f"takes; {FRACTION}=0.9 raises it to {0.9 * memory / GIB:.1f} GiB"
         ]
     attention = config.attention
-    chosen = choose_implementation(topology.platform) if attention == "auto" else attention
+    chosen = chosen_attention(config, model, topology)
     blocks = [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
     machine = {
         "topology": topology.name,

@@ -28,7 +28,7 @@ from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
 from mlmjax.data.preparing.prepare import check_same
 from mlmjax.data.schedule import target_width
 from mlmjax.errors import InputError, first_line
-from mlmjax.model.attention import check_platform, choose_implementation, splash_block
+from mlmjax.model.attention import choose_implementation, splash_block
 from mlmjax.parallel import sharding
 from mlmjax.scoring.engine import as_computed, rows_per_device
 from mlmjax.scoring.scorers import Scorer
@@ -59,12 +59,21 @@ def check_run(config: RunConfig, topology: Topology) -> Any:
     """Raise `InputError` for what a run would reject there; return its abstract model."""
     if config.parallel != "pjit":
         raise InputError("parallel: only 'pjit' can be planned; set parallel = 'pjit'")
-    check_platform(config.attention, topology.platform)
     sizes = sharding.mesh_shape(config.mesh, topology.devices)
     check_batches(config, sizes)
     model = describe_start(config)
+    chosen_attention(config, model, topology)
     sharding.parameter_specs(sizes, split_parameters(model)[1])
     return model
+
+
+def chosen_attention(config: RunConfig, model: Any, topology: Topology) -> str:
+    """Return the attention that the global layers of a run use there.
+
+    Raises `InputError` for one that cannot run.
+    """
+    head_dim = model.config.head_dim
+    return choose_implementation(config.attention, topology.platform, config.dtype, head_dim)
 
 
 def compile_run(
@@ -82,7 +91,7 @@ def compile_run(
     mesh = sharding.make_mesh(config.mesh, devices)
     compiler = "libtpu" if topology.platform == "tpu" else "jaxlib"
     attention = config.attention
-    chosen = choose_implementation(topology.platform) if attention == "auto" else attention
+    chosen = chosen_attention(config, model, topology)
     blocks = [splash_block(config.data.seq_length, wanted) for wanted in config.splash_blocks]
     machine = {
         "topology": topology.name,

@@ -9,6 +9,7 @@ from plans import CLASSIFIER, config_of
 
 from mlmjax.cli.main import run
 from mlmjax.config.run import load_config
+from mlmjax.errors import InputError
 from mlmjax.parallel import sharding
 from mlmjax.training.optimizer import optimizer_of
 from mlmjax.training.planning import plan
@@ -135,6 +136,20 @@ def test_a_gpu_is_planned_without_compiling(capsys, monkeypatch, command):
     assert again["fits"] is True
     assert "tried" not in again
     assert again["training"]["memory"]["total"] <= again["machine"]["memory"]
+
+
+@pytest.mark.parametrize(("dtype", "chosen"), [("float32", "banded"), ("bfloat16", "cudnn")])
+def test_a_plan_for_a_gpu_shows_the_attention_that_would_run(monkeypatch, dtype, chosen):
+    monkeypatch.setattr(plan, "may_have_gpus", lambda: False)
+    settings = [f'dtype="{dtype}"', "data.batch_size=8"]
+    config = load_config("configs/atp_base.toml", settings)
+    assert f"  attention auto: {chosen}" in plan.report(plan.make_plan(config, "h200"))
+    asked = load_config("configs/atp_base.toml", [*settings, 'attention="cudnn"'])
+    if chosen == "cudnn":
+        assert "  attention cudnn" in plan.report(plan.make_plan(asked, "h200"))
+    else:
+        with pytest.raises(InputError, match="attention 'cudnn' computes in bfloat16"):
+            plan.make_plan(asked, "h200")
 
 
 def test_a_tpu_is_planned_by_arithmetic_without_its_compiler(capsys, monkeypatch):
