@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from mlmjax.cli import options
 from mlmjax.cli.convert import convert
 from mlmjax.cli.decide import decide, serve, warn_of_shortened
-from mlmjax.cli.deploy import embed, export_program, push
+from mlmjax.cli.deploy import embed, export_program, mask_table, push
 from mlmjax.cli.options import FiniteRange, Group, LearningRate, given_words
 from mlmjax.errors import EXIT_FAILED, counted
 
@@ -37,6 +37,7 @@ cli.add_command(convert)
 cli.add_command(decide)
 cli.add_command(embed)
 cli.add_command(export_program)
+cli.add_command(mask_table)
 cli.add_command(serve)
 cli.add_command(push)
 

@@ -110,6 +110,59 @@ def export_program(
 
 
 @click.command(
+    "mask-table",
+    cls=Command,
+    examples=[
+        "mlmjax mask-table corpus.jsonl --by frequency --out weights.jsonl",
+        "mlmjax mask-table reviews.csv --by pmi --label label --out sentiment.jsonl",
+        "mlmjax mask-table corpus.jsonl --by pmi --out phrases.jsonl",
+    ],
+)
+@click.argument("sources", nargs=-1, required=True)
+@click.option(
+    "--by",
+    type=click.Choice(["frequency", "tfidf", "pmi"]),
+    required=True,
+    help="What weighs a word: 1/sqrt(count), tf-idf, or mutual information with --label. Without "
+    "--label, pmi finds phrases.",
+)
+@click.option("--out", metavar="FILE", required=True, help="Table to write, as JSON lines.")
+@click.option("--text", metavar="COLUMN", default="text", show_default=True, help="Text column.")
+@click.option("--label", metavar="COLUMN", help="Label column, for pmi.")
+@click.option(
+    "--unit",
+    type=click.Choice(["word", "token"]),
+    default="word",
+    show_default=True,
+    help="What gets weights.",
+)
+@click.option(
+    "--least",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="pmi leaves out what occurs less often; frequency weighs it as if it occurred so often.",
+)
+@click.option("--model", help="Folder or Hub id whose tokenizer is used (default: mlmjax-small's).")
+@options.revision
+@options.encoding
+@options.csv
+def mask_table(sources: tuple[str, ...], by: str, out: str, **given: Any) -> None:
+    """Count SOURCES to write a table for masking.
+
+    SOURCES are files or globs. The table is for objective.mask_table of a run file, with masking =
+    "weights", or "phrases" for phrases.
+    """
+    if given["label"] is not None and by != "pmi":
+        raise click.UsageError("--label belongs to --by pmi; leave it out here.")
+    if by == "pmi" and given["label"] is None and given["unit"] == "token":
+        raise click.UsageError("phrases are of words; leave --unit out, or give --label.")
+    from mlmjax.cli.start.mask_table import write_counted
+
+    write_counted(sources, by, Path(out), **given)
+
+
+@click.command(
     cls=Command,
     examples=[
         "mlmjax push tickets-classifier my-team/tickets",

@@ -1,1 +1,1 @@
-"""Begin a run: sizes of this machine enter, a run file with comments leaves."""
+"""Begin a run: sizes of this machine enter, a run file with comments or a table leaves."""

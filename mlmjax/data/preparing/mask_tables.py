@@ -119,8 +119,9 @@ def read_documents(
     while chunk := list(islice(records, CHUNK)):
         for record in chunk:
             with named_place(record.where):
-                for column in columns:
-                    check_text(record.fields[column], column)
+                check_text(record.fields[text], text)
+                if label is not None:
+                    record.fields[label] = _label_of(record.fields[label], label)
         encoded = tokenizer.encode_plain_batch([record.fields[text] for record in chunk])
         for record, ids in zip(chunk, encoded, strict=True):
             if unit == "token":
@@ -130,6 +131,38 @@ def read_documents(
             yield Document(
                 [name for name in names if name], record.fields[label] if label else None
             )
+
+
+def _label_of(value: Any, column: str) -> str:
+    """Return a label as text; numbers of classes are labels, too."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    check_text(value, column)
+    return str(value)
+
+
+def make_mask_table(
+    documents: Iterable[Document], by: str, *, text: str, label: str | None, unit: Unit, least: int
+) -> MaskTable:
+    """Return the table of documents by "frequency", "tfidf" or "pmi" (with a label, or of phrases).
+
+    Raises `InputError` if there is nothing to put into it.
+    """
+    others = 0.0
+    if by == "frequency":
+        weights, others = weigh_by_frequency(documents, least=least)
+    elif by == "tfidf":
+        weights, others = weigh_by_tfidf(documents)
+    elif label is not None:
+        weights, others = weigh_by_label(documents, least=least)
+    else:
+        unit, weights = "phrase", find_phrases(documents, least=least)
+    if not any(weights.values()):
+        what = "phrase" if unit == "phrase" else f"{unit} of a weight above 0"
+        raise InputError(
+            f"{text}: holds no {what} that occurs {least} times; give more texts, or lower --least"
+        )
+    return MaskTable(unit, weights, others)
 
 
 def weigh_by_frequency(

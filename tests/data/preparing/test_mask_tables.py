@@ -139,7 +139,7 @@ def test_what_is_counted_is_written_and_read_back(tmp_path, tokenizer):
 
 def test_a_text_that_is_no_text_is_named(tmp_path, tokenizer):
     path = tmp_path / "texts.jsonl"
-    path.write_text(jsonl({"body": "fine", "team": "a"}, {"body": "fine", "team": 3}))
+    path.write_text(jsonl({"body": "fine", "team": "a"}, {"body": "fine", "team": 3.5}))
     source = Location(path=str(path))
-    with pytest.raises(InputError, match="line 2: team is int"):
+    with pytest.raises(InputError, match="line 2: team is float"):
         list(read_documents(source, tokenizer, text="body", label="team", unit="word"))
