@@ -78,6 +78,15 @@ def test_the_objective_is_learned_and_its_export_scores(run, tmp_path, model):
     np.testing.assert_allclose(negative + positive, 1, atol=2e-4)
 
 
+def test_a_run_file_names_masking_and_loss(run, tmp_path, model):
+    start = f"init_from={model[1]}" if model else "init_from=mlmjax-small"
+    lines = run("own_masking.py", "steps=6", start, "mesh.data=1")
+    first, last = map(float, re.findall(r"\d+\.\d{3}", lines[-1]))
+    assert last < first
+    card = (tmp_path / "own-masking" / "run" / "export" / "README.md").read_text()
+    assert "own_masking:long_tokens, own_masking:smoothed" in card
+
+
 def test_a_student_learns_the_probabilities_of_its_teacher(run, tmp_path, model):
     rate = ("--learning-rate", 1e-2) if model else ()
     lines = run("distill.py", *model, *rate, "--epochs", 40)
@@ -148,4 +157,4 @@ def test_bad_input_ends_in_one_line(run, tmp_path, capsys, script, option, text,
 def test_every_script_is_named_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
     assert [name for name in SCRIPTS if f"({name})" not in text] == []
-    assert len(SCRIPTS) == 6
+    assert len(SCRIPTS) == 7

@@ -15,8 +15,8 @@ from mlmjax.weights.pretrained import read_tokenizer
 def write_counted(sources: Sequence[str], by: str, out: Path, **given: Any) -> None:
     """Count the texts of files, write the table, and say what is in it.
 
-    `given` are the other options of `mlmjax mask-table`. Raises `InputError` as `read_documents` and
-    `make_mask_table`.
+    `given` are the other options of `mlmjax mask-table`. Raises `InputError` as `read_documents`
+    and `make_mask_table`.
     """
     place = {"path": list(sources), "encoding": given["encoding"], "csv": given["csv"]}
     source = decode(Location, place, "mask-table")

@@ -5,10 +5,10 @@ the positions whose tokens are not special, and `rng` a generator that depends o
 example only. It returns exactly `count` different positions of `maskable`, sorted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
 Masker = Callable[[np.ndarray, np.ndarray, int, np.random.Generator], np.ndarray]
+Reader = Callable[[np.ndarray, np.ndarray], tuple[Words, list[str]]]
+"""Divides the maskable positions of an example into words, and reads each as text."""
+
 Unit = Literal["token", "word", "phrase"]
 
 
@@ -32,7 +35,7 @@ Unit = Literal["token", "word", "phrase"]
 class MaskTable:
     """Hold the weights of tokens (by their names in the vocabulary), words or phrases.
 
-    `others` is the weight of every token or word that the table lacks. Phrases have no weights.
+    `others` is the weight of every token or word that the table lacks.
     """
 
     unit: Unit
@@ -52,7 +55,7 @@ def make_masker(masking: str, tokenizer: Tokenizer, table: MaskTable | None = No
     Raises `InputError` for a table that is missing, or that is of other units.
     """
     if masking in ("weights", "phrases"):
-        units = ("token", "word") if masking == "weights" else ("phrase",)
+        units = get_args(Unit) if masking == "weights" else ("phrase",)
         if table is None or table.unit not in units:
             found = "no table" if table is None else f"a table of {table.unit}s"
             raise InputError(
@@ -61,8 +64,11 @@ def make_masker(masking: str, tokenizer: Tokenizer, table: MaskTable | None = No
             )
         if table.unit == "token":
             return _weighted_tokens(tokenizer, table)
-        read = WordReader(tokenizer)
-        return _phrases(read, table) if masking == "phrases" else _weighted_words(read, table)
+        is_phrase = table.unit == "phrase"
+        read: Reader = (
+            PhraseReader(tokenizer, table.weights) if is_phrase else WordReader(tokenizer)
+        )
+        return _words(read) if masking == "phrases" else _weighted_words(read, table)
     if masking == "token":
         return lambda ids, maskable, count, rng: choose_positions(maskable, count, rng)
     if masking not in ("whole_word", "span"):
@@ -114,7 +120,7 @@ def _weighted_tokens(tokenizer: Tokenizer, table: MaskTable) -> Masker:
     return draw
 
 
-def _weighted_words(read: WordReader, table: MaskTable) -> Masker:
+def _weighted_words(read: Reader, table: MaskTable) -> Masker:
     def draw(
         ids: np.ndarray, maskable: np.ndarray, count: int, rng: np.random.Generator
     ) -> np.ndarray:
@@ -125,32 +131,48 @@ def _weighted_words(read: WordReader, table: MaskTable) -> Masker:
     return draw
 
 
-def _phrases(read: WordReader, table: MaskTable) -> Masker:
-    """Mask words as "whole_word" does, where the words of a phrase are one word."""
-    longest_first: dict[str, list[list[str]]] = {}
-    for phrase in table.weights:
-        parts = read.split(phrase)
-        longest_first.setdefault(parts[0], []).append(parts)
-    for same_start in longest_first.values():
-        same_start.sort(key=len, reverse=True)
-
+def _words(read: Reader) -> Masker:
     def draw(
         ids: np.ndarray, maskable: np.ndarray, count: int, rng: np.random.Generator
     ) -> np.ndarray:
-        words, texts = read(ids, maskable)
-        begins = np.ones(len(texts), bool)
-        at = 0
-        while at < len(texts):
-            length = 1
-            for parts in longest_first.get(texts[at], ()):
-                stop = at + len(parts)
-                if texts[at:stop] == parts and not words.is_apart[at + 1 : stop].any():
-                    length = len(parts)
-                    break
-            begins[at + 1 : at + length] = False
-            at += length
-        first = words.first[begins]
-        units = Words(maskable, first, np.diff(first, append=len(maskable)), words.is_apart[begins])
-        return choose_words(units, rng.permutation(len(first)), count, rng)
+        words, _ = read(ids, maskable)
+        return choose_words(words, rng.permutation(len(words.sizes)), count, rng)
 
     return draw
+
+
+class PhraseReader:
+    """Read words as `WordReader` does, where the words of a phrase are one word.
+
+    The longest phrase counts, from left to right. Its text is that of the table.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, phrases: Iterable[str]):
+        self._read = WordReader(tokenizer)
+        self._longest_first: dict[str, list[tuple[list[str], str]]] = {}
+        for phrase in phrases:
+            parts = self._read.split(phrase)
+            if not parts:
+                raise InputError(f"phrase {phrase!r:.60}: has no tokens; leave it out")
+            self._longest_first.setdefault(parts[0], []).append((parts, phrase))
+        for same_start in self._longest_first.values():
+            same_start.sort(key=lambda pair: -len(pair[0]))
+
+    def __call__(self, ids: np.ndarray, maskable: np.ndarray) -> tuple[Words, list[str]]:
+        """Return the words and phrases, and their texts."""
+        words, texts = self._read(ids, maskable)
+        starts, found = list[int](), list[str]()
+        at = 0
+        while at < len(texts):
+            length, text = 1, texts[at]
+            for parts, phrase in self._longest_first.get(texts[at], ()):
+                stop = at + len(parts)
+                if texts[at:stop] == parts and not words.is_apart[at + 1 : stop].any():
+                    length, text = len(parts), phrase
+                    break
+            starts.append(at)
+            found.append(text)
+            at += length
+        first = words.first[starts]
+        sizes = np.diff(first, append=len(maskable))
+        return Words(maskable, first, sizes, words.is_apart[starts]), found

@@ -27,7 +27,7 @@ CHUNK = 1024
 
 
 def read_mask_table(path: str | Path, tokenizer: Tokenizer) -> MaskTable:
-    """Read a table with a column `token`, `word` or `phrase`, and `weight` unless of phrases.
+    """Read a table with a column `token`, `word` or `phrase`, and `weight` (1 for phrases).
 
     It is JSON lines, CSV, TSV or parquet. Tokens have their names in the vocabulary. The row whose
     token or word is empty has the weight of all others, which is 0 without it. Raises `InputError`
@@ -43,8 +43,8 @@ def read_mask_table(path: str | Path, tokenizer: Tokenizer) -> MaskTable:
             if number == MOST_ROWS:
                 raise InputError(f"is past the {MOST_ROWS:,} rows a table may have; shorten it")
             name = record.fields.get(unit)
-            weight = 1.0 if unit == "phrase" else _weight(record.fields.get("weight"))
-            if unit != "phrase" and not name and others is None:
+            weight = _weight(record.fields.get("weight", 1.0 if unit == "phrase" else None))
+            if not name and others is None:
                 others = weight
                 continue
             name = _checked_name(name, unit, tokenizer)
@@ -53,7 +53,7 @@ def read_mask_table(path: str | Path, tokenizer: Tokenizer) -> MaskTable:
             weights[name] = weight
     if unit is None or not (weights or others):
         raise InputError(f"{path}: has no rows; expected tokens, words or phrases")
-    if unit != "phrase" and not any(weights.values()) and not others:
+    if not any(weights.values()) and not others:
         raise InputError(f"{path}: has no weight above 0; give at least one, or masking = 'token'")
     return MaskTable(unit, weights, others or 0.0)
 

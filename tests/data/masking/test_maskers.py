@@ -23,6 +23,7 @@ CASES = {
     "words": ("weights", WORDS),
     "tokens": ("weights", TOKENS),
     "phrases": ("phrases", PHRASES),
+    "entities": ("weights", PHRASES),
 }
 
 
@@ -117,6 +118,14 @@ def test_the_longest_phrase_is_one_unit(maskers, ids, tokenizer):
     assert parts.count(3) > 20
 
 
+def test_weighted_phrases_are_masked_whole_and_first(maskers, ids, tokenizer):
+    rng, texts = np.random.default_rng(0), [tokenizer.decode([i]) for i in ids]
+    for _ in range(20):
+        found = maskers["entities"](ids, np.arange(len(ids)), 6, rng)
+        drawn = [texts[i] for i in found]
+        assert {" New", " York", " City", " sat"} < set(drawn)
+
+
 def test_a_phrase_ends_at_a_special_token(tokenizer):
     masker = make_masker("phrases", tokenizer, MaskTable("phrase", {"New York": 1.0}))
     new, york = tokenizer.encode_plain(" New York")
@@ -128,8 +137,7 @@ def test_a_phrase_ends_at_a_special_token(tokenizer):
 @pytest.mark.parametrize(
     ("masking", "table", "message"),
     [
-        ("weights", None, "found no table; expected a table with a column token or word"),
-        ("weights", PHRASES, "found a table of phrases; expected a table with a column token"),
+        ("weights", None, "found no table; expected a table with a column token or wo"),
         ("phrases", WORDS, "found a table of words; expected a table with a column phrase"),
         ("my.masks:nouns", None, "is code of your own"),
     ],
