@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,28 +124,36 @@ def train(
         run_training(run_config, profile=profile, code=code)
 
 
-@cli.command(examples=["mlmjax init fit tickets"])
+@cli.command(examples=["mlmjax init fit tickets", "mlmjax init atp large --machine v5e-16"])
 @click.argument("kind", type=click.Choice(["atp", "fit", "mlm"]))
 @click.argument("name", required=False)
-def init(kind: str, name: str | None) -> None:
+@click.option(
+    "--machine",
+    "machine_name",
+    metavar="MACHINE",
+    help="Machine to train on, such as v5e-16, h200:8, rtx4090 (default: the one at hand).",
+)
+def init(kind: str, name: str | None, machine_name: str | None) -> None:
     """Write a run file to begin from.
 
     KIND is atp (prompts with one-token answers), fit (a table of texts with labels) or mlm (plain
-    text). NAME.toml has comments, and sizes that suit the machine found here.
+    text). NAME.toml has comments, and precision, batch and micro-batches that suit the machine.
     """
     from mlmjax.cli.start.init import write_run_file
-    from mlmjax.cli.start.machine import find_machine
+    from mlmjax.cli.start.machine import find_machine, machine_by_name
     from mlmjax.reporting.terminal import say
 
-    machine = find_machine()
-    say(f"found {machine.described}")
+    machine = find_machine() if machine_name is None else machine_by_name(machine_name)
+    say(f"{'found' if machine_name is None else 'writing for'} {machine.described}")
     path, run_config = write_run_file(kind, name, machine)
     data, parts = run_config.data, counted(run_config.data.accumulate, "part")
     click.echo(
         f"{path}: {run_config.init_from}, {run_config.dtype}, {data.batch_size} rows of "
         f"{data.seq_length} tokens in {parts}, remat {run_config.remat}\n"
-        f"Edit the lines marked yours, then: mlmjax train {path}"
+        f"Edit the lines marked yours, then: mlmjax train {shlex.quote(str(path))}"
     )
+    if machine.name is not None:
+        say(f"to check it: mlmjax plan {shlex.quote(str(path))} --topology {machine.name}")
 
 
 @cli.command(examples=["mlmjax plan configs/atp_base.toml --topology v6e-8"])

@@ -1,4 +1,4 @@
-"""Write a run file to begin from, with comments and sizes that suit this machine."""
+"""Write a run file to begin from, with comments and sizes that suit a machine."""
 
 import json
 import tomllib
@@ -63,6 +63,7 @@ def make_run_file(kind: str, name: str, machine: Machine) -> tuple[str, RunConfi
         "what": KINDS[kind],
         "name": name,
         "machine": machine.described,
+        "option": "" if machine.name is None else f" --machine {machine.name}",
         "model": PACKAGED if on_cpu else _LARGE.get(kind, "answerdotai/ModernBERT-base"),
         "dtype": "float32" if on_cpu else "bfloat16",
         "batch_size": _multiple(batch, machine.devices),

@@ -1,11 +1,12 @@
-"""Look at the devices and the memory of this machine."""
+"""Look at the devices and the memory of this machine, or of one with a name."""
 
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from mlmjax.errors import counted
+from mlmjax.errors import InputError, counted
+from mlmjax.training.planning.topology import parse_topology
 
 CPU_SHARE = 0.5
 """The share of a computer's memory that a run on its processor may take."""
@@ -21,12 +22,16 @@ CONTAINER_LIMITS = (
 
 
 class Machine(NamedTuple):
-    """The devices that JAX sees here: `memory` is the bytes that a run may use on each."""
+    """The devices of a machine: `memory` is the bytes that a run may use on each.
+
+    `name` is that of `mlmjax plan`; None: JAX sees the devices here.
+    """
 
     platform: str
     device: str
     devices: int
     memory: float
+    name: str | None = None
 
     @property
     def described(self) -> str:
@@ -34,7 +39,8 @@ class Machine(NamedTuple):
         memory = f"{self.memory / 2**30:.3g} GiB of memory for a run"
         if self.platform == "cpu":
             return f"{counted(count_cores(), 'processor core')}, no accelerator, {memory}"
-        return f"{self.devices} x {self.device}, {memory} on each"
+        devices = f"{self.devices} x {self.device}, {memory} on each"
+        return devices if self.name is None else f"{self.name}, {devices}"
 
 
 def count_cores() -> int:
@@ -53,6 +59,24 @@ def total_memory() -> float:
             found.append(float(path.read_text()))
     least = min(size for size in found if size > 0)
     return least if least < float("inf") else UNKNOWN
+
+
+def machine_by_name(name: str) -> Machine:
+    """Return a machine by its name in `mlmjax plan`.
+
+    Raises `InputError` for an unknown name and for simulated devices.
+
+    >>> machine_by_name("v5e-16").described
+    'v5e:4x4, 16 x TPU v5 lite, 15.8 GiB of memory for a run on each'
+    """
+    topology = parse_topology(name)
+    if topology.memory is None:
+        raise InputError(
+            f"machine {name!r}: is only simulated; name TPUs or GPUs such as v5e-16 or h200:8, or "
+            "no machine for the one at hand"
+        )
+    where = topology.platform, topology.device, topology.devices, topology.memory
+    return Machine(*where, topology.name)
 
 
 def find_machine() -> Machine:

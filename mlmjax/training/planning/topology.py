@@ -253,7 +253,7 @@ def _reject(name: str, why: str) -> InputError:
     known = [f"{kind}: {chip.shapes}" for kind, chip in CHIPS.items()]
     gpus = [f"{model}-{size}g" for model, (_, sizes) in GPUS.items() for size in sizes]
     return InputError(
-        f"--topology {name!r}: {why}; give a name such as v5e-16, v5e:16x16, h200:8, a100-80g or "
+        f"machine {name!r}: {why}; give a name such as v5e-16, v5e:16x16, h200:8, a100-80g or "
         "cpu:8",
         [
             "KIND: SHAPES",

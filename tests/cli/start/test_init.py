@@ -1,6 +1,7 @@
 """Run files to begin from, and epochs in place of steps."""
 
 import json
+import shlex
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -12,9 +13,10 @@ from processes import write_config
 from mlmjax.cli.main import run
 from mlmjax.cli.start import machine as machines
 from mlmjax.cli.start.init import make_run_file
-from mlmjax.cli.start.machine import Machine, find_machine
+from mlmjax.cli.start.machine import Machine, find_machine, machine_by_name
 from mlmjax.config.run import load_config, parse_config
 from mlmjax.errors import InputError
+from mlmjax.training.planning import plan
 from mlmjax.training.run.train import count_steps
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +64,36 @@ def test_sizes_are_those_of_the_machine():
     assert config.data.batch_size % 6 == 0
     assert "*mmlu*" in config.data.exclude.tasks
     assert tomllib.loads(text)["epochs"] == 1
+
+
+@pytest.mark.parametrize("name", ["v5e-16", "h200:8", "rtx4090", "l4"])
+def test_a_run_file_for_a_machine_by_its_name_fits_there(tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machines, "find_machine", None)  # JAX is not asked for devices
+    monkeypatch.setattr(plan, "may_have_gpus", lambda: False)
+    monkeypatch.setattr(plan, "has_tpu_compiler", lambda: False)
+    assert run(["init", "mlm", "mine", "--machine", name]) == 0
+    out, err = capsys.readouterr()
+    machine = machine_by_name(name)
+    assert err.startswith(f"writing for {machine.described}\n")
+    written = f"init mlm --machine {machine.name}` for this machine:\n# {machine.described}.\n"
+    assert written in Path("mine.toml").read_text()
+    assert ", bfloat16, " in out
+    (line,) = [line for line in err.splitlines() if line.startswith("to check it: mlmjax plan ")]
+    file, _, topology = shlex.split(line)[5:]
+    found = plan.make_plan(load_config(file), topology)
+    assert found["training"]["fits"]
+    assert found["training"]["rows"] % machine.devices == 0
+
+
+def test_a_machine_that_cannot_be_written_for_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, says in (("h2000:8", "did you mean 'h200:8'?"), ("cpu:8", "is only simulated")):
+        assert run(["init", "mlm", "--machine", name]) == 2
+        err = capsys.readouterr().err
+        assert f"machine {name!r}: " in err
+        assert says in err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
