@@ -33,8 +33,10 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.scoring.embedding import Embedder as Embedder
     from mlmjax.scoring.embedding import embed as embed
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
+    from mlmjax.scoring.likelihood import perplexity as perplexity
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
     from mlmjax.scoring.masks.generation import generate as generate
+    from mlmjax.scoring.masks.pairs import pair_log_probs as pair_log_probs
     from mlmjax.scoring.scorers import Scorer as Scorer
     from mlmjax.text.prompts import Template as Template
     from mlmjax.text.tokenizer import Tokenizer as Tokenizer
@@ -65,8 +67,9 @@ _NAMES = {
     "model.vocabulary": ["resize_token_embeddings"],
     "scoring.embedding": ["Embedder", "embed"],
     "scoring.fill_mask": ["fill_mask"],
-    "scoring.likelihood": ["pseudo_log_likelihood"],
+    "scoring.likelihood": ["perplexity", "pseudo_log_likelihood"],
     "scoring.masks.generation": ["generate"],
+    "scoring.masks.pairs": ["pair_log_probs"],
     "scoring.scorers": ["Scorer"],
     "text.prompts": ["Template"],
     "text.tokenizer": ["Tokenizer"],

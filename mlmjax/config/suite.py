@@ -175,6 +175,11 @@ def _task_of(entry: Entry, suite: Path) -> Task:
     """Load the task of an entry; raise `InputError` if it cannot be fine-tuned."""
     is_file = entry.task.endswith(".toml")
     task = load_task(suite.parent / entry.task if is_file else entry.task).under(entry.protocol)
+    if task.scorer == "pll":
+        raise InputError(
+            f"{suite}: {entry.task} ranks texts by their likelihood, and a suite prompts; use "
+            "mlmjax evaluate --task for it"
+        )
     if entry.kind == "fine-tune" and not task.label_names:
         raise InputError(
             f"{suite}: {entry.task} has other options in each row, which a classification head "

@@ -18,6 +18,8 @@ from mlmjax.text.tokenizer import NO_ANCHOR, Tokenizer
 from mlmjax.text.verbalizer import Verbalizer, option_names
 
 Cleaning = Literal["newsgroup"]
+OPTION = "option"
+"""The field of a text to rank that stands for each option in turn."""
 _HEADER_LINE = re.compile(r"[!-9;-~]+:|[ \t]")  # RFC 1036: a name and a colon, or a continuation
 _QUOTED = re.compile(r"^[>|]|^In article|^Quoted from|writes in|writes:|wrote:|says:|said:")
 
@@ -108,9 +110,17 @@ class Task(TaskTable):
     training data. With `ordered` the labels are levels from low to high. `probabilities` says over
     what they sum to 1; `normalize` may hold its value instead of rules.
     `anchor` names the token before `[MASK]` ("none": no token; default: that of the tokenizer).
+
+    With `scorer = "pll"` nothing is prompted: the options of a row are texts, put in the place of
+    `{option}` in `prompt`, and ranked by their pseudo-log-likelihood. `method` and `average` say
+    how. Without `answer` the first option is the right one; row i then has its options rotated by i
+    places, so that none is always right.
     """
 
     prompt: str
+    scorer: Literal["slot", "pll"] = "slot"
+    method: Literal["word_l2r", "original", "unmasked"] = "word_l2r"
+    average: Literal["total", "token", "word"] = "total"
     anchor: Name | None = None
     shorten: Mapping[str, ShortenSide] = {}
     head_prompt: str | None = None
@@ -119,7 +129,7 @@ class Task(TaskTable):
     strip: tuple[str, ...] = ()
     options: str | Annotated[tuple[str, ...], Field(min_length=2)] | None = None
     option_names: str | None = None
-    answer: Column
+    answer: Column | None = None
     labels: tuple[str, ...] | Mapping[str, str] | None = None
     drop_labels: tuple[str, ...] = ()
     blank: tuple[str, ...] = ()
@@ -134,6 +144,8 @@ class Task(TaskTable):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Task":
+        if self.answer is None and (self.scorer == "slot" or self.options is None):
+            raise ValueError("answer is missing; give the column of the right answer")
         if (self.options is None) == (self.labels is None):
             raise ValueError(
                 "give exactly one of options (the column of the row's own) and labels (for all)"
@@ -164,6 +176,9 @@ class Task(TaskTable):
 
     def _check_prompts(self) -> None:
         """Check that every prompt reads the row, and every column has a field."""
+        if self.scorer == "pll":
+            self._check_text()
+            return
         fields: set[str] = set()
         for protocol in (Protocol(), *self.protocols.values()):
             prompt = self.prompt if protocol.prompt is None else protocol.prompt
@@ -183,6 +198,19 @@ class Task(TaskTable):
         for name in (*self.columns, *self.clean, *self.strip, *self.blank):
             if name not in fields or (name == "options" and name in self.blank):
                 known = ", ".join(sorted(fields)) or "none"
+                raise ValueError(f"{name!r} is not a field of the prompt; its fields: {known}")
+
+    def _check_text(self) -> None:
+        """Check that the texts to rank hold the option, and nothing is set that prompts need."""
+        fields = set(self.template().fields)
+        if OPTION not in fields or "options" in fields:
+            raise ValueError('with scorer = "pll" the prompt has {option}, and no {options}')
+        for name in ("head_prompt", "anchor", "shorten", "protocols", "ordered"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f'{name} is for prompts; leave it out with scorer = "pll"')
+        for name in (*self.columns, *self.clean, *self.strip, *self.blank):
+            if name not in fields - {OPTION}:
+                known = ", ".join(sorted(fields - {OPTION})) or "none"
                 raise ValueError(f"{name!r} is not a field of the prompt; its fields: {known}")
 
     def _check_spelled_out(self, prompt: str, fields: set[str]) -> None:
@@ -220,7 +248,7 @@ class Task(TaskTable):
     def fields_of(self, record: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the fields of the prompt except options; None if cleaning leaves one blank."""
         row: dict[str, Any] = {}
-        for field in _row_fields(self.prompt):
+        for field in self._row_fields():
             column = self.columns.get(field, field)
             if field in self.blank and is_missing(look_up_or_none(record, column)):
                 row[field] = ""
@@ -260,9 +288,14 @@ class Task(TaskTable):
         It is `head_prompt`, or each field of the prompt except options on a line. `shorten` keeps
         the fields of that prompt.
         """
+        if self.scorer == "pll":
+            raise InputError(
+                f"task {self.name}: ranks texts by their likelihood, which a classification head "
+                "does not give; use a masked language model"
+            )
         prompt = self.head_prompt
         if prompt is None:
-            prompt = "\n".join(f"{{{name}}}" for name in _row_fields(self.prompt))
+            prompt = "\n".join(f"{{{name}}}" for name in self._row_fields())
         fields = Template(prompt, slot=False).fields
         shorten = {name: side for name, side in self.shorten.items() if name in fields}
         return self.model_copy(update={"prompt": prompt, "shorten": shorten})
@@ -271,8 +304,14 @@ class Task(TaskTable):
         """Return the template of a task made by `for_head`."""
         return Template(self.prompt, shorten=dict(self.shorten), slot=False)
 
+    def _row_fields(self) -> list[str]:
+        own = OPTION if self.scorer == "pll" else "options"
+        return [name for name in _fields(self.prompt, self.scorer == "slot") if name != own]
+
     def template(self) -> Template:
-        """Return the template of the prompt."""
+        """Return the template of the prompt, or of the texts to rank."""
+        if self.scorer == "pll":
+            return Template(self.prompt, slot=False)
         return Template(self.prompt, shorten=dict(self.shorten), anchor=self.anchor)
 
     def verbalizer_for(self, label_count: int, tokenizer: Tokenizer | None = None) -> Verbalizer:
@@ -295,9 +334,9 @@ def _check_normalize(normalize: Any, probabilities: str | None) -> None:
 
 
 @lru_cache(maxsize=32)
-def _row_fields(prompt: str) -> tuple[str, ...]:
+def _fields(prompt: str, slot: bool) -> tuple[str, ...]:
     # Whether there is an anchor changes no field.
-    return tuple(name for name in Template(prompt, anchor=NO_ANCHOR).fields if name != "options")
+    return Template(prompt, slot=slot, anchor=NO_ANCHOR).fields
 
 
 def option_list(options: str | tuple[str, ...], record: Mapping[str, Any]) -> list[Any]:

@@ -18,13 +18,15 @@ from mlmjax.evaluation.questions import Question, read_questions
 from mlmjax.evaluation.words import Explained, explain_mistakes, write_words
 from mlmjax.model.modernbert import Model, ModernBertForSequenceClassification
 from mlmjax.reporting.terminal import Progress
+from mlmjax.scoring.masks.ranking import TextRanker
 from mlmjax.scoring.scorers import HeadScorer, RowScorer, Scorer
 from mlmjax.statistics.levels import level_metrics
-from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics
+from mlmjax.statistics.metrics import accuracy_by_group, classification_metrics, js_of_rows
 from mlmjax.statistics.option_orders import order_sensitivity
 from mlmjax.statistics.reliability import calibration
 from mlmjax.storage import write_json, write_whole
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.verbalizer import option_names
 
 
 class Answers(NamedTuple):
@@ -66,7 +68,8 @@ def run_evaluation(
     `per_group, majority, chance`, counts of rows `shortened` (truncated, because a prompt has at
     most `max_length` tokens), `dropped` (by the task's `drop_labels`) and `blank` (after cleaning),
     of fields that were `blanked` (null or absent, as `Task.blank` allows), `padding_share, seconds,
-    calibration`, `levels` (those of `level_metrics` for an ordered task, else None),
+    calibration`, `levels` (those of `level_metrics` for an ordered task, else None), `likelihood`
+    (that of `preference` for a task that ranks texts, else None),
     `order_sensitivity` (of at most `order_rows` rows; None unless answers are letters of
     `{options}`), and `contamination` and `trained_on` (from `known`). `out` gets the same as
     `results.json`, `list_predictions` as `predictions.jsonl`, and a report for people. `explain`
@@ -75,6 +78,8 @@ def run_evaluation(
     task = (task if isinstance(task, Task) else load_task(task)).under(protocol)
     if order_rows < 0:
         raise InputError(f"order_rows is {order_rows}; expected 0 or more")
+    if explain and task.scorer == "pll":
+        raise InputError(f"task {task.name}: explains no words, because it has no prompt")
     if explain < 0 or (explain and out is None):
         raise InputError(
             f"explain is {explain}; expected 0 or more, and out for the folder of the page"
@@ -101,6 +106,7 @@ def run_evaluation(
         "seconds": seconds,
         "calibration": calibration(log_probs, gold),
         "levels": level_metrics(log_probs, gold) if task.ordered else None,
+        "likelihood": preference(scorer, gold) if isinstance(scorer, TextRanker) else None,
         "order_sensitivity": measure_order(scorer, task, questions, log_probs, order_rows),
         "contamination": known.status,
         "trained_on": known.trained_on,
@@ -153,6 +159,11 @@ def make_scorer(
         head = HeadScorer(model, tokenizer, task.for_head().head_template(), **options)
         head.check_labels(task.label_names, f"task {task.name}")
         return head
+    if task.scorer == "pll":
+        most = max(len(question.row["options"]) for question in questions)
+        names = task.label_names or option_names(most)
+        ranked: Any = {"method": task.method, "average": task.average, "optional": task.blank}
+        return TextRanker(model, tokenizer, task.template(), names, **options, **ranked)
     label_count = len(task.label_names) or max(len(q.row["options"]) for q in questions)
     template = task.template()
     verbalizer = task.verbalizer_for(label_count, tokenizer)
@@ -188,6 +199,24 @@ def answer_questions(
     shortened = scorer.shortened
     order = measure_order(scorer, task, questions, log_probs, order_rows)
     return Answers(log_probs, shortened, order=order)
+
+
+def preference(scorer: TextRanker, gold: Sequence[int]) -> dict[str, Any]:
+    """Return how texts were ranked, and how the scores of right texts differ from the others'.
+
+    `js_divergence` is that of two normal distributions fitted to the scores, in bits from 0 to 1,
+    with its 95 % bootstrap interval (Liu 2024, arXiv 2401.11601); None if they do not vary.
+    """
+    is_gold = np.arange(scorer.scores.shape[1]) == np.array(gold)[:, None]
+    is_other = ~is_gold & np.isfinite(scorer.scores)
+    found = js_of_rows(scorer.scores, is_gold, is_other)
+    value, interval = (None, None) if found is None else found
+    return {
+        "method": scorer.method,
+        "average": scorer.average,
+        "js_divergence": value,
+        "js_divergence_ci95": interval,
+    }
 
 
 def measure_order(

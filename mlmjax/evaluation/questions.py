@@ -14,6 +14,7 @@ from mlmjax.config.task import Task, option_list
 from mlmjax.data.reading.files import Record
 from mlmjax.data.reading.sources import read_source
 from mlmjax.errors import InputError, named_place, suggest_name
+from mlmjax.statistics.option_orders import shifted
 from mlmjax.text.checks import for_each_row
 from mlmjax.text.verbalizer import option_names
 
@@ -65,7 +66,8 @@ def _question(
     task: Task, blanked: Counter[str], index: int, record: Record
 ) -> Question | Literal["dropped", "blank"]:
     """Turn a record into a question, or return why it is left out."""
-    answer = look_up(record.fields, task.answer, "answer")
+    # Without an answer the first option is right.
+    answer = 0 if task.answer is None else look_up(record.fields, task.answer, "answer")
     value = answer
     if isinstance(answer, str) and task.rules:
         value = normalize(answer, task.rules, Counter())
@@ -94,6 +96,9 @@ def _question(
                     f"{len(row['options'])} options; expected one for each"
                 )
     gold = _gold(answer, value, names, task.labels)
+    if task.answer is None:
+        gold = index % len(row["options"])
+        row["options"] = shifted(row["options"], -gold)
     group = None if task.group is None else look_up(record.fields, task.group, "group")
     if task.group is not None and group is None:
         raise InputError(f"column {task.group!r}, the row's group, is null; expected a name")

@@ -48,6 +48,10 @@ def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
     for name, meaning in LEVELS.items() if results.get("levels") else ():
         value = results["levels"][name]  # None for a kappa that is not defined
         rows.append((name.replace("_", " "), "" if value is None else score(value), meaning))
+    divergence = (results.get("likelihood") or {}).get("js_divergence")
+    if divergence is not None:
+        low, high = map(score, results["likelihood"]["js_divergence_ci95"])
+        rows.append(("JS divergence", score(divergence), f"{low} to {high}"))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, more in rows:
         yield f"{name:<{widths[0]}}  {value:>{widths[1]}}  {more}".rstrip()

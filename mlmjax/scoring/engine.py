@@ -163,6 +163,24 @@ class Engine:
                 self._halve(int(lengths[order[done]]), len(sequences), error)
         return results
 
+    def run_tokens(
+        self, sequences: Sequence[Sequence[int]], *, progress: Advance | None = None
+    ) -> list[np.ndarray]:
+        """Return the results of a `forward` that gives `[batch, seq, ...]`, one array per sequence.
+
+        Each array has as many rows as its sequence has tokens. Sequences of one bucket run
+        together.
+        """
+        lengths = np.array([len(ids) for ids in sequences])
+        buckets = np.searchsorted(self.buckets, lengths)
+        found: list[Any] = [None] * len(sequences)
+        for bucket in np.unique(buckets)[::-1]:
+            members = np.flatnonzero(buckets == bucket).tolist()
+            values = self.run([sequences[i] for i in members], progress=progress)
+            for i, own in zip(members, values, strict=True):
+                found[i] = own[: lengths[i]]
+        return found
+
     def rows_of(self, length: int, sequences: int) -> int:
         """Return the rows of a batch of this length, a multiple of the devices."""
         devices = self.mesh.size

@@ -1,10 +1,11 @@
 """Score texts by pseudo-log-likelihood: how probable a model finds each token.
 
 Sources: Salazar et al. 2020, "Masked Language Model Scoring" (arXiv 1910.14659); Kauf and Ivanova
-2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588).
+2023, "A Better Way to Do Masked Language Model Scoring" (arXiv 2305.10588); Kaneko and Bollegala
+2022, "Unmasking the Mask" (arXiv 2104.07496).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,7 +22,7 @@ from mlmjax.text.checks import check_filled, check_list, for_each_row, name_rows
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.words import word_starts
 
-Method = Literal["word_l2r", "original"]
+Method = Literal["word_l2r", "original", "unmasked"]
 CHUNK_CHARACTERS = 1 << 20
 CHUNK_TOKENS = 1 << 22
 
@@ -57,6 +58,24 @@ class TextScore:
         return self.total / sum(token.starts_word for token in self.tokens)
 
 
+def perplexity(scores: Iterable[TextScore], *, per: Literal["token", "word"] = "token") -> float:
+    """Return the pseudo-perplexity of texts: exp of the mean loss over all tokens or words.
+
+    Raises `InputError` if there are no scores.
+
+    >>> token = ScoredToken("a", 66, float(np.log(0.25)), True)
+    >>> perplexity([TextScore((token, token)), TextScore((token,))])
+    4.0
+    """
+    if per not in ("token", "word"):
+        raise InputError(f"per is {per!r:.60}; expected 'token' or 'word'")
+    tokens = [token for score in scores for token in score.tokens]
+    count = sum(token.starts_word for token in tokens) if per == "word" else len(tokens)
+    if not count:
+        raise InputError("scores: the list is empty; give those of pseudo_log_likelihood")
+    return float(np.exp(-sum(token.log_prob for token in tokens) / count))
+
+
 @suggest_keywords
 def pseudo_log_likelihood(
     model: ModernBertForMaskedLM,
@@ -86,7 +105,9 @@ class TextScorer:
     over the whole vocabulary, so a text takes one sequence through the model for each token. With
     `method="original"` (Salazar et al. 2020) only the token is masked. With `"word_l2r"` (Kauf and
     Ivanova 2023) the later tokens of its word are masked too, so that the end of a word does not
-    give away its beginning. Nothing in a text becomes a special token.
+    give away its beginning. With `"unmasked"` (Kaneko and Bollegala 2022) nothing is masked: a text
+    takes one sequence, but the model sees each token that it scores. Nothing in a text becomes a
+    special token.
 
     A text of more than `max_length` tokens with the outer ones (default: the model's
     `max_position_embeddings`) is an error; it is never truncated. `options` are `batch_size` and
@@ -107,7 +128,8 @@ class TextScorer:
             )
         check_masked_lm(model)
         self.tokenizer, self.method = tokenizer, method
-        self.engine = Engine(model, tokenizer, log_prob_of_target, **options)
+        forward = log_probs_of_tokens if method == "unmasked" else log_prob_of_target
+        self.engine = Engine(model, tokenizer, forward, **options)
 
     def score(self, texts: Iterable[str], *, progress: Advance | None = None) -> list[TextScore]:
         """Score texts, any iterable of them, read in chunks.
@@ -117,19 +139,32 @@ class TextScorer:
         """
         results: list[TextScore] = []
         for chunk in encode_texts(texts, self._ids, self.tokenizer, self.engine.buckets[-1]):
-            sequences = chain.from_iterable(map(self._masked, chunk))
-            parts = []
-            for part in split_by_size(sequences, lambda one: len(one[0]), CHUNK_TOKENS):
-                slots, targets = np.array([one[1:] for one in part], np.int32).T
-                ids = [one[0] for one in part]
-                parts.append(self.engine.run(ids, slots, targets, progress=progress))
-            log_probs = np.concatenate(parts)
+            score = self._unmasked if self.method == "unmasked" else self._one_by_one
+            log_probs = score(chunk, progress)
             check_finite(log_probs)
             values = iter(log_probs.tolist())
             results += [
                 self._text_score(own, islice(values, len(own))) for own in map(self._own, chunk)
             ]
         return results
+
+    def _one_by_one(self, chunk: Sequence[np.ndarray], progress: Advance | None) -> np.ndarray:
+        """Return the log probability of each token of texts, masked in turn, `[tokens]`."""
+        sequences = chain.from_iterable(map(self._masked, chunk))
+        parts = []
+        for part in split_by_size(sequences, lambda one: len(one[0]), CHUNK_TOKENS):
+            slots, targets = np.array([one[1:] for one in part], np.int32).T
+            ids = [one[0] for one in part]
+            parts.append(self.engine.run(ids, slots, targets, progress=progress))
+        return np.concatenate(parts)
+
+    def _unmasked(self, chunk: Sequence[np.ndarray], progress: Advance | None) -> np.ndarray:
+        """Return the log probability of each token of texts, none masked, `[tokens]`."""
+        sequences: Any = chunk
+        parts = list(map(self._own, self.engine.run_tokens(sequences)))
+        if progress:
+            progress(sum(map(len, parts)))
+        return np.concatenate(parts)
 
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode_plain(text)
@@ -148,7 +183,7 @@ class TextScorer:
             yield masked, slot, int(ids[slot])
 
     def _own(self, ids: np.ndarray) -> np.ndarray:
-        """Return the tokens of a text without the outer ones."""
+        """Return the tokens of a text, or values of them, without the outer ones."""
         first = len(self.tokenizer.prefix_ids)
         return ids[first : len(ids) - len(self.tokenizer.suffix_ids)]
 
@@ -180,6 +215,18 @@ def log_prob_of_target(
     at_slot = jnp.take_along_axis(hidden, slots[:, None, None], axis=1)[:, 0]
     log_probs = jax.nn.log_softmax(model.mlm_logits(at_slot))
     return jnp.take_along_axis(log_probs, targets[:, None], axis=1)[:, 0]
+
+
+def log_probs_of_tokens(model: Any, ids: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Return the log probability of each token at its own place, of ids `[batch, seq]`."""
+    hidden = model.encode(ids, segment_ids)
+
+    def at(place: tuple[jax.Array, jax.Array]) -> jax.Array:
+        log_probs = jax.nn.log_softmax(model.mlm_logits(place[0]))
+        return jnp.take_along_axis(log_probs, place[1][:, None], axis=1)[:, 0]
+
+    # One place after the other: a row of logits is as wide as the vocabulary.
+    return jax.lax.map(at, (hidden.swapaxes(0, 1), ids.T)).T
 
 
 def encode_texts(

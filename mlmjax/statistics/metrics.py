@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.special import ndtri
 
 RESAMPLES = 2000
 _BLOCK = 100  # resamples held in memory at once
@@ -163,3 +164,63 @@ def classification_metrics(
         "mcc_ci95": list(mcc_interval),
         "majority": Counter(gold).most_common(1)[0][1] / len(gold),
     }
+
+
+def js_of_normals(means: np.ndarray, deviations: np.ndarray) -> np.ndarray:
+    """Return the Jensen-Shannon divergence of two normal distributions in bits, `[...]`.
+
+    `means` and `deviations` are `[2, ...]`. It is 0 for equal distributions, 1 for disjoint ones.
+
+    >>> js_of_normals(np.array([[0.0, 0.0], [0.0, 50.0]]), np.ones((2, 2))).round(6).tolist()
+    [0.0, 1.0]
+    """
+    # Each half is the mean over one distribution, at the middles of equally probable parts.
+    parts = 500
+    places = ndtri((np.arange(parts) + 0.5) / parts).reshape(-1, *[1] * (means.ndim - 1))
+    divergence = np.zeros(means.shape[1:])
+    for mean, deviation in zip(means, deviations, strict=True):
+        at = mean + deviation * places
+        logs = _log_density(at[None], means[:, None], deviations[:, None])
+        own = _log_density(at, mean, deviation)
+        divergence += (own - np.logaddexp(*logs) + math.log(2)).mean(axis=0) / 2
+    return np.maximum(0.0, divergence / math.log(2))
+
+
+def _log_density(at: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
+    """Return the log density of normal distributions, less a constant."""
+    density: np.ndarray = -0.5 * ((at - mean) / deviation) ** 2 - np.log(deviation)
+    return density
+
+
+def js_of_rows(
+    scores: np.ndarray, is_first: np.ndarray, is_second: np.ndarray, *, resamples: int = RESAMPLES
+) -> tuple[float, list[float]] | None:
+    """Return the divergence of two kinds of scores, and its 95 % percentile bootstrap interval.
+
+    `scores`, `is_first` and `is_second` are `[rows, columns]`. Normal distributions are fitted to
+    both kinds. Whole rows are resampled. None if there are fewer than two rows, or a kind is
+    constant.
+    """
+    kinds = (is_first, is_second)
+    sums = np.array(
+        [
+            [np.where(kind, np.where(kind, scores, 0) ** power, 0).sum(axis=1) for kind in kinds]
+            for power in (0, 1, 2)
+        ]
+    )  # [3, 2, rows]
+    rows, found = len(scores), list[np.ndarray]()
+    rng = np.random.default_rng([1, rows])
+    for start in range(0, resamples, _BLOCK):
+        weights = rng.multinomial(rows, np.full(rows, 1 / rows), min(_BLOCK, resamples - start))
+        if not start:
+            weights = np.concatenate([np.ones((1, rows), int), weights])
+        count, total, squares = np.einsum("pkr,wr->pkw", sums, weights)
+        means = total / np.maximum(count, 1)
+        variances = squares / np.maximum(count, 1) - means**2
+        usable = (variances > 1e-9).all(axis=0)
+        if not start and (rows < 2 or not usable[0]):
+            return None
+        found.append(js_of_normals(means[:, usable], np.sqrt(variances[:, usable])))
+    value, *others = np.concatenate(found)
+    low, high = np.quantile(others or [value], [0.025, 0.975])
+    return float(value), [float(low), float(high)]

@@ -25,6 +25,12 @@ def test_every_shipped_task_is_sound():
         assert shipped.description
         assert shipped.licence
         assert shipped.hub is None or re.fullmatch("[0-9a-f]{40}", shipped.revision)
+        if shipped.scorer == "pll":
+            assert "option" in shipped.template().fields
+            assert shipped.hub or re.search(
+                r"github\.com/.* at commit [0-9a-f]{40}", shipped.description
+            )
+            continue
         for protocol in ("default", *shipped.protocols):
             task = shipped.under(protocol)
             prompt = Template(task.prompt, shorten=dict(task.shorten))
@@ -53,11 +59,35 @@ FILES = {name: f"eval/{file}.parquet" for name, file in FILES.items()} | {
     name: f"raft/{name}__train.csv"
     for name in ("ade_corpus_v2", "neurips_impact_statement_risks", "one_stop_english")
 }
+RANKED = {
+    "blimp": (
+        "a.jsonl",
+        '{"sentence_good": "Who sees it?", "sentence_bad": "It who sees?", "field": "syntax", '
+        '"UID": "a", "pairID": "0"}\n'
+        '{"sentence_good": "He ran.", "sentence_bad": "He run.", "field": "syntax", "UID": "b", '
+        '"pairID": "1"}\n',
+        [("Who sees it?", "a"), ("He ran.", "b")],
+    ),
+    "crows_pairs": (
+        "a.csv",
+        ",id,sent_more,sent_less,stereo_antistereo,bias_type,anon_writer,anon_annotators\n"
+        '0,1,"Old, they say.","Young, they say.",stereo,age,a0,"[\'a77\', \'a78\']"\n'
+        "1,2,Short.,Tall.,antistereo,physical-appearance,a1,['a20']\n",
+        [("Old, they say.", "age"), ("Short.", "physical-appearance")],
+    ),
+    "bear_capitals": (
+        "a.jsonl",
+        '{"sub_id": "Q1", "sub_label": "Colombo", "sub_aliases": [], "obj_id": "Q2", '
+        '"obj_label": "Sri Lanka", "answer_idx": 1}\n',
+        [("Sri Lanka", "")],
+    ),
+}
+"""For each task of texts: a small file of the layout of its source, right options and groups."""
 LEFT_OUT = {"mnli": {"dropped": 131}, "20newsgroups": {"blank": 215}}
 
 
 def test_no_shipped_task_goes_unread():
-    assert set(FILES) == set(shipped_names("task"))
+    assert set(FILES) | set(RANKED) == set(shipped_names("task"))
 
 
 @pytest.mark.data
@@ -72,6 +102,21 @@ def test_every_shipped_task_reads_its_file(test_data, name):
         assert 0 <= question.gold < len(question.row["options"])
     golds = {question.gold for question in questions}
     assert len(golds) == (len(shipped.label_names) or max(golds) + 1)
+
+
+@pytest.mark.parametrize("name", sorted(RANKED))
+def test_tasks_of_texts_read_files_of_their_layout(tmp_path, name):
+    file, content, expected = RANKED[name]
+    (tmp_path / file).write_text(content)
+    questions, left_out = read_questions(load_task(name), tmp_path / file, None)
+    assert left_out == {"dropped": 0, "blank": 0}
+    found = [(question.row["options"][question.gold], question.group) for question in questions]
+    assert found == expected
+    if name == "bear_capitals":
+        assert questions[0].row["capital"] == "Colombo"
+        assert len(questions[0].row["options"]) == 60
+    else:
+        assert [question.gold for question in questions] == [0, 1]
 
 
 def test_labels_of_raft_are_names_or_the_class_numbers_of_the_hub(tmp_path):

@@ -6,7 +6,7 @@ from flax import nnx
 from noisy_models import build
 from tiny_models import torch, torch_model, transformers
 
-from mlmjax import fill_mask, pseudo_log_likelihood
+from mlmjax import fill_mask, perplexity, pseudo_log_likelihood
 from mlmjax.errors import InputError, RunError
 from mlmjax.model.modernbert import ModernBertForSequenceClassification
 from mlmjax.scoring import likelihood
@@ -86,6 +86,30 @@ def test_each_token_as_by_brute_force(scorers, theirs, ours, method):
         assert score.total == pytest.approx(sum(found))
         assert score.per_token == pytest.approx(np.mean(found))
         assert score.per_word == pytest.approx(sum(found) / sum(starts))
+
+
+def test_unmasked_as_by_brute_force(ours, theirs):
+    counted = []
+    scorer = TextScorer(*ours, method="unmasked")
+    scores = scorer.score(TEXTS, progress=counted.append)
+    for text, score in zip(TEXTS, scores, strict=True):
+        ids = ours[1].encode_plain(text)
+        sequence = torch.tensor([ours[1].wrap(ids)])
+        with torch.no_grad():
+            logits = theirs(input_ids=sequence).logits[0, 1:-1]
+        expected = torch.log_softmax(logits.double(), -1)[range(len(ids)), ids]
+        np.testing.assert_allclose([one.log_prob for one in score.tokens], expected, atol=2e-4)
+    assert sum(counted) == sum(len(score.tokens) for score in scores)
+    alone = scorer.score(TEXTS[1:2])[0]
+    assert alone.total == pytest.approx(scores[1].total, abs=1e-3)
+    losses = [-one.log_prob for score in scores for one in score.tokens]
+    assert perplexity(scores) == pytest.approx(np.exp(np.mean(losses)))
+    words = sum(one.starts_word for score in scores for one in score.tokens)
+    assert perplexity(scores, per="word") == pytest.approx(np.exp(np.sum(losses) / words))
+    with pytest.raises(InputError, match="per is 'text'; expected 'token' or 'word'"):
+        perplexity(scores, per="text")
+    with pytest.raises(InputError, match="scores: the list is empty"):
+        perplexity([])
 
 
 def test_the_methods_differ_only_inside_words(scorers):

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-from labelled_texts import word_model, word_tokenizer
-from small_models import noisy
 
 from mlmjax import fill_mask, generate
 from mlmjax.errors import InputError
@@ -21,13 +19,13 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return word_tokenizer(tmp_path_factory.mktemp("words"))
+def tokenizer(words):
+    return words[1]
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    return noisy(word_model(tokenizer))
+def model(words):
+    return words[0]
 
 
 def encode(model, ids, segment_ids):
