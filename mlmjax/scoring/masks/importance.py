@@ -29,7 +29,7 @@ def words_of(tokenizer: Tokenizer, text: str) -> list[Span]:
     """Return the spans of the words of a text that are not white space.
 
     >>> words_of(Tokenizer.from_pretrained(), "A  film.")
-    [(0, 1), (2, 7), (7, 8)]
+    [(0, 1), (3, 7), (7, 8)]
     """
     return [(start, end) for start, end in word_spans(tokenizer, text) if text[start:end].strip()]
 
