@@ -14,7 +14,7 @@ from mlmjax.config.run import load_config
 from mlmjax.data.preparing.prepare import prepare
 from mlmjax.model.attention import attend
 from mlmjax.parallel import sharding
-from mlmjax.training.planning import compilation, plan
+from mlmjax.training.planning import compilation, compiled, plan
 from mlmjax.training.planning.topology import devices_of, environment, parse_topology
 from mlmjax.training.run.initial_model import describe_start, load_tokenizer
 from mlmjax.training.run.inputs import open_loaders
@@ -117,7 +117,7 @@ def test_collectives_in_a_loop_count_once_per_iteration():
 
     shape = jax.ShapeDtypeStruct((16,), jnp.float32, sharding=spec)
     text = jax.jit(program).lower(shape).compile().as_text()
-    assert compilation.count_collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
+    assert compiled.count_collectives(text) == {"all-reduce": {"count": 5, "bytes": 5 * 400}}
 
 
 # As a TPU's compiler writes it: no trip counts, overlapping collectives, named groups.
@@ -159,7 +159,7 @@ ENTRY %main (p: f32[8]) -> f32[8] {
 
 
 def test_collectives_of_a_tpu():
-    assert compilation.count_collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
+    assert compiled.count_collectives(TPU_TEXT.replace("@GROUPS@", GROUPS)) == {
         "all-gather": {"count": 10, "bytes": 9 * 8 * 128 * 2 + 8 * 4},
         "reduce-scatter": {"count": 1, "bytes": 256},
     }
@@ -168,9 +168,9 @@ def test_collectives_of_a_tpu():
 def test_too_little_memory_is_an_answer():
     says = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     says += "temporaries (600.00G) exceeds available HBM (15.75G). HLO module: jit_step."
-    found = compilation.read_refusal(RuntimeError(says))
+    found = compiled.read_refusal(RuntimeError(says))
     assert (found["needed"], found["available"]) == (600 * 2**30, 15.75 * 2**30)
-    assert compilation.read_refusal(RuntimeError("INTERNAL: broken")) is None
+    assert compiled.read_refusal(RuntimeError("INTERNAL: broken")) is None
 
 
 @pytest.mark.parametrize("pack", [True, False])
