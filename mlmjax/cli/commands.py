@@ -4,7 +4,7 @@ import gc
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,13 @@ from click.core import ParameterSource
 
 from mlmjax.cli import options
 from mlmjax.cli.convert import convert
-from mlmjax.cli.decide import decide, serve, warn_of_shortened
+from mlmjax.cli.decide import decide, serve
 from mlmjax.cli.deploy import embed, export_program, mask_table, push
+from mlmjax.cli.evaluations.evaluate import answer_decisions, evaluate_suite, evaluate_task
 from mlmjax.cli.options import FiniteRange, Group, LearningRate, given_words
 from mlmjax.errors import EXIT_FAILED, counted
 
 if TYPE_CHECKING:
-    from mlmjax.config.decisions import DecisionTask
     from mlmjax.config.run import RunConfig
 
 # Options that several commands share.
@@ -260,7 +260,7 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
         raise click.UsageError("Give exactly one of --task and --suite.")
     if given["suite"] is not None:
         _reject(context, "a task", "protocol", "order_rows", "explain", "as_json", "encoding")
-        _evaluate_suite(given)
+        evaluate_suite(given)
     else:
         _reject(context, "--suite", "baselines", "overrides")
         if len(given["models"]) > 1:
@@ -269,10 +269,10 @@ def evaluate(context: click.Context, /, **given: Any) -> None:
 
         decisions = find_decision_task(given["task"])
         if decisions is None:
-            _evaluate_task(given)
+            evaluate_task(given)
         else:
             _reject(context, "a task of one question", "protocol", "explain", "anchor", "encoding")
-            _evaluate_decisions(decisions, given)
+            answer_decisions(decisions, given)
 
 
 def _reject(context: click.Context, owner: str, *names: str) -> None:
@@ -283,105 +283,6 @@ def _reject(context: click.Context, owner: str, *names: str) -> None:
         if is_given and context.params[name] not in ((), "default"):
             option = shown[name].opts[0] if name != "overrides" else "KEY=VALUE"
             raise click.UsageError(f"{option} belongs to {owner}; leave it out here.")
-
-
-def _evaluate_suite(given: Mapping[str, Any]) -> None:
-    if given["out"] is None:
-        raise click.UsageError("--suite needs --out, the folder of its results.")
-    from mlmjax.config.suite import load_suite
-    from mlmjax.evaluation.suite.suite import run_suite
-    from mlmjax.parallel.environment import check_devices
-    from mlmjax.reporting.terminal import say
-    from mlmjax.weights.hub import PACKAGED, report_packaged
-
-    check_devices()
-    more = [f"limit={given['limit']}"] if given["limit"] else []
-    more += [f"anchor={json.dumps(given['anchor'])}"] if given["anchor"] else []
-    options = ("data", "out", "baselines", "revision", "dtype", "batch_size")
-    try:
-        run_suite(
-            *load_suite(given["suite"], [*given["overrides"], *more]),
-            given["models"] or [PACKAGED],
-            **{name: given[name] for name in options},
-        )
-    except KeyboardInterrupt:
-        say(f"stopped; finished results are in {given['out']}; the same command resumes")
-        raise
-    report_packaged(not given["models"])
-    click.echo(f"report: {Path(given['out']) / 'suite.md'}")
-
-
-def _evaluate_decisions(task: "DecisionTask", given: Mapping[str, Any]) -> None:
-    from mlmjax.data.contamination import contamination, read_training_manifest
-    from mlmjax.decisions.decider import Decider
-    from mlmjax.evaluation.decisions import decision_lines, evaluate_decisions
-    from mlmjax.evaluation.summary import warn_of_few
-    from mlmjax.parallel.environment import check_devices
-    from mlmjax.reporting.terminal import count_progress, say
-    from mlmjax.scoring.engine import describe_forward_compiling
-    from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
-
-    (model,) = given["models"] or [PACKAGED]
-    check_devices()
-    options = {name: given[name] for name in ("revision", "dtype", "batch_size", "anchor")}
-    decider = Decider(model, progress=False, **options)
-    report_packaged(not given["models"])
-    folder = fetch(model, revision=given["revision"], local_files_only=True)
-    known = contamination(task, given["data"], read_training_manifest(folder))
-    for line in known.lines:
-        say(line)
-    compiling = describe_forward_compiling(decider.model.config.num_hidden_layers)
-    own = {name: given[name] for name in ("data", "limit", "out", "order_rows")}
-    with count_progress("rows answered", compiling) as progress:
-        results = evaluate_decisions(decider, task, **own, progress=progress, known=known)
-    as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
-    click.echo("\n".join(as_json if given["as_json"] else decision_lines(results)))
-    warn_of_shortened(decider)
-    for line in warn_of_few(results["n"]):
-        say(line)
-
-
-def _evaluate_task(given: Mapping[str, Any]) -> None:
-    from mlmjax.config.tables import shipped_names
-    from mlmjax.config.task import load_task
-    from mlmjax.data.contamination import contamination, read_training_manifest
-    from mlmjax.evaluation.evaluate import run_evaluation
-    from mlmjax.evaluation.summary import summary_lines, warn_of_few
-    from mlmjax.parallel.environment import check_devices
-    from mlmjax.reporting.terminal import count_progress, say
-    from mlmjax.scoring.engine import describe_forward_compiling
-    from mlmjax.storage import CLASSIFIER
-    from mlmjax.weights.hub import PACKAGED, fetch, report_packaged
-    from mlmjax.weights.pretrained import load_pretrained
-
-    (model,) = given["models"] or [PACKAGED]
-    task = load_task(given["task"], shipped_names("decision"))
-    if given["encoding"] is not None:
-        task = task.model_copy(update={"encoding": given["encoding"]})
-    if given["anchor"] is not None:
-        task = task.model_copy(update={"anchor": given["anchor"]})
-    task.under(given["protocol"])  # an unknown name raises an error before anything is loaded
-    check_devices()
-    loaded = load_pretrained(model, revision=given["revision"], dtype=given["dtype"])
-    report_packaged(not given["models"])
-    folder = fetch(model, revision=given["revision"], local_files_only=True)
-    known = contamination(task, given["data"], read_training_manifest(folder))
-    for line in known.lines:
-        say(line)
-    if (folder / CLASSIFIER).exists():
-        say("the model is a classifier with its own prompt; the task's prompt is used instead")
-    options = ("data", "protocol", "limit", "out", "batch_size", "order_rows", "explain")
-    compiling = describe_forward_compiling(loaded[0].config.num_hidden_layers)
-    with count_progress("rows scored", compiling) as progress:
-        results = run_evaluation(
-            *loaded, task, **{name: given[name] for name in options}, progress=progress, known=known
-        )
-    as_json = [json.dumps(results, indent=2, ensure_ascii=False)]
-    click.echo("\n".join(as_json if given["as_json"] else summary_lines(results)))
-    for line in warn_of_few(results["n"]):
-        say(line)
-    if given["out"] is not None:
-        say(f"report: {Path(given['out']) / 'report.md'}")
 
 
 @cli.command(examples=["mlmjax compare results-a results-b"])

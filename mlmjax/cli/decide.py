@@ -6,15 +6,12 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mlmjax.cli.options import Command
 from mlmjax.errors import InputError
-
-if TYPE_CHECKING:
-    from mlmjax.decisions.decider import Decider
 
 CHUNK = 256
 _model = click.option(
@@ -78,8 +75,9 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
     from mlmjax.decisions.answers import answer_json
     from mlmjax.decisions.decider import Decider
     from mlmjax.decisions.questions import read_questions
+    from mlmjax.evaluation.summary import warn_of_shortened
     from mlmjax.parallel.environment import check_devices
-    from mlmjax.reporting.terminal import count_progress, working
+    from mlmjax.reporting.terminal import count_progress, say, working
     from mlmjax.scoring.engine import describe_forward_compiling
     from mlmjax.weights.hub import PACKAGED, report_packaged
 
@@ -102,22 +100,8 @@ def decide(model: str | None, questions_file: str, file: str, **options: Any) ->
                 click.echo(json.dumps(shown, ensure_ascii=False))
             done += len(chunk)
             progress(done, total)
-    warn_of_shortened(decider)
-
-
-def warn_of_shortened(decider: "Decider") -> None:
-    """Say how many prompts lack a part of their state, and for which limit."""
-    from mlmjax.reporting.terminal import say
-    from mlmjax.scoring.engine import describe_limit
-
-    if decider.shortened:
-        longest = decider.model.config.max_position_embeddings
-        limit = describe_limit(decider.buckets[-1], longest, "the decider")
-        are = "prompt did" if decider.shortened == 1 else "prompts did"
-        say(
-            f"warning: {decider.shortened:,} {are} not fit, and their states were truncated: "
-            f"question and state together have at most {limit}"
-        )
+    for line in warn_of_shortened(decider):
+        say(line)
 
 
 @click.command(

@@ -11,6 +11,8 @@ from mlmjax.storage import read_json
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from mlmjax.decisions.decider import Decider
+
 LEVELS = {
     "rps": "ranked probability score; 0 is best",
     "mae": "mean distance of the expected level",
@@ -32,6 +34,22 @@ def warn_of_few(count: int, noun: str = "row") -> list[str]:
     are = "is" if count == 1 else "are"
     text = f"warning: only {counted(count, noun)} {are} tested, so the figures may be chance"
     return [text] if count < FEW else []
+
+
+def warn_of_shortened(decider: "Decider") -> list[str]:
+    """Return a warning of prompts that lack a part of their state, with the limit; else nothing."""
+    from mlmjax.scoring.engine import describe_limit  # loads JAX
+
+    if not decider.shortened:
+        return []
+    limit = describe_limit(
+        decider.buckets[-1], decider.model.config.max_position_embeddings, "the decider"
+    )
+    did = "prompt did" if decider.shortened == 1 else "prompts did"
+    return [
+        f"warning: {decider.shortened:,} {did} not fit, and their states were truncated: question "
+        f"and state together have at most {limit}"
+    ]
 
 
 def summary_lines(results: Mapping[str, Any]) -> Iterator[str]:
