@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     from mlmjax.scoring.embedding import Embedder as Embedder
     from mlmjax.scoring.embedding import embed as embed
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
+    from mlmjax.scoring.hidden_states import hidden_states as hidden_states
+    from mlmjax.scoring.hidden_states import save_hidden_states as save_hidden_states
     from mlmjax.scoring.likelihood import perplexity as perplexity
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
     from mlmjax.scoring.masks.generation import generate as generate
@@ -67,6 +69,7 @@ _NAMES = {
     "model.vocabulary": ["resize_token_embeddings"],
     "scoring.embedding": ["Embedder", "embed"],
     "scoring.fill_mask": ["fill_mask"],
+    "scoring.hidden_states": ["hidden_states", "save_hidden_states"],
     "scoring.likelihood": ["perplexity", "pseudo_log_likelihood"],
     "scoring.masks.generation": ["generate"],
     "scoring.masks.pairs": ["pair_log_probs"],

@@ -164,17 +164,24 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; raise `RunError` when writing fails."""
+    with write_to(path) as partial, partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def write_to(path: Path) -> Iterator[Path]:
+    """Yield a path to write, which replaces `path` at the end; raises what `write_whole` raises."""
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")  # others may write this file
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     except OSError as error:
+        raise write_failed(path, error) from error
+    finally:
         with suppress(OSError):
             partial.unlink()
-        raise write_failed(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:

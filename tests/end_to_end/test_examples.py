@@ -132,6 +132,18 @@ def test_copies_differ_from_their_texts_in_the_masked_words(run, tmp_path, model
     assert sum(copy["text"] != text["text"] for text, copy in zip(texts, copies, strict=True)) > 3
 
 
+def test_a_probe_reads_function_words_from_every_layer(run, model):
+    counts, majority, *layers = run("probe.py", *model)
+    train, test = map(int, re.findall(r"\d+", counts))
+    assert train > test > 100
+    figures = [list(map(float, re.findall(r"-?\d\.\d{3}", line))) for line in layers]
+    assert len(figures) >= 2
+    for task, control, selectivity in figures:
+        assert selectivity == pytest.approx(task - control, abs=2e-3)
+        assert 0.3 < control <= 1
+    assert figures[0][0] > float(majority[-5:])
+
+
 @pytest.mark.parametrize(
     ("script", "option", "text", "message"),
     [
@@ -139,6 +151,7 @@ def test_copies_differ_from_their_texts_in_the_masked_words(run, tmp_path, model
         ("continue_pretraining.py", "--words", None, "cannot be read"),
         ("distill.py", "--data", "text\na\n", "expected a CSV with text and label"),
         ("own_objective.py", "--data", "text,lable\na,b\n", "expected a CSV with text and label"),
+        ("probe.py", "--data", "{}", "expected JSON lines, each with a text"),
         ("score.py", "--prompt", "{text", "template: single '{'"),
         ("export.py", "--model", "", "bad/config.json: is missing"),
     ],
@@ -157,4 +170,4 @@ def test_bad_input_ends_in_one_line(run, tmp_path, capsys, script, option, text,
 def test_every_script_is_named_in_the_readme():
     text = (EXAMPLES / "README.md").read_text()
     assert [name for name in SCRIPTS if f"({name})" not in text] == []
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 8

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +13,9 @@ import click
 from mlmjax.cli.tables.inputs import is_read_once, read_lines
 from mlmjax.config.columns import as_written, is_missing, look_up
 from mlmjax.config.data import CsvDialect, CsvOptions
-from mlmjax.errors import InputError, write_failed
+from mlmjax.errors import InputError
 from mlmjax.reporting.terminal import count_progress
-from mlmjax.storage import PARTIAL, check_regular
+from mlmjax.storage import check_regular, write_to
 from mlmjax.text.checks import check_filled, for_each_row
 
 DIGITS = 6
@@ -175,20 +174,6 @@ def write_answers(answers: Iterable[Mapping[str, Any]], out: str | None) -> int:
         with write_to(Path(out)) as path:
             _WRITERS[Path(out).suffix.lower()](counted(), path)
     return count
-
-
-@contextmanager
-def write_to(path: Path) -> Iterator[Path]:
-    """Yield a path to write, which replaces `path` at the end."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise write_failed(path, error) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
 
 
 def _write_jsonl(answers: Iterable[Mapping[str, Any]], path: Path) -> None:

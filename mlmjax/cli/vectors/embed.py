@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mlmjax.cli.tables.answers import check_options, check_out, open_items, write_to
+from mlmjax.cli.tables.answers import check_options, check_out, open_items
 from mlmjax.cli.tables.inputs import check_csv
 from mlmjax.config.columns import as_written
 from mlmjax.config.data import CsvOptions
@@ -16,6 +16,7 @@ from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
 from mlmjax.scoring.embedding import Embedder
 from mlmjax.scoring.engine import describe_forward_compiling
+from mlmjax.storage import write_to
 from mlmjax.weights.hub import PACKAGED, report_packaged
 
 CHUNK = 4096
