@@ -39,7 +39,7 @@ def texts_of(count):
 
 
 def ours(folder, texts):
-    from mlmjax.scoring.embedding import Embedder
+    from mlmjax.scoring.vectors.embedding import Embedder
 
     embedder = Embedder.from_pretrained(folder)
     return lambda: embedder.embed(texts)
@@ -57,7 +57,7 @@ def write_model(size, folder):
 
     from mlmjax.model.architecture import ModelConfig
     from mlmjax.model.modernbert import ModernBertModel
-    from mlmjax.scoring.embedding import Embedder
+    from mlmjax.scoring.vectors.embedding import Embedder
     from mlmjax.text.tokenizer import Tokenizer
 
     config = ModelConfig(**SIZES[size])

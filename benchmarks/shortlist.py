@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mlmjax.classification.classifier import Classifier
-from mlmjax.scoring.embedding import Embedder
+from mlmjax.scoring.vectors.embedding import Embedder
 from mlmjax.weights.pretrained import load_pretrained
 
 SIZES = (10, 50, 100, 200, 400)

@@ -30,16 +30,16 @@ if TYPE_CHECKING:  # Type checkers and editors do not read the table below.
     )
     from mlmjax.model.modernbert import ModernBertModel as ModernBertModel
     from mlmjax.model.vocabulary import resize_token_embeddings as resize_token_embeddings
-    from mlmjax.scoring.embedding import Embedder as Embedder
-    from mlmjax.scoring.embedding import embed as embed
     from mlmjax.scoring.fill_mask import fill_mask as fill_mask
-    from mlmjax.scoring.hidden_states import hidden_states as hidden_states
-    from mlmjax.scoring.hidden_states import save_hidden_states as save_hidden_states
     from mlmjax.scoring.likelihood import perplexity as perplexity
     from mlmjax.scoring.likelihood import pseudo_log_likelihood as pseudo_log_likelihood
     from mlmjax.scoring.masks.generation import generate as generate
     from mlmjax.scoring.masks.pairs import pair_log_probs as pair_log_probs
     from mlmjax.scoring.scorers import Scorer as Scorer
+    from mlmjax.scoring.vectors.embedding import Embedder as Embedder
+    from mlmjax.scoring.vectors.embedding import embed as embed
+    from mlmjax.scoring.vectors.hidden_states import hidden_states as hidden_states
+    from mlmjax.scoring.vectors.hidden_states import save_hidden_states as save_hidden_states
     from mlmjax.text.prompts import Template as Template
     from mlmjax.text.tokenizer import Tokenizer as Tokenizer
     from mlmjax.text.verbalizer import Verbalizer as Verbalizer
@@ -67,9 +67,9 @@ _NAMES = {
         "ModernBertModel",
     ],
     "model.vocabulary": ["resize_token_embeddings"],
-    "scoring.embedding": ["Embedder", "embed"],
+    "scoring.vectors.embedding": ["Embedder", "embed"],
     "scoring.fill_mask": ["fill_mask"],
-    "scoring.hidden_states": ["hidden_states", "save_hidden_states"],
+    "scoring.vectors.hidden_states": ["hidden_states", "save_hidden_states"],
     "scoring.likelihood": ["perplexity", "pseudo_log_likelihood"],
     "scoring.masks.generation": ["generate"],
     "scoring.masks.pairs": ["pair_log_probs"],

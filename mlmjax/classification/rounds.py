@@ -7,7 +7,7 @@ import numpy as np
 
 from mlmjax.errors import InputError
 from mlmjax.model.modernbert import Model
-from mlmjax.scoring.embedding import Embedder
+from mlmjax.scoring.vectors.embedding import Embedder
 from mlmjax.text.prompts import Template, option_lines
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.text.verbalizer import usable_option_names

@@ -7,7 +7,7 @@ from labelled_texts import FAST, OTHERS, WORDS, word_model, word_tokenizer
 import mlmjax
 from mlmjax.classification.classifier import Classifier
 from mlmjax.errors import InputError
-from mlmjax.scoring.embedding import Embedder
+from mlmjax.scoring.vectors.embedding import Embedder
 
 LABELS = [*OTHERS[4:8], *WORDS["sports"], *WORDS["money"]]
 TEXTS = ["goal goal the goal", "the old bank of rain", "a team"]

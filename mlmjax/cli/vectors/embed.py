@@ -14,8 +14,8 @@ from mlmjax.config.data import CsvOptions
 from mlmjax.errors import InputError
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.terminal import count_progress, say, working
-from mlmjax.scoring.embedding import Embedder
 from mlmjax.scoring.engine import describe_forward_compiling
+from mlmjax.scoring.vectors.embedding import Embedder
 from mlmjax.storage import write_to
 from mlmjax.weights.hub import PACKAGED, report_packaged
 

@@ -12,9 +12,14 @@ import numpy as np
 
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.model.modernbert import Model, ModernBertModel, encoder_of
-from mlmjax.scoring.embedding_files import EmbeddingSettings, Pooling, read_settings, settings_files
 from mlmjax.scoring.engine import Advance, Engine, describe_limit
 from mlmjax.scoring.scorers import check_finite
+from mlmjax.scoring.vectors.embedding_files import (
+    EmbeddingSettings,
+    Pooling,
+    read_settings,
+    settings_files,
+)
 from mlmjax.text.checks import check_list, check_text, for_each_row, name_rows, split_by_size
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights import hub

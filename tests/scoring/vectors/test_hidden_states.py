@@ -8,8 +8,8 @@ from tiny_models import torch, torch_model, transformers
 
 from mlmjax import embed, hidden_states, load_pretrained, save_hidden_states
 from mlmjax.errors import InputError
-from mlmjax.scoring import hidden_states as states
 from mlmjax.scoring import likelihood
+from mlmjax.scoring.vectors import hidden_states as states
 
 TEXTS = ["the goal", "a new bank price - rain", "old " * 33, "text"]
 MASKED = ["the [MASK] goal", "[MASK]", "rain old [MASK] ."]

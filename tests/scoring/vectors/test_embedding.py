@@ -16,7 +16,7 @@ from mlmjax.model.modernbert import (
     encoder_of,
 )
 from mlmjax.parallel import sharding
-from mlmjax.scoring.embedding import Embedder
+from mlmjax.scoring.vectors.embedding import Embedder
 from mlmjax.storage import EMBEDDING_POOLING, EMBEDDING_PROMPTS
 from mlmjax.text.tokenizer import Tokenizer
 
