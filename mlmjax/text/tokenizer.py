@@ -5,6 +5,8 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from itertools import accumulate, groupby, zip_longest
 from pathlib import Path
@@ -100,7 +102,16 @@ class Tokenizer:
             )
         there = {name: most for name, most in _MAX_BYTES.items() if (folder / name).is_file()}
         files = {name: read_bounded(folder / name, most) for name, most in there.items()}
-        return cls(files, "tokenizer" if path is None else str(folder))
+        where = "tokenizer" if path is None else str(folder)
+        return _parse(cls, _Source(tuple(files.items()), where))._again(where)
+
+    def _again(self, where: str) -> "Tokenizer":
+        """Return another tokenizer of the same files; both encode with the same objects."""
+        again = object.__new__(type(self))
+        again.__dict__.update(self.__dict__)
+        again.files, again.names = dict(self.files), dict(self.names)
+        again.where, again._said, again._others = where, False, {}
+        return again
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Tokenizer, (self.files, self.where)
@@ -339,6 +350,20 @@ class Tokenizer:
             f"{self.where}: {name} is not read as one token where it is written; if the tokenizer "
             "finds it only between words (single_word), put a space before and after it"
         )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The files of a tokenizer: equal if their content is, wherever they are."""
+
+    files: tuple[tuple[str, bytes], ...]
+    where: str = field(compare=False)
+
+
+# A run, a plan or a server reads the same files several times, half a second of work each.
+@lru_cache(maxsize=2)
+def _parse(kind: type[Tokenizer], source: _Source) -> Tokenizer:
+    return kind(dict(source.files), source.where)
 
 
 def _few(names: Sequence[str]) -> str:

@@ -167,7 +167,7 @@ def test_devices_are_checked_before_long_work(folder, monkeypatch, capsys, name)
     assert sorted(folder.iterdir()) == before
 
 
-@pytest.mark.parametrize("closed", [2, 1])
+@pytest.mark.parametrize("closed", [pytest.param(2, marks=pytest.mark.long), 1])
 def test_a_closed_stream_mixes_no_output_and_loses_no_answers(folder, closed):
     command = [sys.executable, "-m", "mlmjax", *COMMANDS["classify"]]
     done = subprocess.run(
@@ -184,7 +184,14 @@ def test_a_closed_stream_mixes_no_output_and_loses_no_answers(folder, closed):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a full device")
-@pytest.mark.parametrize("arguments", [["--help"], ["init", "fit"], COMMANDS["classify"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        pytest.param(["init", "fit"], marks=pytest.mark.long),
+        pytest.param(COMMANDS["classify"], marks=pytest.mark.long),
+    ],
+)
 def test_output_that_cannot_be_written_fails_in_one_line(folder, arguments):
     with open("/dev/full", "w") as full:
         done = subprocess.run(

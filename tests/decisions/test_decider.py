@@ -145,7 +145,7 @@ def accuracy(decider, texts, asked, right):
     return np.mean(hits, axis=0)
 
 
-@pytest.mark.parametrize("way", ["letters", "words"])
+@pytest.mark.parametrize("way", ["letters", pytest.param("words", marks=pytest.mark.long)])
 def test_one_model_learns_all_types_from_answers_with_gaps(word_pair, tmp_path, way):
     texts, asked, _, gaps = labelled(160, seed=1)
     decider = Decider(word_pair, answer=way)
@@ -167,7 +167,14 @@ def test_what_cannot_be_held_out_is_an_error(word_pair):
         Decider(word_pair).fit(["a goal", "a bank"], asked, right, validation_share=0.5, patience=1)
 
 
-@pytest.mark.parametrize("recipe", [{}, {"normalize": "labels"}, {"ordered": True}])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"normalize": "labels"}, marks=pytest.mark.long),
+        {"ordered": True},
+    ],
+)
 def test_a_fit_learns_distributions(word_pair, recipe):
     """The answers to each question go to the distributions that were given."""
     texts, asked, right, _ = labelled(160, seed=5)

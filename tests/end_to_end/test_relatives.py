@@ -121,7 +121,7 @@ RELATIVES = {
         lambda: (unigram(scheme="first"), LLAMA, {}),
     ),
 }
-SHORT = ("mmBERT-small", "granite-embedding-97m-multilingual-r2", "modernbert-ja-30m")
+SHORT = ("mmBERT-small", "modernbert-ja-30m")
 """Those that the default tests build."""
 CASES = [pytest.param(name, marks=() if name in SHORT else pytest.mark.long) for name in RELATIVES]
 TEXTS = ["the cat sat on the mat", "Guten Tag, wie geht es dir? Schön.", "今日の天気は 晴れ です"]

@@ -51,12 +51,16 @@ def test_a_platform_that_is_not_here_is_named_with_what_is(monkeypatch):
 COMMAND = "from mlmjax.cli.main import run; raise SystemExit(run({arguments!r}))"
 
 
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("JAX_PLATFORMS", "nonsense", "found 'nonsense', which JAX cannot use here"),
-        ("JAX_DEFAULT_DEVICE", "cuda:0", "found 'cuda:0', which JAX cannot use here"),
-        ("JAX_ENABLE_COMPILATION_CACHE", "maybe", "found 'maybe', which JAX rejects"),
+        long("JAX_DEFAULT_DEVICE", "cuda:0", "found 'cuda:0', which JAX cannot use here"),
+        long("JAX_ENABLE_COMPILATION_CACHE", "maybe", "found 'maybe', which JAX rejects"),
     ],
 )
 def test_a_command_exits_2_with_one_line(name, value, message, tmp_path):

@@ -52,7 +52,7 @@ def run(tmp_path, *does, waits=COLLECTIVE):
         (1, KILLED, COLLECTIVE, (-9, 1), "lost the connection to another process (UNKNOWN: Gloo"),
         long(1, KILLED, ALONE, (-9, -6), "tasks are unhealthy (stopped sending heartbeats)"),
         long(0, KILLED, ALONE, (-9, -6), "the leader task was preempted/died"),
-        (1, "raise InputError('bad rows')", ALONE, (2, 2), "failed: bad rows; process 0 stops"),
+        long(1, "raise InputError('bad rows')", ALONE, (2, 2), "failed: bad rows; process 0 stops"),
         long(0, "1 / 0", COLLECTIVE, (1, 1), "failed: division by zero; process 1 stops"),
         long(0, "raise RunError('a full disk')", ALONE, (1, 1), "failed: a full disk; process 1"),
         long(1, "raise SystemExit(143)", ALONE, (143, 143), "was asked to stop; process 0 stops"),

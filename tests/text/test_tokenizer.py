@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from labelled_texts import word_level
+from labelled_texts import word_level, word_tokenizer
 from texts import SNIPPETS, nasty, ordinary, small_table
 
 import mlmjax.text.tokenizer
@@ -232,3 +232,24 @@ def test_paths_without_a_tokenizer_are_rejected(tmp_path, monkeypatch):
     monkeypatch.setitem(mlmjax.text.tokenizer._MAX_BYTES, "tokenizer.json", 1000)
     with pytest.raises(InputError, match="is larger than"):
         Tokenizer.from_pretrained(folder)
+
+
+def test_files_of_the_same_content_are_parsed_once_and_shared_by_nobody(tmp_path, monkeypatch):
+    """Two folders with one content; what one tokenizer has said and where it is stays its own."""
+    parsed = []
+    home, usual = mlmjax.text.tokenizer, mlmjax.text.tokenizer.read_files
+    monkeypatch.setattr(home, "read_files", lambda *given: parsed.append(given) or usual(*given))
+    home._parse.cache_clear()
+    for name in ("one", "other"):
+        word_tokenizer(tmp_path / name)
+    one, other = (Tokenizer.from_pretrained(tmp_path / name) for name in ("one", "other"))
+    assert len(parsed) == 1
+    assert (one.where, other.where) == (str(tmp_path / "one"), str(tmp_path / "other"))
+    assert one.encode_plain("a goal") == other.encode_plain("a goal")
+    one.files["more.json"], one.names["mask"] = b"{}", "<mask>"
+    again = Tokenizer.from_pretrained(tmp_path / "one")
+    assert again.files.keys() == other.files.keys()
+    assert again.names["mask"] == other.names["mask"] == "[MASK]"
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"one/tokenizer.json"):
+        Tokenizer.from_pretrained(tmp_path / "one")

@@ -139,7 +139,12 @@ for table, wanted in json.loads(sys.argv[2]):
 
 
 @pytest.mark.parametrize(
-    "cases", [[(None, 0), (1, 2)], [(2, 1)], pytest.param([(2, 10)], marks=pytest.mark.long)]
+    "cases",
+    [
+        [(None, 0), (1, 2)],
+        pytest.param([(2, 1)], marks=pytest.mark.long),
+        pytest.param([(2, 10)], marks=pytest.mark.long),
+    ],
 )
 def test_killed_at_any_moment_it_resumes_and_gives_the_same_bytes(config, tmp_path, cases):
     """Kill the first process: between jobs, then at random; those that it started end, too."""

@@ -119,6 +119,7 @@ def test_a_result_holds_its_predictions_and_its_identity(done):
     assert sorted(counts["validation"]) == [("classification", 0, 8)] * 2 + [("mlm", 0, 8)] * 2
 
 
+@pytest.mark.long
 def test_a_killed_run_resumes_to_the_same_bytes(folder, out, tmp_path):
     one_head, stopped = 'heads=["mlm"]', tmp_path / "stopped"
     assert run_small(folder, out, one_head)[1].computed == []
@@ -303,6 +304,7 @@ def test_files_are_found_by_any_usual_name(tmp_path):
     assert questions.name == "mmlu_500.jsonl"
 
 
+@pytest.mark.long
 @pytest.mark.data
 def test_the_paper_finds_its_files(test_data):
     suite, planned = load_suite("paper", ["limit=40"])

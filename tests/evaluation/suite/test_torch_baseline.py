@@ -50,6 +50,7 @@ def test_it_learns_by_its_seed(model):
         answer(1, rate=1e30)
 
 
+@pytest.mark.long
 def test_a_suite_reads_its_results(model, tmp_path):
     write_suite(tmp_path)
     write_model(tmp_path / "model")

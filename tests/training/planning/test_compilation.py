@@ -210,6 +210,7 @@ def tpu_environment(monkeypatch):
 SPLASH = {"dtype": "bfloat16", "attention": "splash", "mesh": {"fsdp": 2}}
 
 
+@pytest.mark.long
 @pytest.mark.libtpu
 def test_a_step_with_splash_kernels_compiles_for_a_tpu(tpu_environment):
     config = config_of(**SPLASH, model={"num_hidden_layers": 1})

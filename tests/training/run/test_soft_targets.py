@@ -93,7 +93,7 @@ def test_one_hot_answers_give_the_rows_and_weights_of_hard_labels(folder):
     assert not files[0].soft
 
 
-@pytest.mark.parametrize("head", ["mlm", "classification"])
+@pytest.mark.parametrize("head", [pytest.param("mlm", marks=pytest.mark.long), "classification"])
 def test_a_run_resumes_bit_by_bit_and_eight_devices_are_one(folder, stop_after, head):
     changes = {"source": {"weight": "sure"}}
     if head == "classification":
