@@ -43,16 +43,22 @@ cli.add_command(serve)
 cli.add_command(push)
 
 
-@cli.command(examples=["mlmjax demo --out my-demo"])
+@cli.command(examples=["mlmjax demo --out my-demo", "mlmjax demo --limit 80"])
 @click.option("--out", default="mlmjax-demo", show_default=True, help="Folder for its files.")
-def demo(out: str) -> None:
+@click.option(
+    "--limit",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="Learn from about N passages and test on N, for a quick look; the figures are poorer.",
+)
+def demo(out: str, limit: int | None) -> None:
     """Fine-tune the packaged model offline.
 
     It learns bundled textbook passages, is tested on others, and is exported with a report.
     """
     from mlmjax.cli.demo import run_demo
 
-    run_demo(Path(out))
+    run_demo(Path(out), limit=limit)
 
 
 @cli.command(examples=["mlmjax prepare configs/atp_tiny.toml data.workers=2"])

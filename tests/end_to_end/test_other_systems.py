@@ -9,6 +9,9 @@ import subprocess
 import sys
 
 import pytest
+from labelled_texts import word_model, word_tokenizer
+
+from mlmjax import save_pretrained
 
 TAKE_AWAY = """
 import asyncio, multiprocessing.pool, os, signal, subprocess, sys, tempfile, threading
@@ -47,7 +50,7 @@ main.listen_to_interrupts()
 out = Path(sys.argv[1]) / "out"
 (out.parent / ".out.new-00000000-1-00000000").mkdir()
 (out.parent / f".out.new-{main_folder()}-999999999-00000000").mkdir()
-save_pretrained(*load_pretrained("mlmjax-small"), out)
+save_pretrained(*load_pretrained(sys.argv[2]), out)
 texts = out.parent / "texts.txt"
 texts.write_text("a goal in the last minute\\n", encoding="utf-8")
 assert main.run(["classify", "--labels", "sports,money", "--model", str(out), str(texts)]) == 0
@@ -74,9 +77,9 @@ assert main.run(["init", "--out", str(out.parent / "run.toml")]) == 0
 """
 
 
-def run(code, folder):
+def run(code, folder, model):
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, str(folder)],
+        [sys.executable, "-W", "ignore", "-c", code, str(folder), str(model)],
         capture_output=True,
         text=True,
         check=False,
@@ -87,7 +90,9 @@ def run(code, folder):
 
 
 def test_texts_are_classified_without_what_only_posix_has(tmp_path):
-    said = run(TAKE_AWAY + OWNER + CLASSIFY, tmp_path)
+    tokenizer = word_tokenizer(tmp_path / "tokenizer")
+    save_pretrained(word_model(tokenizer), tokenizer, tmp_path / "model")
+    said = run(TAKE_AWAY + OWNER + CLASSIFY, tmp_path, tmp_path / "model")
     assert "sports" in said or "money" in said
     # Whether another process still lives is not known there, so its folders stay.
     assert sum(path.name.startswith(".out.new-") for path in tmp_path.iterdir()) == 2
@@ -95,5 +100,5 @@ def test_texts_are_classified_without_what_only_posix_has(tmp_path):
 
 @pytest.mark.long
 def test_a_classifier_is_fitted_without_what_only_posix_has(tmp_path):
-    run(TAKE_AWAY + OWNER + CLASSIFY + FIT, tmp_path)
+    run(TAKE_AWAY + OWNER + CLASSIFY + FIT, tmp_path, "mlmjax-small")
     assert (tmp_path / "rows" / "a").read_bytes() == b"1"

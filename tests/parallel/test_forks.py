@@ -3,13 +3,17 @@
 import subprocess
 import sys
 
+from labelled_texts import word_model, word_tokenizer
+
+from mlmjax import save_pretrained
+
 FORKS = """
 import multiprocessing, warnings
 from mlmjax import InputError
 from mlmjax.classification.predictor import Predictor  # what Classifier asks, without scikit-learn
 
 warnings.simplefilter("ignore")  # JAX warns of the fork, too
-warm = Predictor.from_pretrained("mlmjax-small", ["sports", "world"])
+warm = Predictor.from_pretrained({model!r}, ["sports", "money"])
 assert {use}
 
 def inherited(text):
@@ -28,8 +32,10 @@ if __name__ == "__main__":
 """
 
 
-def test_a_forked_process_names_the_way_out():
-    code = FORKS.format(use="warm.shortened == 0")
+def test_a_forked_process_names_the_way_out(tmp_path):
+    tokenizer = word_tokenizer(tmp_path / "tokenizer")
+    save_pretrained(word_model(tokenizer), tokenizer, tmp_path / "model")
+    code = FORKS.format(model=str(tmp_path / "model"), use="warm.shortened == 0")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
