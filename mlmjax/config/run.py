@@ -37,7 +37,7 @@ Remat = Literal["none", "dots", "layer"]
 SPLASH_BLOCKS = (512, 256)
 
 
-MASKINGS = ("token", "whole_word", "span", "weights", "phrases")
+MASKINGS = ("token", "whole_word", "span", "weights", "phrases", "loss")
 LOSSES = ("cross_entropy", "replaced_tokens")
 _CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
@@ -413,19 +413,21 @@ class RunConfig(StrictTable):
                 "[adapter] trains its own parameters; leave out either it or optimizer.train"
             )
         if self.evaluation.patience is not None:
-            self._check_patience()
+            self._check_validated("evaluation.patience counts validations")
+        if self.objective.masking == "loss":
+            self._check_validated("objective.masking = 'loss' follows the losses of validations")
         if self.head == "classification":
             self._check_classification()
         if self.objective.needs_labels:
             self._check_labels()
         return self
 
-    def _check_patience(self) -> None:
+    def _check_validated(self, why: str) -> None:
         if not self.evaluation.every:
-            raise ValueError("evaluation.patience counts validations; set evaluation.every above 0")
+            raise ValueError(f"{why}; set evaluation.every above 0")
         if not self.data.validation_rows and not self.data.validation_sources:
             raise ValueError(
-                "evaluation.patience needs held-out rows; set data.validation_rows or "
+                f"{why}, which need held-out rows; set data.validation_rows or "
                 "data.validation_sources"
             )
 

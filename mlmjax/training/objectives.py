@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from mlmjax.config.run import ObjectiveConfig, is_code
-from mlmjax.data.batch import PADDING_SEGMENT, Batch
+from mlmjax.data.batch import MLM, PADDING_SEGMENT, UNUSED, Batch
 from mlmjax.data.masking.maskers import Masker, make_masker
 from mlmjax.data.preparing.mask_tables import read_mask_table
 from mlmjax.errors import InputError, RunError, first_line
@@ -89,8 +89,10 @@ def head_of_run(head: str, objective: ObjectiveConfig, tokenizer: Tokenizer) -> 
     loss itself.
     """
     if objective.loss == "cross_entropy":
-        return head_of(head, objective.kind)
-    return _head_of_loss(objective.loss, tokenizer)
+        found = head_of(head, objective.kind)
+    else:
+        found = _head_of_loss(objective.loss, tokenizer)
+    return _with_tokens(found) if objective.masking == "loss" else found
 
 
 @lru_cache(8)  # so that runs of one process share compiled steps
@@ -103,6 +105,21 @@ def _head_of_loss(name: str, tokenizer: Tokenizer) -> Head:
         return own | target_evaluation(model, batch) | of_loss
 
     return Head(loss, evaluate)
+
+
+@lru_cache(8)
+def _with_tokens(head: Head) -> Head:
+    """Add to a validation the tokens that MLM predicts (others: `UNUSED`), and their weights."""
+
+    def evaluate(model: Any, batch: Batch) -> Metrics:
+        is_mlm = (batch.target_ids >= 0) & (batch.target_objective == MLM)
+        weights = 1.0 if batch.weights is None else batch.weights
+        return head.evaluate(model, batch) | {
+            "mlm_ids": jnp.where(is_mlm, batch.target_ids, UNUSED),
+            "mlm_weights": jnp.where(is_mlm, weights, 0.0),
+        }
+
+    return Head(head.loss, evaluate)
 
 
 def _made(name: str, tokenizer: Tokenizer) -> Any:

@@ -5,6 +5,7 @@ the positions whose tokens are not special, and `rng` a generator that depends o
 example only. It returns exactly `count` different positions of `maskable`, sorted.
 """
 
+import base64
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +72,8 @@ def make_masker(masking: str, tokenizer: Tokenizer, table: MaskTable | None = No
         return _words(read) if masking == "phrases" else _weighted_words(read, table)
     if masking == "token":
         return lambda ids, maskable, count, rng: choose_positions(maskable, count, rng)
+    if masking == "loss":
+        return LossMasker(tokenizer.vocab_size)
     if masking not in ("whole_word", "span"):
         raise InputError(f"masking {masking!r}: is code of your own; give the masker it makes")
     starts, spans = word_starts(tokenizer), masking == "span"
@@ -83,6 +86,58 @@ def make_masker(masking: str, tokenizer: Tokenizer, table: MaskTable | None = No
         return choose_words(words, order, count, rng)
 
     return draw
+
+
+class LossMasker:
+    """Mask tokens in proportion to their mean loss when they were last validated.
+
+    A token that no validation had weighs the mean over all tokens of the last one. Before the first
+    validation all weigh 1. (Zhang et al. 2023, arXiv 2302.14225, weigh by the loss in training.)
+    """
+
+    def __init__(self, vocab_size: int):
+        # The last number is the mean over all tokens; NaN is for tokens that were not validated.
+        self._means = np.append(np.full(vocab_size, np.nan, np.float32), np.float32(1.0))
+
+    def __call__(
+        self, ids: np.ndarray, maskable: np.ndarray, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Return positions as every masker does."""
+        means = self._means[ids[maskable]]
+        weights = np.where(np.isnan(means), self._means[-1], means).astype(np.float64)
+        return np.sort(maskable[weighted_order(weights, rng)[:count]]).astype(np.int32)
+
+    def update(self, ids: np.ndarray, losses: np.ndarray, weights: np.ndarray) -> None:
+        """Take the targets of a validation: their tokens, and their losses times their weights."""
+        size = len(self._means) - 1
+        sums = np.bincount(ids, losses, minlength=size)
+        counts = np.bincount(ids, weights, minlength=size)
+        if not counts.any():
+            return
+        means, seen = self._means.copy(), counts > 0
+        means[:-1][seen] = sums[seen] / counts[seen]
+        means[-1] = sums.sum() / counts.sum()
+        self._means = means
+
+    def dump(self) -> str:
+        """Return all it knows as text."""
+        return base64.b64encode(self._means.astype("<f4").tobytes()).decode()
+
+    def load(self, text: object, where: str) -> None:
+        """Take what `dump` returned; raise `InputError` for anything else."""
+        try:
+            means = np.frombuffer(base64.b64decode(str(text), validate=True), "<f4")
+        except ValueError as error:
+            raise self._damaged(where) from error
+        if means.shape != self._means.shape or np.isinf(means).any() or np.isnan(means[-1]):
+            raise self._damaged(where)
+        self._means = means.astype(np.float32)
+
+    def _damaged(self, where: str) -> InputError:
+        return InputError(
+            f"{where}: holds no losses of {len(self._means) - 1} tokens, which masking = 'loss' "
+            "needs; resume from another checkpoint, or name another out"
+        )
 
 
 class WordReader:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from mlmjax.config.run import RunConfig
 from mlmjax.data.loader import LabelLoader, Loader
 from mlmjax.data.manifest import MANIFEST, Manifest, read_manifest
+from mlmjax.data.masking.maskers import LossMasker, make_masker
 from mlmjax.data.rows import RowSource, open_rows
 from mlmjax.data.schedule import RowSchedule, mask_rate, row_schedule
 from mlmjax.parallel.sharding import batch_sharding
@@ -30,6 +31,7 @@ class Loaders(NamedTuple):
     answer; both are None without held-out rows. `by_source` has for each held-out source its
     answers, and, if the run masks at random, all of it masked for MLM. It is empty if that adds
     nothing to `answers`, and for the classification head. `sha256` is the hash of `manifest`.
+    `adaptive` is the masker of `train` if it follows the losses of validations.
     """
 
     train: AnyLoader
@@ -38,6 +40,7 @@ class Loaders(NamedTuple):
     by_source: Mapping[str, Sequence[AnyLoader]]
     manifest: Manifest
     sha256: str
+    adaptive: LossMasker | None = None
 
 
 def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
@@ -54,12 +57,15 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
         for split in manifest.splits
     }
 
-    masker = masker_of(objective, tokenizer)
+    train_masker = masker = masker_of(objective, tokenizer)
+    adaptive = train_masker if isinstance(train_masker, LossMasker) else None
+    if adaptive is not None:  # validations stay comparable
+        masker = make_masker("token", tokenizer)
 
     def make(
         sources: Sequence[RowSource], batch_size: int | RowSchedule, **masking: Any
     ) -> AnyLoader:
-        kind: Any = partial(Loader, masker=masker, **masking)
+        kind: Any = partial(Loader, **{"masker": masker, **masking})
         if config.head == "classification":
             kind = partial(LabelLoader, smoothing=objective.label_smoothing)
         return kind(
@@ -71,7 +77,9 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
         )
 
     sizes, rate = row_schedule(data, config.steps), mask_rate(objective, config.steps)
-    train = make(rows.get("train", []), sizes, objective=objective, mask_rate=rate)
+    train = make(
+        rows.get("train", []), sizes, objective=objective, mask_rate=rate, masker=train_masker
+    )
     held_out, size = rows.get("validation", []), data.batch_size // data.accumulate
     only_answers = objective.model_copy(update={"dummy_mlm_share": 0.0, "mlm_share": 0.0})
     only_mlm = only_answers.model_copy(update={"mlm_share": 1.0})
@@ -89,6 +97,7 @@ def open_loaders(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
         by_source=by_source,
         manifest=manifest,
         sha256=hash_file(folder / MANIFEST),
+        adaptive=adaptive,
     )
 
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -168,7 +168,7 @@ class Loop:
         state = self._make_up_evaluation(start, state)
         if is_over(state, config.evaluation.patience):
             return state
-        batches = feed(train, self.mesh, start, config.steps)
+        batches = self._batches(start)
         trace(start, None)
         with clock("step"):
             for index, batch, counted in clock.waiting("data", batches):
@@ -194,6 +194,15 @@ class Loop:
                     if is_over(state, config.evaluation.patience):
                         break
         return state
+
+    def _batches(self, start: int) -> Iterator[tuple[int, Any, AnyBatch]]:
+        """Yield batches as `feed` does; none is made before the validation that its masks need."""
+        last = self.config.steps
+        every = self.config.evaluation.every if self.loaders.adaptive else last
+        while start < last:
+            stop = min(last, (start // every + 1) * every)
+            yield from feed(self.loaders.train, self.mesh, start, stop)
+            start = stop
 
     def parameters(self, state: TrainState) -> Any:
         """Return the parameters to validate: averaged ones, and the frozen ones."""
@@ -304,14 +313,26 @@ class Loop:
         """Validate the state, and report on it; None without held-out rows, or if stopped."""
         if self.loaders.validation is None:
             return None
-        params = self.parameters(state)
+        loader, adaptive = self.loaders.validation, self.loaders.adaptive
+        params, seen = self.parameters(state), list[tuple[np.ndarray, ...]]()
+
+        def watch(metrics: Mapping[str, jax.Array]) -> None:
+            if adaptive:
+                names = ("mlm_ids", "loss", "mlm_weights")
+                seen.append(tuple(np.asarray(metrics[name]).ravel() for name in names))
+
         try:
             with self.clock("evaluation"), self.display.doing("validating"):
-                figures = validate(self.eval_step, params, self.loaders.validation, self.stop.check)
+                check = self.stop.check
+                figures = validate(self.eval_step, params, loader, check, watch=watch)
         except StoppedError:
             return None
         if not np.isfinite(figures["loss"] or 0.0):
             raise self._diverged(step, f"the validation loss is {figures['loss']}")
+        if adaptive:
+            ids, losses, weights = map(np.concatenate, zip(*seen, strict=True))
+            is_mlm = ids >= 0
+            adaptive.update(ids[is_mlm], losses[is_mlm], weights[is_mlm])
         self._report(step, "validation", figures)
         return figures
 
@@ -326,11 +347,14 @@ class Loop:
         if not _are_finite(state.params):
             raise self._diverged(step, "the parameters are not all finite")
         loss = held_out["loss"] if held_out else None
+        metadata: dict[str, Any] = {"identity": self.identity, "interval": dict(self.totals)}
+        if self.loaders.adaptive:
+            metadata["token_losses"] = self.loaders.adaptive.dump()
         self.checkpoints.save(
             step,
             state,
             metrics=None if loss is None else {"loss": loss},
-            metadata={"identity": self.identity, "interval": dict(self.totals)},
+            metadata=metadata,
         )
 
     def _leave(self, step: int) -> None:

@@ -107,6 +107,9 @@ def run_training(
             state, totals = _first_state(
                 config, checkpoints, step, identity, params, optimizer, mesh
             )
+            if loaders.adaptive and step:
+                losses = checkpoints.metadata(step).get("token_losses")
+                loaders.adaptive.load(losses, f"{checkpoints.folder}/{step}")
             del model, params
             stop.is_armed = True  # From here on a signal waits until the state is saved.
             with (
@@ -227,10 +230,12 @@ def _open_rows(config: RunConfig, tokenizer: Tokenizer) -> Loaders:
             f"warning: data.batch_size is {wanted:,}, and there are only {counted(there, 'row')}, "
             "so every update reads rows more than once; lower it, or give more data"
         )
-    if config.evaluation.patience is not None and loaders.validation is None:
+    adaptive = loaders.adaptive is not None
+    if (adaptive or config.evaluation.patience is not None) and loaders.validation is None:
+        key = "objective.masking = 'loss'" if adaptive else "evaluation.patience"
         raise InputError(
-            f"evaluation.patience: {rows} has no held-out rows to measure improvement; hold out "
-            "more (data.validation_rows), or leave patience out"
+            f"{key}: {rows} has no held-out rows to validate on; hold out more "
+            f"(data.validation_rows), or leave {key} out"
         )
     return loaders
 

@@ -42,11 +42,13 @@ def validate(
     loader: AnyLoader,
     check: Callable[[], None],
     width: int | None = None,
+    watch: Callable[[Mapping[str, jax.Array]], None] = lambda metrics: None,
 ) -> dict[str, float | None]:
     """Return the figures of one pass over the held-out rows.
 
     `check` is called before each batch, and raises if a signal requests a stop. With `width` the
-    targets are filled up to it, so that the step is not compiled again.
+    targets are filled up to it, so that the step is not compiled again. `watch` gets the metrics of
+    each batch.
     """
     totals: Totals = defaultdict(float)
     counts: Totals = defaultdict(float)
@@ -54,6 +56,7 @@ def validate(
     for _, batch, counted in feed(loader, mesh_of(params), 0, loader.epoch_steps(), change):
         check()
         metrics = eval_step(params, batch)
+        watch(metrics)
         add(totals, jax.device_get({k: v for k, v in metrics.items() if not v.ndim}))
         add(counts, count_tokens(counted))
     add(totals, sum_over_processes(counts))

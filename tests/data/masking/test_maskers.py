@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from mlmjax import InputError
-from mlmjax.data.masking.maskers import MaskTable, WordReader, make_masker
+from mlmjax.data.masking.maskers import LossMasker, MaskTable, WordReader, make_masker
 from mlmjax.text.words import word_starts
 
 TEXT = "The untokenizable cat saw New York City, and (the) cat sat."
@@ -23,6 +23,7 @@ CASES = {
     "words": ("weights", WORDS),
     "tokens": ("weights", TOKENS),
     "phrases": ("phrases", PHRASES),
+    "loss": ("loss", None),
     "entities": ("weights", PHRASES),
 }
 
@@ -80,6 +81,21 @@ def test_a_first_draw_is_in_proportion_to_the_table(maskers, tokenizer, name, dr
     expected = np.array(weights) / sum(weights) * draws
     assert not drawn[expected == 0].any()
     assert chisquare(drawn[expected > 0], expected[expected > 0]).pvalue > 0.001
+
+
+@DRAWS
+def test_losses_of_a_validation_are_the_weights(draws):
+    masker, ids = LossMasker(6), np.array([0, 1, 2, 3])
+    losses = np.array([6.0, 2.0, 1.0, 8.0])
+    masker.update(np.array([0, 0, 1, 4]), losses, np.array([1.0, 1.0, 0.5, 1.0]))
+    masker.update(np.array([1]), np.array([1.0]), np.array([1.0]))
+    again = LossMasker(6)
+    again.load(masker.dump(), "here")
+    expected = np.array([4.0, 1.0, 1.0, 1.0])  # others weigh the mean of the last validation
+    rng, drawn = np.random.default_rng(3), np.zeros(4)
+    for _ in range(draws):
+        drawn[again(ids, np.arange(4), 1, rng)] += 1
+    assert chisquare(drawn, expected / expected.sum() * draws).pvalue > 0.001
 
 
 @DRAWS

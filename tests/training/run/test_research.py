@@ -1,13 +1,18 @@
 """Run files with maskers, rates, weights and losses of research: they train, stop and resume."""
 
+import base64
 import json
 
 import numpy as np
 import pytest
 from training import OTHERS, assert_same, lines_of, make_config
 
+from mlmjax.config.run import CheckpointConfig
+from mlmjax.data.masking.maskers import LossMasker
 from mlmjax.errors import InputError
+from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.run.train import run_training
+from mlmjax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -49,6 +54,7 @@ def objectives(table):
             "mlm_rate": {"uniform": [0.0, 1.0]},
             "target_weight": "inverse_rate",
         },
+        "loss": {"mlm_share": 0.9, "masking": "loss"},
         "replaced": {"mlm_share": 1.0, "random_tokens": 1.0, "loss": "replaced_tokens"},
     }
 
@@ -57,7 +63,7 @@ def config_of(folder, name, objective, **changes):
     return make_config(folder, out=str(folder / f"research-{name}"), objective=objective, **changes)
 
 
-@pytest.mark.parametrize("name", ["weights", "replaced"])
+@pytest.mark.parametrize("name", ["weights", "loss", "replaced"])
 def test_a_run_learns_and_a_stopped_one_resumes_to_the_same_bits(folder, table, stop_after, name):
     objective = objectives(table)[name]
     straight = run_training(config_of(folder, name, objective))
@@ -65,10 +71,45 @@ def test_a_run_learns_and_a_stopped_one_resumes_to_the_same_bits(folder, table, 
     losses = [line["loss"] for line in lines if line["split"] == "train"]
     assert np.mean(losses[-2:]) < np.mean(losses[:2])
     stopped = config_of(folder, f"{name}-stopped", objective)
-    stop_after(3, lambda: run_training(stopped))
+    for step in (4, 6) if name == "loss" else (3,):  # before and after a validation
+        stop_after(step, lambda: run_training(stopped))
     assert_same(run_training(stopped), straight)
     assert lines_of(folder / f"research-{name}-stopped") == lines
     assert (folder / f"research-{name}" / "export" / "model.safetensors").is_file()
+
+
+def test_losses_of_tokens_are_those_of_the_last_validation(folder):
+    """The straight run of the test above has validated after updates 4 and 8."""
+    tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
+    masker = LossMasker(tokenizer.vocab_size)
+    with Checkpoints(str(folder / "research-loss" / "checkpoints"), CheckpointConfig()) as saved:
+        masker.load(saved.metadata(8)["token_losses"], "here")
+    (fish,) = tokenizer.encode_plain(" fish")
+    ids, rng = np.array([fish, tokenizer.encode_plain("Z")[0]]), np.random.default_rng(0)
+    assert masker.dump() != LossMasker(tokenizer.vocab_size).dump()
+    lines = lines_of(folder / "research-loss")
+    (last,) = [one for one in lines if (one["step"], one["split"]) == (8, "validation")]
+    means = np.frombuffer(base64.b64decode(masker.dump()), "<f4")
+    assert means[-1] == pytest.approx(last["loss_mlm"], rel=1e-5)
+    assert 0 < means[fish] < 8
+    assert np.isnan(means[ids[1]])
+    assert masker(ids, np.arange(2), 1, rng).shape == (1,)
+
+
+def test_a_checkpoint_without_losses_is_said():
+    for text in (None, 3, "", "AAAA", "!", "gibberish"):
+        with pytest.raises(InputError, match="out/8: holds no losses of 5 tokens"):
+            LossMasker(5).load(text, "out/8")
+
+
+def test_losses_need_validations(folder):
+    objective = {"mlm_share": 1.0, "masking": "loss"}
+    for changes, message in (
+        ({"data__validation_rows": 0}, "masking = 'loss' follows the losses of validations, which"),
+        ({"evaluation": {"every": 0}}, "set evaluation.every above 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            config_of(folder, "none", objective, **changes)
 
 
 def test_another_table_is_another_run(folder, table):

@@ -90,7 +90,10 @@ def test_other_patience_is_another_run(folder, stopped):
     [
         ({"evaluation": {"patience": 0}}, "evaluation.patience: found 0"),
         ({"evaluation": {"every": 0, "patience": 2}}, "set evaluation.every above 0"),
-        ({"data__validation_rows": 0}, "evaluation.patience needs held-out rows"),
+        (
+            {"data__validation_rows": 0},
+            "evaluation.patience counts validations, which",
+        ),
     ],
 )
 def test_patience_that_cannot_work_is_rejected(folder, changes, says):
