@@ -31,11 +31,11 @@ from mlmjax.data.contamination import with_table_run
 from mlmjax.data.reading.labelled import LabelledTable, read_labelled
 from mlmjax.decisions.classifiers import is_one_prompt
 from mlmjax.errors import InputError
-from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.evaluation.suite.entrants import tfidf_linear
 from mlmjax.parallel.environment import check_devices
 from mlmjax.reporting.accuracy import Method
 from mlmjax.reporting.markdown import shortened, visible
-from mlmjax.reporting.terminal import count_progress, say, working
+from mlmjax.reporting.terminal import Progress, count_progress, say, working
 from mlmjax.statistics import reliability
 from mlmjax.statistics.metrics import classification_metrics, wilson_interval
 from mlmjax.storage import (
@@ -142,9 +142,9 @@ def fit_table(
     )
     temperature = calibrate(classifier, spared)
     probabilities = answer_texts(classifier, tested[0])
-    with working("comparing with TF-IDF"):
-        untested = trained[0] + spared[0], trained[1] + spared[1]
-        found, methods = measure(untested, tested, labels, probabilities, temperature)
+    untested = trained[0] + spared[0], trained[1] + spared[1]
+    with count_progress("TF-IDF: labels fitted", "comparing with TF-IDF") as progress:
+        found, methods = measure(untested, tested, labels, probabilities, temperature, progress)
     dialect = {} if csv is None else csv.model_dump(exclude_unset=True)
     figures: dict[str, Any] = {"table": str(path), "encoding": encoding, "csv": dialect}
     figures |= {"model": model, "out": str(folder), "words": list(words)}
@@ -213,10 +213,12 @@ def measure(
     labels: Sequence[str],
     probabilities: np.ndarray,
     temperature: float | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[Method]]:
     """Return the figures of the test rows, and the methods to compare with their accuracy.
 
-    `probabilities` `[tested, labels]` were calibrated by `temperature`, if there is one.
+    `probabilities` `[tested, labels]` were calibrated by `temperature`, if there is one. `progress`
+    is that of `tfidf_linear`.
     """
     texts, gold = tested
     predicted = [labels[best] for best in probabilities.argmax(axis=1)]
@@ -227,12 +229,12 @@ def measure(
         _method(name, [commonest] * len(gold), gold, "A useful classifier is above this."),
     ]
     try:
-        by_words = tfidf_regression(*untested, texts)
+        linear, by_words = tfidf_linear(*untested, texts, progress)
     except ValueError:  # no word of two letters is in any text
         say("TF-IDF finds no words in these texts, so there is no comparison with it")
     else:
         purpose = "Counts of words, fitted to all other rows: what a language model must beat."
-        methods.insert(1, _method("TF-IDF + logistic regression", by_words, gold, purpose))
+        methods.insert(1, _method(linear, by_words, gold, purpose))
     with np.errstate(divide="ignore"):
         log_probs = np.maximum(np.log(probabilities), -745.0)
     truth = [labels.index(name) for name in gold]

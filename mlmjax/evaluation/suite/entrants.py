@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
+from sklearn.svm import LinearSVC
 
 from mlmjax.config.run import Head
 from mlmjax.config.suite import Suite, Sweep
@@ -27,6 +28,14 @@ from mlmjax.training.finetune import fine_tune
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import load_pretrained
 from mlmjax.weights.tensor_files import WEIGHTS, weight_map
+
+MANY_PRODUCTS = 2 * 10**6
+"""From so many labels times words of the texts on, logistic regression takes seconds to minutes.
+
+A linear SVM takes a tenth of it, and was as accurate or more on held-out rows after 3,000 others:
+0.600 to 0.563 on the 57 subjects of MMLU, 0.873 to 0.865 on 20 newsgroups, 0.748 to 0.685 on 300
+labels of invented words.
+"""
 
 METHODS: Mapping[Head, str] = {"mlm": "MLM head", "classification": "classification head"}
 
@@ -202,6 +211,33 @@ def tfidf_regression(
     )
     words.fit(texts, labels)
     return [str(label) for label in words.predict(asked)]
+
+
+def tfidf_linear(
+    texts: Sequence[str],
+    labels: Sequence[str],
+    asked: Sequence[str],
+    progress: Progress | None = None,
+) -> tuple[str, list[str]]:
+    """Fit TF-IDF and a linear model on labelled texts; return its name and the labels of `asked`.
+
+    It is logistic regression, and above `MANY_PRODUCTS` a linear support vector machine, fitted to
+    one label after another. `progress` gets the labels done and all labels. Raises `ValueError` if
+    no text has a word.
+    """
+    words = TfidfVectorizer(sublinear_tf=True)
+    rows = words.fit_transform(texts)
+    names = sorted(set(labels))
+    if len(names) * rows.nnz <= MANY_PRODUCTS:
+        return "TF-IDF + logistic regression", tfidf_regression(texts, labels, asked)
+    wanted, gold = words.transform(asked), np.array(labels)
+    scores = np.empty((len(asked), len(names)))
+    for done, name in enumerate(names):
+        machine = LinearSVC(random_state=0).fit(rows, gold == name)
+        scores[:, done] = machine.decision_function(wanted)
+        if progress:
+            progress(done + 1, len(names))
+    return "TF-IDF + linear SVM", [names[best] for best in scores.argmax(axis=1)]
 
 
 def answer_by_tfidf(task: Task, train: Sequence[Question], asked: Sequence[Question]) -> Answers:

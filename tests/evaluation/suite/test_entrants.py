@@ -8,7 +8,14 @@ from suite_files import REVIEWS, SWEEP, questions, right, small_pair
 
 from mlmjax.config.suite import HEADS
 from mlmjax.evaluation.questions import Question
-from mlmjax.evaluation.suite.entrants import DivergedError, Setting, answer_fine_tuned, read_texts
+from mlmjax.evaluation.suite import entrants
+from mlmjax.evaluation.suite.entrants import (
+    DivergedError,
+    Setting,
+    answer_fine_tuned,
+    read_texts,
+    tfidf_linear,
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +66,21 @@ def test_heads_and_baselines_read_the_fields_alone(tokenizer):
     ids, slot = template.encode(tokenizer, row, 64)
     assert ids[1:-1] == tokenizer.encode_plain(text)
     assert slot == -1
+
+
+@pytest.mark.parametrize(("count", "method"), [(4, "logistic regression"), (40, "linear SVM")])
+def test_tfidf_takes_a_faster_model_for_many_labels(monkeypatch, count, method):
+    """Every label has words of its own next to those that all have."""
+    monkeypatch.setattr(entrants, "MANY_PRODUCTS", 10**5)
+    rng, done = np.random.default_rng(0), []
+    labels = [f"label {i % count}" for i in range(8 * count)]
+    own = [f"{label.replace(' ', '')}x{rng.integers(2)}" for label in labels]
+    common = [" ".join(f"w{n}" for n in rng.integers(400, size=20)) for _ in labels]
+    texts = [f"{a} {b} {a}" for a, b in zip(own, common, strict=True)]
+    half = len(texts) // 2
+    name, found = tfidf_linear(
+        texts[:half], labels[:half], texts[half:], lambda *given: done.append(given)
+    )
+    assert name == f"TF-IDF + {method}"
+    assert np.mean(np.array(found) == labels[half:]) > 0.75
+    assert done == ([(n + 1, count) for n in range(count)] if method == "linear SVM" else [])
