@@ -245,9 +245,9 @@ def _train(
 ) -> list[dict[str, float]]:
     """Fine-tune the prompter's model, and return what is known of each epoch.
 
-    An epoch's entry has `epoch`, `loss` and `accuracy` in training, the standard error of that loss
-    and, as `baseline_loss`, the loss of always giving the label frequencies. With held-out texts it
-    has `validation_accuracy`, `validation_loss` and `validation_majority`.
+    An epoch's entry has `epoch`, `n` texts, `loss` and `accuracy` in training, the standard error
+    of that loss and, as `baseline_loss`, the loss of always giving the label frequencies. With
+    held-out texts it has `validation_accuracy`, `validation_loss` and `validation_majority`.
     """
     scorer = prompter.scorer
     history: list[dict[str, float]] = []
@@ -255,7 +255,7 @@ def _train(
 
     def after_epoch(model: Model, epoch: Epoch) -> bool:
         figures = {"loss": epoch.loss, "baseline_loss": baseline, "accuracy": epoch.accuracy}
-        history.append({"epoch": len(history) + 1, **figures})
+        history.append({"epoch": len(history) + 1, "n": len(data.prompts), **figures})
         if np.isfinite(epoch.error):
             history[-1]["loss_error"] = epoch.error
         if data.held_out is None:

@@ -1,6 +1,6 @@
 """Compare what a fit learned with always giving the frequencies of the labels."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ NEARLY_ALL = 0.95
 
 MOST_SHOWN = 40
 """Characters of a label that a line shows."""
+
+ENOUGH = 100
+"""Training texts from which the first epoch is asked whether others are answered, too."""
 
 _NORMAL = 1.96  # two-sided 95 % of a normal distribution
 
@@ -159,13 +162,16 @@ def find_problems(
 ) -> list[str]:
     """Say in a phrase each what shows that nothing was learned; `names` are those of the columns.
 
-    An epoch of `history` has `loss` and, of several updates, the standard error of that mean as
-    `loss_error`.
+    An epoch of `history` has `loss`, `accuracy` and `baseline_loss` over `n` texts and, of several
+    updates, the standard error of that loss as `loss_error`. Those of the first epoch are of texts
+    that no update had seen, so without `validation` they tell whether other texts are answered.
     """
     found = []
     if not training.is_better:
         found.append(_no_gain("training", training))
-    elif validation is not None and not validation.is_better and not _is_ahead(validation):
+    elif validation is None:
+        found += _unknown_of_others(history[0], training)
+    elif not validation.is_better and not _is_ahead(validation):
         found.append(_no_gain("held-out", validation))
     if training.answer_share >= NEARLY_ALL and _is_apart(training):
         share = f"{training.answer_share:.0%} of {training.n} training texts"
@@ -180,6 +186,21 @@ def find_problems(
             f"{last['loss']:.3f} in epoch {last['epoch']:.0f}"
         )
     return found
+
+
+def _unknown_of_others(first: Mapping[str, float], training: Measured) -> Iterator[str]:
+    """Yield a phrase if texts that were new in the first epoch were answered as by chance."""
+    n, error = first.get("n", 0), first.get("loss_error", np.inf)
+    if n < ENOUGH or not np.isfinite(error):
+        return
+    gain = first["baseline_loss"] - first["loss"]
+    ahead = wilson_interval(first["accuracy"] * n, n)[0] > training.majority
+    if gain <= _NORMAL * error and not ahead:
+        yield (
+            f"it answers {training.accuracy:.0%} of its training texts, and nothing shows that it "
+            f"answers others: {first['accuracy']:.0%} were right when it first saw them, and "
+            f"{training.majority:.0%} are by the commonest label"
+        )
 
 
 def _no_gain(kind: str, measured: Measured) -> str:

@@ -54,6 +54,24 @@ def test_texts_learned_by_heart_are_told_by_held_out_texts():
     assert find_problems(FLAT, training, measure(sure, LABELS, EVEN), ["no", "yes"]) == []
 
 
+@pytest.mark.parametrize(
+    ("first", "is_silent"),
+    [
+        ({"loss": 0.70, "accuracy": 0.45}, False),
+        ({"loss": 0.60, "accuracy": 0.45}, True),  # the loss was lower than the baseline's
+        ({"loss": 0.70, "accuracy": 0.60}, True),  # so many are not right by chance
+        ({"loss": 0.70, "accuracy": 0.45, "n": 40}, True),  # too few to tell
+    ],
+)
+def test_without_held_out_texts_the_first_sight_of_texts_tells(first, is_silent):
+    training = measure(answers(0.9), LABELS, EVEN)
+    history = [{"epoch": 1, "n": 500, "loss_error": 0.02, "baseline_loss": 0.69} | first]
+    found = find_problems([*history, {"epoch": 2, "loss": 0.5}], training, None, ["no", "yes"])
+    assert found == [] if is_silent else "nothing shows that it answers others" in found[0]
+    known = measure(answers(0.8), LABELS, EVEN)
+    assert find_problems(history, training, known, ["no", "yes"]) == []
+
+
 def test_a_rare_label_is_no_sign_of_a_collapse():
     rare = np.eye(2)[(np.arange(200) < 4).astype(int)]
     found = measure(answers(0.9, np.eye(2)[np.zeros(200, int)]), rare, label_frequencies(rare))
