@@ -103,11 +103,11 @@ class Tokenizer:
         there = {name: most for name, most in _MAX_BYTES.items() if (folder / name).is_file()}
         files = {name: read_bounded(folder / name, most) for name, most in there.items()}
         where = "tokenizer" if path is None else str(folder)
-        return _parse(cls, _Source(tuple(files.items()), where))._again(where)
+        return _parse(_Source(tuple(files.items()), where))._again(where)
 
     def _again(self, where: str) -> "Tokenizer":
         """Return another tokenizer of the same files; both encode with the same objects."""
-        again = object.__new__(type(self))
+        again = object.__new__(Tokenizer)
         again.__dict__.update(self.__dict__)
         again.files, again.names = dict(self.files), dict(self.names)
         again.where, again._said, again._others = where, False, {}
@@ -362,8 +362,8 @@ class _Source:
 
 # A run, a plan or a server reads the same files several times, half a second of work each.
 @lru_cache(maxsize=2)
-def _parse(kind: type[Tokenizer], source: _Source) -> Tokenizer:
-    return kind(dict(source.files), source.where)
+def _parse(source: _Source) -> Tokenizer:
+    return Tokenizer(dict(source.files), source.where)
 
 
 def _few(names: Sequence[str]) -> str:
