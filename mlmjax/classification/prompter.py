@@ -20,7 +20,7 @@ from mlmjax.statistics import option_orders
 from mlmjax.text.checks import check_list, check_texts
 from mlmjax.text.prompts import MASKED, Prompt, Template
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.text.truncation import Span
+from mlmjax.text.truncation import Span, spans_from
 from mlmjax.text.verbalizer import Verbalizer, option_names, surface, usable_option_names
 from mlmjax.text.words import word_spans
 
@@ -239,8 +239,7 @@ class Prompter:
             for start, stop in windows:
                 own: dict[str, Any] = {"text": query.text[start:stop], "examples": examples}
                 if query.masked:
-                    spans = [(max(0, a - start), max(0, b - start)) for a, b in query.masked]
-                    own[MASKED] = {"text": spans}
+                    own[MASKED] = {"text": spans_from(query.masked, start)}
                 rows.append((shift, row | own))
         return rows
 

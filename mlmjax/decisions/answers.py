@@ -1,12 +1,13 @@
 """Hold answers: distributions over options, with the figures of the protocol."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from mlmjax.decisions.questions import CHOICE, SCORE, YES_NO, Question, Score, YesNo
+from mlmjax.scoring.masks.importance import Word
 from mlmjax.statistics.calibration import log_softmax
 
 
@@ -16,13 +17,15 @@ class Answer:
 
     `confidence` is 0 for equal probabilities and 1 for certainty. `abstains` says that the best
     probability is below the decider's limit. `tokens` were read for the answer, `shortened` tokens
-    of the state were too many for the prompt.
+    of the state were too many for the prompt. `words` is what `Decider.explain` returns, if it was
+    asked for.
     """
 
     confidence: float
     abstains: bool
     tokens: int
     shortened: int
+    words: tuple[Word, ...] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,10 @@ def answer_json(answer: ChoiceAnswer | YesNoAnswer | ScoreAnswer) -> dict[str, A
         more["x_shortened"] = answer.shortened
     if answer.abstains:
         more["x_abstains"] = True
+    if answer.words:
+        more["x_words"] = [
+            {"text": word.text, "importance": word.importance} for word in answer.words
+        ]
     if isinstance(answer, YesNoAnswer):
         return {
             "type": YES_NO,

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mlmjax.classification.context import JOINT, windows_of
+from mlmjax.classification.context import JOINT, window_spans
 from mlmjax.classification.prompter import over_orders
 from mlmjax.classification.rounds import group_size, in_rounds
 from mlmjax.classification.settings import LongText, ask_for
@@ -19,8 +19,9 @@ from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import Advance
 from mlmjax.scoring.options import TOKENS, OptionScorer
 from mlmjax.statistics import option_orders
-from mlmjax.text.prompts import Prompt, Template, option_lines
+from mlmjax.text.prompts import MASKED, Prompt, Template, option_lines
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.truncation import spans_from
 from mlmjax.text.verbalizer import surface, usable_option_names
 
 Way = Literal["letters", "words"]
@@ -380,19 +381,27 @@ class Asker:
         rows = []
         for shift in shifts:
             row = self._row(item, option_orders.shifted(item.choice, shift))
-            rows += [(shift, row | {"text": text}) for text in self._windows(item.state, row)]
+            for start, text in self._windows(item.state, row):
+                own: dict[str, Any] = {"text": text}
+                if item.state.masked:
+                    own[MASKED] = {"text": spans_from(item.state.masked, start)}
+                rows.append((shift, row | own))
         return rows
 
     def _row(self, item: Item, order: Sequence[int]) -> dict[str, Any]:
         return {"text": self.shown(item.state).text, **self.wording.fields(item.layout, order)}
 
-    def _windows(self, state: State, row: dict[str, Any]) -> list[str]:
+    def _windows(self, state: State, row: dict[str, Any]) -> list[tuple[int, str]]:
+        """Return where each window of a state starts, and its text."""
         if self.long_text == "shorten":
-            return [row["text"]]
+            return [(0, row["text"])]
         text, tokenizer = state.text, self.scorer.tokenizer
         fixed = self.scorer.template.length(tokenizer, {**row, "text": ""})
         room = self.scorer.max_length - fixed - JOINT
-        return windows_of(tokenizer, text, room) if room > 0 else [text]
+        if room <= 0:
+            return [(0, text)]
+        spans = window_spans(tokenizer, text, room)
+        return [(start, text[start:stop]) for start, stop in spans]
 
     def _prompts(
         self, rows: Sequence[dict[str, Any]], states: Sequence[State], where: Sequence[str]

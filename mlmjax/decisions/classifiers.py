@@ -80,7 +80,11 @@ class OwnQuestion:
         for_each_row(self.check, zip(where, states, strict=True))
         prompter, scorer = self.prompter, self.prompter.scorer
         shown = [self._shown(state) for state in states]
-        rows = [[row for _, row in prompter.rows(prompter.queries(s.text)[0])] for s in shown]
+        queries = [
+            prompter.queries(said.text)[0]._replace(masked=state.masked)
+            for state, said in zip(states, shown, strict=True)
+        ]
+        rows = [[row for _, row in prompter.rows(query)] for query in queries]
         names = [name for name, own in zip(where, rows, strict=True) for _ in own]
         prompts = iter(scorer.prompts([row for own in rows for row in own], where=names))
         found = []

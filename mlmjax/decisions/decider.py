@@ -22,6 +22,7 @@ from mlmjax.decisions.settings import DeciderSettings, kind_of, load, settle
 from mlmjax.decisions.states import State, as_state
 from mlmjax.errors import InputError, suggest_keywords
 from mlmjax.reporting.terminal import Progress, progress_bar
+from mlmjax.scoring.masks.importance import Word
 from mlmjax.statistics import label_sets
 from mlmjax.statistics.calibration import (
     Calibration,
@@ -32,6 +33,7 @@ from mlmjax.statistics.calibration import (
 from mlmjax.storage import CLASSIFIER, DECIDER, TRAINING
 from mlmjax.text.checks import check_list, check_share, for_each_row
 from mlmjax.text.tokenizer import ANCHOR
+from mlmjax.text.words import word_spans
 from mlmjax.weights.adapters import save_adapter
 from mlmjax.weights.cards import add_run, model_card
 from mlmjax.weights.pretrained import save_pretrained
@@ -168,6 +170,34 @@ class Decider:
             where += [f"question {key!r:.60}" if alone else f"{name}, {key!r:.60}" for key in table]
         found = iter(self._ask(pairs, where))
         return [{key: self._answer(one, *next(found)) for key, one in own.items()} for own in asked]
+
+    def explain(self, state: Any, question: Any) -> tuple[Word, ...]:
+        """Return how important each word of a state is for the most probable answer.
+
+        The importance of a word is the log probability of that answer, less that with the word
+        masked. The texts of the words together are `State(state).text`; white space has importance
+        0. A state of n words takes n + 1 predictions. Raises `InputError` for JSON that a prompt
+        must shorten.
+        """
+        shown, asked = as_state(state), read_question(question)
+        words = [
+            Word(shown.text[a:b], a, b, 0.0) for a, b in word_spans(self.tokenizer, shown.text)
+        ]
+        masked = [at for at, word in enumerate(words) if word.text.strip()]
+        states = [shown, *(shown.masking((words[at].start, words[at].end)) for at in masked)]
+        scores = self._ask([(one, asked) for one in states], ["the question"] * len(states))
+        if scores[0][1].shortened and not shown.is_plain:
+            raise InputError(
+                "the state is JSON that does not fit in a prompt whole, so its words cannot be "
+                "masked; give less of it, or its text"
+            )
+        found = log_softmax(
+            np.array([self._calibrated(asked, one) for one, _ in scores], np.float64)
+        )
+        best = int(found[0].argmax())
+        for at, value in zip(masked, found[1:, best].tolist(), strict=True):
+            words[at] = words[at]._replace(importance=float(found[0, best]) - value)
+        return tuple(words)
 
     def in_orders(self, states: Sequence[Any], question: Any, orders: int) -> np.ndarray | None:
         """Return log probabilities `[states, orders, options]` of a question under other orders.

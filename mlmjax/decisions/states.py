@@ -1,5 +1,6 @@
 """Show what a question is about, a text or JSON, and shorten it where it is long."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 from mlmjax.errors import InputError
 from mlmjax.text.checks import check_text
 from mlmjax.text.tokenizer import Tokenizer
+from mlmjax.text.truncation import Span
 
 MOST_DEPTH = 64
 INDENT = "  "
@@ -31,8 +33,8 @@ class Shown(NamedTuple):
 class State:
     """A text, or JSON shown with one `key: value` on a line and nested values indented.
 
-    Keys keep their order. Raises `InputError` for anything else, for values that JSON cannot hold,
-    and for more than 64 levels.
+    Keys keep their order. `masked` are the spans of the text that prompts mask. Raises `InputError`
+    for anything else, for values that JSON cannot hold, and for more than 64 levels.
 
     >>> print(State({"subject": "Hello", "tags": ["new", {"id": 7}]}).text)
     subject: Hello
@@ -56,6 +58,7 @@ class State:
                 "list"
             )
         self.is_plain = isinstance(value, str)
+        self.masked: tuple[Span, ...] = ()
         self._bounded: tuple[int, Shown] | None = None
         self._tokens: int | None = None
 
@@ -63,6 +66,12 @@ class State:
     def text(self) -> str:
         """Return the whole state as text."""
         return "".join(before + value for before, value in self.parts)
+
+    def masking(self, span: Span) -> "State":
+        """Return the state with a span of its text masked."""
+        state = copy.copy(self)
+        state.masked = (span,)
+        return state
 
     def bounded(self, tokenizer: Tokenizer, room: int) -> Shown:
         """Return the state in about `room` tokens at most, worked out once."""

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlmjax.decisions.decider import AnyAnswer, Decider
 from mlmjax.errors import InputError, RunError
 from mlmjax.serving.protocol import Asked, InvalidRequestError, Limits, RequestError
+from mlmjax.text.words import word_spans
 
 log = logging.getLogger(__name__)
 Answers = Mapping[str, AnyAnswer]
@@ -114,6 +115,7 @@ class Batcher:
         assert self.decider is not None
         try:
             found = self.decider.decide_all([(j.asked.state, j.asked.questions) for j in jobs])
+            found = [self._explained(job.asked, own) for job, own in zip(jobs, found, strict=True)]
         except Exception as error:
             if len(jobs) > 1:  # one request must not fail another
                 for job in jobs:
@@ -128,14 +130,27 @@ class Batcher:
         for job, answers in zip(jobs, found, strict=True):
             _settle(job, answers)
 
+    def _explained(self, asked: Asked, answers: dict[str, AnyAnswer]) -> dict[str, AnyAnswer]:
+        """Return answers with the importance of the words, if the request wants it."""
+        if not asked.explain:
+            return answers
+        assert self.decider is not None
+        found = {}
+        for key, question in asked.questions.items():
+            words = self.decider.explain(asked.state, question)
+            found[key] = replace(answers[key], words=words)
+        return found
+
 
 def _prepare(decider: Decider, asked: Asked, most: int) -> None:
     """Check and lay out a request outside the engine's thread; raise `RequestError`."""
     problems: list[tuple[list[Any], str, str]] = []
-    tokens = 0
+    tokens, repeats = 0, 1
+    if asked.explain:  # one prompt more for each word
+        repeats += len(word_spans(decider.tokenizer, asked.state.text))
     for key, question in asked.questions.items():
         try:
-            tokens += decider.cost(asked.state, question)
+            tokens += decider.cost(asked.state, question) * repeats
         except InputError as error:
             problems.append((["questions", key], error.message, "value_error"))
     if problems:

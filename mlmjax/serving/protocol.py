@@ -11,6 +11,9 @@ from mlmjax.errors import InputError
 from mlmjax.storage import unique_keys
 from mlmjax.text.checks import check_text
 
+EXPLAIN = "x_explain"
+"""A key of our own: what a request wants besides answers."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -67,11 +70,15 @@ class InvalidRequestError(RequestError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks: a model, a state and questions by their ids."""
+    """What a request asks: a model, a state and questions by their ids.
+
+    `explain` wants the importance of the words of the state for each answer.
+    """
 
     model: str
     state: State
     questions: Mapping[str, Question]
+    explain: bool = False
 
 
 def read_request(body: bytes, limits: Limits) -> Asked:
@@ -102,10 +109,13 @@ def read_request(body: bytes, limits: Limits) -> Asked:
             for key, value in given.items():
                 attempt(["questions", key], _check_id, key)
                 questions[key] = attempt(["questions", key], read_question, value)
+    explain = values.get(EXPLAIN, False)
+    if not isinstance(explain, bool):
+        problems.append(([EXPLAIN], "expected true or false", "bool_type"))
     if problems:
         raise InvalidRequestError(problems[:100])
     assert state is not None
-    return Asked(values["model"], state, questions)
+    return Asked(values["model"], state, questions, explain)
 
 
 def _parse(body: bytes) -> dict[str, Any]:

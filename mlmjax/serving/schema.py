@@ -40,6 +40,7 @@ _REQUEST = {
     "properties": {
         "model": {"type": "string"},
         "state": _TEXT,
+        "x_explain": {"type": "boolean", "default": False},
         "questions": {
             "type": "object",
             "minProperties": 1,

@@ -45,6 +45,15 @@ def cut(length: int, spans: Sequence[Span], kept: int, side: str) -> tuple[list[
     return pieces, start - stop
 
 
+def spans_from(spans: Sequence[Span], start: int) -> list[Span]:
+    """Return spans in the characters of a piece that starts at `start`.
+
+    >>> spans_from([(0, 2), (3, 6)], 4)
+    [(0, 0), (0, 2)]
+    """
+    return [(max(0, first - start), max(0, end - start)) for first, end in spans]
+
+
 def kept_flags(length: int, masked: Sequence[Span], pieces: Sequence[Span]) -> list[bool]:
     """Tell for each character of the pieces that are kept of a text if it is masked.
 

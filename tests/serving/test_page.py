@@ -90,6 +90,22 @@ def test_questions_are_added_by_keyboard_and_errors_are_shown(client, browser):
     assert all("status of 422" in one for one in errors), errors  # the browser reports the status
 
 
+def test_words_behind_answers_are_coloured(client, browser):
+    browser.open(f"http://127.0.0.1:{client.port}/")
+    text = "The refund <b>never</b> came."
+    browser.run("document.getElementById('state').value = arguments[0]", text)
+    browser.run("document.getElementById('explain').click()")
+    assert "answers of mlmjax" in ask(browser)
+    shown = "return [...document.querySelectorAll('.words')].map(one => one.textContent)"
+    assert set(browser.run(shown)) == {text}
+    marks = "return [...document.querySelectorAll('.words mark')].map(one => one.title)"
+    assert len(browser.run(marks)) >= 5
+    assert "x_explain" in text_of(browser, "curl")
+    background = "getComputedStyle(document.querySelector('.words mark')).backgroundColor"
+    assert browser.run(f"return {background}") != "rgba(0, 0, 0, 0)"
+    picture(browser, "page_words.png")
+
+
 def test_a_long_state_a_phone_and_a_dark_page(client, browser):
     browser.device(width=360, height=740, dark=True)
     browser.open(f"http://127.0.0.1:{client.port}/")

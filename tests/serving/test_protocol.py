@@ -114,3 +114,26 @@ def test_the_reference_shows_all_routes_and_asks_no_other_host(client):
     assert all(one.startswith(("/", "data:")) and one[:2] != "//" for one in addresses)
     assert "<script" not in text
     assert "@import" not in text
+
+
+def test_words_over_http(client, decider):
+    request = {
+        "model": "jev-latest",
+        "state": {"subject": "Billed twice", "body": "Refund it."},
+        "questions": {key: REQUEST["questions"][key] for key in ("team", "urgency")},
+    }
+    status, _, plain = client.ask(request)
+    assert status == 200
+    assert all("x_words" not in answer for answer in plain["answers"].values())
+    status, _, found = client.ask(request | {"x_explain": True})
+    assert status == 200
+    for key, question in request["questions"].items():
+        words = decider.explain(request["state"], question)
+        expected = [{"text": word.text, "importance": word.importance} for word in words]
+        assert found["answers"][key].pop("x_words") == expected
+    assert found["answers"] == plain["answers"]
+    status, _, wrong = client.ask(request | {"x_explain": "yes"})
+    assert status == 422
+    assert wrong["detail"][0]["loc"] == ["body", "x_explain"]
+    long = request | {"state": "goal " * 2000, "x_explain": True}
+    assert client.ask(long)[0] == 413
