@@ -17,7 +17,8 @@ from mlmjax.cli.commands import cli
 from mlmjax.cli.tables.choice import PromptLengths, choose, prompt_lengths
 from mlmjax.cli.tables.lines import confusion_lines, length_lines, result_lines
 from mlmjax.cli.tables.split import split_table
-from mlmjax.data.contamination import read_training_manifest
+from mlmjax.config.task import load_task
+from mlmjax.data.contamination import contamination, read_training_manifest
 from mlmjax.data.reading.labelled import read_labelled
 from mlmjax.errors import InputError
 from mlmjax.statistics import reliability
@@ -169,6 +170,10 @@ def test_why_letters_answer_reaches_settings_card_and_manifest(word_folder, tmp_
     (source,) = run.sources
     assert (source.name, source.records, source.unnamed) == ("a.csv", 40, 40)
     assert [(one.name, one.sha256) for one in source.files] == [("a.csv", hash_file(table))]
+    other = tmp_path / "b.csv"  # the same rows, which no hash can show
+    other.write_text(table.read_text() + "\n")
+    for file, status in ((table, "found"), (other, "unknown")):
+        assert contamination(load_task("sst2"), file, read_training_manifest(out)).status == status
     assert main.run([*fit, "--answer", "letters"]) == 0
     assert "the arguments, the prompt" in Classifier.from_pretrained(out).answer_reason_
 
