@@ -70,6 +70,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
+def install_advice(extra: str) -> str:
+    """Say how to install an extra, where mlmjax is installed and in a clone that is not.
+
+    >>> install_advice("serve")
+    "run pip install 'mlmjax[serve]', or pip install '.[serve]' in a clone of mlmjax"
+    """
+    return f"run pip install 'mlmjax[{extra}]', or pip install '.[{extra}]' in a clone of mlmjax"
+
+
 def suggest_name(name: str, known: Sequence[str]) -> str:
     """Ask whether the nearest known name was meant; empty if none is near.
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mlmjax.cli.options import Command
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, install_advice
 
 CHUNK = 256
 _model = click.option(
@@ -177,7 +177,7 @@ def serve(
         from mlmjax.serving.serve import serve as run
     except ImportError as error:
         raise InputError(
-            f"serve: {error.name or error} is not installed; run pip install 'mlmjax[serve]'"
+            f"serve: {error.name or error} is not installed; {install_advice('serve')}"
         ) from error
     key = _key(api_key_env)
     limits = Limits(

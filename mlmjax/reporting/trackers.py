@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from mlmjax.errors import InputError, first_line
+from mlmjax.errors import InputError, first_line, install_advice
 from mlmjax.reporting.terminal import say
 from mlmjax.storage import without_folder, write_json
 
@@ -174,8 +174,8 @@ def check_installed(names: Sequence[str]) -> None:
         package, _ = TRACKERS[name]
         if importlib.util.find_spec(package) is None:
             raise InputError(
-                f"log.to: {name} needs the package {package}, which is not installed; install "
-                "mlmjax[track], or leave it out"
+                f"log.to: {name} needs the package {package}, which is not installed; leave it "
+                f"out of the list, or {install_advice('track')}"
             )
 
 

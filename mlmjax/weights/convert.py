@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mlmjax.errors import InputError
+from mlmjax.errors import InputError, install_advice
 from mlmjax.model.modernbert import Model, ModernBertModel, parameters
 from mlmjax.storage import (
     CLASSIFIER,
@@ -138,7 +138,7 @@ def _oracles() -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError(
             f"--against-torch: {error.name} is not installed; the comparison runs the model in "
-            "transformers; install it with: pip install 'mlmjax[oracle]'"
+            f"transformers; {install_advice('oracle')}"
         ) from error
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -75,6 +75,13 @@ def test_bad_input_is_rejected_in_words(folder, capsys, monkeypatch, arguments, 
     assert message in next(line for line in err.splitlines() if line.startswith("mlmjax: "))
 
 
+def test_a_server_without_its_packages_says_how_to_install_them(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "mlmjax.serving.app", None)
+    assert run(["serve"]) == 2
+    says = "is not installed; run pip install 'mlmjax[serve]', or pip install '.[serve]' in a clone"
+    assert says in capsys.readouterr().err
+
+
 @contextmanager
 def serving(model):
     """A server in a process of its own: the process, its port, and what it said before."""

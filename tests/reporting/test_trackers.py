@@ -69,7 +69,7 @@ def test_a_tracker_that_fails_says_so_once_and_the_others_go_on(fakes, tmp_path,
 def test_a_package_that_is_missing_is_said_before_the_run(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "wandb", ("no_such_package", FakeTracker))
     check_installed(["tensorboard"])
-    with pytest.raises(InputError, match=r"log\.to: wandb needs .*; install mlmjax\[track\]"):
+    with pytest.raises(InputError, match=r"log\.to: wandb needs .* pip install 'mlmjax\[track\]'"):
         check_installed(["tensorboard", "wandb"])
 
 

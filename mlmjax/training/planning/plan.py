@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmjax.config.run import RunConfig
-from mlmjax.errors import InputError, counted
+from mlmjax.errors import InputError, counted, install_advice
 from mlmjax.parallel import sharding
 from mlmjax.training.planning.arithmetic import estimate, estimate_plan
 from mlmjax.training.planning.changes import apply_change, changes
@@ -271,7 +271,7 @@ def report(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  attention {machine['attention']}{auto}{sizes}"
     by = {"compiler": "as the compiler reports it", "arithmetic": "by arithmetic"}
     lacks = machine["memory_by"] == "arithmetic" and machine["device"].startswith("TPU")
-    more = "; install mlmjax[plan] to compile for this TPU" if lacks else ""
+    more = f"; to compile for this TPU, {install_advice('plan')}" if lacks else ""
     yield f"  jax {machine['jax']}, {machine['compiler']}; memory {by[machine['memory_by']]}{more}"
     yield (
         f"training step: {training['rows']} rows of {training['seq_length']} tokens in "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-from mlmjax.errors import InputError, counted, first_line
+from mlmjax.errors import InputError, counted, first_line, install_advice
 
 GIB = 2**30
 
@@ -339,8 +339,7 @@ def devices_of(topology: Topology) -> list[Any]:
         if not has_tpu_compiler() or "libtpu" in str(error):
             raise InputError(
                 f"--topology {topology.name}: compiling for a TPU needs its compiler, libtpu; "
-                "install it with pip install '.[plan]' in a clone of mlmjax, or pip install "
-                "'mlmjax[plan]'"
+                f"{install_advice('plan')}"
             ) from error
         raise _reject(
             topology.name,
