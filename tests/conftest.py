@@ -48,6 +48,7 @@ sharding.local_devices = lambda: jax.local_devices()[:1]
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 HAS_TRACKERS = all(map(importlib.util.find_spec, ("trackio", "wandb", "mlflow")))
+HAS_MINICONS = importlib.util.find_spec("minicons") is not None
 HAS_BROWSER = bool(shutil.which("chromium") and shutil.which("chromedriver"))
 TEST_DATA = os.environ.get("MLMJAX_TEST_DATA")
 if sys.platform == "win32":
@@ -81,6 +82,7 @@ def pytest_collection_modifyitems(config, items):
         lacking = ("data" in marks and not TEST_DATA) or ("libtpu" in marks and not HAS_LIBTPU)
         lacking |= "browser" in marks and not HAS_BROWSER
         lacking |= "track" in marks and not HAS_TRACKERS
+        lacking |= "minicons" in marks and not HAS_MINICONS
         (dropped if unwanted or lacking else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
