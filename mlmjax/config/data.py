@@ -134,6 +134,10 @@ class CsvOptions(CsvDialect):
         return f"{self.KEY} " + (f"{name}=..." if value is None else quote(f"{name}={value}"))
 
 
+ALL_SUBSETS = "*"
+"""What stands for all subsets of a dataset of the hub, in the order of their names."""
+
+
 class Location(StrictTable):
     """Say where records are: local files, or a dataset of the hub.
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from mlmjax.config.data import Location
+from mlmjax.config.data import ALL_SUBSETS, Location
 from mlmjax.config.tables import StrictTable, check_values
 from mlmjax.config.task import TaskTable
 from mlmjax.data.manifest import Manifest
@@ -266,8 +266,10 @@ def _findings(
             for file in source.files
             if file.sha256 in digests
         ]
-        wanted = place.hub or task.hub, task.subset, task.folder
-        if source.hub is not None and (source.hub, source.subset, source.folder) == wanted:
+        wanted = place.hub or task.hub, task.folder
+        subsets = {source.subset, task.subset}
+        is_same = len(subsets) == 1 or ALL_SUBSETS in subsets
+        if source.hub is not None and is_same and (source.hub, source.folder) == wanted:
             found.append(
                 f"trained on the dataset of this evaluation, {source.name}, split {source.split}"
             )

@@ -119,6 +119,26 @@ def test_tasks_of_texts_read_files_of_their_layout(tmp_path, name):
         assert [question.gold for question in questions] == [0, 1]
 
 
+def test_blimp_reads_all_subsets_of_a_folder_laid_out_as_on_the_hub(tmp_path):
+    configs = []
+    for name in ("wh_island", "adjunct_island"):
+        (tmp_path / name).mkdir()
+        rows = {"sentence_good": [f"good {name}"], "sentence_bad": ["bad"], "UID": [name]}
+        pq.write_table(pa.table(rows), tmp_path / name / "train-00000-of-00001.parquet")
+        configs.append(
+            f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        )
+    (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
+    local = load_task("blimp").model_copy(update={"hub": str(tmp_path)})
+    questions, _ = read_questions(local, None, None)
+    assert [question.group for question in questions] == ["adjunct_island", "wh_island"]
+    assert [question.row["options"][question.gold] for question in questions] == [
+        "good adjunct_island", "good wh_island"
+    ]  # fmt: skip
+    one = local.model_copy(update={"subset": "wh_island"})
+    assert len(read_questions(one, None, None)[0]) == 1
+
+
 def test_labels_of_raft_are_names_or_the_class_numbers_of_the_hub(tmp_path):
     """Class 0 is for rows without a label; the folder is laid out as the hub's parquet branch."""
     shipped = load_task("one_stop_english")

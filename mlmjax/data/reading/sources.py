@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlmjax.config.columns import Column, look_up, look_up_or_none
-from mlmjax.config.data import Location
+from mlmjax.config.data import ALL_SUBSETS, Location
 from mlmjax.data.reading.files import (
     BROKEN_RECORD,
     Broken,
@@ -134,6 +134,15 @@ def _read_hub(
     import datasets
 
     where = f"hub dataset {source.hub}"
+    if source.subset == ALL_SUBSETS:
+        try:
+            found = datasets.get_dataset_config_names(source.hub, revision=source.revision)
+        except Exception as error:
+            raise _unreadable(where, error) from error
+        for name in sorted(found):
+            one = source.model_copy(update={"subset": name})
+            yield from _read_hub(one, columns, optional, named, unnamed)
+        return
     if not source.is_pinned:
         log.warning(
             "%s: revision is %r, not a commit, so rows may change between two runs",
