@@ -58,6 +58,7 @@ class TextScore:
         return self.total / sum(token.starts_word for token in self.tokens)
 
 
+@suggest_keywords
 def perplexity(scores: Iterable[TextScore], *, per: Literal["token", "word"] = "token") -> float:
     """Return the pseudo-perplexity of texts: exp of the mean loss over all tokens or words.
 
