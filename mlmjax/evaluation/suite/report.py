@@ -168,7 +168,7 @@ def write_report(
         averages=averages,
         shared=shared,
         tried=[line for line in lines if line.tried],
-        notes=list(_notes(lines)),
+        notes=list(_notes(lines, about["sweep"]["max_length"])),
         picture=PICTURE,
         picture_shows=_SHOWS,
     )
@@ -193,15 +193,20 @@ def _averages(lines: Sequence[Line]) -> tuple[list[tuple[str, str, float]], int]
     ], len(shared)
 
 
-def _notes(lines: Sequence[Line]) -> Iterator[str]:
-    """Yield what a score does not show: truncated rows, lost seeds, contamination."""
+def _notes(lines: Sequence[Line], max_length: int) -> Iterator[str]:
+    """Yield what a score does not show: truncated rows, lost seeds, contamination.
+
+    `max_length` is that of the sweep, which fine-tuned models keep to.
+    """
     for line in lines:
         model = cell(line.model) if line.model else ""
         who = ", ".join(filter(None, [cell(line.task), line.method, model]))
         if line.diverged:
             yield f"{who}: {line.diverged} of the seeds diverged and are in no mean"
         if line.shortened:
-            yield f"{who}: the text of {number(line.shortened)} of the rows was truncated"
+            most = f"{max_length:,} tokens, the max_length of the sweep, or to "
+            limit = f"{most if line.kind == 'fine-tune' else ''}what the model reads"
+            yield f"{who}: the text of {number(line.shortened)} rows was truncated to {limit}"
         for finding in line.trained_on:
             yield f"{who}: the model was {cell(finding, LONG_CELL)}"
     for task, count in {line.task: line.left_out for line in lines if line.left_out}.items():
