@@ -11,7 +11,7 @@ from mlmjax.config.run import CheckpointConfig
 from mlmjax.data.masking.maskers import LossMasker
 from mlmjax.errors import InputError
 from mlmjax.text.tokenizer import Tokenizer
-from mlmjax.training.run.train import run_training
+from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.weights.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
@@ -78,6 +78,18 @@ def test_a_run_learns_and_a_stopped_one_resumes_to_the_same_bits(folder, table, 
     assert (folder / f"research-{name}" / "export" / "model.safetensors").is_file()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["loss", "replaced"])
+def test_eight_devices_learn_the_same(folder, table, name):
+    """Up to rounding; the straight run of the test above is on one device."""
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    changes = {"mesh": mesh, "data__accumulate": 2}
+    run_training(config_of(folder, f"{name}-eight", objectives(table)[name], **changes))
+    one, eight = (lines_of(folder / f"research-{name}{end}") for end in ("", "-eight"))
+    losses = [[line["loss"] for line in lines] for lines in (one, eight)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_losses_of_tokens_are_those_of_the_last_validation(folder):
     """The straight run of the test above has validated after updates 4 and 8."""
     tokenizer = Tokenizer.from_pretrained(folder / "tokenizer")
@@ -122,6 +134,11 @@ def test_another_table_is_another_run(folder, table):
         run_training(config)
     card = (folder / "research-table" / "export" / "README.md").read_text()
     assert "- masking: weights, table `other.csv`" in card
+
+
+def test_rows_are_prepared_without_running_code(folder):
+    objective = {"mlm_share": 1.0, "masking": "no_such_module:masker"}
+    assert prepare_rows(config_of(folder, "none", objective)) == folder / "rows"
 
 
 def test_code_of_ones_own_trains_and_is_on_the_card(folder, monkeypatch):
