@@ -40,7 +40,14 @@ from mlmjax.storage import (
 from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.weights.cards import files_to_keep
 from mlmjax.weights.hub import EXPORT_FILES, push
-from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, Weights, weight_map
+from mlmjax.weights.tensors.tensor_files import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    INDEX,
+    WEIGHTS,
+    Weights,
+    weight_map,
+)
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a model."""

@@ -31,7 +31,7 @@ from mlmjax.weights.model_checkpoint import (
     save_model,
     saved_tensors,
 )
-from mlmjax.weights.tensor_files import Weights
+from mlmjax.weights.tensors.tensor_files import Weights
 
 Tensors = dict[str, Callable[[], np.ndarray]]
 """How to read each tensor of a folder, by its Hugging Face name."""

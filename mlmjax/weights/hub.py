@@ -31,7 +31,7 @@ from mlmjax.storage import (
     read_bounded,
     read_json,
 )
-from mlmjax.weights.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_map
+from mlmjax.weights.tensors.tensor_files import ADAPTER, ADAPTER_CONFIG, INDEX, WEIGHTS, weight_map
 
 PACKAGED = "mlmjax-small"
 """The name of the model inside this package."""

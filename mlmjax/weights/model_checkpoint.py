@@ -40,6 +40,7 @@ from mlmjax.weights.checkpoints import (
     reason_of,
     verify,
 )
+from mlmjax.weights.tensors import layout
 
 PARAMS, MODEL_RECORD = "params", "checkpoint.json"
 MODEL_FORMAT = "mlmjax-model-1"
@@ -125,7 +126,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
     folder = expand_home(folder).absolute()
     if is_model(folder):
         record = _read_record(folder)
-        tensors = pretrained.to_hf_tensors(_restore(folder / PARAMS, None, record["fingerprints"]))
+        tensors = layout.to_hf_tensors(_restore(folder / PARAMS, None, record["fingerprints"]))
         dtypes = record["source_dtypes"]
         if pretrained.DECODER in dtypes:
             tensors.setdefault(pretrained.DECODER, tensors[pretrained.EMBEDDING])
@@ -141,7 +142,7 @@ def saved_tensors(folder: Path) -> dict[str, np.ndarray] | None:
     state = _restore(folder / STATE, None, record.get("fingerprints"))
     if not isinstance(state, Mapping) or "params" not in state:
         raise InputError(f"{folder}: holds a state without params; give a training run's folder")
-    return pretrained.to_hf_tensors(state["params"])
+    return layout.to_hf_tensors(state["params"])
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

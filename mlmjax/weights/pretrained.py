@@ -2,21 +2,16 @@
 
 import json
 import logging
-import math
 import os
 import re
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import jax
 import numpy as np
-from flax import nnx
-from safetensors.numpy import save_file
 
 from mlmjax.config.run import SPLASH_BLOCKS
 from mlmjax.errors import InputError, named_place, suggest_keywords
@@ -33,7 +28,6 @@ from mlmjax.model.modernbert import (
     with_parameters,
 )
 from mlmjax.parallel.processes import check_not_forked
-from mlmjax.parallel.sharding import named_leaves
 from mlmjax.storage import (
     CARD,
     CONFIG,
@@ -51,7 +45,8 @@ from mlmjax.weights.cards import (
     with_adapter_provenance,
     with_provenance,
 )
-from mlmjax.weights.tensor_files import INDEX, Header, Weights
+from mlmjax.weights.tensors.layout import hf_shape, input_axes, write_weights
+from mlmjax.weights.tensors.tensor_files import Header, Weights
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +57,6 @@ DERIVED = re.compile(r"(.+\.)?rotary_emb\.(\w+_)?inv_freq")
 """Tensors that follow from the configuration, which some older exports hold too."""
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float32"}
 """The dtypes of tensors in files, and those that they have when they are saved again."""
-SHARD_BYTES = 5 * 10**9
 NAMES = 3
 """How many names of either side a mismatch shows at least."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -327,7 +321,7 @@ def _read_parameters(abstract: Any, weights: Weights) -> Model:
 
     def put(name: str, leaf: Any) -> jax.Array:
         with jax.default_device(device):
-            value = read(name).T if _inputs(name) else read(name)
+            value = read(name).T if input_axes(name) else read(name)
             value = value.reshape(leaf.shape).astype(leaf.dtype, copy=False)
             # A copy, because an array that shares numpy's memory cannot be donated to a step.
             return jax.device_put(value, may_alias=False)
@@ -390,7 +384,7 @@ def save_pretrained(
             values |= dict.fromkeys({"dtype"} | ({"torch_dtype"} & values.keys()), names.pop())
         text = json.dumps(dict(sorted(values.items())), indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
-        _write_weights(folder, tensors, dtypes)
+        write_weights(folder, tensors, dtypes)
         if tokenizer is not None:
             tokenizer.save(folder)
         for name, content in files.items():
@@ -398,84 +392,3 @@ def save_pretrained(
             (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
     if push_to is not None:
         hub.push(path, push_to, private=private)
-
-
-def _write_weights(folder: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
-    sizes = {name: tensors[name].size * np.dtype(dtypes[name]).itemsize for name in sorted(tensors)}
-    split = huggingface_hub.split_state_dict_into_shards_factory(
-        sizes,
-        get_storage_size=lambda size: size,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=SHARD_BYTES,
-    )
-    for file, names in split.filename_to_tensors.items():
-        shard = {}
-        for name in names:
-            with np.errstate(over="ignore"):  # values that overflow are rejected below, by name
-                value = to_hf_layout(name, np.asarray(tensors[name])).astype(dtypes[name])
-            if not np.isfinite(value.astype(np.float32)).all():
-                raise InputError(
-                    f"{name}: holds values that are NaN, infinite or beyond {dtypes[name]}; "
-                    "nothing was written"
-                )
-            shard[name] = value
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors makes files that only the owner can read, whatever the umask says.
-        shutil.copymode(folder / CONFIG, folder / file)
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-# Parameters have the checkpoint's names. torch keeps a kernel as `[out, in]`. Here its axes are the
-# inputs, then the outputs, and either may have several parts (`[hidden, 3, heads, head_dim]`). The
-# number is how many leading axes are inputs; None marks tensors with the same axes on disk.
-LAYOUTS: tuple[tuple[str, int | None], ...] = (
-    ("tok_embeddings.weight", None),
-    ("decoder.weight", None),
-    ("norm.weight", None),
-    ("attn.Wqkv.weight", 1),
-    ("attn.Wo.weight", 2),
-    ("mlp.Wi.weight", 1),
-    ("mlp.Wo.weight", 1),
-    ("attn.Wo.lora_A.weight", 2),
-    ("lora_A.weight", 1),
-    ("lora_B.weight", 1),
-    ("head.dense.weight", 1),
-    ("classifier.weight", 1),
-    (".bias", 0),
-)
-
-
-def hf_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape on disk of a parameter that has `shape` here.
-
-    >>> hf_shape("model.layers.0.attn.Wqkv.weight", (32, 3, 4, 8))
-    (96, 32)
-    """
-    inputs = _inputs(name)
-    if inputs is None:
-        return shape
-    outputs = math.prod(shape[inputs:])
-    return (outputs, math.prod(shape[:inputs])) if inputs else (outputs,)
-
-
-def to_hf_tensors(params: Any) -> dict[str, np.ndarray]:
-    """Return the parameters of a model, or a tree of them, as tensors on disk by their names."""
-    named = parameters(params) if isinstance(params, nnx.Module) else named_leaves(params)
-    return {name: to_hf_layout(name, np.asarray(value)) for name, value in named.items()}
-
-
-def to_hf_layout(name: str, value: np.ndarray) -> np.ndarray:
-    """Return a parameter in its layout on disk."""
-    shape = hf_shape(name, value.shape)
-    if _inputs(name):
-        return np.ascontiguousarray(value.reshape(shape[::-1]).T)
-    return value.reshape(shape)
-
-
-def _inputs(name: str) -> int | None:
-    for suffix, inputs in LAYOUTS:
-        if name.endswith(suffix):
-            return inputs
-    raise ValueError(f"parameter {name} has no layout; add one to pretrained.LAYOUTS")

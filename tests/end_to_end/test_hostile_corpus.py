@@ -24,7 +24,7 @@ from mlmjax.cli import main
 from mlmjax.data.rows import open_rows
 from mlmjax.errors import InputError
 from mlmjax.weights.pretrained import load_pretrained
-from mlmjax.weights.tensor_files import WEIGHTS
+from mlmjax.weights.tensors.tensor_files import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
 KINDS = (weights, models, data, runs, checkpoints, tasks, texts)

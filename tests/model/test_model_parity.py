@@ -14,7 +14,7 @@ from mlmjax.model.modernbert import (
     abstract_model,
     parameters,
 )
-from mlmjax.weights.pretrained import to_hf_layout, to_hf_tensors
+from mlmjax.weights.tensors.layout import to_hf_layout, to_hf_tensors
 
 SMALL = {"num_attention_heads": 1, "hidden_size": 10, "intermediate_size": 7}
 SMALL |= {"vocab_size": 130, "num_hidden_layers": 1}

@@ -23,6 +23,7 @@ from mlmjax.training.run.train import run_training
 from mlmjax.training.step import abstract_train_state, split_parameters
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
+from mlmjax.weights.tensors import layout
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -67,7 +68,7 @@ def assert_close_runs(out, expected):
     """Same lines, and the same exported weights and validation to rounding."""
     assert_close_lines(lines_of(out), lines_of(expected))
     found, wanted = (
-        dict(pretrained.to_hf_tensors(pretrained.load_pretrained(folder / "export")[0]))
+        dict(layout.to_hf_tensors(pretrained.load_pretrained(folder / "export")[0]))
         for folder in (out, expected)
     )
     for name, value in wanted.items():

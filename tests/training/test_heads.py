@@ -25,6 +25,7 @@ from mlmjax.training.step import (
     make_train_step,
 )
 from mlmjax.weights import pretrained
+from mlmjax.weights.tensors import layout
 
 NAMES = ["bad", "fair", "good"]
 
@@ -81,7 +82,7 @@ def test_loss_and_gradients_are_those_of_transformers(tmp_path, labels, pooling)
     assert float(value) == pytest.approx(loss.item(), rel=1e-5)
     expected = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     nnx.update(model, grads)
-    found = dict(pretrained.to_hf_tensors(model))
+    found = dict(layout.to_hf_tensors(model))
     assert found.keys() == expected.keys()
     for name, grad in expected.items():
         np.testing.assert_allclose(found[name], grad, atol=1e-4 * abs(grad).max(), err_msg=name)

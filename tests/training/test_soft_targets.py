@@ -12,7 +12,7 @@ from mlmjax.data.batch import UNUSED, Answers, Options
 from mlmjax.text.prompts import Prompt
 from mlmjax.training.finetune import Shape, answer_batch, label_batch
 from mlmjax.training.step import head_of
-from mlmjax.weights.pretrained import to_hf_tensors
+from mlmjax.weights.tensors.layout import to_hf_tensors
 
 MLM, LABELLED = CLASSES
 RNG = np.random.default_rng(4)

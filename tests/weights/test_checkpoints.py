@@ -32,6 +32,7 @@ from mlmjax.weights import checkpoints as checkpoints_module
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints, fingerprints
 from mlmjax.weights.model_checkpoint import load_model, save_model, saved_tensors
+from mlmjax.weights.tensors import layout
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -415,7 +416,7 @@ def test_damaged_model_checkpoint(damage, message, whole_model, tmp_path):
 
 
 def test_parameters_of_a_run_are_read_as_tensors(saved):
-    expected = dict(pretrained.to_hf_tensors(make_model()))
+    expected = dict(layout.to_hf_tensors(make_model()))
     for place in (saved.parent, saved, saved / "2"):
         found = saved_tensors(place)
         assert found.keys() == expected.keys()

@@ -24,7 +24,7 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.step import create_train_state
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
-from mlmjax.weights.tensor_files import WEIGHTS
+from mlmjax.weights.tensors.tensor_files import WEIGHTS
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 

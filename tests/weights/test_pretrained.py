@@ -32,8 +32,9 @@ from mlmjax.model.architecture import ModelConfig
 from mlmjax.model.modernbert import abstract_model, parameters
 from mlmjax.storage import CARD, CLASSIFIER, CONFIG, PROVENANCE, TOKENIZER_FILES
 from mlmjax.weights import pretrained
-from mlmjax.weights.pretrained import hf_shape, load_pretrained, save_pretrained
-from mlmjax.weights.tensor_files import INDEX, WEIGHTS, Weights
+from mlmjax.weights.pretrained import load_pretrained, save_pretrained
+from mlmjax.weights.tensors import layout
+from mlmjax.weights.tensors.tensor_files import INDEX, WEIGHTS, Weights
 
 EMBEDDING, DECODER = pretrained.EMBEDDING, pretrained.DECODER
 
@@ -88,12 +89,14 @@ def test_mapping_covers_exactly_the_parameters(name):
         options = {bias: not getattr(default, bias) for bias in flipped}
         theirs = {n: tuple(p.shape) for n, p in torch_model(name, **options).named_parameters()}
         abstract = abstract_model(name, ModelConfig(**SIZES, **options))
-        assert theirs == {n: hf_shape(n, leaf.shape) for n, leaf in parameters(abstract).items()}
+        assert theirs == {
+            n: layout.hf_shape(n, leaf.shape) for n, leaf in parameters(abstract).items()
+        }
 
 
 def test_a_parameter_without_a_layout_is_an_error():
     with pytest.raises(ValueError, match=r"model\.new\.thing has no layout"):
-        hf_shape("model.new.thing", (2, 3))
+        layout.hf_shape("model.new.thing", (2, 3))
 
 
 # --- from transformers, and back -----------------------------------------------------------------
@@ -126,7 +129,7 @@ def test_transformers_to_mlmjax_to_transformers(name, shard, dtype, tmp_path):
 
 
 def test_sharded_folder_comes_back_with_the_same_tensors(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrained, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 3000)
     model = export(source, tmp_path / "out")
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert set(index["weight_map"]) == set(tensors_of(source))
@@ -274,8 +277,8 @@ def test_float64_is_read_as_float32_and_said(folder, source, tmp_path, caplog):
     model, tokenizer = load_pretrained(folder)
     said = f"float64 values are read as float32, in 1 of {len(tensors)} tensors, such as {name}"
     assert [said in record.message for record in caplog.records] == [True]
-    same = pretrained.to_hf_tensors(load_pretrained(source)[0])
-    for key, value in pretrained.to_hf_tensors(model).items():
+    same = layout.to_hf_tensors(load_pretrained(source)[0])
+    for key, value in layout.to_hf_tensors(model).items():
         np.testing.assert_array_equal(value, same[key])
     save_pretrained(model, tokenizer, tmp_path / "out", dtype="source")
     assert load_file(tmp_path / "out" / WEIGHTS)[name].dtype == np.float32

@@ -27,7 +27,7 @@ from mlmjax.text.tokenizer import Tokenizer
 from mlmjax.training.finetune import fine_tune
 from mlmjax.weights import hub
 from mlmjax.weights.pretrained import load_pretrained
-from mlmjax.weights.tensor_files import WEIGHTS, weight_map
+from mlmjax.weights.tensors.tensor_files import WEIGHTS, weight_map
 
 MANY_PRODUCTS = 2 * 10**6
 """From so many labels times words of the texts on, logistic regression takes seconds to minutes.

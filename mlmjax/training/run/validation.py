@@ -28,7 +28,7 @@ from mlmjax.training.optimizer import averaged_parameters
 from mlmjax.training.run.inputs import AnyLoader, Loaders, feed
 from mlmjax.training.run.log import Totals, add, count_tokens, summarize
 from mlmjax.training.step import TrainState
-from mlmjax.weights.tensor_files import INDEX, WEIGHTS
+from mlmjax.weights.tensors.tensor_files import INDEX, WEIGHTS
 
 EvalStep = Callable[[Any, Any], Mapping[str, jax.Array]]
 NAME = 17

@@ -24,6 +24,7 @@ from mlmjax.training.run.train import prepare_rows, run_training
 from mlmjax.training.run.validation import read_finished
 from mlmjax.weights import pretrained
 from mlmjax.weights.checkpoints import Checkpoints
+from mlmjax.weights.tensors import layout
 
 pytestmark = pytest.mark.usefixtures("orbax_leftovers")
 
@@ -67,7 +68,7 @@ def test_a_run_leaves_what_it_promises(folder, straight):
     assert list(out.glob("events.out.tfevents.*"))
     assert not (out / "profile").exists()
     model, tokenizer = pretrained.load_pretrained(out / "export")
-    exported = dict(pretrained.to_hf_tensors(model))
+    exported = dict(layout.to_hf_tensors(model))
     assert exported["model.final_norm.weight"].tolist() == (
         straight.params["model"]["final_norm"]["weight"][...].tolist()
     )
