@@ -2,12 +2,14 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mlmjax.config.run import ObjectiveConfig, parse_config
+from mlmjax.data.batch import UNUSED, Batch
 from mlmjax.errors import InputError, RunError
-from mlmjax.training.objectives import check_code, find_code, hash_files, masker_of
+from mlmjax.training.objectives import check_code, find_code, hash_files, masker_of, replaced_tokens
 
 MODULE = """
 import numpy as np
@@ -123,6 +125,39 @@ def test_the_hash_of_code_changes_with_its_file(code):
     table = ObjectiveConfig(masking="weights", mask_table="none.csv")
     with pytest.raises(InputError, match=r"none\.csv"):
         hash_files(table)
+
+
+class FixedLogits:
+    """A model whose logit of `[MASK]` is given for every position."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def encode(self, input_ids, segment_ids, position_ids):
+        return jnp.zeros((*input_ids.shape, 1))
+
+    def mlm_logits(self, hidden, vocabulary_ids):
+        assert len(vocabulary_ids) == 1
+        return jnp.asarray(self.logits)[..., None]
+
+
+def test_replaced_tokens_are_found_among_all_that_are_not_special(tokenizer):
+    """A random token that is by chance the original one is not replaced."""
+    cls, sep, pad, unused = tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, UNUSED
+    rows = np.array([[cls, 300, 301, 302, sep, 400, pad], [cls, 500, sep, pad, pad, pad, pad]])
+    segments = np.array([[1, 1, 1, 1, 1, 2, 0], [1, 1, 1, 0, 0, 0, 0]])
+    positions = np.array([[2, 3, unused], [unused] * 3])
+    originals = np.array([[999, 302, unused], [unused] * 3])
+    batch = Batch(rows, segments, rows, positions, originals, originals)
+    logits = np.random.default_rng(0).normal(size=rows.shape).astype(np.float32)
+    loss_sum, metrics = replaced_tokens(tokenizer)(FixedLogits(logits), batch)
+    places = [(0, 1), (0, 2), (0, 3), (0, 5), (1, 1)]
+    signs = [1, -1, 1, 1, 1]  # only the token at position 2 was replaced
+    expected = sum(
+        np.log1p(np.exp(sign * logits[at])) for at, sign in zip(places, signs, strict=True)
+    )
+    assert float(loss_sum) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics["loss_count"]) == len(places)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,9 @@ def config_of(folder, name, objective, **changes):
     return make_config(folder, out=str(folder / f"research-{name}"), objective=objective, **changes)
 
 
-@pytest.mark.parametrize("name", ["weights", "loss", "replaced"])
+@pytest.mark.parametrize(
+    "name", ["weights", "loss", pytest.param("replaced", marks=pytest.mark.long)]
+)
 def test_a_run_learns_and_a_stopped_one_resumes_to_the_same_bits(folder, table, stop_after, name):
     objective = objectives(table)[name]
     straight = run_training(config_of(folder, name, objective))
