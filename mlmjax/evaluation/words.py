@@ -8,6 +8,7 @@ import numpy as np
 
 from mlmjax.config.task import Task
 from mlmjax.evaluation.questions import Question
+from mlmjax.reporting.markdown import number
 from mlmjax.reporting.pages import render, stylesheet
 from mlmjax.scoring.masks.importance import Word, coloured, importance_in_rows
 from mlmjax.scoring.scorers import RowScorer
@@ -47,7 +48,7 @@ def explain_mistakes(
     columns = [scorer.labels.index(labels[best[i]]) for i in wrong]
     return [
         Explained(
-            questions[i].where,
+            f"Row {number(questions[i].index + 1)}",
             labels[questions[i].gold],
             labels[best[i]],
             float(np.exp(sure[i])),
