@@ -42,7 +42,7 @@ def by_hand(model, tokenizer):
         ids = tokenizer.wrap(ids_with_masks(tokenizer, text))
         while tokenizer.mask_id in ids:
             slots = [at for at, token in enumerate(ids) if token == tokenizer.mask_id]
-            logits = np.array(model.mlm_logits(engine.run([ids])[0][slots]), np.float64)
+            logits = np.array(model.mlm_logits(engine.run([ids])[0]), np.float64)[slots]
             logits[:, never] = -np.inf
             sure = logits.max(axis=1) - np.logaddexp.reduce(logits, axis=1)
             at = sure.argmax() if order == "confidence" else 0

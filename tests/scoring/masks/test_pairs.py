@@ -3,33 +3,40 @@
 import numpy as np
 import pytest
 
-from mlmjax import fill_mask, pair_log_probs
+from mlmjax import pair_log_probs
 from mlmjax.errors import InputError
+from mlmjax.scoring.fill_mask import MaskFiller
 
 FIRST, SECOND = ["goal", "bank", "rain"], ["old", "new"]
 
 
-def by_hand(words, text, names):
-    """Return the log probabilities of tokens at each mask of a text."""
-    size = words[1].vocab_size - len(words[1].special_ids)
-    (masks,) = fill_mask(*words, [text], top_k=size)
-    shares = [{answer.token: answer.probability for answer in mask} for mask in masks]
-    return [np.log([share[name] for name in own]) for share, own in zip(shares, names, strict=True)]
+@pytest.fixture(scope="module")
+def by_hand(words):
+    """Return a function from a text and names to the names' log probabilities at each mask."""
+    filler = MaskFiller(*words, top_k=words[1].vocab_size - len(words[1].special_ids))
+
+    def score(text, names):
+        (masks,) = filler.fill([text])
+        shares = [{answer.token: answer.probability for answer in mask} for mask in masks]
+        pairs = zip(shares, names, strict=True)
+        return [np.log([share[name] for name in own]) for share, own in pairs]
+
+    return score
 
 
-def test_every_conditional_as_by_hand(words):
+def test_every_conditional_as_by_hand(by_hand):
     texts = ["the [MASK] is a [MASK] text", "[MASK] [MASK]"]
     found = pair_log_probs(*words, texts, first=FIRST, second=SECOND)
     for text, one in zip(texts, found, strict=True):
-        first, second = by_hand(words, text, [FIRST, SECOND])
+        first, second = by_hand(text, [FIRST, SECOND])
         np.testing.assert_allclose(one.first, first, atol=1e-4)
         np.testing.assert_allclose(one.second, second, atol=1e-4)
         for b, name in enumerate(SECOND):
             before, after = text.rsplit("[MASK]", 1)
-            (own,) = by_hand(words, before + name + after, [FIRST])
+            (own,) = by_hand(before + name + after, [FIRST])
             np.testing.assert_allclose(one.first_given_second[:, b], own, atol=1e-4)
         for a, name in enumerate(FIRST):
-            (own,) = by_hand(words, text.replace("[MASK]", name, 1), [SECOND])
+            (own,) = by_hand(text.replace("[MASK]", name, 1), [SECOND])
             np.testing.assert_allclose(one.second_given_first[a], own, atol=1e-4)
         odds = one.first[1] + one.second_given_first[1, 0]
         odds -= one.second[0] + one.first_given_second[1, 0]
