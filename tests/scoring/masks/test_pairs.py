@@ -24,7 +24,7 @@ def by_hand(words):
     return score
 
 
-def test_every_conditional_as_by_hand(by_hand):
+def test_every_conditional_as_by_hand(words, by_hand):
     texts = ["the [MASK] is a [MASK] text", "[MASK] [MASK]"]
     found = pair_log_probs(*words, texts, first=FIRST, second=SECOND)
     for text, one in zip(texts, found, strict=True):
