@@ -107,6 +107,7 @@ def serving(model):
         process.communicate()
 
 
+@pytest.mark.long
 def test_a_server_of_a_classifier_answers_as_the_classifier(tmp_path):
     tokenizer = word_tokenizer(tmp_path)
     texts, labels = examples(40, seed=1)

@@ -134,6 +134,7 @@ def test_the_corpus_is_large_and_not_only_rejected():
     assert sum(case.exit == 0 for case in CASES.values()) >= 20
 
 
+@pytest.mark.long
 def test_the_command_itself(good, tmp_path):
     case = CASES["checkpoint-with-bits-flipped"]
     case.write(good, tmp_path / "case")

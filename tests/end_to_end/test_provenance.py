@@ -159,7 +159,13 @@ def go(road, source, folder):
     return folder / "out"
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize(
+    "road",
+    [
+        pytest.param(road, marks=pytest.mark.long) if road is trained_with_adapter else road
+        for road in ROADS
+    ],
+)
 def test_every_road_keeps_licence_attribution_and_training_data(road, source, tmp_path):
     check(go(road, source, tmp_path / "first"), ROADS[road])
 

@@ -20,7 +20,10 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern",
+    ["periods of two and a rest", pytest.param("all alike", marks=pytest.mark.long)],
+)
 def test_a_loop_gives_the_same_numbers(pattern):
     remat, scanned, kinds = PATTERNS[pattern]
     assert _find_periods(kinds)[0] == scanned

@@ -27,7 +27,7 @@ def config_of(folder, out, **changes):
     return parse_config({**table, "init_from": str(folder / "out" / "export"), **changes})
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["adapter", pytest.param("chosen", marks=pytest.mark.long)])
 def test_a_stopped_run_resumes_bit_by_bit(folder, straight, stop_after, tmp_path, way):
     whole, parts = (config_of(folder, tmp_path / name, **WAYS[way]) for name in ("a", "b"))
     expected = run_training(whole)

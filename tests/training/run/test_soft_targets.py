@@ -138,7 +138,10 @@ def test_weights_and_smoothing_reach_the_batches(folder):
     assert int(run_training(config).step) == config.steps
 
 
-@pytest.mark.parametrize("objective", [{"ordered": True}, {"normalize": "labels"}])
+@pytest.mark.parametrize(
+    "objective",
+    [{"ordered": True}, pytest.param({"normalize": "labels"}, marks=pytest.mark.long)],
+)
 def test_hard_labels_learn_from_losses_over_the_labels(folder, objective):
     name = f"over-{next(iter(objective))}"
     changes = {"steps": 30, "optimizer": {"learning_rate": 1e-2}, "evaluation": {"every": 30}}
