@@ -19,6 +19,7 @@ from mlmjax.model.modernbert import Model, merged, with_adapter
 from mlmjax.reporting.terminal import Progress
 from mlmjax.scoring.engine import MOST_ROWS
 from mlmjax.statistics.learning import (
+    NOT_SHOWN,
     Attempt,
     FitSummary,
     Measured,
@@ -312,12 +313,20 @@ def _warning(
     return f"{seen}. What usually helps: {', '.join(helps)}"
 
 
-def found_problems(attempts: Sequence[Attempt], kept: int) -> str | None:
-    """Say what shows that the kept attempt may have learned nothing; None if all is well."""
-    if not attempts[kept].problems:
+def found_problems(
+    attempts: Sequence[Attempt], kept: int, *, is_tested: bool = False
+) -> str | None:
+    """Say what shows that the kept attempt may have learned nothing; None if all is well.
+
+    With `is_tested`, a test on other texts says whether it answers them.
+    """
+    problems = attempts[kept].problems
+    if is_tested:
+        problems = tuple(problem for problem in problems if NOT_SHOWN not in problem)
+    if not problems:
         return None
     tried = f" in any of {len(attempts)} attempts" if len(attempts) > 1 else ""
-    return f"the fit may have learned nothing{tried}: {'; '.join(attempts[kept].problems)}"
+    return f"the fit may have learned nothing{tried}: {'; '.join(problems)}"
 
 
 def split_rows(groups: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:

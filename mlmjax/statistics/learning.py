@@ -20,6 +20,9 @@ MOST_SHOWN = 40
 ENOUGH = 100
 """Training texts from which the first epoch is asked whether others are answered, too."""
 
+NOT_SHOWN = "nothing shows that it answers others"
+"""What a problem says that a test on other texts answers."""
+
 _NORMAL = 1.96  # two-sided 95 % of a normal distribution
 
 
@@ -197,8 +200,8 @@ def _unknown_of_others(first: Mapping[str, float], training: Measured) -> Iterat
     ahead = wilson_interval(first["accuracy"] * n, n)[0] > training.majority
     if gain <= _NORMAL * error and not ahead:
         yield (
-            f"it answers {training.accuracy:.0%} of its training texts, and nothing shows that it "
-            f"answers others: {first['accuracy']:.0%} were right when it first saw them, and "
+            f"it answers {training.accuracy:.0%} of its training texts, and {NOT_SHOWN}: "
+            f"{first['accuracy']:.0%} were right when it first saw them, and "
             f"{training.majority:.0%} are by the commonest label"
         )
 

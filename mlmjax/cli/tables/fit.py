@@ -287,7 +287,7 @@ def describe_learning(classifier: Classifier, choice: Choice) -> dict[str, Any]:
     measured = asdict(summary.training)
     answer = str(classifier.classes_[measured.pop("answer")])
     kept = summary.attempts[summary.kept]
-    seen = found_problems(summary.attempts, summary.kept)
+    seen = found_problems(summary.attempts, summary.kept, is_tested=True)
     advice = ", ".join(choice.other_options(kept.learning_rate))
     return {
         "training": measured | {"answer": answer},
