@@ -97,7 +97,8 @@ def mean_loss(folder: Path, texts: list[str]) -> tuple[float, float]:
         return (found * chosen).sum(), ((scores.argmax(axis=-1) == ids) & chosen).sum()
 
     parts = [
-        answers(ids[at : at + ROWS], chosen[at : at + ROWS]) for at in range(0, len(ids), ROWS)
+        answers(model, ids[at : at + ROWS], chosen[at : at + ROWS])
+        for at in range(0, len(ids), ROWS)
     ]
     total = chosen.sum()
     return float(-sum(one for one, _ in parts) / total), float(sum(two for _, two in parts) / total)
