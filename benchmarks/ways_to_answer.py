@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from labelled_sets import SETS, read_set
 
 from mlmjax import Classifier, InputError
 from mlmjax.evaluation.suite.entrants import tfidf_regression
+from mlmjax.statistics.calibration import temperature_calibration
 from mlmjax.statistics.reliability import calibration
 
 
@@ -59,9 +60,9 @@ class Cell(NamedTuple):
     rate: float | None = None
 
 
-def cells(seeds: int) -> Iterator[Cell]:
+def cells(sets: Iterable[str], seeds: int) -> Iterator[Cell]:
     """Yield what is measured, set by set and way by way, so that all seeds share programs."""
-    for name in SETS:
+    for name in sets:
         for seed in range(seeds):
             yield Cell(name, "TF-IDF", seed)
             yield Cell(name, "commonest label", seed)
@@ -101,29 +102,38 @@ def measure(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
         )
         summary = classifier.fit_summary_
         found = {"training_loss": summary.training.loss, "warned": summary.warning is not None}
-    found["held_out_accuracy"] = share_right(classifier.predict(held_out[0]), held_out[1])
+    held_scores, held_gold = answers(classifier, *held_out)
+    found["held_out_accuracy"] = float(np.mean(held_scores.argmax(axis=1) == held_gold))
     if given.sweep:
         return found
-    found |= figures(classifier, *tested)
+    scores, gold = answers(classifier, *tested)
+    found |= figures(scores, gold)
     try:
-        classifier.calibrate(*held_out)
+        cooled = temperature_calibration(held_scores, held_gold)
     except InputError:  # no temperature fits answers at chance
         return found
-    return found | {"calibrated_ece": figures(classifier, *tested)["ece"]}
+    return found | {"calibrated_ece": figures(cooled.apply(scores), gold)["ece"]}
 
 
-def figures(classifier: Classifier, texts: list[str], gold: list[str]) -> dict[str, float]:
-    """Return accuracy and calibration; for levels the mean distance and the ranked score, too."""
-    names = list(classifier.classes_)
-    numbers = np.array([names.index(label) for label in gold])
+def answers(
+    classifier: Classifier, texts: list[str], labels: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return log probabilities `[texts, labels]` and the numbers of the right labels."""
     shares = classifier.predict_proba(texts).astype(np.float64)
-    found = {"accuracy": float(np.mean(shares.argmax(axis=1) == numbers))}
-    measured = calibration(np.log(np.maximum(shares, 1e-12)), numbers)
+    names = list(classifier.classes_)
+    return np.log(np.maximum(shares, 1e-12)), np.array([names.index(label) for label in labels])
+
+
+def figures(scores: np.ndarray, gold: np.ndarray) -> dict[str, float]:
+    """Return accuracy and calibration; for levels the mean distance and the ranked score, too."""
+    shares = np.exp(scores)
+    found = {"accuracy": float(np.mean(shares.argmax(axis=1) == gold))}
+    measured = calibration(scores, gold)
     found |= {name: measured[name] for name in ("ece", "nll")}
-    levels = np.arange(len(names))
-    below = np.cumsum(shares, axis=1) - (levels >= numbers[:, None])
-    found["distance"] = float(np.mean(np.abs(shares @ levels - numbers)))
-    found["rps"] = float(np.mean((below[:, :-1] ** 2).sum(axis=1)) / (len(names) - 1))
+    levels = np.arange(shares.shape[1])
+    below = np.cumsum(shares, axis=1) - (levels >= gold[:, None])
+    found["distance"] = float(np.mean(np.abs(shares @ levels - gold)))
+    found["rps"] = float(np.mean((below[:, :-1] ** 2).sum(axis=1)) / (len(levels) - 1))
     return found
 
 
@@ -133,7 +143,7 @@ def share_right(answers: Any, gold: Any) -> float:
 
 def run(given: argparse.Namespace) -> None:
     known = {Cell(*(one[key] for key in Cell._fields)) for one in read_lines(given.out)}
-    for cell in sweep_cells() if given.sweep else cells(given.seeds):
+    for cell in sweep_cells() if given.sweep else cells(given.set or SETS, given.seeds):
         if cell in known:
             continue
         started = time.perf_counter()
@@ -213,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--test-rows", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", choices=SETS, help="of these sets alone")
     parser.add_argument("--sweep", action="store_true", help="try learning rates")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()

@@ -144,6 +144,7 @@ every = 1
 """
 
 
+@pytest.mark.long
 def test_a_model_without_anchor_goes_on_with_its_pretraining(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     backend = byte_fallback(spare=())

@@ -32,6 +32,7 @@ def failure_of(call):
     raise AssertionError("it did not fail")
 
 
+@pytest.mark.long
 def test_a_platform_that_is_not_here_is_named_with_what_is(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     error = failure_of(lambda: jax.devices("nonsense"))

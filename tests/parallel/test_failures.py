@@ -12,7 +12,7 @@ import os, signal, sys, time, types
 import jax
 from mlmjax.errors import InputError, RunError
 from mlmjax.parallel import processes
-def work(config, profile=None):
+def work(config, profile=None, code=()):
     print("devices", jax.device_count(), flush=True)
     count, index = processes.process_count(), processes.process_index()
     assert processes.broadcast_from_first(lambda: {"a": [1, None]}) == {"a": [1, None]}

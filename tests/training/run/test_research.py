@@ -64,7 +64,8 @@ def config_of(folder, name, objective, **changes):
 
 
 @pytest.mark.parametrize(
-    "name", ["weights", "loss", pytest.param("replaced", marks=pytest.mark.long)]
+    "name",
+    ["loss", *(pytest.param(name, marks=pytest.mark.long) for name in ("weights", "replaced"))],
 )
 def test_a_run_learns_and_a_stopped_one_resumes_to_the_same_bits(folder, table, stop_after, name):
     objective = objectives(table)[name]

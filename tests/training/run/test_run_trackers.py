@@ -45,6 +45,6 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_prepared(
 ):
     monkeypatch.setitem(trackers.TRACKERS, "trackio", ("no_such_package", FakeTracker))
     config = make_config(folder, out=str(tmp_path / "out"), log__to=["trackio"])
-    with pytest.raises(InputError, match=r"install mlmjax\[track\]"):
+    with pytest.raises(InputError, match=r"pip install 'mlmjax\[track\]'"):
         run_training(config)
     assert not (tmp_path / "out").exists()
